@@ -1,0 +1,52 @@
+"""Random crop, quarter turns and flips in the x-y plane."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+AUGMENTATIONS = ("d4", "mirror", "none")
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What one sample does to its volume: take the box, turn it, flip it."""
+
+    start: tuple[int, int, int]
+    """First voxel of the box in the volume, after padding to the box's size."""
+    size: tuple[int, int, int]
+    """The box before turning, so that the result has the patch's size."""
+    turns: int
+    """Quarter turns from x to y."""
+    flip: int | None
+    """The axis to flip after turning, 0 or 1."""
+
+
+def draw_augmentation(
+    generator: np.random.Generator, shape: Sequence[int], patch_size: Sequence[int], kind: str = "d4"
+) -> Draw:
+    """A random draw for a volume of this shape; every offset is equally likely, the last one included.
+
+    d4      all eight turns and reflections of the square, as the text of the DTML paper reads
+    mirror  a turn, then always a flip: only the four reflections, as the released codes do
+    none    the crop alone
+    """
+    if kind not in AUGMENTATIONS:
+        raise ValueError(f"augment must be one of {AUGMENTATIONS}, not {kind!r}")
+    turns, axis, coin = (int(generator.integers(n)) for n in (4, 2, 2))
+    if kind == "none":
+        turns, flip = 0, None
+    else:
+        flip = axis if kind == "mirror" or coin else None
+    x, y, z = patch_size
+    size = (y, x, z) if turns % 2 else (x, y, z)
+    start = tuple(int(generator.integers(max(side - s, 0) + 1)) for side, s in zip(shape, size, strict=True))
+    return Draw(start, size, turns, flip)  # type: ignore[arg-type]
+
+
+def turn_and_flip(volume: Tensor, draw: Draw) -> Tensor:
+    """(w,h,d) box -> patch. Cropping first equals turning the whole volume first, at a fiftieth of the cost."""
+    turned = torch.rot90(volume, draw.turns, (0, 1))
+    return turned if draw.flip is None else turned.flip(draw.flip)

@@ -1,0 +1,168 @@
+"""Where cases lie, what a case file must hold, and reading it.
+
+Layout of a data set, that of the left-atrium (LA) code bases:
+
+    FOLDER/train.list, FOLDER/test.list          one case name a line; without them the published LA lists are used
+    FOLDER/2018LA_Seg_Training Set/CASE/mri_norm2.h5   or   FOLDER/CASE/mri_norm2.h5   or   FOLDER/CASE.h5
+
+A case file holds `image` float (W,H,D), normalised, and `label` (W,H,D) of 0 and 1, which an unlabeled case may
+lack; the attribute `spacing` (mm along x, y, z) is optional.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+LA_FOLDER = Path("data/la")
+PHANTOM_FOLDER = Path("data/phantom")
+LA_SPLITS = ROOT / "data" / "splits" / "la"
+LA_SUBFOLDER = "2018LA_Seg_Training Set"
+LA_SPACING = (0.625, 0.625, 0.625)
+FILE_NAME = "mri_norm2.h5"
+
+
+class CaseError(Exception):
+    """What is wrong with one case file."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A scan: its name, its file, and whether training may open its label."""
+
+    name: str
+    path: Path
+    labeled: bool
+
+
+def read_list(path: Path) -> list[str]:
+    """Names of a .list file, one a line; blank lines and surrounding white space are ignored.
+
+    Raises:
+        UserError: missing, unreadable, empty, or naming a case twice or a path outside the data set.
+    """
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"cannot read the list {path}: {e}. It must be a text file with one case name a line.") from e
+    if not names:
+        raise UserError(f"the list {path} names no case. Write one case name a line.")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"the list {path} names {', '.join(twice)} more than once. Keep each case once.")
+    outside = [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]
+    if outside:
+        raise UserError(f"the list {path} leads out of the data set: {', '.join(outside)}. Use plain case names.")
+    return names
+
+
+def lists_of(folder: Path) -> tuple[list[str], list[str]]:
+    """Names of the training and of the test cases, from the folder's own lists or else the published LA lists.
+
+    Raises:
+        UserError: a missing folder, one list of two, bad lists, or cases in both.
+    """
+    if not folder.is_dir():
+        raise UserError(f"the data folder {folder} does not exist. See data/README.md for where LA comes from.")
+    own = [(folder / f"{split}.list").exists() for split in ("train", "test")]
+    if any(own) and not all(own):
+        raise UserError(f"{folder} has only one of train.list and test.list. Put both there, or neither to use LA's.")
+    where = folder if all(own) else LA_SPLITS
+    train, test = read_list(where / "train.list"), read_list(where / "test.list")
+    both = sorted(set(train) & set(test))
+    if both:
+        raise UserError(
+            f"{', '.join(both)} stand in both train.list and test.list of {where}. A test case must never be trained on."
+        )
+    return train, test
+
+
+def case_file(folder: Path, name: str) -> Path | None:
+    """The case's file in any of the three layouts, or None."""
+    options = (folder / LA_SUBFOLDER / name / FILE_NAME, folder / name / FILE_NAME, folder / f"{name}.h5")
+    return next((path for path in options if path.is_file()), None)
+
+
+def find_cases(folder: Path, names: Sequence[str], *, labeled: bool) -> tuple[list[Case], list[str]]:
+    """The cases that have a file, and a line for each that has none."""
+    cases, problems = [], []
+    for name in names:
+        path = case_file(folder, name)
+        if path is None:
+            problems.append(f"{name}: listed, but there is no {folder / name / FILE_NAME}")
+        else:
+            cases.append(Case(name, path, labeled))
+    return cases, problems
+
+
+def read_case(case: Case) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None]:
+    """image float32 (W,H,D) and label uint8 (W,H,D), which is None and never opened for an unlabeled case.
+
+    Raises:
+        CaseError: not h5, cut short, no `image`, no `label` where one is needed, shapes that differ or are not 3D,
+            not-a-number or infinite or constant intensities, label values other than 0 and 1.
+    """
+    try:
+        with h5py.File(case.path, "r") as f:
+            if "image" not in f:
+                raise CaseError(f"has no dataset 'image', only {sorted(f)}")
+            if case.labeled and "label" not in f:
+                raise CaseError("is a labeled case without a dataset 'label'")
+            image = f["image"][()]
+            label = f["label"][()] if case.labeled else None
+    except (OSError, RuntimeError, KeyError, TypeError) as e:
+        raise CaseError(f"is no whole h5 file ({e})") from e
+    if not isinstance(image, np.ndarray) or image.ndim != 3 or image.dtype.kind not in "fiu":
+        raise CaseError(
+            f"'image' must be three-dimensional numbers, not {np.shape(image)} of {np.asarray(image).dtype}"
+        )
+    image = image.astype(np.float32, copy=False)
+    low, high = float(image.min(initial=np.inf)), float(image.max(initial=-np.inf))
+    if not np.isfinite(image.sum(dtype=np.float64)):
+        raise CaseError("'image' holds values that are not a number or infinite")
+    if low >= high:
+        raise CaseError(f"'image' is constant ({low:g}) or empty")
+    if label is None:
+        return image, None
+    if np.shape(label) != image.shape:
+        raise CaseError(f"'label' has shape {np.shape(label)} but 'image' {image.shape}")
+    values = np.unique(label)
+    if not np.isin(values, (0, 1)).all():
+        hint = "; 255 marks the atrium in the challenge's own files, divide by 255" if 255 in values else ""
+        raise CaseError(f"'label' holds {', '.join(f'{v:g}' for v in values[:6])} where only 0 and 1 may stand{hint}")
+    return image, label.astype(np.uint8, copy=False)
+
+
+def read_spacing(case: Case) -> tuple[float, float, float]:
+    """mm along x, y, z: the file's attribute, 0.625 for LA, else 1."""
+    with h5py.File(case.path, "r") as f:
+        if "spacing" in f.attrs:
+            x, y, z = (float(v) for v in f.attrs["spacing"])
+            return x, y, z
+    return LA_SPACING if LA_SUBFOLDER in case.path.parts else (1.0, 1.0, 1.0)
+
+
+def read_all(cases: Sequence[Case], use: Callable[[Case, NDArray, NDArray | None], None], known: list[str]) -> None:
+    """Reads every case once and hands (case, image, label) to `use`.
+
+    Raises:
+        UserError: naming all bad cases at once, the `known` ones included.
+    """
+    problems = list(known)
+    for case in cases:
+        try:
+            image, label = read_case(case)
+        except CaseError as e:
+            problems.append(f"{case.name}: {case.path} {e}")
+        else:
+            use(case, image, label)
+    if problems:
+        some = "1 case is" if len(problems) == 1 else f"{len(problems)} cases are"
+        listing = "\n".join(f"  {line}" for line in problems)
+        raise UserError(f"{some} not usable. Mend the files or take the names out of the lists:\n{listing}")

@@ -1,0 +1,217 @@
+"""Phantom atria: synthetic MR-like volumes in the layout of the LA set, for runs where no real data is at hand.
+
+    python -m dataloaders.phantom DEST [--seed 2021] [--train 40] [--test 8]
+
+writes a set (or keeps the one that is there) and prints how far a global intensity threshold gets on its test cases.
+The blood of the atrium is as bright as that of a ventricle, an aorta and vessels beside it; what tells it apart is a
+thin dark wall and a smoother texture, which survive flips and quarter turns, and its size and place.
+"""
+
+import argparse
+import itertools
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import h5py
+import numpy as np
+from scipy import ndimage
+from skimage import measure
+
+Shape = tuple[int, int, int]
+SPACING = (1.0, 1.0, 1.0)
+
+
+def _smooth_field(rng: np.random.Generator, shape: Shape, scale: float) -> np.ndarray:
+    """Random field (W,H,D) float32 of zero mean and unit sd that varies over about `scale` voxels."""
+    field = rng.standard_normal([int(n / scale) + 4 for n in shape])
+    # Gaussian bumps on a coarse lattice, one axis at a time: far cheaper than filtering noise with a wide kernel.
+    for axis, n in enumerate(shape):
+        nodes = (np.arange(field.shape[axis]) - 1.5) * scale
+        bumps = np.exp(-0.5 * ((np.arange(n)[:, None] - nodes) / (0.7 * scale)) ** 2)
+        field = np.moveaxis(np.tensordot(bumps, field, (1, axis)), 0, axis)
+    return ((field - field.mean()) / field.std()).astype(np.float32)
+
+
+def _blob(rng: np.random.Generator, shape: Shape, centre: np.ndarray, radii: np.ndarray, bump: float) -> np.ndarray:
+    """Bool (W,H,D): an ellipsoid turned by up to 20 degrees in x-y, its radius varied by a field of sd `bump`."""
+    x, y, z = (np.arange(n, dtype=np.float32) - c for n, c in zip(shape, centre, strict=True))
+    turn = rng.uniform(-0.35, 0.35)
+    u = (np.cos(turn) * x[:, None] + np.sin(turn) * y)[:, :, None] / radii[0]
+    v = (np.cos(turn) * y - np.sin(turn) * x[:, None])[:, :, None] / radii[1]
+    radius = np.sqrt(u**2 + v**2 + (z / radii[2]) ** 2)
+    return radius < 1 + bump * np.clip(_smooth_field(rng, shape, 10), -2, 2)
+
+
+def _draw_tube(mask: np.ndarray, points: np.ndarray, radii: np.ndarray) -> None:
+    """Set balls of `radii` (N,) voxels at `points` (N,3) in the bool `mask` (W,H,D), in place."""
+    for point, radius in zip(points, radii, strict=True):
+        low = np.maximum(np.floor(point - radius), 0).astype(int)
+        high = np.maximum(np.ceil(point + radius).astype(int) + 1, 0)
+        box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
+        part = mask[box]
+        grid = np.ogrid[tuple(slice(a, a + n) for a, n in zip(low, part.shape, strict=True))]
+        part |= sum((g - p) ** 2 for g, p in zip(grid, point, strict=True)) < radius**2
+
+
+def _largest(mask: np.ndarray, connectivity: int) -> np.ndarray:
+    """The largest part of the bool `mask` (W,H,D), joined over faces (1) to corners (3)."""
+    parts = measure.label(mask, connectivity=connectivity)
+    return (parts == 1 + np.bincount(parts.ravel())[1:].argmax()) if mask.any() else mask
+
+
+def _atrium(rng: np.random.Generator, shape: Shape, centre: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The label (atrium and first parts of its veins) and the veins' whole tubes, both bool (W,H,D)."""
+    size = np.array(shape)
+    radii = size * rng.uniform((0.25, 0.26, 0.26), (0.29, 0.31, 0.30))
+    body = _blob(rng, shape, centre, radii, 0.09)
+    label, veins, count = body.copy(), np.zeros(shape, bool), int(rng.integers(3, 6))
+    # Veins leave on the side away from the ventricle (+x), spread over a fan in x-y, above and below by turns.
+    fan = np.linspace(-1.5, 1.5, count) + rng.uniform(-0.2, 0.2, count)
+    for number, angle in enumerate(fan):
+        rise = rng.uniform(0.15, 0.4) * (-1) ** number
+        way = np.array((np.cos(angle), np.sin(angle), rise)) / np.hypot(1, rise)
+        bend = rng.uniform(-1, 1, 3) * (0.010, 0.010, 0.004)
+        travel = np.arange(0, 60, 0.7)[:, None]
+        points = centre + way * travel + bend * travel**2
+        nearest = np.clip(np.rint(points).astype(int), 0, size - 1)
+        # The label ends 5 voxels past the body, where the tube is still wide; the tube itself runs on a little.
+        past = travel[:, 0] - travel[body[tuple(nearest.T)]].max()
+        width = rng.uniform(3.2, 4.2) - 0.12 * np.maximum(past, 0)
+        near, whole = (past > -4) & (past < 5), (past > -4) & (past < 5 + rng.uniform(3, 6))
+        _draw_tube(label, points[near], width[near])
+        _draw_tube(veins, points[whole], width[whole])
+    # Nothing of the label lies on the border, even where a vein runs out of the volume.
+    return _largest(np.pad(label[2:-2, 2:-2, 2:-2], 2), connectivity=1), veins
+
+
+def phantom(seed: int, index: int, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
+    """Case `index` of the phantoms of `seed`, a pure function of its arguments.
+
+    Returns the image, float32 (W,H,D) of zero mean and unit sd, and the label, uint8 (W,H,D) in {0, 1}: one
+    6-connected atrium that is clear of the border and, for shapes about 80 x 72 x 44, 6 to 14 % of the volume.
+    """
+    rng = np.random.default_rng([seed, index])
+    size = np.array(shape)
+    centre = size * rng.uniform((0.58, 0.46, 0.46), (0.64, 0.54, 0.54))
+    label, veins = _atrium(rng, shape, centre)
+    ball = ndimage.generate_binary_structure(3, 1)
+    wall = ndimage.binary_dilation(label, ball, iterations=2) & ~label & ~veins
+
+    # The rest of the blood: a ventricle at -x, larger than the atrium; an aorta along z; small vessels anywhere.
+    side = centre - size * rng.uniform((0.38, -0.08, 0.00), (0.44, 0.08, 0.12))
+    ventricle = _blob(rng, shape, side, size * rng.uniform((0.26, 0.33, 0.40), (0.30, 0.39, 0.47)), 0.06)
+    muscle = ndimage.binary_dilation(ventricle, ball, iterations=4)
+    vessels = veins.copy()
+    z = np.arange(shape[2])
+    foot, lean = centre[:2] + size[:2] * (-0.15, rng.choice((-0.4, 0.4))), rng.uniform(-0.15, 0.15, 2)
+    _draw_tube(vessels, np.column_stack((foot + lean * (z - z.mean())[:, None], z)), np.full(len(z), rng.uniform(5, 7)))
+    count = int(rng.integers(6, 11))
+    _draw_tube(vessels, rng.uniform(0, 1, (count, 3)) * size, rng.uniform(2.5, 5, count))
+
+    # Brightness before contrast: blood near 1, muscle and tissue about half of it, lung and the wall dark.
+    lung = _smooth_field(rng, shape, 16) > 0.6
+    fine = ndimage.gaussian_filter(rng.standard_normal(shape, dtype=np.float32), 1.2)
+    fine /= fine.std()
+    signal = np.where(lung, 0.15, 0.5 + 0.1 * _smooth_field(rng, shape, 8)) + 0.08 * fine
+    signal[muscle] = 0.45 + 0.05 * fine[muscle]
+    # The ventricle and the vessels are mottled, as trabeculae and unsteady flow leave them; the atrium is smooth.
+    mottle = _smooth_field(rng, shape, 3)
+    signal[ventricle] = rng.uniform(0.9, 1.1) + 0.15 * mottle[ventricle]
+    signal[vessels] = rng.uniform(0.9, 1.1) + 0.15 * mottle[vessels]
+    signal[wall] = 0.1
+    signal[label] = 1 + 0.03 * fine[label]
+
+    # Contrast, coil sensitivity, point spread and the noise of a magnitude image.
+    signal = np.clip(signal, 0, None) ** rng.uniform(0.8, 1.3) * np.exp(0.2 * _smooth_field(rng, shape, 30))
+    signal = ndimage.gaussian_filter(signal.astype(np.float32), rng.uniform(0.6, 0.9))
+    noise = rng.uniform(0.06, 0.11) * rng.standard_normal((2, *shape), dtype=np.float32)
+    image = np.hypot(signal + noise[0], noise[1])
+    return ((image - image.mean()) / image.std()).astype(np.float32), label.astype(np.uint8)
+
+
+def case_shape(seed: int, index: int) -> Shape:
+    """The shape (W,H,D) of case `index` in a set of `seed`: 72-88 x 64-80 x 40-48 voxels."""
+    rng = np.random.default_rng([seed, index, 1])
+    return tuple(int(n) for n in rng.integers((72, 64, 40), (88, 80, 48), endpoint=True))
+
+
+def make_phantom_set(folder: Path, *, seed: int = 2021, train: int = 40, test: int = 8) -> None:
+    """Write `train` + `test` phantoms to `folder` as the LA set lies; a set that is there already is left alone.
+
+    `folder/train.list` and `folder/test.list` name the cases, a line each; `folder/<case>/mri_norm2.h5` holds `image`
+    float32 (W,H,D), `label` uint8 (W,H,D) and the attribute `spacing` in mm. The folder appears whole or not at all.
+    """
+    folder = Path(folder)
+    lists = (folder / "train.list", folder / "test.list")
+    if all(path.is_file() for path in lists):
+        return
+    names = [f"phantom_{index:03d}" for index in range(train + test)]
+    partial = folder.with_name(folder.name + f".partial-{os.getpid()}")
+    # What an earlier, killed process with our id may have left.
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        for index, name in enumerate(names):
+            image, label = phantom(seed, index, case_shape(seed, index))
+            (partial / name).mkdir()
+            with h5py.File(partial / name / "mri_norm2.h5", "w") as file:
+                file.create_dataset("image", data=image, compression="gzip")
+                file.create_dataset("label", data=label, compression="gzip")
+                file.attrs["spacing"] = SPACING
+        for path, part in zip(lists, (names[:train], names[train:]), strict=True):
+            (partial / path.name).write_text("".join(f"{name}\n" for name in part))
+        try:
+            partial.rename(folder)
+        except OSError:
+            # Another process was first: its set is the same as ours, which the clean-up below drops.
+            if not all(path.is_file() for path in lists):
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def threshold_dice(cases: Iterable[tuple[np.ndarray, np.ndarray]], largest_component: bool = False) -> float:
+    """Best mean Dice, 0 to 1, that one intensity interval [lo, hi] for all `cases` (image, label) can reach.
+
+    The interval is searched for on these very cases, which flatters the threshold. With `largest_component` only the
+    largest 26-connected part of each thresholded volume counts.
+    """
+    cases = [(image, label > 0) for image, label in cases]
+    if not cases:
+        raise ValueError("threshold_dice needs at least one case")
+    inside = np.concatenate([image[label] for image, label in cases])
+    # Beyond the range of the label's own intensities an interval gains nothing.
+    lows, highs = np.quantile(inside, np.linspace(0, 0.6, 13)), np.quantile(inside, (0.6, 0.8, 0.9, 0.95, 0.99, 1))
+    best = 0.0
+    for low, high in itertools.product(lows, highs):
+        scores = []
+        for image, label in cases:
+            found = (image >= low) & (image <= high)
+            if largest_component:
+                found = _largest(found, connectivity=3)
+            scores.append(2 * np.count_nonzero(found & label) / (np.count_nonzero(found) + np.count_nonzero(label)))
+        best = max(best, float(np.mean(scores)))
+    return best
+
+
+def main() -> None:
+    """Write the set the command line asks for and print the threshold's Dice on its test cases."""
+    parser = argparse.ArgumentParser(description="Write a set of phantom atria and report how a threshold fares on it.")
+    parser.add_argument("dest", type=Path, help="folder of the set; one that is there already is kept")
+    parser.add_argument("--seed", type=int, default=2021)
+    parser.add_argument("--train", type=int, default=40, help="number of training cases")
+    parser.add_argument("--test", type=int, default=8, help="number of test cases")
+    args = parser.parse_args()
+    make_phantom_set(args.dest, seed=args.seed, train=args.train, test=args.test)
+    cases = []
+    for name in (args.dest / "test.list").read_text().split():
+        with h5py.File(args.dest / name / "mri_norm2.h5") as file:
+            cases.append((file["image"][:], file["label"][:]))
+    print(f"threshold: Dice {threshold_dice(cases):.3f}")
+    print(f"threshold and largest component: Dice {threshold_dice(cases, largest_component=True):.3f}")
+
+
+if __name__ == "__main__":
+    main()

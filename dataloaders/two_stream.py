@@ -1,0 +1,138 @@
+"""Two-stream batches: L labeled crops, then unlabeled ones, all of it a pure function of (seed, iteration)."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from dataloaders.augmentation import Draw, draw_augmentation, turn_and_flip
+from dataloaders.volumes import Volumes
+from utils.errors import ignore_stop_signals
+from utils.sdm import signed_distance_map
+from utils.sliding_window import pad, padding
+
+
+class Slot(NamedTuple):
+    """One sample of one batch."""
+
+    step: int
+    """The batch's number, over all iterations and ranks."""
+    slot: int
+    """Its place in the batch."""
+    case: int
+    """Index of its volume."""
+
+
+class TwoStreamBatchSampler(Sampler[list[Slot]]):
+    """Batches of `labeled_batch` labeled and `batch_size - labeled_batch` unlabeled cases, labeled first.
+
+    An epoch is one pass over the labeled cases, without replacement; both streams are shuffled anew at each epoch.
+    If the labeled cases do not divide by the batch, the rest of an epoch is left out, as in the released codes.
+    Cases 0..labeled-1 are labeled, labeled..labeled+unlabeled-1 are not.
+
+    Several processes (`ranks`) take the batches of the one sequence in turn.
+    """
+
+    def __init__(
+        self,
+        labeled: int,
+        unlabeled: int,
+        *,
+        batch_size: int,
+        labeled_batch: int,
+        seed: int,
+        start: int,
+        iterations: int,
+        rank: int = 0,
+        ranks: int = 1,
+    ):
+        self.labeled, self.unlabeled = labeled, unlabeled
+        self.labeled_batch, self.unlabeled_batch = labeled_batch, batch_size - labeled_batch
+        self.seed, self.start, self.iterations = seed, start, iterations
+        self.rank, self.ranks = rank, ranks
+        self.per_epoch = labeled // labeled_batch
+
+    def __len__(self) -> int:
+        return self.iterations - self.start
+
+    def cases(self, step: int) -> list[int]:
+        """Case indices of one batch of the sequence."""
+        epoch, place = divmod(step, self.per_epoch)
+        generator = np.random.default_rng([self.seed, 0, epoch])
+        first = generator.permutation(self.labeled)[place * self.labeled_batch :][: self.labeled_batch]
+        if self.unlabeled_batch == 0:
+            return first.tolist()
+        wanted = self.per_epoch * self.unlabeled_batch
+        passes = -(-wanted // self.unlabeled)  # few unlabeled cases are gone through several times an epoch
+        order = np.concatenate([generator.permutation(self.unlabeled) for _ in range(passes)])
+        second = order[place * self.unlabeled_batch :][: self.unlabeled_batch]
+        return first.tolist() + (self.labeled + second).tolist()
+
+    def __iter__(self) -> Iterator[list[Slot]]:
+        for iteration in range(self.start, self.iterations):
+            step = iteration * self.ranks + self.rank
+            yield [Slot(step, slot, case) for slot, case in enumerate(self.cases(step))]
+
+
+class Patches(Dataset[dict[str, Any]]):
+    """Augmented crops: a Slot -> image (1,w,h,d) float32, case; for a labeled case label (w,h,d) uint8 and, if asked
+    for, sdm (1,w,h,d) float32 of the crop."""
+
+    def __init__(self, volumes: Volumes, *, patch_size: tuple[int, int, int], augment: str, seed: int, sdm: bool):
+        self.volumes, self.patch_size, self.augment, self.seed, self.sdm = volumes, patch_size, augment, seed, sdm
+
+    def __getitem__(self, slot: Slot) -> dict[str, Any]:
+        shape = self.volumes.shapes[slot.case]
+        generator = np.random.default_rng([self.seed, 1, slot.step, slot.slot])
+        return self.crop(slot.case, draw_augmentation(generator, shape, self.patch_size, self.augment))
+
+    def middle(self, case: int) -> dict[str, Any]:
+        """The crop at the middle of a case, as it is: the same at every call."""
+        shape = self.volumes.shapes[case]
+        start = tuple(max(side - s, 0) // 2 for side, s in zip(shape, self.patch_size, strict=True))
+        return self.crop(case, Draw(start, self.patch_size, turns=0, flip=None))  # type: ignore[arg-type]
+
+    def crop(self, case: int, draw: Draw) -> dict[str, Any]:
+        """The item that a draw makes of a case."""
+        shape = self.volumes.shapes[case]
+        # A volume smaller than the box is taken whole along that side, and padded with zeros on both ends.
+        box = tuple(slice(a, min(a + s, side)) for a, s, side in zip(draw.start, draw.size, shape, strict=True))
+        image, label = self.volumes.read(case, box)  # type: ignore[arg-type]
+        margins = padding(image.shape, draw.size)
+        item: dict[str, Any] = {
+            "image": turn_and_flip(pad(image, margins), draw)[None],
+            "case": self.volumes.cases[case].name,
+        }
+        if label is not None:
+            item["label"] = turn_and_flip(pad(label, margins), draw)
+            if self.sdm:
+                distances = torch.from_numpy(signed_distance_map(item["label"].cpu().numpy()))
+                item["sdm"] = distances[None].to(image.device)
+        return item
+
+
+def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """The batch of methods/base.py: what only the labeled items hold is stacked over these, which come first."""
+    batch: dict[str, Any] = {"case": [item["case"] for item in items]}
+    for name in ("image", "label", "sdm"):
+        found = [item[name] for item in items if name in item]
+        if found:
+            batch[name] = torch.stack(found)
+    return batch
+
+
+def make_loader(patches: Patches, sampler: TwoStreamBatchSampler, *, workers: int) -> DataLoader:
+    """Batches in the sampler's order, the same for any number of workers.
+
+    The private generator matters: without it each iterator draws from the global torch generator.
+    """
+    return DataLoader(
+        patches,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=0 if patches.volumes.on_device else workers,
+        generator=torch.Generator(),
+        worker_init_fn=ignore_stop_signals,
+    )

@@ -1,0 +1,79 @@
+"""Volumes cached once and cropped by indexing."""
+
+from collections.abc import Sequence
+
+import h5py
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dataloaders.cases import Case, read_all
+from utils.resample import downsample_image, downsample_label
+from utils.run_folder import digest
+
+CACHES = ("auto", "device", "ram", "none")
+
+
+class Volumes:
+    """The images and labels of some cases.
+
+    Args:
+        cases: labeled or not; the label of an unlabeled case is never opened.
+        cache: 'device' keeps all volumes on `device`, 'ram' in memory, 'none' reads each crop from its file;
+            'auto' is the device if it is a GPU with room for them, else memory.
+        downsample: pools each factor^3 voxels into one, see utils/resample.py.
+        problems: what is known to be wrong before reading, reported with the rest.
+
+    Raises:
+        UserError: naming every unusable case.
+    """
+
+    def __init__(
+        self,
+        cases: Sequence[Case],
+        *,
+        cache: str = "auto",
+        downsample: int = 1,
+        device: torch.device | None = None,
+        problems: Sequence[str] = (),
+    ):
+        self.cases, self.downsample = list(cases), downsample
+        self.shapes: list[tuple[int, ...]] = []
+        self.checksums: dict[str, str] = {}
+        self._images: list[Tensor] = []
+        self._labels: list[Tensor | None] = []
+        keep = cache != "none"
+
+        def use(case: Case, image: NDArray, label: NDArray | None) -> None:
+            self.checksums[case.name] = digest(image) if label is None else digest(image, label)
+            self.shapes.append(tuple(-(-side // downsample) for side in image.shape))
+            if keep:
+                self._images.append(downsample_image(torch.from_numpy(image), downsample))
+                self._labels.append(None if label is None else downsample_label(torch.from_numpy(label), downsample))
+
+        read_all(cases, use, list(problems))
+        self.on_device = False
+        if keep and device is not None and (cache == "device" or (cache == "auto" and self._fits(device))):
+            self._images = [image.to(device) for image in self._images]
+            self._labels = [None if label is None else label.to(device) for label in self._labels]
+            self.on_device = device.type != "cpu"
+        self.kind = ("device" if self.on_device else "ram") if keep else "none"
+
+    def _fits(self, device: torch.device) -> bool:
+        if device.type != "cuda":
+            return False
+        need = sum(image.numel() * 5 for image in self._images)
+        return need < 0.3 * torch.cuda.mem_get_info(device)[0]
+
+    def read(self, index: int, box: tuple[slice, slice, slice]) -> tuple[Tensor, Tensor | None]:
+        """The image float32 and label uint8 of one case inside the box of voxels (of the downsampled grid)."""
+        if self.kind != "none":
+            label = self._labels[index]
+            return self._images[index][box], None if label is None else label[box]
+        case, f = self.cases[index], self.downsample
+        fine = tuple(slice(s.start * f, s.stop * f) for s in box)
+        with h5py.File(case.path, "r") as file:
+            image = torch.from_numpy(file["image"][fine].astype(np.float32, copy=False))
+            label = torch.from_numpy(file["label"][fine].astype(np.uint8, copy=False)) if case.labeled else None
+        return downsample_image(image, f), None if label is None else downsample_label(label, f)

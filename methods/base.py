@@ -1,0 +1,81 @@
+"""The one interface between the training loop and a paper."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+Batch = dict[str, Any]
+"""image (N,1,W,H,D) float32, the L labeled items first; label (L,W,H,D) uint8; sdm (L,1,W,H,D) float32 if
+`needs_sdm`; case: N names."""
+
+
+@dataclass
+class Losses:
+    """What one iteration minimises, and what the log shows of it."""
+
+    total: Tensor
+    """The scalar to minimise."""
+    terms: dict[str, Tensor]
+    """Name -> scalar loss term, before its weight."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Name -> number, as lambda, the weight of the consistency."""
+    monitors: dict[str, Tensor] = field(default_factory=dict)
+    """Name -> scalar worth watching that is not minimised."""
+
+
+class Method(nn.Module):
+    """One per paper; its networks are its children. `forward` is the loss, so that DistributedDataParallel and
+    torch.compile wrap a method like any module."""
+
+    @dataclass
+    class Options:
+        """The method's own knobs."""
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"paper": {}}
+    """Preset name -> options (of the method or of the script) it sets; the first is the default."""
+    uses_unlabeled: ClassVar[bool] = True
+
+    def __init__(self, options: Any, *, iterations: int):
+        super().__init__()
+        self.options = options
+        self.iterations = iterations
+
+    @property
+    def needs_sdm(self) -> bool:
+        """Whether batches must carry the signed distance maps of the labels."""
+        return False
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """What `predict` can return, the default first."""
+        raise NotImplementedError
+
+    def forward(self, batch: Batch, iteration: int) -> Losses:
+        """What is minimised at this iteration (0 <= iteration < iterations)."""
+        raise NotImplementedError
+
+    def predict(self, image: Tensor, outputs: tuple[str, ...]) -> Tensor:
+        """image (N,1,W,H,D) -> foreground probabilities in [0,1], one channel per output: (N,len(outputs),W,H,D)."""
+        raise NotImplementedError
+
+    def after_step(self, batch: Batch, iteration: int) -> None:
+        """After the optimiser's step: an EMA teacher, a critic's own update. By default nothing."""
+
+    def maps(self, image: Tensor) -> dict[str, Tensor]:
+        """image (N,1,W,H,D) -> name -> (N,W,H,D): what is worth looking at."""
+        raise NotImplementedError
+
+
+def labeled_part(x: Tensor, batch: Batch) -> Tensor:
+    """The items of x (N,...) that have a label: the first L."""
+    return x[: len(batch["label"])]
+
+
+def detached(losses: Losses) -> Losses:
+    """The same numbers without their graph, safe to keep until the next log line."""
+    cut = {name: value.detach() for name, value in losses.terms.items()}
+    return Losses(losses.total.detach(), cut, losses.weights, losses.monitors)
+
+
+__all__ = ["Batch", "Losses", "Method", "detached", "labeled_part"]

@@ -1,0 +1,1 @@
+"""Networks as pure nn.Modules: they know no loss, no data and no method."""

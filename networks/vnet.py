@@ -1,0 +1,106 @@
+"""The V-Net of UA-MT, SASSNet, DTC and DTML, with heads by name.
+
+It differs from Milletari et al. (2016): no residual inside a block, and long skips are sums, not concatenations.
+"""
+
+from torch import Tensor, nn
+
+STRIDE = 16  # four halvings: every side of a patch must be a multiple of this
+DROPOUT = 0.5
+
+
+class Convs(nn.Sequential):
+    """`count` times [Conv3d 3x3x3 -> BatchNorm3d -> ReLU]: (N,in,W,H,D) -> (N,out,W,H,D)."""
+
+    def __init__(self, count: int, channels_in: int, channels_out: int):
+        layers: list[nn.Module] = []
+        for i in range(count):
+            layers += [
+                nn.Conv3d(channels_in if i == 0 else channels_out, channels_out, 3, padding=1),
+                nn.BatchNorm3d(channels_out),
+                nn.ReLU(inplace=True),
+            ]
+        super().__init__(*layers)
+
+
+class Down(nn.Sequential):
+    """Conv3d 2x2x2 stride 2 -> BatchNorm3d -> ReLU: halves every side and doubles the channels."""
+
+    def __init__(self, channels: int):
+        super().__init__(
+            nn.Conv3d(channels, 2 * channels, 2, stride=2), nn.BatchNorm3d(2 * channels), nn.ReLU(inplace=True)
+        )
+
+
+class Up(nn.Sequential):
+    """ConvTranspose3d 2x2x2 stride 2 -> BatchNorm3d -> ReLU: doubles every side and halves the channels."""
+
+    def __init__(self, channels: int):
+        super().__init__(
+            nn.ConvTranspose3d(channels, channels // 2, 2, stride=2),
+            nn.BatchNorm3d(channels // 2),
+            nn.ReLU(inplace=True),
+        )
+
+
+class VNet(nn.Module):
+    """Encoder-decoder of five scales; 9,448,849 parameters with 16 filters and one head of one channel.
+
+    Args:
+        heads: head name -> output channels. 'seg' returns logits, 'sdm' returns tanh values in [-1,1]
+            (a map that is negative inside the object). All heads are 1x1x1 convolutions of the last feature map.
+        in_channels: channels of the image.
+        filters: channels of the first block, doubled at each of the four scales below.
+        dropout: channel dropout with p = 0.5 after the deepest and after the last block, in training mode only.
+
+    Raises:
+        ValueError: for an unknown head name, or in forward for a side that is not a multiple of 16.
+    """
+
+    ACTIVATIONS = {"seg": nn.Identity, "sdm": nn.Tanh}
+
+    def __init__(self, *, heads: dict[str, int], in_channels: int = 1, filters: int = 16, dropout: bool = True):
+        super().__init__()
+        unknown = set(heads) - set(self.ACTIVATIONS)
+        if unknown or not heads:
+            raise ValueError(f"heads must be named from {sorted(self.ACTIVATIONS)}, not {sorted(heads)}")
+        f = filters
+        self.encoder = nn.ModuleList(
+            [Convs(1, in_channels, f), Convs(2, 2 * f, 2 * f), Convs(3, 4 * f, 4 * f), Convs(3, 8 * f, 8 * f)]
+        )
+        self.down = nn.ModuleList([Down(f), Down(2 * f), Down(4 * f), Down(8 * f)])
+        self.bottom = Convs(3, 16 * f, 16 * f)
+        self.up = nn.ModuleList([Up(16 * f), Up(8 * f), Up(4 * f), Up(2 * f)])
+        self.decoder = nn.ModuleList(
+            [Convs(3, 8 * f, 8 * f), Convs(3, 4 * f, 4 * f), Convs(2, 2 * f, 2 * f), Convs(1, f, f)]
+        )
+        self.dropout = nn.Dropout3d(DROPOUT if dropout else 0.0)
+        self.heads = nn.ModuleDict(
+            {
+                name: nn.Sequential(nn.Conv3d(f, channels, 1), self.ACTIVATIONS[name]())
+                for name, channels in heads.items()
+            }
+        )
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        """image (N,in_channels,W,H,D) -> head name -> (N,channels,W,H,D)."""
+        if any(side % STRIDE for side in image.shape[2:]):
+            raise ValueError(f"every side must be a multiple of {STRIDE}, not {tuple(image.shape[2:])}")
+        x, skips = image, []
+        for block, down in zip(self.encoder, self.down, strict=True):
+            x = block(x)
+            skips.append(x)
+            x = down(x)
+        x = self.dropout(self.bottom(x))
+        for up, block in zip(self.up, self.decoder, strict=True):
+            x = block(up(x) + skips.pop())
+        x = self.dropout(x)
+        return {name: head(x) for name, head in self.heads.items()}
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Number of trainable scalars."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+__all__ = ["STRIDE", "VNet", "parameter_count"]

@@ -1,0 +1,168 @@
+"""The phantom set: what its volumes hold, how it lies on disk, and that it appears whole or not at all."""
+
+import shutil
+
+import h5py
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from dataloaders import phantom as module
+from dataloaders.phantom import case_shape, make_phantom_set, phantom, threshold_dice
+
+SEED = 2021
+TEST_INDICES = range(40, 48)
+
+
+@pytest.fixture(scope="module")
+def cases():
+    return [phantom(SEED, index, case_shape(SEED, index)) for index in TEST_INDICES]
+
+
+def _files(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_is_a_function_of_its_arguments(cases):
+    shape = case_shape(SEED, 40)
+    np.random.seed(7)
+    image, label = phantom(SEED, 40, shape)
+    assert np.array_equal(image, cases[0][0]) and np.array_equal(label, cases[0][1])
+    for other in (phantom(SEED, 41, shape), phantom(SEED + 1, 40, shape)):
+        assert not np.array_equal(image, other[0]) and not np.array_equal(label, other[1])
+
+
+def test_case_shapes_vary_within_their_range():
+    shapes = np.array([case_shape(SEED, index) for index in range(60)])
+    assert (shapes.min(0) >= (72, 64, 40)).all() and (shapes.max(0) <= (88, 80, 48)).all()
+    assert all(len(np.unique(shapes[:, axis])) > 4 for axis in range(3))
+
+
+def test_image_is_z_scored_float32(cases):
+    for image, _ in cases:
+        assert image.dtype == np.float32 and np.isfinite(image).all()
+        assert abs(image.mean(dtype=np.float64)) < 1e-4 and abs(image.std(dtype=np.float64) - 1) < 1e-4
+
+
+def test_label_is_one_atrium_clear_of_the_border(cases):
+    for index, (image, label) in zip(TEST_INDICES, cases, strict=True):
+        assert label.dtype == np.uint8 and label.shape == image.shape == case_shape(SEED, index)
+        assert set(np.unique(label)) == {0, 1}
+        assert ndimage.label(label)[1] == 1
+        assert 0.06 <= label.mean() <= 0.14
+        assert label[1:-1, 1:-1, 1:-1].sum() == label.sum()
+
+
+@pytest.mark.parametrize("shape", [(48, 48, 32), (24, 32, 16)])
+def test_small_shapes_hold_an_atrium_too(shape):
+    image, label = phantom(SEED, 0, shape)
+    assert image.shape == label.shape == shape
+    assert ndimage.label(label)[1] == 1
+
+
+@pytest.mark.parametrize("largest_component", [False, True])
+def test_no_threshold_segments_the_set(cases, largest_component):
+    assert 0.2 < threshold_dice(cases, largest_component) < 0.65
+
+
+def test_threshold_dice_is_one_where_a_threshold_suffices():
+    label = np.zeros((12, 12, 12), np.uint8)
+    label[3:9, 3:9, 3:9] = 1
+    image = label.astype(np.float32)
+    assert threshold_dice([(image, label)]) == 1
+    # A speck as bright as the object costs the plain threshold, not the one that keeps the largest component.
+    image[0, 0, 0] = 1
+    assert threshold_dice([(image, label)]) == pytest.approx(2 * 216 / (216 + 217))
+    assert threshold_dice([(image, label)], largest_component=True) == 1
+
+
+def test_threshold_dice_counts_corners_as_connected():
+    label = np.zeros((12, 12, 12), np.uint8)
+    label[2:6, 2:6, 2:6] = label[6:10, 6:10, 6:10] = 1
+    assert threshold_dice([(label.astype(np.float32), label)], largest_component=True) == 1
+
+
+def test_threshold_dice_uses_one_interval_for_all_cases():
+    label = np.zeros((8, 8, 8), np.uint8)
+    label[:4] = 1
+    # Bright in one case, dark in the other: no interval serves both, though one serves either.
+    image = label.astype(np.float32)
+    assert threshold_dice([(image, label)]) == threshold_dice([(1 - image, label)]) == 1
+    assert threshold_dice([(image, label), (1 - image, label)]) == pytest.approx(2 / 3)
+
+
+def test_threshold_dice_needs_a_case():
+    with pytest.raises(ValueError, match="at least one case"):
+        threshold_dice([])
+
+
+def test_set_lies_as_la_does(tmp_path):
+    folder = tmp_path / "data" / "phantom"
+    make_phantom_set(folder, seed=5, train=2, test=1)
+    assert (folder / "train.list").read_text().split() == ["phantom_000", "phantom_001"]
+    assert (folder / "test.list").read_text().split() == ["phantom_002"]
+    for index in range(3):
+        image, label = phantom(5, index, case_shape(5, index))
+        with h5py.File(folder / f"phantom_{index:03d}" / "mri_norm2.h5") as file:
+            assert file["image"].dtype == np.float32 and file["label"].dtype == np.uint8
+            assert file["image"].compression == file["label"].compression == "gzip"
+            assert np.array_equal(file["image"][:], image) and np.array_equal(file["label"][:], label)
+            assert tuple(file.attrs["spacing"]) == (1.0, 1.0, 1.0)
+    assert [path.name for path in folder.parent.iterdir()] == ["phantom"]
+
+
+def test_interrupted_generation_leaves_nothing(tmp_path, monkeypatch):
+    def fail_midway(seed, index, shape):
+        if index == 1:
+            raise KeyboardInterrupt
+        return phantom(seed, index, shape)
+
+    monkeypatch.setattr(module, "phantom", fail_midway)
+    with pytest.raises(KeyboardInterrupt):
+        make_phantom_set(tmp_path / "set", train=2, test=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_existing_set_is_left_alone(tmp_path):
+    folder = tmp_path / "set"
+    make_phantom_set(folder, seed=5, train=1, test=1)
+    before = _files(folder)
+    make_phantom_set(folder, seed=6, train=2, test=1)
+    assert _files(folder) == before
+
+
+def test_second_process_to_finish_drops_its_set(tmp_path, monkeypatch):
+    first, folder = tmp_path / "first", tmp_path / "set"
+    make_phantom_set(first, train=1, test=1)
+
+    def overtaken(seed, index, shape):
+        if index == 1:
+            shutil.copytree(first, folder)
+        return phantom(seed, index, shape)
+
+    monkeypatch.setattr(module, "phantom", overtaken)
+    make_phantom_set(folder, train=1, test=1)
+    assert _files(folder) == _files(first)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "set"]
+
+
+def test_folder_of_other_things_is_not_overwritten(tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(OSError):
+        make_phantom_set(folder, train=1, test=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+
+
+def test_command_writes_a_set_and_prints_two_lines(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "set"
+    monkeypatch.setattr("sys.argv", ["phantom", str(folder), "--train", "1", "--test", "1"])
+    module.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and all(0 < float(line.split()[-1]) < 1 for line in lines)
+    before = _files(folder)
+    module.main()
+    assert capsys.readouterr().out.splitlines() == lines
+    assert _files(folder) == before

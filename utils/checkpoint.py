@@ -1,0 +1,110 @@
+"""Checkpoints: either the old one or the new one, never half; loading one never runs code."""
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from utils.errors import UserError
+
+FORMAT = 1
+LAST, PREVIOUS = "last.pt", "previous.pt"
+
+
+def fsync_folder(folder: Path) -> None:
+    """Makes a rename inside the folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file under a temporary name beside it, then renames: readers see the old one or the new one."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    fsync_folder(path.parent)
+
+
+def save_checkpoint(folder: Path, state: dict[str, Any]) -> Path:
+    """Saves `state` (tensors and plain Python only) as folder/last.pt; the one before stays as folder/previous.pt.
+
+    Raises:
+        UserError: when the folder cannot be written (full or read-only); what was there before is untouched.
+    """
+    last, partial = folder / LAST, folder / f".{LAST}.{os.getpid()}.partial"
+    try:
+        with open(partial, "wb") as f:
+            torch.save({"format": FORMAT, **state}, f)
+            f.flush()
+            os.fsync(f.fileno())
+        if last.exists():
+            # A hard link, so that at every moment some whole file bears the name last.pt.
+            link = folder / f".{PREVIOUS}.{os.getpid()}.partial"
+            link.unlink(missing_ok=True)
+            os.link(last, link)
+            os.replace(link, folder / PREVIOUS)
+        os.replace(partial, last)
+        fsync_folder(folder)
+    except OSError as e:
+        raise UserError(
+            f"cannot save {last}: {e.strerror or e}. Free some space or choose another --runs folder."
+        ) from e
+    finally:
+        partial.unlink(missing_ok=True)
+    return last
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Loads a checkpoint file, or the newest whole one of a run folder, onto the CPU.
+
+    Raises:
+        UserError: missing, cut short, damaged (CRC), not a checkpoint, of another format, or holding more than
+            tensors and plain Python; the text says which.
+    """
+    if path.is_dir():
+        found = [path / name for name in (LAST, PREVIOUS) if (path / name).exists()]
+        if not found:
+            raise UserError(f"{path} holds no checkpoint {LAST}. Give a run folder of train_dtml.py or a .pt file.")
+        for candidate, older in zip(found, found[1:], strict=False):
+            try:
+                return load_checkpoint(candidate)
+            except UserError as e:
+                print(f"warning: {e} Using {older} instead.")
+        path = found[-1]
+    if not path.is_file():
+        raise UserError(f"{path} does not exist. Give a run folder of train_dtml.py or a .pt file.")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch itself loads flipped bits without a word
+        if damaged is not None:
+            raise UserError(f"{path} is damaged: the checksum of {damaged} is wrong. Use an older checkpoint.")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (zipfile.BadZipFile, EOFError, RuntimeError) as e:
+        raise UserError(f"{path} is incomplete or no checkpoint ({str(e).splitlines()[0]}). Use an older one.") from e
+    except pickle.UnpicklingError as e:
+        raise UserError(
+            f"{path} holds more than tensors and plain Python, so it was not loaded and nothing in it was run. "
+            "Only open checkpoints written by train_dtml.py."
+        ) from e
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror or e}. Check the file and its permissions.") from e
+    if not isinstance(state, dict) or "format" not in state:
+        raise UserError(f"{path} is no checkpoint of this project: it has no format number. Give one of train_dtml.py.")
+    if state["format"] != FORMAT:
+        raise UserError(
+            f"{path} has checkpoint format {state['format']}, this code reads {FORMAT}. "
+            "Use the version of the code that wrote it."
+        )
+    return state

@@ -1,0 +1,55 @@
+"""Choosing a device and making its arithmetic repeatable."""
+
+import os
+import resource
+
+import numpy as np
+import torch
+
+from utils.errors import UserError
+
+
+def choose_device(name: str) -> torch.device:
+    """'auto' is the GPU of this process if there is one, else the CPU; also 'cpu', 'cuda', 'cuda:1'.
+
+    Raises:
+        UserError: an unknown name, or a GPU that is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as e:
+        raise UserError(f"--device {name} is no device. Use auto, cpu, cuda or cuda:N.") from e
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
+        if index >= count:
+            raise UserError(f"--device {name} asks for GPU {index}, but there are {count} here. Use --device cpu.")
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    elif device.type != "cpu":
+        raise UserError(f"--device {name} is not supported. Use auto, cpu, cuda or cuda:N.")
+    return device
+
+
+def set_arithmetic(*, deterministic: bool) -> None:
+    """float32 means float32: cuDNN would use tf32 by itself, and sigmoid(-1500 z) magnifies its rounding."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+
+
+def seed_iteration(seed: int, iteration: int, rank: int = 0) -> None:
+    """Seeds torch from (seed, iteration, rank), so that dropout and noise have no history to save."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, iteration, rank]).generate_state(1, np.uint64)[0] >> 1))
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory this process has held so far: of the GPU if it computes there, else resident; in GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

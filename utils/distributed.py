@@ -1,0 +1,39 @@
+"""One process or several under torchrun, with the same code: torchrun's environment says which."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+RANK = int(os.environ.get("RANK", 0))
+RANKS = int(os.environ.get("WORLD_SIZE", 1))
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Joins the processes of torchrun; does nothing for a single process."""
+    if RANKS == 1:
+        yield
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def any_rank(*flags: float, device: torch.device) -> list[float]:
+    """The largest value of each flag over all processes, so that they stop or fail together."""
+    if RANKS == 1:
+        return list(flags)
+    shared = torch.tensor(flags, dtype=torch.float64, device=device)
+    dist.all_reduce(shared, dist.ReduceOp.MAX)
+    return shared.tolist()
+
+
+def wait_for_rank_0() -> None:
+    """A barrier: what rank 0 did before it, the others see after it."""
+    if RANKS > 1:
+        dist.barrier()

@@ -1,0 +1,71 @@
+"""What can end a program, and the exit code each end has."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+
+class UserError(Exception):
+    """A mistake of the user's: its text names the file or flag, what is wrong and what to do. Exit code 2."""
+
+
+class Diverged(Exception):
+    """A loss or a gradient is not finite. Exit code 3."""
+
+
+class Stopped(Exception):
+    """A signal asked the program to stop, and it stopped after saving. Exit code 128 + signal number."""
+
+    def __init__(self, number: int, message: str):
+        super().__init__(message)
+        self.exit_code = 128 + number
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs `main` and leaves with 0 done, 2 user's mistake, 3 diverged, 130 Ctrl-C, 143 SIGTERM; a bug's traceback is 1."""
+    try:
+        main()
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except Diverged as e:
+        print(f"diverged: {e}", file=sys.stderr)
+        sys.exit(3)
+    except Stopped as e:
+        print(f"stopped: {e}", file=sys.stderr)
+        sys.exit(e.exit_code)
+    except KeyboardInterrupt:
+        print("stopped: Ctrl-C", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our table left early, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class StopSignal:
+    """Remembers SIGTERM or the first Ctrl-C, so that the loop can save and leave; a second Ctrl-C quits at once.
+
+    `number` is the signal's number, 0 while none came.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def __enter__(self) -> "StopSignal":
+        self._before = {s: signal.signal(s, self._remember) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def ignore_stop_signals(worker: int = 0) -> None:
+    """For data workers: a signal to the whole group must let the main process save first, and then end them."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,135 @@
+"""Command lines from dataclasses: one flag per field, its default and its help in one place."""
+
+import argparse
+import dataclasses
+import difflib
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from utils.errors import UserError
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    group: str = "run",
+    type: Any = None,
+    choices: Sequence[str] | None = None,
+    nargs: int | str | None = None,
+    harmless: bool = False,
+) -> Any:
+    """A dataclass field that is also a flag.
+
+    `harmless` marks what may differ when a run is resumed, because it cannot change the result; `type` is needed
+    where the default is None or a list.
+    """
+    about = {"help": help, "group": group, "type": type, "choices": choices, "nargs": nargs, "harmless": harmless}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=about)
+    return field(default=default, metadata=about)
+
+
+def default_of(f: dataclasses.Field) -> Any:
+    """The default value of a field made by `option`."""
+    return f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+
+
+class Parser(argparse.ArgumentParser):
+    """Hyphenated flags (underscores accepted), no abbreviations, @FILE replays flags, a mistyped flag names the nearest."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(
+            allow_abbrev=False,
+            formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
+            argument_default=argparse.SUPPRESS,
+            **kwargs,
+        )
+
+    def expand(self, argv: Sequence[str] | None = None) -> list[str]:
+        """The words of a command line (default: the program's) with each @FILE replaced by the flags in it."""
+        words: list[str] = []
+        for word in sys.argv[1:] if argv is None else argv:
+            if not word.startswith("@"):
+                words.append(word)
+                continue
+            try:
+                words += shlex.split(Path(word[1:]).read_text(encoding="utf-8"), comments=True)
+            except (OSError, UnicodeDecodeError, ValueError) as e:
+                raise UserError(f"cannot read the options file {word[1:]}: {e}. Give an options.txt of a run.") from e
+        return [self._hyphenate(word) for word in words]
+
+    @staticmethod
+    def _hyphenate(word: str) -> str:
+        flag, equals, value = word.partition("=")
+        return flag.replace("_", "-") + equals + value if word.startswith("--") else word
+
+    def parse(self, argv: Sequence[str] | None = None) -> dict[str, Any]:
+        """Only what was given on the command line: option name -> value."""
+        given, unknown = self.parse_known_args(self.expand(argv))
+        if unknown:
+            flag = next((w for w in unknown if w.startswith("-")), unknown[0]).partition("=")[0]
+            near = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.5)
+            self.error(f"unknown argument {flag}." + (f" Did you mean {near[0]}?" if near else " See --help."))
+        return vars(given)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message if message.endswith((".", "?")) else f"{message}. See --help.")
+
+    def add_dataclass(self, cls: type, title: str | None = None) -> None:
+        """Adds a flag for every field of the dataclass made by `option`, grouped by its `group`, or under `title`."""
+        groups: dict[str, Any] = {}
+        for f in dataclasses.fields(cls):
+            about, default = f.metadata, default_of(f)
+            name = title or about["group"]
+            if name not in groups:
+                groups[name] = self.add_argument_group(name)
+            text = about["help"].replace("%", "%%")
+            if default is not None and default != []:
+                shown = " ".join(map(str, default)) if isinstance(default, list) else default
+                text += f" (default {'yes' if shown is True else 'no' if shown is False else shown})"
+            flag = "--" + f.name.replace("_", "-")
+            if isinstance(default, bool):
+                groups[name].add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+                continue
+            kind = about["type"] or type(default[0] if isinstance(default, list) else default)
+            extra: dict[str, Any] = {"type": kind, "help": text}
+            if about["choices"]:
+                extra["choices"] = list(about["choices"])
+            else:
+                extra["metavar"] = "N" if kind is int else "X" if kind is float else f.name.upper()
+            if about["nargs"]:
+                extra["nargs"] = about["nargs"]
+            groups[name].add_argument(flag, **extra)
+
+
+def fill(cls: type, *layers: dict[str, Any]) -> Any:
+    """An instance of the dataclass from its defaults and the layers, later ones winning; other keys are left alone."""
+    names = {f.name for f in dataclasses.fields(cls)}
+    merged = {k: v for layer in layers for k, v in layer.items() if k in names}
+    return cls(**merged)
+
+
+def as_flags(values: dict[str, Any]) -> str:
+    """Lines of flags that @FILE replays; None is a default that depends on others and is left out."""
+    lines = []
+    for name, value in values.items():
+        flag = "--" + name.replace("_", "-")
+        if value is None:
+            continue
+        if isinstance(value, bool):
+            lines.append(flag if value else "--no-" + flag[2:])
+        elif isinstance(value, (list, tuple)):
+            lines.append(f"{flag} " + " ".join(shlex.quote(str(v)) for v in value))
+        else:
+            lines.append(f"{flag} {shlex.quote(str(value))}")
+    return "\n".join(lines) + "\n"
+
+
+def harmless_names(classes: Iterable[type]) -> set[str]:
+    """Names of the options that cannot change a run's result."""
+    return {f.name for cls in classes for f in dataclasses.fields(cls) if f.metadata["harmless"]}

@@ -1,0 +1,54 @@
+"""Pictures of slices: an image and maps of it side by side, with contours of prediction and label."""
+
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+PREDICTION, LABEL = "#ffb000", "#00d0a0"
+
+
+def fixed_slice(label: NDArray | None, depth: int) -> int:
+    """The z slice to show: the one with most label, or the middle one."""
+    return depth // 2 if label is None or not label.any() else int(label.sum(axis=(0, 1)).argmax())
+
+
+def panels(
+    image: NDArray,
+    maps: dict[str, NDArray],
+    contours: dict[str, tuple[NDArray, str]],
+    title: str = "",
+    height: float = 2.6,
+) -> NDArray[np.uint8]:
+    """Draws one slice as a row of panels.
+
+    Args:
+        image: (W,H) intensities, shown between their 1st and 99th percentile.
+        maps: name -> (W,H); 'z' is shown in blue (inside) to red over [-1,1], everything else in grey over [0,1].
+        contours: name -> (mask (W,H), colour), drawn on every panel.
+
+    Returns:
+        (height, width, 3) picture.
+    """
+    w, h = image.shape
+    figure = Figure(figsize=((len(maps) + 1) * height * w / h * 1.02, height + 0.5), dpi=100, facecolor="white")
+    canvas = FigureCanvasAgg(figure)
+    for i, (name, values) in enumerate({"image": image, **maps}.items()):
+        axes = figure.add_axes((i / (len(maps) + 1), 0, 0.98 / (len(maps) + 1), height / (height + 0.5)))
+        look: dict[str, Any] = {"cmap": "gray", "vmin": 0, "vmax": 1}
+        if name == "image":
+            look["vmin"], look["vmax"] = np.percentile(values, (1, 99))
+        elif name == "z":
+            look = {"cmap": "coolwarm", "vmin": -1, "vmax": 1}
+        axes.imshow(values.T, origin="lower", interpolation="nearest", aspect="auto", **look)
+        for mask, colour in contours.values():
+            if mask.any() and not mask.all():
+                axes.contour(mask.T.astype(float), [0.5], colors=[colour], linewidths=1.2)
+        axes.set_axis_off()
+        axes.set_title(name, fontsize=10, pad=3)
+    key = ", ".join(f"{name} {'orange' if colour == PREDICTION else 'green'}" for name, (_, colour) in contours.items())
+    figure.text(0.002, 0.985, f"{title}   contours: {key}", fontsize=8, va="top")
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -1,0 +1,86 @@
+"""What a run tells: progress bar or log lines, TensorBoard, and the curves as text."""
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from utils.run_folder import Scalars
+
+
+class Report:
+    """Log of one run, in its folder and on stderr.
+
+    Numbers are fetched from the device only every `log_every` iterations. On a terminal there is one progress bar,
+    elsewhere a line every `log_every` iterations. A resumed run continues its curves at `start`.
+    """
+
+    def __init__(self, folder: Path, *, start: int, iterations: int, log_every: int):
+        self.log_every, self.iterations, self.start = log_every, iterations, start
+        self.scalars = Scalars(folder, start)
+        self.board = SummaryWriter(str(folder), purge_step=start)
+        self.log = open(folder / "log.txt", "a", encoding="utf-8")
+        self.bar = tqdm(
+            total=iterations,
+            initial=start,
+            disable=not sys.stderr.isatty(),
+            unit="it",
+            dynamic_ncols=True,
+            smoothing=0.05,
+        )
+        self.last, self.clock = start, time.monotonic()
+
+    def __enter__(self) -> "Report":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.bar.close()
+        self.board.close()
+        self.log.close()
+
+    def say(self, line: str) -> None:
+        """One line to stderr and to log.txt, above the bar if there is one."""
+        tqdm.write(line, file=sys.stderr)
+        self.log.write(line + "\n")
+        self.log.flush()
+
+    def text(self, texts: Mapping[str, Any]) -> None:
+        """Nested values as TensorBoard text, one page per name."""
+        for name, value in texts.items():
+            self.board.add_text(name, "```\n" + json.dumps(value, indent=2) + "\n```", self.start)
+
+    def iteration(self, iteration: int, losses: Any, lr: float) -> None:
+        """After an optimiser step: `losses` is methods.base.Losses, `lr` the rate of the step."""
+        self.bar.update()
+        done = iteration + 1
+        if done % self.log_every and done != self.iterations:
+            return
+        now = time.monotonic()
+        speed = (done - self.last) / max(now - self.clock, 1e-9)
+        self.last, self.clock = done, now
+        terms = {f"loss/{name}": float(value.detach()) for name, value in losses.terms.items()}
+        monitors = {name: float(value) for name, value in losses.monitors.items()}
+        curves = {"loss/total": float(losses.total.detach()), **terms, **losses.weights, "lr": lr, **monitors}
+        for name, value in {**curves, "speed/iterations_per_s": speed}.items():
+            self.board.add_scalar(name, value, done)
+        self.scalars.add(iteration, curves)
+        short = [f"{name.partition('/')[2]} {value:.3f}" for name, value in terms.items()]
+        short += [f"{name} {value:.4f}" for name, value in losses.weights.items()]
+        self.bar.set_postfix_str(", ".join([*short, f"lr {lr:g}"]))
+        left = (self.iterations - done) / speed
+        line = f"{done}/{self.iterations}  {'  '.join(short)}  lr {lr:g}  {speed:.2f} it/s  {left / 60:.1f} min left"
+        if self.bar.disable:
+            self.say(line)
+        else:
+            self.log.write(line + "\n")
+
+    def picture(self, name: str, picture: NDArray, iteration: int) -> None:
+        """(height, width, 3) uint8 to TensorBoard."""
+        self.board.add_image(name, picture, iteration, dataformats="HWC")
+        self.board.flush()

@@ -1,0 +1,116 @@
+"""The folder of one run: what was asked, with what, the curves as text, and the checkpoints."""
+
+import csv
+import hashlib
+import io
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from utils.checkpoint import LAST, write_whole
+from utils.errors import UserError
+
+OPTIONS, MANIFEST, SCALARS = "options.txt", "manifest.json", "scalars.csv"
+PACKAGES = ("torch", "numpy", "h5py", "scipy", "medpy", "scikit-image", "tensorboard")
+
+
+def open_run_folder(folder: Path, *, resume: bool, fresh: bool) -> None:
+    """Makes the folder of a new run.
+
+    Raises:
+        UserError: if it exists with something in it and neither `resume` nor `fresh` was asked for; `fresh` moves
+            the old one aside, nothing is ever deleted.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file, where the run's folder should be. Choose another --name or --runs.")
+    if folder.exists() and any(folder.iterdir()) and not resume:
+        if not fresh:
+            raise UserError(
+                f"the run folder {folder} exists already. Use --resume auto to go on with it, --fresh to move it "
+                "aside and start again, or --name for another one."
+            )
+        os.replace(folder, folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"cannot make the run folder {folder}: {e.strerror}. Choose another --runs folder.") from e
+
+
+def has_checkpoint(folder: Path) -> bool:
+    return (folder / LAST).exists()
+
+
+def _git(*words: str) -> str | None:
+    try:
+        here = Path(__file__).resolve().parent
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def processor() -> str:
+    """The processor's name as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def make_manifest(device: torch.device, **more: Any) -> dict[str, Any]:
+    """What made this run: command, commit, versions and hardware, as plain JSON values."""
+    return {
+        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        **more,
+    }
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_whole(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def digest(*arrays: Any) -> str:
+    """First 16 hexadecimal digits of the SHA-256 of the arrays' bytes."""
+    sha = hashlib.sha256()
+    for array in arrays:
+        sha.update(array.tobytes())
+    return sha.hexdigest()[:16]
+
+
+class Scalars:
+    """scalars.csv: the curves as text, a row for every logged iteration; a resumed run drops rows from `start` on."""
+
+    def __init__(self, folder: Path, start: int):
+        self.path = folder / SCALARS
+        self.names: list[str] = []
+        if self.path.exists():
+            with open(self.path, newline="") as f:
+                self.names, *rows = list(csv.reader(f)) or [[]]
+            kept = [row for row in rows if row and int(row[0]) < start]
+            text = io.StringIO()
+            csv.writer(text, lineterminator="\n").writerows([self.names, *kept] if self.names else [])
+            write_whole(self.path, text.getvalue().encode())
+
+    def add(self, iteration: int, values: dict[str, float]) -> None:
+        with open(self.path, "a", newline="") as f:
+            writer = csv.writer(f, lineterminator="\n")
+            if not self.names:
+                self.names = ["iteration", *values]
+                writer.writerow(self.names)
+            writer.writerow([iteration, *(f"{values[name]:.6g}" for name in self.names[1:])])
