@@ -21,91 +21,84 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from dataloaders.augmentation import AUGMENTATIONS
-from dataloaders.cases import LA_FOLDER, PHANTOM_FOLDER, find_cases, lists_of
-from dataloaders.phantom import make_phantom_set
+from dataloaders.cases import LA_FOLDER, PHANTOM_FOLDER
+from dataloaders.training import training_cases
 from dataloaders.two_stream import Patches, TwoStreamBatchSampler, make_loader
 from dataloaders.volumes import CACHES, Volumes
-from methods import METHODS, Losses, Method
-from networks.vnet import STRIDE
+from methods import METHODS, Method, check_finite
 from utils.checkpoint import load_checkpoint, save_checkpoint, write_whole
 from utils.devices import choose_device, peak_memory_gib, seed_iteration, set_arithmetic
 from utils.distributed import RANK, RANKS, any_rank, process_group, wait_for_rank_0
-from utils.errors import Diverged, Stopped, StopSignal, UserError, run
-from utils.options import Parser, as_flags, fill, harmless_names, option
-from utils.pictures import LABEL, PREDICTION, fixed_slice, panels
+from utils.errors import Stopped, StopSignal, UserError, run
+from utils.options import Parser, as_flags, fill, harmless_names, option, refuse_differences, varied
+from utils.pictures import slice_picture
 from utils.ramps import default_lr_steps, learning_rate
 from utils.report import Report
 from utils.run_folder import MANIFEST, OPTIONS, has_checkpoint, make_manifest, open_run_folder, write_json
-
-
-@dataclasses.dataclass
-class Options:
-    """What every method shares. None means: depends on other options, settled by `settle`."""
-
-    method: str = option(
-        "dtml", "what to train; METHOD --help lists its own options", group="method", choices=list(METHODS)
-    )
-    preset: str | None = option(
-        None, "named settings of the method: paper (default), authors", group="method", type=str
-    )
-
-    data: str | None = option(
-        None, "folder of the data set (default data/la, else the phantom set)", group="data", type=str
-    )
-    profile: str | None = option(
-        None,
-        "scale of the run; default full, phantom on the phantom set",
-        group="data",
-        type=str,
-        choices=("full", "half", "phantom"),
-    )
-    labeled: int = option(16, "the first N scans of train.list are labeled", group="data")
-    unlabeled: int | None = option(
-        None, "how many of the others to use without label (default all; 0: labeled only)", group="data", type=int
-    )
-    downsample: int = option(1, "pool this many voxels along each axis into one", group="data")
-    patch_size: list[int] = option([112, 112, 80], "voxels of a crop along x, y, z", group="data", nargs=3)
-    augment: str = option("d4", "turns and flips of a crop", group="data", choices=AUGMENTATIONS)
-    cache: str = option("auto", "where the volumes stay", group="data", choices=CACHES, harmless=True)
-    workers: int = option(0, "processes that prepare crops; cached volumes need none", group="data", harmless=True)
-
-    iterations: int = option(6000, "optimiser steps", group="optimisation")
-    batch_size: int = option(4, "crops in a batch, on each process", group="optimisation")
-    labeled_batch: int | None = option(
-        None, "labeled crops of these (default half, or all without unlabeled scans)", group="optimisation", type=int
-    )
-    lr: float = option(0.01, "learning rate of SGD", group="optimisation")
-    lr_steps: list[int] | None = option(
-        None,
-        "iterations at which it drops (default 5/12 and 5/6 of all: 2500 5000)",
-        group="optimisation",
-        type=int,
-        nargs="*",
-    )
-    lr_gamma: float = option(0.1, "factor of each drop", group="optimisation")
-    momentum: float = option(0.9, "of SGD", group="optimisation")
-    weight_decay: float = option(1e-4, "of SGD", group="optimisation")
-    seed: int = option(1337, "of the initial weights, the batches and the dropout", group="optimisation")
-
-    device: str = option("auto", "auto, cpu, cuda or cuda:N", harmless=True)
-    threads: int = option(0, "CPU threads; 0 leaves torch's choice", harmless=True)
-    deterministic: bool = option(False, "bit-exact repeats on a GPU too, at some cost", harmless=True)
-    runs: str = option("runs", "where run folders go", harmless=True)
-    name: str | None = option(None, "run folder below --runs (default from what varies)", type=str, harmless=True)
-    resume: str | None = option(
-        None, "auto: go on with this run if it exists; or a run folder or checkpoint", type=str, harmless=True
-    )
-    fresh: bool = option(False, "move an existing run folder aside and start again", harmless=True)
-    save_every: int = option(500, "iterations between checkpoints", harmless=True)
-    log_every: int = option(10, "iterations between points of the curves", harmless=True)
-    picture_every: int = option(500, "iterations between pictures; 0: none", harmless=True)
-
 
 PROFILES: dict[str, dict[str, Any]] = {
     "full": {},
     "half": {"downsample": 2, "patch_size": [64, 64, 32], "filters": 8, "iterations": 2400},
     "phantom": {"labeled": 8, "patch_size": [48, 48, 32], "filters": 8, "iterations": 300, "picture_every": 100},
 }
+
+
+@dataclasses.dataclass
+class Options:
+    """What every method shares. None means: depends on other options, settled by `settle`."""
+
+    method: str = option("dtml", "what to train; --method NAME --help lists its own options", choices=list(METHODS))
+    preset: str = option("", "named settings of the method, for dtml: paper (default), authors")
+
+    data: str = option("", "folder of the data set (default data/la, else the phantom set)", group="data")
+    profile: str = option("", "scale of the run: full (default), half, phantom", choices=list(PROFILES), group="data")
+    labeled: int = option(16, "the first N scans of train.list are labeled", group="data")
+    unlabeled: int | None = option(
+        None, "how many of the others to use without label (default all; 0: labeled only)", group="data", type=int
+    )
+    downsample: int = option(1, "pool this many voxels along each axis into one", group="data", minimum=1)
+    patch_size: list[int] = option([112, 112, 80], "voxels of a crop along x, y, z", group="data", nargs=3, minimum=1)
+    augment: str = option("d4", "turns and flips of a crop", group="data", choices=AUGMENTATIONS)
+    cache: str = option("auto", "where the volumes stay", group="data", choices=CACHES, harmless=True)
+    workers: int = option(
+        0, "processes that prepare crops; cached volumes need none", group="data", harmless=True, minimum=0
+    )
+
+    iterations: int = option(6000, "optimiser steps", group="optimisation", minimum=1)
+    batch_size: int = option(4, "crops in a batch, on each process", group="optimisation", minimum=1)
+    labeled_batch: int | None = option(
+        None,
+        "labeled crops of these (default half, or all without unlabeled scans)",
+        group="optimisation",
+        type=int,
+        minimum=1,
+    )
+    lr: float = option(0.01, "learning rate of SGD", group="optimisation", minimum=0)
+    lr_steps: list[int] | None = option(
+        None,
+        "iterations at which it drops (default 5/12 and 5/6 of all: 2500 5000)",
+        group="optimisation",
+        type=int,
+        nargs="*",
+        minimum=0,
+    )
+    lr_gamma: float = option(0.1, "factor of each drop", group="optimisation", minimum=0)
+    momentum: float = option(0.9, "of SGD", group="optimisation", minimum=0)
+    weight_decay: float = option(1e-4, "of SGD", group="optimisation", minimum=0)
+    seed: int = option(1337, "of the initial weights, the batches and the dropout", group="optimisation", minimum=0)
+
+    device: str = option("auto", "auto, cpu, cuda or cuda:N", harmless=True)
+    threads: int = option(0, "CPU threads; 0 leaves torch's choice", harmless=True, minimum=0)
+    deterministic: bool = option(False, "bit-exact repeats on a GPU too, at some cost", harmless=True)
+    runs: str = option("runs", "where run folders go", harmless=True)
+    name: str = option("", "run folder below --runs (default from what varies)", harmless=True)
+    resume: str = option("", "auto: go on with this run if it exists; or a run folder or checkpoint", harmless=True)
+    fresh: bool = option(False, "move an existing run folder aside and start again", harmless=True)
+    save_every: int = option(500, "iterations between checkpoints", harmless=True, minimum=1)
+    log_every: int = option(10, "iterations between points of the curves", harmless=True, minimum=1)
+    picture_every: int = option(500, "iterations between pictures; 0: none", harmless=True, minimum=0)
+
+
 NOT_REPLAYED = {"resume", "fresh"}
 
 
@@ -116,34 +109,30 @@ def read_options(argv: list[str] | None) -> tuple[Options, Method.Options, Path,
     first.add_argument("--resume")
     words = first.expand(argv)
     known = vars(first.parse_known_args(words)[0])
-    state = None
-    if known.get("resume", "auto") != "auto":
-        state = load_checkpoint(Path(known["resume"]))
-        known.setdefault("method", state["options"]["method"])
-    kind = METHODS[known.get("method", Options.method)]
+    resume = known.get("resume", "auto")
+    state = None if resume == "auto" else load_checkpoint(Path(resume))
+    name = known.get("method", state["options"]["method"] if state else Options.method)
+    kind = METHODS[name]
 
     parser = Parser(description=__doc__, prog="train_dtml.py")
     parser.add_dataclass(Options)
-    parser.add_dataclass(kind.Options, title=f"method {kind.__name__}")
+    parser.add_dataclass(kind.Options, title=f"method {name}")
     given = parser.parse(words)
-    if state is None:
-        options, method_options = settle(given, kind)
-        folder = Path(options.runs) / (options.name or default_name(options, method_options, given, kind))
-        if options.resume == "auto" and has_checkpoint(folder):
-            state = load_checkpoint(folder)
-    else:
-        path = Path(known["resume"])
-        folder = path if path.is_dir() else path.parent
     if state is not None:
-        harmless = harmless_names([Options, kind.Options])
-        differ = {k: v for k, v in given.items() if k not in harmless and v != state["options"].get(k)}
-        if differ:
-            lines = "\n".join(
-                f"  --{k.replace('_', '-')}: {state['options'].get(k)} before, {v} now" for k, v in differ.items()
-            )
-            raise UserError(f"the run {folder} was started with other options. Resume it without them:\n{lines}")
-        options, method_options = (fill(c, state["options"], given) for c in (Options, kind.Options))
-    return options, method_options, folder, state
+        folder = Path(resume) if Path(resume).is_dir() else Path(resume).parent
+    else:
+        o, method_options = settle(given, kind)
+        usual = settle({key: given[key] for key in ("data", "profile", "preset") if key in given}, kind)
+        changed = varied(o, usual[0], skip=("method", "labeled", "seed")) + varied(method_options, usual[1])
+        dataset = Path(o.data).name + ("" if o.profile in ("full", "phantom") else f"-{o.profile}")
+        preset = [] if o.preset == next(iter(kind.PRESETS)) else [o.preset]
+        words = [name, *preset, str(o.labeled), *changed, f"seed{o.seed}"]
+        folder = Path(o.runs) / (o.name or f"{dataset}/" + "-".join(words))
+        state = load_checkpoint(folder) if o.resume == "auto" and has_checkpoint(folder) else None
+    if state is not None:
+        refuse_differences(given, state["options"], harmless_names([Options, kind.Options]), folder)
+        o, method_options = (fill(cls, state["options"], given) for cls in (Options, kind.Options))
+    return o, method_options, folder, state
 
 
 def settle(given: dict[str, Any], kind: type[Method]) -> tuple[Options, Method.Options]:
@@ -152,120 +141,28 @@ def settle(given: dict[str, Any], kind: type[Method]) -> tuple[Options, Method.O
     profile = given.get("profile") or ("phantom" if Path(data) == PHANTOM_FOLDER else "full")
     preset = given.get("preset") or next(iter(kind.PRESETS))
     if preset not in kind.PRESETS:
-        raise UserError(
-            f"--preset {preset} is none of {given.get('method', Options.method)}'s: {', '.join(kind.PRESETS)}."
-        )
-    named = {"data": data, "profile": profile, "preset": preset}
-    layers = (PROFILES[profile], kind.PRESETS[preset], given, named)
-    options, method_options = fill(Options, *layers), fill(kind.Options, *layers)
+        raise UserError(f"--preset {preset} is none of this method's. Choose from {', '.join(kind.PRESETS)}.")
     if not kind.uses_unlabeled:
-        options.unlabeled = 0
-    if options.lr_steps is None:
-        options.lr_steps = default_lr_steps(options.iterations)
-    return options, method_options
-
-
-def default_name(options: Options, method_options: Method.Options, given: dict[str, Any], kind: type[Method]) -> str:
-    """From what varies, e.g. la/dtml-16-seed1337 or la-half/dtml-authors-16-k150-seed1."""
-    dataset = Path(options.data or "").name + ("" if options.profile in ("full", "phantom") else f"-{options.profile}")
-    usual, usual_method = settle({k: given[k] for k in ("data", "profile", "preset") if k in given}, kind)
-    varied = []
-    for now, before in ((options, usual), (method_options, usual_method)):
-        for f in dataclasses.fields(now):
-            value = getattr(now, f.name)
-            derived = f.name == "lr_steps" and "lr_steps" not in given
-            if (
-                not f.metadata["harmless"]
-                and not derived
-                and f.name not in ("labeled", "seed", "method")
-                and value != getattr(before, f.name)
-            ):
-                shown = "x".join(map(str, value)) if isinstance(value, list) else value
-                varied.append(f"{f.name.replace('_', '')}{shown}")
-    preset = [] if options.preset == next(iter(kind.PRESETS)) else [options.preset]
-    words = [options.method, *preset, options.labeled, *varied, f"seed{options.seed}"]
-    return f"{dataset}/" + "-".join(map(str, words))
-
-
-def open_data(o: Options, device: torch.device) -> tuple[Volumes, int]:
-    """The training volumes, labeled ones first, and how many these are. The test list is read, its cases never."""
-    folder = Path(o.data or "")
-    if folder == PHANTOM_FOLDER:
-        if RANK == 0:
-            print(f"No LA data in {LA_FOLDER}, so this run uses the PHANTOM SET in {folder}: made-up atria, good for trying "
-                  "things out, not for figures to compare with any paper. data/README.md tells where LA comes from.", file=sys.stderr)  # fmt: skip
-        make_phantom_set(folder)
-    train, _ = lists_of(folder)
-    if any(side % STRIDE or side < STRIDE for side in o.patch_size):
-        near = [max(STRIDE, round(side / STRIDE) * STRIDE) for side in o.patch_size]
-        raise UserError(
-            f"--patch-size {' '.join(map(str, o.patch_size))} must be multiples of {STRIDE}. Try {' '.join(map(str, near))}."
-        )
-    if not 1 <= o.labeled <= len(train):
-        raise UserError(f"--labeled {o.labeled} must lie between 1 and the {len(train)} cases of train.list.")
-    others = train[o.labeled :] if o.unlabeled is None else train[o.labeled : o.labeled + o.unlabeled]
-    if o.unlabeled is not None and not 0 <= o.unlabeled <= len(train) - o.labeled:
-        raise UserError(
-            f"--unlabeled {o.unlabeled} must lie between 0 and {len(train) - o.labeled}, the cases left after --labeled."
-        )
-    if o.labeled_batch is None:
-        o.labeled_batch = max(o.batch_size // 2, 1) if others else o.batch_size
-    if not 1 <= o.labeled_batch <= min(o.batch_size, o.labeled):
-        raise UserError(
-            f"--labeled-batch {o.labeled_batch} must lie between 1 and the smaller of --batch-size {o.batch_size} and "
-            f"--labeled {o.labeled}. Label more cases or take a smaller batch."
-        )
-    if (o.labeled_batch < o.batch_size) != bool(others):
-        raise UserError(
-            f"--labeled-batch {o.labeled_batch} of --batch-size {o.batch_size} does not fit {len(others)} unlabeled cases. "
-            "Fill the batch with labeled crops exactly if there is no unlabeled case."
-        )
-    cases, problems = find_cases(folder, train[: o.labeled], labeled=True)
-    more, more_problems = find_cases(folder, others, labeled=False)
-    volumes = Volumes(
-        cases + more, cache=o.cache, downsample=o.downsample, device=device, problems=problems + more_problems
-    )
-    return volumes, len(cases)
-
-
-def check_finite(losses: Losses, method: Method, iteration: int, batch: dict[str, Any], device: torch.device) -> None:
-    """Raises Diverged, naming the term or the parameter, before a bad gradient can reach the weights of any process."""
-    gradients = {name: p.grad for name, p in method.named_parameters() if p.grad is not None}
-    norm = torch.nn.utils.get_total_norm(gradients.values())
-    bad = not torch.isfinite(losses.total.detach() + norm)
-    if not any_rank(bad, device=device)[0]:
-        return
-    terms = [f"the loss {name}" for name, value in losses.terms.items() if not torch.isfinite(value)]
-    grads = [f"the gradient of {name}" for name, g in gradients.items() if not torch.isfinite(g).all()]
-    what = ", ".join(terms or grads[:3] or ["a loss of another process"])
-    raise Diverged(
-        f"at iteration {iteration} {what} is not finite (cases {', '.join(batch['case'])}). The weights of the last "
-        "checkpoint are intact; try a lower --lr or another --seed."
-    )
+        if given.get("unlabeled"):
+            raise UserError("--unlabeled does nothing for a method that learns from labeled scans only. Leave it out.")
+        given = {**given, "unlabeled": 0}
+    layers = (PROFILES[profile], kind.PRESETS[preset], given, {"data": data, "profile": profile, "preset": preset})
+    o = fill(Options, *layers)
+    o.lr_steps = default_lr_steps(o.iterations) if o.lr_steps is None else o.lr_steps
+    return o, fill(kind.Options, *layers)
 
 
 @torch.no_grad()
-def show_pictures(
-    report: Report, method: Method, patches: Patches, labeled: int, done: int, device: torch.device
-) -> None:
+def show(report: Report, method: Method, patches: Patches, labeled: int, done: int, device: torch.device) -> None:
     """One fixed slice of the first labeled and of the first unlabeled case: image, the method's maps, contours."""
     method.eval()
     for name, case in {"labeled": 0, "unlabeled": labeled}.items():
-        if case == len(patches.volumes.cases):
-            continue
-        item = patches.middle(case)
-        maps = {k: v[0].cpu().numpy() for k, v in method.maps(item["image"][None].to(device)).items()}
-        label = item["label"].cpu().numpy() if "label" in item else None
-        z = fixed_slice(label, item["image"].shape[-1])
-        contours = {"prediction": (next(iter(maps.values()))[..., z] > 0.5, PREDICTION)}
-        if label is not None:
-            contours["label"] = (label[..., z], LABEL)
-        slices = {k: v[..., z] for k, v in maps.items()}
-        report.picture(
-            name,
-            panels(item["image"][0, ..., z].cpu().numpy(), slices, contours, f"{item['case']} iteration {done}"),
-            done,
-        )
+        if case < len(patches.volumes.cases):
+            item = patches.middle(case)
+            maps = {key: v[0].cpu().numpy() for key, v in method.maps(item["image"][None].to(device)).items()}
+            label = item["label"].cpu().numpy() if "label" in item else None
+            picture = slice_picture(item["image"][0].cpu().numpy(), maps, label, f"{item['case']}, iteration {done}")
+            report.picture(name, picture, done)
     method.train()
 
 
@@ -277,9 +174,14 @@ def main(argv: list[str] | None = None) -> None:
     set_arithmetic(deterministic=o.deterministic)
 
     # data and method
-    volumes, labeled = open_data(o, device)
+    kind = METHODS[o.method]
+    cases, problems, o.labeled_batch = training_cases(
+        Path(o.data), labeled=o.labeled, unlabeled=o.unlabeled, batch_size=o.batch_size,
+        labeled_batch=o.labeled_batch, patch_size=o.patch_size, multiple=kind.side_multiple,
+    )  # fmt: skip
+    volumes = Volumes(cases, cache=o.cache, downsample=o.downsample, device=device, problems=problems)
     torch.manual_seed(o.seed)
-    method = METHODS[o.method](method_options, iterations=o.iterations).to(device)
+    method = kind(method_options, iterations=o.iterations).to(device)
     optimizer = torch.optim.SGD(method.parameters(), lr=o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
     start, seconds = 0, 0.0
     if state is not None:
@@ -293,9 +195,9 @@ def main(argv: list[str] | None = None) -> None:
         if start >= o.iterations:
             print(f"{folder} is already done: {start} of {o.iterations} iterations.", file=sys.stderr)
             return
-    patches = Patches(volumes, patch_size=tuple(o.patch_size), augment=o.augment, seed=o.seed, sdm=method.needs_sdm)
+    patches = Patches(volumes, patch_size=o.patch_size, augment=o.augment, seed=o.seed, sdm=method.needs_sdm)
     sampler = TwoStreamBatchSampler(
-        labeled, len(volumes.cases) - labeled, batch_size=o.batch_size, labeled_batch=o.labeled_batch or o.batch_size,
+        o.labeled, len(cases) - o.labeled, batch_size=o.batch_size, labeled_batch=o.labeled_batch,
         seed=o.seed, start=start, iterations=o.iterations, rank=RANK, ranks=RANKS,
     )  # fmt: skip
     everything = {**dataclasses.asdict(o), **dataclasses.asdict(method_options)}
@@ -330,7 +232,7 @@ def main(argv: list[str] | None = None) -> None:
             losses = model(batch, iteration)
             optimizer.zero_grad(set_to_none=True)
             losses.total.backward()
-            check_finite(losses, method, iteration, batch, device)
+            check_finite(losses, method, batch, iteration)
             optimizer.step()
             method.after_step(batch, iteration)
 
@@ -338,7 +240,7 @@ def main(argv: list[str] | None = None) -> None:
             if report:
                 report.iteration(iteration, losses, optimizer.param_groups[0]["lr"])
                 if o.picture_every and (done % o.picture_every == 0 or done == o.iterations):
-                    show_pictures(report, method, patches, labeled, done, device)
+                    show(report, method, patches, o.labeled, done, device)
             number = int(any_rank(stop.number, device=device)[0])
             if report and (number or done % o.save_every == 0 or done == o.iterations):
                 save_checkpoint(folder, {

@@ -78,7 +78,7 @@ def lists_of(folder: Path) -> tuple[list[str], list[str]]:
     both = sorted(set(train) & set(test))
     if both:
         raise UserError(
-            f"{', '.join(both)} stand in both train.list and test.list of {where}. A test case must never be trained on."
+            f"train.list and test.list of {where} both name {', '.join(both)}. A test case must never be trained on."
         )
     return train, test
 
@@ -139,13 +139,18 @@ def read_case(case: Case) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None
     return image, label.astype(np.uint8, copy=False)
 
 
-def read_spacing(case: Case) -> tuple[float, float, float]:
-    """mm along x, y, z: the file's attribute, 0.625 for LA, else 1."""
+def read_geometry(case: Case) -> dict[str, tuple[float, ...]]:
+    """spacing (mm along x, y, z), origin (mm) and direction (9 cosines, row by row), for a NIfTI of the case.
+
+    What the file's attributes do not tell is 0.625 mm for LA, else 1 mm; origin 0; axes along x, y, z.
+    """
+    known = {
+        "spacing": LA_SPACING if LA_SUBFOLDER in case.path.parts else (1.0, 1.0, 1.0),
+        "origin": (0.0, 0.0, 0.0),
+        "direction": (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0),
+    }
     with h5py.File(case.path, "r") as f:
-        if "spacing" in f.attrs:
-            x, y, z = (float(v) for v in f.attrs["spacing"])
-            return x, y, z
-    return LA_SPACING if LA_SUBFOLDER in case.path.parts else (1.0, 1.0, 1.0)
+        return {k: tuple(float(v) for v in np.ravel(f.attrs.get(k, default))) for k, default in known.items()}
 
 
 def read_all(cases: Sequence[Case], use: Callable[[Case, NDArray, NDArray | None], None], known: list[str]) -> None:

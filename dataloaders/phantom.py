@@ -134,7 +134,8 @@ def phantom(seed: int, index: int, shape: Shape) -> tuple[np.ndarray, np.ndarray
 def case_shape(seed: int, index: int) -> Shape:
     """The shape (W,H,D) of case `index` in a set of `seed`: 72-88 x 64-80 x 40-48 voxels."""
     rng = np.random.default_rng([seed, index, 1])
-    return tuple(int(n) for n in rng.integers((72, 64, 40), (88, 80, 48), endpoint=True))
+    width, height, depth = (int(n) for n in rng.integers((72, 64, 40), (88, 80, 48), endpoint=True))
+    return width, height, depth
 
 
 def make_phantom_set(folder: Path, *, seed: int = 2021, train: int = 40, test: int = 8) -> None:

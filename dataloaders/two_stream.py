@@ -1,6 +1,6 @@
 """Two-stream batches: L labeled crops, then unlabeled ones, all of it a pure function of (seed, iteration)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -80,7 +80,7 @@ class Patches(Dataset[dict[str, Any]]):
     """Augmented crops: a Slot -> image (1,w,h,d) float32, case; for a labeled case label (w,h,d) uint8 and, if asked
     for, sdm (1,w,h,d) float32 of the crop."""
 
-    def __init__(self, volumes: Volumes, *, patch_size: tuple[int, int, int], augment: str, seed: int, sdm: bool):
+    def __init__(self, volumes: Volumes, *, patch_size: Sequence[int], augment: str, seed: int, sdm: bool):
         self.volumes, self.patch_size, self.augment, self.seed, self.sdm = volumes, patch_size, augment, seed, sdm
 
     def __getitem__(self, slot: Slot) -> dict[str, Any]:
@@ -92,7 +92,7 @@ class Patches(Dataset[dict[str, Any]]):
         """The crop at the middle of a case, as it is: the same at every call."""
         shape = self.volumes.shapes[case]
         start = tuple(max(side - s, 0) // 2 for side, s in zip(shape, self.patch_size, strict=True))
-        return self.crop(case, Draw(start, self.patch_size, turns=0, flip=None))  # type: ignore[arg-type]
+        return self.crop(case, Draw(start, tuple(self.patch_size), turns=0, flip=None))  # type: ignore[arg-type]
 
     def crop(self, case: int, draw: Draw) -> dict[str, Any]:
         """The item that a draw makes of a case."""

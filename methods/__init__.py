@@ -1,12 +1,35 @@
 """One file per method: what is minimised, what is predicted. A new method is one file and one line of this table."""
 
-from methods.base import Losses, Method, detached
+from typing import Any
+
+from methods.base import Losses, Method, check_finite
 from methods.dtml import DTML
 from methods.supervised import Supervised
+from utils.errors import UserError
+from utils.options import fill
 
 METHODS: dict[str, type[Method]] = {
     "dtml": DTML,
     "supervised": Supervised,
 }
 
-__all__ = ["METHODS", "Losses", "Method", "detached"]
+
+def restore(state: dict[str, Any]) -> Method:
+    """The method of a checkpoint, with its weights.
+
+    Raises:
+        UserError: if the checkpoint names no method of the table, or its weights do not fit the method it names.
+    """
+    try:
+        options = state["options"]
+        kind = METHODS[options["method"]]
+        method = kind(fill(kind.Options, options), iterations=options["iterations"])
+        method.load_state_dict(state["method"])
+    except (KeyError, TypeError, RuntimeError) as e:
+        raise UserError(
+            f"the checkpoint does not fit this code ({str(e).splitlines()[0]}). Another version wrote it."
+        ) from e
+    return method
+
+
+__all__ = ["METHODS", "Losses", "Method", "check_finite", "restore"]

@@ -3,7 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
+
+from networks.vnet import STRIDE
+from utils.distributed import any_rank
+from utils.errors import Diverged
 
 Batch = dict[str, Any]
 """image (N,1,W,H,D) float32, the L labeled items first; label (L,W,H,D) uint8; sdm (L,1,W,H,D) float32 if
@@ -35,6 +40,8 @@ class Method(nn.Module):
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"paper": {}}
     """Preset name -> options (of the method or of the script) it sets; the first is the default."""
     uses_unlabeled: ClassVar[bool] = True
+    side_multiple: ClassVar[int] = STRIDE
+    """Every side of a patch must be a multiple of this."""
 
     def __init__(self, options: Any, *, iterations: int):
         super().__init__()
@@ -72,10 +79,20 @@ def labeled_part(x: Tensor, batch: Batch) -> Tensor:
     return x[: len(batch["label"])]
 
 
-def detached(losses: Losses) -> Losses:
-    """The same numbers without their graph, safe to keep until the next log line."""
-    cut = {name: value.detach() for name, value in losses.terms.items()}
-    return Losses(losses.total.detach(), cut, losses.weights, losses.monitors)
+def check_finite(losses: Losses, method: Method, batch: Batch, iteration: int) -> None:
+    """After backward, before the step: a bad loss or gradient of any process must not reach the weights of one.
 
-
-__all__ = ["Batch", "Losses", "Method", "detached", "labeled_part"]
+    Raises:
+        Diverged: naming the loss term or, if all are finite, the parameters whose gradient is not.
+    """
+    gradients = {name: p.grad for name, p in method.named_parameters() if p.grad is not None}
+    norm = torch.nn.utils.get_total_norm(gradients.values())
+    bad = not torch.isfinite(losses.total.detach() + norm)
+    if not any_rank(bad, device=norm.device)[0]:
+        return
+    terms = [f"the loss {name}" for name, value in losses.terms.items() if not torch.isfinite(value)]
+    found = terms or [f"the gradient of {name}" for name, g in gradients.items() if not torch.isfinite(g).all()][:3]
+    raise Diverged(
+        f"at iteration {iteration} {', '.join(found) or 'a loss of another process'} is not finite, in the crops of "
+        f"{', '.join(batch['case'])}. The last checkpoint is intact: try a lower --lr or another --seed."
+    )

@@ -35,13 +35,15 @@ class DTML(Method):
 
     @dataclass
     class Options(Method.Options):
-        filters: int = option(16, "channels of the first block of both V-Nets")
+        filters: int = option(16, "channels of the first block of both V-Nets", minimum=1)
         sdm_loss: str = option("mask", "supervised loss of M_d (Table 1)", choices=SDM_LOSSES)
-        dis_weight: float = option(1.0, "weight of L_dis beside L_mask, with --sdm-loss both")
-        k: float = option(1500.0, "steepness of m = sigmoid(-k z)")
-        lambda_max: float = option(0.1, "largest weight of the consistency")
+        dis_weight: float = option(1.0, "weight of L_dis beside L_mask, with --sdm-loss both", minimum=0)
+        k: float = option(1500.0, "steepness of m = sigmoid(-k z)", minimum=0)
+        lambda_max: float = option(0.1, "largest weight of the consistency", minimum=0)
         ramp: str = option("gaussian", "how lambda rises; literal is the formula as printed", choices=RAMPS)
-        consistency_times: int = option(1, "how often C counts; the released code's two backward passes make it 2")
+        consistency_times: int = option(
+            1, "how often C counts; the released code's two backward passes make it 2", minimum=1
+        )
 
     options: Options
 

@@ -22,10 +22,10 @@ class Supervised(Method):
 
     @dataclass
     class Options(Method.Options):
-        filters: int = option(16, "channels of the V-Net's first block")
+        filters: int = option(16, "channels of the V-Net's first block", minimum=1)
         head: str = option("seg", "seg: V-Net or M_s alone; sdm: M_d alone", choices=("seg", "sdm"))
         softmax: bool = option(False, "two softmax channels in place of one sigmoid, as the V-Net rows of UA-MT")
-        k: float = option(1500.0, "steepness of m = sigmoid(-k z), for the head sdm")
+        k: float = option(1500.0, "steepness of m = sigmoid(-k z), for the head sdm", minimum=0)
 
     options: Options
 

@@ -1,5 +1,6 @@
 """Checkpoints: either the old one or the new one, never half; loading one never runs code."""
 
+import itertools
 import os
 import pickle
 import zipfile
@@ -77,7 +78,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         found = [path / name for name in (LAST, PREVIOUS) if (path / name).exists()]
         if not found:
             raise UserError(f"{path} holds no checkpoint {LAST}. Give a run folder of train_dtml.py or a .pt file.")
-        for candidate, older in zip(found, found[1:], strict=False):
+        for candidate, older in itertools.pairwise(found):
             try:
                 return load_checkpoint(candidate)
             except UserError as e:

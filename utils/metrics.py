@@ -1,5 +1,7 @@
 """Dice, Jaccard, ASD and 95HD as medpy defines them, with an honest answer for empty masks."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from medpy.metric import binary
 from numpy.typing import NDArray
@@ -11,7 +13,7 @@ NAN = float("nan")
 
 
 def segmentation_metrics(
-    prediction: NDArray, reference: NDArray, spacing: tuple[float, float, float] | None = None
+    prediction: NDArray, reference: NDArray, spacing: Sequence[float] | None = None
 ) -> dict[str, float]:
     """Metrics of two masks of one shape (W,H,D).
 

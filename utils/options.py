@@ -21,14 +21,16 @@ def option(
     type: Any = None,
     choices: Sequence[str] | None = None,
     nargs: int | str | None = None,
+    minimum: float | None = None,
     harmless: bool = False,
 ) -> Any:
     """A dataclass field that is also a flag.
 
     `harmless` marks what may differ when a run is resumed, because it cannot change the result; `type` is needed
-    where the default is None or a list.
+    where the default is None or an empty list; numbers below `minimum` are refused.
     """
-    about = {"help": help, "group": group, "type": type, "choices": choices, "nargs": nargs, "harmless": harmless}
+    about = {"help": help, "group": group, "type": type, "choices": choices, "nargs": nargs}
+    about |= {"minimum": minimum, "harmless": harmless}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=about)
     return field(default=default, metadata=about)
@@ -40,7 +42,7 @@ def default_of(f: dataclasses.Field) -> Any:
 
 
 class Parser(argparse.ArgumentParser):
-    """Hyphenated flags (underscores accepted), no abbreviations, @FILE replays flags, a mistyped flag names the nearest."""
+    """Hyphenated flags (underscores accepted), no abbreviations, @FILE replays flags, typos name the nearest flag."""
 
     def __init__(self, **kwargs: Any):
         super().__init__(
@@ -89,7 +91,7 @@ class Parser(argparse.ArgumentParser):
             if name not in groups:
                 groups[name] = self.add_argument_group(name)
             text = about["help"].replace("%", "%%")
-            if default is not None and default != []:
+            if default not in (None, "", []):
                 shown = " ".join(map(str, default)) if isinstance(default, list) else default
                 text += f" (default {'yes' if shown is True else 'no' if shown is False else shown})"
             flag = "--" + f.name.replace("_", "-")
@@ -97,7 +99,7 @@ class Parser(argparse.ArgumentParser):
                 groups[name].add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
                 continue
             kind = about["type"] or type(default[0] if isinstance(default, list) else default)
-            extra: dict[str, Any] = {"type": kind, "help": text}
+            extra: dict[str, Any] = {"type": _at_least(kind, about["minimum"]), "help": text}
             if about["choices"]:
                 extra["choices"] = list(about["choices"])
             else:
@@ -105,6 +107,21 @@ class Parser(argparse.ArgumentParser):
             if about["nargs"]:
                 extra["nargs"] = about["nargs"]
             groups[name].add_argument(flag, **extra)
+
+
+def _at_least(kind: Any, minimum: float | None) -> Any:
+    """The type of a flag, refusing what is below the minimum or not finite."""
+    if minimum is None:
+        return kind
+
+    def parse(word: str) -> Any:
+        value = kind(word)
+        if not minimum <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{word} is below {minimum:g} or not finite")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names the type in its errors
+    return parse
 
 
 def fill(cls: type, *layers: dict[str, Any]) -> Any:
@@ -133,3 +150,27 @@ def as_flags(values: dict[str, Any]) -> str:
 def harmless_names(classes: Iterable[type]) -> set[str]:
     """Names of the options that cannot change a run's result."""
     return {f.name for cls in classes for f in dataclasses.fields(cls) if f.metadata["harmless"]}
+
+
+def varied(now: Any, usual: Any, skip: Sequence[str] = ()) -> list[str]:
+    """What differs between two instances of a dataclass and can change a result, as words for a run's name."""
+    words = []
+    for f in dataclasses.fields(now):
+        value = getattr(now, f.name)
+        follows = f.name == "lr_steps" and now.iterations != usual.iterations
+        if f.metadata["harmless"] or f.name in skip or follows or value == getattr(usual, f.name):
+            continue
+        shown = "x".join(map(str, value)) if isinstance(value, list) else value
+        words.append(f"{f.name.replace('_', '')}{shown}")
+    return words
+
+
+def refuse_differences(given: dict[str, Any], saved: dict[str, Any], harmless: set[str], folder: Path) -> None:
+    """Raises UserError listing each option given now that differs from the run's and could change its result."""
+    differ = [name for name, value in given.items() if name not in harmless and value != saved.get(name)]
+    if differ:
+        lines = [f"  --{name.replace('_', '-')}: {saved.get(name)} before, {given[name]} now" for name in differ]
+        raise UserError(
+            f"the run {folder} was started with other options. Resume it without these, or start another run with "
+            "--fresh or --name:\n" + "\n".join(lines)
+        )

@@ -52,3 +52,12 @@ def panels(
     figure.text(0.002, 0.985, f"{title}   contours: {key}", fontsize=8, va="top")
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def slice_picture(image: NDArray, maps: dict[str, NDArray], label: NDArray | None, title: str) -> NDArray[np.uint8]:
+    """One slice of an image (W,H,D), its maps and, where there is one, its label: the first map is the prediction."""
+    z = fixed_slice(label, image.shape[-1])
+    contours = {"prediction": (next(iter(maps.values()))[..., z] > 0.5, PREDICTION)}
+    if label is not None:
+        contours["label"] = (label[..., z] > 0, LABEL)
+    return panels(image[..., z], {name: values[..., z] for name, values in maps.items()}, contours, title)

@@ -1,0 +1,216 @@
+"""Tests a checkpoint on the scans of test.list: sliding window, metrics per case, table, predictions.
+
+    python test_la.py --checkpoint runs/la/dtml-16-seed1337
+
+The checkpoint knows its method, its data and its patch; no other flag is needed. Every output of the method is
+scored with and without the largest-component filter, always on the scan's own grid.
+"""
+
+import csv
+import dataclasses
+import io
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from dataloaders.cases import Case, find_cases, lists_of, read_all, read_case, read_geometry
+from methods import Method, restore
+from utils.checkpoint import load_checkpoint, write_whole
+from utils.devices import choose_device, set_arithmetic
+from utils.errors import UserError, run
+from utils.metrics import METRICS, largest_component, mean_and_sd, segmentation_metrics
+from utils.options import Parser, fill, option
+from utils.resample import downsample_image, upsample_probability
+from utils.run_folder import make_manifest, write_json
+from utils.sliding_window import WEIGHTINGS, sliding_window, windows
+
+STRIDE = (18, 18, 4)  # of the papers, on the full grid
+COMPONENTS = ("all", "largest")
+
+
+@dataclasses.dataclass
+class Options:
+    """None means: as the checkpoint was trained."""
+
+    checkpoint: str = option("", "run folder or .pt file of train_dtml.py", group="what")
+    data: str = option("", "folder of the data set (default that of the training)", group="what")
+    output: list[str] = option(
+        [], "what to score, of seg (M_s), sdm (M_d), mean (default all there are)", group="what", type=str, nargs="+"
+    )
+    patch_size: list[int] | None = option(
+        None,
+        "voxels of a window along x, y, z (default that of training)",
+        group="window",
+        type=int,
+        nargs=3,
+        minimum=1,
+    )
+    stride: list[int] | None = option(
+        None,
+        "step from window to window (default 18 18 4, divided by --downsample)",
+        group="window",
+        type=int,
+        nargs=3,
+        minimum=1,
+    )
+    weighting: str = option("uniform", "how overlapping windows are averaged", group="window", choices=WEIGHTINGS)
+    batch_size: int = option(4, "windows at a time", group="window", minimum=1)
+    out: str = option("", "folder of the results (default RUN/test)")
+    save: str = option("largest", "predictions to write as NIfTI", choices=(*COMPONENTS, "none"))
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    threads: int = option(0, "CPU threads; 0 leaves torch's choice", minimum=0)
+
+
+def predict_scan(
+    method: Method, image: Tensor, outputs: tuple[str, ...], *, downsample: int, weighting: str, **window: Any
+) -> Tensor:
+    """image (W,H,D) on its own grid -> foreground probability of each output on that grid, (len(outputs),W,H,D)."""
+    p = sliding_window(
+        lambda patches: method.predict(patches, outputs),
+        downsample_image(image, downsample),
+        weighting=weighting,
+        **window,
+    )
+    return upsample_probability(p, downsample, tuple(image.shape))
+
+
+def score(mask: NDArray[np.bool_], label: NDArray, spacing: Sequence[float]) -> dict[str, float]:
+    """The four metrics in voxels, and the two distances in mm."""
+    in_voxels = segmentation_metrics(mask, label)
+    in_mm = segmentation_metrics(mask, label, spacing)
+    return {**in_voxels, **{f"{name}_mm": in_mm[name] for name in ("asd", "hd95")}}
+
+
+def save_nifti(path: Path, mask: NDArray[np.bool_], geometry: dict[str, Any]) -> None:
+    """mask (W,H,D) -> NIfTI of 0 and 1 with the scan's spacing, and origin and direction where known."""
+    picture = sitk.GetImageFromArray(mask.astype(np.uint8).transpose(2, 1, 0))  # SimpleITK's arrays are z, y, x
+    picture.SetSpacing(geometry["spacing"])
+    picture.SetOrigin(geometry["origin"])
+    picture.SetDirection(geometry["direction"])
+    partial = path.with_name(f".{path.name}.partial.nii.gz")
+    sitk.WriteImage(picture, str(partial))
+    partial.replace(path)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown: mean and SD over the cases, in the papers' order of columns, a line per output and filter."""
+    lines = [
+        "| output | component | Dice % | Jaccard % | ASD voxel | 95HD voxel | ASD mm | 95HD mm | cases | empty |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for key in dict.fromkeys((row["output"], row["component"]) for row in rows):
+        chosen = [row for row in rows if (row["output"], row["component"]) == key]
+        cells = []
+        for name in (*METRICS, "asd_mm", "hd95_mm"):
+            scale = 100 if name in ("dice", "jaccard") else 1
+            mean, sd, _ = mean_and_sd([scale * row[name] for row in chosen])
+            cells.append(f"{mean:.2f} ± {sd:.2f}")
+        empty = sum(row["voxels"] == 0 for row in chosen)
+        lines.append(f"| {' | '.join([*key, *cells, str(len(chosen)), str(empty)])} |")
+    return "\n".join(lines) + "\n"
+
+
+def as_csv(rows: Sequence[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: f"{v:.6f}" if isinstance(v, float) else v for k, v in row.items()})
+    return text.getvalue()
+
+
+def open_cases(folder: Path) -> list[Case]:
+    """The cases of test.list, each read once so that all bad ones are named before the first prediction."""
+    _, names = lists_of(folder)
+    cases, problems = find_cases(folder, names, labeled=True)
+    read_all(cases, lambda *_: None, problems)
+    return cases
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(description=__doc__, prog="test_la.py")
+    parser.add_dataclass(Options)
+    o: Options = fill(Options, parser.parse(argv))
+    if not o.checkpoint:
+        raise UserError("--checkpoint is missing. Give a run folder or a .pt file of train_dtml.py.")
+    if o.threads:
+        torch.set_num_threads(o.threads)
+    device = choose_device(o.device)
+    set_arithmetic(deterministic=False)
+
+    # what to test
+    path = Path(o.checkpoint)
+    state = load_checkpoint(path)
+    trained = state["options"]
+    method = restore(state).to(device).eval()
+    outputs = tuple(o.output) or method.outputs
+    unknown = [name for name in outputs if name not in method.outputs]
+    if unknown:
+        raise UserError(f"--output {' '.join(unknown)} is none of {trained['method']}'s: {' '.join(method.outputs)}.")
+    downsample = trained["downsample"]
+    patch_size = tuple(o.patch_size or trained["patch_size"])
+    stride = tuple(o.stride or (max(s // downsample, 1) for s in STRIDE))
+    if any(side % method.side_multiple or side <= 0 for side in patch_size):
+        raise UserError(f"--patch-size {patch_size} must be multiples of {method.side_multiple}.")
+    if not all(0 < step <= side for step, side in zip(stride, patch_size, strict=True)):
+        raise UserError(f"--stride {stride} must lie between 1 and the patch size {patch_size}, or voxels are skipped.")
+    if state["iteration"] < trained["iterations"]:
+        done = f"{state['iteration']} of {trained['iterations']} iterations"
+        print(f"warning: {path} is not finished: {done}.", file=sys.stderr)
+    folder = Path(o.data or trained["data"])
+    cases = open_cases(folder)
+    out = Path(o.out) if o.out else (path if path.is_dir() else path.parent) / "test"
+
+    # predict and score
+    rows: list[dict[str, Any]] = []
+    count = 0
+    for case in tqdm(cases, unit="scan", disable=not sys.stderr.isatty()):
+        image, label = read_case(case)
+        geometry = read_geometry(case)
+        assert label is not None
+        p = predict_scan(
+            method, torch.from_numpy(image).to(device), outputs,
+            downsample=downsample, patch_size=patch_size, stride=stride, weighting=o.weighting, batch_size=o.batch_size,
+        )  # fmt: skip
+        count += len(windows([-(-side // downsample) for side in image.shape], patch_size, stride))
+        for output, volume in zip(outputs, p.cpu().numpy(), strict=True):
+            masks = {"all": volume > 0.5, "largest": largest_component(volume > 0.5)}
+            for component, mask in masks.items():
+                metrics = score(mask, label, geometry["spacing"])
+                voxels = {"voxels": int(mask.sum()), "label_voxels": int(label.sum())}
+                rows.append({"case": case.name, "output": output, "component": component, **metrics, **voxels})
+            if o.save != "none":
+                predictions = out / "predictions" / output
+                predictions.mkdir(parents=True, exist_ok=True)
+                save_nifti(predictions / f"{case.name}.nii.gz", masks[o.save], geometry)
+        if not sys.stderr.isatty():
+            best = {row["output"]: row["dice"] for row in rows[-2 * len(outputs) :]}
+            print(f"{case.name}  " + "  ".join(f"{k} {v:.4f}" for k, v in best.items()), file=sys.stderr)
+
+    # results
+    out.mkdir(parents=True, exist_ok=True)
+    means = table(rows)
+    write_whole(out / "cases.csv", as_csv(rows).encode())
+    write_whole(out / "table.md", means.encode())
+    settings = {"patch_size": patch_size, "stride": stride, "windows": count, "weighting": o.weighting}
+    more = {"iteration": state["iteration"], "downsample": downsample, "data": str(folder), "saved": o.save}
+    write_json(out / "test.json", make_manifest(device, **settings, **more))
+    print(
+        f"{folder}: {len(cases)} scans, {count} windows of {'x'.join(map(str, patch_size))}, stride "
+        f"{'x'.join(map(str, stride))}; mean ± SD over scans, scored on the scans' own grid. ASD is from prediction to\n"
+        "reference; an empty prediction has Dice 0 and no distance, and is counted in the last column.\n"
+    )
+    print(means)
+    print(f"per case: {out / 'cases.csv'}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run(main)
