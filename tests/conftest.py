@@ -1,0 +1,66 @@
+"""Tiny data sets and runs that the tests share."""
+
+import os
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+# A training run of seconds: patches of 16^3, two filters.
+TINY = ["--patch-size", "16", "16", "16", "--filters", "2", "--labeled", "4", "--threads", "1", "--picture-every", "0"]
+
+
+def write_case(path: Path, image: np.ndarray, label: np.ndarray | None, **attributes: object) -> None:
+    """An h5 case file as the data sets have it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with h5py.File(path, "w") as f:
+        f.create_dataset("image", data=image)
+        if label is not None:
+            f.create_dataset("label", data=label)
+        f.attrs.update(attributes)
+
+
+def make_set(folder: Path, train: int = 8, test: int = 2, labeled: int = 4, shape=(24, 22, 18)) -> Path:
+    """A data set of noisy balls; cases after the first `labeled` of train.list have no label at all."""
+    names = [f"case{i:02d}" for i in range(train + test)]
+    grid = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"))
+    for i, name in enumerate(names):
+        rng = np.random.default_rng(i)
+        centre = np.array(shape).reshape(3, 1, 1, 1) / 2 + rng.uniform(-2, 2, (3, 1, 1, 1))
+        label = (((grid - centre) ** 2).sum(axis=0) < rng.uniform(4, 6) ** 2).astype(np.uint8)
+        image = (label + 0.3 * rng.standard_normal(shape)).astype(np.float32)
+        hidden = labeled <= i < train
+        write_case(folder / name / "mri_norm2.h5", image, None if hidden else label, spacing=(1.0, 1.0, 2.0))
+    (folder / "train.list").write_text("\n".join(names[:train]) + "\n")
+    (folder / "test.list").write_text("\n".join(names[train:]) + "\n")
+    return folder
+
+
+@pytest.fixture
+def tiny_set(tmp_path: Path) -> Path:
+    """8 training cases of 24x22x18 voxels, 4 with label, and 2 test cases."""
+    return make_set(tmp_path / "set")
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny tensors are faster, and sums repeatable, on one thread; subprocesses inherit it."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+
+
+def la_folder() -> Path | None:
+    """The real LA volumes: $LA_DATA or data/la, if they are there."""
+    folder = Path(os.environ.get("LA_DATA", ROOT / "data" / "la"))
+    return folder if (folder / "2018LA_Seg_Training Set").is_dir() else None
+
+
+@pytest.fixture
+def la() -> Path:
+    folder = la_folder()
+    if folder is None:
+        pytest.skip("the LA volumes are not there; see data/README.md")
+    return folder
