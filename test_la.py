@@ -119,6 +119,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def as_csv(rows: Sequence[dict[str, Any]]) -> str:
+    """A line per case, output and filter; Dice and Jaccard in [0,1]."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -203,10 +204,11 @@ def main(argv: list[str] | None = None) -> None:
     settings = {"patch_size": patch_size, "stride": stride, "windows": count, "weighting": o.weighting}
     more = {"iteration": state["iteration"], "downsample": downsample, "data": str(folder), "saved": o.save}
     write_json(out / "test.json", make_manifest(device, **settings, **more))
+    size, step = ("x".join(map(str, v)) for v in (patch_size, stride))
     print(
-        f"{folder}: {len(cases)} scans, {count} windows of {'x'.join(map(str, patch_size))}, stride "
-        f"{'x'.join(map(str, stride))}; mean ± SD over scans, scored on the scans' own grid. ASD is from prediction to\n"
-        "reference; an empty prediction has Dice 0 and no distance, and is counted in the last column.\n"
+        f"{folder}: {len(cases)} scans, {count} windows of {size}, stride {step}. Mean ± SD over the scans, on their own\n"
+        "grid. ASD is from prediction to reference. An empty prediction has Dice 0 and no distance; the last column\n"
+        "counts them.\n"
     )
     print(means)
     print(f"per case: {out / 'cases.csv'}", file=sys.stderr)

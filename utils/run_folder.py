@@ -45,6 +45,7 @@ def open_run_folder(folder: Path, *, resume: bool, fresh: bool) -> None:
 
 
 def has_checkpoint(folder: Path) -> bool:
+    """Whether a run was ever saved there."""
     return (folder / LAST).exists()
 
 

@@ -1,0 +1,176 @@
+"""Crops, augmentation, caches and case files."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_set, write_case
+
+from dataloaders.augmentation import Draw, draw_augmentation, turn_and_flip
+from dataloaders.cases import Case, find_cases, lists_of, read_case, read_geometry
+from dataloaders.two_stream import Patches, Slot, TwoStreamBatchSampler, make_loader
+from dataloaders.volumes import Volumes
+from utils.sdm import signed_distance_map
+
+
+def orbit(kind: str) -> set[tuple[float, ...]]:
+    """Every image that the augmentation makes of a small square with four different corners."""
+    square = torch.tensor([[1.0, 2.0], [3.0, 4.0]])[:, :, None]
+    found = set()
+    for seed in range(200):
+        draw = draw_augmentation(np.random.default_rng(seed), (2, 2, 1), (2, 2, 1), kind)
+        found.add(tuple(turn_and_flip(square, draw).flatten().tolist()))
+    return found
+
+
+def test_d4_has_all_eight_turns_and_reflections_and_mirror_the_four_reflections():
+    original = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    turned = {tuple(torch.rot90(original, k).flatten().tolist()) for k in range(4)}
+    mirrored = {tuple(torch.rot90(original.flip(0), k).flatten().tolist()) for k in range(4)}
+    assert orbit("d4") == turned | mirrored
+    assert orbit("mirror") == mirrored
+    assert orbit("none") == {(1.0, 2.0, 3.0, 4.0)}
+
+
+def test_the_eight_of_d4_are_equally_likely():
+    square, counts = torch.tensor([[1.0, 2.0], [3.0, 4.0]])[:, :, None], {}
+    for seed in range(4000):
+        draw = draw_augmentation(np.random.default_rng(seed), (2, 2, 1), (2, 2, 1))
+        key = tuple(turn_and_flip(square, draw).flatten().tolist())
+        counts[key] = counts.get(key, 0) + 1
+    assert all(abs(n - 500) < 5 * np.sqrt(500) for n in counts.values())
+
+
+def test_an_unknown_augmentation_is_refused():
+    with pytest.raises(ValueError, match="elastic"):
+        draw_augmentation(np.random.default_rng(0), (4, 4, 4), (2, 2, 2), "elastic")
+
+
+def test_every_offset_is_drawn_the_last_one_included():
+    draws = [draw_augmentation(np.random.default_rng(i), (6, 7, 5), (4, 4, 4), "none") for i in range(300)]
+    assert [sorted({d.start[axis] for d in draws}) for axis in range(3)] == [[0, 1, 2], [0, 1, 2, 3], [0, 1]]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_crop_then_turn_equals_turn_then_crop(seed):
+    """The same patch stands somewhere in the whole volume turned and flipped first, as the released codes do."""
+    volume = torch.arange(9.0 * 7 * 5).view(9, 7, 5)
+    draw = draw_augmentation(np.random.default_rng(seed), volume.shape, (4, 3, 2))
+    box = tuple(slice(a, a + s) for a, s in zip(draw.start, draw.size, strict=True))
+    patch = turn_and_flip(volume[box], draw)
+    assert patch.shape == (4, 3, 2)
+    whole = turn_and_flip(volume, draw)
+    corner = (whole == patch[0, 0, 0]).nonzero()[0].tolist()
+    assert torch.equal(whole[tuple(slice(c, c + s) for c, s in zip(corner, patch.shape, strict=True))], patch)
+
+
+def volumes(folder, labeled=4, **options) -> Volumes:
+    train, _ = lists_of(folder)
+    cases = find_cases(folder, train[:labeled], labeled=True)[0] + find_cases(folder, train[labeled:], labeled=False)[0]
+    return Volumes(cases, **options)
+
+
+def patches(folder, size=(16, 12, 8), **options) -> Patches:
+    kept = {k: options.pop(k) for k in ("cache", "downsample") if k in options}
+    return Patches(volumes(folder, **kept), patch_size=size, **{"augment": "d4", "seed": 5, "sdm": False, **options})
+
+
+@pytest.mark.parametrize("downsample", [1, 2])
+def test_reading_crops_from_disk_equals_the_cache(tiny_set, downsample):
+    ram, disk = (patches(tiny_set, (8, 8, 8), cache=cache, downsample=downsample) for cache in ("ram", "none"))
+    assert (ram.volumes.kind, disk.volumes.kind) == ("ram", "none")
+    for step in range(20):
+        a, b = (p[Slot(step, 0, step % 8)] for p in (ram, disk))
+        assert torch.equal(a["image"], b["image"]) and ("label" in a) == ("label" in b) == (step % 8 < 4)
+        assert "label" not in a or torch.equal(a["label"], b["label"])
+
+
+def test_image_label_and_map_of_a_crop_belong_together(tiny_set):
+    """The image of the tiny set is its label plus noise, so a label turned otherwise would not fit it."""
+    made = patches(tiny_set, sdm=True)
+    for step in range(20):
+        item = made[Slot(step, 1, step % 4)]
+        assert item["image"].shape == item["sdm"].shape == (1, 16, 12, 8) and item["label"].shape == (16, 12, 8)
+        assert (item["image"][0] - item["label"]).abs().mean() < 0.4
+        assert np.array_equal(item["sdm"][0].numpy(), signed_distance_map(item["label"].numpy()))
+
+
+@pytest.mark.parametrize("shape", [(16, 12, 8), (17, 13, 9), (10, 30, 5), (5, 5, 5)])
+def test_volumes_smaller_equal_and_larger_than_the_patch(tmp_path, shape):
+    image = np.random.default_rng(0).uniform(1, 2, shape).astype(np.float32)
+    folder = make_set(tmp_path / "set", train=2, test=1, labeled=1)
+    write_case(folder / "case00" / "mri_norm2.h5", image, np.ones(shape, np.uint8))
+    for kind in ("none", "d4"):
+        made = Patches(volumes(folder, labeled=1), patch_size=(16, 12, 8), augment=kind, seed=0, sdm=False)
+        for step in range(8):
+            item = made[Slot(step, 0, 0)]
+            assert item["image"].shape == (1, 16, 12, 8)
+            assert torch.equal(item["image"][0] > 0, item["label"] > 0)  # zeros around both alike
+            sides = [min(a, b) for a, b in zip(shape, (16, 12, 8), strict=True)]
+            if kind == "none":
+                assert item["label"].sum() == np.prod(sides)
+
+
+def test_the_middle_crop_is_the_same_at_every_call(tiny_set):
+    made = patches(tiny_set)
+    first = made.middle(0)
+    made[Slot(0, 0, 0)]
+    assert torch.equal(first["image"], made.middle(0)["image"]) and first["image"].shape == (1, 16, 12, 8)
+    assert torch.equal(first["image"][0], made.volumes.read(0, (slice(4, 20), slice(5, 17), slice(5, 13)))[0])
+
+
+def test_labels_stand_first_in_a_batch_and_only_labeled_items_have_one(tiny_set):
+    sampler = TwoStreamBatchSampler(4, 4, batch_size=4, labeled_batch=1, seed=0, start=0, iterations=3)
+    for batch in make_loader(patches(tiny_set, sdm=True), sampler, workers=0):
+        assert batch["image"].shape == (4, 1, 16, 12, 8) and batch["label"].shape == (1, 16, 12, 8)
+        assert batch["sdm"].shape == (1, 1, 16, 12, 8)
+        assert batch["case"][0] in {f"case0{i}" for i in range(4)} and set(batch["case"][1:]) <= {
+            f"case0{i}" for i in range(4, 8)
+        }
+
+
+def test_a_few_unlabeled_cases_serve_a_long_epoch_evenly():
+    sampler = TwoStreamBatchSampler(8, 3, batch_size=3, labeled_batch=1, seed=0, start=0, iterations=8)
+    used = [case for step in range(8) for case in sampler.cases(step)[1:]]
+    assert {used.count(case) for case in (8, 9, 10)} <= {5, 6} and len(used) == 16
+
+
+def test_making_a_loader_leaves_the_global_generator_alone(tiny_set):
+    sampler = TwoStreamBatchSampler(4, 4, batch_size=2, labeled_batch=1, seed=0, start=0, iterations=2)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    list(make_loader(patches(tiny_set), sampler, workers=0))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_geometry_comes_from_the_attributes(tmp_path):
+    image = np.random.default_rng(0).random((4, 5, 6), np.float32)
+    write_case(tmp_path / "a.h5", image, None, spacing=(0.5, 0.6, 2), origin=(1, 2, 3))
+    geometry = read_geometry(Case("a", tmp_path / "a.h5", labeled=False))
+    assert geometry["spacing"] == (0.5, 0.6, 2) and geometry["origin"] == (1, 2, 3)
+    assert geometry["direction"] == (1, 0, 0, 0, 1, 0, 0, 0, 1)
+    la = tmp_path / "2018LA_Seg_Training Set" / "b" / "mri_norm2.h5"
+    write_case(la, image, None)
+    assert read_geometry(Case("b", la, labeled=False))["spacing"] == (0.625,) * 3
+
+
+def test_a_patch_turned_a_quarter_takes_its_box_with_sides_swapped():
+    found = {draw_augmentation(np.random.default_rng(i), (9, 9, 9), (4, 3, 2)).size for i in range(50)}
+    assert found == {(4, 3, 2), (3, 4, 2)}
+    assert turn_and_flip(torch.zeros(3, 4, 2), Draw((0, 0, 0), (3, 4, 2), turns=1, flip=0)).shape == (4, 3, 2)
+
+
+@pytest.mark.la
+def test_the_real_set_is_what_its_description_says(la):
+    train, test = lists_of(la)
+    assert (
+        len(train) == 80
+        and len(test) == 20
+        and train[0] == "06SR5RBREL16DQ6M8LWS"
+        and train[15] == "5BHTH9RHH3PQT913I59W"
+    )
+    cases, problems = find_cases(la, train[:3] + test[:2], labeled=True)
+    assert not problems
+    for case in cases:
+        image, label = read_case(case)
+        assert image.shape[2] == 88 and image.shape == label.shape and 76_000 < label.sum() < 541_000
+        assert all(side >= patch for side, patch in zip(image.shape, (112, 112, 80), strict=True))

@@ -1,0 +1,197 @@
+"""Losses, ramps and rates against closed forms, tables and float64 gradients."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from methods.dtml import DTML
+from methods.supervised import Supervised
+from utils.losses import consistency_loss, dice_loss, hard_dice, live_share, sdm_to_mask, seg_loss
+from utils.ramps import default_lr_steps, learning_rate, ramp_up
+
+
+def test_dice_loss_by_hand_sums_over_the_whole_batch():
+    p = torch.tensor([0.5, 1.0, 0.0, 0.25]).view(2, 1, 2, 1, 1)
+    label = torch.tensor([1, 1, 0, 0], dtype=torch.uint8).view(2, 2, 1, 1)
+    assert dice_loss(p, label).item() == pytest.approx(1 - (3 + 1e-5) / (1.3125 + 2 + 1e-5))
+
+
+def test_dice_loss_is_0_for_the_label_itself_and_for_two_empty_masks():
+    label = torch.randint(0, 2, (2, 4, 4, 4))
+    assert dice_loss(label[:, None].float(), label).item() == pytest.approx(0, abs=1e-6)
+    assert dice_loss(torch.zeros(2, 1, 4, 4, 4), torch.zeros(2, 4, 4, 4)).item() == pytest.approx(0)
+
+
+def test_seg_loss_is_half_cross_entropy_and_half_dice():
+    logits, label = torch.randn(2, 1, 3, 4, 5), torch.randint(0, 2, (2, 3, 4, 5))
+    p, y = logits.sigmoid(), label[:, None].float()
+    cross_entropy = -(y * p.log() + (1 - y) * (1 - p).log()).mean()
+    assert seg_loss(logits, label).item() == pytest.approx(
+        (0.5 * (cross_entropy + dice_loss(p, label))).item(), rel=1e-5
+    )
+
+
+def test_mask_of_a_map_is_high_inside_where_the_map_is_negative():
+    z = torch.tensor([-0.01, 0.0, 0.01])
+    assert sdm_to_mask(z, 1500.0).tolist() == pytest.approx([1 / (1 + math.exp(-15)), 0.5, 1 / (1 + math.exp(15))])
+
+
+def test_mask_is_computed_in_float32_under_autocast_and_for_half_inputs():
+    z = torch.tensor([0.001], dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        m = sdm_to_mask(z, 1500.0)
+    assert m.dtype == torch.float32
+    assert m.item() == pytest.approx(1 / (1 + math.exp(1500 * z.float().item())), rel=1e-5)
+    assert sdm_to_mask(z.double(), 1500.0).dtype == torch.float64
+
+
+def test_live_share_counts_voxels_that_can_learn():
+    m = torch.tensor([0.0, 1e-4, 0.002, 0.5, 0.998, 0.9999, 1.0, 0.5]).view(1, 1, 2, 2, 2)
+    assert live_share(m).item() == 4 / 8
+
+
+def test_hard_dice():
+    p = torch.tensor([0.9, 0.9, 0.1, 0.5]).view(1, 1, 4, 1, 1)
+    assert hard_dice(p, torch.tensor([1, 0, 0, 1]).view(1, 4, 1, 1)).item() == 0.5
+    assert hard_dice(p * 0, torch.zeros(1, 4, 1, 1)).item() == 1
+
+
+@pytest.mark.parametrize(
+    ("iteration", "steps", "paper", "literal"),
+    [(0, 0.0067, 0.00067, 0.00067), (1500, 0.0601, 0.0060, 0.0024), (3000, 0.2865, 0.0287, 0.0082),
+     (4500, 0.7316, 0.0732, 0.0287), (5999, 0.9969, 0.1000, 0.0999)],
+)  # fmt: skip
+def test_ramp_table(iteration, steps, paper, literal):
+    assert ramp_up(iteration, 6000, "steps") == pytest.approx(steps, abs=5e-5)
+    assert 0.1 * ramp_up(iteration, 6000, "gaussian") == pytest.approx(paper, abs=5e-5)
+    assert 0.1 * ramp_up(iteration, 6000, "literal") == pytest.approx(literal, abs=5e-5)
+
+
+def test_steps_are_plateaus_of_150_iterations():
+    values = [ramp_up(i, 6000, "steps") for i in range(6000)]
+    assert len(set(values)) == 40 and all(len(set(values[i : i + 150])) == 1 for i in range(0, 6000, 150))
+
+
+def test_ramps_never_leave_0_to_1_and_never_fall():
+    for shape in ("gaussian", "steps", "literal"):
+        values = [ramp_up(i, 50, shape) for i in range(-5, 60)]
+        assert values == sorted(values) and values[0] > 0 and values[-1] == 1
+    assert ramp_up(0, 0) == 1
+    with pytest.raises(ValueError, match="linear"):
+        ramp_up(0, 10, "linear")
+
+
+@pytest.mark.parametrize(
+    ("iteration", "lr"), [(0, 1e-2), (2499, 1e-2), (2500, 1e-3), (4999, 1e-3), (5000, 1e-4), (5999, 1e-4)]
+)
+def test_learning_rate_table(iteration, lr):
+    assert default_lr_steps(6000) == [2500, 5000]
+    assert learning_rate(iteration, 0.01, default_lr_steps(6000), 0.1) == pytest.approx(lr)
+
+
+def batch64(unlabeled: int = 1) -> dict:
+    torch.manual_seed(3)
+    label = torch.randint(0, 2, (1, 16, 16, 16), dtype=torch.uint8)
+    return {
+        "image": torch.randn(1 + unlabeled, 1, 16, 16, 16, dtype=torch.float64),
+        "label": label, "sdm": torch.randn(1, 1, 16, 16, 16, dtype=torch.float64).tanh(), "case": ["a", "b"],
+    }  # fmt: skip
+
+
+def gradients(network: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in network.parameters()])
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("sdm_loss", ["mask", "dis", "both"])
+def test_one_joint_backward_gives_the_gradients_of_problems_5_and_6(sdm_loss, times):
+    """Each network's own problem, with the other one held fixed, in float64; k = 5 keeps the gradient of m alive."""
+    options = DTML.Options(filters=2, k=5.0, lambda_max=0.7, sdm_loss=sdm_loss, dis_weight=0.3, consistency_times=times)
+    method = DTML(options, iterations=10).double().eval()
+    batch, iteration = batch64(), 6
+    method(batch, iteration).total.backward()
+    joint = {name: gradients(getattr(method, name)) for name in ("M_s", "M_d")}
+
+    lambda_ = times * 0.7 * math.exp(-5 * (1 - 6 / 10) ** 2)
+    y = batch["label"][:, None].double()
+    logits, z = method.M_s(batch["image"])["seg"], method.M_d(batch["image"])["sdm"]
+    p, m = logits.sigmoid(), 1 / (1 + (5 * z).exp())
+
+    def dice(x):
+        return 1 - (2 * (x * y).sum() + 1e-5) / ((x**2).sum() + (y**2).sum() + 1e-5)
+
+    l_seg = 0.5 * (F.binary_cross_entropy(p[:1], y) + dice(p[:1]))
+    l_dis = ((z[:1] - batch["sdm"]) ** 2).mean()
+    l_sdm = {"mask": dice(m[:1]), "dis": l_dis, "both": dice(m[:1]) + 0.3 * l_dis}[sdm_loss]
+    problem_5 = l_seg + lambda_ * ((m.detach() - p) ** 2).mean()
+    problem_6 = l_sdm + lambda_ * ((m - p.detach()) ** 2).mean()
+    method.zero_grad()
+    (problem_5 + problem_6).backward()  # each reaches one network only
+    for name, gradient in joint.items():
+        own = gradients(getattr(method, name))
+        assert own.norm() > 1e-6
+        assert torch.allclose(gradient, own, rtol=1e-9, atol=1e-12)
+
+
+def test_the_released_two_backward_passes_are_consistency_times_2():
+    """loss_s and loss_d both propagated into both networks, as released, against one backward with 2 lambda C."""
+    method = (
+        DTML(DTML.Options(filters=2, k=5.0, lambda_max=1.0, ramp="steps", consistency_times=2), iterations=10)
+        .double()
+        .eval()
+    )
+    batch = batch64()
+    method(batch, 5).total.backward()
+    joint = gradients(method)
+    method.zero_grad()
+    losses = method(batch, 5)
+    lambda_ = losses.weights["lambda"]
+    (losses.terms["seg"] + lambda_ * losses.terms["consistency"]).backward(retain_graph=True)
+    (losses.terms["mask"] + lambda_ * losses.terms["consistency"]).backward()
+    assert torch.allclose(joint, gradients(method), rtol=1e-9, atol=1e-12)
+
+
+def test_consistency_is_the_mean_over_labeled_and_unlabeled_voxels_and_reaches_both_networks():
+    method = DTML(DTML.Options(filters=2, k=5.0), iterations=10).eval()
+    batch = {**batch64(), "image": batch64()["image"].float()}
+    p, m = method.predict(batch["image"], ("seg", "sdm")).unbind(1)
+    losses = method(batch, 0)
+    assert losses.terms["consistency"].item() == pytest.approx(((m - p) ** 2).mean().item(), rel=1e-5)
+    losses.terms["consistency"].backward()
+    assert gradients(method.M_s).norm() > 0 and gradients(method.M_d).norm() > 0
+    assert consistency_loss(p, p).item() == 0
+
+
+@pytest.mark.parametrize("term", ["seg", "mask"])
+def test_supervised_terms_see_the_labeled_items_only(term):
+    method = DTML(DTML.Options(filters=2, k=5.0), iterations=10).eval()
+    batch = {**batch64(2), "image": batch64(2)["image"].float()}
+    before = method(batch, 0).terms[term]
+    batch["image"][1:] = torch.randn_like(batch["image"][1:])
+    assert torch.equal(before, method(batch, 0).terms[term])
+
+
+def test_every_parameter_of_both_networks_gets_a_gradient():
+    method = DTML(DTML.Options(filters=2), iterations=10)
+    method({**batch64(), "image": batch64()["image"].float()}, 0).total.backward()
+    assert all(p.grad is not None for p in method.parameters())
+
+
+def test_dtml_predicts_both_outputs_and_their_mean():
+    method = DTML(DTML.Options(filters=2), iterations=10).eval()
+    seg, sdm, mean = method.predict(torch.randn(2, 1, 16, 16, 16), method.outputs).unbind(1)
+    assert torch.allclose(mean, (seg + sdm) / 2) and not torch.allclose(seg, sdm)
+    assert torch.equal(method.predict(torch.ones(1, 1, 16, 16, 16), ("sdm", "seg")),
+                       method.predict(torch.ones(1, 1, 16, 16, 16), ("seg", "sdm")).flip(1))  # fmt: skip
+
+
+def test_softmax_of_two_channels_is_the_sigmoid_of_their_difference():
+    method = Supervised(Supervised.Options(filters=2, softmax=True), iterations=10).eval()
+    x = torch.randn(2, 1, 16, 16, 16)
+    logits = method.network(x)["seg"]
+    assert torch.allclose(method.predict(x, ("seg",)), logits.softmax(1)[:, 1:], atol=1e-6)
+    label = torch.randint(0, 2, (2, 16, 16, 16))
+    expected = 0.5 * (F.cross_entropy(logits, label) + dice_loss(logits.softmax(1)[:, 1:], label))
+    assert method({"image": x, "label": label, "case": []}, 0).total.item() == pytest.approx(expected.item(), rel=1e-5)

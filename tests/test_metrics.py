@@ -1,0 +1,106 @@
+"""Metrics against medpy on whole volumes, against values known by hand, and on empty masks."""
+
+import math
+
+import numpy as np
+import pytest
+from medpy.metric import binary
+from scipy.ndimage import gaussian_filter, label, shift
+
+from dataloaders.cases import find_cases, lists_of, read_case
+from utils.metrics import METRICS, largest_component, mean_and_sd, segmentation_metrics
+
+
+def blob(seed: int, shape=(40, 36, 30)) -> np.ndarray:
+    return gaussian_filter(np.random.default_rng(seed).standard_normal(shape), 3) > 0.02
+
+
+def from_medpy(a: np.ndarray, b: np.ndarray, spacing=None) -> dict[str, float]:
+    return {
+        "dice": binary.dc(a, b), "jaccard": binary.jc(a, b),
+        "asd": binary.asd(a, b, spacing), "hd95": binary.hd95(a, b, spacing),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("spacing", [None, (0.625, 0.625, 1.25)])
+@pytest.mark.parametrize("seed", range(4))
+def test_equal_to_medpy_on_the_whole_volume_bit_for_bit(seed, spacing):
+    """Large blobs touch the volume's edge, small ones leave most of it empty."""
+    a, b = blob(seed), blob(seed + 50) | blob(seed)
+    if seed % 2:
+        window = np.zeros_like(a)
+        window[10:25, 5:20, 8:22] = True
+        a, b = a & window, b & window
+    assert segmentation_metrics(a, b, spacing) == from_medpy(a, b, spacing)
+
+
+def test_asd_is_one_way_from_prediction_to_reference():
+    reference, prediction = np.zeros((2, 20, 20, 20), bool)
+    reference[5, 5, 5] = reference[5, 5, 15] = prediction[5, 5, 5] = True
+    assert segmentation_metrics(prediction, reference)["asd"] == 0
+    assert segmentation_metrics(reference, prediction)["asd"] == 5
+
+
+def test_two_voxels_a_known_distance_apart():
+    a, b = np.zeros((2, 12, 12, 12), bool)
+    a[2, 2, 2], b[5, 6, 2] = True, True
+    assert segmentation_metrics(a, b) == {"dice": 0, "jaccard": 0, "asd": 5, "hd95": 5}
+    assert segmentation_metrics(a, b, (1, 2, 1))["hd95"] == pytest.approx(math.hypot(3, 8))
+
+
+def test_concentric_balls():
+    grid = ((np.stack(np.meshgrid(*[np.arange(40)] * 3, indexing="ij")) - 20) ** 2).sum(0)
+    found = segmentation_metrics(grid <= 12**2, grid <= 15**2)
+    assert found["asd"] == pytest.approx(3, abs=0.3) and found["hd95"] == pytest.approx(3, abs=0.7)
+    assert found["dice"] == pytest.approx(2 * 12**3 / (12**3 + 15**3), abs=0.01)
+
+
+def test_empty_masks_never_look_perfect():
+    full, empty = np.ones((4, 4, 4)), np.zeros((4, 4, 4))
+    for a, b in ((empty, full), (full, empty)):
+        found = segmentation_metrics(a, b)
+        assert found["dice"] == found["jaccard"] == 0 and math.isnan(found["asd"]) and math.isnan(found["hd95"])
+    assert segmentation_metrics(empty, empty) == {"dice": 1, "jaccard": 1, "asd": 0, "hd95": 0}
+    assert mean_and_sd([1.0, 3.0, math.nan]) == (2.0, pytest.approx(math.sqrt(2)), 1)
+    assert math.isnan(mean_and_sd([math.nan])[0])
+
+
+def test_shapes_must_agree():
+    with pytest.raises(ValueError, match=r"\(3, 3, 3\)"):
+        segmentation_metrics(np.ones((3, 3, 3)), np.ones((3, 3, 4)))
+
+
+def test_columns_stand_in_the_order_of_the_papers():
+    assert METRICS == ("dice", "jaccard", "asd", "hd95")
+
+
+def test_largest_component_is_26_connected():
+    mask = np.zeros((10, 10, 10), bool)
+    mask[1, 1, 1] = mask[2, 2, 2] = mask[3, 3, 3] = True  # one component along the diagonal
+    mask[7:9, 7, 7] = True
+    kept = largest_component(mask)
+    assert kept.sum() == 3 and kept[2, 2, 2] and not kept[7, 7, 7]
+
+
+def test_of_equal_components_the_first_is_kept_and_empty_stays_empty():
+    mask = np.zeros((9, 3, 3), bool)
+    mask[0, 0, 0] = mask[5, 0, 0] = True
+    assert np.argwhere(largest_component(mask)).tolist() == [[0, 0, 0]]
+    assert not largest_component(np.zeros((3, 3, 3))).any()
+
+
+def test_largest_component_equals_scipy_on_noise():
+    mask = np.random.default_rng(0).random((20, 20, 20)) < 0.08
+    labels, _ = label(mask, np.ones((3, 3, 3)))
+    sizes = np.bincount(labels.ravel())[1:]
+    assert (largest_component(mask) == (labels == sizes.argmax() + 1)).all()
+
+
+@pytest.mark.la
+def test_equal_to_medpy_on_real_labels(la):
+    _, test = lists_of(la)
+    cases, _ = find_cases(la, test[:2], labeled=True)
+    for case in cases:
+        truth = read_case(case)[1] > 0
+        moved = shift(truth.astype(float), (3, -2, 1), order=0) > 0
+        assert segmentation_metrics(moved, truth) == from_medpy(moved, truth)

@@ -1,0 +1,102 @@
+"""The sliding window: counts, identity and plus-one predictors, weighting, half resolution."""
+
+import itertools
+
+import pytest
+import torch
+
+from dataloaders.cases import find_cases, lists_of, read_case
+from utils.resample import downsample_image, downsample_label, upsample_probability
+from utils.sliding_window import gaussian_weights, padding, sliding_window, window_starts, windows
+
+PATCH, STRIDE = (112, 112, 80), (18, 18, 4)
+# Test cases of LA have these sizes; 1128 windows in all.
+LA_WINDOWS = 1128
+
+
+def test_starts_by_hand_and_the_last_window_is_flush():
+    assert window_starts(20, 8, 5) == [0, 5, 10, 12]
+    assert window_starts(18, 8, 5) == [0, 5, 10]
+    assert window_starts(8, 8, 5) == [0]
+    assert window_starts(9, 8, 5) == [0, 1]
+
+
+@pytest.mark.parametrize("stride", [0, -1, 9])
+def test_a_stride_that_skips_voxels_is_refused(stride):
+    with pytest.raises(ValueError, match="stride"):
+        window_starts(20, 8, stride)
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "gaussian"])
+@pytest.mark.parametrize("shape", [(20, 17, 9), (8, 8, 8), (5, 30, 3), (7, 7, 7), (9, 8, 16)])
+@pytest.mark.parametrize("stride", [(8, 8, 8), (3, 5, 2), (1, 4, 7)])
+def test_a_predictor_that_adds_one_gives_the_volume_plus_one(shape, stride, weighting):
+    volume = torch.randn(*shape)
+    out = sliding_window(
+        lambda x: torch.cat([x + 1, -x], 1), volume, (8, 8, 8), stride, batch_size=3, weighting=weighting
+    )
+    assert out.shape == (2, *shape)
+    assert torch.allclose(out[0], volume + 1, atol=1e-5) and torch.allclose(out[1], -volume, atol=1e-5)
+
+
+def test_overlapping_windows_are_averaged_uniformly():
+    """A predictor that returns its window's first value: every voxel is the mean over the windows that cover it."""
+    volume = torch.arange(12.0).view(12, 1, 1).expand(12, 4, 4).contiguous()
+    out = sliding_window(lambda x: x[..., :1, :1, :1].expand_as(x), volume, (4, 4, 4), (3, 4, 4))
+    for x in range(12):
+        covering = [start for start in (0, 3, 6, 8) if start <= x < start + 4]
+        assert out[0, x].unique().item() == pytest.approx(sum(covering) / len(covering))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 100])
+def test_the_batch_of_windows_changes_nothing(batch_size):
+    volume = torch.randn(20, 17, 12)
+    network = torch.nn.Conv3d(1, 1, 3, padding=1)
+    one = sliding_window(network, volume, (8, 8, 8), (3, 3, 3), batch_size=1)
+    assert torch.allclose(one, sliding_window(network, volume, (8, 8, 8), (3, 3, 3), batch_size=batch_size), atol=1e-6)
+
+
+def test_padding_is_zero_and_its_smaller_half_comes_first():
+    assert padding((5, 8, 9), (8, 8, 8)) == [(1, 2), (0, 0), (0, 0)]
+    seen = []
+    sliding_window(lambda x: seen.append(x) or x, torch.ones(5, 8, 8), (8, 8, 8), (8, 8, 8))
+    assert seen[0][0, 0, :, 0, 0].tolist() == [0, 1, 1, 1, 1, 1, 0, 0]
+
+
+def test_gaussian_weights_are_symmetric_and_highest_in_the_middle():
+    weights = gaussian_weights((8, 6, 4))
+    assert torch.allclose(weights, weights.flip(0, 1, 2))
+    assert weights.max() == weights[3, 2, 1] and weights.min() >= 1e-3
+
+
+@pytest.mark.la
+def test_1128_windows_on_the_test_list(la):
+    counts = {}
+    _, test = lists_of(la)
+    for case in find_cases(la, test, labeled=False)[0]:
+        counts[case.name] = len(windows(read_case(case)[0].shape, PATCH, STRIDE))
+    assert sum(counts.values()) == LA_WINDOWS and (min(counts.values()), max(counts.values())) == (45, 84)
+
+
+def test_half_resolution_pools_cells_and_averages_what_an_edge_cell_holds():
+    image = torch.arange(3 * 2 * 2.0).view(3, 2, 2)
+    half = downsample_image(image, 2)
+    assert half.flatten().tolist() == [image[:2].mean().item(), image[2:].mean().item()]
+    label = torch.zeros(4, 2, 2, dtype=torch.uint8)
+    label[0], label[2, 0, 0] = 1, 1
+    assert downsample_label(label, 2).flatten().tolist() == [1, 0]  # 4 of 8 is a tie and counts, 1 of 8 does not
+    assert downsample_image(image, 1) is image
+
+
+def test_the_way_back_keeps_every_place():
+    """A linear ramp survives pooling and interpolation exactly, away from the edge: no half-voxel shift."""
+    for axis, size in itertools.product(range(3), (16, 17)):
+        shape = [12, 12, 12]
+        shape[axis] = size
+        view = [1, 1, 1]
+        view[axis] = size
+        ramp = torch.arange(float(size)).view(view).expand(shape).contiguous()
+        back = upsample_probability(downsample_image(ramp, 2)[None], 2, tuple(shape))[0]
+        assert back.shape == ramp.shape
+        inner = [slice(2, 10)] * 3
+        assert torch.allclose(back[tuple(inner)], ramp[tuple(inner)], atol=1e-4)
