@@ -206,9 +206,9 @@ def main(argv: list[str] | None = None) -> None:
     write_json(out / "test.json", make_manifest(device, **settings, **more))
     size, step = ("x".join(map(str, v)) for v in (patch_size, stride))
     print(
-        f"{folder}: {len(cases)} scans, {count} windows of {size}, stride {step}. Mean ± SD over the scans, on their own\n"
-        "grid. ASD is from prediction to reference. An empty prediction has Dice 0 and no distance; the last column\n"
-        "counts them.\n"
+        f"{folder}: {len(cases)} scans, {count} windows of {size}, stride {step}. Mean ± SD over the scans, on their\n"
+        "own grid. ASD is from prediction to reference. An empty prediction has Dice 0 and no distance; the last\n"
+        "column counts them.\n"
     )
     print(means)
     print(f"per case: {out / 'cases.csv'}", file=sys.stderr)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
+from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -25,6 +26,7 @@ class Report:
         self.log_every, self.iterations, self.start = log_every, iterations, start
         self.scalars = Scalars(folder, start)
         self.board = SummaryWriter(str(folder), purge_step=start)
+        self.pictures = folder / "pictures"
         self.log = open(folder / "log.txt", "a", encoding="utf-8")
         self.bar = tqdm(
             total=iterations,
@@ -81,6 +83,8 @@ class Report:
             self.log.write(line + "\n")
 
     def picture(self, name: str, picture: NDArray, iteration: int) -> None:
-        """(height, width, 3) uint8 to TensorBoard."""
+        """(height, width, 3) uint8 to TensorBoard and to pictures/NAME-ITERATION.png."""
         self.board.add_image(name, picture, iteration, dataformats="HWC")
         self.board.flush()
+        self.pictures.mkdir(exist_ok=True)
+        Image.fromarray(picture).save(self.pictures / f"{name}-{iteration:06d}.png")
