@@ -34,7 +34,16 @@ from utils.options import Parser, as_flags, fill, harmless_names, option, refuse
 from utils.pictures import slice_picture
 from utils.ramps import default_lr_steps, learning_rate
 from utils.report import Report
-from utils.run_folder import MANIFEST, OPTIONS, has_checkpoint, make_manifest, open_run_folder, write_json
+from utils.run_folder import (
+    MANIFEST,
+    OPTIONS,
+    has_checkpoint,
+    make_manifest,
+    make_run_folder,
+    refuse_existing,
+    start_manifest,
+    write_json,
+)
 
 PROFILES: dict[str, dict[str, Any]] = {
     "full": {},
@@ -168,6 +177,8 @@ def show(report: Report, method: Method, patches: Patches, labeled: int, done: i
 
 def main(argv: list[str] | None = None) -> None:
     o, method_options, folder, state = read_options(argv)
+    if state is None and not o.fresh:
+        refuse_existing(folder)
     if o.threads:
         torch.set_num_threads(o.threads)
     device = choose_device(o.device)
@@ -211,7 +222,7 @@ def main(argv: list[str] | None = None) -> None:
             replay = {name: value for name, value in everything.items() if name not in NOT_REPLAYED}
             write_whole(folder / OPTIONS, as_flags(replay).encode())
             manifest = make_manifest(device, processes=RANKS, options=replay, checksums=volumes.checksums)
-            write_json(folder / MANIFEST, manifest)
+            manifest = start_manifest(folder, start, manifest)
             report.text({"options": replay, "manifest": {k: v for k, v in manifest.items() if k != "options"}})
         wait_for_rank_0()
         model = (
@@ -269,7 +280,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def open_report(folder: Path, o: Options, start: int) -> Report:
     """Makes the run folder, the only thing written before the first iteration, and its log."""
-    open_run_folder(folder, resume=start > 0, fresh=o.fresh)
+    make_run_folder(folder, fresh=o.fresh and start == 0)
     return Report(folder, start=start, iterations=o.iterations, log_every=o.log_every)
 
 

@@ -24,7 +24,7 @@ class Stopped(Exception):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs `main`; exits with 0 done, 2 user's mistake, 3 diverged, 130 Ctrl-C, 143 SIGTERM; 1 is a bug, with traceback."""
+    """Runs `main`; exit code 0 done, 2 user's mistake, 3 diverged, 130 Ctrl-C, 143 SIGTERM, 1 a bug's traceback."""
     try:
         main()
     except UserError as e:

@@ -22,23 +22,26 @@ OPTIONS, MANIFEST, SCALARS = "options.txt", "manifest.json", "scalars.csv"
 PACKAGES = ("torch", "numpy", "h5py", "scipy", "medpy", "scikit-image", "tensorboard")
 
 
-def open_run_folder(folder: Path, *, resume: bool, fresh: bool) -> None:
-    """Makes the folder of a new run.
-
-    Raises:
-        UserError: if it exists with something in it and neither `resume` nor `fresh` was asked for; `fresh` moves
-            the old one aside, nothing is ever deleted.
-    """
+def refuse_existing(folder: Path) -> None:
+    """Raises UserError if there is something in the folder already: a run is never overwritten."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file, where the run's folder should be. Choose another --name or --runs.")
-    if folder.exists() and any(folder.iterdir()) and not resume:
-        if not fresh:
-            raise UserError(
-                f"the run folder {folder} exists already. Use --resume auto to go on with it, --fresh to move it "
-                "aside and start again, or --name for another one."
-            )
-        os.replace(folder, folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}"))
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(
+            f"the run folder {folder} exists already. Use --resume auto to go on with it, --fresh to move it aside and "
+            "start again, or --name for another one."
+        )
+
+
+def make_run_folder(folder: Path, *, fresh: bool) -> None:
+    """Makes the folder if it is not there; `fresh` first moves an old one aside, nothing is ever deleted.
+
+    Raises:
+        UserError: if it cannot be made.
+    """
     try:
+        if fresh and folder.exists():
+            os.replace(folder, folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}"))
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"cannot make the run folder {folder}: {e.strerror}. Choose another --runs folder.") from e
@@ -80,6 +83,20 @@ def make_manifest(device: torch.device, **more: Any) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         **more,
     }
+
+
+def start_manifest(folder: Path, start: int, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Writes manifest.json of a run that begins at iteration `start`, and returns it.
+
+    A resumed run keeps what it began with and adds when, where and how it went on.
+    """
+    path = folder / MANIFEST
+    if start and path.exists():
+        began = json.loads(path.read_text())
+        again = {key: manifest[key] for key in ("command", "started", "commit", "device", "threads")}
+        manifest = {**began, "resumed": [*began.get("resumed", []), {"iteration": start, **again}]}
+    write_json(path, manifest)
+    return manifest
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,0 +1,77 @@
+"""The README's commands parse, its links and names exist, and its two set-up commands are what CI and users run."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import test_la
+import train_dtml
+from utils.options import Parser
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    line.split(" #")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, re.S)
+    for line in block.splitlines()
+]
+TRAINING = [c for c in COMMANDS if c.startswith("python train_dtml.py")]
+
+
+@pytest.mark.parametrize("command", TRAINING)
+def test_training_commands_parse_and_name_their_own_folders(command, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "la").mkdir(parents=True)
+    options, _, folder, state = train_dtml.read_options(shlex.split(command)[2:])
+    assert state is None and folder.parts[:1] == ("runs",) and f"seed{options.seed}" in folder.name
+
+
+def test_every_training_command_has_a_run_folder_of_its_own(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "la").mkdir(parents=True)
+    folders = [train_dtml.read_options(shlex.split(command)[2:])[2] for command in TRAINING]
+    assert len(TRAINING) >= 6 and len(set(folders)) == len(folders)
+
+
+def test_the_first_command_tests_the_folder_that_it_trains(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    first = next(c for c in COMMANDS if "requirements.txt" in c)
+    steps = [step.strip() for step in first.split("&&")]
+    assert steps[-2] == "python train_dtml.py"
+    tested = shlex.split(steps[-1])
+    assert tested[:2] == ["python", "test_la.py"]
+    assert Path(tested[tested.index("--checkpoint") + 1]) == train_dtml.read_options([])[2]
+
+
+def test_test_commands_parse():
+    parser = Parser()
+    parser.add_dataclass(test_la.Options)
+    found = [c for c in COMMANDS if c.startswith("python test_la.py")]
+    assert found and all(parser.parse(shlex.split(c)[2:]) for c in found)
+
+
+def test_ci_runs_the_second_command():
+    second = next(c for c in COMMANDS if "requirements-dev.txt" in c)
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert "requirements-dev.txt" in ci and second.split("&&")[-1].strip() in ci
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!http)([^)#]+)\)", README))))
+def test_links_lead_somewhere(target):
+    assert (ROOT / target).exists()
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`((?:utils|networks|methods|dataloaders)/\w+\.py)", README))))
+def test_files_named_exist(name):
+    assert (ROOT / name).exists()
+
+
+def test_flags_named_exist():
+    parser = Parser()
+    parser.add_dataclass(train_dtml.Options)
+    known = set(parser._option_string_actions) | {"--checkpoint", "--weighting", "--nproc-per-node", "--logdir"}
+    for kind in train_dtml.METHODS.values():
+        known |= {f"--{name.replace('_', '-')}" for name in kind.Options.__dataclass_fields__}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known
