@@ -48,7 +48,14 @@ from utils.run_folder import (
 PROFILES: dict[str, dict[str, Any]] = {
     "full": {},
     "half": {"downsample": 2, "patch_size": [64, 64, 32], "filters": 8, "iterations": 2400},
-    "phantom": {"labeled": 8, "patch_size": [48, 48, 32], "filters": 8, "iterations": 300, "picture_every": 100},
+    "phantom": {
+        "labeled": 8,
+        "patch_size": [48, 48, 32],
+        "filters": 8,
+        "iterations": 300,
+        "lr_steps": [220, 280],
+        "picture_every": 100,
+    },
 }
 
 
