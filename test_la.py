@@ -95,6 +95,7 @@ def save_nifti(path: Path, mask: NDArray[np.bool_], geometry: dict[str, Any]) ->
     picture.SetSpacing(geometry["spacing"])
     picture.SetOrigin(geometry["origin"])
     picture.SetDirection(geometry["direction"])
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial.nii.gz")
     sitk.WriteImage(picture, str(partial))
     partial.replace(path)
@@ -132,7 +133,7 @@ def open_cases(folder: Path) -> list[Case]:
     """The cases of test.list, each read once so that all bad ones are named before the first prediction."""
     _, names = lists_of(folder)
     cases, problems = find_cases(folder, names, labeled=True)
-    read_all(cases, lambda *_: None, problems)
+    read_all(cases, lambda case, *_: read_geometry(case), problems)
     return cases
 
 
@@ -152,13 +153,14 @@ def main(argv: list[str] | None = None) -> None:
     state = load_checkpoint(path)
     trained = state["options"]
     method = restore(state).to(device).eval()
-    outputs = tuple(o.output) or method.outputs
+    outputs = tuple(dict.fromkeys(o.output)) or method.outputs
     unknown = [name for name in outputs if name not in method.outputs]
     if unknown:
         raise UserError(f"--output {' '.join(unknown)} is none of {trained['method']}'s: {' '.join(method.outputs)}.")
     downsample = trained["downsample"]
     patch_size = tuple(o.patch_size or trained["patch_size"])
-    stride = tuple(o.stride or (max(s // downsample, 1) for s in STRIDE))
+    steps = (max(step // downsample, 1) for step in STRIDE)
+    stride = tuple(o.stride or (min(step, side) for step, side in zip(steps, patch_size, strict=True)))
     if any(side % method.side_multiple or side <= 0 for side in patch_size):
         raise UserError(f"--patch-size {patch_size} must be multiples of {method.side_multiple}.")
     if not all(0 < step <= side for step, side in zip(stride, patch_size, strict=True)):
@@ -189,9 +191,7 @@ def main(argv: list[str] | None = None) -> None:
                 voxels = {"voxels": int(mask.sum()), "label_voxels": int(label.sum())}
                 rows.append({"case": case.name, "output": output, "component": component, **metrics, **voxels})
             if o.save != "none":
-                predictions = out / "predictions" / output
-                predictions.mkdir(parents=True, exist_ok=True)
-                save_nifti(predictions / f"{case.name}.nii.gz", masks[o.save], geometry)
+                save_nifti(out / "predictions" / output / f"{case.name}.nii.gz", masks[o.save], geometry)
         if not sys.stderr.isatty():
             best = {row["output"]: row["dice"] for row in rows[-2 * len(outputs) :]}
             print(f"{case.name}  " + "  ".join(f"{k} {v:.4f}" for k, v in best.items()), file=sys.stderr)

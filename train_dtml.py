@@ -11,6 +11,7 @@ that was stopped and resumed equals one that was not.
 """
 
 import dataclasses
+import os
 import sys
 import time
 from contextlib import nullcontext
@@ -25,7 +26,7 @@ from dataloaders.cases import LA_FOLDER, PHANTOM_FOLDER
 from dataloaders.training import training_cases
 from dataloaders.two_stream import Patches, TwoStreamBatchSampler, make_loader
 from dataloaders.volumes import CACHES, Volumes
-from methods import METHODS, Method, check_finite
+from methods import METHODS, Method, check_finite, restore
 from utils.checkpoint import load_checkpoint, save_checkpoint, write_whole
 from utils.devices import choose_device, peak_memory_gib, seed_iteration, set_arithmetic
 from utils.distributed import RANK, RANKS, any_rank, process_group, wait_for_rank_0
@@ -101,7 +102,9 @@ class Options:
     lr_gamma: float = option(0.1, "factor of each drop", group="optimisation", minimum=0)
     momentum: float = option(0.9, "of SGD", group="optimisation", minimum=0)
     weight_decay: float = option(1e-4, "of SGD", group="optimisation", minimum=0)
-    seed: int = option(1337, "of the initial weights, the batches and the dropout", group="optimisation", minimum=0)
+    seed: int = option(
+        1337, "of initial weights, batches and dropout", group="optimisation", minimum=0, maximum=2**63 - 1
+    )
 
     device: str = option("auto", "auto, cpu, cuda or cuda:N", harmless=True)
     threads: int = option(0, "CPU threads; 0 leaves torch's choice", harmless=True, minimum=0)
@@ -128,6 +131,8 @@ def read_options(argv: list[str] | None) -> tuple[Options, Method.Options, Path,
     resume = known.get("resume", "auto")
     state = None if resume == "auto" else load_checkpoint(Path(resume))
     name = known.get("method", state["options"]["method"] if state else Options.method)
+    if name not in METHODS:
+        raise UserError(f"{resume} was trained with the method {name}, which this code does not have.")
     kind = METHODS[name]
 
     parser = Parser(description=__doc__, prog="train_dtml.py")
@@ -139,8 +144,10 @@ def read_options(argv: list[str] | None) -> tuple[Options, Method.Options, Path,
     else:
         o, method_options = settle(given, kind)
         usual = settle({key: given[key] for key in ("data", "profile", "preset") if key in given}, kind)
-        changed = varied(o, usual[0], skip=("method", "labeled", "seed")) + varied(method_options, usual[1])
-        dataset = Path(o.data).name + ("" if o.profile in ("full", "phantom") else f"-{o.profile}")
+        derived = settle({key: value for key, value in given.items() if key != "lr_steps"}, kind)[0].lr_steps
+        skip = ["method", "labeled", "seed", *(["lr_steps"] if o.lr_steps == derived else [])]
+        changed = varied(o, usual[0], skip) + varied(method_options, usual[1])
+        dataset = Path(os.path.abspath(o.data)).name + ("" if o.profile in ("full", "phantom") else f"-{o.profile}")
         preset = [] if o.preset == next(iter(kind.PRESETS)) else [o.preset]
         words = [name, *preset, str(o.labeled), *changed, f"seed{o.seed}"]
         folder = Path(o.runs) / (o.name or f"{dataset}/" + "-".join(words))
@@ -162,7 +169,10 @@ def settle(given: dict[str, Any], kind: type[Method]) -> tuple[Options, Method.O
         if given.get("unlabeled"):
             raise UserError("--unlabeled does nothing for a method that learns from labeled scans only. Leave it out.")
         given = {**given, "unlabeled": 0}
-    layers = (PROFILES[profile], kind.PRESETS[preset], given, {"data": data, "profile": profile, "preset": preset})
+    scale = dict(PROFILES[profile])
+    if "iterations" in given:
+        scale.pop("lr_steps", None)  # they belong to the profile's own schedule
+    layers = (scale, kind.PRESETS[preset], given, {"data": data, "profile": profile, "preset": preset})
     o = fill(Options, *layers)
     o.lr_steps = default_lr_steps(o.iterations) if o.lr_steps is None else o.lr_steps
     return o, fill(kind.Options, *layers)
@@ -184,7 +194,7 @@ def show(report: Report, method: Method, patches: Patches, labeled: int, done: i
 
 def main(argv: list[str] | None = None) -> None:
     o, method_options, folder, state = read_options(argv)
-    if state is None and not o.fresh:
+    if state is None and not o.fresh and not (o.resume == "auto" and (folder / MANIFEST).exists()):
         refuse_existing(folder)
     if o.threads:
         torch.set_num_threads(o.threads)
@@ -193,13 +203,14 @@ def main(argv: list[str] | None = None) -> None:
 
     # data and method
     kind = METHODS[o.method]
-    cases, problems, o.labeled_batch = training_cases(
+    cases, problems, labeled_batch = training_cases(
         Path(o.data), labeled=o.labeled, unlabeled=o.unlabeled, batch_size=o.batch_size,
         labeled_batch=o.labeled_batch, patch_size=o.patch_size, multiple=kind.side_multiple,
     )  # fmt: skip
     volumes = Volumes(cases, cache=o.cache, downsample=o.downsample, device=device, problems=problems)
     torch.manual_seed(o.seed)
-    method = kind(method_options, iterations=o.iterations).to(device)
+    method = restore(state) if state else kind(method_options, iterations=o.iterations)
+    method.to(device)
     optimizer = torch.optim.SGD(method.parameters(), lr=o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
     start, seconds = 0, 0.0
     if state is not None:
@@ -207,7 +218,6 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(
                 f"the volumes in {o.data} are not those that the run {folder} began with. Resume with the same data."
             )
-        method.load_state_dict(state["method"])
         optimizer.load_state_dict(state["optimizer"])
         start, seconds = state["iteration"], state["seconds"]
         if start >= o.iterations:
@@ -215,7 +225,7 @@ def main(argv: list[str] | None = None) -> None:
             return
     patches = Patches(volumes, patch_size=o.patch_size, augment=o.augment, seed=o.seed, sdm=method.needs_sdm)
     sampler = TwoStreamBatchSampler(
-        o.labeled, len(cases) - o.labeled, batch_size=o.batch_size, labeled_batch=o.labeled_batch,
+        o.labeled, len(cases) - o.labeled, batch_size=o.batch_size, labeled_batch=labeled_batch,
         seed=o.seed, start=start, iterations=o.iterations, rank=RANK, ranks=RANKS,
     )  # fmt: skip
     everything = {**dataclasses.asdict(o), **dataclasses.asdict(method_options)}

@@ -48,9 +48,10 @@ def read_list(path: Path) -> list[str]:
         UserError: missing, unreadable, empty, or naming a case twice or a path outside the data set.
     """
     try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"cannot read the list {path}: {e}. It must be a text file with one case name a line.") from e
+    names = [Path(line).as_posix() for line in lines if line]  # ./A and A/ are A
     if not names:
         raise UserError(f"the list {path} names no case. Write one case name a line.")
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -69,7 +70,8 @@ def lists_of(folder: Path) -> tuple[list[str], list[str]]:
         UserError: a missing folder, one list of two, bad lists, or cases in both.
     """
     if not folder.is_dir():
-        raise UserError(f"the data folder {folder} does not exist. See data/README.md for where LA comes from.")
+        what = "is no folder" if folder.exists() else "does not exist"
+        raise UserError(f"the data folder {folder} {what}. See data/README.md for where LA comes from and the layout.")
     own = [(folder / f"{split}.list").exists() for split in ("train", "test")]
     if any(own) and not all(own):
         raise UserError(f"{folder} has only one of train.list and test.list. Put both there, or neither to use LA's.")
@@ -143,6 +145,9 @@ def read_geometry(case: Case) -> dict[str, tuple[float, ...]]:
     """spacing (mm along x, y, z), origin (mm) and direction (9 cosines, row by row), for a NIfTI of the case.
 
     What the file's attributes do not tell is 0.625 mm for LA, else 1 mm; origin 0; axes along x, y, z.
+
+    Raises:
+        CaseError: attributes that are not as many finite numbers, or a spacing that is not above 0.
     """
     known = {
         "spacing": LA_SPACING if LA_SUBFOLDER in case.path.parts else (1.0, 1.0, 1.0),
@@ -150,11 +155,18 @@ def read_geometry(case: Case) -> dict[str, tuple[float, ...]]:
         "direction": (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0),
     }
     with h5py.File(case.path, "r") as f:
-        return {k: tuple(float(v) for v in np.ravel(f.attrs.get(k, default))) for k, default in known.items()}
+        found = {name: np.ravel(f.attrs.get(name, default)) for name, default in known.items()}
+    for name, values in found.items():
+        count = len(known[name])
+        if values.dtype.kind not in "fiu" or len(values) != count or not np.isfinite(values).all():
+            raise CaseError(f"has the attribute {name} {values.tolist()} where {count} finite numbers must stand")
+    if (found["spacing"] <= 0).any():
+        raise CaseError(f"has the spacing {found['spacing'].tolist()}, which must be above 0 mm")
+    return {name: tuple(map(float, values)) for name, values in found.items()}
 
 
-def read_all(cases: Sequence[Case], use: Callable[[Case, NDArray, NDArray | None], None], known: list[str]) -> None:
-    """Reads every case once and hands (case, image, label) to `use`.
+def read_all(cases: Sequence[Case], use: Callable[[Case, NDArray, NDArray | None], object], known: list[str]) -> None:
+    """Reads every case once and hands (case, image, label) to `use`, which may raise CaseError too.
 
     Raises:
         UserError: naming all bad cases at once, the `known` ones included.
@@ -162,11 +174,9 @@ def read_all(cases: Sequence[Case], use: Callable[[Case, NDArray, NDArray | None
     problems = list(known)
     for case in cases:
         try:
-            image, label = read_case(case)
+            use(case, *read_case(case))
         except CaseError as e:
             problems.append(f"{case.name}: {case.path} {e}")
-        else:
-            use(case, image, label)
     if problems:
         some = "1 case is" if len(problems) == 1 else f"{len(problems)} cases are"
         listing = "\n".join(f"  {line}" for line in problems)

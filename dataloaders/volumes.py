@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dataloaders.cases import Case, read_all
+from dataloaders.cases import Case, CaseError, read_all
 from utils.resample import downsample_image, downsample_label
 from utils.run_folder import digest
 
@@ -46,6 +46,8 @@ class Volumes:
         keep = cache != "none"
 
         def use(case: Case, image: NDArray, label: NDArray | None) -> None:
+            if min(image.shape) < downsample:
+                raise CaseError(f"has {image.shape} voxels, too few for --downsample {downsample}")
             self.checksums[case.name] = digest(image) if label is None else digest(image, label)
             self.shapes.append(tuple(-(-side // downsample) for side in image.shape))
             if keep:

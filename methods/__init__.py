@@ -25,9 +25,9 @@ def restore(state: dict[str, Any]) -> Method:
         kind = METHODS[options["method"]]
         method = kind(fill(kind.Options, options), iterations=options["iterations"])
         method.load_state_dict(state["method"])
-    except (KeyError, TypeError, RuntimeError) as e:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
         raise UserError(
-            f"the checkpoint does not fit this code ({str(e).splitlines()[0]}). Another version wrote it."
+            f"{state['file']} does not fit this code ({str(e).splitlines()[0]}). Another version wrote it."
         ) from e
     return method
 

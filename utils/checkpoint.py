@@ -3,6 +3,7 @@
 import itertools
 import os
 import pickle
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from utils.errors import UserError
 
 FORMAT = 1
+CONTENTS = ("options", "iteration", "seconds", "checksums", "method", "optimizer")
 LAST, PREVIOUS = "last.pt", "previous.pt"
 
 
@@ -68,7 +70,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> Path:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Loads a checkpoint file, or the newest whole one of a run folder, onto the CPU.
+    """Loads a checkpoint file, or the newest whole one of a run folder, onto the CPU; `file` in it tells which.
 
     Raises:
         UserError: missing, cut short, damaged (CRC), not a checkpoint, of another format, or holding more than
@@ -82,7 +84,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             try:
                 return load_checkpoint(candidate)
             except UserError as e:
-                print(f"warning: {e} Using {older} instead.")
+                print(f"warning: {e} Using {older} instead.", file=sys.stderr)
         path = found[-1]
     if not path.is_file():
         raise UserError(f"{path} does not exist. Give a run folder of train_dtml.py or a .pt file.")
@@ -92,13 +94,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         if damaged is not None:
             raise UserError(f"{path} is damaged: the checksum of {damaged} is wrong. Use an older checkpoint.")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, EOFError, RuntimeError) as e:
-        raise UserError(f"{path} is incomplete or no checkpoint ({str(e).splitlines()[0]}). Use an older one.") from e
     except pickle.UnpicklingError as e:
         raise UserError(
             f"{path} holds more than tensors and plain Python, so it was not loaded and nothing in it was run. "
             "Only open checkpoints written by train_dtml.py."
         ) from e
+    except (zipfile.BadZipFile, EOFError, RuntimeError, ValueError, KeyError) as e:
+        what = (str(e) or type(e).__name__).splitlines()[0]
+        raise UserError(f"{path} is incomplete or no checkpoint ({what}). Use an older one.") from e
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror or e}. Check the file and its permissions.") from e
     if not isinstance(state, dict) or "format" not in state:
@@ -108,4 +111,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"{path} has checkpoint format {state['format']}, this code reads {FORMAT}. "
             "Use the version of the code that wrote it."
         )
-    return state
+    missing = [name for name in CONTENTS if name not in state]
+    if missing:
+        raise UserError(f"{path} is no whole checkpoint: it lacks {', '.join(missing)}. Use an older one.")
+    return {**state, "file": str(path)}

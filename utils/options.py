@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import math
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
@@ -22,15 +23,16 @@ def option(
     choices: Sequence[str] | None = None,
     nargs: int | str | None = None,
     minimum: float | None = None,
+    maximum: float = math.inf,
     harmless: bool = False,
 ) -> Any:
     """A dataclass field that is also a flag.
 
-    `harmless` marks what may differ when a run is resumed, because it cannot change the result; `type` is needed
-    where the default is None or an empty list; numbers below `minimum` are refused.
+    `harmless` marks what may differ when a run is resumed, because it changes no result beyond rounding; `type` is
+    needed where the default is None or an empty list; numbers outside `minimum`..`maximum` are refused.
     """
     about = {"help": help, "group": group, "type": type, "choices": choices, "nargs": nargs}
-    about |= {"minimum": minimum, "harmless": harmless}
+    about |= {"minimum": minimum, "maximum": maximum, "harmless": harmless}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=about)
     return field(default=default, metadata=about)
@@ -75,8 +77,9 @@ class Parser(argparse.ArgumentParser):
         given, unknown = self.parse_known_args(self.expand(argv))
         if unknown:
             flag = next((w for w in unknown if w.startswith("-")), unknown[0]).partition("=")[0]
-            near = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.5)
-            self.error(f"unknown argument {flag}." + (f" Did you mean {near[0]}?" if near else " See --help."))
+            names = [name.lstrip("-") for name in self._option_string_actions]  # the dashes would make all look alike
+            near = difflib.get_close_matches(flag.lstrip("-"), names, n=1, cutoff=0.75)
+            self.error(f"unknown argument {flag}." + (f" Did you mean --{near[0]}?" if near else " See --help."))
         return vars(given)
 
     def error(self, message: str) -> NoReturn:
@@ -99,7 +102,7 @@ class Parser(argparse.ArgumentParser):
                 groups[name].add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
                 continue
             kind = about["type"] or type(default[0] if isinstance(default, list) else default)
-            extra: dict[str, Any] = {"type": _at_least(kind, about["minimum"]), "help": text}
+            extra: dict[str, Any] = {"type": _within(kind, about["minimum"], about["maximum"]), "help": text}
             if about["choices"]:
                 extra["choices"] = list(about["choices"])
             else:
@@ -109,15 +112,16 @@ class Parser(argparse.ArgumentParser):
             groups[name].add_argument(flag, **extra)
 
 
-def _at_least(kind: Any, minimum: float | None) -> Any:
-    """The type of a flag, refusing what is below the minimum or not finite."""
+def _within(kind: Any, minimum: float | None, maximum: float) -> Any:
+    """The type of a flag, refusing what is outside its bounds or not finite."""
     if minimum is None:
         return kind
 
     def parse(word: str) -> Any:
         value = kind(word)
-        if not minimum <= value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{word} is below {minimum:g} or not finite")
+        if not minimum <= value <= maximum or value == math.inf:
+            limit = "" if maximum == math.inf else f" or above {maximum:g}"
+            raise argparse.ArgumentTypeError(f"{word} is below {minimum:g}{limit} or not finite")
         return value
 
     parse.__name__ = kind.__name__  # argparse names the type in its errors
@@ -157,8 +161,7 @@ def varied(now: Any, usual: Any, skip: Sequence[str] = ()) -> list[str]:
     words = []
     for f in dataclasses.fields(now):
         value = getattr(now, f.name)
-        follows = f.name == "lr_steps" and now.iterations != usual.iterations
-        if f.metadata["harmless"] or f.name in skip or follows or value == getattr(usual, f.name):
+        if f.metadata["harmless"] or f.name in skip or value == getattr(usual, f.name):
             continue
         shown = "x".join(map(str, value)) if isinstance(value, list) else value
         words.append(f"{f.name.replace('_', '')}{shown}")

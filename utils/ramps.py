@@ -29,7 +29,7 @@ def ramp_up(iteration: int, iterations: int, shape: str = "gaussian") -> float:
 
 def default_lr_steps(iterations: int) -> list[int]:
     """Iterations of the two drops, at 5/12 and 5/6 of the schedule: 2500 and 5000 of 6000."""
-    return [round(iterations * 5 / 12), round(iterations * 5 / 6)]
+    return [max(1, round(iterations * 5 / 12)), max(1, round(iterations * 5 / 6))]
 
 
 def learning_rate(iteration: int, lr: float, steps: Sequence[int], gamma: float) -> float:

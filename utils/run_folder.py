@@ -41,7 +41,9 @@ def make_run_folder(folder: Path, *, fresh: bool) -> None:
     """
     try:
         if fresh and folder.exists():
-            os.replace(folder, folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}"))
+            name = f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}"
+            names = [name, *(f"{name}.{n}" for n in range(1, 1000))]
+            os.replace(folder, next(path for path in map(folder.with_name, names) if not path.exists()))
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"cannot make the run folder {folder}: {e.strerror}. Choose another --runs folder.") from e
@@ -100,6 +102,7 @@ def start_manifest(folder: Path, start: int, manifest: dict[str, Any]) -> dict[s
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Writes a value of plain Python as indented JSON, whole or not at all."""
     write_whole(path, (json.dumps(value, indent=2) + "\n").encode())
 
 

@@ -1,0 +1,660 @@
+"""Mistakes of the user: each is named in one text, before the first iteration, and leaves nothing behind."""
+
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, make_set, write_case
+
+import test_la
+import train_dtml
+from utils.errors import UserError
+
+SHAPE = (24, 22, 18)
+
+
+def files(folder: Path) -> dict[Path, tuple[int, int]]:
+    """What lies below a folder, with the time and size of each thing."""
+    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
+
+
+def flags(folder: Path, *more: str) -> list[str]:
+    """A run of one iteration on the set of the folder, its run folder beside the set."""
+    return ["--data", str(folder), "--runs", str(folder.parent / "runs"), *TINY, "--iterations", "1", *more]
+
+
+def train(folder: Path, *more: str) -> dict:
+    """Trains and returns the checkpoint; without a --name the run is called `run`."""
+    name = more[more.index("--name") + 1] if "--name" in more else "run"
+    train_dtml.main(flags(folder, "--name", "run", *more))
+    return torch.load(folder.parent / "runs" / name / "last.pt", weights_only=True)
+
+
+def refuse(argv: list[str], *texts: str, untouched: Path, main=train_dtml.main) -> str:
+    """Asserts that the command ends in an error with these texts and changes no file; returns the error's text."""
+    before = files(untouched)
+    with pytest.raises(UserError) as caught:
+        main(argv)
+    message = str(caught.value)
+    for text in texts:
+        assert text in message
+    assert files(untouched) == before
+    return message
+
+
+def same_weights(a: dict, b: dict) -> bool:
+    """Whether two checkpoints hold the same network, bit for bit."""
+    a, b = a["method"], b["method"]
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def edit(folder: Path, name: str, **datasets: object) -> None:
+    """Replaces datasets of a case file; None removes one."""
+    with h5py.File(folder / name / "mri_norm2.h5", "a") as f:
+        for key, value in datasets.items():
+            if key in f:
+                del f[key]
+            if value is not None:
+                f[key] = value
+
+
+def cut(path: Path, share: float) -> None:
+    """Keeps the first part of a file, at least one byte less than all."""
+    data = path.read_bytes()
+    path.write_bytes(data[: min(int(len(data) * share), len(data) - 1)])
+
+
+def image(value: float | None = None) -> np.ndarray:
+    """An image of noise with one voxel of this value."""
+    noise = np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32)
+    if value is not None:
+        noise[3, 4, 5] = value
+    return noise
+
+
+def label(value: float = 1, dtype: type = np.uint8) -> np.ndarray:
+    """A label of 0 and 1 with one voxel of this value."""
+    box = np.zeros(SHAPE, dtype)
+    box[8:16, 8:16, 6:12] = 1
+    box[8, 8, 6] = value
+    return box
+
+
+# -- cases that cannot be used --
+
+BROKEN_CASES = {
+    "no file": (lambda s: (s / "case01" / "mri_norm2.h5").unlink(), "there is no"),
+    "a file cut in half": (lambda s: cut(s / "case01" / "mri_norm2.h5", 0.5), "no whole h5 file"),
+    "a file of no bytes": (lambda s: cut(s / "case01" / "mri_norm2.h5", 0), "no whole h5 file"),
+    "a text named .h5": (lambda s: (s / "case01" / "mri_norm2.h5").write_text("image: none\n"), "no whole h5 file"),
+    "no image": (lambda s: edit(s, "case01", image=None), "no dataset 'image'"),
+    "no label": (lambda s: edit(s, "case01", label=None), "without a dataset 'label'"),
+    "another shape of the label": (lambda s: edit(s, "case01", label=label()[1:]), "(23, 22, 18)"),
+    "an image of four axes": (lambda s: edit(s, "case01", image=image()[None]), "three-dimensional"),
+    "an image that is one number": (lambda s: edit(s, "case01", image=1.5), "three-dimensional"),
+    "an image of text": (lambda s: edit(s, "case01", image=np.full(SHAPE, b"a")), "three-dimensional numbers"),
+    "an image without voxels": (lambda s: edit(s, "case01", image=image()[:0]), "empty"),
+    "not a number": (lambda s: edit(s, "case01", image=image(np.nan)), "not a number"),
+    "infinity": (lambda s: edit(s, "case01", image=image(np.inf)), "infinite"),
+    "minus infinity": (lambda s: edit(s, "case01", image=image(-np.inf)), "infinite"),
+    "a constant image": (lambda s: edit(s, "case01", image=np.full(SHAPE, 7, np.float32)), "constant (7)"),
+    "a label of 2": (lambda s: edit(s, "case01", label=label(2)), "holds 0, 1, 2 "),
+    "a label of 255": (lambda s: edit(s, "case01", label=label() * 255), "divide by 255"),
+    "a label of a half": (lambda s: edit(s, "case01", label=label(0.5, np.float32)), "holds 0, 0.5, 1 "),
+    "a label of minus one": (lambda s: edit(s, "case01", label=label(-1, np.int16)), "holds -1, 0, 1 "),
+    "a label of not a number": (lambda s: edit(s, "case01", label=label(np.nan, np.float32)), "nan"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN_CASES)
+def test_case_that_cannot_be_used_is_named(kind, tiny_set):
+    break_it, text = BROKEN_CASES[kind]
+    break_it(tiny_set)
+    message = refuse(flags(tiny_set), text, "case01", "mri_norm2.h5", "1 case is", untouched=tiny_set.parent)
+    assert "case00" not in message and "case02" not in message
+
+
+@pytest.mark.parametrize("kind", BROKEN_CASES)
+def test_case_that_cannot_be_tested_on_is_named(kind, tiny_set, checkpoint):
+    (tiny_set / "train.list").write_text("case00\n")
+    (tiny_set / "test.list").write_text("case01\ncase02\n")
+    break_it, text = BROKEN_CASES[kind]
+    break_it(tiny_set)
+    argv = ["--checkpoint", str(checkpoint), "--data", str(tiny_set), "--stride", "16", "16", "16"]
+    message = refuse(argv, text, "case01", "mri_norm2.h5", untouched=tiny_set.parent, main=test_la.main)
+    assert "case02" not in message
+
+
+@pytest.mark.parametrize("kind", ["a file cut in half", "no image", "not a number", "a constant image"])
+def test_unlabeled_case_that_cannot_be_used_is_named(kind, tiny_set):
+    (tiny_set / "train.list").write_text("case00\ncase02\ncase03\ncase04\ncase01\ncase05\n")
+    break_it, text = BROKEN_CASES[kind]
+    break_it(tiny_set)
+    refuse(flags(tiny_set, "--labeled", "3"), text, "case01", "1 case is", untouched=tiny_set.parent)
+
+
+def test_all_bad_cases_are_named_at_once(tiny_set):
+    edit(tiny_set, "case00", image=image(np.nan))
+    shutil.rmtree(tiny_set / "case02")
+    edit(tiny_set, "case03", label=label(2))
+    cut(tiny_set / "case06" / "mri_norm2.h5", 0.5)
+    message = refuse(flags(tiny_set), "4 cases are", untouched=tiny_set.parent)
+    lines = {line.strip().partition(":")[0]: line for line in message.splitlines()[1:]}
+    assert sorted(lines) == ["case00", "case02", "case03", "case06"]
+    for name, text in {"case00": "not a number", "case02": "no ", "case03": "holds", "case06": "h5"}.items():
+        assert text in lines[name]
+
+
+def test_downsampling_to_nothing_is_refused(tiny_set):
+    refuse(flags(tiny_set, "--downsample", "100"), "--downsample", untouched=tiny_set.parent)
+
+
+# -- folders and lists that cannot be used --
+
+
+def test_missing_data_folder_is_named(tmp_path):
+    refuse(flags(tmp_path / "nowhere"), str(tmp_path / "nowhere"), "does not exist", untouched=tmp_path)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_one_list_without_the_other_is_refused(split, tiny_set):
+    (tiny_set / f"{split}.list").unlink()
+    refuse(flags(tiny_set), str(tiny_set), "only one of train.list and test.list", untouched=tiny_set.parent)
+
+
+BROKEN_LISTS = {
+    "a name twice": ("train.list", "case00\ncase01\ncase02\ncase01\n", ("case01", "more than once")),
+    "a name twice in the test": ("test.list", "case08\ncase08\n", ("case08", "more than once")),
+    "a name with ..": ("train.list", "case00\n../set/case01\n", ("../set/case01", "leads out")),
+    "an absolute name": ("test.list", "/case08\n", ("/case08", "leads out")),
+    "nothing": ("train.list", "", ("names no case",)),
+    "blank lines": ("test.list", "\n  \n\r\n", ("names no case",)),
+    "bytes that are no text": ("train.list", b"\xff\xfe\x00c\x00a", ("text file",)),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN_LISTS)
+def test_list_that_cannot_be_used_is_named(kind, tiny_set):
+    name, content, texts = BROKEN_LISTS[kind]
+    (tiny_set / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    refuse(flags(tiny_set), str(tiny_set / name), *texts, untouched=tiny_set.parent)
+
+
+@pytest.mark.parametrize("shared", ["case01", "./case01", "case01/"])
+def test_case_in_both_lists_is_refused(shared, tiny_set):
+    (tiny_set / "test.list").write_text(f"case08\n{shared}\n")
+    refuse(flags(tiny_set), "train.list", "test.list", "case01", untouched=tiny_set.parent)
+
+
+# -- data that are fine --
+
+
+def test_unlabeled_cases_need_no_label_and_never_have_it_read(tiny_set):
+    assert not any("label" in h5py.File(tiny_set / f"case0{i}" / "mri_norm2.h5") for i in range(4, 8))
+    without = train(tiny_set)
+    for i, garbage in enumerate([label(255), label()[1:], np.full(SHAPE, np.nan, np.float32), b"none"], 4):
+        edit(tiny_set, f"case0{i}", label=garbage)
+    assert same_weights(train(tiny_set, "--name", "garbage"), without)
+    assert same_weights(train(tiny_set, "--name", "uncached", "--cache", "none"), without)
+
+
+@pytest.mark.parametrize("form", ["\ufeff{}", "{}\r", "  {}\t ", "\n{}\n\n"])
+def test_white_space_in_lists_is_ignored(form, tiny_set):
+    plain = train(tiny_set)
+    for split in ("train", "test"):
+        names = (tiny_set / f"{split}.list").read_text().split()
+        text = "\ufeff" + "\n".join(names) if "\ufeff" in form else "\n".join(form.format(name) for name in names)
+        (tiny_set / f"{split}.list").write_bytes(text.encode())
+    again = train(tiny_set, "--name", "again")
+    assert same_weights(plain, again) and list(again["checksums"]) == [f"case0{i}" for i in range(8)]
+
+
+@pytest.mark.parametrize("layout", ["{}.h5", "2018LA_Seg_Training Set/{}/mri_norm2.h5"])
+def test_cases_may_lie_in_other_layouts(layout, tiny_set):
+    plain = train(tiny_set)
+    for path in sorted(tiny_set.glob("case*/mri_norm2.h5")):
+        target = tiny_set / layout.format(path.parent.name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
+        path.parent.rmdir()
+    assert same_weights(plain, train(tiny_set, "--name", "again"))
+
+
+@pytest.mark.parametrize("dtype", [bool, np.int64, np.float64])
+def test_labels_of_other_types_are_taken(dtype, tiny_set):
+    plain = train(tiny_set)
+    for i in range(4):
+        with h5py.File(tiny_set / f"case0{i}" / "mri_norm2.h5", "a") as f:
+            values = f["label"][()].astype(dtype)
+            del f["label"]
+            f["label"] = values
+    for cache in ("ram", "none"):
+        assert same_weights(plain, train(tiny_set, "--name", cache, "--cache", cache))
+
+
+@pytest.mark.parametrize("method", [["--sdm-loss", "both"], ["--method", "supervised", "--head", "sdm"]], ids=" ".join)
+@pytest.mark.parametrize("value", [0, 1], ids=["empty", "full"])
+def test_empty_and_full_labels_train(value, method, tiny_set):
+    for i in range(4):
+        edit(tiny_set, f"case0{i}", label=np.full(SHAPE, value, np.uint8))
+    state = train(tiny_set, "--iterations", "2", *method)
+    assert all(torch.isfinite(t).all() for t in state["method"].values() if t.is_floating_point())
+
+
+@pytest.mark.parametrize("cache", ["ram", "none"])
+@pytest.mark.parametrize("shape", [(12, 9, 7), (16, 16, 16), (17, 17, 17), (40, 9, 17)], ids=str)
+def test_volumes_of_any_size_train_and_test(shape, cache, tmp_path):
+    folder = make_set(tmp_path / "set", shape=shape)
+    state = train(folder, "--cache", cache, "--iterations", "2")
+    assert state["iteration"] == 2 and all(torch.isfinite(t).all() for t in state["method"].values())
+    test_la.main(["--checkpoint", str(tmp_path / "runs" / "run"), "--stride", "8", "8", "8", "--threads", "1"])
+    rows = (tmp_path / "runs" / "run" / "test" / "cases.csv").read_text().splitlines()
+    assert len(rows) == 1 + 2 * 3 * 2
+
+
+# -- flags --
+
+BAD_FLAGS = {
+    "--labeled 0": ("--labeled 0", "between 1 and 8"),
+    "--labeled -1": ("--labeled -1", "between 1 and 8"),
+    "--labeled 9": ("--labeled 9", "between 1 and 8"),
+    "--labeled 1": ("--labeled 1", "2 labeled crops", "--labeled-batch"),
+    "--labeled 1.5": ("--labeled", "1.5"),
+    "--unlabeled 5": ("--unlabeled 5", "between 0 and 4"),
+    "--unlabeled -1": ("--unlabeled -1", "between 0 and 4"),
+    "--labeled-batch 5": ("5 labeled crops", "--labeled-batch"),
+    "--labeled-batch 4": ("--labeled-batch 4", "4 unlabeled cases"),
+    "--labeled-batch 2 --unlabeled 0": ("--labeled-batch 2", "0 unlabeled cases"),
+    "--patch-size 24 16 16": ("--patch-size 24 16 16", "multiples of 16", "Try --patch-size 32 16 16"),
+    "--patch-size 16 33 7": ("--patch-size 16 33 7", "Try --patch-size 16 32 16"),
+    "--patch-size 16 16": ("--patch-size", "3 arguments"),
+    "--patch-size 16 16 16 16": ("unknown argument 16",),
+    "--patch-size 16 16 0": ("--patch-size", "0 is below 1"),
+    "--labeld 4": ("unknown argument --labeld.", "Did you mean --labeled?"),
+    "--label 4": ("unknown argument --label.", "Did you mean --labeled?"),
+    "--lamda-max 1": ("unknown argument --lamda-max.", "Did you mean --lambda-max?"),
+    "--labeld=4": ("unknown argument --labeld.", "Did you mean --labeled?"),
+    "--lambda_mx 1": ("unknown argument --lambda-mx.", "Did you mean --lambda-max?"),
+    "--lr -1": ("--lr", "-1"),
+    "--lr nan": ("--lr", "nan"),
+    "--lr inf": ("--lr", "inf"),
+    "--lr fast": ("--lr", "fast"),
+    "--lr": ("--lr", "expected one argument"),
+    "--seed -3": ("--seed", "-3"),
+    "--seed 1.5": ("--seed", "1.5"),
+    "--seed 99999999999999999999": ("--seed", "99999999999999999999"),
+    "--iterations 0": ("--iterations", "0"),
+    "--batch-size 0": ("--batch-size", "0"),
+    "--lr-steps 1 -1": ("--lr-steps", "-1"),
+    "--log-every 0": ("--log-every", "0"),
+    "--save-every 0": ("--save-every", "0"),
+    "--downsample 0": ("--downsample", "0"),
+    "--workers -1": ("--workers", "-1"),
+    "--threads -1": ("--threads", "-1"),
+    "--filters 0": ("--filters", "0"),
+    "--k nan": ("--k", "nan"),
+    "--augment flips": ("--augment", "flips", "mirror"),
+    "--device tpu": ("--device tpu", "cuda:N"),
+    "--device mps": ("--device mps", "cuda:N"),
+    "--preset nonsense": ("--preset nonsense", "paper, authors"),
+    "--profile nonsense": ("--profile", "nonsense", "half"),
+    "--method nonsense": ("--method", "nonsense", "supervised"),
+    "--method supervised --preset authors": ("--preset authors", "paper"),
+    "--method supervised --unlabeled 4": ("--unlabeled", "labeled scans only"),
+    "--method supervised --lambda-max 1": ("unknown argument --lambda-max.",),
+    "@nowhere/options.txt": ("nowhere/options.txt", "cannot read"),
+    "--resume nowhere/run": ("nowhere/run", "does not exist"),
+    "somewhere": ("unknown argument somewhere",),
+}
+
+
+@pytest.mark.parametrize("words", BAD_FLAGS)
+def test_bad_flag_is_named(words, tiny_set):
+    refuse(flags(tiny_set, *words.split()), *BAD_FLAGS[words], untouched=tiny_set.parent)
+
+
+@pytest.mark.parametrize("words", ["--max-it 4", "--epochs 4", "--gpu 0", "--head sdm"])
+def test_flag_like_no_other_gets_no_far_fetched_suggestion(words, tiny_set):
+    message = refuse(flags(tiny_set, *words.split()), words.split()[0], untouched=tiny_set.parent)
+    for far in ("--data", "--patch-size", "--runs", "--threads"):
+        assert far not in message
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("name", ["cuda", "cuda:1"])
+def test_gpu_that_is_not_there_is_refused(name, tiny_set):
+    refuse(flags(tiny_set, "--device", name), f"--device {name}", "--device cpu", untouched=tiny_set.parent)
+
+
+def test_unclosed_quote_in_an_options_file_is_refused(tiny_set, tmp_path):
+    (tmp_path / "options.txt").write_text('--name "run\n')
+    refuse(flags(tiny_set, f"@{tmp_path / 'options.txt'}"), "options.txt", "quotation", untouched=tmp_path)
+
+
+@pytest.mark.parametrize("words", [["--runs", "set/train.list"], ["--name", "x" * 300]], ids=["a file", "too long"])
+def test_run_folder_that_cannot_be_made_is_named(words, tiny_set, monkeypatch):
+    monkeypatch.chdir(tiny_set.parent)
+    before = {path for path in tiny_set.parent.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=f"cannot make the run folder .*{words[1]}"):
+        train_dtml.main(flags(tiny_set, *words))
+    assert {path for path in tiny_set.parent.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("data", [".", "../set", "sub/.."])
+def test_default_run_folder_lies_below_runs(data, tiny_set, monkeypatch):
+    (tiny_set / "sub").mkdir()
+    monkeypatch.chdir(tiny_set)
+    _, _, folder, _ = train_dtml.read_options(["--data", data, "--runs", "runs"])
+    assert folder.resolve().parent == tiny_set / "runs" / "set"
+
+
+# -- run folders that are there already --
+
+
+def test_existing_run_folder_is_left_alone(tiny_set):
+    train(tiny_set)
+    refuse(flags(tiny_set, "--name", "run"), "runs/run exists", "--resume", "--fresh", untouched=tiny_set.parent)
+    refuse(flags(tiny_set, "--name", "run", "--seed", "2"), "runs/run exists", untouched=tiny_set.parent)
+
+
+def test_folder_of_other_things_is_not_taken_for_a_run(tiny_set):
+    folder = tiny_set.parent / "runs" / "run"
+    folder.mkdir(parents=True)
+    (folder / "notes.txt").write_text("mine")
+    refuse(flags(tiny_set, "--name", "run"), "runs/run exists", "--name", untouched=tiny_set.parent)
+
+
+def test_fresh_moves_the_old_run_aside(tiny_set):
+    runs = tiny_set.parent / "runs"
+    first = train(tiny_set)
+    before = {path.name: path.read_bytes() for path in (runs / "run").iterdir()}
+    second = train(tiny_set, "--fresh", "--seed", "2")
+    (old,) = [path for path in runs.iterdir() if path.name != "run"]
+    assert old.name.startswith("run.")
+    assert {path.name: path.read_bytes() for path in old.iterdir()} == before
+    assert not same_weights(first, second)
+
+
+def test_fresh_twice_within_a_second_keeps_every_run(tiny_set, monkeypatch):
+    train(tiny_set)
+    monkeypatch.setattr("utils.run_folder.time.strftime", lambda *_: "20210101-000000")
+    for _ in range(2):
+        train(tiny_set, "--fresh")
+    runs = [path for path in (tiny_set.parent / "runs").iterdir() if (path / "last.pt").exists()]
+    assert len(runs) == 3
+
+
+def test_fresh_moves_nothing_when_the_run_cannot_start(tiny_set):
+    train(tiny_set)
+    edit(tiny_set, "case01", image=image(np.nan))
+    refuse(flags(tiny_set, "--name", "run", "--fresh"), "case01", untouched=tiny_set.parent)
+
+
+# -- resuming --
+
+HARMLESS = ["--log-every", "2", "--save-every", "3", "--cache", "none", "--device", "cpu", "--threads", "1"]
+
+
+def test_resume_with_other_options_lists_them(tiny_set):
+    train(tiny_set)
+    run = str(tiny_set.parent / "runs" / "run")
+    other = ["--lr", "0.02", "--lambda-max", "0.5", "--patch-size", "32", "16", "16", *HARMLESS]
+    message = refuse(["--resume", run, *other], run, "--lr: 0.01 before, 0.02 now", untouched=tiny_set.parent)
+    listed = [line.split()[0] for line in message.splitlines()[1:]]
+    assert sorted(listed) == ["--lambda-max:", "--lr:", "--patch-size:"]
+    argv = flags(tiny_set, "--name", "run", "--resume", "auto", "--seed", "2")
+    refuse(argv, run, "--seed: 1337 before, 2 now", untouched=tiny_set.parent)
+    refuse(["--resume", run, "--method", "supervised"], "--method: dtml before", untouched=tiny_set.parent)
+
+
+def test_resume_with_harmless_options_goes_on(tiny_set):
+    whole = train(tiny_set, "--iterations", "4", "--save-every", "2")
+    run = tiny_set.parent / "runs" / "run"
+    assert torch.load(run / "previous.pt", weights_only=True)["iteration"] == 2
+    train_dtml.main(["--resume", str(run / "previous.pt"), *HARMLESS])
+    assert same_weights(torch.load(run / "last.pt", weights_only=True), whole)
+    assert [row.split(",")[0] for row in (run / "scalars.csv").read_text().splitlines()] == ["iteration", "3"]
+
+
+@pytest.mark.parametrize("how", ["auto", "folder", "file"])
+def test_resume_of_a_finished_run_says_so_and_touches_nothing(how, tiny_set, capsys):
+    train(tiny_set)
+    run = tiny_set.parent / "runs" / "run"
+    before = files(tiny_set.parent)
+    capsys.readouterr()
+    argv = {"auto": flags(tiny_set, "--name", "run", "--resume", "auto"), "folder": ["--resume", str(run)]}
+    train_dtml.main(argv.get(how, ["--resume", str(run / "last.pt")]))
+    assert "already done: 1 of 1" in capsys.readouterr().err
+    assert files(tiny_set.parent) == before
+
+
+def test_resume_with_other_volumes_is_refused(tiny_set):
+    train(tiny_set, "--iterations", "2", "--save-every", "1")
+    edit(tiny_set, "case05", image=image())
+    run = tiny_set.parent / "runs" / "run"
+    refuse(["--resume", str(run / "previous.pt")], str(tiny_set), "not those", untouched=tiny_set.parent)
+
+
+def test_resume_of_a_folder_that_is_no_run_is_refused(tiny_set):
+    refuse(["--resume", str(tiny_set)], str(tiny_set), "no checkpoint", untouched=tiny_set.parent)
+
+
+# -- checkpoints --
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder, which no test may change."""
+    folder = make_set(tmp_path_factory.mktemp("finished") / "set")
+    train(folder, "--iterations", "2")
+    return folder.parent / "runs" / "run"
+
+
+@pytest.fixture
+def checkpoint(finished: Path, tmp_path: Path) -> Path:
+    """A copy of its checkpoint, alone in a folder."""
+    (tmp_path / "copy").mkdir()
+    return Path(shutil.copy(finished / "last.pt", tmp_path / "copy" / "last.pt"))
+
+
+def rewrite(path: Path, **changes: object) -> None:
+    """Changes values of a checkpoint; None removes one."""
+    state = {**torch.load(path, weights_only=True), **changes}
+    torch.save({k: v for k, v in state.items() if v is not None}, path)
+
+
+BOTH = pytest.mark.parametrize("script", ["test", "resume"])
+
+
+def refuse_checkpoint(script: str, path: Path, *texts: str) -> str:
+    """Asserts that both test_la.py and --resume of train_dtml.py refuse the checkpoint, with its name."""
+    main, argv = {
+        "test": (test_la.main, ["--checkpoint", str(path), "--stride", "16", "16", "16"]),
+        "resume": (train_dtml.main, ["--resume", str(path)]),
+    }[script]
+    return refuse(argv, str(path), *texts, untouched=path.parent, main=main)
+
+
+@BOTH
+def test_checkpoint_that_is_missing_is_named(script, tmp_path):
+    refuse_checkpoint(script, tmp_path / "none.pt", "does not exist")
+    refuse_checkpoint(script, tmp_path, "holds no checkpoint")
+
+
+def test_checkpoint_must_be_given(tmp_path):
+    refuse([], "--checkpoint is missing", untouched=tmp_path, main=test_la.main)
+
+
+@BOTH
+@pytest.mark.parametrize("percent", [0, 10, 50, 99.9])
+def test_checkpoint_cut_short_is_refused(percent, script, checkpoint):
+    cut(checkpoint, percent / 100)
+    refuse_checkpoint(script, checkpoint, "incomplete or no checkpoint")
+    refuse_checkpoint(script, checkpoint.parent, "incomplete or no checkpoint")
+
+
+def place_of(path: Path, entry: str) -> tuple[int, int]:
+    """Offset and size of the data of one entry of a zip file."""
+    with zipfile.ZipFile(path) as archive:
+        info = next(i for i in archive.infolist() if i.filename.endswith(entry))
+    header = path.read_bytes()[info.header_offset : info.header_offset + 30]
+    names = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+    return info.header_offset + 30 + names, info.file_size
+
+
+def flip(path: Path, place: int, bit: int = 0) -> None:
+    """Flips one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1 << bit
+    path.write_bytes(data)
+
+
+@BOTH
+def test_one_flipped_bit_of_a_tensor_is_noticed(script, checkpoint):
+    start, size = place_of(checkpoint, "/data/0")
+    flip(checkpoint, start + size // 2)
+    torch.load(checkpoint, weights_only=True)  # torch itself does not notice
+    refuse_checkpoint(script, checkpoint, "damaged", "checksum", "/data/0")
+
+
+def test_flipped_bits_anywhere_are_noticed_or_do_not_matter(checkpoint):
+    whole = checkpoint.read_bytes()
+    state = torch.load(checkpoint, weights_only=True)
+    header = whole.index(b"PK\x01\x02")
+    rng = np.random.default_rng(1)
+    places = [*range(0, 56, 5), *range(header, header + 80, 7), *range(len(whole) - 120, len(whole), 11)]
+    refused = 0
+    for place in [*places, *rng.integers(0, len(whole), 20)]:
+        checkpoint.write_bytes(whole)
+        flip(checkpoint, int(place), 7)
+        try:
+            loaded = test_la.load_checkpoint(checkpoint)
+        except UserError as e:
+            assert str(checkpoint) in str(e)
+            refused += 1
+        else:
+            assert same_weights(loaded, state) and loaded["options"] == state["options"]
+    assert refused >= 20
+
+
+class Evil:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch '{self.marker}'",)
+
+
+@BOTH
+def test_code_in_a_checkpoint_is_not_run(script, checkpoint, tmp_path):
+    marker = tmp_path / "marker"
+    rewrite(checkpoint, seconds=Evil(marker))
+    refuse_checkpoint(script, checkpoint, "not loaded", "nothing in it was run")
+    assert not marker.exists()
+    torch.load(checkpoint, weights_only=False)
+    assert marker.exists(), "the file would have run the command"
+
+
+def test_bare_pickle_is_not_run(tmp_path):
+    path, marker = tmp_path / "evil.pt", tmp_path / "marker"
+    path.write_bytes(pickle.dumps({"format": 1, "options": Evil(marker)}))
+    refuse_checkpoint("test", path, "no checkpoint")
+    assert not marker.exists()
+
+
+@BOTH
+def test_other_format_is_refused(script, checkpoint):
+    rewrite(checkpoint, format=99)
+    refuse_checkpoint(script, checkpoint, "format 99", "reads 1")
+
+
+@BOTH
+def test_bare_weights_are_no_checkpoint(script, checkpoint):
+    torch.save(torch.load(checkpoint, weights_only=True)["method"], checkpoint)
+    refuse_checkpoint(script, checkpoint, "no checkpoint of this project")
+
+
+@BOTH
+@pytest.mark.parametrize("entry", ["options", "method", "iteration"])
+def test_checkpoint_that_lacks_something_is_refused(entry, script, checkpoint):
+    rewrite(checkpoint, **{entry: None})
+    refuse_checkpoint(script, checkpoint, entry)
+
+
+@BOTH
+def test_weights_that_do_not_fit_are_refused(script, checkpoint):
+    options = torch.load(checkpoint, weights_only=True)["options"]
+    rewrite(checkpoint, options={**options, "filters": 3})
+    refuse_checkpoint(script, checkpoint, "does not fit")
+
+
+@BOTH
+def test_method_unknown_to_this_code_is_refused(script, checkpoint):
+    options = torch.load(checkpoint, weights_only=True)["options"]
+    rewrite(checkpoint, options={**options, "method": "tomorrow"})
+    refuse_checkpoint(script, checkpoint, "tomorrow")
+
+
+# -- flags of the test --
+
+BAD_TEST_FLAGS = {
+    "--output nonsense": ("--output nonsense", "seg sdm mean"),
+    "--output seg nonsense": ("--output nonsense", "seg sdm mean"),
+    "--stride 17 16 16": ("--stride", "17", "patch"),
+    "--stride 0 8 8": ("--stride", "0"),
+    "--stride 8 8": ("--stride", "3 arguments"),
+    "--patch-size 16 24 16": ("--patch-size", "24", "multiples of 16"),
+    "--batch-size 0": ("--batch-size", "0"),
+    "--weighting nonsense": ("--weighting", "gaussian"),
+    "--save nonsense": ("--save", "largest"),
+    "--device tpu": ("--device tpu",),
+    "--data nowhere": ("nowhere", "does not exist"),
+    "--strides 8 8 8": ("unknown argument --strides.", "Did you mean --stride?"),
+    "--weight gaussian": ("unknown argument --weight.", "Did you mean --weighting?"),
+    "--labeled 16": ("unknown argument --labeled.",),
+}
+
+
+@pytest.mark.parametrize("words", BAD_TEST_FLAGS)
+def test_bad_flag_of_the_test_is_named(words, checkpoint):
+    argv = ["--checkpoint", str(checkpoint), "--stride", "8", "8", "8", *words.split()]
+    refuse(argv, *BAD_TEST_FLAGS[words], untouched=checkpoint.parent.parent, main=test_la.main)
+
+
+def test_bad_spacing_is_named(checkpoint, tmp_path):
+    folder = make_set(tmp_path / "other")
+    write_case(folder / "case09" / "mri_norm2.h5", image(), label(), spacing=(1.0, 1.0))
+    argv = ["--checkpoint", str(checkpoint), "--data", str(folder), "--stride", "16", "16", "16"]
+    refuse(argv, "case09", "spacing", untouched=tmp_path, main=test_la.main)
+
+
+# -- end to end --
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "texts"),
+    [
+        ("train_dtml.py", "--data nowhere --labeled 4", ("error: ", "nowhere", "does not exist")),
+        ("train_dtml.py", "--labeld 4", ("error: ", "--labeld", "--labeled?")),
+        ("test_la.py", "--checkpoint nowhere", ("error: ", "nowhere", "does not exist")),
+    ],
+)
+def test_mistake_ends_in_code_2_and_a_text_without_traceback(script, words, texts, tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / script, *words.split()], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert done.stdout == "" and "Traceback" not in done.stderr
+    for text in texts:
+        assert text in done.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,623 @@
+"""Every flag does something: what changes a result changes it, and what is called harmless changes something else."""
+
+import csv
+import dataclasses
+import functools
+import json
+import os
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import pytest
+import torch
+from conftest import TINY, make_set
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import test_la
+import train_dtml
+from dataloaders.two_stream import Patches
+from methods import METHODS
+from utils.errors import UserError
+from utils.options import default_of
+
+BASE = [*TINY, "--device", "cpu", "--iterations", "3", "--log-every", "1"]
+
+
+@dataclasses.dataclass
+class Trained:
+    """A finished training run and what was seen while it ran."""
+
+    folder: Path
+    weights: dict[str, torch.Tensor]
+    deterministic: bool
+    opened: int
+    """h5 files opened."""
+    processes: set[int]
+    """Those that made crops."""
+
+    @property
+    def scalars(self) -> list[dict[str, float]]:
+        """The rows of scalars.csv."""
+        with open(self.folder / "scalars.csv", newline="") as f:
+            return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
+
+    @property
+    def options(self) -> list[str]:
+        """The words of options.txt."""
+        return shlex.split((self.folder / "options.txt").read_text())
+
+    @property
+    def pictures(self) -> list[str]:
+        """Names of the pictures in the TensorBoard files."""
+        events = EventAccumulator(str(self.folder), size_guidance={"images": 0})
+        return sorted(events.Reload().Tags()["images"])
+
+
+def train(folder: Path, *words: str) -> Trained:
+    """Trains; the run is the one folder below `folder` that holds a new checkpoint."""
+    opened, pids = 0, folder / "pids"
+    folder.mkdir(parents=True, exist_ok=True)
+    pids.unlink(missing_ok=True)
+    file, make_item = h5py.File, Patches.__getitem__
+
+    def open_file(*args: Any, **kwargs: Any) -> h5py.File:
+        nonlocal opened
+        opened += 1
+        return file(*args, **kwargs)
+
+    def make_and_note(self: Patches, slot: Any) -> Any:
+        with open(pids, "a") as f:
+            f.write(f"{os.getpid()}\n")
+        return make_item(self, slot)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(h5py, "File", open_file)
+        patch.setattr(Patches, "__getitem__", make_and_note)
+        patch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        train_dtml.main(["--runs", str(folder), *words])
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    last = max(folder.rglob("last.pt"), key=lambda path: path.stat().st_mtime_ns)
+    weights = torch.load(last, weights_only=True)["method"]
+    return Trained(last.parent, weights, deterministic, opened, set(map(int, pids.read_text().split())))
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Whether two networks are bit-identical."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the data sets `set` and `other`, in which paths of the tables below lie."""
+    folder = tmp_path_factory.mktemp("flags")
+    make_set(folder / "set")
+    make_set(folder / "other", shape=(22, 24, 18))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def inside(sets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flags name data by relative paths."""
+    monkeypatch.chdir(sets)
+
+
+@pytest.fixture(scope="module")
+def run(sets: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trained]:
+    """Trains with BASE and more words, once for all tests that ask for the same ones."""
+
+    @functools.cache
+    def trained(*words: str) -> Trained:
+        return train(tmp_path_factory.mktemp("runs"), "--data", "set", *BASE, *words)
+
+    return trained
+
+
+# -- what changes a result --
+
+# Option -> flags that change the result, and where needed the flags beside which they do.
+SHARED = {
+    "method": [("--method supervised", "")],
+    "preset": [("--preset authors", "")],
+    "data": [("--data other", "")],
+    "profile": [("--profile half", "")],
+    "labeled": [("--labeled 3", "")],
+    "unlabeled": [("--unlabeled 2", ""), ("--unlabeled 0", "")],
+    "downsample": [("--downsample 2", "")],
+    "patch_size": [("--patch-size 16 32 16", ""), ("--patch-size 32 16 16", "--patch-size 16 32 16")],
+    "augment": [("--augment none", ""), ("--augment mirror", ""), ("--augment mirror", "--augment none")],
+    "iterations": [("--iterations 4", "")],
+    "batch_size": [("--batch-size 3", "--labeled-batch 2")],
+    "labeled_batch": [("--labeled-batch 1", "")],
+    "lr": [("--lr 0.02", "")],
+    "lr_steps": [("--lr-steps 2", ""), ("--lr-steps", "")],
+    "lr_gamma": [("--lr-gamma 0.5", "")],
+    "momentum": [("--momentum 0.5", "")],
+    "weight_decay": [("--weight-decay 0.01", "")],
+    "seed": [("--seed 2", "")],
+}
+OWN = {
+    "dtml": {
+        "filters": [("--filters 3", "")],
+        "sdm_loss": [("--sdm-loss dis", ""), ("--sdm-loss both", ""), ("--sdm-loss both", "--sdm-loss dis --k 20")],
+        "dis_weight": [("--dis-weight 2", "--sdm-loss both")],
+        "k": [("--k 20", "")],
+        "lambda_max": [("--lambda-max 1", "")],
+        "ramp": [("--ramp steps", ""), ("--ramp literal", ""), ("--ramp literal", "--ramp steps")],
+        "consistency_times": [("--consistency-times 2", "")],
+    },
+    "supervised": {
+        "filters": [("--filters 3", "")],
+        "head": [("--head sdm", "")],
+        "softmax": [("--softmax", ""), ("--softmax", "--no-softmax")],
+        "k": [("--k 20", "--head sdm")],
+    },
+}
+LEARNING = [("dtml", changed, beside) for pairs in SHARED.values() for changed, beside in pairs] + [
+    (method, changed, beside) for method, own in OWN.items() for pairs in own.values() for changed, beside in pairs
+]
+EACH = pytest.mark.parametrize(("method", "changed", "beside"), LEARNING)
+
+
+def words_of(method: str, *flags: str) -> list[str]:
+    """The words of some flags for a method, which is not named where a flag names it."""
+    words = [word for flag in flags for word in flag.split()]
+    return words if "--method" in words else ["--method", method, *words]
+
+
+@EACH
+def test_flag_changes_the_result(method, changed, beside, run):
+    usual, other = run(*words_of(method, beside)), run(*words_of(method, beside, changed))
+    assert not same(usual.weights, other.weights)
+
+
+@EACH
+def test_flag_changes_the_name_of_the_run(method, changed, beside, run):
+    folders = [
+        train_dtml.read_options(["--data", "set", *BASE, *words_of(method, *flags)])[2]
+        for flags in ((beside,), (beside, changed))
+    ]
+    assert folders[0] != folders[1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_same_flags_give_the_same_result(method, run, tmp_path):
+    again = train(tmp_path / "again", "--data", "set", *BASE, "--method", method)
+    assert same(run("--method", method).weights, again.weights)
+
+
+def test_learning_rate_follows_its_flags(run):
+    rates = [row["lr"] for row in run("--lr", "0.04", "--lr-steps", "2", "1", "--lr-gamma", "0.5").scalars]
+    assert rates == [0.04, 0.02, 0.01]
+    assert [row["lr"] for row in run("--lr-steps").scalars] == [0.01] * 3
+
+
+@pytest.mark.parametrize(
+    ("words", "factors"),
+    [
+        ("", {"mask": 1, "consistency": 1}),
+        ("--lambda-max 1 --consistency-times 2", {"mask": 1, "consistency": 2}),
+        ("--sdm-loss dis --dis-weight 7", {"dis": 1, "consistency": 1}),
+        ("--sdm-loss both --dis-weight 2 --consistency-times 3", {"mask": 1, "dis": 2, "consistency": 3}),
+    ],
+)
+def test_total_is_the_sum_that_the_flags_describe(words, factors, run):
+    for row in run(*words.split()).scalars:
+        assert {name.partition("/")[2] for name in row if name.startswith("loss/")} == {"total", "seg", *factors}
+        parts = {name: row[f"loss/{name}"] * factor for name, factor in factors.items()}
+        parts["consistency"] *= row["lambda"]
+        assert row["loss/total"] == pytest.approx(row["loss/seg"] + sum(parts.values()), rel=2e-5)
+
+
+def test_lambda_follows_its_flags(run):
+    usual, larger = ([row["lambda"] for row in run(*words).scalars] for words in ((), ("--lambda-max", "1")))
+    assert larger == pytest.approx([10 * x for x in usual], rel=1e-5)
+    curves = {ramp: [row["lambda"] for row in run("--ramp", ramp).scalars] for ramp in ("gaussian", "steps", "literal")}
+    assert curves["gaussian"] == usual and usual[0] < usual[1] < usual[2] < 0.1
+    assert all(a != b for a, b in zip(curves["literal"][1:], usual[1:], strict=True))
+
+
+# -- what is harmless --
+
+HARMLESS: dict[str, tuple[str, Callable[[Trained], Any], Any]] = {
+    # option: flags, what to look at, what to see there
+    "cache": ("--cache none", lambda r: r.opened, 8 + 3 * 4),
+    "workers": ("--workers 2", lambda r: (len(r.processes), os.getpid() in r.processes), (2, False)),
+    "device": ("--device auto", lambda r: r.options[r.options.index("--device") + 1], "auto"),
+    "deterministic": ("--deterministic", lambda r: r.deterministic, True),
+    "runs": ("--runs elsewhere", lambda r: r.folder.parts[0], "elsewhere"),
+    "name": ("--name mine/too", lambda r: r.folder.parts[-2:], ("mine", "too")),
+    "save_every": ("--save-every 1", lambda r: (r.folder / "previous.pt").exists(), True),
+    "log_every": ("--log-every 2", lambda r: [row["iteration"] for row in r.scalars], [1, 2]),
+    "picture_every": ("--picture-every 1", lambda r: r.pictures, ["labeled", "unlabeled"]),
+}
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_harmless_flag_changes_something_but_not_the_result(name, run, tmp_path, request):
+    flags, look, expected = HARMLESS[name]
+    if name == "device" and torch.cuda.is_available():
+        pytest.skip("a GPU rounds in another way")
+    usual = run()
+    if name == "runs":
+        train_dtml.main(["--data", "set", *BASE, *flags.split()])
+        (found,) = Path("elsewhere").rglob("last.pt")
+        other = dataclasses.replace(usual, folder=found.parent, weights=torch.load(found, weights_only=True)["method"])
+    else:
+        other = train(tmp_path / "runs", "--data", "set", *BASE, *flags.split())
+    assert look(other) == expected != look(usual)
+    assert same(other.weights, usual.weights)
+
+
+@pytest.mark.parametrize("words", ["--cache ram", "--cache device", "--cache auto", "--cache none --workers 1"])
+def test_caches_give_the_same_result(words, run, tmp_path):
+    other = train(tmp_path / "runs", "--data", "set", *BASE, *words.split())
+    assert same(other.weights, run().weights)
+    assert (other.opened == 8) == ("--workers" in words or "none" not in words)
+
+
+@pytest.mark.parametrize("words", ["--cache none", "--workers 2"])
+def test_caches_give_the_same_result_at_half_resolution(words, run):
+    half = run("--data", "other", "--downsample", "2", "--patch-size", "16", "16", "16")
+    assert same(run("--data", "other", "--downsample", "2", *words.split()).weights, half.weights)
+
+
+@pytest.mark.parametrize("name", [name for name in HARMLESS if name not in ("runs", "name")])
+def test_harmless_flag_leaves_the_default_name(name):
+    words = ["--data", "set", *BASE]
+    usual, other = (train_dtml.read_options([*words, *more.split()])[2] for more in ("", HARMLESS[name][0]))
+    assert usual == other
+
+
+def test_pictures_come_when_they_should(run, tmp_path):
+    folder = train(tmp_path / "runs", "--data", "set", *BASE, "--picture-every", "2").folder
+    events = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
+    assert [event.step for event in events.Images("labeled")] == [2, 3]
+    assert run().pictures == []
+
+
+def test_resume_goes_on_where_the_run_was(run, tmp_path):
+    first = train(tmp_path / "runs", "--data", "set", *BASE, "--save-every", "2")
+    assert torch.load(first.folder / "previous.pt", weights_only=True)["iteration"] == 2
+    (first.folder / "previous.pt").replace(first.folder / "last.pt")
+    made = []
+    with pytest.MonkeyPatch.context() as patch:
+        one = Patches.__getitem__
+        patch.setattr(Patches, "__getitem__", lambda self, slot: made.append(slot) or one(self, slot))
+        train_dtml.main(["--runs", str(tmp_path / "runs"), "--data", "set", *BASE, "--resume", "auto"])
+    assert {slot.step for slot in made} == {2}
+    assert same(torch.load(first.folder / "last.pt", weights_only=True)["method"], run().weights)
+
+
+def test_fresh_starts_again(run, tmp_path):
+    argv = ["--runs", str(tmp_path), "--data", "set", *BASE, "--name", "run"]
+    train_dtml.main(argv)
+    (tmp_path / "run" / "mine.txt").write_text("old")
+    with pytest.raises(UserError, match="--fresh"):
+        train_dtml.main(argv)
+    train_dtml.main([*argv, "--fresh"])
+    assert not (tmp_path / "run" / "mine.txt").exists() and len(list(tmp_path.glob("run.*/mine.txt"))) == 1
+    assert same(torch.load(tmp_path / "run" / "last.pt", weights_only=True)["method"], run().weights)
+
+
+def test_threads_change_only_the_rounding(run, tmp_path):
+    usual = run("--iterations", "1")
+    other = train(tmp_path / "runs", "--data", "set", *BASE, "--iterations", "1", "--threads", "2")
+    found = [json.loads((r.folder / "manifest.json").read_text())["threads"] for r in (usual, other)]
+    assert found == [1, 2]
+    for name, weight in usual.weights.items():
+        torch.testing.assert_close(other.weights[name], weight, rtol=1e-4, atol=1e-6)
+
+
+ELSEWHERE = {
+    "resume": test_resume_goes_on_where_the_run_was,
+    "fresh": test_fresh_starts_again,
+    "threads": test_threads_change_only_the_rounding,
+}
+
+
+# -- the test script --
+
+
+@pytest.fixture(scope="module")
+def finished(sets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run long enough that windows matter, with a checkpoint previous.pt of 20 and a last.pt of 30 iterations."""
+    runs = tmp_path_factory.mktemp("finished")
+    words = ["--iterations", "30", "--lr", "0.1", "--lr-steps", "--k", "10", "--filters", "4", "--save-every", "20"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(sets)
+        train_dtml.main(["--runs", str(runs), "--data", "set", *BASE, *words, "--name", "run"])
+    return runs / "run"
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What a test left, and what was seen while it ran."""
+
+    out: Path
+    batches: list[int]
+    device: str
+
+    @property
+    def cases(self) -> str:
+        return (self.out / "cases.csv").read_text()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return json.loads((self.out / "test.json").read_text())
+
+    @property
+    def predictions(self) -> dict[str, bytes]:
+        folder = self.out / "predictions"
+        return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.nii.gz")}
+
+
+def run_test(finished: Path, out: Path, *words: str) -> Outcome:
+    """Tests the run `finished`; the results are in `out` unless the words say otherwise."""
+    batches, asked = [], []
+    choose, predict = test_la.choose_device, METHODS["dtml"].predict
+
+    def note_batch(self: Any, image: torch.Tensor, outputs: Any) -> torch.Tensor:
+        batches.append(len(image))
+        return predict(self, image, outputs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(test_la, "choose_device", lambda name: asked.append(name) or choose(name))
+        patch.setattr(METHODS["dtml"], "predict", note_batch)
+        usual = ["--checkpoint", str(finished), "--stride", "8", "8", "8", "--device", "cpu"]
+        test_la.main([*usual, "--threads", "1", "--out", str(out), *words])
+    return Outcome(Path(words[words.index("--out") + 1]) if "--out" in words else out, batches, asked[0])
+
+
+@pytest.fixture(scope="module")
+def usual_test(sets: Path, finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """The run `finished` tested with no more words."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(sets)
+        return run_test(finished, tmp_path_factory.mktemp("tested"))
+
+
+TEST_FLAGS: dict[str, tuple[list[str], Callable[[Outcome], Any]]] = {
+    # option: flags, what differs; unless it is the cases, the cases are the same
+    "checkpoint": (["--checkpoint", "{finished}/previous.pt"], lambda t: t.cases),
+    "data": (["--data", "other"], lambda t: t.cases),
+    "output": (["--output", "sdm", "mean"], lambda t: t.cases),
+    "patch_size": (["--patch-size", "32", "16", "16"], lambda t: t.cases),
+    "stride": (["--stride", "16", "5", "16"], lambda t: t.cases),
+    "weighting": (["--weighting", "gaussian"], lambda t: t.cases),
+    "batch_size": (["--batch-size", "3"], lambda t: max(t.batches)),
+    "out": (["--out", "{tmp}/mine"], lambda t: t.out),
+    "save": (["--save", "none"], lambda t: sorted(t.predictions)),
+    "device": (["--device", "auto"], lambda t: t.device),
+    "threads": (["--threads", "2"], lambda t: t.settings["threads"]),
+}
+
+
+@pytest.mark.parametrize("name", TEST_FLAGS)
+def test_flag_of_the_test_changes_something(name, finished, usual_test, tmp_path):
+    words, look = TEST_FLAGS[name]
+    words = [word.format(finished=finished, tmp=tmp_path) for word in words]
+    other = run_test(finished, tmp_path / "out", *words)
+    assert look(other) != look(usual_test)
+    changes_cases = name in ("checkpoint", "data", "output", "patch_size", "stride", "weighting")
+    if name != "device" or not torch.cuda.is_available():
+        assert (other.cases != usual_test.cases) == changes_cases
+
+
+def test_settings_of_the_test_are_written_down(finished, tmp_path):
+    words = ["--patch-size", "32", "16", "16", "--stride", "16", "4", "8", "--weighting", "gaussian", "--save", "all"]
+    settings = run_test(finished, tmp_path / "out", *words).settings
+    assert (settings["patch_size"], settings["stride"]) == ([32, 16, 16], [16, 4, 8])
+    assert (settings["weighting"], settings["saved"], settings["iteration"]) == ("gaussian", "all", 30)
+    assert settings["windows"] == 2 * (1 * 3 * 2)
+
+
+@pytest.mark.parametrize("words", [["--output", "seg", "seg"], ["--output", "seg"]])
+def test_output_named_twice_counts_once(words, finished, tmp_path):
+    assert run_test(finished, tmp_path / "out", *words).cases.count("case08,seg,all") == 1
+
+
+# -- no flag is forgotten --
+
+
+def names(cls: type) -> set[str]:
+    """The options of a dataclass."""
+    return {f.name for f in dataclasses.fields(cls)}
+
+
+def test_every_flag_is_tested_here():
+    assert {*SHARED, *HARMLESS, *ELSEWHERE} == names(train_dtml.Options)
+    assert {method: set(own) for method, own in OWN.items()} == {m: names(c.Options) for m, c in METHODS.items()}
+    assert set(TEST_FLAGS) == names(test_la.Options)
+    classes = [train_dtml.Options, *(kind.Options for kind in METHODS.values())]
+    marked = {f.name for cls in classes for f in dataclasses.fields(cls) if f.metadata["harmless"]}
+    assert marked == {*HARMLESS, *ELSEWHERE}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_options_of_script_and_method_have_different_names(method):
+    assert not names(train_dtml.Options) & names(METHODS[method].Options)
+
+
+def help_of(main: Callable[[list[str]], None], argv: list[str], capsys: pytest.CaptureFixture) -> dict[str, str]:
+    """Flag -> its words in the --help text."""
+    with pytest.raises(SystemExit) as ended:
+        main([*argv, "--help"])
+    assert ended.value.code == 0
+    found: dict[str, str] = {}
+    flag = ""
+    for line in capsys.readouterr().out.partition("options:")[2].splitlines():
+        if line.startswith("  -"):
+            flag = line.split()[0].rstrip(",")
+            found[flag] = line
+        elif line.startswith("   ") and flag:
+            found[flag] += " " + line
+    return {flag: " ".join(text.split()) for flag, text in found.items()}
+
+
+@pytest.mark.parametrize("script", [*METHODS, "test"])
+def test_help_lists_every_option_with_its_default(script, capsys):
+    if script == "test":
+        classes, shown = [test_la.Options], help_of(test_la.main, [], capsys)
+    else:
+        classes = [train_dtml.Options, METHODS[script].Options]
+        shown = help_of(train_dtml.main, ["--method", script], capsys)
+    fields = [f for cls in classes for f in dataclasses.fields(cls)]
+    assert set(shown) == {"-h", *("--" + f.name.replace("_", "-") for f in fields)}
+    for f in fields:
+        text, default = shown["--" + f.name.replace("_", "-")], default_of(f)
+        assert f.metadata["help"] in text
+        if isinstance(default, list) and default:
+            assert text.endswith(f"(default {' '.join(map(str, default))})")
+        elif isinstance(default, bool):
+            assert text.endswith("(default no)")
+        elif default not in (None, "", []):
+            assert text.endswith(f"(default {default})")
+        elif f.name not in ("checkpoint", "resume"):
+            assert "default" in text, f"{f.name} does not say what it is unless given"
+
+
+# -- how flags are written --
+
+
+@pytest.mark.parametrize(
+    "written", ["--patch_size 32 16 16 --lr_gamma 0.5 --log_every=1", "--patch_size 32 16 16 --lr-gamma=0.5"]
+)
+def test_underscores_are_hyphens(written, run):
+    hyphens = run("--patch-size", "32", "16", "16", "--lr-gamma", "0.5")
+    underscores = run(*written.split())
+    assert same(underscores.weights, hyphens.weights) and not same(underscores.weights, run().weights)
+    assert underscores.folder.name == hyphens.folder.name
+
+
+def test_underscores_in_values_stay(run, tmp_path):
+    assert train(tmp_path / "runs", "--data", "set", *BASE, "--name=my_run").folder.name == "my_run"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--preset authors --seed 3 --lr-steps 2 --unlabeled 3 --save-every 2",
+        "--lr-steps",
+        "--profile half --sdm-loss both",
+        "--method supervised --softmax",
+        "--resume auto",
+        "--fresh",
+    ],
+)
+def test_options_file_replays_a_run_under_another_name(words, run, tmp_path):
+    first = run(*words.split())
+    again = train(tmp_path, f"@{first.folder / 'options.txt'}", "--runs", str(tmp_path), "--name", "again")
+    assert again.folder == tmp_path / "again"
+    assert same(first.weights, again.weights) and first.scalars == again.scalars
+
+
+@pytest.mark.parametrize("words", ["", "--lr-steps 2", "--preset authors --profile half", "--method supervised"])
+def test_options_file_names_the_same_run(words, run):
+    first = run(*words.split())
+    assert train_dtml.read_options([f"@{first.folder / 'options.txt'}"])[2] == first.folder
+    with pytest.raises(UserError, match="exists already"):
+        train_dtml.main([f"@{first.folder / 'options.txt'}"])
+
+
+def test_options_file_holds_every_option_and_paths_with_blanks(run, tmp_path):
+    (tmp_path / "my set").symlink_to(Path("set").resolve())
+    first = train(tmp_path / "my runs", "--data", str(tmp_path / "my set"), *BASE)
+    known = names(train_dtml.Options) | names(METHODS["dtml"].Options)
+    flags = {word.removeprefix("--no-").removeprefix("--") for word in first.options if word.startswith("--")}
+    assert {name.replace("_", "-") for name in known} - flags == {"resume", "fresh", "unlabeled", "labeled-batch"}
+    again = train(tmp_path / "runs", f"@{first.folder / 'options.txt'}", "--runs", str(tmp_path / "runs"))
+    assert same(first.weights, again.weights) and same(first.weights, run().weights)
+
+
+def test_later_flags_win_over_an_options_file(run, tmp_path):
+    (tmp_path / "options.txt").write_text("# a comment\n--lr 0.5 --seed 7\n--name 'from file'\n")
+    o, _, folder, _ = train_dtml.read_options(["--data", "set", f"@{tmp_path / 'options.txt'}", "--lr", "0.25"])
+    assert (o.lr, o.seed, folder) == (0.25, 7, Path("runs/from file"))
+    assert train_dtml.read_options(["--data", "set", "--lr", "0.25", f"@{tmp_path / 'options.txt'}"])[0].lr == 0.5
+
+
+# -- presets, profiles, names --
+
+
+def settled(*words: str) -> dict[str, Any]:
+    """All options that a command line comes to."""
+    o, method_options, _, _ = train_dtml.read_options(list(words))
+    return {**dataclasses.asdict(o), **dataclasses.asdict(method_options)}
+
+
+PAPER = {"lambda_max": 0.1, "ramp": "gaussian", "consistency_times": 1, "augment": "d4"}
+AUTHORS = {"lambda_max": 1.0, "ramp": "steps", "consistency_times": 2, "augment": "mirror"}
+
+
+def test_preset_sets_what_the_released_code_does_and_nothing_else():
+    paper, authors = settled("--data", "set"), settled("--data", "set", "--preset", "authors")
+    assert {name: paper[name] for name in PAPER} == PAPER
+    assert {name: value for name, value in authors.items() if value != paper[name]} == {**AUTHORS, "preset": "authors"}
+    assert settled("--data", "set", "--preset", "paper") == paper
+
+
+@pytest.mark.parametrize(("name", "value"), [*PAPER.items(), ("lambda_max", 0.3)])
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+def test_flag_wins_over_a_preset(name, value, first):
+    flag, preset = ["--" + name.replace("_", "-"), str(value)], ["--preset", "authors"]
+    words = [*flag, *preset] if first else [*preset, *flag]
+    found = settled("--data", "set", *words)
+    assert {key: found[key] for key in AUTHORS} == {**AUTHORS, name: value}
+
+
+def test_profile_sets_the_scale_and_nothing_else():
+    full, half = settled("--data", "set"), settled("--data", "set", "--profile", "half")
+    scale = {"downsample": 2, "patch_size": [64, 64, 32], "filters": 8, "iterations": 2400}
+    follows = {"profile": "half", "lr_steps": [1000, 2000]}
+    assert {name: value for name, value in half.items() if value != full[name]} == {**scale, **follows}
+    assert full["patch_size"] == [112, 112, 80] and full["iterations"] == 6000 and full["lr_steps"] == [2500, 5000]
+    both = settled("--data", "set", "--profile", "half", "--preset", "authors")
+    assert {name: both[name] for name in (*scale, *AUTHORS)} == {**scale, **AUTHORS}
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("downsample", 1), ("patch_size", [32, 48, 16]), ("filters", 4), ("iterations", 60)]
+)
+def test_flag_wins_over_a_profile(flag, value):
+    words = [str(v) for v in (value if isinstance(value, list) else [value])]
+    words, profile = ["--" + flag.replace("_", "-"), *words], ["--profile", "half"]
+    usual = settled("--data", "set", *profile)
+    for order in ([*profile, *words], [*words, *profile]):
+        found = settled("--data", "set", *order)
+        differ = {name for name in found if found[name] != usual[name]}
+        assert found[flag] == value and differ == ({flag, "lr_steps"} if flag == "iterations" else {flag})
+
+
+def test_without_la_the_phantom_set_is_taken(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = settled()
+    assert (found["data"], found["profile"], found["labeled"]) == ("data/phantom", "phantom", 8)
+    assert settled("--data", "data/phantom") == found and found["iterations"] < 6000
+    (tmp_path / "data" / "la").mkdir(parents=True)
+    found = settled()
+    assert (found["data"], found["profile"], found["labeled"]) == ("data/la", "full", 16)
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ("", "set/dtml-16-seed1337"),
+        ("--labeled 8 --seed 2", "set/dtml-8-seed2"),
+        ("--preset authors", "set/dtml-authors-16-seed1337"),
+        ("--preset authors --ramp gaussian", "set/dtml-authors-16-rampgaussian-seed1337"),
+        ("--profile half", "set-half/dtml-16-seed1337"),
+        ("--profile half --filters 16", "set-half/dtml-16-filters16-seed1337"),
+        ("--patch-size 32 32 16 --lr 0.02", "set/dtml-16-patchsize32x32x16-lr0.02-seed1337"),
+        ("--method supervised --labeled 80", "set/supervised-80-seed1337"),
+        ("--method supervised --head sdm", "set/supervised-16-headsdm-seed1337"),
+        ("--iterations 600", "set/dtml-16-iterations600-seed1337"),
+        ("--workers 4 --save-every 7", "set/dtml-16-seed1337"),
+        ("--name mine", "mine"),
+    ],
+)
+def test_run_folder_is_named_after_what_varies(words, name):
+    assert train_dtml.read_options(["--data", "set", *words.split()])[2] == Path("runs") / name

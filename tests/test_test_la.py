@@ -1,0 +1,406 @@
+"""The test script: what it prints, what it writes, and that both are what the predictions on disk say."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import h5py
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from conftest import TINY, make_set, write_case
+from medpy.metric import binary
+
+import test_la
+import train_dtml
+from methods import restore
+from utils.errors import UserError
+
+# 30 iterations are enough for balls: both networks then find most of each, with a ragged border.
+FLAGS = [*TINY, "--iterations", "30", "--lr", "0.1", "--lr-steps", "--k", "10", "--filters", "4", "--save-every", "20"]
+SPACING = (1.0, 1.0, 2.0)
+STRIDE = ["--stride", "8", "8", "8"]
+OUTPUTS = ("seg", "sdm", "mean")
+COMPONENTS = ("all", "largest")
+CASES = ("case08", "case09")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a network that has learned something; beside it, `set`."""
+    folder = tmp_path_factory.mktemp("trained")
+    train_dtml.main(["--data", str(make_set(folder / "set")), "--runs", str(folder), "--name", "run", *FLAGS])
+    return folder / "run"
+
+
+def score(checkpoint: Path, out: Path, *words: str) -> list[dict[str, str]]:
+    """Tests a checkpoint and returns the rows of cases.csv."""
+    test_la.main(["--checkpoint", str(checkpoint), "--out", str(out), "--threads", "1", *STRIDE, *words])
+    return rows_of(out)
+
+
+def rows_of(out: Path) -> list[dict[str, str]]:
+    """The rows of cases.csv."""
+    with open(out / "cases.csv", newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def saved_mask(out: Path, output: str, case: str) -> np.ndarray:
+    """A saved prediction as (W,H,D)."""
+    return sitk.GetArrayFromImage(sitk.ReadImage(str(out / "predictions" / output / f"{case}.nii.gz"))).transpose(
+        2, 1, 0
+    )
+
+
+def label_of(folder: Path, case: str) -> np.ndarray:
+    """The label of a case as (W,H,D)."""
+    with h5py.File(folder / case / "mri_norm2.h5") as f:
+        return f["label"][()]
+
+
+def measure(mask: np.ndarray, label: np.ndarray) -> dict[str, float]:
+    """The columns of a row as medpy computes them."""
+    return {
+        "dice": binary.dc(mask, label),
+        "jaccard": binary.jc(mask, label),
+        "asd": binary.asd(mask, label),
+        "hd95": binary.hd95(mask, label),
+        "asd_mm": binary.asd(mask, label, voxelspacing=SPACING),
+        "hd95_mm": binary.hd95(mask, label, voxelspacing=SPACING),
+        "voxels": np.count_nonzero(mask),
+        "label_voxels": np.count_nonzero(label),
+    }
+
+
+def table_in(text: str) -> list[dict[str, str]]:
+    """The rows of the one Markdown table in a text, by column."""
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    header, rule, *rows = lines
+    assert set("".join(rule)) == {"-"}
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Puts given masks, by the sum of the scan they belong to, in the place of the predictions."""
+
+    def use(folder: Path, masks: dict[str, np.ndarray]) -> None:
+        by_sum = {}
+        for case, mask in masks.items():
+            with h5py.File(folder / case / "mri_norm2.h5") as f:
+                by_sum[float(f["image"][()].sum())] = mask
+
+        def predict(method, image, outputs, **_):
+            mask = torch.from_numpy(by_sum[float(image.numpy().sum())].astype(np.float32))
+            return torch.stack([mask] * len(outputs))
+
+        monkeypatch.setattr(test_la, "predict_scan", predict)
+
+    return use
+
+
+# -- rows and table --
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_rows_are_what_medpy_says_of_the_saved_predictions(component, trained, tmp_path):
+    rows = score(trained, tmp_path, "--save", component)
+    keys = [(row["case"], row["output"], row["component"]) for row in rows]
+    assert keys == [(case, output, c) for case in CASES for output in OUTPUTS for c in COMPONENTS]
+    for row in rows:
+        if row["component"] == component:
+            mask, label = (
+                saved_mask(tmp_path, row["output"], row["case"]),
+                label_of(trained.parent / "set", row["case"]),
+            )
+            assert set(np.unique(mask)) == {0, 1} and 0.3 < binary.dc(mask, label) < 0.99
+            for name, value in measure(mask, label).items():
+                assert float(row[name]) == pytest.approx(value, abs=1e-6), name
+
+
+def test_outputs_are_different_predictions(trained, tmp_path):
+    score(trained, tmp_path)
+    masks = [saved_mask(tmp_path, output, "case08") for output in OUTPUTS]
+    assert not any(np.array_equal(masks[i], masks[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
+def test_table_has_the_papers_columns_and_the_means_of_the_rows(trained, tmp_path, capsys):
+    rows = score(trained, tmp_path)
+    text = capsys.readouterr().out
+    assert (tmp_path / "table.md").read_text() in text
+    table = table_in(text)
+    columns = {"Dice %": "dice", "Jaccard %": "jaccard", "ASD voxel": "asd", "95HD voxel": "hd95"}
+    columns |= {"ASD mm": "asd_mm", "95HD mm": "hd95_mm"}
+    assert list(table[0]) == ["output", "component", *columns, "cases", "empty"]
+    assert [(r["output"], r["component"]) for r in table] == [(o, c) for o in OUTPUTS for c in COMPONENTS]
+    for line in table:
+        chosen = [row for row in rows if (row["output"], row["component"]) == (line["output"], line["component"])]
+        assert (line["cases"], line["empty"]) == ("2", "0")
+        for column, name in columns.items():
+            values = np.array([float(row[name]) for row in chosen]) * (100 if "%" in column else 1)
+            mean, sd = map(float, line[column].split(" ± "))
+            assert mean == pytest.approx(values.mean(), abs=0.0051) and sd == pytest.approx(
+                values.std(ddof=1), abs=0.0051
+            )
+
+
+def test_stdout_is_the_result_and_stderr_the_progress(trained, tmp_path, capsys):
+    capsys.readouterr()
+    score(trained, tmp_path)
+    out, err = capsys.readouterr()
+    assert "2 scans" in out and "16x16x16" in out and "8x8x8" in out
+    assert "case08" in err and "case09" in err and "case08" not in out and "|" not in err
+
+
+def test_damaged_last_checkpoint_is_warned_of_on_stderr_alone(trained, tmp_path, capsys):
+    run = shutil.copytree(trained, tmp_path / "run")
+    (run / "last.pt").write_bytes((run / "last.pt").read_bytes()[:1000])
+    capsys.readouterr()
+    score(run, tmp_path / "out")
+    out, err = capsys.readouterr()
+    assert "last.pt" in err and "previous.pt" in err and "not finished: 20 of 30" in err
+    assert "last.pt" not in out and "warning" not in out
+
+
+# -- empty predictions, components --
+
+
+def test_empty_prediction_counts_as_dice_0_and_has_no_distance(trained, tmp_path, capsys, fake):
+    folder = trained.parent / "set"
+    near = np.roll(label_of(folder, "case09"), 2, axis=0)
+    fake(folder, {"case08": np.zeros_like(near), "case09": near})
+    capsys.readouterr()
+    empty, full = (row for row in score(trained, tmp_path, "--output", "seg") if row["component"] == "all")
+    assert (empty["case"], empty["voxels"], float(empty["dice"]), float(empty["jaccard"])) == ("case08", "0", 0.0, 0.0)
+    assert {empty[name] for name in ("asd", "hd95", "asd_mm", "hd95_mm")} == {"nan"}
+    expected = measure(near, label_of(folder, "case09"))
+    assert float(full["dice"]) == pytest.approx(expected["dice"], abs=1e-6)
+    line = table_in(capsys.readouterr().out)[0]
+    assert (line["cases"], line["empty"]) == ("2", "1")
+    # The failure halves the mean Dice, and the mean distances are those of the other case.
+    means = {column: float(line[column].split(" ± ")[0]) for column in ("Dice %", "ASD voxel", "95HD mm")}
+    assert means["Dice %"] == pytest.approx(100 * expected["dice"] / 2, abs=0.0051)
+    assert means["ASD voxel"] == pytest.approx(expected["asd"], abs=0.0051)
+    assert means["95HD mm"] == pytest.approx(expected["hd95_mm"], abs=0.0051)
+
+
+def test_all_empty_predictions_have_no_mean_distance(trained, tmp_path, capsys, fake):
+    folder = trained.parent / "set"
+    fake(folder, {case: np.zeros_like(label_of(folder, case)) for case in CASES})
+    capsys.readouterr()
+    score(trained, tmp_path)
+    for line in table_in(capsys.readouterr().out):
+        assert line["empty"] == "2" and line["Dice %"].startswith("0.00") and line["ASD voxel"].startswith("nan")
+    assert not saved_mask(tmp_path, "seg", "case08").any()
+
+
+def test_largest_component_alone_is_kept(trained, tmp_path, fake):
+    folder = trained.parent / "set"
+    label = label_of(folder, "case08")
+    speck = label.copy()
+    speck[0, 0, 0:3] = 1
+    fake(folder, {"case08": speck, "case09": label_of(folder, "case09")})
+    rows = score(trained, tmp_path / "largest", "--output", "seg")
+    dice = {row["component"]: float(row["dice"]) for row in rows if row["case"] == "case08"}
+    assert dice["largest"] == 1 and dice["all"] == pytest.approx(binary.dc(speck, label), abs=1e-6) != 1
+    assert np.array_equal(saved_mask(tmp_path / "largest", "seg", "case08"), label)
+    score(trained, tmp_path / "all", "--output", "seg", "--save", "all")
+    assert np.array_equal(saved_mask(tmp_path / "all", "seg", "case08"), speck)
+
+
+def test_predictions_are_not_saved_when_not_wanted(trained, tmp_path):
+    score(trained, tmp_path, "--save", "none")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cases.csv", "table.md", "test.json"]
+
+
+# -- grids --
+
+
+def test_nifti_has_the_scans_spacing_and_name(trained, tmp_path):
+    score(trained, tmp_path)
+    for output in OUTPUTS:
+        folder = tmp_path / "predictions" / output
+        assert sorted(path.name for path in folder.iterdir()) == [f"{case}.nii.gz" for case in CASES]
+        for case in CASES:
+            picture = sitk.ReadImage(str(folder / f"{case}.nii.gz"))
+            assert picture.GetSpacing() == SPACING and picture.GetSize() == (24, 22, 18)
+
+
+def test_nifti_has_the_scans_origin_and_direction(trained, tmp_path):
+    folder = make_set(tmp_path / "other", test=1)
+    direction = (0.0, -1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0)
+    with h5py.File(folder / "case08" / "mri_norm2.h5", "a") as f:
+        f.attrs.update(spacing=(0.5, 0.75, 2.0), origin=(-10.0, 20.0, 5.0), direction=direction)
+    score(trained, tmp_path / "out", "--data", str(folder))
+    picture = sitk.ReadImage(str(tmp_path / "out" / "predictions" / "seg" / "case08.nii.gz"))
+    assert picture.GetSpacing() == (0.5, 0.75, 2.0) and picture.GetOrigin() == pytest.approx((-10, 20, 5))
+    assert picture.GetDirection() == pytest.approx(direction)
+
+
+def test_half_resolution_is_scored_on_the_scans_own_grid(tmp_path):
+    shape = (37, 35, 33)
+    folder = make_set(tmp_path / "set", shape=shape)
+    half = ["--downsample", "2", "--name", "half"]
+    train_dtml.main(["--data", str(folder), "--runs", str(tmp_path), *FLAGS, *half])
+    test_la.main(["--checkpoint", str(tmp_path / "half"), "--save", "all", "--threads", "1"])
+    out = tmp_path / "half" / "test"
+    settings = json.loads((out / "test.json").read_text())
+    assert settings["stride"] == [9, 9, 2], "the papers' stride on the pooled grid"
+    assert settings["downsample"] == 2 and settings["windows"] == 2 * (2 * 2 * 2)  # 19x18x17 voxels, patches of 16
+    for row in rows_of(out):
+        if row["component"] == "all":
+            path = out / "predictions" / row["output"] / f"{row['case']}.nii.gz"
+            assert sitk.ReadImage(str(path)).GetSize() == shape and sitk.ReadImage(str(path)).GetSpacing() == SPACING
+            mask, label = saved_mask(out, row["output"], row["case"]), label_of(folder, row["case"])
+            assert int(row["label_voxels"]) == label.sum() and int(row["voxels"]) == mask.sum()
+            assert float(row["dice"]) == pytest.approx(binary.dc(mask, label), abs=1e-6)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("shape", [(40, 36, 34), (41, 37, 35)], ids=["even", "odd"])
+def test_half_resolution_moves_nothing(axis, shape):
+    """A method that returns its input gives back a scan that rises evenly, away from the ends of the axis."""
+    echo = SimpleNamespace(predict=lambda patches, outputs: patches)
+    sides = [n if i == axis else 1 for i, n in enumerate(shape)]
+    rising = torch.linspace(0, 1, shape[axis], dtype=torch.float64).float().reshape(sides).expand(*shape).contiguous()
+    window = {"patch_size": (16, 16, 16), "stride": (8, 8, 8), "weighting": "uniform", "batch_size": 2}
+    found = test_la.predict_scan(echo, rising, ("seg",), downsample=2, **window)
+    assert found.shape == (1, *shape)
+    inner = slice(2, shape[axis] - 4)
+    torch.testing.assert_close(found[0].movedim(axis, 0)[inner], rising.movedim(axis, 0)[inner], rtol=0, atol=1e-5)
+    same = test_la.predict_scan(echo, rising, ("seg",), downsample=1, **window)
+    torch.testing.assert_close(same[0], rising, rtol=0, atol=1e-6)
+
+
+# -- windows and outputs --
+
+
+@pytest.fixture(scope="module")
+def method(trained):
+    """The trained method, ready to predict."""
+    return restore(torch.load(trained / "last.pt", weights_only=True)).eval()
+
+
+@pytest.fixture(scope="module")
+def scan(trained) -> torch.Tensor:
+    """The image of a test case."""
+    with h5py.File(trained.parent / "set" / "case08" / "mri_norm2.h5") as f:
+        return torch.from_numpy(f["image"][()])
+
+
+def predict(method, scan, outputs=OUTPUTS, **more) -> torch.Tensor:
+    """Probabilities as the script predicts them."""
+    window = {"patch_size": (16, 16, 16), "stride": (8, 8, 8), "weighting": "uniform", "batch_size": 4, "downsample": 1}
+    return test_la.predict_scan(method, scan, outputs, **{**window, **more})
+
+
+def test_mean_is_the_mean_of_both_probabilities(method, scan):
+    p = predict(method, scan)
+    assert p.shape == (3, *scan.shape) and p.min() >= 0 and p.max() <= 1
+    assert (p[0] - p[1]).abs().max() > 0.1
+    torch.testing.assert_close(p[2], (p[0] + p[1]) / 2, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_output_alone_is_the_same_as_among_others(output, method, scan):
+    torch.testing.assert_close(predict(method, scan, (output,))[0], predict(method, scan)[OUTPUTS.index(output)])
+    backwards = predict(method, scan, OUTPUTS[::-1])
+    torch.testing.assert_close(backwards[OUTPUTS[::-1].index(output)], predict(method, scan, (output,))[0])
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_number_of_windows_at_a_time_changes_nothing(batch_size, method, scan, trained, tmp_path):
+    torch.testing.assert_close(predict(method, scan, batch_size=batch_size), predict(method, scan), rtol=0, atol=1e-4)
+    usual = score(trained, tmp_path / "usual")
+    assert score(trained, tmp_path / "other", "--batch-size", str(batch_size)) == usual
+
+
+def test_prediction_is_that_of_the_network_in_the_middle_of_one_window(method, scan):
+    one = scan[:16, :16, :16].contiguous()
+    with torch.no_grad():
+        expected = method.predict(one[None, None], OUTPUTS)[0]
+    torch.testing.assert_close(predict(method, one), expected, rtol=0, atol=1e-5)
+
+
+def test_dropout_is_off_and_a_test_repeats(trained, tmp_path):
+    assert score(trained, tmp_path / "once") == score(trained, tmp_path / "twice")
+
+
+def test_window_is_that_of_training_unless_said_otherwise(trained, tmp_path):
+    test_la.main(["--checkpoint", str(trained), "--out", str(tmp_path), "--threads", "1"])
+    settings = json.loads((tmp_path / "test.json").read_text())
+    assert settings["patch_size"] == [16, 16, 16]
+    assert settings["stride"] == [16, 16, 4], "the papers' 18 18 4 is too wide for a patch of 16"
+
+
+@pytest.mark.parametrize("head", [["--head", "seg"], ["--head", "sdm"], ["--softmax"]], ids=" ".join)
+def test_supervised_runs_are_tested_on_their_one_output(head, trained, tmp_path):
+    flags = ["--method", "supervised", "--runs", str(tmp_path), "--name", "run", *FLAGS, *head]
+    train_dtml.main(["--data", str(trained.parent / "set"), *flags])
+    rows = score(tmp_path / "run", tmp_path / "out")
+    assert {row["output"] for row in rows} == {"sdm" if "sdm" in head else "seg"} and len(rows) == 4
+    assert all(0.3 < float(row["dice"]) < 0.99 for row in rows)
+    with pytest.raises(UserError, match="--output mean"):
+        score(tmp_path / "run", tmp_path / "other", "--output", "mean")
+
+
+# -- checkpoints and cases --
+
+
+def test_folder_and_file_of_a_checkpoint_are_the_same(trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    found = []
+    for path in (run, run / "last.pt"):
+        test_la.main(["--checkpoint", str(path), *STRIDE, "--threads", "1"])
+        found.append(rows_of(run / "test"))
+        shutil.rmtree(run / "test")
+    assert found[0] == found[1]
+
+
+def test_unfinished_checkpoint_is_tested_with_a_warning(trained, tmp_path, capsys):
+    finished = score(trained, tmp_path / "finished")
+    assert "not finished" not in capsys.readouterr().err
+    unfinished = score(trained / "previous.pt", tmp_path / "unfinished")
+    err = capsys.readouterr().err
+    assert "warning" in err and "previous.pt is not finished: 20 of 30 iterations" in err
+    assert unfinished != finished
+    assert json.loads((tmp_path / "unfinished" / "test.json").read_text())["iteration"] == 20
+
+
+def test_only_test_cases_are_tested_and_training_files_are_not_needed(trained, tmp_path):
+    usual = score(trained, tmp_path / "usual")
+    folder = shutil.copytree(trained.parent / "set", tmp_path / "set")
+    for i in range(8):
+        shutil.rmtree(folder / f"case0{i}")
+    assert score(trained, tmp_path / "out", "--data", str(folder)) == usual
+
+
+def test_case_without_label_is_named_before_anything_is_written(trained, tmp_path):
+    folder = make_set(tmp_path / "set")
+    (folder / "test.list").write_text("case08\ncase09\ncase10\n")
+    write_case(folder / "case10" / "mri_norm2.h5", np.random.default_rng(0).standard_normal((20, 20, 20)), None)
+    with pytest.raises(UserError, match=r"case10: .*without a dataset 'label'"):
+        score(trained, tmp_path / "out", "--data", str(folder))
+    assert not (tmp_path / "out").exists()
+
+
+def test_cases_in_subfolders_have_predictions_in_subfolders(trained, tmp_path):
+    folder = make_set(tmp_path / "set")
+    (folder / "site").mkdir()
+    (folder / "case08").rename(folder / "site" / "case08")
+    (folder / "test.list").write_text("site/case08\ncase09\n")
+    rows = score(trained, tmp_path / "out", "--data", str(folder))
+    assert {row["case"] for row in rows} == {"site/case08", "case09"}
+    assert saved_mask(tmp_path / "out", "seg", "site/case08").shape == (24, 22, 18)
+
+
+def test_test_again_replaces_the_results(trained, tmp_path):
+    score(trained, tmp_path)
+    before = {path.relative_to(tmp_path) for path in tmp_path.rglob("*")}
+    other = score(trained, tmp_path, "--weighting", "gaussian")
+    assert {path.relative_to(tmp_path) for path in tmp_path.rglob("*")} == before
+    assert json.loads((tmp_path / "test.json").read_text())["weighting"] == "gaussian"
+    assert other == rows_of(tmp_path) != score(trained, tmp_path)
