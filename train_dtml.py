@@ -67,44 +67,29 @@ class Options:
     method: str = option("dtml", "what to train; --method NAME --help lists its own options", choices=list(METHODS))
     preset: str = option("", "named settings of the method, for dtml: paper (default), authors")
 
-    data: str = option("", "folder of the data set (default data/la, else the phantom set)", group="data")
+    data: str = option(
+        "", "folder of the data set (default data/la, else the phantom set)", group="data", harmless=True
+    )
     profile: str = option("", "scale of the run: full (default), half, phantom", choices=list(PROFILES), group="data")
     labeled: int = option(16, "the first N scans of train.list are labeled", group="data")
-    unlabeled: int | None = option(
-        None, "how many of the others to use without label (default all; 0: labeled only)", group="data", type=int
-    )
+    unlabeled: int | None = option(None, "so many others without label (default all; 0: none)", group="data", type=int)
     downsample: int = option(1, "pool this many voxels along each axis into one", group="data", minimum=1)
     patch_size: list[int] = option([112, 112, 80], "voxels of a crop along x, y, z", group="data", nargs=3, minimum=1)
     augment: str = option("d4", "turns and flips of a crop", group="data", choices=AUGMENTATIONS)
     cache: str = option("auto", "where the volumes stay", group="data", choices=CACHES, harmless=True)
-    workers: int = option(
-        0, "processes that prepare crops; cached volumes need none", group="data", harmless=True, minimum=0
-    )
+    workers: int = option(0, "processes that prepare crops", group="data", harmless=True, minimum=0)
 
-    iterations: int = option(6000, "optimiser steps", group="optimisation", minimum=1)
-    batch_size: int = option(4, "crops in a batch, on each process", group="optimisation", minimum=1)
-    labeled_batch: int | None = option(
-        None,
-        "labeled crops of these (default half, or all without unlabeled scans)",
-        group="optimisation",
-        type=int,
-        minimum=1,
-    )
-    lr: float = option(0.01, "learning rate of SGD", group="optimisation", minimum=0)
+    iterations: int = option(6000, "optimiser steps", group="training", minimum=1)
+    batch_size: int = option(4, "crops in a batch, on each process", group="training", minimum=1)
+    labeled_batch: int | None = option(None, "labeled ones (default half)", group="training", type=int, minimum=1)
+    lr: float = option(0.01, "learning rate of SGD", group="training", minimum=0)
     lr_steps: list[int] | None = option(
-        None,
-        "iterations at which it drops (default 5/12 and 5/6 of all: 2500 5000)",
-        group="optimisation",
-        type=int,
-        nargs="*",
-        minimum=0,
+        None, "iterations of its drops (default 5/12 and 5/6 of all)", group="training", type=int, nargs="*", minimum=0
     )
-    lr_gamma: float = option(0.1, "factor of each drop", group="optimisation", minimum=0)
-    momentum: float = option(0.9, "of SGD", group="optimisation", minimum=0)
-    weight_decay: float = option(1e-4, "of SGD", group="optimisation", minimum=0)
-    seed: int = option(
-        1337, "of initial weights, batches and dropout", group="optimisation", minimum=0, maximum=2**63 - 1
-    )
+    lr_gamma: float = option(0.1, "factor of each drop", group="training", minimum=0)
+    momentum: float = option(0.9, "of SGD", group="training", minimum=0)
+    weight_decay: float = option(1e-4, "of SGD", group="training", minimum=0)
+    seed: int = option(1337, "of weights, batches and dropout", group="training", minimum=0, maximum=2**63 - 1)
 
     device: str = option("auto", "auto, cpu, cuda or cuda:N", harmless=True)
     threads: int = option(0, "CPU threads; 0 leaves torch's choice", harmless=True, minimum=0)
@@ -201,28 +186,26 @@ def main(argv: list[str] | None = None) -> None:
     device = choose_device(o.device)
     set_arithmetic(deterministic=o.deterministic)
 
-    # data and method
+    # method and data
     kind = METHODS[o.method]
+    torch.manual_seed(o.seed)
+    method = restore(state) if state else kind(method_options, iterations=o.iterations)
+    if state is not None and state["iteration"] >= o.iterations:
+        print(f"{folder} is already done: {state['iteration']} of {o.iterations} iterations.", file=sys.stderr)
+        return
     cases, problems, labeled_batch = training_cases(
         Path(o.data), labeled=o.labeled, unlabeled=o.unlabeled, batch_size=o.batch_size,
         labeled_batch=o.labeled_batch, patch_size=o.patch_size, multiple=kind.side_multiple,
     )  # fmt: skip
     volumes = Volumes(cases, cache=o.cache, downsample=o.downsample, device=device, problems=problems)
-    torch.manual_seed(o.seed)
-    method = restore(state) if state else kind(method_options, iterations=o.iterations)
     method.to(device)
     optimizer = torch.optim.SGD(method.parameters(), lr=o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
     start, seconds = 0, 0.0
     if state is not None:
         if state["checksums"] != volumes.checksums:
-            raise UserError(
-                f"the volumes in {o.data} are not those that the run {folder} began with. Resume with the same data."
-            )
+            raise UserError(f"the volumes in {o.data} are not those {folder} began with. Resume with the same data.")
         optimizer.load_state_dict(state["optimizer"])
         start, seconds = state["iteration"], state["seconds"]
-        if start >= o.iterations:
-            print(f"{folder} is already done: {start} of {o.iterations} iterations.", file=sys.stderr)
-            return
     patches = Patches(volumes, patch_size=o.patch_size, augment=o.augment, seed=o.seed, sdm=method.needs_sdm)
     sampler = TwoStreamBatchSampler(
         o.labeled, len(cases) - o.labeled, batch_size=o.batch_size, labeled_batch=labeled_batch,
@@ -242,11 +225,8 @@ def main(argv: list[str] | None = None) -> None:
             manifest = start_manifest(folder, start, manifest)
             report.text({"options": replay, "manifest": {k: v for k, v in manifest.items() if k != "options"}})
         wait_for_rank_0()
-        model = (
-            DistributedDataParallel(method, device_ids=[device] if device.type == "cuda" else None)
-            if RANKS > 1
-            else method
-        )
+        ids = [device] if device.type == "cuda" else None
+        model = DistributedDataParallel(method, device_ids=ids) if RANKS > 1 else method
         began = time.monotonic() - seconds
 
         # the loop
@@ -276,9 +256,8 @@ def main(argv: list[str] | None = None) -> None:
                     "checksums": volumes.checksums, "method": method.state_dict(), "optimizer": optimizer.state_dict(),
                 })  # fmt: skip
             if number and done < o.iterations:
-                raise Stopped(
-                    number, f"saved {folder} after {done} of {o.iterations} iterations; go on with --resume {folder}"
-                )
+                after = f"{done} of {o.iterations} iterations"
+                raise Stopped(number, f"saved {folder} after {after}; go on with --resume {folder}")
 
         # last word
         if report:
