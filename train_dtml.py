@@ -204,6 +204,10 @@ def main(argv: list[str] | None = None) -> None:
     if state is not None:
         if state["checksums"] != volumes.checksums:
             raise UserError(f"the volumes in {o.data} are not those {folder} began with. Resume with the same data.")
+        if state["processes"] != RANKS:
+            raise UserError(
+                f"{folder} was trained by {state['processes']} processes, not {RANKS}. Resume it with as many."
+            )
         optimizer.load_state_dict(state["optimizer"])
         start, seconds = state["iteration"], state["seconds"]
     patches = Patches(volumes, patch_size=o.patch_size, augment=o.augment, seed=o.seed, sdm=method.needs_sdm)
@@ -253,9 +257,11 @@ def main(argv: list[str] | None = None) -> None:
             if report and (number or done % o.save_every == 0 or done == o.iterations):
                 save_checkpoint(folder, {
                     "options": everything, "iteration": done, "seconds": time.monotonic() - began,
-                    "checksums": volumes.checksums, "method": method.state_dict(), "optimizer": optimizer.state_dict(),
+                    "checksums": volumes.checksums, "processes": RANKS,
+                    "method": method.state_dict(), "optimizer": optimizer.state_dict(),
                 })  # fmt: skip
             if number and done < o.iterations:
+                wait_for_rank_0()  # it is still saving, and torchrun ends all when one leaves
                 after = f"{done} of {o.iterations} iterations"
                 raise Stopped(number, f"saved {folder} after {after}; go on with --resume {folder}")
 

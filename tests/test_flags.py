@@ -434,7 +434,7 @@ def test_every_flag_is_tested_here():
     assert set(TEST_FLAGS) == names(test_la.Options)
     classes = [train_dtml.Options, *(kind.Options for kind in METHODS.values())]
     marked = {f.name for cls in classes for f in dataclasses.fields(cls) if f.metadata["harmless"]}
-    assert marked == {*HARMLESS, *ELSEWHERE}
+    assert marked == {*HARMLESS, *ELSEWHERE, "data"}  # a set may move; its checksums tell another one
 
 
 @pytest.mark.parametrize("method", METHODS)

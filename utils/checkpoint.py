@@ -1,10 +1,13 @@
 """Checkpoints: either the old one or the new one, never half; loading one never runs code."""
 
+import io
 import itertools
 import os
 import pickle
+import shutil
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ import torch
 from utils.errors import UserError
 
 FORMAT = 1
-CONTENTS = ("options", "iteration", "seconds", "checksums", "method", "optimizer")
+CONTENTS = ("options", "iteration", "seconds", "checksums", "processes", "method", "optimizer")
 LAST, PREVIOUS = "last.pt", "previous.pt"
 
 
@@ -46,26 +49,29 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> Path:
     Raises:
         UserError: when the folder cannot be written (full or read-only); what was there before is untouched.
     """
-    last, partial = folder / LAST, folder / f".{LAST}.{os.getpid()}.partial"
+    last, partial, link = folder / LAST, folder / f".{LAST}.partial", folder / f".{PREVIOUS}.partial"
+    data = io.BytesIO()  # torch.save straight to a full disk hides the reason
+    torch.save({"format": FORMAT, **state}, data)
     try:
         with open(partial, "wb") as f:
-            torch.save({"format": FORMAT, **state}, f)
+            f.write(data.getbuffer())
             f.flush()
             os.fsync(f.fileno())
         if last.exists():
-            # A hard link, so that at every moment some whole file bears the name last.pt.
-            link = folder / f".{PREVIOUS}.{os.getpid()}.partial"
+            # A second name for the old file, so that at every moment some whole file is called last.pt.
             link.unlink(missing_ok=True)
-            os.link(last, link)
+            try:
+                os.link(last, link)
+            except OSError:  # a file system without hard links
+                shutil.copy(last, link)
             os.replace(link, folder / PREVIOUS)
         os.replace(partial, last)
         fsync_folder(folder)
     except OSError as e:
-        raise UserError(
-            f"cannot save {last}: {e.strerror or e}. Free some space or choose another --runs folder."
-        ) from e
+        raise UserError(f"cannot save {last}: {e.strerror or e}. Free some space, then --resume {folder}.") from e
     finally:
         partial.unlink(missing_ok=True)
+        link.unlink(missing_ok=True)
     return last
 
 
@@ -90,16 +96,20 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} does not exist. Give a run folder of train_dtml.py or a .pt file.")
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch itself loads flipped bits without a word
+            # torch itself loads flipped bits without a word, and skips the data of an entry marked as a folder.
+            marked = (entry.filename for entry in archive.infolist() if entry.external_attr)
+            damaged = archive.testzip() or next(marked, None)
         if damaged is not None:
-            raise UserError(f"{path} is damaged: the checksum of {damaged} is wrong. Use an older checkpoint.")
+            raise UserError(
+                f"{path} is damaged: the checksum or the entry of {damaged} is wrong. Use an older checkpoint."
+            )
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         raise UserError(
             f"{path} holds more than tensors and plain Python, so it was not loaded and nothing in it was run. "
             "Only open checkpoints written by train_dtml.py."
         ) from e
-    except (zipfile.BadZipFile, EOFError, RuntimeError, ValueError, KeyError) as e:
+    except (zipfile.BadZipFile, EOFError, RuntimeError, ValueError, KeyError, zlib.error) as e:
         what = (str(e) or type(e).__name__).splitlines()[0]
         raise UserError(f"{path} is incomplete or no checkpoint ({what}). Use an older one.") from e
     except OSError as e:

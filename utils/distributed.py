@@ -3,12 +3,14 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 RANK = int(os.environ.get("RANK", 0))
 RANKS = int(os.environ.get("WORLD_SIZE", 1))
+_LAST_WORK: list[Any] = []
 
 
 @contextmanager
@@ -29,7 +31,11 @@ def any_rank(*flags: float, device: torch.device) -> list[float]:
     if RANKS == 1:
         return list(flags)
     shared = torch.tensor(flags, dtype=torch.float64, device=device)
-    dist.all_reduce(shared, dist.ReduceOp.MAX)
+    work = dist.all_reduce(shared, dist.ReduceOp.MAX, async_op=True)
+    work.wait()
+    # Were gloo's thread the last to hold the tensor, it would wait for the interpreter's lock, which a model that
+    # goes away holds while it waits for that thread.
+    _LAST_WORK[:] = [work]
     return shared.tolist()
 
 

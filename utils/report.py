@@ -25,7 +25,7 @@ class Report:
     def __init__(self, folder: Path, *, start: int, iterations: int, log_every: int):
         self.log_every, self.iterations, self.start = log_every, iterations, start
         self.scalars = Scalars(folder, start)
-        self.board = SummaryWriter(str(folder), purge_step=start)
+        self.board = SummaryWriter(str(folder), purge_step=start + 1)
         self.pictures = folder / "pictures"
         self.log = open(folder / "log.txt", "a", encoding="utf-8")
         self.bar = tqdm(

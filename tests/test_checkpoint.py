@@ -1,0 +1,461 @@
+"""Saving survives kill -9 and full disks, loading notices damage, and nothing that is not finite reaches a weight."""
+
+import contextlib
+import errno
+import os
+import pickle
+import random
+import resource
+import signal
+import stat
+import subprocess
+import time
+import zipfile
+from pathlib import Path
+
+import h5py  # noqa: F401  (its C library must be loaded before a fork)
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+
+import train_dtml
+from methods import METHODS
+from utils import checkpoint
+from utils.checkpoint import LAST, PREVIOUS, load_checkpoint, save_checkpoint, write_whole
+from utils.errors import Diverged, Stopped, UserError, run
+
+
+def state(n, size=100, **more):
+    """A state that knows its number: every element is n."""
+    return {**dict.fromkeys(checkpoint.CONTENTS, 0), "n": n, "x": torch.full((size,), float(n)), **more}
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+# Saving.
+
+
+def test_previous_is_the_one_before(tmp_path):
+    for n in range(4):
+        assert save_checkpoint(tmp_path, state(n)) == tmp_path / LAST
+        assert load(tmp_path / LAST)["n"] == n
+        assert names(tmp_path) == ([LAST, PREVIOUS] if n else [LAST])
+        if n:
+            assert load(tmp_path / PREVIOUS)["n"] == n - 1
+    assert load_checkpoint(tmp_path)["n"] == 3
+
+
+def test_a_whole_checkpoint_has_the_name_at_every_step_of_saving(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, state(0))
+    save_checkpoint(tmp_path, state(1))
+    steps = []
+
+    def look(name):
+        steps.append((name, load(tmp_path / LAST)["n"], load(tmp_path / PREVIOUS)["n"]))
+
+    for name in ("fsync", "link", "replace"):
+        real = getattr(os, name)
+
+        def spied(*args, name=name, real=real):
+            look(f"before {name}")
+            real(*args)
+            look(f"after {name}")
+
+        monkeypatch.setattr(os, name, spied)
+    save_checkpoint(tmp_path, state(2))
+    numbers = [step[1:] for step in steps]
+    assert set(numbers) <= {(1, 0), (1, 1), (2, 1)} and numbers == sorted(numbers)
+    done = [name for name, *_ in steps if name.startswith("after")]
+    assert done[0] == "after fsync", "the new file must be on the disk before it takes the name"
+    assert done[-2:] == ["after replace", "after fsync"], "the folder must be synced after the rename"
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_time_leaves_a_whole_checkpoint(tmp_path):
+    known = -1
+    for trial in range(20):
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            with contextlib.suppress(BaseException):
+                for n in range(known + 1, known + 1000):
+                    save_checkpoint(tmp_path, state(n, 5_000_000))  # 20 MB
+                    os.write(writer, n.to_bytes(8, "little"))
+            os._exit(1)
+        os.close(writer)
+        if trial % 4:
+            os.read(reader, 8)  # else the kill may come before the first save of this child
+        time.sleep(random.Random(trial).uniform(0, 0.15))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        with open(reader, "rb") as pipe:
+            told = pipe.read()
+        saved = int.from_bytes(told[-8:], "little") if told else known
+        saved = max(saved, known)
+        if not (tmp_path / LAST).exists():
+            assert saved < 0
+            continue
+        loaded = load_checkpoint(tmp_path / LAST)
+        assert saved <= loaded["n"] <= saved + 1 and (loaded["x"] == loaded["n"]).all()
+        if (tmp_path / PREVIOUS).exists():
+            assert load_checkpoint(tmp_path / PREVIOUS)["n"] in (loaded["n"] - 1, loaded["n"])
+        known = loaded["n"]
+        for leftover in tmp_path.glob(".*.partial"):
+            leftover.unlink()  # a killed process cannot take its half-written file away
+    assert known >= 15
+
+
+class Unsavable:
+    """Fails in the middle of being saved."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __reduce__(self):
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, MemoryError])
+def test_an_exception_while_saving_leaves_the_folder_as_it_was(error, tmp_path):
+    with pytest.raises(error):
+        save_checkpoint(tmp_path, state(2, bad=Unsavable(error())))
+    assert names(tmp_path) == []
+    save_checkpoint(tmp_path, state(0))
+    save_checkpoint(tmp_path, state(1))
+    with pytest.raises(error):
+        save_checkpoint(tmp_path, state(2, bad=Unsavable(error())))
+    assert names(tmp_path) == [LAST, PREVIOUS]
+    assert load(tmp_path / LAST)["n"] == 1 and load(tmp_path / PREVIOUS)["n"] == 0
+
+
+@pytest.mark.parametrize("mask, bits", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_permissions_follow_the_umask(mask, bits, tmp_path):
+    before = os.umask(mask)
+    try:
+        save_checkpoint(tmp_path, state(0))
+        save_checkpoint(tmp_path, state(1))
+        write_whole(tmp_path / "options.txt", b"text")
+    finally:
+        os.umask(before)
+    for name in (LAST, PREVIOUS, "options.txt"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == bits
+
+
+@contextlib.contextmanager
+def no_file_above(size):
+    """The system refuses to write files larger than this, as a full disk would."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def assert_refused_and_untouched(folder, save):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(UserError) as refused:
+        save()
+    assert str(folder) in str(refused.value)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("limit", [0, 500, 100_000, 3_999_999])
+def test_a_file_that_cannot_be_written_whole_is_the_users_to_mend(limit, tmp_path):
+    def save():
+        with no_file_above(limit):
+            save_checkpoint(tmp_path, state(2, 1_000_000))
+
+    assert_refused_and_untouched(tmp_path, save)
+    save_checkpoint(tmp_path, state(0))
+    save_checkpoint(tmp_path, state(1))
+    assert_refused_and_untouched(tmp_path, save)
+
+
+def test_a_full_disk_is_the_users_to_mend(tmp_path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounting = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)]
+    try:
+        mounted = os.geteuid() == 0 and subprocess.run(mounting, capture_output=True).returncode == 0
+    except OSError:
+        mounted = False
+    if not mounted:
+        pytest.skip("no permission to mount a small disk")
+    try:
+        save_checkpoint(folder, state(0))
+        assert_refused_and_untouched(folder, lambda: save_checkpoint(folder, state(1, 1_000_000)))
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO])
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_failing_disk_is_named(step, number, tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, state(0))
+
+    def fail(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, step, fail)
+    with pytest.raises(UserError, match=f"{tmp_path}.*{os.strerror(number)}"):
+        save_checkpoint(tmp_path, state(1))
+    monkeypatch.undo()
+    assert names(tmp_path) == [LAST] and load(tmp_path / LAST)["n"] == 0
+
+
+def test_a_folder_that_is_gone_is_named(tmp_path):
+    with pytest.raises(UserError, match=str(tmp_path / "gone")):
+        save_checkpoint(tmp_path / "gone", state(0))
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError])
+def test_other_files_are_written_whole_or_not_at_all(error, tmp_path, monkeypatch):
+    def fail(handle):
+        raise error
+
+    write_whole(tmp_path / "a.txt", b"old")
+    monkeypatch.setattr(checkpoint.os, "fsync", fail)
+    with pytest.raises((error, UserError)):
+        write_whole(tmp_path / "a.txt", b"new")
+    assert names(tmp_path) == ["a.txt"] and (tmp_path / "a.txt").read_bytes() == b"old"
+
+
+# Loading.
+
+
+@pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.99])
+def test_a_folder_falls_back_to_previous_when_last_is_cut_short(share, tmp_path, capsys):
+    save_checkpoint(tmp_path, state(0))
+    save_checkpoint(tmp_path, state(1))
+    whole = (tmp_path / LAST).read_bytes()
+    (tmp_path / LAST).write_bytes(whole[: int(share * len(whole))])
+    assert load_checkpoint(tmp_path)["n"] == 0
+    said = capsys.readouterr()
+    assert "warning" in said.err and LAST in said.err and PREVIOUS in said.err
+    assert said.out == "", "a warning must not stand in the table that a program prints"
+    with pytest.raises(UserError, match=LAST):
+        load_checkpoint(tmp_path / LAST)
+
+
+def test_a_folder_falls_back_to_previous_when_last_is_missing(tmp_path):
+    save_checkpoint(tmp_path, state(0))
+    save_checkpoint(tmp_path, state(1))
+    (tmp_path / LAST).unlink()
+    assert load_checkpoint(tmp_path)["n"] == 0
+
+
+def test_a_folder_with_two_damaged_checkpoints_is_an_error(tmp_path):
+    for name in (LAST, PREVIOUS):
+        (tmp_path / name).write_bytes(b"no checkpoint")
+    with pytest.raises(UserError, match=PREVIOUS):
+        load_checkpoint(tmp_path)
+
+
+def test_an_empty_folder_is_an_error(tmp_path):
+    with pytest.raises(UserError, match=str(tmp_path)):
+        load_checkpoint(tmp_path)
+
+
+def test_a_flipped_byte_of_a_weight_is_told_by_its_checksum(tmp_path):
+    path = save_checkpoint(tmp_path, state(0, x=torch.full((1000,), 1.2345)))
+    data = bytearray(path.read_bytes())
+    data[data.index(np.full(100, 1.2345, np.float32).tobytes()) + 42] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="checksum"):
+        load_checkpoint(path)
+
+
+def test_a_weight_whose_entry_is_marked_as_a_folder_is_noticed(tmp_path):
+    """torch leaves such a tensor uninitialised without a word, though every checksum is right."""
+    path = save_checkpoint(tmp_path, state(0))
+    data = bytearray(path.read_bytes())
+    entry = data.index(b"archive/data/0", data.index(b"PK\1\2")) - 46
+    data[entry + 38] |= 0x10
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=str(path)):
+        load_checkpoint(path)
+
+
+def test_no_damage_goes_unnoticed(tmp_path):
+    """Bytes all over a small file, changed or missing: an error that names the file, or what was saved."""
+    path = save_checkpoint(tmp_path, state(3, text="abc", x=torch.arange(10.0)))
+    whole = path.read_bytes()
+    draw = random.Random(0)
+    damaged = [bytes([*whole[:i], whole[i] ^ 1 << draw.randrange(8), *whole[i + 1 :]]) for i in range(0, len(whole), 2)]
+    damaged += [whole[:length] for length in range(0, len(whole), 7)]
+    noticed = 0
+    for data in damaged:
+        path.write_bytes(data)
+        try:
+            found = load_checkpoint(path)
+        except UserError as e:
+            assert str(path) in str(e)
+            noticed += 1
+        else:
+            assert found["n"] == 3 and found["text"] == "abc" and torch.equal(found["x"], torch.arange(10.0))
+    assert noticed > len(damaged) / 3
+
+
+def test_what_runs_code_is_not_loaded(tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "was run",)
+
+    content = state(0, x=Attack(), format=checkpoint.FORMAT)
+    torch.save(content, tmp_path / "zip.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(content))
+    torch.save(content, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+    for name in ("zip.pt", "plain.pt", "legacy.pt"):
+        with pytest.raises(UserError, match=name):
+            load_checkpoint(tmp_path / name)
+    assert not (tmp_path / "was run").exists()
+
+
+@pytest.mark.parametrize("content", [{"x": 1}, {"format": 0}, {"format": 2, "n": 1}, [1, 2], torch.zeros(3)])
+def test_other_formats_are_refused(content, tmp_path):
+    torch.save(content, tmp_path / "other.pt")
+    with pytest.raises(UserError, match=r"other\.pt.*format"):
+        load_checkpoint(tmp_path / "other.pt")
+
+
+# What the training saves.
+
+
+def train(data, folder, *flags):
+    where = ["--runs", str(folder.parent), "--name", folder.name]
+    train_dtml.main(["--data", str(data), *TINY, "--batch-size", "2", "--iterations", "8", *where, *flags])
+
+
+def plain(value):
+    """Whether a value is made of tensors and plain Python only."""
+    if isinstance(value, dict):
+        return all(isinstance(key, (str, int)) and plain(v) for key, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(map(plain, value))
+    return isinstance(value, torch.Tensor) or value is None or type(value) in (str, int, float, bool)
+
+
+@pytest.mark.parametrize("flags", [["--sdm-loss", "both"], ["--method", "supervised"]])
+def test_a_run_saves_tensors_and_plain_python_only(flags, tiny_set, tmp_path):
+    train(tiny_set, tmp_path / "run", "--iterations", "3", *flags)
+    saved = load(tmp_path / "run" / LAST)
+    assert plain(saved)
+    assert saved["iteration"] == 3 and saved["options"]["iterations"] == 3 and saved["checksums"]
+    with zipfile.ZipFile(tmp_path / "run" / LAST) as archive:
+        assert archive.testzip() is None
+
+
+def test_a_disk_that_fills_up_ends_a_run_with_its_last_checkpoint(tiny_set, tmp_path, monkeypatch, capsys):
+    real, saved = os.fsync, []
+
+    def fill_up(handle):
+        if (tmp_path / "run" / LAST).exists():
+            saved.append(load(tmp_path / "run" / LAST)["iteration"])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fill_up)
+    with pytest.raises(SystemExit) as left:
+        run(lambda: train(tiny_set, tmp_path / "run", "--save-every", "2"))
+    assert left.value.code == 2 and "No space left" in capsys.readouterr().err
+    assert load(tmp_path / "run" / LAST)["iteration"] == saved[0] == 2
+
+
+# What is not finite.
+
+
+def nan_loss(method, losses):
+    losses.terms["seg"] = losses.terms["seg"] * float("nan")
+    losses.total = losses.terms["seg"]
+
+
+def infinite_loss(method, losses):
+    losses.terms["seg"] = losses.terms["seg"] + float("inf")
+    losses.total = losses.terms["seg"]
+
+
+def nan_gradient(method, losses):
+    """The square root at 0: its value is finite, its derivative is not."""
+    weight = next(method.parameters())
+    losses.total = losses.total + (weight.flatten()[0] * 0).sqrt()
+
+
+@pytest.fixture
+def spoil(monkeypatch):
+    """Spoils the losses of iteration k -> a dict that then holds the weights from before it."""
+
+    def spoil_at(k, how):
+        before = {}
+        for kind in METHODS.values():
+
+            def forward(self, batch, iteration, real=kind.forward):
+                weights = {name: p.detach().clone() for name, p in self.named_parameters()}
+                losses = real(self, batch, iteration)
+                if iteration == k:
+                    before.update(weights=weights, method=self, cases=batch["case"])
+                    how(self, losses)
+                return losses
+
+            monkeypatch.setattr(kind, "forward", forward)
+        return before
+
+    return spoil_at
+
+
+@pytest.mark.parametrize("k", [0, 2, 4, 7])  # 4 is logged, 7 is the last one
+@pytest.mark.parametrize(
+    "how, named",
+    [
+        (nan_loss, "the loss seg"),
+        (infinite_loss, "the loss seg"),
+        (nan_gradient, r"the gradient of (M_s|network)\.encoder\.0\.0\.weight"),
+    ],
+)
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_not_finite_never_reaches_the_weights(method, how, named, k, tiny_set, tmp_path, spoil):
+    before, folder = spoil(k, how), tmp_path / "run"
+    with pytest.raises(Diverged, match=f"at iteration {k} {named}") as diverged:
+        train(tiny_set, folder, "--method", method, "--save-every", "1", "--log-every", "5")
+    assert all(case in str(diverged.value) for case in before["cases"])
+    after = dict(before["method"].named_parameters())
+    assert all(torch.equal(after[name], weight) for name, weight in before["weights"].items())
+    assert (folder / LAST).exists() == (k > 0)
+    if k:
+        saved = load(folder / LAST)
+        assert saved["iteration"] == k
+        assert all(torch.equal(saved["method"][name], weight) for name, weight in before["weights"].items())
+        assert all(torch.isfinite(value).all() for value in saved["method"].values())
+
+
+def test_a_diverged_program_exits_with_3_and_can_go_on(tiny_set, tmp_path, spoil, monkeypatch, capsys):
+    spoil(5, nan_gradient)
+    with pytest.raises(SystemExit) as left:
+        run(lambda: train(tiny_set, tmp_path / "run", "--save-every", "3", "--log-every", "1"))
+    assert left.value.code == 3
+    assert "diverged: at iteration 5 the gradient of" in capsys.readouterr().err
+    monkeypatch.undo()
+    train(tiny_set, tmp_path / "run", "--resume", "auto", "--log-every", "1")
+    train(tiny_set, tmp_path / "other", "--log-every", "1")
+    found, wanted = (load(tmp_path / name / LAST)["method"] for name in ("run", "other"))
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert (tmp_path / "run" / "scalars.csv").read_text() == (tmp_path / "other" / "scalars.csv").read_text()
+
+
+def test_a_signal_does_not_save_what_diverged(tiny_set, tmp_path, spoil):
+    def signalled(method, losses):
+        os.kill(os.getpid(), signal.SIGTERM)
+        nan_loss(method, losses)
+
+    spoil(3, signalled)
+    with pytest.raises((Diverged, Stopped)):
+        train(tiny_set, tmp_path / "run", "--save-every", "1")
+    saved = load(tmp_path / "run" / LAST)
+    assert saved["iteration"] == 3 and all(torch.isfinite(value).all() for value in saved["method"].values())

@@ -1,0 +1,211 @@
+"""Two processes under torchrun: equal replicas, different batches, one run folder, and they stop together."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, TINY, make_set
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package"),
+]
+
+N = 6
+FLAGS = [*TINY, "--batch-size", "2", "--iterations", str(N), "--log-every", "1", "--device", "cpu"]
+
+# Runs one or several trainings in a row, and saves what each process had after each of them.
+DRIVER = """
+import json, os, signal, time
+from pathlib import Path
+import torch
+import train_dtml
+from methods import METHODS
+from utils.distributed import RANK
+from utils.errors import Diverged, Stopped
+
+place, kind = Path(__file__).parent, METHODS["dtml"]
+forward, join = kind.forward, torch.distributed.init_process_group
+for name, how, flags in json.loads((place / "runs.json").read_text()):
+    seen, known = [], {}
+
+    def spied(self, batch, iteration):
+        seen.append((batch["case"], batch["image"].clone()))
+        losses = forward(self, batch, iteration)
+        if how == "diverge on rank 1" and RANK == 1 and iteration == 3:
+            # The gradients stay finite, so rank 0 cannot tell by itself.
+            losses.terms["seg"] = losses.terms["seg"] + float("inf")
+            losses.total = losses.total + float("inf")
+        return losses
+
+    def after_step(self, batch, iteration):
+        known["method"] = self
+        if how == "SIGTERM to rank 1" and RANK == 1 and iteration == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if how == "pause" and iteration == 3:
+            (place / f"ready{RANK}").touch()
+            while not (place / "go").exists():
+                time.sleep(0.01)
+
+    def meet(backend):  # torchrun's own meeting point serves a single training
+        join(backend, init_method=f"file://{place}/{name}.store", rank=RANK, world_size=2)
+
+    kind.forward, kind.after_step, torch.distributed.init_process_group = spied, after_step, meet
+    end = "done"
+    try:
+        train_dtml.main(flags)
+    except (Diverged, Stopped) as e:
+        end = f"{type(e).__name__}: {e}"
+    weights = {name: p.detach() for name, p in known["method"].named_parameters()}
+    torch.save({"seen": seen, "weights": weights, "end": end}, place / f"{name}{RANK}.pt")
+    while not (place / f"{name}{1 - RANK}.pt").exists():
+        time.sleep(0.01)
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_set(tmp_path_factory.mktemp("data") / "set")
+
+
+def torchrun(*words, cwd):
+    """Starts a program in two processes, in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, words)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def end_of(process):
+    """Waits for torchrun and for everything it started, which shares its stderr -> exit code, stderr."""
+    try:
+        _, err = process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun then ends its processes, after half a minute by force
+        pytest.fail(f"the processes did not end:\n{process.communicate(timeout=60)[1]}")
+    return process.returncode, err
+
+
+def flags_of(data, runs, name):
+    return ["--data", str(data), *FLAGS, "--runs", str(runs), "--name", name]
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def differing(a, b):
+    assert list(a) == list(b)
+    return [name for name in a if a[name].numpy().tobytes() != b[name].numpy().tobytes()]
+
+
+@pytest.fixture(scope="module")
+def ranks(data, tmp_path_factory):
+    """name, rank -> what the process had at the end of that run; and the folder of the runs."""
+    place = tmp_path_factory.mktemp("ranks")
+    runs = [
+        ["whole", "", flags_of(data, place / "runs", "whole")],
+        ["diverged", "diverge on rank 1", [*flags_of(data, place / "runs", "diverged"), "--save-every", "1"]],
+        ["stopped", "SIGTERM to rank 1", [*flags_of(data, place / "runs", "stopped"), "--workers", "1"]],
+        ["resumed", "", ["--resume", str(place / "runs" / "stopped")]],
+    ]
+    (place / "driver.py").write_text(DRIVER)
+    (place / "runs.json").write_text(json.dumps(runs))
+    code, err = end_of(torchrun("driver.py", cwd=place))
+    assert code == 0, err
+    return {(name, rank): load(place / f"{name}{rank}.pt") for name, *_ in runs for rank in (0, 1)}, place / "runs"
+
+
+def test_replicas_are_identical_to_the_last_bit(ranks):
+    found, runs = ranks
+    for name in ("whole", "diverged", "stopped", "resumed"):
+        assert differing(found[name, 0]["weights"], found[name, 1]["weights"]) == []
+    saved = load(runs / "whole" / "last.pt")
+    weights = found["whole", 0]["weights"]
+    assert differing({name: saved["method"][name] for name in weights}, weights) == []
+    assert saved["iteration"] == N
+
+
+def test_each_process_has_its_own_batches(ranks):
+    found, _ = ranks
+    a, b = (found["whole", rank]["seen"] for rank in (0, 1))
+    assert len(a) == len(b) == N
+    assert all(not torch.equal(x, y) for _, x in a for _, y in b)
+    # 4 labeled cases, one in each batch, two batches at a time: every two iterations see each of them once.
+    labeled = [cases[0] for pair in zip(a, b, strict=True) for cases, _ in pair]
+    for i in range(0, 2 * N, 4):
+        assert sorted(labeled[i : i + 4]) == [f"case{n:02d}" for n in range(4)]
+
+
+def test_one_folder_holds_the_run(ranks):
+    _, runs = ranks
+    assert sorted(path.name for path in runs.iterdir()) == ["diverged", "stopped", "whole"]
+    events = [path for path in (runs / "whole").iterdir() if "tfevents" in path.name]
+    assert len(events) == 1
+    assert len((runs / "whole" / "scalars.csv").read_text().splitlines()) == 1 + N
+    assert not list(runs.rglob("*.partial"))
+
+
+def test_all_stop_when_the_loss_of_one_is_not_finite(ranks):
+    found, runs = ranks
+    ends = [found["diverged", rank]["end"] for rank in (0, 1)]
+    assert ends[0].startswith("Diverged: at iteration 3 a loss of another process")
+    assert ends[1].startswith("Diverged: at iteration 3 the loss seg")
+    saved = load(runs / "diverged" / "last.pt")
+    weights = found["diverged", 0]["weights"]
+    assert saved["iteration"] == 3
+    assert differing({name: saved["method"][name] for name in weights}, weights) == []
+
+
+def test_all_stop_when_one_is_signalled_and_go_on_as_if_nothing_had_been(ranks):
+    found, runs = ranks
+    assert all(found["stopped", rank]["end"].startswith("Stopped: saved") for rank in (0, 1))
+    assert [len(found["stopped", rank]["seen"]) for rank in (0, 1)] == [4, 4]
+    for rank in (0, 1):
+        assert differing(found["resumed", rank]["weights"], found["whole", rank]["weights"]) == []
+        halves = found["stopped", rank]["seen"] + found["resumed", rank]["seen"]
+        assert [cases for cases, _ in halves] == [cases for cases, _ in found["whole", rank]["seen"]]
+    a, b = (load(runs / name / "last.pt") for name in ("stopped", "whole"))
+    assert differing(a["method"], b["method"]) == []
+    for x, y in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values(), strict=True):
+        assert differing(x, y) == []
+    assert (runs / "stopped" / "scalars.csv").read_text() == (runs / "whole" / "scalars.csv").read_text()
+
+
+def test_torchrun_runs_the_script_itself(data, ranks, tmp_path):
+    flags = [*flags_of(data, "runs", "script"), "--workers", "1"]
+    code, err = end_of(torchrun(ROOT / "train_dtml.py", *flags, cwd=tmp_path))
+    assert code == 0, err
+    assert err.count(f"done: {N} iterations") == 1
+    a, b = load(tmp_path / "runs" / "script" / "last.pt"), load(ranks[1] / "whole" / "last.pt")
+    assert differing(a["method"], b["method"]) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_a_signal_to_the_whole_group_saves(number, data, tmp_path):
+    (tmp_path / "driver.py").write_text(DRIVER)
+    (tmp_path / "runs.json").write_text(json.dumps([["run", "pause", flags_of(data, tmp_path / "runs", "run")]]))
+    process = torchrun("driver.py", cwd=tmp_path)
+    patience = time.monotonic() + 60
+    while not all((tmp_path / f"ready{rank}").exists() for rank in (0, 1)):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < patience, "the training did not begin"
+        time.sleep(0.05)
+    os.killpg(process.pid, number)
+    time.sleep(1)  # torchrun passes it on to its processes, which have sessions of their own
+    (tmp_path / "go").touch()
+    code, err = end_of(process)
+    assert code != 0
+    assert (tmp_path / "runs" / "run" / "last.pt").exists(), err
+    assert load(tmp_path / "runs" / "run" / "last.pt")["iteration"] == 4
+    assert [load(tmp_path / f"run{rank}.pt")["end"][:8] for rank in (0, 1)] == ["Stopped:"] * 2

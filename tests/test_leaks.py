@@ -1,0 +1,266 @@
+"""Training sees no label of an unlabeled case and no file of a test case, and each batch is made as the papers say."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, make_set
+
+import train_dtml
+from dataloaders.two_stream import TwoStreamBatchSampler
+from methods import METHODS
+
+LABELED, TRAIN = 4, 8
+FLAGS = [*TINY, "--batch-size", "2", "--iterations", "6", "--log-every", "1", "--picture-every", "3"]
+
+
+def train(data, folder, *flags):
+    where = ["--runs", str(folder.parent), "--name", folder.name]
+    train_dtml.main(["--data", str(data), *FLAGS, *where, *flags])
+
+
+def result(folder):
+    """Weights and buffers as bytes, and the curves."""
+    weights = torch.load(folder / "last.pt", weights_only=True)["method"]
+    return {name: v.numpy().tobytes() for name, v in weights.items()}, (folder / "scalars.csv").read_text()
+
+
+def files(data, split):
+    return [data / name / "mri_norm2.h5" for name in (data / f"{split}.list").read_text().split()]
+
+
+# Labels of unlabeled cases.
+
+
+def balls(image):
+    return (image > 0.5).astype(np.uint8)
+
+
+POISON = {
+    "right labels": balls,
+    "wrong labels": lambda image: 1 - balls(image),
+    "any bytes": lambda image: np.random.default_rng(0).choice(np.array([0, 1, 2, 255], np.uint8), image.shape),
+    "not a number": lambda image: np.full(image.shape, np.nan, np.float32),
+    "another shape": lambda image: np.ones((2, 3), np.uint8),
+    "a group": lambda image: None,
+    "a link to nothing": lambda image: h5py.SoftLink("/nowhere"),
+    "a link to a file that is not there": lambda image: h5py.ExternalLink("nowhere.h5", "/label"),
+}
+
+
+def poison(data, how):
+    for path in files(data, "train")[LABELED:]:
+        with h5py.File(path, "r+") as f:
+            label = POISON[how](f["image"][()])
+            if label is None:
+                f.create_group("label")
+            else:
+                f["label"] = label
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory):
+    """Flags -> the result on a set whose unlabeled cases have no label, computed once."""
+    place, known = tmp_path_factory.mktemp("clean"), {}
+    data = make_set(place / "set")
+
+    def made(*flags):
+        if flags not in known:
+            train(data, place / f"run{len(known)}", *flags)
+            known[flags] = result(place / f"run{len(known)}")
+        return known[flags]
+
+    return made
+
+
+@pytest.mark.parametrize("flags", [["--sdm-loss", "both"], ["--cache", "none", "--downsample", "2"]], ids="_".join)
+@pytest.mark.parametrize("how", POISON)
+def test_labels_of_unlabeled_cases_change_nothing(how, flags, clean, tmp_path):
+    data = make_set(tmp_path / "set")
+    poison(data, how)
+    if "--downsample" in flags:
+        flags = [*flags, "--workers", "2"]
+    train(data, tmp_path / "run", *flags)
+    assert result(tmp_path / "run") == clean(*flags)
+
+
+def test_labels_of_labeled_cases_do_change_the_result(clean, tmp_path):
+    data = make_set(tmp_path / "set")
+    with h5py.File(files(data, "train")[0], "r+") as f:
+        f["label"][()] = 1 - f["label"][()]
+    train(data, tmp_path / "run", "--sdm-loss", "both")
+    assert result(tmp_path / "run") != clean("--sdm-loss", "both")
+
+
+@pytest.mark.parametrize("cache", ["ram", "none"])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_label_of_an_unlabeled_case_is_never_read(method, cache, tmp_path, monkeypatch):
+    data = make_set(tmp_path / "set")
+    poison(data, "right labels")
+    read = Counter()
+    real = h5py.Group.__getitem__
+
+    def spy(self, name):
+        read[self.file.filename, name] += 1
+        return real(self, name)
+
+    monkeypatch.setattr(h5py.Group, "__getitem__", spy)
+    train(data, tmp_path / "run", "--method", method, "--cache", cache)
+    paths = [str(path) for path in files(data, "train")]
+    opened = paths if method == "dtml" else paths[:LABELED]
+    assert {path for path, name in read if name == "image"} == set(opened)
+    assert {path for path, name in read if name == "label"} == set(paths[:LABELED])
+
+
+# Test cases.
+
+SPY = """
+import os, sys
+import h5py
+log = os.open(sys.argv.pop(1), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+def note(path):
+    if isinstance(path, (str, bytes, os.PathLike)):
+        os.write(log, os.fsencode(path) + b"\\n")
+
+sys.addaudithook(lambda event, args: note(args[0]) if event == "open" else None)
+h5_open = h5py.h5f.open
+def spied(name, *args, **kwargs):
+    note(name)
+    return h5_open(name, *args, **kwargs)
+h5py.h5f.open = spied
+
+import train_dtml
+train_dtml.main()
+"""
+
+
+@pytest.mark.slow
+def test_no_file_of_a_test_case_is_opened(tiny_set, tmp_path):
+    (tmp_path / "spy.py").write_text(SPY)
+    flags = ["--data", tiny_set, *FLAGS, "--workers", "2", "--cache", "none", "--runs", tmp_path / "runs"]
+    program = [sys.executable, tmp_path / "spy.py", tmp_path / "opened.txt", *flags]
+    subprocess.run(program, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, timeout=120)
+    opened = Counter((tmp_path / "opened.txt").read_text().splitlines())
+    assert opened[str(tiny_set / "train.list")] == 1
+    # Each training case once when the set is read, and again for its crops.
+    assert all(opened[str(path)] > 1 for path in files(tiny_set, "train"))
+    assert not [name for name in opened if any(str(path.parent) in name for path in files(tiny_set, "test"))]
+
+
+def test_training_does_not_need_the_files_of_the_test_cases(clean, tmp_path):
+    data = make_set(tmp_path / "set")
+    gone, garbage = files(data, "test")
+    gone.unlink()
+    garbage.write_bytes(b"garbage")
+    train(data, tmp_path / "run", "--sdm-loss", "both")
+    assert result(tmp_path / "run") == clean("--sdm-loss", "both")
+
+
+def test_a_test_case_is_in_no_batch_and_in_no_checksum(tiny_set, tmp_path):
+    train(tiny_set, tmp_path / "run")
+    checksums = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["checksums"]
+    assert list(checksums) == (tiny_set / "train.list").read_text().split()
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["checksums"] == checksums
+
+
+# Batches.
+
+
+def sampler(labeled, unlabeled, batch, labeled_batch, *, iterations=40, start=0, seed=1337, **ranks):
+    return TwoStreamBatchSampler(
+        labeled, unlabeled, batch_size=batch, labeled_batch=labeled_batch,
+        seed=seed, start=start, iterations=iterations, **ranks,
+    )  # fmt: skip
+
+
+SIZES = [(16, 64, 4, 2), (8, 72, 4, 2), (4, 4, 2, 1), (12, 30, 5, 3), (5, 40, 4, 2), (16, 0, 4, 4), (7, 1, 3, 2)]
+
+
+@pytest.mark.parametrize("labeled, unlabeled, batch, labeled_batch", SIZES)
+def test_an_epoch_is_one_pass_over_the_labeled_cases(labeled, unlabeled, batch, labeled_batch):
+    batches = list(sampler(labeled, unlabeled, batch, labeled_batch))
+    assert len(batches) == 40
+    length = labeled // labeled_batch
+    epochs = [batches[i : i + length] for i in range(0, 40 - length + 1, length)]
+    assert len(epochs) > 1
+    for epoch in epochs:
+        cases = [[slot.case for slot in slots] for slots in epoch]
+        assert all(len(row) == batch for row in cases)
+        first = [case for row in cases for case in row[:labeled_batch]]
+        second = [case for row in cases for case in row[labeled_batch:]]
+        assert len(set(first)) == len(first) == length * labeled_batch and set(first) <= set(range(labeled))
+        assert set(second) <= set(range(labeled, labeled + unlabeled))
+        counts = Counter(second)
+        if counts:  # as evenly as possible: all different where there are enough of them
+            rounds = len(second) / unlabeled
+            assert max(counts.values()) <= max(1, np.ceil(rounds)) and len(counts) == min(len(second), unlabeled)
+    if labeled > 2:
+        orders = {tuple(slot.case for slots in epoch for slot in slots[:labeled_batch]) for epoch in epochs}
+        assert len(orders) > 1, "every epoch must be shuffled anew"
+
+
+def test_sixteen_labels_and_two_a_batch_make_an_epoch_of_eight_iterations():
+    batches = list(sampler(16, 64, 4, 2, iterations=8 * 5))
+    for epoch in range(5):
+        slots = [slot.case for batch in batches[8 * epoch : 8 * epoch + 8] for slot in batch]
+        labeled = [case for case in slots if case < 16]
+        assert sorted(labeled) == list(range(16))
+        assert len({case for case in slots if case >= 16}) == 16
+    assert len({slot.case for batch in batches for slot in batch}) > 60, "all unlabeled cases get their turn"
+
+
+def test_batches_depend_on_seed_and_iteration_alone():
+    batches = list(sampler(16, 64, 4, 2))
+    np.random.seed(3)
+    torch.manual_seed(3)
+    assert list(sampler(16, 64, 4, 2)) == batches
+    assert list(sampler(16, 64, 4, 2, iterations=20)) == batches[:20]
+    assert list(sampler(16, 64, 4, 2, seed=1)) != batches
+    for start in (1, 7, 8, 39):
+        rest = sampler(16, 64, 4, 2, start=start)
+        assert list(rest) == batches[start:] and len(rest) == 40 - start
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+@pytest.mark.parametrize("start", [0, 5])
+def test_processes_share_one_sequence(ranks, start):
+    whole = list(sampler(16, 64, 4, 2, iterations=40 * ranks))
+    parts = [list(sampler(16, 64, 4, 2, start=start, rank=rank, ranks=ranks)) for rank in range(ranks)]
+    assert [batch for together in zip(*parts, strict=True) for batch in together] == whole[start * ranks :]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_of_a_run_are_labeled_cases_first(workers, tmp_path, monkeypatch):
+    data = make_set(tmp_path / "set", train=40, test=1, labeled=16, shape=(17, 16, 18))
+    names = (data / "train.list").read_text().split()
+    batches = []
+    real = METHODS["dtml"].forward
+
+    def spy(self, batch, iteration):
+        assert iteration == len(batches)
+        batches.append(batch)
+        return real(self, batch, iteration)
+
+    monkeypatch.setattr(METHODS["dtml"], "forward", spy)
+    flags = ["--labeled", "16", "--batch-size", "4", "--iterations", "16", "--workers", str(workers)]
+    train(data, tmp_path / "run", *flags)
+    assert len(batches) == 16
+    for epoch in (batches[:8], batches[8:]):
+        labeled = [case for batch in epoch for case in batch["case"][:2]]
+        unlabeled = [case for batch in epoch for case in batch["case"][2:]]
+        assert sorted(labeled) == names[:16]
+        assert len(set(unlabeled)) == len(unlabeled) == 16 and set(unlabeled) <= set(names[16:])
+    for batch in batches:
+        assert set(batch) == {"image", "label", "case"}
+        assert batch["image"].shape == (4, 1, 16, 16, 16) and batch["image"].dtype == torch.float32
+        assert batch["label"].shape == (2, 16, 16, 16) and batch["label"].dtype == torch.uint8
+        # An image of this set is its label and noise, so it tells whether the label is its own.
+        inside, outside = (batch["image"][:2, 0][batch["label"] == value].mean() for value in (1, 0))
+        assert abs(inside - 1) < 0.1 and abs(outside) < 0.1

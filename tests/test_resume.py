@@ -1,0 +1,418 @@
+"""A run that was stopped, killed or resumed equals one that was not, bit for bit."""
+
+import csv
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, make_set
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train_dtml
+from methods import METHODS
+from utils.devices import seed_iteration
+from utils.errors import Stopped, UserError, run
+
+N = 9
+FLAGS = [*TINY, "--batch-size", "2", "--iterations", str(N), "--log-every", "1"]
+# With 4 labeled cases an epoch is 4 iterations of DTML, 2 of the supervised method.
+KINDS = {
+    "dtml": [],
+    "dtml, authors": ["--preset", "authors"],
+    "dtml, both losses": ["--sdm-loss", "both"],
+    "supervised": ["--method", "supervised"],
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_set(tmp_path_factory.mktemp("data") / "set")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data, tmp_path_factory):
+    """Kind -> the folder of its uninterrupted run, made once."""
+    folders = {}
+
+    def made(kind="dtml"):
+        if kind not in folders:
+            folders[kind] = tmp_path_factory.mktemp("undisturbed") / "run"
+            train(data, folders[kind], *KINDS[kind])
+        return folders[kind]
+
+    return made
+
+
+@pytest.fixture(autouse=True)
+def outside_handlers():
+    """A signal that the training does not catch fails the test in place of ending the tests."""
+
+    def uncaught(number, frame):
+        pytest.fail(f"signal {number} was not caught by the training")
+
+    before = {number: signal.signal(number, uncaught) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    assert [signal.getsignal(number) for number in before] == [uncaught] * 2, "the handlers were not put back"
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def after_step(monkeypatch):
+    """Sets what every method does after each step; None: nothing."""
+
+    def set_hook(hook):
+        for kind in METHODS.values():
+            monkeypatch.setattr(kind, "after_step", lambda self, batch, iteration: hook and hook(iteration))
+
+    return set_hook
+
+
+def where(folder):
+    return ["--runs", str(folder.parent), "--name", folder.name]
+
+
+def train(data, folder, *flags):
+    train_dtml.main(["--data", str(data), *FLAGS, *where(folder), *flags])
+
+
+def signal_after(k, number=signal.SIGTERM):
+    """Sends this process the signal when k iterations are done but for the saving."""
+    return lambda iteration: os.kill(os.getpid(), number) if iteration + 1 == k else None
+
+
+def load(path):
+    return torch.load(path / "last.pt" if path.is_dir() else path, weights_only=True)
+
+
+def flat(value, name=""):
+    """Nested dicts and lists -> name -> bytes of a tensor or a plain value."""
+    if isinstance(value, dict):
+        return {k: v for key in value for k, v in flat(value[key], f"{name}/{key}").items()}
+    if isinstance(value, (list, tuple)):
+        return {k: v for i, item in enumerate(value) for k, v in flat(item, f"{name}/{i}").items()}
+    return {name: (str(value.dtype), value.numpy().tobytes()) if isinstance(value, torch.Tensor) else value}
+
+
+def assert_same_run(folder, expected):
+    """Weights, batch-norm buffers, optimiser, data and curves are equal to the last bit."""
+    a, b = load(folder), load(expected)
+    for part in ("method", "optimizer", "iteration", "checksums"):
+        found, wanted = flat(a[part]), flat(b[part])
+        assert list(found) == list(wanted)
+        assert [name for name in wanted if found[name] != wanted[name]] == [], f"{part} differs"
+    assert (folder / "scalars.csv").read_text() == (expected / "scalars.csv").read_text()
+
+
+def iterations_of(folder):
+    with open(folder / "scalars.csv", newline="") as f:
+        return [int(row["iteration"]) for row in csv.DictReader(f)]
+
+
+def test_the_comparison_sees_one_bit(data, undisturbed, tmp_path):
+    train(data, tmp_path / "run", "--seed", "1337")
+    assert_same_run(tmp_path / "run", undisturbed())
+    state = load(tmp_path / "run")
+    names = [name for name in state["method"] if name.endswith("running_var")]
+    assert names and any("momentum_buffer" in name for name in flat(state["optimizer"]))
+    state["method"][names[-1]].view(torch.int32)[0] ^= 1
+    torch.save(state, tmp_path / "run" / "last.pt")
+    with pytest.raises(AssertionError, match="running_var"):
+        assert_same_run(tmp_path / "run", undisturbed())
+
+
+@pytest.mark.parametrize("k", [1, 4, 6])  # after the first iteration, at the end of an epoch, within one
+@pytest.mark.parametrize("kind", KINDS)
+def test_stopped_and_resumed_equals_undisturbed(kind, k, data, undisturbed, after_step, tmp_path):
+    folder = tmp_path / "run"
+    after_step(signal_after(k))
+    with pytest.raises(Stopped) as stopped:
+        train(data, folder, *KINDS[kind])
+    assert stopped.value.exit_code == 143 and str(folder) in str(stopped.value)
+    assert load(folder)["iteration"] == k and iterations_of(folder) == list(range(k))
+    after_step(None)
+    train_dtml.main(["--resume", str(folder)])
+    assert_same_run(folder, undisturbed(kind))
+    assert iterations_of(folder) == list(range(N))
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        (["--workers", "0", "--cache", "ram"], ["--workers", "2", "--cache", "none"]),
+        (["--workers", "2", "--cache", "none"], ["--workers", "3", "--cache", "ram"]),
+    ],
+)
+def test_workers_and_cache_may_change_at_the_resume(before, after, data, undisturbed, after_step, tmp_path):
+    folder, kind = tmp_path / "run", "dtml, both losses"
+    after_step(signal_after(3))
+    with pytest.raises(Stopped):
+        train(data, folder, *KINDS[kind], *before)
+    after_step(None)
+    train_dtml.main(["--resume", str(folder), *after])
+    assert_same_run(folder, undisturbed(kind))
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_each_signal_has_its_exit_code(number, code, data, after_step, tmp_path, capsys):
+    after_step(signal_after(2, number))
+    with pytest.raises(SystemExit) as left:
+        run(lambda: train(data, tmp_path / "run"))
+    assert left.value.code == code
+    assert f"stopped: saved {tmp_path / 'run'} after 2 of {N}" in capsys.readouterr().err
+    assert load(tmp_path / "run")["iteration"] == 2
+
+
+def test_a_second_ctrl_c_quits_without_waiting_for_the_iteration(data, after_step, tmp_path):
+    def twice(iteration):
+        if iteration == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    after_step(twice)
+    with pytest.raises(KeyboardInterrupt):
+        train(data, tmp_path / "run", "--save-every", "1")
+    assert load(tmp_path / "run")["iteration"] == 2
+
+
+def test_a_signal_during_the_last_iteration_ends_a_finished_run(data, undisturbed, after_step, tmp_path):
+    after_step(signal_after(N))
+    train(data, tmp_path / "run")
+    assert_same_run(tmp_path / "run", undisturbed())
+
+
+def test_a_run_may_be_stopped_many_times(data, undisturbed, after_step, tmp_path):
+    for k in (2, 3, 7):
+        after_step(signal_after(k))
+        with pytest.raises(Stopped):
+            train(data, tmp_path / "run", "--resume", "auto")
+    after_step(None)
+    train(data, tmp_path / "run", "--resume", "auto")
+    assert_same_run(tmp_path / "run", undisturbed())
+
+
+def test_the_tensorboard_curves_of_a_resumed_run_have_each_iteration_once(data, after_step, tmp_path):
+    after_step(signal_after(5))
+    with pytest.raises(Stopped):
+        train(data, tmp_path / "run")
+    after_step(None)
+    train(data, tmp_path / "run", "--resume", "auto")
+    board = EventAccumulator(str(tmp_path / "run")).Reload()
+    assert [event.step for event in board.Scalars("loss/total")] == list(range(1, N + 1))
+
+
+def test_randomness_outside_the_run_changes_nothing(data, undisturbed, after_step, tmp_path):
+    def consume(iteration):
+        torch.rand(100)
+        np.random.rand(100)
+        random.random()
+
+    def consume_then_stop(iteration):
+        consume(iteration)
+        signal_after(5)(iteration)
+
+    after_step(consume_then_stop)
+    with pytest.raises(Stopped):
+        train(data, tmp_path / "run")
+    consume(0)
+    after_step(consume)
+    train_dtml.main(["--resume", str(tmp_path / "run")])
+    assert_same_run(tmp_path / "run", undisturbed())
+
+
+def test_dropout_differs_between_iterations_seeds_and_ranks():
+    def mask(*key):
+        torch.rand(3)
+        seed_iteration(*key)
+        return torch.nn.functional.dropout(torch.ones(64)).tolist()
+
+    keys = [(1337, 0, 0), (1337, 1, 0), (1338, 0, 0), (1337, 0, 1)]
+    masks = [mask(*key) for key in keys]
+    assert len({tuple(m) for m in masks}) == len(keys)
+    assert masks == [mask(*key) for key in keys]
+
+
+@pytest.mark.parametrize("source, done", [("", 6), ("last.pt", 6), ("previous.pt", 4)])
+def test_any_checkpoint_of_a_run_resumes_it(source, done, data, undisturbed, after_step, tmp_path):
+    after_step(signal_after(6))
+    with pytest.raises(Stopped):
+        train(data, tmp_path / "run", "--save-every", "4")
+    assert load(tmp_path / "run" / (source or "last.pt"))["iteration"] == done
+    seen = []
+    after_step(seen.append)
+    train_dtml.main(["--resume", str(tmp_path / "run" / source)])
+    assert seen == list(range(done, N))
+    assert_same_run(tmp_path / "run", undisturbed())
+
+
+def test_a_crash_between_checkpoints_restarts_from_the_last_one(data, undisturbed, after_step, tmp_path):
+    def crash(iteration):
+        if iteration == 6:
+            raise ZeroDivisionError
+
+    after_step(crash)
+    with pytest.raises(ZeroDivisionError):
+        train(data, tmp_path / "run", "--save-every", "4")
+    assert load(tmp_path / "run")["iteration"] == 4 and iterations_of(tmp_path / "run") == list(range(6))
+    after_step(None)
+    train(data, tmp_path / "run", "--resume", "auto")
+    assert_same_run(tmp_path / "run", undisturbed())
+
+
+def test_resume_auto_starts_again_what_ended_before_its_first_checkpoint(data, undisturbed, after_step, tmp_path):
+    def crash(iteration):
+        if iteration == 2:
+            raise ZeroDivisionError
+
+    after_step(crash)
+    with pytest.raises(ZeroDivisionError):
+        train(data, tmp_path / "run", "--resume", "auto")
+    after_step(None)
+    train(data, tmp_path / "run", "--resume", "auto")
+    assert_same_run(tmp_path / "run", undisturbed())
+
+
+def test_resuming_a_finished_run_leaves_it_alone(data, after_step, tmp_path, capsys):
+    train(data, tmp_path / "run")
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (tmp_path / "run").iterdir()}
+    train(data, tmp_path / "run", "--resume", "auto")
+    assert "already done" in capsys.readouterr().err
+    assert before == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (tmp_path / "run").iterdir()}
+
+
+def test_resuming_on_other_volumes_is_refused(data, after_step, tmp_path):
+    own = make_set(tmp_path / "set")
+    after_step(signal_after(2))
+    with pytest.raises(Stopped):
+        train(own, tmp_path / "run")
+    make_set(own, shape=(24, 22, 20))
+    with pytest.raises(UserError, match=r"volumes .* not those"):
+        train_dtml.main(["--resume", str(tmp_path / "run")])
+
+
+# A process of its own: real signals, its workers, kill -9.
+
+DRIVER = """
+import sys, time
+from pathlib import Path
+import train_dtml
+from methods import METHODS
+from utils.errors import run
+
+place, at = Path(__file__).parent, int(sys.argv.pop(1))
+
+def pause(self, batch, iteration):
+    if iteration == at:
+        (place / "ready").touch()
+        while not (place / "go").exists():
+            time.sleep(0.01)
+
+METHODS["dtml"].after_step = pause
+run(train_dtml.main)
+"""
+
+
+class Paused:
+    """A training process, halted inside iteration `at`, in a process group of its own."""
+
+    def __init__(self, data, place, at, *flags):
+        self.place = place
+        (place / "driver.py").write_text(DRIVER)
+        self.process = subprocess.Popen(
+            [sys.executable, "driver.py", str(at), "--data", str(data), *FLAGS, *where(place / "run"), *flags],
+            cwd=place,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        patience = time.monotonic() + 60
+        while not (place / "ready").exists():
+            assert self.process.poll() is None, self.process.stderr.read()
+            assert time.monotonic() < patience, "the training did not begin"
+            time.sleep(0.02)
+
+    def go(self):
+        """Lets it run on, and waits for the end of it and of its workers -> exit code, stderr."""
+        (self.place / "go").touch()
+        return self.end()
+
+    def end(self):
+        try:
+            # Workers share stderr, which therefore ends with the last of them.
+            _, err = self.process.communicate(timeout=30)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            pytest.fail("the training or one of its workers did not end")
+        return self.process.returncode, err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "send, number, workers, code, how",
+    [
+        (os.kill, signal.SIGTERM, 0, 143, "auto"),
+        (os.killpg, signal.SIGTERM, 2, 143, "run"),
+        (os.killpg, signal.SIGINT, 2, 130, "auto"),
+    ],
+    ids=["SIGTERM to the process", "SIGTERM to the group", "Ctrl-C in a terminal"],
+)
+def test_a_signalled_process_saves_and_leaves_no_worker(send, number, workers, code, how, data, undisturbed, tmp_path):
+    paused = Paused(data, tmp_path, 4, "--workers", str(workers))
+    send(paused.process.pid, number)
+    assert paused.process.poll() is None
+    returncode, err = paused.go()
+    assert returncode == code, err
+    assert "Traceback" not in err and f"stopped: saved {tmp_path / 'run'} after 5 of {N}" in err
+    assert load(tmp_path / "run")["iteration"] == 5
+    if how == "auto":
+        train(data, tmp_path / "run", "--resume", "auto")
+    else:
+        train_dtml.main(["--resume", str(tmp_path / "run")])
+    assert_same_run(tmp_path / "run", undisturbed())
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_a_process_at_once(data, tmp_path):
+    paused = Paused(data, tmp_path, 4, "--workers", "2", "--save-every", "2")
+    for _ in range(2):
+        os.killpg(paused.process.pid, signal.SIGINT)
+        time.sleep(0.3)
+    returncode, err = paused.end()  # without `go`: it does not even finish the iteration
+    assert returncode == 130, err
+    assert "Traceback" not in err
+    assert load(tmp_path / "run")["iteration"] == 4
+
+
+@pytest.mark.slow
+def test_a_killed_process_leaves_a_checkpoint_and_no_worker(data, undisturbed, tmp_path):
+    paused = Paused(data, tmp_path, 5, "--workers", "2", "--save-every", "2")
+    paused.process.kill()
+    assert paused.end()[0] == -signal.SIGKILL
+    assert load(tmp_path / "run")["iteration"] == 4
+    train(data, tmp_path / "run", "--resume", "auto")
+    assert_same_run(tmp_path / "run", undisturbed())
+
+
+def test_a_set_that_moved_is_found_again_and_another_one_is_refused(data, undisturbed, after_step, tmp_path):
+    """The path of the data may change between two parts of a run, the volumes may not."""
+    folder = tmp_path / "run"
+    after_step(lambda iteration: os.kill(os.getpid(), signal.SIGTERM) if iteration == 3 else None)
+    with pytest.raises(Stopped):
+        train(data, folder)
+    after_step(None)
+    other = make_set(tmp_path / "other", shape=(24, 22, 20))
+    with pytest.raises(UserError, match="not those"):
+        train_dtml.main(["--resume", str(folder), "--data", str(other)])
+    moved = make_set(tmp_path / "moved")
+    train_dtml.main(["--resume", str(folder), "--data", str(moved)])
+    ours, whole = (torch.load(f / "last.pt", weights_only=True)["method"] for f in (folder, undisturbed()))
+    assert all(torch.equal(ours[name], whole[name]) for name in whole)
