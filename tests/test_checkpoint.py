@@ -109,7 +109,7 @@ def test_kill_9_at_any_time_leaves_a_whole_checkpoint(tmp_path):
         known = loaded["n"]
         for leftover in tmp_path.glob(".*.partial"):
             leftover.unlink()  # a killed process cannot take its half-written file away
-    assert known >= 15
+    assert known >= 14  # 15 of the children saved at least once, counted from 0
 
 
 class Unsavable:
