@@ -92,7 +92,7 @@ def check_finite(losses: Losses, method: Method, batch: Batch, iteration: int) -
         return
     terms = [f"the loss {name}" for name, value in losses.terms.items() if not torch.isfinite(value)]
     found = terms or [f"the gradient of {name}" for name, g in gradients.items() if not torch.isfinite(g).all()][:3]
-    what = ", ".join(found) or "the norm of the gradient, or a loss of another process,"
+    what = ", ".join(found) or ("the norm of the gradient" if bad else "a loss of another process")
     raise Diverged(
         f"at iteration {iteration} {what} is not finite, in the crops of {', '.join(batch['case'])}. "
         "The last checkpoint is intact: try a lower --lr or another --seed."
