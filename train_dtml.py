@@ -104,6 +104,7 @@ class Options:
 
 
 NOT_REPLAYED = {"resume", "fresh"}
+LONG = {"options", "checksums"}  # of the manifest, not repeated in TensorBoard
 
 
 def read_options(argv: list[str] | None) -> tuple[Options, Method.Options, Path, dict[str, Any] | None]:
@@ -227,7 +228,7 @@ def main(argv: list[str] | None = None) -> None:
             write_whole(folder / OPTIONS, as_flags(replay).encode())
             manifest = make_manifest(device, processes=RANKS, options=replay, checksums=volumes.checksums)
             manifest = start_manifest(folder, start, manifest)
-            report.text({"options": replay, "manifest": {k: v for k, v in manifest.items() if k != "options"}})
+            report.text({"options": replay, "manifest": {k: v for k, v in manifest.items() if k not in LONG}})
         wait_for_rank_0()
         ids = [device] if device.type == "cuda" else None
         model = DistributedDataParallel(method, device_ids=ids) if RANKS > 1 else method

@@ -36,6 +36,7 @@ class Report:
             dynamic_ncols=True,
             smoothing=0.05,
         )
+        self.dead: set[str] = set()
         self.last, self.clock = start, time.monotonic()
 
     def __enter__(self) -> "Report":
@@ -72,6 +73,13 @@ class Report:
         for name, value in {**curves, "speed/iterations_per_s": speed}.items():
             self.board.add_scalar(name, value, done)
         self.scalars.add(iteration, curves)
+        for name in monitors:
+            if name.startswith("live_gradient/") and monitors[name] == 0 and name not in self.dead:
+                self.dead.add(name)
+                self.say(
+                    f"warning: {name} is 0 at iteration {iteration}: that output has no gradient left and may never "
+                    "move again. Watch it; a smaller --k or another --seed may help."
+                )
         short = [f"{name.partition('/')[2]} {value:.3f}" for name, value in terms.items()]
         short += [f"{name} {value:.4f}" for name, value in losses.weights.items()]
         self.bar.set_postfix_str(", ".join([*short, f"lr {lr:g}"]))
