@@ -72,6 +72,7 @@ def test_flags_named_exist():
     parser = Parser()
     parser.add_dataclass(train_dtml.Options)
     known = set(parser._option_string_actions) | {"--checkpoint", "--weighting", "--nproc-per-node", "--logdir"}
+    known |= {"--metric", "--picture"}
     for kind in train_dtml.METHODS.values():
         known |= {f"--{name.replace('_', '-')}" for name in kind.Options.__dataclass_fields__}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known

@@ -1,0 +1,164 @@
+"""Whether two rows of a table differ: paired tests over the scans that both were tested on.
+
+    python -m utils.statistics results/half/supervised-16-seed1337 results/half/dtml-16-seed1337:seg
+
+compares every further row with the first. A row is a folder with cases.csv, or such a file, as test_la.py writes it;
+`:NAME` after it chooses the output (default: the file's first).
+"""
+
+import csv
+import dataclasses
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from scipy import stats
+
+from utils.errors import UserError, run
+from utils.metrics import METRICS
+from utils.options import Parser, fill, option
+
+
+@dataclasses.dataclass
+class Options:
+    """What to compare."""
+
+    metric: str = option("dice", "column of cases.csv", choices=[*METRICS, "asd_mm", "hd95_mm"])
+    component: str = option("all", "with (largest) or without (all) the component filter", choices=("all", "largest"))
+    picture: str = option("", "PNG to write: each scan's value in both rows")
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """A row against the reference, over the n scans where both have a number.
+
+    difference: mean of row - reference; low, high: its 95 % bootstrap interval (BCa, scipy); t_p: the paired t-test
+    of the DTML paper; w_p: Wilcoxon's signed-rank test; higher: scans where the row's value is above the reference's.
+    """
+
+    n: int
+    left_out: int
+    mean: float
+    reference: float
+    difference: float
+    low: float
+    high: float
+    t_p: float
+    w_p: float
+    higher: int
+
+
+def read_row(where: str, metric: str, component: str) -> dict[str, float]:
+    """Case -> value of one row, `where` being PATH or PATH:OUTPUT.
+
+    Raises:
+        UserError: a missing or foreign file, an output or component that is not in it, a case twice.
+    """
+    name, _, output = where.partition(":") if not Path(where).exists() else (where, "", "")
+    path = Path(name) / "cases.csv" if Path(name).is_dir() else Path(name)
+    try:
+        with open(path, newline="", encoding="utf-8") as f:
+            rows = list(csv.DictReader(f))
+        output = output or rows[0]["output"]
+        chosen = [row for row in rows if (row["output"], row["component"]) == (output, component)]
+        values = {row["case"]: float(row[metric]) for row in chosen}
+    except OSError as e:
+        raise UserError(
+            f"cannot read {path}: {e.strerror or e}. Give the cases.csv of test_la.py, or its folder."
+        ) from e
+    except (KeyError, IndexError, ValueError, TypeError) as e:
+        raise UserError(f"{path} is no cases.csv of test_la.py ({e!r}). Test the run again.") from e
+    if not values:
+        known = ", ".join(dict.fromkeys(f"{row['output']} ({row['component']})" for row in rows))
+        raise UserError(f"{path} has no output {output} ({component}). It has {known}.")
+    if len(values) < len(chosen):
+        raise UserError(f"{path} holds a case twice. Test the run again.")
+    return values
+
+
+def compare(reference: dict[str, float], row: dict[str, float]) -> Comparison:
+    """Paired comparison of two rows, case -> value; scans without a number in one of them are left out and counted.
+
+    Raises:
+        UserError: different sets of cases, or fewer than two scans to compare.
+    """
+    if reference.keys() != row.keys():
+        only = sorted(reference.keys() ^ row.keys())
+        raise UserError(
+            f"the rows are not of the same scans: {', '.join(only[:4])} stand in one alone. Test both alike."
+        )
+    a, b = (np.array([values[case] for case in reference]) for values in (reference, row))
+    paired = np.isfinite(a) & np.isfinite(b)
+    a, b = a[paired], b[paired]
+    if len(a) < 2:
+        raise UserError(f"only {len(a)} scans have a number in both rows, too few to compare.")
+    d = b - a
+    low, high, t_p, w_p = d.mean(), d.mean(), math.nan, 1.0
+    if np.ptp(d) > 0:
+        interval = stats.bootstrap((d,), np.mean, n_resamples=9999, rng=np.random.default_rng(0)).confidence_interval
+        low, high, t_p = interval.low, interval.high, stats.ttest_rel(b, a).pvalue
+    if d.any():
+        w_p = stats.wilcoxon(b, a).pvalue
+    return Comparison(
+        n=len(a), left_out=int((~paired).sum()), mean=float(b.mean()), reference=float(a.mean()),
+        difference=float(d.mean()), low=float(low), high=float(high), t_p=float(t_p), w_p=float(w_p),
+        higher=int((d > 0).sum()),
+    )  # fmt: skip
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Holm's step-down correction of several p-values: each times the number of those not below it, never falling."""
+    corrected, largest = [math.nan] * len(p), 0.0
+    for rank, i in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
+        largest = max(largest, min(1.0, (len(p) - rank) * p[i]))
+        corrected[i] = largest
+    return corrected
+
+
+def scatter(reference: dict[str, float], rows: dict[str, dict[str, float]], title: str, path: Path) -> None:
+    """PNG of each scan's value: the reference's along x, each row's along y, and the line where both are equal."""
+    figure = Figure(figsize=(5, 5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    everything = [v for values in (reference, *rows.values()) for v in values.values() if math.isfinite(v)]
+    edge = 0.05 * (max(everything) - min(everything)) or 1
+    limits = (min(everything) - edge, max(everything) + edge)
+    axes.plot(limits, limits, color="0.7", linewidth=1)
+    for name, values in rows.items():
+        axes.scatter(list(reference.values()), [values[case] for case in reference], s=18, alpha=0.8, label=name)
+    axes.set(xlim=limits, ylim=limits, aspect="equal", xlabel=title, ylabel="the others")
+    axes.legend(fontsize=8)
+    FigureCanvasAgg(figure).print_png(str(path))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prints a Markdown table, a line per comparison."""
+    parser = Parser(description=__doc__, prog="python -m utils.statistics")
+    parser.add_argument("rows", nargs="+", metavar="ROW", help="the reference row, then the rows to compare with it")
+    parser.add_dataclass(Options)
+    given = parser.parse(argv)
+    o: Options = fill(Options, given)
+    names = given["rows"]
+    if len(names) < 2:
+        raise UserError("give at least two rows: the first is compared with each of the others.")
+    reference, *rows = (read_row(name, o.metric, o.component) for name in names)
+    found = [compare(reference, row) for row in rows]
+    print(f"{o.metric}, component {o.component}; reference {names[0]}\n")
+    print(
+        "| row | n (left out) | mean | reference | difference | 95 % interval | t-test p | Wilcoxon p | Holm | higher |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for name, c, corrected in zip(names[1:], found, holm([c.w_p for c in found]), strict=True):
+        numbers = f"{c.mean:.4f} | {c.reference:.4f} | {c.difference:+.4f} | {c.low:+.4f} to {c.high:+.4f}"
+        tests = f"{c.t_p:.3g} | {c.w_p:.3g} | {corrected:.3g} | {c.higher} of {c.n}"
+        print(f"| {name} | {c.n} ({c.left_out}) | {numbers} | {tests} |")
+    if o.picture:
+        scatter(reference, dict(zip(names[1:], rows, strict=True)), names[0], Path(o.picture))
+        print(f"picture: {o.picture}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run(main)
