@@ -29,7 +29,7 @@ def segmentation_metrics(
         same = not a.any() and not b.any()
         return dict(zip(METRICS, (1.0, 1.0, 0.0, 0.0) if same else (0.0, 0.0, NAN, NAN), strict=True))
     both, either = np.count_nonzero(a & b), np.count_nonzero(a | b)
-    # Surfaces and their distances lie in the joint box; one voxel more keeps the borders what they were.
+    # Surfaces and their distances lie in the joint box; the voxel of margin is to spare.
     box = tuple(slice(max(i.min() - 1, 0), i.max() + 2) for i in np.nonzero(a | b))
     a, b = a[box], b[box]
     return {
