@@ -198,9 +198,15 @@ def main(argv: list[str] | None = None) -> None:
         Path(o.data), labeled=o.labeled, unlabeled=o.unlabeled, batch_size=o.batch_size,
         labeled_batch=o.labeled_batch, patch_size=o.patch_size, multiple=kind.side_multiple,
     )  # fmt: skip
+    if method.needs_unlabeled and labeled_batch == o.batch_size:
+        raise UserError(
+            f"--method {o.method} needs unlabeled scans, but all {o.labeled} are labeled. Lower --labeled, or leave "
+            "out --unlabeled 0."
+        )
     volumes = Volumes(cases, cache=o.cache, downsample=o.downsample, device=device, problems=problems)
     method.to(device)
-    optimizer = torch.optim.SGD(method.parameters(), lr=o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
+    trained = [p for p in method.parameters() if p.requires_grad]  # a teacher or critic is not this optimiser's
+    optimizer = torch.optim.SGD(trained, lr=o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
     start, seconds = 0, 0.0
     if state is not None:
         if state["checksums"] != volumes.checksums:

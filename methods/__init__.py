@@ -4,13 +4,17 @@ from typing import Any
 
 from methods.base import Losses, Method, check_finite
 from methods.dtml import DTML
+from methods.mean_teacher import MeanTeacher
 from methods.supervised import Supervised
+from methods.ua_mt import UAMT
 from utils.errors import UserError
 from utils.options import fill
 
 METHODS: dict[str, type[Method]] = {
     "dtml": DTML,
     "supervised": Supervised,
+    "mean-teacher": MeanTeacher,
+    "ua-mt": UAMT,
 }
 
 

@@ -54,6 +54,11 @@ class Method(nn.Module):
         return False
 
     @property
+    def needs_unlabeled(self) -> bool:
+        """Whether a batch without unlabeled crops would leave a loss term empty."""
+        return False
+
+    @property
     def outputs(self) -> tuple[str, ...]:
         """What `predict` can return, the default first."""
         raise NotImplementedError

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from methods.base import Batch, Losses, Method, labeled_part
 from networks.vnet import VNet
-from utils.losses import consistency_loss, dice_loss, hard_dice, live_share, sdm_to_mask, seg_loss
+from utils.losses import consistency_loss, dice_loss, hard_dice, live_share, sdm_to_mask, seg_loss, weighted_sum
 from utils.options import option
 from utils.ramps import RAMPS, ramp_up
 
@@ -72,17 +72,14 @@ class DTML(Method):
             terms["dis"] = F.mse_loss(labeled_part(z, batch), batch["sdm"])
         terms["consistency"] = consistency_loss(m, p)
         lambda_ = o.lambda_max * ramp_up(iteration, self.iterations, o.ramp)
-        weights = {"consistency": lambda_ * o.consistency_times}
-        if o.sdm_loss == "both":
-            weights["dis"] = o.dis_weight
-        total = torch.stack([weights.get(name, 1.0) * term for name, term in terms.items()]).sum()
+        factors = {"consistency": lambda_ * o.consistency_times, "dis": o.dis_weight if o.sdm_loss == "both" else 1.0}
         with torch.no_grad():
             monitors = {
                 "dice/train_seg": hard_dice(labeled_part(p, batch), label),
                 "dice/train_sdm": hard_dice(labeled_part(m, batch), label),
                 "live_gradient/sdm": live_share(m),
             }
-        return Losses(total, terms, {"lambda": lambda_}, monitors)
+        return Losses(weighted_sum(terms, factors), terms, {"lambda": lambda_}, monitors)
 
     def predict(self, image: Tensor, outputs: tuple[str, ...]) -> Tensor:
         found = {}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from methods.base import Batch, Losses, Method, labeled_part
 from networks.vnet import VNet
-from utils.losses import dice_loss, hard_dice, live_share, sdm_to_mask, seg_loss
+from utils.losses import dice_loss, foreground_logits, hard_dice, live_share, sdm_to_mask, seg_loss
 from utils.options import option
 
 
@@ -39,9 +39,7 @@ class Supervised(Method):
         return (self.options.head,)
 
     def _logits(self, image: Tensor) -> Tensor:
-        """(N,1,W,H,D); the softmax of two channels is the sigmoid of their difference."""
-        x = self.network(image)["seg"]
-        return x[:, 1:] - x[:, :1] if self.options.softmax else x
+        return foreground_logits(self.network(image)["seg"])
 
     def forward(self, batch: Batch, iteration: int) -> Losses:
         label = batch["label"]

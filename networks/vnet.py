@@ -82,8 +82,8 @@ class VNet(nn.Module):
             }
         )
 
-    def forward(self, image: Tensor) -> dict[str, Tensor]:
-        """image (N,in_channels,W,H,D) -> head name -> (N,channels,W,H,D)."""
+    def features(self, image: Tensor) -> list[Tensor]:
+        """image (N,in_channels,W,H,D) -> the maps after the bottom and the four decoder blocks, last one full size."""
         if any(side % STRIDE for side in image.shape[2:]):
             raise ValueError(f"every side must be a multiple of {STRIDE}, not {tuple(image.shape[2:])}")
         x, skips = image, []
@@ -91,11 +91,21 @@ class VNet(nn.Module):
             x = block(x)
             skips.append(x)
             x = down(x)
-        x = self.dropout(self.bottom(x))
+        maps = [self.bottom(x)]
+        x = self.dropout(maps[0])
         for up, block in zip(self.up, self.decoder, strict=True):
             x = block(up(x) + skips.pop())
-        x = self.dropout(x)
+            maps.append(x)
+        return maps
+
+    def read(self, features: list[Tensor]) -> dict[str, Tensor]:
+        """The maps of `features` -> head name -> (N,channels,W,H,D)."""
+        x = self.dropout(features[-1])
         return {name: head(x) for name, head in self.heads.items()}
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        """image (N,in_channels,W,H,D) -> head name -> (N,channels,W,H,D)."""
+        return self.read(self.features(image))
 
 
 def parameter_count(module: nn.Module) -> int:

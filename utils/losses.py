@@ -29,9 +29,33 @@ def sdm_to_mask(z: Tensor, k: float) -> Tensor:
         return torch.sigmoid(-k * (z if z.dtype == torch.float64 else z.float()))
 
 
+def foreground_logits(x: Tensor) -> Tensor:
+    """(N,1,W,H,D) as it is; (N,2,W,H,D), background and foreground, to (N,1,W,H,D).
+
+    The softmax of two channels is the sigmoid of their difference, so one formula serves both kinds of network.
+    """
+    return x[:, 1:] - x[:, :1] if x.shape[1] == 2 else x
+
+
 def consistency_loss(m: Tensor, p: Tensor) -> Tensor:
     """C = mean (m - p)^2 over every voxel of every item, DTML's equation (4)."""
     return (m - p).square().mean()
+
+
+def masked_mean(x: Tensor, weight: Tensor) -> Tensor:
+    """Mean of x over the voxels with weight 1; 0 when there is none."""
+    return (weight * x).sum() / weight.sum().clamp(min=1)
+
+
+def entropy(p: Tensor) -> Tensor:
+    """-p ln p - (1-p) ln(1-p) of each voxel, in [0, ln 2]; p is kept 1e-6 from 0 and 1, where the gradient is 0."""
+    p = p.clamp(1e-6, 1 - 1e-6)
+    return -(p * p.log() + (1 - p) * (1 - p).log())
+
+
+def weighted_sum(terms: dict[str, Tensor], factors: dict[str, float]) -> Tensor:
+    """The terms, each times its factor, which is 1 where none is given."""
+    return torch.stack([factors.get(name, 1.0) * term for name, term in terms.items()]).sum()
 
 
 def live_share(m: Tensor) -> Tensor:

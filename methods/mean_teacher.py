@@ -1,0 +1,84 @@
+"""Mean teacher: Tarvainen & Valpola, Mean teachers are better role models, NeurIPS 2017, for segmentation.
+
+A student f learns from labels, and from agreeing with a teacher f' that is its exponential moving average and sees
+the image with noise xi. With p = f(x), q = f'(x + xi), both with dropout:
+
+    min over f   L_seg + lambda(t) C        C = mean (p - q)^2
+    f'  <-  alpha f' + (1 - alpha) f        alpha = min(1 - 1/(t+1), 0.99)
+
+No gradient reaches the teacher. The plain base of UA-MT, TCSE and DoubleUnc, which replace C.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from methods.base import Batch, Losses, Method, labeled_part
+from networks.vnet import VNet
+from utils.ema import ema_decay, ema_update, make_teacher
+from utils.losses import consistency_loss, foreground_logits, hard_dice, seg_loss, weighted_sum
+from utils.options import option
+from utils.perturbation import noisy
+from utils.ramps import RAMPS, ramp_up
+
+ITEMS = ("all", "unlabeled")
+
+
+class MeanTeacher(Method):
+    """A V-Net that learns from labels and from its own moving average."""
+
+    @dataclass
+    class Options(Method.Options):
+        filters: int = option(16, "channels of the first block of both V-Nets", minimum=1)
+        softmax: bool = option(False, "two softmax channels in place of one sigmoid, as the released code of UA-MT")
+        consistency_on: str = option("all", "crops on which student and teacher must agree", choices=ITEMS)
+        lambda_max: float = option(0.1, "largest weight of the consistency", minimum=0)
+        ramp: str = option("gaussian", "how lambda rises", choices=RAMPS)
+        ema_decay: float = option(0.99, "alpha, how much of the teacher stays at each step", minimum=0, maximum=1)
+        noise: float = option(0.1, "standard deviation of the teacher's input noise, clipped at twice it", minimum=0)
+
+    options: Options
+
+    def __init__(self, options: Options, *, iterations: int):
+        super().__init__(options, iterations=iterations)
+        self.student = VNet(heads={"seg": 2 if options.softmax else 1}, filters=options.filters)
+        self.teacher = make_teacher(self.student)
+
+    @property
+    def needs_unlabeled(self) -> bool:
+        return self.options.consistency_on == "unlabeled"
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return ("seg", "teacher")
+
+    def forward(self, batch: Batch, iteration: int) -> Losses:
+        o, image, label = self.options, batch["image"], batch["label"]
+        logits = foreground_logits(self.student(image)["seg"])
+        first = len(label) if o.consistency_on == "unlabeled" else 0
+        consistency, monitors = self.consistency(logits[first:].sigmoid(), image[first:], iteration)
+        terms = {"seg": seg_loss(labeled_part(logits, batch), label), "consistency": consistency}
+        lambda_ = o.lambda_max * ramp_up(iteration, self.iterations, o.ramp)
+        monitors["dice/train_seg"] = hard_dice(labeled_part(logits.detach().sigmoid(), batch), label)
+        return Losses(weighted_sum(terms, {"consistency": lambda_}), terms, {"lambda": lambda_}, monitors)
+
+    def consistency(self, p: Tensor, image: Tensor, iteration: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """C of the student's p (N,1,W,H,D) for the image (N,1,W,H,D), and what is worth watching."""
+        return consistency_loss(p, self.teach(noisy(image, self.options.noise))), {}
+
+    @torch.no_grad()
+    def teach(self, image: Tensor) -> Tensor:
+        """The teacher's probabilities of the image as given, without gradient."""
+        return foreground_logits(self.teacher(image)["seg"]).sigmoid()
+
+    def after_step(self, batch: Batch, iteration: int) -> None:
+        ema_update(self.teacher, self.student, ema_decay(iteration, self.options.ema_decay))
+
+    def predict(self, image: Tensor, outputs: tuple[str, ...]) -> Tensor:
+        networks = {"seg": self.student, "teacher": self.teacher}
+        return torch.cat([foreground_logits(networks[name](image)["seg"]).sigmoid() for name in outputs], dim=1)
+
+    def maps(self, image: Tensor) -> dict[str, Tensor]:
+        p, q = self.predict(image, self.outputs).unbind(1)
+        return {"p": p, "teacher": q}
