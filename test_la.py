@@ -43,7 +43,11 @@ class Options:
     checkpoint: str = option("", "run folder or .pt file of train_dtml.py", group="what")
     data: str = option("", "folder of the data set (default that of the training)", group="what")
     output: list[str] = option(
-        [], "what to score, of seg (M_s), sdm (M_d), mean (default all there are)", group="what", type=str, nargs="+"
+        [],
+        "which outputs of the method to score, of dtml: seg (M_s), sdm (M_d), mean (default all)",
+        group="what",
+        type=str,
+        nargs="+",
     )
     patch_size: list[int] | None = option(
         None,

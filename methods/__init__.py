@@ -2,10 +2,15 @@
 
 from typing import Any
 
+from methods.asdnet import ASDNet
 from methods.base import Losses, Method, check_finite
+from methods.double_unc import DoubleUnc
+from methods.dtc import DTC
 from methods.dtml import DTML
 from methods.mean_teacher import MeanTeacher
+from methods.sassnet import SASSNet
 from methods.supervised import Supervised
+from methods.tcse import TCSE
 from methods.ua_mt import UAMT
 from utils.errors import UserError
 from utils.options import fill
@@ -15,6 +20,11 @@ METHODS: dict[str, type[Method]] = {
     "supervised": Supervised,
     "mean-teacher": MeanTeacher,
     "ua-mt": UAMT,
+    "tcse": TCSE,
+    "dtc": DTC,
+    "sassnet": SASSNet,
+    "asdnet": ASDNet,
+    "double-unc": DoubleUnc,
 }
 
 

@@ -84,13 +84,13 @@ def labeled_part(x: Tensor, batch: Batch) -> Tensor:
     return x[: len(batch["label"])]
 
 
-def check_finite(losses: Losses, method: Method, batch: Batch, iteration: int) -> None:
+def check_finite(losses: Losses, network: nn.Module, batch: Batch, iteration: int) -> None:
     """After backward, before the step: a bad loss or gradient of any process must not reach the weights of one.
 
     Raises:
         Diverged: naming the loss term or, if all are finite, the parameters whose gradient is not.
     """
-    gradients = {name: p.grad for name, p in method.named_parameters() if p.grad is not None}
+    gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
     norm = torch.nn.utils.get_total_norm(gradients.values())
     bad = not torch.isfinite(losses.total.detach() + norm)
     if not any_rank(bad, device=norm.device)[0]:

@@ -1,7 +1,7 @@
 """One process or several under torchrun, with the same code: torchrun's environment says which."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,12 +31,27 @@ def any_rank(*flags: float, device: torch.device) -> list[float]:
     if RANKS == 1:
         return list(flags)
     shared = torch.tensor(flags, dtype=torch.float64, device=device)
-    work = dist.all_reduce(shared, dist.ReduceOp.MAX, async_op=True)
+    _all_reduce(shared, dist.ReduceOp.MAX)
+    return shared.tolist()
+
+
+def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """The mean of the gradients over all processes, for networks that DistributedDataParallel does not see."""
+    if RANKS == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    _all_reduce(flat, dist.ReduceOp.SUM)
+    for gradient, mean in zip(gradients, (flat / RANKS).split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def _all_reduce(shared: torch.Tensor, how: Any) -> None:
+    work = dist.all_reduce(shared, how, async_op=True)
     work.wait()
     # Were gloo's thread the last to hold the tensor, it would wait for the interpreter's lock, which a model that
     # goes away holds while it waits for that thread.
     _LAST_WORK[:] = [work]
-    return shared.tolist()
 
 
 def wait_for_rank_0() -> None:

@@ -96,6 +96,7 @@ class Parser(argparse.ArgumentParser):
             text = about["help"].replace("%", "%%")
             if default not in (None, "", []):
                 shown = " ".join(map(str, default)) if isinstance(default, list) else default
+                shown = f"{shown:g}" if isinstance(shown, float) else shown
                 text += f" (default {'yes' if shown is True else 'no' if shown is False else shown})"
             flag = "--" + f.name.replace("_", "-")
             if isinstance(default, bool):

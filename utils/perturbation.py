@@ -1,9 +1,11 @@
 """What a teacher's input or network is perturbed with. All draws are torch's, so (seed, iteration) fixes them."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -30,3 +32,50 @@ def monte_carlo(
             yield found
     finally:
         network.train(was)
+
+
+@dataclass
+class Transformation:
+    """pi of TCSE, one draw for each item of (N,C,W,H,D): a quarter turn in the plane, a flip, and maybe a zoom."""
+
+    turns: list[int]
+    """Quarter turns, 0 to 3."""
+    flips: list[bool]
+    """Along the first axis, after the turn."""
+    zooms: list[float]
+    """In the plane, after the flip; 1: none."""
+
+    @classmethod
+    def draw(cls, shape: torch.Size, *, scale: float = 0.0) -> "Transformation":
+        """Uniform over the eight symmetries of the square, or four of a rectangle; zooms uniform in 1 -+ scale."""
+        n, step = shape[0], 1 if shape[2] == shape[3] else 2
+        turns = [step * int(i) for i in torch.randint(4 // step, (n,))]
+        flips = [bool(i) for i in torch.randint(2, (n,))]
+        return cls(turns, flips, [1 + scale * (2 * float(u) - 1) for u in torch.rand(n)])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """pi(x)."""
+        found = [torch.rot90(item, k, (1, 2)) for item, k in zip(x, self.turns, strict=True)]
+        found = [item.flip(1) if flip else item for item, flip in zip(found, self.flips, strict=True)]
+        return self._zoom(torch.stack(found), self.zooms)
+
+    def inverse(self, x: Tensor) -> Tensor:
+        """pi^-1(x): exact for turns and flips; a zoom is undone by the opposite zoom, which smooths a little."""
+        x = self._zoom(x, [1 / zoom for zoom in self.zooms])
+        found = [item.flip(1) if flip else item for item, flip in zip(x, self.flips, strict=True)]
+        return torch.stack([torch.rot90(item, -k, (1, 2)) for item, k in zip(found, self.turns, strict=True)])
+
+    def kept(self, x: Tensor) -> Tensor:
+        """1 for the voxels of x that pi and its inverse both leave inside the field, else 0."""
+        return (self.inverse(self(torch.ones_like(x))) > 1 - 1e-4).to(x.dtype)
+
+    @staticmethod
+    def _zoom(x: Tensor, zooms: list[float]) -> Tensor:
+        """Each item magnified about its centre in the plane, linear between voxels, 0 outside."""
+        if all(zoom == 1 for zoom in zooms):
+            return x
+        theta = x.new_zeros(len(x), 3, 4)
+        theta[:, 0, 0] = 1  # grid_sample names the last axis first: it is the one that stays
+        theta[:, 1, 1] = theta[:, 2, 2] = 1 / x.new_tensor(zooms)
+        grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+        return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)

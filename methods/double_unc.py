@@ -1,0 +1,70 @@
+"""DoubleUnc: Wang et al., Double-Uncertainty Weighted Method for Semi-supervised Learning, MICCAI 2020.
+
+Our interpretation: no code was released and only the abstract could be read. A mean teacher whose T stochastic passes
+give the target q, their mean, and the feature uncertainty U_f, the entropy over the C_l channels of its decoder's maps
+F^l; the segmentation uncertainty U_s is the entropy of the student's own p, so that it is learned. Both lie in [0,1]:
+
+    U_s = - sum_c p_c ln p_c / ln 2
+    U_f = mean_l ( - sum_c cbar_c ln cbar_c / ln C_l )          cbar = mean_t softmax_c(F_t^l)
+    C = mean_v exp(-U_f) exp(-U_s) (p - q)^2  +  gamma mean_v U_s
+
+`--no-learnable` takes U_s from the teacher's q, without gradient and without the second term.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from methods.mean_teacher import MeanTeacher
+from utils.losses import entropy, foreground_logits
+from utils.options import option
+from utils.perturbation import monte_carlo
+
+BLOCKS = {"decoder": slice(1, None), "bottom": slice(0, 1), "none": slice(0, 0)}
+
+
+class DoubleUnc(MeanTeacher):
+    """Mean teacher with every voxel's penalty weighted by a segmentation and a feature uncertainty."""
+
+    @dataclass
+    class Options(MeanTeacher.Options):
+        filters: int = option(16, "channels of the first block of both V-Nets", minimum=2)
+        passes: int = option(8, "T, stochastic passes of the teacher", minimum=2)
+        learnable: bool = option(True, "U_s of the student, with gradient and the term gamma mean U_s")
+        gamma: float = option(1.0, "weight of mean U_s within C", minimum=0)
+        feature_blocks: str = option("decoder", "whose maps F U_f reads; none leaves U_f out", choices=list(BLOCKS))
+
+    options: Options
+
+    def consistency(self, p: Tensor, image: Tensor, iteration: int) -> tuple[Tensor, dict[str, Tensor]]:
+        o = self.options
+        q, U_f = self.bayesian_teacher(image)
+        U_s = entropy(p if o.learnable else q) / math.log(2)
+        C = ((-U_f - U_s).exp() * (p - q).square()).mean()
+        if o.learnable:
+            C = C + o.gamma * U_s.mean()
+        return C, {"uncertainty/segmentation": U_s.detach().mean(), "uncertainty/feature": U_f.mean()}
+
+    def bayesian_teacher(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """image (N,1,W,H,D) -> q and U_f of T stochastic passes, each (N,1,W,H,D) in [0,1]."""
+        o = self.options
+
+        def read(x: Tensor) -> list[Tensor]:
+            maps = self.teacher.features(x)
+            p = foreground_logits(self.teacher.read(maps)["seg"]).sigmoid()
+            shares = [F_t.softmax(dim=1) for F_t in maps[BLOCKS[o.feature_blocks]]]
+            return [y.unflatten(0, (-1, len(image))).sum(dim=0) for y in (p, *shares)]
+
+        passes = monte_carlo(self.teacher, image, passes=o.passes, noise=o.noise, read=read)
+        q, *cbar = (torch.stack(sums).sum(dim=0) / o.passes for sums in zip(*passes, strict=True))
+        U_l = [-torch.xlogy(c, c).sum(dim=1, keepdim=True) / math.log(c.shape[1]) for c in cbar]
+        full_size = [F.interpolate(U, size=image.shape[2:], mode="trilinear") for U in U_l]
+        U_f = torch.stack(full_size).mean(dim=0).clamp(0, 1) if full_size else torch.zeros_like(q)
+        return q, U_f
+
+    def maps(self, image: Tensor) -> dict[str, Tensor]:
+        found = super().maps(image)
+        return {**found, "U_s": entropy(found["p"]) / math.log(2), "U_f": self.bayesian_teacher(image)[1].squeeze(1)}

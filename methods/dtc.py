@@ -1,0 +1,54 @@
+"""DTC: Luo et al., Semi-supervised Medical Image Segmentation through Dual-task Consistency, AAAI 2021.
+
+One V-Net with two heads, q = sigmoid(.) and z = tanh(.), whose two tasks must agree:
+
+    min   Dice(q, Y) + beta mean (z - SDM(Y))^2  [labeled]  +  lambda(t) mean (m - q)^2  [all],   m = sigmoid(-k z)
+
+Gradient flows through both m and q. lambda rises to 1, as in the released code; its flag for 0.1 has no effect there.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from methods.base import Batch, Losses
+from methods.two_heads import TwoHeads
+from utils.losses import consistency_loss, live_share, sdm_to_mask
+from utils.options import option
+from utils.ramps import RAMPS, ramp_up
+
+
+class DTC(TwoHeads):
+    """Two heads of one V-Net that must agree on every crop."""
+
+    PRESETS = {"paper": {}, "authors": {"ramp": "steps", "augment": "mirror"}}
+
+    @dataclass
+    class Options(TwoHeads.Options):
+        k: float = option(1500.0, "steepness of m = sigmoid(-k z)", minimum=0)
+        lambda_max: float = option(1.0, "largest weight of the consistency", minimum=0)
+        ramp: str = option("gaussian", "how lambda rises", choices=RAMPS)
+
+    options: Options
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return ("seg", "sdm")
+
+    def forward(self, batch: Batch, iteration: int) -> Losses:
+        o = self.options
+        q, z = self.heads(batch["image"])
+        m = sdm_to_mask(z, o.k)
+        lambda_ = o.lambda_max * ramp_up(iteration, self.iterations, o.ramp)
+        monitors = {"live_share/sdm": live_share(m.detach())}
+        return self.losses(q, z, batch, {"consistency": consistency_loss(m, q)}, lambda_, **monitors)
+
+    def predict(self, image: Tensor, outputs: tuple[str, ...]) -> Tensor:
+        q, z = self.heads(image)
+        found = {"seg": q, "sdm": sdm_to_mask(z, self.options.k)}
+        return torch.cat([found[name] for name in outputs], dim=1)
+
+    def maps(self, image: Tensor) -> dict[str, Tensor]:
+        found = super().maps(image)
+        return {**found, "m": sdm_to_mask(found["z"], self.options.k)}

@@ -1,0 +1,60 @@
+"""SASSNet: Li, Zhang & He, Shape-aware Semi-supervised 3D Semantic Segmentation for Medical Images, MICCAI 2020.
+
+One V-Net with two heads, q = sigmoid(.) and z = tanh(.), and a critic D that sees z beside the image x and must tell
+the labeled scans (class 1) from the unlabeled ones (class 0):
+
+    V-Net   min  Dice(q, Y) + beta mean (z - SDM(Y))^2  [labeled]  +  w(t) CE(D(z, x), 1)  [unlabeled]
+    D       min  CE(D(z, x), 1)  [labeled]  +  CE(D(z, x), 0)  [unlabeled]      Adam, after each step of the V-Net
+
+As in the released code: D judges in evaluation mode, and for its own step z is computed anew by the V-Net in
+evaluation mode. w rises to 0.01 with 16 labeled scans there, to 0.015 with 8.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from methods.adversary import Adversary, judged_output
+from methods.base import Batch, Losses
+from methods.two_heads import TwoHeads
+from networks.critics import MapCritic
+from utils.options import option
+from utils.ramps import RAMPS, ramp_up
+
+
+class SASSNet(TwoHeads):
+    """Two heads of one V-Net, and a critic of the signed distance maps."""
+
+    PRESETS = {"paper": {}, "authors": {"ramp": "steps", "augment": "mirror"}}
+
+    @dataclass
+    class Options(TwoHeads.Options):
+        adversarial_max: float = option(0.01, "largest w; the authors' is 0.015 with 8 labeled scans", minimum=0)
+        ramp: str = option("gaussian", "how w rises", choices=RAMPS)
+        critic_lr: float = option(1e-4, "rate of the critic's Adam", minimum=0)
+
+    options: Options
+
+    def __init__(self, options: Options, *, iterations: int):
+        super().__init__(options, iterations=iterations)
+        self.adversary = Adversary(MapCritic(filters=4 * options.filters), lr=options.critic_lr)
+
+    @property
+    def needs_unlabeled(self) -> bool:
+        return True
+
+    def forward(self, batch: Batch, iteration: int) -> Losses:
+        o, image, labeled = self.options, batch["image"], len(batch["label"])
+        q, z = self.heads(image)
+        opinion = self.adversary(z[labeled:], image[labeled:])
+        adversarial = F.cross_entropy(opinion, torch.ones(len(opinion), dtype=torch.long, device=opinion.device))
+        w = o.adversarial_max * ramp_up(iteration, self.iterations, o.ramp)
+        taken_for_labeled = opinion.detach().softmax(dim=1)[:, 1].mean()
+        return self.losses(q, z, batch, {"adversarial": adversarial}, w, **{"critic/fooled": taken_for_labeled})
+
+    def after_step(self, batch: Batch, iteration: int) -> None:
+        image, labeled = batch["image"], len(batch["label"])
+        z = judged_output(self.network, image)["sdm"]
+        origin = (torch.arange(len(image), device=image.device) < labeled).long()
+        self.adversary.step(lambda critic: F.cross_entropy(critic(z, image), origin), batch, iteration)

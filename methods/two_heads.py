@@ -1,0 +1,64 @@
+"""What DTC and SASSNet share: one V-Net that predicts a segmentation and a signed distance map."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from methods.base import Batch, Losses, Method, labeled_part
+from networks.vnet import VNet
+from utils.losses import dice_loss, hard_dice, weighted_sum
+from utils.options import option
+
+
+class TwoHeads(Method):
+    """q = sigmoid(logits) and z = tanh(.) of one V-Net; its supervised loss is Dice(q, Y) + beta mean (z - SDM(Y))^2.
+
+    As in both released codes the segmentation learns from Dice alone: their cross-entropy is logged, never minimised.
+    """
+
+    @dataclass
+    class Options(Method.Options):
+        filters: int = option(16, "channels of the V-Net's first block", minimum=1)
+        beta: float = option(0.3, "weight of the squared error of the signed distance map", minimum=0)
+
+    options: Options
+
+    def __init__(self, options: Options, *, iterations: int):
+        super().__init__(options, iterations=iterations)
+        self.network = VNet(heads={"seg": 1, "sdm": 1}, filters=options.filters)
+
+    @property
+    def needs_sdm(self) -> bool:
+        return True
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return ("seg",)
+
+    def heads(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """q in [0,1] and z in [-1,1], each (N,1,W,H,D)."""
+        found = self.network(image)
+        return found["seg"].sigmoid(), found["sdm"]
+
+    def losses(
+        self, q: Tensor, z: Tensor, batch: Batch, unsupervised: dict[str, Tensor], weight: float, **monitors: Tensor
+    ) -> Losses:
+        """The supervised terms, and the one unsupervised term with its weight lambda(t)."""
+        label = batch["label"]
+        terms = {
+            "seg": dice_loss(labeled_part(q, batch), label),
+            "sdm": F.mse_loss(labeled_part(z, batch), batch["sdm"]),
+            **unsupervised,
+        }
+        factors = {"sdm": self.options.beta, **dict.fromkeys(unsupervised, weight)}
+        monitors["dice/train_seg"] = hard_dice(labeled_part(q.detach(), batch), label)
+        return Losses(weighted_sum(terms, factors), terms, {"lambda": weight}, monitors)
+
+    def predict(self, image: Tensor, outputs: tuple[str, ...]) -> Tensor:
+        return torch.cat([self.heads(image)[0] for _ in outputs], dim=1)
+
+    def maps(self, image: Tensor) -> dict[str, Tensor]:
+        q, z = self.heads(image)
+        return {"q": q.squeeze(1), "z": z.squeeze(1)}

@@ -1,0 +1,80 @@
+"""The critics of the adversarial methods. Logits of two classes: channel 1 is 'labeled' or 'as a label would be'."""
+
+from torch import Tensor, nn
+
+SLOPE = 0.2  # of the leaky ReLU
+
+
+class MapCritic(nn.Module):
+    """SASSNet's discriminator: does this signed distance map come from a labeled scan?
+
+    Four 4x4x4 convolutions of stride 2; the first one of the map and of the image are summed. 11,020,290 parameters
+    with 64 filters. Global average pooling stands where the released code pools by the fixed 7x7x5 of its patch.
+
+    Args:
+        filters: channels of the first layer, doubled at each of the three below.
+    """
+
+    def __init__(self, *, filters: int = 64):
+        super().__init__()
+        f = filters
+        self.map = nn.Conv3d(1, f, 4, stride=2, padding=1)
+        self.image = nn.Conv3d(1, f, 4, stride=2, padding=1)
+        self.body = nn.Sequential(
+            nn.LeakyReLU(SLOPE),
+            nn.Dropout3d(0.5),
+            nn.Conv3d(f, 2 * f, 4, stride=2, padding=1),
+            nn.LeakyReLU(SLOPE),
+            nn.Dropout3d(0.5),
+            nn.Conv3d(2 * f, 4 * f, 4, stride=2, padding=1),
+            nn.LeakyReLU(SLOPE),
+            nn.Dropout3d(0.5),
+            nn.Conv3d(4 * f, 8 * f, 4, stride=2, padding=1),
+            nn.LeakyReLU(SLOPE),
+            nn.AdaptiveAvgPool3d(1),
+            nn.Flatten(),
+            nn.Linear(8 * f, 2),
+        )
+
+    def forward(self, z: Tensor, image: Tensor) -> Tensor:
+        """z and image (N,1,W,H,D), sides of at least 16 -> logits (N,2)."""
+        return self.body(self.map(z) + self.image(image))
+
+
+class ConfidenceNet(nn.Module):
+    """ASDNet's fully convolutional critic: how much does the segmentation look like a label, voxel by voxel?
+
+    Encoder of four scales (3x3x3, then 4x4x4 of stride 2), decoder of three (4x4x4 transposed, batch norm, ReLU) whose
+    maps are summed with the encoder's. The released forward feeds every decoder block from the encoder alone, so that
+    all below its first scale is dead; here each block reads the one below it. 5,507,970 parameters with 32 filters and
+    two channels.
+
+    Args:
+        channels: of the input: background and foreground, and the image if it is shown.
+        filters: channels of the first layer, doubled at each of the three scales below.
+    """
+
+    def __init__(self, *, channels: int = 2, filters: int = 32):
+        super().__init__()
+        f = filters
+        self.encoder = nn.ModuleList([nn.Conv3d(channels, f, 3, padding=1)])
+        for scale in (1, 2, 4):
+            self.encoder.append(nn.Conv3d(scale * f, 2 * scale * f, 4, stride=2, padding=1))
+        self.decoder = nn.ModuleList()
+        for scale in (4, 2, 1):
+            up = nn.ConvTranspose3d(2 * scale * f, scale * f, 4, stride=2, padding=1)
+            self.decoder.append(nn.Sequential(up, nn.BatchNorm3d(scale * f), nn.ReLU()))
+        self.head = nn.Conv3d(f, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N,channels,W,H,D), sides multiples of 8 -> logits (N,2,W,H,D)."""
+        maps = []
+        for block in self.encoder:
+            x = nn.functional.leaky_relu(block(x), SLOPE)
+            maps.append(x)
+        for block, skip in zip(self.decoder, maps[-2::-1], strict=True):
+            x = block(x) + skip
+        return self.head(x)
+
+
+__all__ = ["ConfidenceNet", "MapCritic"]
