@@ -1,31 +1,31 @@
 """One file per method: what is minimised, what is predicted. A new method is one file and one line of this table."""
 
+from importlib import import_module
 from typing import Any
 
-from methods.asdnet import ASDNet
 from methods.base import Losses, Method, check_finite
-from methods.double_unc import DoubleUnc
-from methods.dtc import DTC
-from methods.dtml import DTML
-from methods.mean_teacher import MeanTeacher
-from methods.sassnet import SASSNet
-from methods.supervised import Supervised
-from methods.tcse import TCSE
-from methods.ua_mt import UAMT
 from utils.errors import UserError
 from utils.options import fill
 
-METHODS: dict[str, type[Method]] = {
-    "dtml": DTML,
-    "supervised": Supervised,
-    "mean-teacher": MeanTeacher,
-    "ua-mt": UAMT,
-    "tcse": TCSE,
-    "dtc": DTC,
-    "sassnet": SASSNet,
-    "asdnet": ASDNet,
-    "double-unc": DoubleUnc,
+TABLE = {  # name of --method: file and class
+    "dtml": "dtml.DTML",
+    "supervised": "supervised.Supervised",
+    "mean-teacher": "mean_teacher.MeanTeacher",
+    "asdnet": "asdnet.ASDNet",
+    "tcse": "tcse.TCSE",
+    "ua-mt": "ua_mt.UAMT",
+    "dtc": "dtc.DTC",
+    "sassnet": "sassnet.SASSNet",
+    "double-unc": "double_unc.DoubleUnc",
 }
+
+
+def _load(where: str) -> type[Method]:
+    file, _, name = where.partition(".")
+    return getattr(import_module(f"methods.{file}"), name)
+
+
+METHODS: dict[str, type[Method]] = {name: _load(where) for name, where in TABLE.items()}
 
 
 def restore(state: dict[str, Any]) -> Method:

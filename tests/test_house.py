@@ -12,9 +12,9 @@ FLOORS = {  # each imports only what is named: scripts > methods > networks, dat
     "networks": {"networks", "utils"},
     "dataloaders": {"dataloaders", "utils"},
     "methods": {"methods", "networks", "utils"},
-    "scripts": {"methods", "networks", "dataloaders", "utils"},
+    "scripts": {"methods", "networks", "dataloaders", "utils", "train_dtml", "test_la"},
 }
-OURS = {"utils", "networks", "dataloaders", "methods", "train_dtml", "test_la"}
+OURS = {"utils", "networks", "dataloaders", "methods", "train_dtml", "test_la", "reproduce"}
 
 
 def modules() -> list[tuple[str, Path]]:
@@ -42,6 +42,36 @@ def test_the_training_script_names_no_method():
     body = code[code.index("def read_options") :]
     for name, kind in METHODS.items():
         assert not re.search(rf"\b{kind.__name__}\b|[\"']{name}[\"']", body), name
+
+
+METHOD_FILES = [path for path in sorted((ROOT / "methods").glob("*.py")) if path.name not in ("__init__.py", "base.py")]
+
+
+def code_lines(path: Path) -> list[str]:
+    """The lines of a file without blank ones, comments, docstrings and imports, stripped."""
+    source = path.read_text()
+    dropped: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        string = (
+            isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        )
+        if string or isinstance(node, (ast.Import, ast.ImportFrom)):
+            dropped |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    lines = enumerate(source.splitlines(), 1)
+    return [x.strip() for i, x in lines if i not in dropped and x.strip() and not x.strip().startswith("#")]
+
+
+def test_no_block_of_six_lines_stands_in_two_methods():
+    seen: dict[tuple[str, ...], str] = {}
+    for path in METHOD_FILES:
+        lines = code_lines(path)
+        for block in {tuple(lines[i : i + 6]) for i in range(len(lines) - 5)}:
+            assert seen.setdefault(block, path.name) == path.name, (seen[block], path.name, block)
+    assert len(seen) > 200
+
+
+def test_every_method_is_short_enough_to_be_read_beside_its_paper():
+    assert {path.name: n for path in METHOD_FILES if not 30 <= (n := len(path.read_text().splitlines())) <= 110} == {}
 
 
 def test_the_base_of_the_methods_stays_small():

@@ -8,11 +8,13 @@ import torch
 
 from methods import METHODS
 from methods.ua_mt import UAMT
-from networks.vnet import VNet
+from networks.critics import ConfidenceNet, MapCritic
+from networks.vnet import VNet, parameter_count
 from utils.ema import ema_decay, ema_update, make_teacher
 from utils.losses import entropy, masked_mean
 from utils.options import fill
-from utils.perturbation import monte_carlo, noisy
+from utils.perturbation import Transformation, monte_carlo, noisy
+from utils.sdm import signed_distance_map
 
 T = 60
 
@@ -32,6 +34,12 @@ def make_batch(labeled=2, unlabeled=2, side=16):
     image = label[:, None] + 0.3 * torch.randn(label[:, None].shape, generator=g)
     names = [f"case{i}" for i in range(len(label))]
     return {"image": image, "label": label[:labeled], "case": names}
+
+
+def with_sdm(batch):
+    """The batch with the signed distance maps of its labels."""
+    maps = [torch.from_numpy(signed_distance_map(y.numpy())) for y in batch["label"]]
+    return {**batch, "sdm": torch.stack(maps)[:, None]}
 
 
 # -- the moving average --
@@ -131,3 +139,322 @@ def test_the_mean_teachers_target_has_no_gradient():
         assert all(p.grad is None for p in method.teacher.parameters())
         floats = [k for k, v in before.items() if v.is_floating_point()]
         assert all(torch.equal(before[k], method.teacher.state_dict()[k]) for k in floats)
+
+
+# -- TCSE --
+
+
+def test_the_transformation_inverts_exactly():
+    x = torch.randn(12, 2, 16, 16, 8)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        pi = Transformation.draw(x.shape)
+        assert torch.equal(pi.inverse(pi(x)), x) and torch.equal(pi(pi.inverse(x)), x)
+        assert torch.equal(pi.kept(x), torch.ones_like(x))
+
+
+def test_the_transformation_is_one_of_the_eight_symmetries_of_the_square_or_four_of_a_rectangle():
+    square = torch.arange(4.0).view(1, 1, 2, 2, 1)
+    x = square.expand(400, 1, 2, 2, 1)
+    orbit = {tuple(y.flatten().tolist()) for y in Transformation.draw(x.shape)(x)}
+    turned = [torch.rot90(t, k, (0, 1)) for t in (square[0, 0], square[0, 0].transpose(0, 1)) for k in range(4)]
+    assert orbit == {tuple(t.flatten().tolist()) for t in turned} and len(orbit) == 8
+    x = torch.arange(6.0).view(1, 1, 3, 2, 1).expand(400, 1, 3, 2, 1)
+    pi = Transformation.draw(x.shape)
+    assert pi(x).shape == x.shape and len({tuple(y.flatten().tolist()) for y in pi(x)}) == 4
+    assert torch.equal(pi.inverse(pi(x)), x)
+
+
+def test_a_zoom_magnifies_about_the_centre_and_knows_what_left_the_field():
+    axis = torch.arange(32.0) - 15.5
+    x = (axis.view(32, 1, 1) + 2 * axis.view(1, 32, 1)).expand(1, 1, 32, 32, 4)
+    pi = Transformation([0], [False], [1.25])
+    inner = (..., slice(4, 28), slice(4, 28), slice(None))
+    torch.testing.assert_close(pi(x)[inner], (x / 1.25)[inner], atol=1e-4, rtol=0)  # linear maps stay linear
+    kept = pi.kept(x)
+    assert kept[..., 16, 16, :].min() == 1 and kept[..., 0, :, :].max() == 0
+    assert 0.56 < kept.mean() < 0.64  # (1 / 1.25)^2 = 0.64, less the voxels on the rim
+    torch.testing.assert_close((pi.inverse(pi(x)) * kept)[inner], (x * kept)[inner], atol=1e-4, rtol=0)
+    shrink = Transformation([0], [False], [0.8])
+    assert shrink.kept(x)[..., 2:-2, 2:-2, :].min() == 1
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.2])
+def test_tcse_is_zero_when_the_teacher_moves_with_its_image(scale, monkeypatch):
+    method = make("tcse", scale=scale, noise=0.0)
+    ramp = torch.linspace(0.1, 0.9, 16).view(1, 1, 16, 1, 1).expand(4, 1, 16, 16, 16)
+    monkeypatch.setattr(method, "teach", lambda image: image)  # equivariant: what it says moves with what it sees
+    for seed in range(4):
+        torch.manual_seed(seed)
+        assert method.consistency(ramp, ramp, 3)[0] < 1e-9
+        assert method.consistency(1 - ramp, ramp, 3)[0] > 0.05
+
+
+def test_both_forms_of_tcse_s_consistency_are_equal(monkeypatch):
+    method, seen = make("tcse"), {}
+    image, p = torch.randn(4, 1, 16, 16, 16), torch.rand(4, 1, 16, 16, 16)
+    draw = Transformation.draw
+    monkeypatch.setattr(Transformation, "draw", lambda *a, **k: seen.setdefault("pi", draw(*a, **k)))
+    teach = method.teach
+    monkeypatch.setattr(method, "teach", lambda x: seen.setdefault("q", teach(x)))
+    found, _ = method.consistency(p, image, 3)
+    torch.testing.assert_close(found, (seen["pi"](p) - seen["q"]).square().mean())
+
+
+# -- DTC and SASSNet --
+
+
+def test_dtc_s_consistency_is_zero_when_both_heads_agree(monkeypatch):
+    method, batch = make("dtc"), with_sdm(make_batch())
+    q = (torch.rand(4, 1, 16, 16, 16) > 0.5).float()
+    monkeypatch.setattr(method, "heads", lambda image: (q, 1 - 2 * q))
+    assert method(batch, 30).terms["consistency"] == 0
+    monkeypatch.setattr(method, "heads", lambda image: (q, 2 * q - 1))
+    assert method(batch, 30).terms["consistency"] == 1
+
+
+def test_dtc_s_total_is_its_equation():
+    method, batch = make("dtc", k=7.0).eval(), with_sdm(make_batch())
+    losses = method(batch, 30)
+    q, z = (x.detach().double() for x in method.heads(batch["image"]))
+    y = batch["label"][:, None].double()
+    dice = 1 - (2 * (q[:2] * y).sum() + 1e-5) / ((q[:2] ** 2).sum() + (y**2).sum() + 1e-5)
+    distance = ((z[:2] - batch["sdm"]) ** 2).mean()
+    consistency = ((1 / (1 + torch.exp(7 * z)) - q) ** 2).mean()
+    expected = dice + 0.3 * distance + math.exp(-5 * 0.25) * consistency
+    assert losses.total.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_sassnet_s_critic_has_the_published_size_and_takes_any_patch():
+    assert parameter_count(MapCritic()) == 11_020_290
+    critic = MapCritic(filters=4)
+    for shape in ((16, 16, 16), (48, 48, 32), (112, 112, 80)):
+        assert critic(torch.zeros(1, 1, *shape), torch.zeros(1, 1, *shape)).shape == (1, 2)
+
+
+@pytest.mark.parametrize("name", ["sassnet", "asdnet"])
+def test_the_critic_s_step_moves_the_critic_alone(name):
+    method, batch = make(name), with_sdm(make_batch())
+    method(batch, 3).total.backward()
+    assert all(p.grad is None and not p.requires_grad for p in method.adversary.parameters())
+    assert all(p.grad is not None for p in method.network.parameters())
+    before = copy.deepcopy(method.state_dict())
+    method.after_step(batch, 3)
+    after = method.state_dict()
+    moved = {k for k, v in before.items() if isinstance(v, torch.Tensor) and not torch.equal(v, after[k])}
+    assert moved and all(k.startswith("adversary.critic.") for k in moved)
+    weights = {k for k, _ in method.named_parameters() if k.startswith("adversary")}
+    assert weights <= moved, weights - moved  # every weight of the critic, deep ones too
+    assert method.network.training and not method.adversary.critic.training
+    assert all(p.grad is None for p in method.adversary.parameters())
+
+
+def test_the_critic_learns_by_its_adam_and_goes_on_from_a_saved_state():
+    whole, batch = make("sassnet"), with_sdm(make_batch())
+    for t in range(4):
+        torch.manual_seed(t)
+        whole.after_step(batch, t)
+        if t == 1:
+            saved = copy.deepcopy(whole.state_dict())
+    again = make("sassnet")
+    again.load_state_dict(saved)
+    assert again.state_dict()["adversary._extra_state"]["state"][0]["step"] == 2
+    for t in (2, 3):
+        torch.manual_seed(t)
+        again.after_step(batch, t)
+    for name, value in whole.adversary.critic.state_dict().items():
+        assert torch.equal(value, again.adversary.critic.state_dict()[name]), name
+
+
+def test_the_critics_learn_to_tell_apart_what_they_are_shown():
+    method, batch = make("sassnet", critic_lr=0.003), with_sdm(make_batch())
+    batch["image"][2:] += 3  # unlabeled crops that are easy to tell
+    seen = []
+    for t in range(30):
+        torch.manual_seed(t)
+        seen.append(method(batch, t).monitors["critic/fooled"].item())
+        method.after_step(batch, t)
+    assert seen[-1] < 0.2 < seen[0]
+
+    method, batch = make("asdnet", critic_lr=0.003), make_batch()
+    y = batch["label"][:, None].float()
+    for t in range(60):
+        torch.manual_seed(t)
+        method.after_step(batch, t)
+    with torch.no_grad():
+        p = method.predict(batch["image"][:2], method.outputs)
+        real, false = (method.adversary(method.seen(x, batch["image"][:2])).softmax(dim=1)[:, 1].mean() for x in (y, p))
+    assert real > 0.7 and real - false > 0.2  # in evaluation mode, by the running statistics of both
+
+
+# -- ASDNet --
+
+
+def test_asdnet_s_critic_reads_its_deepest_scale():
+    torch.manual_seed(0)
+    critic = ConfidenceNet(filters=4)
+    x = torch.randn(1, 2, 16, 16, 16)
+    critic(x).square().mean().backward()
+    assert all(p.grad.abs().sum() > 0 for p in critic.encoder[3].parameters())
+    assert all(p.grad.abs().sum() > 0 for p in critic.decoder[0][0].parameters() if p.dim() > 1)
+    critic.eval()
+    with torch.no_grad():
+        before = critic(x)
+        critic.encoder[3].weight.mul_(-1)
+        assert not torch.allclose(critic(x), before)
+    assert parameter_count(ConfidenceNet()) == 5_507_970
+
+
+def test_asdnet_s_total_is_its_equation():
+    method, batch = make("asdnet", threshold=0.45).eval(), make_batch()
+    losses = method(batch, T // 2)
+    with torch.no_grad():
+        x = method.network(batch["image"])["seg"].double()
+        p = 1 / (1 + torch.exp(-x))
+        scores = method.adversary(torch.cat([1 - p, p], dim=1).float()).double()
+    M = scores.softmax(dim=1)[:, 1:]
+    y = batch["label"][:, None].double()
+    total = -0.05 * scores.log_softmax(dim=1)[:, 1].mean()
+    for i in range(2):
+        ce = -(y[i] * p[i].log() + (1 - y[i]) * (1 - p[i]).log())
+        dice = 1 - (2 * (p[i] * y[i]).sum() + 1e-5) / ((p[i] ** 2).sum() + y[i].sum() + 1e-5)
+        m = (1 - M[i]).mean()
+        total += (1 + 12.5 * (m - 0.5) ** 2 - 0.5) * 0.5 * (((1 - M[i]) ** 2 * ce).mean() + dice) / 2
+    own = torch.maximum(p[2:], 1 - p[2:])
+    chosen = M[2:] > 0.45
+    assert 0 < chosen.double().mean() < 1
+    total += 0.1 * -own[chosen].log().mean()
+    assert losses.total.item() == pytest.approx(total.item(), rel=1e-4)
+
+
+def test_asdnet_s_attention_and_confidence_carry_no_gradient():
+    method, batch = make("asdnet"), make_batch()
+    logits = method.network(batch["image"])["seg"]
+    leaf = logits.detach().requires_grad_(True)
+    method.network.forward = lambda image: {"seg": leaf}
+    (found,) = torch.autograd.grad(method(batch, 0).terms["seg"], leaf)
+    assert found[2:].abs().max() == 0  # unlabeled crops are not in it, though M reads them
+    plain = make("asdnet", attention=False)
+    plain.network.forward = method.network.forward
+    (other,) = torch.autograd.grad(plain(batch, 0).terms["seg"], leaf)
+    assert not torch.allclose(found, other)
+
+
+def test_pseudo_labels_wait_for_the_critic():
+    method, batch = make("asdnet"), make_batch()
+    weights = [method(batch, t).weights["lambda_semi"] for t in (0, T // 6 - 1, T // 6, T - 1)]
+    assert weights == [0, 0, 0.1, 0.1]
+
+
+# -- DoubleUnc --
+
+
+@pytest.mark.parametrize("blocks", ["decoder", "bottom", "none"])
+def test_both_uncertainties_lie_between_0_and_1(blocks):
+    method, batch = make("double-unc", filters=4, feature_blocks=blocks), make_batch()
+    with torch.no_grad():
+        for p in method.teacher.parameters():
+            p.mul_(3)  # far from uniform
+    q, U_f = method.bayesian_teacher(batch["image"])
+    assert q.shape == U_f.shape == batch["image"].shape
+    assert q.min() >= 0 and q.max() <= 1 and U_f.min() >= 0 and U_f.max() <= 1
+    assert (U_f.max() == 0) == (blocks == "none")
+    for p in (q, torch.rand_like(q), torch.full_like(q, 0.5), torch.zeros_like(q), torch.ones_like(q)):
+        _, monitors = method.consistency(p, batch["image"], 3)
+        assert 0 <= monitors["uncertainty/segmentation"] <= 1 + 1e-6
+
+
+def test_the_feature_uncertainty_is_the_entropy_of_the_mean_channel_shares(monkeypatch):
+    method = make("double-unc", filters=4, passes=2)
+    certain, even = torch.zeros(2, 4, 16, 16, 16), torch.zeros(2, 4, 16, 16, 16)
+    certain[:, 0] = 100.0
+    passes = [certain, even]
+    monkeypatch.setattr(method.teacher, "features", lambda x: [even[:0]] + [torch.cat(passes)] * 4)
+    monkeypatch.setattr(method.teacher, "read", lambda maps: {"seg": torch.zeros(4, 1, 16, 16, 16)})
+    q, U_f = method.bayesian_teacher(torch.zeros(2, 1, 16, 16, 16))
+    shares = [0.625, 0.125, 0.125, 0.125]  # mean of (1,0,0,0) and (1/4,1/4,1/4,1/4)
+    expected = -sum(c * math.log(c) for c in shares) / math.log(4)
+    torch.testing.assert_close(U_f, torch.full_like(U_f, expected))
+    assert torch.equal(q, torch.full_like(q, 0.5))
+
+
+def test_double_unc_s_consistency_is_its_equation(monkeypatch):
+    image = torch.zeros(2, 1, 16, 16, 16)
+    q, U_f = torch.full_like(image, 0.9), torch.full_like(image, 0.4)
+    h = {x: -(x * math.log(x) + (1 - x) * math.log(1 - x)) / math.log(2) for x in (0.3, 0.9)}
+    for learnable, expected in (
+        (True, math.exp(-0.4 - h[0.3]) * 0.36 + 0.5 * h[0.3]),
+        (False, math.exp(-0.4 - h[0.9]) * 0.36),
+    ):
+        method = make("double-unc", learnable=learnable, gamma=0.5)
+        monkeypatch.setattr(method, "bayesian_teacher", lambda x: (q, U_f))
+        p = torch.full_like(image, 0.3, requires_grad=True)
+        found, _ = method.consistency(p, image, 3)
+        assert found.item() == pytest.approx(expected, rel=1e-5)
+        slope = 2 * -0.6 * math.exp(-0.4 - h[0.9 if not learnable else 0.3])
+        if learnable:  # dU_s/dp = ln((1-p)/p) / ln 2
+            d = math.log(0.7 / 0.3) / math.log(2)
+            slope += d * (0.5 - math.exp(-0.4 - h[0.3]) * 0.36)
+        (g,) = torch.autograd.grad(found, p)
+        assert g.sum().item() == pytest.approx(slope, rel=1e-4)
+
+
+# -- every method --
+
+UNSUPERVISED = {
+    "dtml": ["consistency"],
+    "mean-teacher": ["consistency"],
+    "ua-mt": ["consistency"],
+    "tcse": ["consistency"],
+    "double-unc": ["consistency"],
+    "dtc": ["consistency"],
+    "sassnet": ["adversarial"],
+    "asdnet": ["adversarial", "semi"],
+}
+LEARNERS = ("M_s", "M_d", "student", "network")
+
+
+def test_every_method_that_uses_unlabeled_scans_is_in_the_table():
+    assert set(UNSUPERVISED) == {name for name, kind in METHODS.items() if kind.uses_unlabeled}
+
+
+@pytest.mark.parametrize(("name", "term"), [(name, term) for name, terms in UNSUPERVISED.items() for term in terms])
+def test_the_unsupervised_term_moves_the_student_and_nothing_else(name, term):
+    # k and the threshold low enough that tiny untrained networks are not saturated, as in the first iterations.
+    options = {"dtml": {"k": 10.0}, "dtc": {"k": 10.0}, "asdnet": {"threshold": 0.0}}.get(name, {})
+    method, batch = make(name, **options), with_sdm(make_batch())
+    if name == "ua-mt":
+        method.threshold = lambda iteration: 1.0
+    batch["image"].requires_grad_(True)
+    method(batch, T - 1).terms[term].backward()
+    # A V-Net with two heads may have one that the term does not read: SASSNet's critic sees the map alone.
+    for child, network in method.named_children():
+        learns = child in LEARNERS
+        body = [p for key, p in network.named_parameters() if "heads." not in key]
+        assert all((p.grad is not None) == learns for p in body), child
+        assert sum(p.grad.abs().sum() for p in body if p.grad is not None) > 0 or not learns, child
+    assert batch["image"].grad[2:].abs().sum() > 0, "the unlabeled crops do not reach the term"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_teacher_and_the_critic_are_not_the_optimisers(name):
+    for child, network in make(name).named_children():
+        trained = {p.requires_grad for p in network.parameters()}
+        assert trained == {child in LEARNERS} and (child in LEARNERS or child in ("teacher", "adversary"))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_trained_weight_has_a_gradient_and_every_output_is_a_probability(name):
+    method, batch = make(name), with_sdm(make_batch() if METHODS[name].uses_unlabeled else make_batch(4, 0))
+    method(batch, T - 1).total.backward()
+    assert all(p.grad is not None for p in method.parameters() if p.requires_grad)
+    method.after_step(batch, T - 1)
+    method.eval()
+    with torch.no_grad():
+        p = method.predict(batch["image"], method.outputs)
+        maps = method.maps(batch["image"])
+    assert p.shape == (4, len(method.outputs), 16, 16, 16) and p.min() >= 0 and p.max() <= 1
+    assert all(v.shape == (4, 16, 16, 16) for v in maps.values())
+    for i, output in enumerate(method.outputs):
+        with torch.no_grad():
+            torch.testing.assert_close(method.predict(batch["image"], (output,))[:, 0], p[:, i])
