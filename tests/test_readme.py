@@ -1,10 +1,15 @@
 """The README's commands parse, its links and names exist, and its two set-up commands are what CI and users run."""
 
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from conftest import TINY, make_set
 
 import test_la
 import train_dtml
@@ -65,7 +70,7 @@ def test_links_lead_somewhere(target):
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"`((?:utils|networks|methods|dataloaders)/\w+\.py)", README))))
 def test_files_named_exist(name):
-    assert (ROOT / name).exists()
+    assert (ROOT / name).exists() or f"`{name}`:\n\n```python" in README  # or it is the worked example
 
 
 def test_flags_named_exist():
@@ -76,3 +81,31 @@ def test_flags_named_exist():
     for kind in train_dtml.METHODS.values():
         known |= {f"--{name.replace('_', '-')}" for name in kind.Options.__dataclass_fields__}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known
+
+
+def test_the_worked_example_is_one_file_and_one_line(tmp_path):
+    """It trains, resumes, is tested and shows its options, in a copy of the code to which only these two are added."""
+    file = re.search(r"`(methods/\w+\.py)`:\n\n```python\n(.*?)```", README, re.S)
+    line = re.search(r"in `methods/__init__.py`\n\n```python\n(.*?)```", README, re.S)
+    assert len(file[2].strip().splitlines()) <= 40 and len(line[1].strip().splitlines()) == 1
+    copy = tmp_path / "copy"
+    for folder in ("methods", "networks", "dataloaders", "utils"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for script in ("train_dtml.py", "test_la.py"):
+        shutil.copy(ROOT / script, copy)
+    (copy / file[1]).write_text(file[2])
+    table = (copy / "methods" / "__init__.py").read_text()
+    (copy / "methods" / "__init__.py").write_text(table.replace("TABLE = {", "TABLE = {\n" + line[1].rstrip(), 1))
+    data = make_set(tmp_path / "set")
+
+    def python(*words):
+        env = {**os.environ, "PYTHONPATH": str(copy)}
+        done = subprocess.run([sys.executable, *words], cwd=copy, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    flags = ["--method", "entropy", "--data", str(data), *TINY, "--iterations", "3", "--name", "run"]
+    assert "lambda" in python("train_dtml.py", *flags, "--log-every", "1")
+    assert "already done: 3 of 3" in python("train_dtml.py", *flags, "--resume", "auto")
+    assert "| seg | largest |" in python("test_la.py", "--checkpoint", "runs/run")
+    assert "largest weight of the entropy" in python("train_dtml.py", "--method", "entropy", "--help")
