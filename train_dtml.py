@@ -65,7 +65,7 @@ class Options:
     """What every method shares. None means: depends on other options, settled by `settle`."""
 
     method: str = option("dtml", "what to train; --method NAME --help lists its own options", choices=list(METHODS))
-    preset: str = option("", "named settings of the method, for dtml: paper (default), authors")
+    preset: str = option("", "named settings of the method: paper (default); authors, where its code was released")
 
     data: str = option(
         "", "folder of the data set (default data/la, else the phantom set)", group="data", harmless=True

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from conftest import TINY, make_set
 
+import reproduce
 import test_la
 import train_dtml
-from utils.options import Parser
+from utils.options import Parser, fill
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -57,6 +58,13 @@ def test_test_commands_parse():
     assert found and all(parser.parse(shlex.split(c)[2:]) for c in found)
 
 
+def test_reproduce_commands_name_runs_of_the_grid():
+    parser = Parser()
+    parser.add_dataclass(reproduce.Options)
+    found = [parser.parse(shlex.split(c)[2:]) for c in COMMANDS if c.startswith("python reproduce.py")]
+    assert found and all(reproduce.select(fill(reproduce.Options, words))[0] for words in found)
+
+
 def test_ci_runs_the_second_command():
     second = next(c for c in COMMANDS if "requirements-dev.txt" in c)
     ci = (ROOT / ".ci" / "run").read_text()
@@ -78,6 +86,7 @@ def test_flags_named_exist():
     parser.add_dataclass(train_dtml.Options)
     known = set(parser._option_string_actions) | {"--checkpoint", "--weighting", "--nproc-per-node", "--logdir"}
     known |= {"--metric", "--picture"}
+    known |= {f"--{name}" for name in reproduce.Options.__dataclass_fields__}
     for kind in train_dtml.METHODS.values():
         known |= {f"--{name.replace('_', '-')}" for name in kind.Options.__dataclass_fields__}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known

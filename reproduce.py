@@ -1,0 +1,489 @@
+"""The grid behind Tables 1 to 3 of the DTML paper (Zhang & Zhang 2021): every row, and its seeds.
+
+    python reproduce.py                                     the tables, from what is in results/full
+    python reproduce.py --list                              every run: how far it is, and its command
+    python reproduce.py --missing                           train and test what is missing, then print the tables
+    python reproduce.py --missing --budget 60               the same for an hour; the same command goes on
+    python reproduce.py --profile half --table 3 --rows ua-mt dtc --seeds 1337
+    python reproduce.py --submit slurm --slurm gpus_per_node=1 timeout_min=240
+
+A run is the two commands that a user would type, train_dtml.py and test_la.py; then its options, manifest, curves and
+metrics are copied to RESULTS/PROFILE/KEY-seedSEED. Such a record counts only if it fits what its row asks for today.
+"""
+
+import dataclasses
+import fcntl
+import inspect
+import json
+import math
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import submitit
+import torch
+from submitit.core.utils import UncompletedJobError
+
+from dataloaders.cases import LA_FOLDER, PHANTOM_FOLDER, ROOT, lists_of
+from methods import METHODS
+from test_la import COMPONENTS
+from train_dtml import PROFILES, read_options
+from utils.checkpoint import fsync_folder, write_whole
+from utils.errors import Stopped, StopSignal, UserError, run
+from utils.metrics import METRICS, mean_and_sd
+from utils.options import Parser, default_of, fill, option
+from utils.run_folder import MANIFEST, OPTIONS, SCALARS, has_checkpoint
+from utils.statistics import read_row
+
+# the grid: key of a run, its flags
+SEMI_SUPERVISED = ("dtml", "mean-teacher", "ua-mt", "tcse", "dtc", "sassnet", "asdnet", "double-unc")
+LA_RUNS = {
+    "supervised-16": "--method supervised --labeled 16",
+    "supervised-80": "--method supervised --labeled 80",
+    "supervised-sdm-16": "--method supervised --head sdm --labeled 16",
+    "dtml-dis-16": "--method dtml --sdm-loss dis --labeled 16",
+    "dtml-both-16": "--method dtml --sdm-loss both --labeled 16",
+    "dtml-16-0": "--method dtml --labeled 16 --unlabeled 0",
+    **{f"{name}-16": f"--method {name} --labeled 16" for name in SEMI_SUPERVISED},
+}
+PHANTOM_RUNS = {
+    "supervised-8": "--method supervised",
+    "supervised-40": "--method supervised --labeled 40",
+    "supervised-sdm-8": "--method supervised --head sdm",
+    **{f"{name}-8": f"--method {name}" for name in SEMI_SUPERVISED},
+}
+
+
+class Row(NamedTuple):
+    """A row of a table: its name, labeled / unlabeled scans, its run, the paper's four figures, the output scored."""
+
+    label: str
+    scans: str
+    key: str
+    paper: str = "not in the paper"
+    output: str = "seg"
+
+
+LA_TABLES = {
+    "1": ("Table 1: the supervised loss of M_d", [
+        Row("L_dis", "16 / 64", "dtml-dis-16", "89.72 81.55 1.97 7.64"),
+        Row("L_mask", "16 / 64", "dtml-16", "90.12 82.14 1.82 7.01"),
+        Row("L_dis + L_mask", "16 / 64", "dtml-both-16", "89.89 81.82 1.93 6.61"),
+    ]),
+    "2": ("Table 2: single networks and mutual learning", [
+        Row("M_s only", "16 / 0", "supervised-16", "86.03 76.06 3.51 14.26"),
+        Row("M_d only", "16 / 0", "supervised-sdm-16", "88.69 79.91 3.12 11.62", "sdm"),
+        Row("DTML", "16 / 0", "dtml-16-0", "89.17 80.68 2.13 7.82"),
+        Row("DTML", "16 / 64", "dtml-16", "90.12 82.14 1.82 7.01"),
+    ]),
+    "3": ("Table 3: methods", [
+        Row("V-Net", "16 / 0", "supervised-16", "86.03 76.06 3.51 14.26"),
+        Row("V-Net", "80 / 0", "supervised-80", "91.14 83.82 1.52 5.75"),
+        Row("Mean Teacher", "16 / 64", "mean-teacher-16"),
+        Row("ASDNet", "16 / 64", "asdnet-16", "87.90 78.85 2.08 9.24"),
+        Row("TCSE", "16 / 64", "tcse-16", "88.15 79.20 2.44 9.57"),
+        Row("UA-MT", "16 / 64", "ua-mt-16", "88.88 80.21 2.26 7.32"),
+        Row("DTC (its authors publish Jaccard 80.98)", "16 / 64", "dtc-16", "89.42 80.89 2.10 7.32"),
+        Row("SASSNet", "16 / 64", "sassnet-16", "89.54 81.24 2.20 8.24"),
+        Row("DoubleUnc", "16 / 64", "double-unc-16", "89.65 81.35 2.03 7.04"),
+        Row("DTML", "16 / 64", "dtml-16", "90.12 82.14 1.82 7.01"),
+    ]),
+}  # fmt: skip
+PHANTOM_TABLES = {
+    "methods": ("Methods on the phantom set", [
+        Row("supervised, 8 labeled (lower bound)", "8 / 0", "supervised-8"),
+        Row("supervised, all 40 labeled (upper bound)", "40 / 0", "supervised-40"),
+        Row("supervised, M_d alone", "8 / 0", "supervised-sdm-8", output="sdm"),
+        *(Row(name, "8 / 32", f"{name}-8") for name in SEMI_SUPERVISED),
+    ]),
+}  # fmt: skip
+ABOUT = """\
+Profile `{profile}`, seeds {seeds}. The last iteration, always; mean over the {scans}test scans, with several seeds
+mean ± SD over the seeds. `all` is without a component filter, `largest` with it."""
+QUOTED = """
+The lines `paper` are quoted from the DTML paper, which took most from the methods' own papers; these differ in, or do
+not tell, the component filter and the checkpoint that they tested."""
+SMALL = """
+**Not the paper's size:** {} Compare our lines with each other only."""
+SCALES = {
+    "full": QUOTED,
+    "half": QUOTED + SMALL.format("half resolution, 8 filters, 2400 iterations."),
+    "phantom": SMALL.format("made-up atria, small crops, 8 filters, 300 iterations."),
+}
+HEAD = "| row | labeled / unlabeled | | Dice % | Jaccard % | ASD voxel | 95HD voxel | seeds |"
+PHANTOM_HEAD = "| method | Dice % (all) | Dice % (largest) | iterations/s | peak memory GiB | lines of code |"
+TEST = "test.json"
+BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, UserError)  # what a damaged file can raise
+Tables = dict[str, tuple[str, list[Row]]]
+Records = dict[int, Path]  # seed: folder
+
+
+@dataclasses.dataclass
+class Options:
+    """What to show or to do; `Sequence`, as `list` is a flag here."""
+
+    profile: str = option("full", "scale of the runs", choices=list(PROFILES), group="what")
+    table: Sequence[str] = option([], "only these tables: 1, 2, 3", type=str, nargs="+", group="what")
+    rows: Sequence[str] = option([], "only these runs: keys or names of methods", type=str, nargs="+", group="what")
+    seeds: Sequence[int] = option([], "default 1337 1338 1339; phantom 1337", type=int, nargs="+", group="what")
+    results: str = option("results", "where the records are", group="what")
+    list: bool = option(False, "print every run, how far it is, and its command", group="do")
+    missing: bool = option(False, "train and test what is missing, then print the tables", group="do")
+    budget: float = option(0.0, "minutes for --missing; 0: no end", minimum=0, group="do")
+    submit: str = option("", "a submitit job for each missing run: slurm, or local, all at once here",
+                         choices=["local", "slurm"], group="do")  # fmt: skip
+    slurm: Sequence[str] = option([], "KEY=VALUE of submitit's update_parameters", type=str, nargs="+", group="do")
+    runs: str = option("runs/reproduce", "where the run folders go", group="do")
+    data: str = option("", "folder of the data set (default data/la; phantom data/phantom)", group="do")
+    device: str = option("", "of the runs: cpu, cuda or cuda:N", group="do")
+    threads: int = option(0, "CPU threads of a run; 0 leaves torch's choice", minimum=0, group="do")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run and its seed: what its result depends on, its two commands, and where it trains and is recorded."""
+
+    key: str
+    method: str
+    seed: int
+    settings: list[str]
+    train: list[str]
+    test: list[str]
+    folder: Path
+    record: Path
+    outputs: list[str]
+
+
+def select(o: Options) -> tuple[list[Run], Tables]:
+    """The runs and tables that --table, --rows and --seeds leave; runs seed by seed, in the tables' order.
+
+    Raises:
+        UserError: a table or a row that this profile does not have.
+    """
+    phantom = o.profile == "phantom"
+    grid, tables = (PHANTOM_RUNS, PHANTOM_TABLES) if phantom else (LA_RUNS, LA_TABLES)
+    flags = {key: shlex.split(words) for key, words in grid.items()}
+    methods = {key: words[words.index("--method") + 1] for key, words in flags.items()}
+    names = list(dict.fromkeys([*flags, *methods.values()]))
+    for flag, asked, known in (("table", o.table, list(tables)), ("rows", o.rows, names)):
+        unknown = [word for word in asked if word not in known]
+        if unknown:
+            raise UserError(f"--{flag} {' '.join(unknown)} is not in this grid. Choose from {', '.join(known)}.")
+    chosen: Tables = {}
+    for name in o.table or tables:
+        rows = [row for row in tables[name][1] if not o.rows or {row.key, methods[row.key]} & set(o.rows)]
+        chosen |= {name: (tables[name][0], rows)} if rows else {}
+    every = [row for _, rows in chosen.values() for row in rows]
+    place = ["--data", o.data or str(PHANTOM_FOLDER if phantom else LA_FOLDER)]
+    place += ["--device", o.device] if o.device else []
+    place += ["--threads", str(o.threads)] if o.threads else []
+    runs = []
+    for seed in dict.fromkeys(o.seeds or ([1337] if phantom else [1337, 1338, 1339])):
+        for key in dict.fromkeys(row.key for row in every):
+            folder = Path(o.runs) / o.profile / f"{key}-seed{seed}"
+            settings = [*flags[key], "--profile", o.profile, "--seed", str(seed)]
+            where = ["--runs", str(folder.parent), "--name", folder.name]
+            runs.append(Run(
+                key, methods[key], seed, settings,
+                train=["train_dtml.py", *settings, "--resume", "auto", *where, *place],
+                test=["test_la.py", "--checkpoint", str(folder), *place],
+                folder=folder, record=Path(o.results) / o.profile / folder.name,
+                outputs=list(dict.fromkeys(row.output for row in every if row.key == key)),
+            ))  # fmt: skip
+    return runs, chosen
+
+
+# what is there
+def other_options(this: Run, manifest: Path) -> list[str]:
+    """Where recorded options differ, in what can change the result, from what the row asks for today."""
+    options = json.loads(manifest.read_text())["options"]
+    asked: tuple[Any, ...] = read_options(this.settings)[:2]
+    fields = [(part, f) for part in asked for f in dataclasses.fields(part) if not f.metadata["harmless"]]
+    now = {f.name: getattr(part, f.name) for part, f in fields}
+    then = {f.name: options.get(f.name, default_of(f)) for _, f in fields}
+    for side in (now, then):  # None and what it stands for are the same
+        usual = side["batch_size"] if side["unlabeled"] == 0 else max(side["batch_size"] // 2, 1)
+        side["labeled_batch"] = side["labeled_batch"] or usual
+    differ = [name for name in now if now[name] != then[name]]
+    return [f"--{name.replace('_', '-')} {now[name]} here, {then[name]} in the record" for name in differ]
+
+
+def unfit(this: Run, record: Path) -> list[str]:
+    """Why a record does not count: other options, not the last iteration, an output that is not there."""
+    problems = other_options(this, record / MANIFEST)
+    last = json.loads((record / MANIFEST).read_text())["options"]["iterations"]
+    tested = json.loads((record / TEST).read_text())["iteration"]
+    problems += [f"tested at iteration {tested} of {last}"] if tested != last else []
+    for output in this.outputs:
+        for component in COMPONENTS:
+            read_row(f"{record}:{output}", "dice", component)
+    return problems
+
+
+def state(this: Run) -> str:
+    """done, missing, started (there is a checkpoint), or other options: in what a record or a run folder differs."""
+    try:
+        if this.record.exists():
+            word, problems = "done", unfit(this, this.record)
+        elif has_checkpoint(this.folder):
+            word, problems = "started", other_options(this, this.folder / MANIFEST)
+        else:
+            return "missing"
+    except BROKEN as e:
+        problems = [f"cannot be read ({e})"]
+    return f"other options: {'; '.join(problems)}" if problems else word
+
+
+def print_list(runs: list[Run], tables: Tables) -> None:
+    """Every run with its tables, and for each seed how far it is and the command that trains it."""
+    for key in dict.fromkeys(this.key for this in runs):
+        where = [name for name, (_, rows) in tables.items() if any(row.key == key for row in rows)]
+        print(f"{key} (table {', '.join(where)})")
+        for this in runs:
+            if this.key == key:
+                print(f"  {this.seed} {state(this)}\n    python {shlex.join(this.train)}")
+
+
+# the tables
+def over_seeds(values: Iterable[float]) -> str:
+    """The mean, and with two numbers or more ± their sample SD."""
+    mean, sd, _ = mean_and_sd(list(values))
+    return "-" if math.isnan(mean) else f"{mean:.2f}" + ("" if math.isnan(sd) else f" ± {sd:.2f}")
+
+
+def figures(row: Row, component: str, records: Records) -> tuple[list[str], str]:
+    """The four figures of a row, over the seeds' means over the scans, and how many scans the distances leave out."""
+    cells, left_out = [], ""
+    for metric in METRICS:
+        scans = [list(read_row(f"{path}:{row.output}", metric, component).values()) for path in records.values()]
+        found = [mean_and_sd(values) for values in scans]
+        cells.append(over_seeds((100 if metric in ("dice", "jaccard") else 1) * mean for mean, *_ in found))
+        empty = sum(count for *_, count in found)
+        if empty:
+            left_out = f"; {empty} of {sum(map(len, scans))} predictions empty, without a distance"
+    return cells, left_out
+
+
+def row_lines(row: Row, records: Records) -> str:
+    """The paper's figures, then ours without and with the component filter."""
+    paper = row.paper.split() if row.paper[0].isdigit() else [row.paper, "", "", ""]
+    lines = [f"| {row.label} | {row.scans} | paper | {' | '.join(paper)} | |"]
+    for component in COMPONENTS if records else ():
+        cells, left_out = figures(row, component, records)
+        lines.append(f"| | | {component} | {' | '.join(cells)} | {', '.join(map(str, records))}{left_out} |")
+    return "\n".join(lines if records else [*lines, "| | | not yet run | | | | | |"])
+
+
+def phantom_line(row: Row, records: Records, method: str) -> str:
+    """Dice, cost, and the length of the method's file."""
+    source = inspect.getsourcefile(METHODS[method]) if method in METHODS else None
+    length = sum(bool(line.strip()) for line in Path(source).read_text().splitlines()) if source else ""
+    if not records:
+        return f"| {row.label} | not yet run | | | | {length} |"
+    cells = [figures(row, component, records)[0][0] for component in COMPONENTS]
+    manifests = [json.loads((path / MANIFEST).read_text()) for path in records.values()]
+    cells += [over_seeds(m.get(name, math.nan) for m in manifests) for name in ("iterations_per_s", "peak_memory_gib")]
+    return f"| {row.label} | {' | '.join(cells)} | {length} |"
+
+
+def print_tables(o: Options, runs: list[Run], tables: Tables) -> None:
+    """Markdown on stdout; on stderr what is left out, and records of other test scans."""
+    done: dict[str, Records] = {}
+    scans: dict[Path, int] = {}
+    devices = set()
+    for this in runs:
+        word = state(this)
+        if word == "done":
+            done.setdefault(this.key, {})[this.seed] = this.record
+            scans[this.record] = len(read_row(f"{this.record}:{this.outputs[0]}", "dice", "all"))
+            manifest = json.loads((this.record / MANIFEST).read_text())
+            devices.add(f"{manifest.get('device')}, threads: {manifest.get('threads')}")
+        elif this.record.exists():
+            print(f"warning: {this.record} is left out; {word}", file=sys.stderr)
+    usual = Counter(scans.values()).most_common(1)[0][0] if scans else 0
+    for path, count in scans.items():
+        if count != usual:
+            print(f"warning: {path} was tested on {count} scans, most others on {usual}.", file=sys.stderr)
+    seeds = ", ".join(map(str, dict.fromkeys(this.seed for this in runs)))
+    print(ABOUT.format(profile=o.profile, seeds=seeds, scans=f"{usual} " if scans else "") + SCALES[o.profile])
+    phantom = o.profile == "phantom"
+    if phantom and devices:
+        print(f"Speed and memory on {'; '.join(sorted(devices))}.")
+    head, methods = PHANTOM_HEAD if phantom else HEAD, {this.key: this.method for this in runs}
+    for title, rows in tables.values():
+        print(f"\n**{title}**\n\n{head}\n|{'---|' * (head.count('|') - 1)}")
+        for row in rows:
+            records = done.get(row.key, {})
+            print(phantom_line(row, records, methods[row.key]) if phantom else row_lines(row, records))
+
+
+# what is missing
+class OutOfTime(Exception):
+    """The budget is used up."""
+
+
+def call(words: list[str], lock: IO[str], stop: StopSignal, deadline: float) -> int:
+    """Runs one of the scripts and returns its exit code; a signal to us, or the deadline, is handed on to it.
+
+    Raises:
+        Stopped, OutOfTime: once the script has saved and left because of it.
+    """
+
+    def due() -> int:
+        return stop.number or (signal.SIGTERM if time.monotonic() >= deadline else 0)
+
+    told, code = due(), 0
+    if not told:
+        print(f"+ python {shlex.join(words)}", file=sys.stderr, flush=True)
+        # A process group of its own, so that Ctrl-C reaches it once, from here. A cluster sends SIGUSR2 to everyone.
+        child = subprocess.Popen(
+            [sys.executable, str(ROOT / words[0]), *words[1:]], stdin=subprocess.DEVNULL, stdout=2, process_group=0,
+            pass_fds=[lock.fileno()], preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),
+        )  # fmt: skip
+        try:
+            while child.poll() is None:
+                if not told and due():
+                    told = due()
+                    child.send_signal(told)
+                time.sleep(0.1)
+            code = child.returncode
+        except KeyboardInterrupt:  # the second Ctrl-C
+            child.send_signal(signal.SIGINT)
+            raise
+        finally:
+            child.terminate()
+            child.wait()
+    if stop.number:
+        raise Stopped(stop.number, "the same command goes on from here")
+    if told:
+        raise OutOfTime
+    return code
+
+
+def record(this: Run) -> str:
+    """Copies what a trained and tested run found to its record, whole or not at all; returns why not, or nothing."""
+    partial = this.record.with_name(f".{this.record.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for name in (OPTIONS, MANIFEST, SCALARS, "test/cases.csv", "test/table.md", f"test/{TEST}"):
+            write_whole(partial / Path(name).name, (this.folder / name).read_bytes())
+        problems = unfit(this, partial)
+        if not problems:
+            partial.rename(this.record)
+            fsync_folder(this.record.parent)
+        return "; ".join(problems)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def make(this: Run, stop: StopSignal, deadline: float = math.inf) -> str:
+    """Trains, tests and records one run, from where it is; returns what went wrong, or nothing."""
+    try:
+        this.folder.parent.mkdir(parents=True, exist_ok=True)
+        with open(this.folder.with_name(f".{this.folder.name}.lock"), "w") as lock:
+            try:  # held until we and the script are gone, should we be killed and the script not
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                return "another process is at it"
+            word = state(this)
+            if word == "done":
+                return ""
+            if word not in ("missing", "started"):
+                return f"{this.record if this.record.exists() else this.folder} is not overwritten; {word}"
+            for words in (this.train, this.test):
+                code = call(words, lock, stop, deadline)
+                if code:
+                    return f"{words[0]} left with exit code {code}{' (diverged)' if code == 3 else ''}"
+            return record(this)
+    except BROKEN as e:
+        return f"cannot be recorded ({e})"
+
+
+def make_missing(o: Options, runs: list[Run]) -> list[str]:
+    """Makes one run after the other until the budget ends; returns a line for each that failed."""
+    deadline = time.monotonic() + 60 * o.budget if o.budget else math.inf
+    failed = []
+    with StopSignal() as stop:
+        for this in runs:
+            try:
+                problem = "" if state(this) == "done" else make(this, stop, deadline)
+            except OutOfTime:
+                print(f"{o.budget:g} minutes are used up; the same command goes on from here.", file=sys.stderr)
+                break
+            if problem:
+                failed.append(f"{this.record.name}: {problem}")
+                print(f"failed: {failed[-1]}", file=sys.stderr)
+    return failed
+
+
+@dataclasses.dataclass(frozen=True)
+class Job(submitit.helpers.Checkpointable):
+    """A run for submitit, which queues it again when its time is over; it goes on from its checkpoint."""
+
+    this: Run
+
+    def __call__(self) -> str:
+        with StopSignal() as stop:
+            return make(self.this, stop)
+
+
+def submit(o: Options, runs: list[Run]) -> list[str]:
+    """Submits every missing run; waits for local ones and returns a line for each that failed."""
+    settings: dict[str, Any] = {"name": "dtml", "timeout_min": 24 * 60}
+    settings |= {"gpus_per_node": torch.cuda.device_count()} if o.submit == "local" else {}
+    settings |= {key: int(value) if value.isdigit() else value for key, _, value in (w.partition("=") for w in o.slurm)}
+    try:
+        executor = submitit.AutoExecutor(folder=Path(o.runs) / "submitit", cluster=o.submit)
+        executor.update_parameters(**settings)
+    except (RuntimeError, NameError, AssertionError, ValueError, OSError) as e:
+        raise UserError(f"--submit {o.submit} {shlex.join(o.slurm)}: {e} Mend --slurm, or use --missing.") from e
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])  # jobs import this code
+    missing = [this for this in runs if state(this) != "done"]
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # so that at Ctrl-C submitit lets local jobs save
+    jobs = [executor.submit(Job(this)) for this in missing]
+    signal.signal(signal.SIGINT, before)
+    failed = []
+    for this, job in zip(missing, jobs, strict=True):
+        print(f"job {job.job_id}: {this.record.name}", file=sys.stdout if o.submit == "slurm" else sys.stderr)
+    for this, job in zip(missing, jobs, strict=True) if o.submit == "local" else ():
+        try:
+            problem = job.result()
+        except UncompletedJobError:
+            problem = f"its job broke off, see {job.paths.stderr}"
+        failed += [f"{this.record.name}: {problem}"] if problem else []
+    return failed
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(description=__doc__, prog="reproduce.py")
+    parser.add_dataclass(Options)
+    o: Options = fill(Options, parser.parse(argv))
+    runs, tables = select(o)
+    if o.budget and (o.submit or not o.missing):
+        raise UserError("--budget goes with --missing alone. A job's own end is --slurm timeout_min=MINUTES.")
+    if o.list:
+        print_list(runs, tables)
+        return
+    failed = []
+    if o.submit or o.missing:
+        if o.data or o.profile != "phantom":
+            lists_of(Path(o.data or LA_FOLDER))  # or else every run would say that there is no data
+        failed = submit(o, runs) if o.submit else make_missing(o, runs)
+    if o.submit != "slurm":
+        print_tables(o, runs, tables)
+    if failed:
+        print("failed:", *failed, sep="\n  ", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run(main)

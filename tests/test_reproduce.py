@@ -1,0 +1,483 @@
+"""The grid of the paper's tables: what is in it, which records count, the tables by hand, and runs that are stopped."""
+
+import dataclasses
+import fcntl
+import inspect
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT, TINY
+
+import reproduce
+import test_la
+import train_dtml
+from dataloaders.phantom import make_phantom_set
+from methods import METHODS
+from reproduce import LA_RUNS, LA_TABLES, PHANTOM_RUNS, PHANTOM_TABLES, Row
+from utils.errors import UserError, run
+
+GRIDS = {"half": (LA_RUNS, LA_TABLES), "phantom": (PHANTOM_RUNS, PHANTOM_TABLES)}
+PAPER = ["90.12", "82.14", "1.82", "7.01"]
+
+
+def cells(text, label):
+    """The cells of the row that begins with the label, and of the lines below it that have none."""
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    start = next(i for i, line in enumerate(lines) if line[0] == label)
+    rest = next((i for i, line in enumerate(lines[start + 1 :], start + 1) if line[0]), len(lines))
+    return lines[start:rest]
+
+
+def options_of(words):
+    o, method_options, *_ = train_dtml.read_options(words)
+    return {**dataclasses.asdict(o), **dataclasses.asdict(method_options)}
+
+
+def write_run(folder, options, scans, outputs=("seg",), iteration=None, test="test"):
+    """The files of a trained and tested run. scans: (dice, asd) of each, the filter adding 0.01 to both."""
+    (folder / test).mkdir(parents=True, exist_ok=True)
+    (folder / "options.txt").write_text("--method dtml\n")
+    (folder / "scalars.csv").write_text("iteration\n0\n")
+    measured = {"iterations_per_s": 2.5, "peak_memory_gib": 1.25, "device": "a processor", "threads": 1}
+    (folder / "manifest.json").write_text(json.dumps({"options": options, **measured}))
+    lines = ["case,output,component,dice,jaccard,asd,hd95"]
+    for i, (dice, asd) in enumerate(scans):
+        for output in outputs:
+            lines += [f"case{i},{output},all,{dice},{dice / 2},{asd},{2 * asd}"]
+            lines += [f"case{i},{output},largest,{dice + 0.01},{dice / 2},{asd + 0.01},{2 * asd}"]
+    (folder / test / "cases.csv").write_text("\n".join(lines) + "\n")
+    (folder / test / "table.md").write_text("| seg |\n")
+    tested = {"iteration": options["iterations"] if iteration is None else iteration}
+    (folder / test / "test.json").write_text(json.dumps(tested))
+
+
+def write_record(results, key, seed, scans, *, profile="half", change=(), **more):
+    runs, _ = GRIDS[profile]
+    options = options_of([*runs[key].split(), "--profile", profile, "--seed", str(seed)]) | dict(change)
+    write_run(results / profile / f"{key}-seed{seed}", options, scans, test=".", **more)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty place where the default folders results/ and runs/ are."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# the grid
+
+
+@pytest.mark.parametrize("profile", GRIDS)
+def test_every_run_is_in_a_table_and_every_row_has_its_run(profile):
+    runs, tables = GRIDS[profile]
+    assert {row.key for _, rows in tables.values() for row in rows} == set(runs)
+
+
+@pytest.mark.parametrize("profile", GRIDS)
+def test_the_flags_parse_and_the_row_s_output_and_scans_are_the_run_s(profile):
+    runs, tables = GRIDS[profile]
+    for row in (row for _, rows in tables.values() for row in rows):
+        words = runs[row.key].split()
+        name = words[words.index("--method") + 1]
+        if name not in METHODS:
+            continue
+        o, method_options, *_ = train_dtml.read_options([*words, "--profile", profile, "--filters", "2"])
+        assert row.output in METHODS[name](method_options, iterations=1).outputs
+        unlabeled = (40 if profile == "phantom" else 80) - o.labeled if o.unlabeled is None else o.unlabeled
+        assert row.scans == f"{o.labeled} / {unlabeled}"
+
+
+def test_the_paper_s_figures():
+    for name in "123":
+        rows = {row.label: row for row in LA_TABLES[name][1]}
+        assert (rows.get("L_mask") or LA_TABLES[name][1][-1]).paper.split() == PAPER
+        for row in rows.values():  # J = D / (2 - D) of a scan, and means of both stay near that
+            if row.paper[0].isdigit():
+                dice, jaccard, asd, hd95 = map(float, row.paper.split())
+                assert jaccard == pytest.approx(100 * dice / (200 - dice), abs=1.0) and asd < hd95
+
+
+def test_the_phantom_bound_labels_every_scan():
+    assert (
+        f"--labeled {inspect.signature(make_phantom_set).parameters['train'].default}" in PHANTOM_RUNS["supervised-40"]
+    )
+
+
+def test_the_committed_records_fit_their_rows(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    reproduce.main(["--profile", "half", "--seeds", "1337", "--list"])
+    text = capsys.readouterr().out
+    for key in ("supervised-16", "supervised-sdm-16", "dtml-16"):
+        assert f"\n{key} (table" in f"\n{text}" and "  1337 done" in text.split(f"{key} (table")[1].split("\n    ")[0]
+
+
+# tables
+
+
+def test_mean_and_sd_over_seeds(here, capsys):
+    scans = {1337: [(0.8, 1), (0.9, 2)], 1338: [(0.7, 3), (0.9, 5)], 1339: [(0.84, 2), (0.88, 3)]}
+    for seed, values in scans.items():
+        write_record(here / "results", "dtml-16", seed, values, outputs=("sdm", "seg"))
+    reproduce.main(["--profile", "half", "--table", "3"])
+    out, err = capsys.readouterr()
+    paper, ours, filtered = cells(out, "DTML")
+    assert paper == ["DTML", "16 / 64", "paper", *PAPER, ""] and err == ""
+    dice = [85.0, 80.0, 86.0]
+    asd = [1.5, 4.0, 2.5]
+
+    def shown(values):
+        return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+    assert ours[2:] == [
+        "all", shown(dice), shown([v / 2 for v in dice]), shown(asd), shown([2 * v for v in asd]), "1337, 1338, 1339",
+    ]  # fmt: skip
+    assert filtered[2:4] == ["largest", shown([v + 1 for v in dice])]
+    assert cells(out, "UA-MT")[1][2] == "not yet run" and len(cells(out, "UA-MT")) == 2
+    assert cells(out, "Mean Teacher")[0][3] == "not in the paper"
+    assert "2 test scans" in out and "Not the paper's size" in out
+
+
+def test_one_seed_has_no_sd_and_seeds_restrict(here, capsys):
+    write_record(here / "results", "dtml-16", 1337, [(0.8, 1), (0.9, 2)])
+    write_record(here / "results", "dtml-16", 1338, [(0.2, 1), (0.3, 2)])
+    reproduce.main(["--profile", "half", "--table", "1", "--rows", "dtml-16", "--seeds", "1337"])
+    text = capsys.readouterr().out
+    assert cells(text, "L_mask")[1][2:] == ["all", "85.00", "42.50", "1.50", "3.00", "1337"]
+    assert "L_dis" not in text and "Table 2" not in text
+
+
+def test_scans_without_a_distance_are_left_out_and_counted(here, capsys):
+    nan = float("nan")
+    write_record(here / "results", "dtml-16", 1337, [(0.8, 1), (0.0, nan)])
+    write_record(here / "results", "dtml-16", 1338, [(0.0, nan), (0.0, nan)])
+    reproduce.main(["--profile", "half", "--table", "1", "--rows", "dtml"])
+    _, ours, _ = cells(capsys.readouterr().out, "L_mask")
+    assert ours[3].startswith("20.00 ±") and ours[5:7] == ["1.00", "2.00"]
+    assert ours[7] == "1337, 1338; 3 of 4 predictions empty, without a distance"
+
+
+def test_other_test_scans_are_told(here, capsys):
+    write_record(here / "results", "dtml-16", 1337, [(0.8, 1), (0.9, 2)])
+    write_record(here / "results", "dtml-16", 1338, [(0.8, 1), (0.9, 2)])
+    write_record(here / "results", "supervised-16", 1337, [(0.8, 1)])
+    reproduce.main(["--profile", "half"])
+    assert "supervised-16-seed1337 was tested on 1 scans, most others on 2" in capsys.readouterr().err
+
+
+def test_the_phantom_table(here, capsys):
+    write_record(here / "results", "dtml-8", 1337, [(0.8, 1), (0.9, 2)], profile="phantom")
+    reproduce.main(["--profile", "phantom"])
+    text = capsys.readouterr().out
+    source = Path(inspect.getsourcefile(METHODS["dtml"])).read_text()
+    length = len([line for line in source.split("\n") if line.strip()])
+    assert cells(text, "dtml") == [["dtml", "85.00", "86.00", "2.50", "1.25", str(length)]]
+    assert "a processor, threads: 1" in text and cells(text, "supervised, M_d alone")[0][1] == "not yet run"
+
+
+# records that do not count
+
+
+@pytest.mark.parametrize(
+    "more, text",
+    [
+        ({"change": {"k": 10.0}}, "--k 1500.0 here, 10.0 in the record"),
+        ({"change": {"unlabeled": 0}}, "--unlabeled None here, 0 in the record"),
+        ({"iteration": 1200}, "tested at iteration 1200 of 2400"),
+        ({"outputs": ("sdm",)}, "no output seg"),
+    ],
+)
+def test_a_record_that_does_not_fit_is_left_out_named_and_kept(here, capsys, more, text):
+    write_record(here / "results", "dtml-16", 1337, [(0.8, 1), (0.9, 2)], **more)
+    record = here / "results" / "half" / "dtml-16-seed1337"
+    before = (record / "manifest.json").read_bytes()
+    words = ["--profile", "half", "--table", "1", "--rows", "dtml-16", "--seeds", "1337"]
+    reproduce.main([*words, "--list"])
+    line = capsys.readouterr().out.splitlines()[1]
+    assert line.startswith("  1337 other options: ") and text in line
+    reproduce.main(words)
+    out, err = capsys.readouterr()
+    assert cells(out, "L_mask")[1][2] == "not yet run" and "is left out; other options" in err and text in err
+    (here / "data" / "la").mkdir(parents=True)
+    with pytest.raises(SystemExit, match="1"):
+        reproduce.main([*words, "--missing"])
+    assert "is not overwritten; other options" in capsys.readouterr().err
+    assert (record / "manifest.json").read_bytes() == before and not list((here / "runs").rglob("*.pt"))
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "test.json", "cases.csv"])
+@pytest.mark.parametrize("content", [None, "", "[]", "{", '{"options": []}'])
+def test_a_broken_record_is_left_out(here, capsys, name, content):
+    write_record(here / "results", "dtml-16", 1337, [(0.8, 1), (0.9, 2)])
+    path = here / "results" / "half" / "dtml-16-seed1337" / name
+    path.unlink() if content is None else path.write_text(content)
+    reproduce.main(["--profile", "half", "--table", "1"])
+    out, err = capsys.readouterr()
+    assert cells(out, "L_mask")[1][2] == "not yet run" and "dtml-16-seed1337 is left out" in err
+
+
+def test_what_cannot_change_a_result_and_options_of_later_do_not_matter(here, capsys):
+    harmless = {"runs": "elsewhere", "name": "x", "device": "cuda", "threads": 3, "data": "/la", "labeled_batch": 2}
+    write_record(here / "results", "dtml-16", 1337, [(0.8, 1), (0.9, 2)], change=harmless)
+    path = here / "results" / "half" / "dtml-16-seed1337" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["options"]["consistency_times"], manifest["options"]["momentum"]
+    path.write_text(json.dumps(manifest))
+    reproduce.main(["--profile", "half", "--rows", "dtml-16", "--seeds", "1337", "--list"])
+    assert "1337 done" in capsys.readouterr().out
+
+
+# the command line
+
+
+@pytest.mark.parametrize(
+    "words, text",
+    [
+        (["--rows", "dtml", "ua-m"], r"--rows ua-m is not in this grid. Choose from supervised-16, .*ua-mt"),
+        (["--rows", "dtml-8"], r"--rows dtml-8 .* dtml-16"),
+        (["--table", "4"], r"--table 4 .* 1, 2, 3"),
+        (["--profile", "phantom", "--table", "1"], r"--table 1 .* methods"),
+        (["--budget", "5"], "--budget goes with --missing"),
+        (["--submit", "local", "--budget", "5"], "timeout_min"),
+        (["--missing"], "data/la does not exist"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_run(here, capsys, words, text):
+    with pytest.raises(UserError, match=text):
+        reproduce.main(words)
+    with pytest.raises(SystemExit) as left:
+        run(lambda: reproduce.main(words))
+    assert left.value.code == 2 and not list(here.iterdir())
+
+
+def test_the_list_tells_state_and_command(here, capsys):
+    write_record(here / "results", "dtml-16", 1337, [(0.8, 1), (0.9, 2)])
+    started = here / "runs" / "reproduce" / "half" / "dtml-16-seed1338"
+    write_run(started, options_of(["--labeled", "16", "--profile", "half", "--seed", "1338"]), [(0.8, 1)])
+    (started / "last.pt").touch()
+    reproduce.main(["--list", "--profile", "half", "--rows", "dtml-16", "--threads", "2"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "dtml-16 (table 1, 2, 3)"
+    assert [line.strip() for line in lines[1::2]] == ["1337 done", "1338 started", "1339 missing"]
+    assert lines[2].strip() == (
+        "python train_dtml.py --method dtml --labeled 16 --profile half --seed 1337 --resume auto --runs "
+        "runs/reproduce/half --name dtml-16-seed1337 --data data/la --threads 2"
+    )
+    assert train_dtml.read_options(lines[6].split()[2:])[2] == started.with_name("dtml-16-seed1339").relative_to(here)
+
+
+# runs, with stand-ins for the two scripts
+
+TRAIN = """
+import os, shutil, signal, sys, time
+from pathlib import Path
+here, value = Path(__file__).parent, lambda flag: sys.argv[sys.argv.index(flag) + 1]
+folder = Path(value("--runs")) / value("--name")
+with open(here / "calls", "a") as calls:
+    calls.write(f"{folder.name}\\n")
+plan = here / f"plan-{folder.name}"
+words = plan.read_text().split() if plan.exists() else []
+shutil.copytree(here / folder.name, folder, dirs_exist_ok=True)
+(folder / "last.pt").touch()
+if words and words[0] == "exit":
+    sys.exit(int(words[1]))
+if words:  # a signal to the parent, or none; then save at the first signal
+    got = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: got.append(number))
+    plan.unlink()
+    (here / "ready").touch()
+    for word in words[1:]:
+        before = len(got)
+        os.kill(os.getppid(), int(word))
+        while len(got) == before:
+            time.sleep(0.01)
+    while not got:
+        time.sleep(0.01)
+    (here / "saved").write_text(" ".join(map(str, map(int, got))))
+    sys.exit(128 + got[0])
+"""
+TEST = """
+import sys
+from pathlib import Path
+folder = Path(sys.argv[sys.argv.index("--checkpoint") + 1])
+with open(Path(__file__).parent / "calls", "a") as calls:
+    calls.write(f"test {folder.name}\\n")
+"""
+
+
+@pytest.fixture
+def stage(here, monkeypatch):
+    """Scripts that copy finished runs into place; plan(name, words) sets what a training does in place of that."""
+    scripts = here / "scripts"
+    scripts.mkdir()
+    (here / "data" / "la").mkdir(parents=True)
+    (scripts / "train_dtml.py").write_text(TRAIN)
+    (scripts / "test_la.py").write_text(TEST)
+    for key in ("supervised-16", "dtml-16"):
+        for seed in (1337, 1338):
+            options = options_of([*LA_RUNS[key].split(), "--profile", "half", "--seed", str(seed)])
+            write_run(scripts / f"{key}-seed{seed}", options, [(0.8, 1), (0.9, 2)])
+    monkeypatch.setattr(reproduce, "ROOT", scripts)
+
+    def missing(*more):
+        rows = ["--table", "3", "--rows", "supervised-16", "dtml-16", "--seeds", "1337", "1338"]
+        return run(lambda: reproduce.main(["--profile", "half", *rows, "--missing", *more]))
+
+    return SimpleNamespace(
+        missing=missing,
+        scripts=scripts,
+        plan=lambda name, words: (scripts / f"plan-{name}").write_text(words),
+        calls=lambda: (scripts / "calls").read_text().splitlines() if (scripts / "calls").exists() else [],
+        records=lambda: sorted(path.name for path in (here / "results").rglob("[!.]*-seed*")),
+    )
+
+
+ALL = [f"{key}-seed{seed}" for seed in (1337, 1338) for key in ("supervised-16", "dtml-16")]
+
+
+def test_missing_runs_are_made_seed_by_seed_and_once(stage, here, capfd):
+    write_record(here / "results", "dtml-16", 1337, [(0.1, 1), (0.1, 2)])
+    stage.missing("--threads", "1")
+    out, err = capfd.readouterr()
+    names = [name for name in ALL if name != "dtml-16-seed1337"]
+    assert stage.calls() == [line for name in names for line in (name, f"test {name}")]
+    assert stage.records() == sorted(ALL) and "+ python train_dtml.py --method supervised" in err
+    made = here / "results" / "half" / "dtml-16-seed1338"
+    assert sorted(path.name for path in made.iterdir()) == [
+        "cases.csv", "manifest.json", "options.txt", "scalars.csv", "table.md", "test.json",
+    ]  # fmt: skip
+    assert cells(out, "V-Net")[1][3] == "85.00 ± 0.00" and cells(out, "DTML")[1][7] == "1337, 1338"
+    assert not [path for path in made.parent.iterdir() if path.name.startswith(".")]
+    stage.missing()
+    assert len(stage.calls()) == 6
+
+
+def test_a_failed_run_is_named_and_the_others_go_on(stage, capfd):
+    stage.plan("supervised-16-seed1337", "exit 3")
+    stage.plan("dtml-16-seed1338", "exit 2")
+    with pytest.raises(SystemExit) as left:
+        stage.missing()
+    out, err = capfd.readouterr()
+    assert left.value.code == 1 and stage.records() == ["dtml-16-seed1337", "supervised-16-seed1338"]
+    end = err.split("failed:\n")[-1]
+    assert "supervised-16-seed1337: train_dtml.py left with exit code 3 (diverged)" in end
+    assert "dtml-16-seed1338: train_dtml.py left with exit code 2" in end and cells(out, "DTML")[1][7] == "1337"
+
+
+def test_a_run_that_turns_out_another_is_not_recorded(stage, capfd):
+    (stage.scripts / "supervised-16-seed1337" / "test" / "test.json").write_text('{"iteration": 7}')
+    with pytest.raises(SystemExit, match="1"):
+        stage.missing()
+    assert "supervised-16-seed1337: tested at iteration 7 of 2400" in capfd.readouterr().err
+    assert stage.records() == sorted(set(ALL) - {"supervised-16-seed1337"})
+
+
+def test_a_run_folder_of_other_options_is_not_gone_on_with(stage, here, capfd):
+    options = options_of([*LA_RUNS["dtml-16"].split(), "--profile", "half", "--k", "10"])
+    folder = here / "runs" / "reproduce" / "half" / "dtml-16-seed1337"
+    write_run(folder, options, [(0.8, 1)])
+    (folder / "last.pt").touch()
+    with pytest.raises(SystemExit, match="1"):
+        stage.missing()
+    assert "dtml-16-seed1337 is not overwritten; other options: --k 1500.0 here, 10.0" in capfd.readouterr().err
+    assert "dtml-16-seed1337" not in stage.calls() and len(stage.records()) == 3
+
+
+def test_the_budget_ends_a_training_and_the_same_command_goes_on(stage, monkeypatch, capfd):
+    stage.plan("dtml-16-seed1337", "wait")
+    clock = SimpleNamespace(monotonic=lambda: 1e9 * (stage.scripts / "ready").exists(), sleep=time.sleep)
+    monkeypatch.setattr(reproduce, "time", clock)
+    stage.missing("--budget", "60")
+    out, err = capfd.readouterr()
+    assert (stage.scripts / "saved").read_text() == "15" and stage.records() == ["supervised-16-seed1337"]
+    assert "60 minutes are used up; the same command goes on" in err and cells(out, "DTML")[1][2] == "not yet run"
+    (stage.scripts / "ready").unlink()
+    stage.missing("--budget", "60")
+    assert stage.records() == sorted(ALL) and stage.calls().count("dtml-16-seed1337") == 2
+
+
+@pytest.mark.parametrize("number, code", [(2, 130), (15, 143)])
+def test_a_signal_is_handed_on_and_ends_all(stage, number, code, capfd):
+    stage.plan("dtml-16-seed1337", f"signal {number}")
+    with pytest.raises(SystemExit) as left:
+        stage.missing()
+    assert left.value.code == code and (stage.scripts / "saved").read_text() == str(number)
+    assert stage.records() == ["supervised-16-seed1337"] and "the same command goes on" in capfd.readouterr().err
+    stage.missing()
+    assert stage.records() == sorted(ALL)
+
+
+def test_the_second_ctrl_c_reaches_the_script_too(stage):
+    stage.plan("supervised-16-seed1337", "signal 2 2")
+    with pytest.raises(SystemExit) as left:
+        stage.missing()
+    assert left.value.code == 130 and (stage.scripts / "saved").read_text().startswith("2 2")
+
+
+def test_a_run_that_another_process_is_at_is_left_to_it(stage, here, capfd):
+    folder = here / "runs" / "reproduce" / "half"
+    folder.mkdir(parents=True)
+    unfinished = here / "results" / "half" / ".dtml-16-seed1337.partial"
+    unfinished.mkdir(parents=True)
+    with open(folder / ".dtml-16-seed1337.lock", "w") as lock, pytest.raises(SystemExit, match="1"):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        stage.missing()
+    assert "dtml-16-seed1337: another process is at it" in capfd.readouterr().err
+    assert stage.records() == sorted(set(ALL) - {"dtml-16-seed1337"}) and unfinished.exists()
+
+
+# jobs
+
+
+def test_slurm_jobs_are_submitted_and_not_waited_for(stage, here, monkeypatch, capfd):
+    write_record(here / "results", "dtml-16", 1337, [(0.1, 1), (0.1, 2)])
+    with pytest.raises(UserError, match="srun"):
+        reproduce.main(["--profile", "half", "--rows", "dtml", "--submit", "slurm"])
+    for name in ("srun", "sbatch"):
+        (here / name).write_text('#!/bin/sh\ncat "$1" >> batch\necho Submitted batch job 4$(grep -c shebang batch)\n')
+        (here / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{here}{os.pathsep}{os.environ['PATH']}")
+    words = ["--profile", "half", "--table", "1", "--rows", "dtml-16", "--submit", "slurm", "--slurm"]
+    with pytest.raises(UserError, match="gpu_per_node"):
+        reproduce.main([*words, "gpu_per_node=1"])
+    reproduce.main([*words, "gpus_per_node=1", "slurm_partition=long"])
+    out = capfd.readouterr().out
+    assert [line.split(": ")[1] for line in out.splitlines()] == ["dtml-16-seed1338", "dtml-16-seed1339"]
+    batch = (here / "batch").read_text()
+    assert "--gpus-per-node=1" in batch and "--partition=long" in batch and "--time=1440" in batch
+    assert stage.calls() == [] and stage.records() == ["dtml-16-seed1337"]
+
+
+# the real thing
+
+
+@pytest.mark.slow
+def test_a_run_cut_short_and_finished_by_a_job_equals_one_in_one_go(tiny_set, here, monkeypatch, capfd):
+    flags = [*TINY, "--method", "supervised", "--batch-size", "2", "--iterations", "24", "--log-every", "1"]
+    monkeypatch.setattr(reproduce, "LA_RUNS", {"supervised-4": " ".join(flags)})
+    monkeypatch.setattr(reproduce, "LA_TABLES", {"3": ("Table 3", [Row("V-Net", "4 / 0", "supervised-4")])})
+    words = ["--seeds", "7", "--data", str(tiny_set), "--threads", "1"]
+    scalars = here / "runs" / "reproduce" / "full" / "supervised-4-seed7" / "scalars.csv"
+    seen = SimpleNamespace(
+        monotonic=lambda: 1e9 * (scalars.exists() and len(scalars.read_text().splitlines()) > 2), sleep=time.sleep
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(reproduce, "time", seen)
+        reproduce.main([*words, "--missing", "--budget", "1"])
+    assert "not yet run" in capfd.readouterr().out and 2 < len(scalars.read_text().splitlines()) < 25
+    reproduce.main([*words, "--list"])
+    assert "7 started" in capfd.readouterr().out
+    reproduce.main([*words, "--submit", "local"])
+    assert cells(capfd.readouterr().out, "V-Net")[1][7] == "7"
+
+    train_dtml.main([*flags, "--seed", "7", "--data", str(tiny_set), "--runs", "whole", "--name", "run"])
+    test_la.main(["--checkpoint", "whole/run"])
+    record = here / "results" / "full" / "supervised-4-seed7"
+    assert (record / "scalars.csv").read_text() == Path("whole/run/scalars.csv").read_text()
+    assert (record / "cases.csv").read_text() == Path("whole/run/test/cases.csv").read_text()
+    assert json.loads((record / "manifest.json").read_text())["resumed"]
