@@ -3,7 +3,7 @@
     python train_dtml.py                                      the phantom set, if the LA set is not under data/la
     python train_dtml.py --labeled 16                         16 of the 80 LA training scans labeled, the other 64 not
     python train_dtml.py --preset authors --seed 2            as the released code does it
-    python train_dtml.py --method supervised --labeled 80     an upper bound
+    python train_dtml.py --method ua-mt --labeled 16          another method; --method ua-mt --help lists its options
     python train_dtml.py --resume auto                        go on where the same command was interrupted
 
 The learning rate, the ramp-up, the batches and the dropout masks are functions of (seed, iteration) alone, so a run

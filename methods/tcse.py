@@ -27,7 +27,7 @@ class TCSE(MeanTeacher):
 
     @dataclass
     class Options(MeanTeacher.Options):
-        scale: float = option(0.0, "also zoom in the plane by up to this share either way, such as 0.2", minimum=0)
+        scale: float = option(0.0, "also zoom in the plane by up to this share, such as 0.2", minimum=0, maximum=0.5)
 
     options: Options
 
