@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -37,6 +38,23 @@ def make_set(folder: Path, train: int = 8, test: int = 2, labeled: int = 4, shap
     (folder / "train.list").write_text("\n".join(names[:train]) + "\n")
     (folder / "test.list").write_text("\n".join(names[train:]) + "\n")
     return folder
+
+
+def method_words(method: str) -> list[str]:
+    """The flags of a method in a tiny run. UA-MT's teacher sees unlabeled crops alone: its batch-norm needs two."""
+    return ["--method", method, *(["--batch-size", "3"] if method == "ua-mt" else [])]
+
+
+def flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Nested dicts and lists of a checkpoint -> name -> type, shape and bytes of a tensor, or a plain value."""
+    if isinstance(value, dict):
+        return {k: v for key in value for k, v in flat(value[key], f"{name}/{key}").items()}
+    if isinstance(value, (list, tuple)):
+        return {k: v for i, item in enumerate(value) for k, v in flat(item, f"{name}/{i}").items()}
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        return {name: (str(value.dtype), tuple(value.shape), value.numpy().tobytes())}
+    return {name: value}
 
 
 @pytest.fixture

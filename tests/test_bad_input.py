@@ -12,11 +12,13 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, make_set, write_case
+from conftest import ROOT, TINY, flat, make_set, write_case
 
 import test_la
 import train_dtml
+from methods import METHODS
 from utils.errors import UserError
+from utils.errors import run as run_program
 
 SHAPE = (24, 22, 18)
 
@@ -51,9 +53,8 @@ def refuse(argv: list[str], *texts: str, untouched: Path, main=train_dtml.main) 
 
 
 def same_weights(a: dict, b: dict) -> bool:
-    """Whether two checkpoints hold the same network, bit for bit."""
-    a, b = a["method"], b["method"]
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    """Whether two checkpoints hold the same networks, bit for bit."""
+    return flat(a["method"]) == flat(b["method"])
 
 
 def edit(folder: Path, name: str, **datasets: object) -> None:
@@ -310,6 +311,17 @@ BAD_FLAGS = {
     "--method supervised --preset authors": ("--preset authors", "paper"),
     "--method supervised --unlabeled 4": ("--unlabeled", "labeled scans only"),
     "--method supervised --lambda-max 1": ("unknown argument --lambda-max.",),
+    "--method tcse --preset authors": ("--preset authors", "Choose from paper."),
+    "--method ua-mt --passes 0": ("--passes", "0 is below 1"),
+    "--method double-unc --passes 1": ("--passes", "1 is below 2"),
+    "--method double-unc --filters 1": ("--filters", "1 is below 2"),
+    "--method mean-teacher --ema-decay 1.1": ("--ema-decay", "1.1 is below 0 or above 1"),
+    "--method mean-teacher --noise -1": ("--noise", "-1 is below 0"),
+    "--method asdnet --threshold 2": ("--threshold", "2 is below 0 or above 1"),
+    "--method asdnet --semi-start 1.5": ("--semi-start", "1.5 is below 0 or above 1"),
+    "--method sassnet --critic-lr -1": ("--critic-lr", "-1 is below 0"),
+    "--method dtc --ramp linear": ("--ramp", "linear", "gaussian"),
+    "--method dtc --lamda-max 1": ("unknown argument --lamda-max.", "Did you mean --lambda-max?"),
     "@nowhere/options.txt": ("nowhere/options.txt", "cannot read"),
     "--resume nowhere/run": ("nowhere/run", "does not exist"),
     "somewhere": ("unknown argument somewhere",),
@@ -319,6 +331,30 @@ BAD_FLAGS = {
 @pytest.mark.parametrize("words", BAD_FLAGS)
 def test_bad_flag_is_named(words, tiny_set):
     refuse(flags(tiny_set, *words.split()), *BAD_FLAGS[words], untouched=tiny_set.parent)
+
+
+NEED_UNLABELED = ["ua-mt", "sassnet", "asdnet", *(f"{m} --consistency-on unlabeled" for m in ("mean-teacher", "tcse"))]
+
+
+@pytest.mark.parametrize("method", NEED_UNLABELED)
+@pytest.mark.parametrize("words", ["--labeled 8", "--unlabeled 0"])
+def test_method_that_needs_unlabeled_scans_is_refused_without(words, method, tiny_set, capsys):
+    argv = flags(tiny_set, "--method", *method.split(), *words.split())
+    texts = (f"--method {method.split()[0]} needs unlabeled scans", f"all {8 if '8' in words else 4} are labeled")
+    refuse(argv, *texts, "--labeled", "--unlabeled 0", untouched=tiny_set.parent)
+    before = files(tiny_set.parent)
+    with pytest.raises(SystemExit) as left:
+        run_program(lambda: train_dtml.main(argv))
+    assert left.value.code == 2 and "error: --method" in capsys.readouterr().err
+    assert files(tiny_set.parent) == before
+
+
+@pytest.mark.parametrize(
+    "method", [m for m, kind in METHODS.items() if kind.uses_unlabeled and m not in NEED_UNLABELED]
+)
+def test_method_that_needs_none_trains_without_unlabeled_scans(method, tiny_set):
+    state = train(tiny_set, "--method", method, "--unlabeled", "0")
+    assert len(state["checksums"]) == 4
 
 
 @pytest.mark.parametrize("words", ["--max-it 4", "--epochs 4", "--gpu 0", "--head sdm"])
@@ -412,7 +448,12 @@ def test_resume_with_other_options_lists_them(tiny_set):
     assert sorted(listed) == ["--lambda-max:", "--lr:", "--patch-size:"]
     argv = flags(tiny_set, "--name", "run", "--resume", "auto", "--seed", "2")
     refuse(argv, run, "--seed: 1337 before, 2 now", untouched=tiny_set.parent)
-    refuse(["--resume", run, "--method", "supervised"], "--method: dtml before", untouched=tiny_set.parent)
+    for method in METHODS:
+        if method != "dtml":
+            texts = (run, f"--method: dtml before, {method} now")
+            refuse(["--resume", run, "--method", method], *texts, untouched=tiny_set.parent)
+            argv = flags(tiny_set, "--name", "run", "--resume", "auto", "--method", method)
+            refuse(argv, *texts, untouched=tiny_set.parent)
 
 
 def test_resume_with_harmless_options_goes_on(tiny_set):
@@ -603,6 +644,87 @@ def test_method_unknown_to_this_code_is_refused(script, checkpoint):
     options = torch.load(checkpoint, weights_only=True)["options"]
     rewrite(checkpoint, options={**options, "method": "tomorrow"})
     refuse_checkpoint(script, checkpoint, "tomorrow")
+
+
+# -- checkpoints of a method with a critic --
+
+
+@pytest.fixture(scope="module")
+def adversarial(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder of sassnet, which no test may change."""
+    folder = make_set(tmp_path_factory.mktemp("adversarial") / "set")
+    train(folder, "--method", "sassnet", "--iterations", "2", "--save-every", "1")
+    return folder.parent / "runs" / "run"
+
+
+@pytest.fixture
+def unfinished(adversarial: Path, tmp_path: Path) -> Path:
+    """A copy of its checkpoint after one of two iterations, alone in a folder."""
+    (tmp_path / "copy").mkdir()
+    return Path(shutil.copy(adversarial / "previous.pt", tmp_path / "copy" / "last.pt"))
+
+
+def test_copied_checkpoint_of_a_critic_resumes(adversarial, unfinished):
+    train_dtml.main(["--resume", str(unfinished)])
+    assert same_weights(*(torch.load(f / "last.pt", weights_only=True) for f in (adversarial, unfinished.parent)))
+
+
+@BOTH
+@pytest.mark.parametrize("method", ["dtml", "dtc", "asdnet", "mean-teacher"])
+def test_checkpoint_of_one_method_is_none_of_another(method, script, unfinished):
+    options = torch.load(unfinished, weights_only=True)["options"]
+    rewrite(unfinished, options={**options, "method": method})
+    refuse_checkpoint(script, unfinished, "does not fit")
+
+
+def test_resume_of_a_critic_with_another_method_is_refused(unfinished):
+    for method in ("dtc", "asdnet"):
+        texts = (str(unfinished.parent), f"--method: sassnet before, {method} now")
+        refuse(["--resume", str(unfinished), "--method", method], *texts, untouched=unfinished.parent)
+
+
+STATE = "adversary._extra_state"
+
+
+def without(state: dict, *path: object) -> None:
+    """Removes an entry of nested dicts and lists."""
+    for key in path[:-1]:
+        state = state[key]
+    del state[path[-1]]
+
+
+def squeeze_moments(weights: dict) -> None:
+    """Gives the moments of one weight another shape."""
+    moments = weights[STATE]["state"][0]
+    moments["exp_avg"] = moments["exp_avg"].flatten()[:1]
+
+
+BROKEN_CRITICS = {
+    "no weight": lambda w: without(w, "adversary.critic.map.weight"),
+    "another shape of a weight": lambda w: w.update({"adversary.critic.map.weight": torch.zeros(3)}),
+    "no state": lambda w: without(w, STATE),
+    "a text": lambda w: w.update({STATE: "state"}),
+    "an empty state": lambda w: w.update({STATE: {}}),
+    "no groups": lambda w: without(w, STATE, "param_groups"),
+    "fewer weights": lambda w: without(w, STATE, "param_groups", 0, "params", -1),
+    "no moments of a weight": lambda w: without(w, STATE, "state", 0),
+    "moments of another shape": squeeze_moments,
+    "no second moment": lambda w: without(w, STATE, "state", 0, "exp_avg_sq"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN_CRITICS)
+def test_damaged_state_of_a_critic_is_refused(kind, unfinished):
+    weights = torch.load(unfinished, weights_only=True)["method"]
+    BROKEN_CRITICS[kind](weights)
+    rewrite(unfinished, method=weights)
+    refuse_checkpoint("resume", unfinished, "does not fit")
+
+
+@pytest.mark.parametrize("state", [{}, "state", {"state": {}, "param_groups": []}], ids=str)
+def test_damaged_state_of_the_optimiser_is_refused(state, unfinished):
+    rewrite(unfinished, optimizer=state)
+    refuse_checkpoint("resume", unfinished, "does not fit")
 
 
 # -- flags of the test --

@@ -17,10 +17,11 @@ import h5py  # noqa: F401  (its C library must be loaded before a fork)
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, flat, method_words
 
 import train_dtml
 from methods import METHODS
+from methods.adversary import Adversary
 from utils import checkpoint
 from utils.checkpoint import LAST, PREVIOUS, load_checkpoint, save_checkpoint, write_whole
 from utils.errors import Diverged, Stopped, UserError, run
@@ -343,7 +344,7 @@ def plain(value):
     return isinstance(value, torch.Tensor) or value is None or type(value) in (str, int, float, bool)
 
 
-@pytest.mark.parametrize("flags", [["--sdm-loss", "both"], ["--method", "supervised"]])
+@pytest.mark.parametrize("flags", [["--sdm-loss", "both"], *map(method_words, ("supervised", "ua-mt", "asdnet"))])
 def test_a_run_saves_tensors_and_plain_python_only(flags, tiny_set, tmp_path):
     train(tiny_set, tmp_path / "run", "--iterations", "3", *flags)
     saved = load(tmp_path / "run" / LAST)
@@ -394,9 +395,9 @@ def spoil(monkeypatch):
 
     def spoil_at(k, how):
         before = {}
-        for kind in METHODS.values():
+        for kind, own in {kind: kind.forward for kind in METHODS.values()}.items():
 
-            def forward(self, batch, iteration, real=kind.forward):
+            def forward(self, batch, iteration, real=own):
                 weights = {name: p.detach().clone() for name, p in self.named_parameters()}
                 losses = real(self, batch, iteration)
                 if iteration == k:
@@ -410,20 +411,24 @@ def spoil(monkeypatch):
     return spoil_at
 
 
-@pytest.mark.parametrize("k", [0, 2, 4, 7])  # 4 is logged, 7 is the last one
-@pytest.mark.parametrize(
-    "how, named",
-    [
-        (nan_loss, "the loss seg"),
-        (infinite_loss, "the loss seg"),
-        (nan_gradient, r"the gradient of (M_s|network)\.encoder\.0\.0\.weight"),
-    ],
-)
-@pytest.mark.parametrize("method", METHODS)
-def test_what_is_not_finite_never_reaches_the_weights(method, how, named, k, tiny_set, tmp_path, spoil):
+def all_finite(saved):
+    return all(v.isfinite().all() for v in saved["method"].values() if isinstance(v, torch.Tensor))
+
+
+SPOILS = {
+    nan_loss: "the loss seg",
+    infinite_loss: "the loss seg",
+    nan_gradient: r"the gradient of (M_s|network|student)\.encoder\.0\.0\.weight",
+}
+SPOILED = [(method, how, k) for method in ("dtml", "supervised") for how in SPOILS for k in (0, 2, 4, 7)]
+SPOILED += [(m, how, k) for m in METHODS for how, k in ((nan_loss, 0), (nan_gradient, 2)) if (m, how, k) not in SPOILED]
+
+
+@pytest.mark.parametrize(("method", "how", "k"), SPOILED)  # 4 is logged, 7 is the last one
+def test_what_is_not_finite_never_reaches_the_weights(method, how, k, tiny_set, tmp_path, spoil):
     before, folder = spoil(k, how), tmp_path / "run"
-    with pytest.raises(Diverged, match=f"at iteration {k} {named}") as diverged:
-        train(tiny_set, folder, "--method", method, "--save-every", "1", "--log-every", "5")
+    with pytest.raises(Diverged, match=f"at iteration {k} {SPOILS[how]}") as diverged:
+        train(tiny_set, folder, *method_words(method), "--save-every", "1", "--log-every", "5")
     assert all(case in str(diverged.value) for case in before["cases"])
     after = dict(before["method"].named_parameters())
     assert all(torch.equal(after[name], weight) for name, weight in before["weights"].items())
@@ -432,7 +437,43 @@ def test_what_is_not_finite_never_reaches_the_weights(method, how, named, k, tin
         saved = load(folder / LAST)
         assert saved["iteration"] == k
         assert all(torch.equal(saved["method"][name], weight) for name, weight in before["weights"].items())
-        assert all(torch.isfinite(value).all() for value in saved["method"].values())
+        assert all_finite(saved)
+
+
+def nan_of_critic(critic, loss):
+    return loss * float("nan")
+
+
+def nan_gradient_of_critic(critic, loss):
+    return loss + (next(critic.parameters()).flatten()[0] * 0).sqrt()
+
+
+@pytest.mark.parametrize(
+    ("how", "named"), [(nan_of_critic, "the loss critic"), (nan_gradient_of_critic, r"the gradient of \S+\.weight")]
+)
+@pytest.mark.parametrize("method", ["sassnet", "asdnet"])
+def test_what_is_not_finite_never_reaches_the_critic(method, how, named, tiny_set, tmp_path, monkeypatch):
+    real, seen = Adversary.step, []
+
+    def weights_of(adversary):
+        return flat([dict(adversary.named_parameters()), adversary.get_extra_state()])
+
+    def step(self, loss, batch, iteration):
+        if iteration != 2:
+            return real(self, loss, batch, iteration)
+        seen.append(weights_of(self))
+        try:
+            real(self, lambda critic: how(critic, loss(critic)), batch, iteration)
+        finally:
+            seen.append(weights_of(self))
+            assert not self.critic.training and not any(p.requires_grad for p in self.parameters())
+
+    monkeypatch.setattr(Adversary, "step", step)
+    with pytest.raises(Diverged, match=f"at iteration 2 {named}"):
+        train(tiny_set, tmp_path / "run", "--method", method, "--save-every", "1")
+    assert seen[0] == seen[1]
+    saved = load(tmp_path / "run" / LAST)
+    assert saved["iteration"] == 2 and all_finite(saved)
 
 
 def test_a_diverged_program_exits_with_3_and_can_go_on(tiny_set, tmp_path, spoil, monkeypatch, capsys):
@@ -444,8 +485,8 @@ def test_a_diverged_program_exits_with_3_and_can_go_on(tiny_set, tmp_path, spoil
     monkeypatch.undo()
     train(tiny_set, tmp_path / "run", "--resume", "auto", "--log-every", "1")
     train(tiny_set, tmp_path / "other", "--log-every", "1")
-    found, wanted = (load(tmp_path / name / LAST)["method"] for name in ("run", "other"))
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    found, wanted = (flat(load(tmp_path / name / LAST)["method"]) for name in ("run", "other"))
+    assert found == wanted
     assert (tmp_path / "run" / "scalars.csv").read_text() == (tmp_path / "other" / "scalars.csv").read_text()
 
 
@@ -458,4 +499,4 @@ def test_a_signal_does_not_save_what_diverged(tiny_set, tmp_path, spoil):
     with pytest.raises((Diverged, Stopped)):
         train(tiny_set, tmp_path / "run", "--save-every", "1")
     saved = load(tmp_path / "run" / LAST)
-    assert saved["iteration"] == 3 and all(torch.isfinite(value).all() for value in saved["method"].values())
+    assert saved["iteration"] == 3 and all_finite(saved)

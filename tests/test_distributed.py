@@ -9,7 +9,9 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY, make_set
+from conftest import ROOT, TINY, flat, make_set, method_words
+
+from methods import METHODS
 
 pytestmark = [
     pytest.mark.slow,
@@ -19,31 +21,43 @@ pytestmark = [
 N = 6
 FLAGS = [*TINY, "--batch-size", "2", "--iterations", str(N), "--log-every", "1", "--device", "cpu"]
 
+OTHERS = [method for method in METHODS if method != "dtml"]
+CRITICS = ["sassnet", "asdnet"]
+MORE = {"ua-mt": ["--passes", "2"], "double-unc": ["--passes", "2"], "tcse": ["--scale", "0.2"]}
+
 # Runs one or several trainings in a row, and saves what each process had after each of them.
 DRIVER = """
 import json, os, signal, time
 from pathlib import Path
 import torch
 import train_dtml
-from methods import METHODS
+from methods import METHODS, adversary
 from utils.distributed import RANK
 from utils.errors import Diverged, Stopped
 
-place, kind = Path(__file__).parent, METHODS["dtml"]
-forward, join = kind.forward, torch.distributed.init_process_group
-for name, how, flags in json.loads((place / "runs.json").read_text()):
-    seen, known = [], {}
+place, join = Path(__file__).parent, torch.distributed.init_process_group
+own = {method: (kind.forward, kind.after_step) for method, kind in METHODS.items()}
+average = adversary.average_gradients
+for name, how, method, flags in json.loads((place / "runs.json").read_text()):
+    seen, known, critic = [], {}, []
 
     def spied(self, batch, iteration):
         seen.append((batch["case"], batch["image"].clone()))
-        losses = forward(self, batch, iteration)
+        losses = own[method][0](self, batch, iteration)
         if how == "diverge on rank 1" and RANK == 1 and iteration == 3:
             # The gradients stay finite, so rank 0 cannot tell by itself.
             losses.terms["seg"] = losses.terms["seg"] + float("inf")
             losses.total = losses.total + float("inf")
         return losses
 
+    def averaged(parameters):
+        parameters = list(parameters)
+        before = [p.grad.clone() for p in parameters]
+        average(parameters)
+        critic.append((before, [p.grad.clone() for p in parameters]))
+
     def after_step(self, batch, iteration):
+        own[method][1](self, batch, iteration)
         known["method"] = self
         if how == "SIGTERM to rank 1" and RANK == 1 and iteration == 3:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -55,14 +69,17 @@ for name, how, flags in json.loads((place / "runs.json").read_text()):
     def meet(backend):  # torchrun's own meeting point serves a single training
         join(backend, init_method=f"file://{place}/{name}.store", rank=RANK, world_size=2)
 
-    kind.forward, kind.after_step, torch.distributed.init_process_group = spied, after_step, meet
+    METHODS[method].forward, METHODS[method].after_step = spied, after_step
+    torch.distributed.init_process_group, adversary.average_gradients = meet, averaged
     end = "done"
     try:
         train_dtml.main(flags)
     except (Diverged, Stopped) as e:
         end = f"{type(e).__name__}: {e}"
     weights = {name: p.detach() for name, p in known["method"].named_parameters()}
-    torch.save({"seen": seen, "weights": weights, "end": end}, place / f"{name}{RANK}.pt")
+    adam = known["method"].state_dict().get("adversary._extra_state")
+    last = {"seen": seen, "weights": weights, "adam": adam, "critic": critic, "end": end}
+    torch.save(last, place / f"{name}{RANK}.pt")
     while not (place / f"{name}{1 - RANK}.pt").exists():
         time.sleep(0.01)
 """
@@ -89,7 +106,7 @@ def torchrun(*words, cwd):
 def end_of(process):
     """Waits for torchrun and for everything it started, which shares its stderr -> exit code, stderr."""
     try:
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=600)
     except subprocess.TimeoutExpired:
         process.terminate()  # torchrun then ends its processes, after half a minute by force
         pytest.fail(f"the processes did not end:\n{process.communicate(timeout=60)[1]}")
@@ -114,11 +131,15 @@ def ranks(data, tmp_path_factory):
     """name, rank -> what the process had at the end of that run; and the folder of the runs."""
     place = tmp_path_factory.mktemp("ranks")
     runs = [
-        ["whole", "", flags_of(data, place / "runs", "whole")],
-        ["diverged", "diverge on rank 1", [*flags_of(data, place / "runs", "diverged"), "--save-every", "1"]],
-        ["stopped", "SIGTERM to rank 1", [*flags_of(data, place / "runs", "stopped"), "--workers", "1"]],
-        ["resumed", "", ["--resume", str(place / "runs" / "stopped")]],
-    ]
+        ["whole", "", "dtml", flags_of(data, place / "runs", "whole")],
+        ["diverged", "diverge on rank 1", "dtml", [*flags_of(data, place / "runs", "diverged"), "--save-every", "1"]],
+        ["stopped", "SIGTERM to rank 1", "dtml", [*flags_of(data, place / "runs", "stopped"), "--workers", "1"]],
+        ["resumed", "", "dtml", ["--resume", str(place / "runs" / "stopped")]],
+        *([m, "", m, [*flags_of(data, place / "runs", m), *method_words(m), *MORE.get(m, [])]] for m in OTHERS),
+        ["asdnet-stopped", "SIGTERM to rank 1", "asdnet", [*flags_of(data, place / "runs", "asdnet-stopped"),
+                                                           "--method", "asdnet"]],
+        ["asdnet-resumed", "", "asdnet", ["--resume", str(place / "runs" / "asdnet-stopped")]],
+    ]  # fmt: skip
     (place / "driver.py").write_text(DRIVER)
     (place / "runs.json").write_text(json.dumps(runs))
     code, err = end_of(torchrun("driver.py", cwd=place))
@@ -136,6 +157,56 @@ def test_replicas_are_identical_to_the_last_bit(ranks):
     assert saved["iteration"] == N
 
 
+@pytest.mark.parametrize("method", OTHERS)
+def test_replicas_of_every_method_are_identical_to_the_last_bit(method, ranks):
+    """Teachers and critics too, whose weights no optimiser of the loop moves."""
+    found, runs = ranks
+    a, b = (found[method, rank] for rank in (0, 1))
+    assert a["end"] == b["end"] == "done" and len(a["seen"]) == N
+    assert all(not torch.equal(x, y) for (_, x), (_, y) in zip(a["seen"], b["seen"], strict=True))
+    assert differing(a["weights"], b["weights"]) == []
+    saved = load(runs / method / "last.pt")["method"]
+    assert differing({name: saved[name] for name in a["weights"]}, a["weights"]) == []
+    assert (a["adam"] is not None) == (method in CRITICS)
+    assert flat(a["adam"]) == flat(b["adam"]) == flat(saved.get("adversary._extra_state"))
+
+
+@pytest.mark.parametrize("method", CRITICS)
+def test_the_critic_s_gradient_is_the_mean_of_both_processes(method, ranks):
+    found, _ = ranks
+    steps = list(zip(found[method, 0]["critic"], found[method, 1]["critic"], strict=True))
+    assert len(steps) == N
+    for (own, mean), (other, same_mean) in steps:
+        assert all(torch.equal(x, y) for x, y in zip(mean, same_mean, strict=True))
+        assert not all(torch.equal(x, y) for x, y in zip(own, other, strict=True))
+        for x, y, z in zip(own, other, mean, strict=True):
+            expected = (x.double() + y.double()) / 2
+            torch.testing.assert_close(z.double(), expected, rtol=1e-6, atol=1e-7 * expected.abs().max().item())
+    assert max(g.abs().max() for g in steps[0][0][1]) > 0
+
+
+def test_the_moments_of_the_critic_s_adam_are_those_of_the_mean_gradients(ranks):
+    found, _ = ranks
+    adam, steps = found["sassnet", 0]["adam"], found["sassnet", 0]["critic"]
+    for i, moments in adam["state"].items():
+        first, second = torch.zeros_like(moments["exp_avg"]), torch.zeros_like(moments["exp_avg"])
+        for _, mean in steps:
+            first, second = 0.9 * first + 0.1 * mean[i], 0.99 * second + 0.01 * mean[i] ** 2
+        assert moments["step"] == N
+        torch.testing.assert_close(moments["exp_avg"], first, rtol=1e-4, atol=1e-8)
+        torch.testing.assert_close(moments["exp_avg_sq"], second, rtol=1e-4, atol=1e-12)
+
+
+def test_a_stopped_critic_goes_on_in_both_processes_as_if_nothing_had_been(ranks):
+    found, runs = ranks
+    for rank in (0, 1):
+        assert found["asdnet-stopped", rank]["end"].startswith("Stopped: saved")
+        assert differing(found["asdnet-resumed", rank]["weights"], found["asdnet", rank]["weights"]) == []
+        assert flat(found["asdnet-resumed", rank]["adam"]) == flat(found["asdnet", rank]["adam"])
+    a, b = (load(runs / name / "last.pt") for name in ("asdnet-stopped", "asdnet"))
+    assert flat(a["method"]) == flat(b["method"]) and flat(a["optimizer"]) == flat(b["optimizer"])
+
+
 def test_each_process_has_its_own_batches(ranks):
     found, _ = ranks
     a, b = (found["whole", rank]["seen"] for rank in (0, 1))
@@ -149,7 +220,8 @@ def test_each_process_has_its_own_batches(ranks):
 
 def test_one_folder_holds_the_run(ranks):
     _, runs = ranks
-    assert sorted(path.name for path in runs.iterdir()) == ["diverged", "stopped", "whole"]
+    expected = {"diverged", "stopped", "whole", "asdnet-stopped", *OTHERS}
+    assert {path.name for path in runs.iterdir()} == expected
     events = [path for path in (runs / "whole").iterdir() if "tfevents" in path.name]
     assert len(events) == 1
     assert len((runs / "whole" / "scalars.csv").read_text().splitlines()) == 1 + N
@@ -194,7 +266,9 @@ def test_torchrun_runs_the_script_itself(data, ranks, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
 def test_a_signal_to_the_whole_group_saves(number, data, tmp_path):
     (tmp_path / "driver.py").write_text(DRIVER)
-    (tmp_path / "runs.json").write_text(json.dumps([["run", "pause", flags_of(data, tmp_path / "runs", "run")]]))
+    (tmp_path / "runs.json").write_text(
+        json.dumps([["run", "pause", "dtml", flags_of(data, tmp_path / "runs", "run")]])
+    )
     process = torchrun("driver.py", cwd=tmp_path)
     patience = time.monotonic() + 60
     while not all((tmp_path / f"ready{rank}").exists() for rank in (0, 1)):

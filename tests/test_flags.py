@@ -13,7 +13,7 @@ from typing import Any
 import h5py
 import pytest
 import torch
-from conftest import TINY, make_set
+from conftest import TINY, flat, make_set
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import test_la
@@ -31,7 +31,8 @@ class Trained:
     """A finished training run and what was seen while it ran."""
 
     folder: Path
-    weights: dict[str, torch.Tensor]
+    weights: dict[str, Any]
+    """The method's part of the checkpoint, with the state of a critic's optimiser if it has one."""
     deterministic: bool
     opened: int
     """h5 files opened."""
@@ -85,9 +86,14 @@ def train(folder: Path, *words: str) -> Trained:
     return Trained(last.parent, weights, deterministic, opened, set(map(int, pids.read_text().split())))
 
 
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    """Whether two networks are bit-identical."""
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two methods are bit-identical, teachers, critics and their optimisers included."""
+    return flat(a) == flat(b)
+
+
+def learned(weights: dict[str, Any]) -> dict[str, Any]:
+    """The networks that the losses move: neither a teacher nor a critic, which a flag may change to no effect."""
+    return {name: value for name, value in weights.items() if not name.startswith(("teacher.", "adversary."))}
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +145,15 @@ SHARED = {
     "weight_decay": [("--weight-decay 0.01", "")],
     "seed": [("--seed 2", "")],
 }
+TEACHER = {
+    "filters": [("--filters 3", "")],
+    "softmax": [("--softmax", "")],
+    "lambda_max": [("--lambda-max 1", "")],
+    "ramp": [("--ramp steps", "")],
+    "ema_decay": [("--ema-decay 0.3", "")],
+    "noise": [("--noise 0", "")],
+}
+HEADS = {"filters": [("--filters 3", "")], "beta": [("--beta 1", "")]}
 OWN = {
     "dtml": {
         "filters": [("--filters 3", "")],
@@ -155,10 +170,61 @@ OWN = {
         "softmax": [("--softmax", ""), ("--softmax", "--no-softmax")],
         "k": [("--k 20", "--head sdm")],
     },
+    "mean-teacher": {
+        **TEACHER,
+        "consistency_on": [("--consistency-on unlabeled", "")],
+        "ema_decay": [("--ema-decay 0.3", ""), ("--ema-decay 0.6", "--iterations 4")],  # it limits 1 - 1/(t+1)
+        "noise": [("--noise 0", ""), ("--noise 0.2", "")],
+    },
+    "ua-mt": {
+        **TEACHER,
+        "consistency_on": [("--consistency-on all", "")],
+        "passes": [("--passes 7", ""), ("--passes 1", "--passes 2")],
+    },
+    "tcse": {
+        **TEACHER,
+        "consistency_on": [("--consistency-on unlabeled", "")],
+        "scale": [("--scale 0.2", ""), ("--scale 0.1", "--scale 0.2")],
+    },
+    "double-unc": {
+        **TEACHER,
+        "consistency_on": [("--consistency-on unlabeled", "")],
+        "passes": [("--passes 7", "")],
+        "learnable": [("--no-learnable", ""), ("--no-learnable", "--gamma 0")],
+        "gamma": [("--gamma 2", "")],
+        "feature_blocks": [
+            ("--feature-blocks bottom", ""),
+            ("--feature-blocks none", ""),
+            ("--feature-blocks none", "--no-learnable"),
+        ],
+    },
+    "dtc": {
+        **HEADS,
+        "k": [("--k 20", "")],
+        "lambda_max": [("--lambda-max 0.1", "")],
+        "ramp": [("--ramp steps", "")],
+    },
+    "sassnet": {
+        **HEADS,
+        "adversarial_max": [("--adversarial-max 0.015", "")],
+        "ramp": [("--ramp steps", "")],
+        "critic_lr": [("--critic-lr 0.001", ""), ("--critic-lr 0", "")],
+    },
+    "asdnet": {
+        "filters": [("--filters 3", "")],
+        "softmax": [("--softmax", "")],
+        "attention": [("--no-attention", "")],
+        "lambda_adv": [("--lambda-adv 0.1", "")],
+        "lambda_semi": [("--lambda-semi 0.2", "")],
+        "threshold": [("--threshold 0.32", ""), ("--threshold 0.9", "--threshold 0.32")],
+        "semi_start": [("--semi-start 0", ""), ("--semi-start 0.6", ""), ("--semi-start 1", "--semi-start 0.6")],
+        "critic_lr": [("--critic-lr 0.001", "")],
+        "critic_image": [("--critic-image", "")],
+    },
 }
-LEARNING = [("dtml", changed, beside) for pairs in SHARED.values() for changed, beside in pairs] + [
-    (method, changed, beside) for method, own in OWN.items() for pairs in own.values() for changed, beside in pairs
-]
+LEARNING = [("dtml", changed, beside) for pairs in SHARED.values() for changed, beside in pairs]
+LEARNING += [(m, f"--preset {preset}", "") for m in OWN if m != "dtml" for preset in list(METHODS[m].PRESETS)[1:]]
+LEARNING += [(m, changed, beside) for m, own in OWN.items() for pairs in own.values() for changed, beside in pairs]
 EACH = pytest.mark.parametrize(("method", "changed", "beside"), LEARNING)
 
 
@@ -171,7 +237,7 @@ def words_of(method: str, *flags: str) -> list[str]:
 @EACH
 def test_flag_changes_the_result(method, changed, beside, run):
     usual, other = run(*words_of(method, beside)), run(*words_of(method, beside, changed))
-    assert not same(usual.weights, other.weights)
+    assert not same(learned(usual.weights), learned(other.weights))
 
 
 @EACH
@@ -202,13 +268,18 @@ def test_learning_rate_follows_its_flags(run):
         ("--lambda-max 1 --consistency-times 2", {"mask": 1, "consistency": 2}),
         ("--sdm-loss dis --dis-weight 7", {"dis": 1, "consistency": 1}),
         ("--sdm-loss both --dis-weight 2 --consistency-times 3", {"mask": 1, "dis": 2, "consistency": 3}),
+        *((f"--method {method}", {"consistency": 1}) for method in ("mean-teacher", "ua-mt", "tcse", "double-unc")),
+        ("--method dtc", {"sdm": 0.3, "consistency": 1}),
+        ("--method sassnet --beta 1", {"sdm": 1, "adversarial": 1}),
+        ("--method asdnet --lambda-adv 0.1", {"adversarial": 0.1, "semi": 1}),
     ],
 )
 def test_total_is_the_sum_that_the_flags_describe(words, factors, run):
     for row in run(*words.split()).scalars:
         assert {name.partition("/")[2] for name in row if name.startswith("loss/")} == {"total", "seg", *factors}
         parts = {name: row[f"loss/{name}"] * factor for name, factor in factors.items()}
-        parts["consistency"] *= row["lambda"]
+        (weight,) = (name for name in row if name.startswith("lambda"))  # of the one term that has a weight of its own
+        parts[{"lambda_semi": "semi"}.get(weight, list(factors)[-1])] *= row[weight]
         assert row["loss/total"] == pytest.approx(row["loss/seg"] + sum(parts.values()), rel=2e-5)
 
 
@@ -277,6 +348,14 @@ def test_pictures_come_when_they_should(run, tmp_path):
     events = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
     assert [event.step for event in events.Images("labeled")] == [2, 3]
     assert run().pictures == []
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_pictures_of_every_method_show_its_maps_and_change_nothing(method, run, tmp_path):
+    words = ["--method", method, *(["--unlabeled", "2"] if METHODS[method].uses_unlabeled else [])]
+    other = train(tmp_path / "runs", "--data", "set", *BASE, *words, "--picture-every", "1")
+    assert other.pictures == (["labeled", "unlabeled"] if len(words) > 2 else ["labeled"])
+    assert same(other.weights, run(*words).weights)
 
 
 def test_resume_goes_on_where_the_run_was(run, tmp_path):
@@ -473,9 +552,9 @@ def test_help_lists_every_option_with_its_default(script, capsys):
         if isinstance(default, list) and default:
             assert text.endswith(f"(default {' '.join(map(str, default))})")
         elif isinstance(default, bool):
-            assert text.endswith("(default no)")
+            assert text.endswith("(default yes)" if default else "(default no)")
         elif default not in (None, "", []):
-            assert text.endswith(f"(default {default})")
+            assert text.endswith(f"(default {default:g})" if isinstance(default, float) else f"(default {default})")
         elif f.name not in ("checkpoint", "resume"):
             assert "default" in text, f"{f.name} does not say what it is unless given"
 
@@ -504,6 +583,8 @@ def test_underscores_in_values_stay(run, tmp_path):
         "--lr-steps",
         "--profile half --sdm-loss both",
         "--method supervised --softmax",
+        "--method ua-mt --preset authors",
+        "--method asdnet --no-attention --critic-image",
         "--resume auto",
         "--fresh",
     ],
@@ -551,13 +632,30 @@ def settled(*words: str) -> dict[str, Any]:
 
 PAPER = {"lambda_max": 0.1, "ramp": "gaussian", "consistency_times": 1, "augment": "d4"}
 AUTHORS = {"lambda_max": 1.0, "ramp": "steps", "consistency_times": 2, "augment": "mirror"}
+PRESETS = {  # method: what the presets `paper` and `authors` come to
+    "dtml": (PAPER, AUTHORS),
+    "ua-mt": (
+        {"softmax": False, "ramp": "gaussian", "augment": "d4"},
+        {"softmax": True, "ramp": "steps", "augment": "mirror"},
+    ),
+    "dtc": ({"ramp": "gaussian", "augment": "d4"}, {"ramp": "steps", "augment": "mirror"}),
+    "sassnet": ({"ramp": "gaussian", "augment": "d4"}, {"ramp": "steps", "augment": "mirror"}),
+}
 
 
-def test_preset_sets_what_the_released_code_does_and_nothing_else():
-    paper, authors = settled("--data", "set"), settled("--data", "set", "--preset", "authors")
-    assert {name: paper[name] for name in PAPER} == PAPER
-    assert {name: value for name, value in authors.items() if value != paper[name]} == {**AUTHORS, "preset": "authors"}
-    assert settled("--data", "set", "--preset", "paper") == paper
+@pytest.mark.parametrize("method", PRESETS)
+def test_preset_sets_what_the_released_code_does_and_nothing_else(method):
+    paper, authors = PRESETS[method]
+    words = ["--data", "set", "--method", method]
+    usual, found = settled(*words), settled(*words, "--preset", "authors")
+    assert {name: usual[name] for name in paper} == paper
+    assert {name: value for name, value in found.items() if value != usual[name]} == {**authors, "preset": "authors"}
+    assert settled(*words, "--preset", "paper") == usual
+
+
+def test_every_preset_is_tested_here():
+    assert set(PRESETS) == {method for method, kind in METHODS.items() if list(kind.PRESETS) != ["paper"]}
+    assert all(list(METHODS[method].PRESETS) == ["paper", "authors"] for method in PRESETS)
 
 
 @pytest.mark.parametrize(("name", "value"), [*PAPER.items(), ("lambda_max", 0.3)])
@@ -614,6 +712,9 @@ def test_without_la_the_phantom_set_is_taken(tmp_path, monkeypatch):
         ("--patch-size 32 32 16 --lr 0.02", "set/dtml-16-patchsize32x32x16-lr0.02-seed1337"),
         ("--method supervised --labeled 80", "set/supervised-80-seed1337"),
         ("--method supervised --head sdm", "set/supervised-16-headsdm-seed1337"),
+        ("--method ua-mt --preset authors", "set/ua-mt-authors-16-seed1337"),
+        ("--method sassnet --adversarial-max 0.015 --labeled 8", "set/sassnet-8-adversarialmax0.015-seed1337"),
+        ("--method double-unc --no-learnable", "set/double-unc-16-learnableFalse-seed1337"),
         ("--iterations 600", "set/dtml-16-iterations600-seed1337"),
         ("--workers 4 --save-every 7", "set/dtml-16-seed1337"),
         ("--name mine", "mine"),
