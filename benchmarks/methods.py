@@ -1,0 +1,100 @@
+"""What an iteration of every method costs, side by side: time, memory and parameters at the size of a profile.
+
+    python -m benchmarks.methods --profile phantom --threads 1
+
+prints a Markdown table. Every method has a process of its own and the batch is noise with boxes for labels, so this is
+the cost of forward, backward, step and after_step alone, without data or log. The rounds visit all methods in
+turn, so that a machine that is busy for a while is so for all of them; the time is the fastest iteration of any round.
+"""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+
+import torch
+
+from methods import METHODS
+from networks.vnet import parameter_count
+from train_dtml import PROFILES, read_options
+from utils.devices import choose_device, peak_memory_gib, seed_iteration, set_arithmetic
+from utils.errors import run
+from utils.options import Parser, fill, option
+
+
+@dataclasses.dataclass
+class Options:
+    """At what size, how often."""
+
+    profile: str = option("phantom", "scale of the run", choices=list(PROFILES))
+    rounds: int = option(2, "times that each method is visited", minimum=1)
+    iterations: int = option(3, "timed iterations in a round, after one that is not", minimum=1)
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    threads: int = option(1, "CPU threads", minimum=1)
+    one: str = option("", "time this method only, once, and print JSON")
+
+
+def measure(name: str, o: Options) -> dict[str, float]:
+    """Seconds of the fastest iteration, peak memory in GiB, trained and all parameters of one method."""
+    torch.set_num_threads(o.threads)
+    device = choose_device(o.device)
+    set_arithmetic(deterministic=False)
+    options, method_options, *_ = read_options(["--method", name, "--profile", o.profile])
+    torch.manual_seed(0)
+    method = METHODS[name](method_options, iterations=options.iterations).to(device).train()
+    labeled = options.batch_size // 2 if method.uses_unlabeled else options.batch_size
+    label = torch.zeros(labeled, *options.patch_size, dtype=torch.uint8, device=device)
+    label[:, 8:-8, 8:-8, 8:-8] = 1
+    image = torch.randn(options.batch_size, 1, *options.patch_size, device=device)
+    batch = {"image": image, "label": label, "case": ["noise"] * options.batch_size}
+    batch |= {"sdm": 1 - 2 * label.unsqueeze(1).float()} if method.needs_sdm else {}
+    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=options.lr, momentum=0.9)
+    times = []
+    for iteration in range(1 + o.iterations):
+        began = time.perf_counter()
+        seed_iteration(0, iteration)
+        losses = method(batch, iteration)
+        optimizer.zero_grad(set_to_none=True)
+        losses.total.backward()
+        optimizer.step()
+        method.after_step(batch, iteration)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - began)
+    return {
+        "seconds": min(times[1:]),
+        "memory": peak_memory_gib(device),
+        "trained": parameter_count(method),
+        "all": sum(p.numel() for p in method.parameters()),
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(description=__doc__, prog="python -m benchmarks.methods")
+    parser.add_dataclass(Options)
+    o: Options = fill(Options, parser.parse(argv))
+    if o.one:
+        print(json.dumps(measure(o.one, o)))
+        return
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
+    for _ in range(o.rounds):
+        for name, rounds in found.items():
+            words = [f"--{key}={value}" for key, value in {**dataclasses.asdict(o), "one": name}.items()]
+            done = subprocess.run(
+                [sys.executable, "-m", "benchmarks.methods", *words], stdout=subprocess.PIPE, check=True
+            )
+            rounds.append(json.loads(done.stdout))
+    usual = min(r["seconds"] for r in found["supervised"])
+    print(
+        "| method | iterations/s | time of an iteration, supervised = 1 | peak memory GiB | trained parameters | all |"
+    )
+    print("|---|---|---|---|---|---|")
+    for name, rounds in found.items():
+        seconds, memory = min(r["seconds"] for r in rounds), max(r["memory"] for r in rounds)
+        counts = f"{rounds[0]['trained']:,} | {rounds[0]['all']:,}"
+        print(f"| {name} | {1 / seconds:.2f} | {seconds / usual:.2f} | {memory:.2f} | {counts} |")
+
+
+if __name__ == "__main__":
+    run(main)
