@@ -27,7 +27,7 @@ from dataloaders.training import training_cases
 from dataloaders.two_stream import Patches, TwoStreamBatchSampler, make_loader
 from dataloaders.volumes import CACHES, Volumes
 from methods import METHODS, Method, check_finite, restore
-from utils.checkpoint import load_checkpoint, save_checkpoint, write_whole
+from utils.checkpoint import fit_optimizer, load_checkpoint, save_checkpoint, write_whole
 from utils.devices import choose_device, peak_memory_gib, seed_iteration, set_arithmetic
 from utils.distributed import RANK, RANKS, any_rank, process_group, wait_for_rank_0
 from utils.errors import Stopped, StopSignal, UserError, run
@@ -215,7 +215,10 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(
                 f"{folder} was trained by {state['processes']} processes, not {RANKS}. Resume it with as many."
             )
-        optimizer.load_state_dict(state["optimizer"])
+        try:
+            fit_optimizer(optimizer, state["optimizer"])
+        except ValueError as e:
+            raise UserError(f"{state['file']} does not fit this code ({e}). Another version wrote it.") from e
         start, seconds = state["iteration"], state["seconds"]
     patches = Patches(volumes, patch_size=o.patch_size, augment=o.augment, seed=o.seed, sdm=method.needs_sdm)
     sampler = TwoStreamBatchSampler(

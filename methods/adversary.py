@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from methods.base import Batch, Losses, check_finite
+from utils.checkpoint import fit_optimizer
 from utils.distributed import average_gradients
 
 
@@ -51,15 +52,20 @@ class Adversary(nn.Module):
     def _optimizer(self) -> torch.optim.Adam:
         """Made at the first step, when the weights are on their device, with the state of the checkpoint if any."""
         if self._adam is None:
-            self._adam = torch.optim.Adam(self.critic.parameters(), lr=self.lr, betas=(0.9, 0.99))
-            if self._saved is not None:
-                self._adam.load_state_dict(self._saved)
+            self._adam = self._new_adam(self._saved)
         return self._adam
+
+    def _new_adam(self, state: dict[str, Any] | None) -> torch.optim.Adam:
+        adam = torch.optim.Adam(self.critic.parameters(), lr=self.lr, betas=(0.9, 0.99))
+        if state is not None:
+            fit_optimizer(adam, state)
+        return adam
 
     def get_extra_state(self) -> dict[str, Any] | None:
         return self._adam.state_dict() if self._adam is not None else self._saved
 
     def set_extra_state(self, state: dict[str, Any] | None) -> None:
+        self._new_adam(state)  # refuses a damaged one now, not at the first step
         self._saved, self._adam = state, None
 
 

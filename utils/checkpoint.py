@@ -125,3 +125,22 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if missing:
         raise UserError(f"{path} is no whole checkpoint: it lacks {', '.join(missing)}. Use an older one.")
     return {**state, "file": str(path)}
+
+
+def fit_optimizer(optimizer: torch.optim.Optimizer, state: Any) -> None:
+    """Gives an optimiser its saved state; torch itself would fail, or go wrong, only at the next step.
+
+    Raises:
+        ValueError: if the state is not of this optimiser and its weights.
+    """
+    try:
+        optimizer.load_state_dict(state)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+        raise ValueError(f"the optimiser's state is of another kind: {e!r}") from e
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    for p in weights:
+        found = optimizer.state.get(p, {})
+        if found.keys() != optimizer.state.get(weights[0], {}).keys():
+            raise ValueError("the optimiser's state is incomplete")
+        if any(isinstance(x, torch.Tensor) and x.dim() and x.shape != p.shape for x in found.values()):
+            raise ValueError("the optimiser's state is of weights of another shape")
