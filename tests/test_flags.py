@@ -213,7 +213,11 @@ OWN = {
     "asdnet": {
         "filters": [("--filters 3", "")],
         "softmax": [("--softmax", "")],
-        "attention": [("--no-attention", "")],
+        "attention": [
+            ("--attention none", ""),
+            ("--attention released", ""),
+            ("--attention none", "--attention released"),
+        ],
         "lambda_adv": [("--lambda-adv 0.1", "")],
         "lambda_semi": [("--lambda-semi 0.2", "")],
         "threshold": [("--threshold 0.32", ""), ("--threshold 0.9", "--threshold 0.32")],
@@ -584,7 +588,7 @@ def test_underscores_in_values_stay(run, tmp_path):
         "--profile half --sdm-loss both",
         "--method supervised --softmax",
         "--method ua-mt --preset authors",
-        "--method asdnet --no-attention --critic-image",
+        "--method asdnet --attention none --critic-image",
         "--resume auto",
         "--fresh",
     ],

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import flat
 
 from methods import METHODS
 from methods.ua_mt import UAMT
@@ -88,12 +89,14 @@ def test_noise_has_its_spread_and_is_clipped_at_two():
 @pytest.mark.parametrize("passes", [1, 4, 5])
 def test_stochastic_passes_are_as_many_as_asked_and_differ(passes):
     network = make_teacher(VNet(heads={"seg": 1}, filters=2)).eval()
+    before = flat(network.state_dict())
     image = torch.randn(3, 1, 16, 16, 16)
     found = [x["seg"].unflatten(0, (-1, 3)) for x in monte_carlo(network, image, passes=passes, noise=0.1)]
     every = torch.cat(found)
     assert every.shape[:2] == (passes, 3) and not every.requires_grad
     assert all(not torch.equal(every[i], every[j]) for i in range(passes) for j in range(i))
-    assert not network.training and torch.is_grad_enabled()
+    assert not any(m.training for m in network.modules()) and torch.is_grad_enabled()
+    assert flat(network.state_dict()) == before
 
 
 # -- UA-MT --
@@ -305,8 +308,9 @@ def test_asdnet_s_critic_reads_its_deepest_scale():
     assert parameter_count(ConfidenceNet()) == 5_507_970
 
 
-def test_asdnet_s_total_is_its_equation():
-    method, batch = make("asdnet", threshold=0.45).eval(), make_batch()
+@pytest.mark.parametrize("attention", ["relative", "released", "none"])
+def test_asdnet_s_total_is_its_equation(attention):
+    method, batch = make("asdnet", threshold=0.45, attention=attention).eval(), make_batch()
     losses = method(batch, T // 2)
     with torch.no_grad():
         x = method.network(batch["image"])["seg"].double()
@@ -315,11 +319,14 @@ def test_asdnet_s_total_is_its_equation():
     M = scores.softmax(dim=1)[:, 1:]
     y = batch["label"][:, None].double()
     total = -0.05 * scores.log_softmax(dim=1)[:, 1].mean()
+    w = {i: (1 - M[i]) ** 2 for i in range(2)}
+    a = {i: 1 + 12.5 * ((1 - M[i]).mean() - 0.5) ** 2 - 0.5 for i in range(2)}
+    w_mean, a_mean = (w[0].mean() + w[1].mean()) / 2, (a[0] + a[1]) / 2
     for i in range(2):
+        w_i, a_i = {"relative": (w[i] / w_mean, a[i] / a_mean), "released": (w[i], a[i]), "none": (1, 1)}[attention]
         ce = -(y[i] * p[i].log() + (1 - y[i]) * (1 - p[i]).log())
         dice = 1 - (2 * (p[i] * y[i]).sum() + 1e-5) / ((p[i] ** 2).sum() + y[i].sum() + 1e-5)
-        m = (1 - M[i]).mean()
-        total += (1 + 12.5 * (m - 0.5) ** 2 - 0.5) * 0.5 * (((1 - M[i]) ** 2 * ce).mean() + dice) / 2
+        total += a_i * 0.5 * ((w_i * ce).mean() + dice) / 2
     own = torch.maximum(p[2:], 1 - p[2:])
     chosen = M[2:] > 0.45
     assert 0 < chosen.double().mean() < 1
@@ -334,7 +341,7 @@ def test_asdnet_s_attention_and_confidence_carry_no_gradient():
     method.network.forward = lambda image: {"seg": leaf}
     (found,) = torch.autograd.grad(method(batch, 0).terms["seg"], leaf)
     assert found[2:].abs().max() == 0  # unlabeled crops are not in it, though M reads them
-    plain = make("asdnet", attention=False)
+    plain = make("asdnet", attention="none")
     plain.network.forward = method.network.forward
     (other,) = torch.autograd.grad(plain(batch, 0).terms["seg"], leaf)
     assert not torch.allclose(found, other)

@@ -17,13 +17,14 @@ def noisy(image: Tensor, sd: float) -> Tensor:
 def monte_carlo(
     network: nn.Module, image: Tensor, *, passes: int, noise: float, read: Callable[[Tensor], Any] | None = None
 ) -> Iterator[Any]:
-    """Stochastic passes over image (N,1,W,H,D): dropout on, fresh noise in each, no gradient.
+    """Stochastic passes over image (N,1,W,H,D): dropout on, fresh noise in each, no gradient, no trace in the network.
 
     Yields what `read` (default: the network itself) makes of two passes at a time, as the released code of UA-MT
     runs them: a batch of 2N, first all items of the one pass, then those of the other; N at the end if `passes` is odd.
     """
-    was = network.training
-    network.train()
+    sleeping = [m for m in network.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and not m.training]
+    for dropout in sleeping:
+        dropout.train()  # batch norm stays as it is: in evaluation mode it must not count these passes
     try:
         for first in range(0, passes, 2):
             with torch.no_grad():
@@ -31,7 +32,8 @@ def monte_carlo(
                 found = (read or network)(noisy(tiled, noise))
             yield found
     finally:
-        network.train(was)
+        for dropout in sleeping:
+            dropout.eval()
 
 
 @dataclass
