@@ -14,11 +14,13 @@ import dataclasses
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dataloaders.augmentation import AUGMENTATIONS
@@ -48,15 +50,21 @@ from utils.run_folder import (
 
 PROFILES: dict[str, dict[str, Any]] = {
     "full": {},
-    "half": {"downsample": 2, "patch_size": [64, 64, 32], "filters": 8, "iterations": 2400},
+    "half": {"downsample": 2, "patch_size": [64, 64, 32], "filters": 8, "query_channels": 32, "iterations": 2400},
     "phantom": {
         "labeled": 8,
         "patch_size": [48, 48, 32],
         "filters": 8,
+        "query_channels": 32,
         "iterations": 300,
         "lr_steps": [220, 280],
         "picture_every": 100,
     },
+}
+
+OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], "Options"], torch.optim.Optimizer]] = {
+    "sgd": lambda p, o: torch.optim.SGD(p, lr=o.lr, momentum=o.momentum, weight_decay=o.weight_decay),
+    "adamw": lambda p, o: torch.optim.AdamW(p, lr=o.lr, weight_decay=o.weight_decay),
 }
 
 
@@ -65,7 +73,7 @@ class Options:
     """What every method shares. None means: depends on other options, settled by `settle`."""
 
     method: str = option("dtml", "what to train; --method NAME --help lists its own options", choices=list(METHODS))
-    preset: str = option("", "named settings of the method: paper (default); authors, where its code was released")
+    preset: str = option("", "named settings of the method (default its first; most have paper and authors)")
 
     data: str = option(
         "", "folder of the data set (default data/la, else the phantom set)", group="data", harmless=True
@@ -82,13 +90,14 @@ class Options:
     iterations: int = option(6000, "optimiser steps", group="training", minimum=1)
     batch_size: int = option(4, "crops in a batch, on each process", group="training", minimum=1)
     labeled_batch: int | None = option(None, "labeled ones (default half)", group="training", type=int, minimum=1)
-    lr: float = option(0.01, "learning rate of SGD", group="training", minimum=0)
+    optimizer: str = option("sgd", "SGD with momentum, or AdamW", choices=list(OPTIMIZERS), group="training")
+    lr: float = option(0.01, "learning rate", group="training", minimum=0)
     lr_steps: list[int] | None = option(
         None, "iterations of its drops (default 5/12 and 5/6 of all)", group="training", type=int, nargs="*", minimum=0
     )
     lr_gamma: float = option(0.1, "factor of each drop", group="training", minimum=0)
     momentum: float = option(0.9, "of SGD", group="training", minimum=0)
-    weight_decay: float = option(1e-4, "of SGD", group="training", minimum=0)
+    weight_decay: float = option(1e-4, "decay of the weights", group="training", minimum=0)
     seed: int = option(1337, "of weights, batches and dropout", group="training", minimum=0, maximum=2**63 - 1)
 
     device: str = option("auto", "auto, cpu, cuda or cuda:N", harmless=True)
@@ -206,7 +215,7 @@ def main(argv: list[str] | None = None) -> None:
     volumes = Volumes(cases, cache=o.cache, downsample=o.downsample, device=device, problems=problems)
     method.to(device)
     trained = [p for p in method.parameters() if p.requires_grad]  # a teacher or critic is not this optimiser's
-    optimizer = torch.optim.SGD(trained, lr=o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
+    optimizer = OPTIMIZERS[o.optimizer](trained, o)
     start, seconds = 0, 0.0
     if state is not None:
         if state["checksums"] != volumes.checksums:
@@ -220,7 +229,10 @@ def main(argv: list[str] | None = None) -> None:
         except ValueError as e:
             raise UserError(f"{state['file']} does not fit this code ({e}). Another version wrote it.") from e
         start, seconds = state["iteration"], state["seconds"]
-    patches = Patches(volumes, patch_size=o.patch_size, augment=o.augment, seed=o.seed, sdm=method.needs_sdm)
+    patches = Patches(
+        volumes, patch_size=o.patch_size, augment=o.augment, seed=o.seed, sdm=method.needs_sdm,
+        other=method.needs_other_crop,
+    )  # fmt: skip
     sampler = TwoStreamBatchSampler(
         o.labeled, len(cases) - o.labeled, batch_size=o.batch_size, labeled_batch=labeled_batch,
         seed=o.seed, start=start, iterations=o.iterations, rank=RANK, ranks=RANKS,

@@ -17,7 +17,7 @@ import torch
 
 from methods import METHODS
 from networks.vnet import parameter_count
-from train_dtml import PROFILES, read_options
+from train_dtml import OPTIMIZERS, PROFILES, read_options
 from utils.devices import choose_device, peak_memory_gib, seed_iteration, set_arithmetic
 from utils.errors import run
 from utils.options import Parser, fill, option
@@ -49,7 +49,7 @@ def measure(name: str, o: Options) -> dict[str, float]:
     image = torch.randn(options.batch_size, 1, *options.patch_size, device=device)
     batch = {"image": image, "label": label, "case": ["noise"] * options.batch_size}
     batch |= {"sdm": 1 - 2 * label.unsqueeze(1).float()} if method.needs_sdm else {}
-    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=options.lr, momentum=0.9)
+    optimizer = OPTIMIZERS[options.optimizer]([p for p in method.parameters() if p.requires_grad], options)
     times = []
     for iteration in range(1 + o.iterations):
         began = time.perf_counter()

@@ -78,15 +78,22 @@ class TwoStreamBatchSampler(Sampler[list[Slot]]):
 
 class Patches(Dataset[dict[str, Any]]):
     """Augmented crops: a Slot -> image (1,w,h,d) float32, case; for a labeled case label (w,h,d) uint8 and, if asked
-    for, sdm (1,w,h,d) float32 of the crop."""
+    for, sdm (1,w,h,d) float32 of the crop; and, with `other`, other_image and other_label of a second draw."""
 
-    def __init__(self, volumes: Volumes, *, patch_size: Sequence[int], augment: str, seed: int, sdm: bool):
-        self.volumes, self.patch_size, self.augment, self.seed, self.sdm = volumes, patch_size, augment, seed, sdm
+    def __init__(
+        self, volumes: Volumes, *, patch_size: Sequence[int], augment: str, seed: int, sdm: bool, other: bool = False
+    ):
+        self.volumes, self.patch_size, self.augment, self.seed = volumes, patch_size, augment, seed
+        self.sdm, self.other = sdm, other
 
     def __getitem__(self, slot: Slot) -> dict[str, Any]:
         shape = self.volumes.shapes[slot.case]
         generator = np.random.default_rng([self.seed, 1, slot.step, slot.slot])
-        return self.crop(slot.case, draw_augmentation(generator, shape, self.patch_size, self.augment))
+        draws = [draw_augmentation(generator, shape, self.patch_size, self.augment) for _ in range(1 + self.other)]
+        item, *others = (self.crop(slot.case, draw) for draw in draws)
+        for other in others:
+            item |= {f"other_{name}": other[name] for name in ("image", "label") if name in other}
+        return item
 
     def middle(self, case: int) -> dict[str, Any]:
         """The crop at the middle of a case, as it is: the same at every call."""
@@ -116,7 +123,7 @@ class Patches(Dataset[dict[str, Any]]):
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     """The batch of methods/base.py: what only the labeled items hold is stacked over these, which come first."""
     batch: dict[str, Any] = {"case": [item["case"] for item in items]}
-    for name in ("image", "label", "sdm"):
+    for name in ("image", "label", "sdm", "other_image", "other_label"):
         found = [item[name] for item in items if name in item]
         if found:
             batch[name] = torch.stack(found)

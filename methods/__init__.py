@@ -17,6 +17,7 @@ TABLE = {  # name of --method: file and class
     "dtc": "dtc.DTC",
     "sassnet": "sassnet.SASSNet",
     "double-unc": "double_unc.DoubleUnc",
+    "dk-uxnet": "dk_uxnet.DKUXNet",
 }
 
 

@@ -4,15 +4,14 @@ Our interpretation, from the abstract and the authors' research code; the paper'
 V-Net S and a fully convolutional critic D, which gives each voxel the confidence M in [0,1] that the segmentation
 there is a label:
 
-    S   min   mean_i a_i 1/2 (mean_v w CE + Dice)_i  [labeled]  +  lambda_adv CE(D(p), 1)  [all]
+    S   min   1/2 (mean a w CE + mean(a) Dice_a)  [labeled]  +  lambda_adv CE(D(p), 1)  [all]
               + lambda_semi mean_{v: M > T} CE(p, [p > 1/2])  [unlabeled, once D has learned something]
     D   min   CE(D(Y), 1) + CE(D(p), 0)  [labeled]              Adam, after each step of S
 
 with the region attention w = (1 - M)^2, which looks where D is not convinced, and the sample attention
-a = 1/2 + 12.5 (mean(1 - M) - 1/2)^2 of each crop i. No gradient flows through M, w and a. Ours: a threshold T that does
-not depend on validation scans, the pseudo labels from 1/6 of the training on, the U-shape the released D intended, and
-w and a divided by their means over the labeled voxels and crops (`--attention relative`). As released they also shrink
-the loss, most where D is undecided (M = 1/2: w = 1/4, a = 1/2), and a short training then ends early in its course.
+a = 1/2 + 12.5 (mean(1 - M) - 1/2)^2 of each crop. No gradient flows through M, w and a. Ours: the Dice over all crops
+at once, Dice_a = 1 - 2 sum a p Y / sum a (p^2 + Y^2), as one with little of the organ has a rough Dice; a threshold T
+not taken from validation scans; the pseudo labels from 1/6 of the training on; the U-shape that D was meant to have.
 """
 
 from dataclasses import dataclass
@@ -23,12 +22,11 @@ from torch import Tensor
 
 from methods.adversary import Adversary, judged_output
 from methods.base import Batch, Losses, Method, labeled_part
+from networks.backbones import BACKBONES
 from networks.critics import ConfidenceNet
-from networks.vnet import VNet
-from utils.losses import EPSILON, dice_loss, foreground_logits, hard_dice, masked_mean, weighted_sum
+from utils.losses import dice_loss, foreground_logits, hard_dice, masked_mean, weighted_sum
 from utils.options import option
 
-ATTENTION = ("relative", "released", "none")
 cross_entropy = F.binary_cross_entropy_with_logits
 
 
@@ -39,7 +37,7 @@ class ASDNet(Method):
     class Options(Method.Options):
         filters: int = option(16, "channels of the V-Net's first block; the critic has twice as many", minimum=1)
         softmax: bool = option(False, "two softmax channels in place of one sigmoid")
-        attention: str = option("relative", "w and a: divided by their means, as released, or 1", choices=ATTENTION)
+        attention: bool = option(True, "weight voxels by w and crops by a")
         lambda_adv: float = option(0.05, "weight of convincing the critic", minimum=0)
         lambda_semi: float = option(0.1, "weight of the pseudo labels", minimum=0)
         threshold: float = option(0.2, "T, confidence above which a voxel is its own label", minimum=0, maximum=1)
@@ -51,7 +49,7 @@ class ASDNet(Method):
 
     def __init__(self, options: Options, *, iterations: int):
         super().__init__(options, iterations=iterations)
-        self.network = VNet(heads={"seg": 2 if options.softmax else 1}, filters=options.filters)
+        self.network = BACKBONES[options.backbone](heads={"seg": 2 if options.softmax else 1}, filters=options.filters)
         critic = ConfidenceNet(channels=2 + options.critic_image, filters=2 * options.filters)
         self.adversary = Adversary(critic, lr=options.critic_lr)
 
@@ -74,11 +72,13 @@ class ASDNet(Method):
         p, y = logits.sigmoid(), label.unsqueeze(1).to(logits.dtype)
         opinion = foreground_logits(self.adversary(self.seen(p, image)))
         M = opinion.detach().sigmoid()
-        w, a = self.weights(1 - M[:labeled])
-        ce = (w * cross_entropy(logits[:labeled], y, reduction="none")).mean(dim=(1, 2, 3, 4))
-        dice = torch.stack([dice_loss(p[i : i + 1], label[i : i + 1]) for i in range(labeled)])
+        doubt = 1 - M[:labeled]
+        w = doubt.square() if o.attention else torch.ones_like(doubt)
+        m = doubt.mean(dim=(1, 2, 3, 4), keepdim=True)
+        a = 0.5 + 12.5 * (m - 0.5).square() if o.attention else torch.ones_like(m)
+        ce = (a * w * cross_entropy(logits[:labeled], y, reduction="none")).mean()
         terms = {
-            "seg": (a * 0.5 * (ce + dice)).mean(),
+            "seg": 0.5 * (ce + a.mean() * dice_loss(p[:labeled], label, a)),
             "adversarial": cross_entropy(opinion, torch.ones_like(opinion)),
             "semi": masked_mean(F.softplus(-logits[labeled:].abs()), (M[labeled:] > o.threshold).to(p.dtype)),
         }
@@ -90,16 +90,6 @@ class ASDNet(Method):
         }
         factors = {"adversarial": o.lambda_adv, "semi": semi}
         return Losses(weighted_sum(terms, factors), terms, {"lambda_semi": semi}, monitors)
-
-    def weights(self, doubt: Tensor) -> tuple[Tensor, Tensor]:
-        """w (N,1,W,H,D) and a (N,) of the labeled crops from 1 - M (N,1,W,H,D)."""
-        if self.options.attention == "none":
-            return torch.ones_like(doubt), doubt.new_ones(len(doubt))
-        w = doubt.square()
-        a = 0.5 + 12.5 * (doubt.mean(dim=(1, 2, 3, 4)) - 0.5).square()
-        if self.options.attention == "released":
-            return w, a
-        return w / w.mean().clamp(min=EPSILON), a / a.mean()
 
     def after_step(self, batch: Batch, iteration: int) -> None:
         image, y = labeled_part(batch["image"], batch), batch["label"].unsqueeze(1).to(batch["image"].dtype)

@@ -6,13 +6,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from networks.vnet import STRIDE
+from networks.backbones import BACKBONES
+from networks.heads import STRIDE
 from utils.distributed import any_rank
 from utils.errors import Diverged
+from utils.options import option
 
 Batch = dict[str, Any]
 """image (N,1,W,H,D) float32, the L labeled items first; label (L,W,H,D) uint8; sdm (L,1,W,H,D) float32 if
-`needs_sdm`; case: N names."""
+`needs_sdm`; other_image and other_label if `needs_other_crop`; case: N names."""
 
 
 @dataclass
@@ -35,7 +37,9 @@ class Method(nn.Module):
 
     @dataclass
     class Options:
-        """The method's own knobs."""
+        """The method's own knobs, and what its networks are."""
+
+        backbone: str = option("vnet", "encoder-decoder of every network", choices=list(BACKBONES))
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"paper": {}}
     """Preset name -> options (of the method or of the script) it sets; the first is the default."""
@@ -51,6 +55,11 @@ class Method(nn.Module):
     @property
     def needs_sdm(self) -> bool:
         """Whether batches must carry the signed distance maps of the labels."""
+        return False
+
+    @property
+    def needs_other_crop(self) -> bool:
+        """Whether batches must carry a second crop of every scan, drawn on its own: other_image, other_label."""
         return False
 
     @property

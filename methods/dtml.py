@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from methods.base import Batch, Losses, Method, labeled_part
-from networks.vnet import VNet
+from networks.backbones import BACKBONES
 from utils.losses import consistency_loss, dice_loss, hard_dice, live_share, sdm_to_mask, seg_loss, weighted_sum
 from utils.options import option
 from utils.ramps import RAMPS, ramp_up
@@ -49,8 +49,8 @@ class DTML(Method):
 
     def __init__(self, options: Options, *, iterations: int):
         super().__init__(options, iterations=iterations)
-        self.M_s = VNet(heads={"seg": 1}, filters=options.filters)
-        self.M_d = VNet(heads={"sdm": 1}, filters=options.filters)
+        self.M_s = BACKBONES[options.backbone](heads={"seg": 1}, filters=options.filters)
+        self.M_d = BACKBONES[options.backbone](heads={"sdm": 1}, filters=options.filters)
 
     @property
     def needs_sdm(self) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from methods.base import Batch, Losses, Method, labeled_part
-from networks.vnet import VNet
+from networks.backbones import BACKBONES
 from utils.ema import ema_decay, ema_update, make_teacher
 from utils.losses import consistency_loss, foreground_logits, hard_dice, seg_loss, weighted_sum
 from utils.options import option
@@ -42,7 +42,7 @@ class MeanTeacher(Method):
 
     def __init__(self, options: Options, *, iterations: int):
         super().__init__(options, iterations=iterations)
-        self.student = VNet(heads={"seg": 2 if options.softmax else 1}, filters=options.filters)
+        self.student = BACKBONES[options.backbone](heads={"seg": 2 if options.softmax else 1}, filters=options.filters)
         self.teacher = make_teacher(self.student)
 
     @property

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from methods.base import Batch, Losses, Method, labeled_part
-from networks.vnet import VNet
+from networks.backbones import BACKBONES
 from utils.losses import dice_loss, foreground_logits, hard_dice, live_share, sdm_to_mask, seg_loss
 from utils.options import option
 
@@ -32,7 +32,7 @@ class Supervised(Method):
     def __init__(self, options: Options, *, iterations: int):
         super().__init__(options, iterations=iterations)
         channels = 2 if options.head == "seg" and options.softmax else 1
-        self.network = VNet(heads={options.head: channels}, filters=options.filters)
+        self.network = BACKBONES[options.backbone](heads={options.head: channels}, filters=options.filters)
 
     @property
     def outputs(self) -> tuple[str, ...]:

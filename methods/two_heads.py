@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from methods.base import Batch, Losses, Method, labeled_part
-from networks.vnet import VNet
+from networks.backbones import BACKBONES
 from utils.losses import dice_loss, hard_dice, weighted_sum
 from utils.options import option
 
@@ -27,7 +27,7 @@ class TwoHeads(Method):
 
     def __init__(self, options: Options, *, iterations: int):
         super().__init__(options, iterations=iterations)
-        self.network = VNet(heads={"seg": 1, "sdm": 1}, filters=options.filters)
+        self.network = BACKBONES[options.backbone](heads={"seg": 1, "sdm": 1}, filters=options.filters)
 
     @property
     def needs_sdm(self) -> bool:

@@ -5,8 +5,7 @@ It differs from Milletari et al. (2016): no residual inside a block, and long sk
 
 from torch import Tensor, nn
 
-STRIDE = 16  # four halvings: every side of a patch must be a multiple of this
-DROPOUT = 0.5
+from networks.heads import DROPOUT, make_heads, refuse_sides
 
 
 class Convs(nn.Sequential):
@@ -48,7 +47,8 @@ class VNet(nn.Module):
 
     Args:
         heads: head name -> output channels. 'seg' returns logits, 'sdm' returns tanh values in [-1,1]
-            (a map that is negative inside the object). All heads are 1x1x1 convolutions of the last feature map.
+            (a map that is negative inside the object). All heads are 1x1x1 convolutions of the last feature map;
+            without any the network is for its `features` alone.
         in_channels: channels of the image.
         filters: channels of the first block, doubled at each of the four scales below.
         dropout: channel dropout with p = 0.5 after the deepest and after the last block, in training mode only.
@@ -57,13 +57,8 @@ class VNet(nn.Module):
         ValueError: for an unknown head name, or in forward for a side that is not a multiple of 16.
     """
 
-    ACTIVATIONS = {"seg": nn.Identity, "sdm": nn.Tanh}
-
     def __init__(self, *, heads: dict[str, int], in_channels: int = 1, filters: int = 16, dropout: bool = True):
         super().__init__()
-        unknown = set(heads) - set(self.ACTIVATIONS)
-        if unknown or not heads:
-            raise ValueError(f"heads must be named from {sorted(self.ACTIVATIONS)}, not {sorted(heads)}")
         f = filters
         self.encoder = nn.ModuleList(
             [Convs(1, in_channels, f), Convs(2, 2 * f, 2 * f), Convs(3, 4 * f, 4 * f), Convs(3, 8 * f, 8 * f)]
@@ -75,17 +70,11 @@ class VNet(nn.Module):
             [Convs(3, 8 * f, 8 * f), Convs(3, 4 * f, 4 * f), Convs(2, 2 * f, 2 * f), Convs(1, f, f)]
         )
         self.dropout = nn.Dropout3d(DROPOUT if dropout else 0.0)
-        self.heads = nn.ModuleDict(
-            {
-                name: nn.Sequential(nn.Conv3d(f, channels, 1), self.ACTIVATIONS[name]())
-                for name, channels in heads.items()
-            }
-        )
+        self.heads = make_heads(heads, f)
 
     def features(self, image: Tensor) -> list[Tensor]:
         """image (N,in_channels,W,H,D) -> the maps after the bottom and the four decoder blocks, last one full size."""
-        if any(side % STRIDE for side in image.shape[2:]):
-            raise ValueError(f"every side must be a multiple of {STRIDE}, not {tuple(image.shape[2:])}")
+        refuse_sides(image)
         x, skips = image, []
         for block, down in zip(self.encoder, self.down, strict=True):
             x = block(x)
@@ -111,6 +100,3 @@ class VNet(nn.Module):
 def parameter_count(module: nn.Module) -> int:
     """Number of trainable scalars."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
-
-
-__all__ = ["STRIDE", "VNet", "parameter_count"]

@@ -42,7 +42,8 @@ def make_set(folder: Path, train: int = 8, test: int = 2, labeled: int = 4, shap
 
 def method_words(method: str) -> list[str]:
     """The flags of a method in a tiny run. UA-MT's teacher sees unlabeled crops alone: its batch-norm needs two."""
-    return ["--method", method, *(["--batch-size", "3"] if method == "ua-mt" else [])]
+    more = {"ua-mt": "--batch-size 3", "dk-uxnet": "--query-channels 16 --groups 3 2 --levels 8 4"}
+    return ["--method", method, *more.get(method, "").split()]
 
 
 def flat(value: Any, name: str = "") -> dict[str, Any]:

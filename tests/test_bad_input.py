@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, flat, make_set, write_case
+from conftest import ROOT, TINY, flat, make_set, method_words, write_case
 
 import test_la
 import train_dtml
@@ -353,7 +353,7 @@ def test_method_that_needs_unlabeled_scans_is_refused_without(words, method, tin
     "method", [m for m, kind in METHODS.items() if kind.uses_unlabeled and m not in NEED_UNLABELED]
 )
 def test_method_that_needs_none_trains_without_unlabeled_scans(method, tiny_set):
-    state = train(tiny_set, "--method", method, "--unlabeled", "0")
+    state = train(tiny_set, *method_words(method), "--unlabeled", "0")
     assert len(state["checksums"]) == 4
 
 

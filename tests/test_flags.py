@@ -13,7 +13,7 @@ from typing import Any
 import h5py
 import pytest
 import torch
-from conftest import TINY, flat, make_set
+from conftest import TINY, flat, make_set, method_words
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import test_la
@@ -138,6 +138,7 @@ SHARED = {
     "iterations": [("--iterations 4", "")],
     "batch_size": [("--batch-size 3", "--labeled-batch 2")],
     "labeled_batch": [("--labeled-batch 1", "")],
+    "optimizer": [("--optimizer adamw", "")],
     "lr": [("--lr 0.02", "")],
     "lr_steps": [("--lr-steps 2", ""), ("--lr-steps", "")],
     "lr_gamma": [("--lr-gamma 0.5", "")],
@@ -225,7 +226,28 @@ OWN = {
         "critic_lr": [("--critic-lr 0.001", "")],
         "critic_image": [("--critic-image", "")],
     },
+    "dk-uxnet": {
+        "backbone": [("--backbone vnet", "")],
+        "filters": [("--filters 3", "")],
+        "kmax": [("--no-kmax", "")],
+        "groups": [("--groups 2 3", ""), ("--groups 2 3 2", "--groups 2 3")],
+        "query_channels": [("--query-channels 32", "")],
+        "levels": [("--levels 16 8 4", ""), ("--levels 8", "")],
+        "bn_momentum": [("--bn-momentum 0.01", "")],
+        "share_weights": [("--no-share-weights", "")],
+        "crops": [("--crops independent", "")],
+        "noise": [("--noise 0", ""), ("--noise 5", "")],
+        "qd_weight": [("--qd-weight 0", "")],
+        "deep_weight": [("--deep-weight 0", ""), ("--deep-weight 1", "")],
+        "consistency": [("--consistency segc", ""), ("--consistency qdc", ""), ("--consistency none", "")],
+        "contrast": [("--contrast sum", ""), ("--contrast mse", "")],
+        "temperature": [("--temperature 1", "")],
+        "lambda_max": [("--lambda-max 1", "")],
+        "ramp": [("--ramp steps", ""), ("--ramp epochs", "")],
+    },
 }
+for own in OWN.values():
+    own.setdefault("backbone", [("--backbone uxnet", "")])
 LEARNING = [("dtml", changed, beside) for pairs in SHARED.values() for changed, beside in pairs]
 LEARNING += [(m, f"--preset {preset}", "") for m in OWN if m != "dtml" for preset in list(METHODS[m].PRESETS)[1:]]
 LEARNING += [(m, changed, beside) for m, own in OWN.items() for pairs in own.values() for changed, beside in pairs]
@@ -235,7 +257,7 @@ EACH = pytest.mark.parametrize(("method", "changed", "beside"), LEARNING)
 def words_of(method: str, *flags: str) -> list[str]:
     """The words of some flags for a method, which is not named where a flag names it."""
     words = [word for flag in flags for word in flag.split()]
-    return words if "--method" in words else ["--method", method, *words]
+    return words if "--method" in words else [*method_words(method), *words]
 
 
 @EACH
@@ -255,8 +277,8 @@ def test_flag_changes_the_name_of_the_run(method, changed, beside, run):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_same_flags_give_the_same_result(method, run, tmp_path):
-    again = train(tmp_path / "again", "--data", "set", *BASE, "--method", method)
-    assert same(run("--method", method).weights, again.weights)
+    again = train(tmp_path / "again", "--data", "set", *BASE, *words_of(method))
+    assert same(run(*words_of(method)).weights, again.weights)
 
 
 def test_learning_rate_follows_its_flags(run):
@@ -356,9 +378,9 @@ def test_pictures_come_when_they_should(run, tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_pictures_of_every_method_show_its_maps_and_change_nothing(method, run, tmp_path):
-    words = ["--method", method, *(["--unlabeled", "2"] if METHODS[method].uses_unlabeled else [])]
+    words = words_of(method, *["--unlabeled 2"] * METHODS[method].uses_unlabeled)
     other = train(tmp_path / "runs", "--data", "set", *BASE, *words, "--picture-every", "1")
-    assert other.pictures == (["labeled", "unlabeled"] if len(words) > 2 else ["labeled"])
+    assert other.pictures == (["labeled", "unlabeled"] if METHODS[method].uses_unlabeled else ["labeled"])
     assert same(other.weights, run(*words).weights)
 
 
@@ -588,7 +610,7 @@ def test_underscores_in_values_stay(run, tmp_path):
         "--profile half --sdm-loss both",
         "--method supervised --softmax",
         "--method ua-mt --preset authors",
-        "--method asdnet --attention none --critic-image",
+        "--method asdnet --no-attention --critic-image",
         "--resume auto",
         "--fresh",
     ],
@@ -636,7 +658,7 @@ def settled(*words: str) -> dict[str, Any]:
 
 PAPER = {"lambda_max": 0.1, "ramp": "gaussian", "consistency_times": 1, "augment": "d4"}
 AUTHORS = {"lambda_max": 1.0, "ramp": "steps", "consistency_times": 2, "augment": "mirror"}
-PRESETS = {  # method: what the presets `paper` and `authors` come to
+PRESETS = {  # method: what its two presets come to
     "dtml": (PAPER, AUTHORS),
     "ua-mt": (
         {"softmax": False, "ramp": "gaussian", "augment": "d4"},
@@ -644,22 +666,33 @@ PRESETS = {  # method: what the presets `paper` and `authors` come to
     ),
     "dtc": ({"ramp": "gaussian", "augment": "d4"}, {"ramp": "steps", "augment": "mirror"}),
     "sassnet": ({"ramp": "gaussian", "augment": "d4"}, {"ramp": "steps", "augment": "mirror"}),
-}
+    "dk-uxnet": (
+        {"optimizer": "adamw", "lr": 0.001, "weight_decay": 0.01, "groups": [16, 16], "deep_weight": 0.1},
+        {
+            "lr": 0.0001, "lr_steps": [], "augment": "none", "groups": [16, 4, 108], "bn_momentum": 0.01,
+            "crops": "independent", "noise": 5.0, "qd_weight": 1 / 30, "deep_weight": 0.0, "contrast": "sum",
+            "lambda_max": 2.0, "ramp": "epochs",
+        },
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("method", PRESETS)
 def test_preset_sets_what_the_released_code_does_and_nothing_else(method):
     paper, authors = PRESETS[method]
+    first, second = METHODS[method].PRESETS
     words = ["--data", "set", "--method", method]
-    usual, found = settled(*words), settled(*words, "--preset", "authors")
+    usual, found = settled(*words), settled(*words, "--preset", second)
     assert {name: usual[name] for name in paper} == paper
-    assert {name: value for name, value in found.items() if value != usual[name]} == {**authors, "preset": "authors"}
-    assert settled(*words, "--preset", "paper") == usual
+    assert {name: value for name, value in found.items() if value != usual[name]} == {**authors, "preset": second}
+    assert settled(*words, "--preset", first) == usual
 
 
 def test_every_preset_is_tested_here():
     assert set(PRESETS) == {method for method, kind in METHODS.items() if list(kind.PRESETS) != ["paper"]}
-    assert all(list(METHODS[method].PRESETS) == ["paper", "authors"] for method in PRESETS)
+    for method in PRESETS:
+        named = ["repaired", "released"] if method == "dk-uxnet" else ["paper", "authors"]
+        assert list(METHODS[method].PRESETS) == named
 
 
 @pytest.mark.parametrize(("name", "value"), [*PAPER.items(), ("lambda_max", 0.3)])

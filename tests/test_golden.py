@@ -30,6 +30,8 @@ CASES = {  # name: method, options; every preset of every method, and what else 
     "supervised, head sdm": ("supervised", {"head": "sdm"}),
     "tcse, zoomed": ("tcse", {"scale": 0.2}),
     "asdnet, critic of the image": ("asdnet", {"critic_image": True, "threshold": 0.27}),
+    "dk-uxnet, two V-Nets": ("dk-uxnet", {"share_weights": False, "backbone": "vnet", "contrast": "mse"}),
+    "dtml, on UX-Net": ("dtml", {"backbone": "uxnet"}),
     "double-unc, not learnable": ("double-unc", {"learnable": False, "feature_blocks": "bottom"}),
 }
 
@@ -60,7 +62,9 @@ def first_losses(method, options):
     kind = METHODS[method]
     torch.set_default_dtype(torch.float64)
     try:
-        network = kind(fill(kind.Options, {"filters": 2, **options}), iterations=ITERATIONS).train()
+        network = kind(
+            fill(kind.Options, {"filters": 2, "query_channels": 16, **options}), iterations=ITERATIONS
+        ).train()
     finally:
         torch.set_default_dtype(torch.float32)
     trained = [p for p in network.parameters() if p.requires_grad]
@@ -68,6 +72,9 @@ def first_losses(method, options):
     found = {}
     for iteration in range(ITERATIONS):
         batch = make_batch(iteration, unlabeled=kind.uses_unlabeled)
+        if network.needs_other_crop:
+            other = make_batch(iteration + ITERATIONS, unlabeled=True)
+            batch |= {"other_image": other["image"], "other_label": other["label"]}
         seed_iteration(SEED, iteration)
         losses = network(batch, iteration)
         optimizer.zero_grad(set_to_none=True)

@@ -36,6 +36,9 @@ KINDS = {
     "dtc": method_words("dtc"),
     "sassnet": method_words("sassnet"),
     "asdnet": [*method_words("asdnet"), "--critic-image"],
+    "dk-uxnet": method_words("dk-uxnet"),
+    "dk-uxnet, released": [*method_words("dk-uxnet"), "--preset", "released"],
+    "dtml, AdamW on UX-Net": ["--backbone", "uxnet", "--optimizer", "adamw", "--lr", "0.001"],
 }
 
 

@@ -7,10 +7,13 @@ from torch import Tensor
 EPSILON = 1e-5
 
 
-def dice_loss(p: Tensor, label: Tensor) -> Tensor:
-    """1 - (2 sum pY + e) / (sum p^2 + sum Y^2 + e), summed over batch and space together; in [0,1]."""
+def dice_loss(p: Tensor, label: Tensor, weight: Tensor | float = 1.0) -> Tensor:
+    """1 - (2 sum pY + e) / (sum p^2 + sum Y^2 + e), summed over batch and space together; in [0,1].
+
+    `weight`, of any shape that spreads over p, counts in every sum.
+    """
     y = label.unsqueeze(1).to(p.dtype)
-    return 1 - (2 * (p * y).sum() + EPSILON) / ((p * p).sum() + y.sum() + EPSILON)
+    return 1 - (2 * (weight * p * y).sum() + EPSILON) / ((weight * (p * p + y)).sum() + EPSILON)
 
 
 def seg_loss(logits: Tensor, label: Tensor) -> Tensor:
@@ -68,3 +71,41 @@ def hard_dice(p: Tensor, label: Tensor) -> Tensor:
     a, b = (p > 0.5).squeeze(1), label > 0
     total = a.sum() + b.sum()
     return torch.where(total > 0, 2 * (a & b).sum() / total.clamp(min=1), torch.ones_like(total, dtype=torch.float32))
+
+
+def dice_ce_loss(logits: Tensor, label: Tensor) -> Tensor:
+    """Cross-entropy + Dice of logits (N,K,W,H,D), K classes with the background, labels (N,W,H,D) below K.
+
+    Dice as MONAI's DiceCELoss: of each item and class alone, denominators not squared, then the mean.
+    """
+    p = logits.softmax(dim=1)
+    y = one_hot(label, logits.shape[1]).to(p.dtype)
+    overlap, total = (x.flatten(2).sum(dim=2) for x in (p * y, p + y))
+    return F.cross_entropy(logits, label.long()) + (1 - (2 * overlap + EPSILON) / (total + EPSILON)).mean()
+
+
+def one_hot(label: Tensor, classes: int) -> Tensor:
+    """(N,W,H,D) -> (N,classes,W,H,D) of 0 and 1; labels above the last class are merged into it."""
+    return F.one_hot(label.long().clamp(max=classes - 1), classes).movedim(-1, 1)
+
+
+def query_loss(G: Tensor, Y: Tensor) -> Tensor:
+    """L_qd = mean over voxels of - sum_g Y_g ln G_g; shares G and Y (N,groups,...) sum to 1, G is kept above 1e-6."""
+    return -(Y * G.clamp(min=1e-6).log()).sum(dim=1).mean()
+
+
+def nt_xent(a: Tensor, b: Tensor, *, temperature: float, over: str = "mean") -> Tensor:
+    """Symmetric NT-Xent of two views a, b (B,C,W,H,D) of the same B >= 2 crops: item i of both is the positive pair.
+
+    The similarity of two crops is the cosine of their channels at a voxel, over the temperature: its `mean` over the
+    voxels; or its `sum`, the loss then divided by the number of voxels, which leaves next to no gradient.
+    """
+    voxels = a[0, 0].numel()
+    a, b = (F.normalize(x, dim=1).flatten(1) for x in (a, b))
+    scale = 1 / temperature / (voxels if over == "mean" else 1)
+    self_pair = torch.eye(len(a), dtype=torch.bool, device=a.device)
+    ab, aa, bb = (scale * x @ y.T for x, y in ((a, b), (a, a), (b, b)))
+    positive = torch.arange(len(a), device=a.device)
+    rows = [torch.cat([cross, same.masked_fill(self_pair, -torch.inf)], 1) for cross, same in ((ab, aa), (ab.T, bb))]
+    loss = torch.stack([F.cross_entropy(row, positive) for row in rows]).mean()
+    return loss if over == "mean" else loss / voxels

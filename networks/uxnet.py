@@ -1,0 +1,141 @@
+"""3D UX-Net: Lee et al., 3D UX-Net: A Large Kernel Volumetric ConvNet, ICLR 2023, as DK-UXNet uses it.
+
+A ConvNeXt encoder with depthwise 7x7x7 kernels, and a decoder of residual 3x3x3 blocks with concatenated skips.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from networks.heads import DROPOUT, make_heads, refuse_sides
+
+LAYER_SCALE = 1e-6  # gamma of a UX block at the start: it begins as the identity
+EXPANSION = 4
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of every voxel of (N,C,W,H,D)."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class InstanceNorm(nn.Module):
+    """InstanceNorm without parameters or running statistics; a map of one voxel, its own mean, becomes 0."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.instance_norm(x) if x[0, 0].numel() > 1 else x - x.mean(dim=(2, 3, 4), keepdim=True)
+
+
+class UXBlock(nn.Module):
+    """x + gamma f(x): f is depthwise 7x7x7, channel norm, and per channel 1 -> 4 -> 1 with GELU between.
+
+    As in the released code the two 1x1x1 convolutions are depthwise too: no block mixes channels but by the norm.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        wide = EXPANSION * channels
+        self.depthwise = nn.Conv3d(channels, channels, 7, padding=3, groups=channels)
+        self.norm = ChannelNorm(channels)
+        self.expand = nn.Conv3d(channels, wide, 1, groups=channels)
+        self.shrink = nn.Conv3d(wide, channels, 1, groups=channels)
+        self.gamma = nn.Parameter(torch.full((channels,), LAYER_SCALE))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.gamma.view(-1, 1, 1, 1) * self.shrink(F.gelu(self.expand(self.norm(self.depthwise(x)))))
+
+
+class Residual(nn.Module):
+    """Two 3x3x3 convolutions with instance norm, and a shortcut (1x1x1 where the channels change)."""
+
+    def __init__(self, channels_in: int, channels_out: int):
+        super().__init__()
+        self.block = nn.Sequential(
+            nn.Conv3d(channels_in, channels_out, 3, padding=1, bias=False),
+            InstanceNorm(),
+            nn.LeakyReLU(0.01, inplace=True),
+            nn.Conv3d(channels_out, channels_out, 3, padding=1, bias=False),
+            InstanceNorm(),
+        )
+        self.shortcut = (
+            nn.Identity()
+            if channels_in == channels_out
+            else nn.Sequential(nn.Conv3d(channels_in, channels_out, 1, bias=False), InstanceNorm())
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.leaky_relu(self.block(x) + self.shortcut(x), 0.01)
+
+
+class UpResidual(nn.Module):
+    """Doubles every side, halves the channels, joins the skip of the same shape."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.up = nn.ConvTranspose3d(channels, channels // 2, 2, stride=2, bias=False)
+        self.block = Residual(channels, channels // 2)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        return self.block(torch.cat([self.up(x), skip], dim=1))
+
+
+class UXNet(nn.Module):
+    """Encoder-decoder of five scales; 53,005,922 parameters with 48 filters and one head of two channels, of which
+    `features` has 52,881,408. A crop of 112x112x80 voxels takes FLOPS floating point operations forward.
+
+    Args:
+        heads: head name -> output channels, as in VNet; none: only `features`.
+        in_channels: channels of the image.
+        filters: channels of the first scale, doubled at each of the four below; 48 as published.
+        dropout: channel dropout with p = 0.5 after the deepest and before the heads, in training mode only. The
+            published network has none; methods that need stochastic passes or compare backbones turn it on.
+
+    Raises:
+        ValueError: for an unknown head name, or in `features` for a side that is not a multiple of 16.
+    """
+
+    def __init__(self, *, heads: dict[str, int], in_channels: int = 1, filters: int = 48, dropout: bool = True):
+        super().__init__()
+        f = filters
+        self.stem = nn.Sequential(nn.Conv3d(in_channels, f, 7, stride=2, padding=3), ChannelNorm(f))
+        self.down = nn.ModuleList(
+            [nn.Sequential(ChannelNorm(c), nn.Conv3d(c, 2 * c, 2, stride=2)) for c in (f, 2 * f, 4 * f)]
+        )
+        self.stages = nn.ModuleList([nn.Sequential(UXBlock(c), UXBlock(c)) for c in (f, 2 * f, 4 * f, 8 * f)])
+        self.norms = nn.ModuleList([ChannelNorm(c) for c in (f, 2 * f, 4 * f, 8 * f)])
+        self.skips = nn.ModuleList(
+            [Residual(in_channels, f), Residual(f, 2 * f), Residual(2 * f, 4 * f), Residual(4 * f, 8 * f)]
+        )
+        self.bottom = Residual(8 * f, 16 * f)
+        self.up = nn.ModuleList([UpResidual(c) for c in (16 * f, 8 * f, 4 * f, 2 * f)])
+        self.dropout = nn.Dropout3d(DROPOUT if dropout else 0.0)
+        self.last = Residual(f, f) if heads else nn.Identity()
+        self.heads = make_heads(heads, f)
+
+    def features(self, image: Tensor) -> list[Tensor]:
+        """image (N,in_channels,W,H,D) -> five maps, strides 16, 8, 4, 2, 1, channels 16f, 8f, 4f, 2f, f."""
+        refuse_sides(image)
+        x, maps = self.stem(image), [image]
+        for i, (stage, norm) in enumerate(zip(self.stages, self.norms, strict=True)):
+            x = stage(x if i == 0 else self.down[i - 1](x))
+            maps.append(norm(x))
+        skips = [block(x) for block, x in zip(self.skips, maps[:-1], strict=True)]
+        found = [self.bottom(maps[-1])]
+        x = self.dropout(found[0])
+        for up in self.up:
+            x = up(x, skips.pop())
+            found.append(x)
+        return found
+
+    def read(self, features: list[Tensor]) -> dict[str, Tensor]:
+        """The maps of `features` -> head name -> (N,channels,W,H,D)."""
+        x = self.dropout(self.last(features[-1]))
+        return {name: head(x) for name, head in self.heads.items()}
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        """image (N,in_channels,W,H,D) -> head name -> (N,channels,W,H,D)."""
+        return self.read(self.features(image))
