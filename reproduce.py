@@ -1,4 +1,4 @@
-"""The grid behind Tables 1 to 3 of the DTML paper (Zhang & Zhang 2021): every row, and its seeds.
+"""The grid behind Tables 1 to 3 of the DTML paper (Zhang & Zhang 2021) and DK-UXNet's: every row, and its seeds.
 
     python reproduce.py                                     the tables, from what is in results/full
     python reproduce.py --list                              every run: how far it is, and its command
@@ -45,6 +45,8 @@ from utils.statistics import read_row
 
 # the grid: key of a run, its flags
 SEMI_SUPERVISED = ("dtml", "mean-teacher", "ua-mt", "tcse", "dtc", "sassnet", "asdnet", "double-unc")
+ALONE = "--unlabeled 0 --consistency none"  # of DK-UXNet: the same network on labeled scans only
+SMALLER = "--patch-size 32 32 16 --iterations 200"
 LA_RUNS = {
     "supervised-16": "--method supervised --labeled 16",
     "supervised-80": "--method supervised --labeled 80",
@@ -53,12 +55,40 @@ LA_RUNS = {
     "dtml-both-16": "--method dtml --sdm-loss both --labeled 16",
     "dtml-16-0": "--method dtml --labeled 16 --unlabeled 0",
     **{f"{name}-16": f"--method {name} --labeled 16" for name in SEMI_SUPERVISED},
+    "supervised-8": "--method supervised --labeled 8",
+    "dtml-8": "--method dtml --labeled 8",
+    "dtml-uxnet-16": "--method dtml --backbone uxnet --labeled 16",
+    **{f"dk-uxnet-{n}": f"--method dk-uxnet --labeled {n}" for n in (8, 16)},
+    **{f"dk-uxnet-released-{n}": f"--method dk-uxnet --preset released --labeled {n}" for n in (8, 16)},
+    **{f"dk-uxnet-alone-{n}": f"--method dk-uxnet --labeled {n} {ALONE}" for n in (8, 16)},
+}
+ABLATIONS = {  # key: what the row is called, flags
+    "all": ("DK-UXNet, `repaired`", ""),
+    "alone": ("labeled scans alone", ALONE),
+    "no-segc": ("without L_segc", "--consistency qdc"),
+    "no-qdc": ("without L_qdc", "--consistency segc"),
+    "no-consistency": ("without either", "--consistency none"),
+    "no-qd": ("without L_qd", "--qd-weight 0"),
+    "no-kmax": ("without the k-means decoder", "--no-kmax"),
+    "vnet": ("without the UX-Net: V-Net", "--backbone vnet"),
+    "two": ("a network for each view", "--no-share-weights"),
+    "levels": ("levels of the figure: 16 8 4", "--levels 16 8 4"),
+    "mse": ("mean square for contrast", "--contrast mse"),
+    "deep": ("repair undone: layers' assignment untrained", "--deep-weight 0"),
+    "sum": ("repair undone: contrast of sums", "--contrast sum"),
+    "crops": ("repair undone: independent crops", "--crops independent"),
+    "momentum": ("repair undone: batch-norm momentum 0.01", "--bn-momentum 0.01"),
+    "groups": ("repair undone: groups 16 4 108", "--groups 16 4 108"),
+    "released": ("`released`", "--preset released"),
 }
 PHANTOM_RUNS = {
     "supervised-8": "--method supervised",
     "supervised-40": "--method supervised --labeled 40",
     "supervised-sdm-8": "--method supervised --head sdm",
     **{f"{name}-8": f"--method {name}" for name in SEMI_SUPERVISED},
+    "dk-uxnet-8": "--method dk-uxnet",
+    "dk-uxnet-alone-8": f"--method dk-uxnet {ALONE}",
+    **{f"ablation-{key}": f"--method dk-uxnet {SMALLER} {flags}" for key, (_, flags) in ABLATIONS.items()},
 }
 
 
@@ -72,6 +102,7 @@ class Row(NamedTuple):
     output: str = "seg"
 
 
+UNREAD = "not known"
 LA_TABLES = {
     "1": ("Table 1: the supervised loss of M_d", [
         Row("L_dis", "16 / 64", "dtml-dis-16", "89.72 81.55 1.97 7.64"),
@@ -96,6 +127,19 @@ LA_TABLES = {
         Row("DoubleUnc", "16 / 64", "double-unc-16", "89.65 81.35 2.03 7.04"),
         Row("DTML", "16 / 64", "dtml-16", "90.12 82.14 1.82 7.01"),
     ]),
+    "dk-uxnet": ("DK-UXNet, whose paper's figures could not be read", [
+        Row("V-Net", "8 / 0", "supervised-8", UNREAD),
+        Row("DTML", "8 / 72", "dtml-8", UNREAD),
+        Row("DK-UXNet's network, labeled scans alone", "8 / 0", "dk-uxnet-alone-8", UNREAD),
+        Row("DK-UXNet, `repaired`", "8 / 72", "dk-uxnet-8", UNREAD),
+        Row("DK-UXNet, `released`", "8 / 72", "dk-uxnet-released-8", UNREAD),
+        Row("V-Net", "16 / 0", "supervised-16", UNREAD),
+        Row("DTML", "16 / 64", "dtml-16", UNREAD),
+        Row("DTML on UX-Net", "16 / 64", "dtml-uxnet-16", UNREAD),
+        Row("DK-UXNet's network, labeled scans alone", "16 / 0", "dk-uxnet-alone-16", UNREAD),
+        Row("DK-UXNet, `repaired`", "16 / 64", "dk-uxnet-16", UNREAD),
+        Row("DK-UXNet, `released`", "16 / 64", "dk-uxnet-released-16", UNREAD),
+    ]),
 }  # fmt: skip
 PHANTOM_TABLES = {
     "methods": ("Methods on the phantom set", [
@@ -103,6 +147,11 @@ PHANTOM_TABLES = {
         Row("supervised, all 40 labeled (upper bound)", "40 / 0", "supervised-40"),
         Row("supervised, M_d alone", "8 / 0", "supervised-sdm-8", output="sdm"),
         *(Row(name, "8 / 32", f"{name}-8") for name in SEMI_SUPERVISED),
+        Row("dk-uxnet", "8 / 32", "dk-uxnet-8"),
+        Row("dk-uxnet's network, labeled scans alone", "8 / 0", "dk-uxnet-alone-8"),
+    ]),
+    "dk-uxnet": ("What each part and each repair of DK-UXNet does, on crops of 32x32x16, 200 iterations", [
+        Row(label, "8 / 0" if key == "alone" else "8 / 32", f"ablation-{key}") for key, (label, _) in ABLATIONS.items()
     ]),
 }  # fmt: skip
 ABOUT = """\
@@ -116,6 +165,7 @@ SMALL = """
 SCALES = {
     "full": QUOTED,
     "half": QUOTED + SMALL.format("half resolution, 8 filters, 2400 iterations."),
+    "short": SMALL.format("half resolution, small crops, 8 filters, 600 iterations."),
     "phantom": SMALL.format("made-up atria, small crops, 8 filters, 300 iterations."),
 }
 HEAD = "| row | labeled / unlabeled | | Dice % | Jaccard % | ASD voxel | 95HD voxel | seeds |"
@@ -131,7 +181,7 @@ class Options:
     """What to show or to do; `Sequence`, as `list` is a flag here."""
 
     profile: str = option("full", "scale of the runs", choices=list(PROFILES), group="what")
-    table: Sequence[str] = option([], "only these tables: 1, 2, 3", type=str, nargs="+", group="what")
+    table: Sequence[str] = option([], "only these tables: 1, 2, 3, dk-uxnet", type=str, nargs="+", group="what")
     rows: Sequence[str] = option([], "only these runs: keys or names of methods", type=str, nargs="+", group="what")
     seeds: Sequence[int] = option([], "default 1337 1338 1339; phantom 1337", type=int, nargs="+", group="what")
     results: str = option("results", "where the records are", group="what")

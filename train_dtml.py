@@ -51,6 +51,7 @@ from utils.run_folder import (
 PROFILES: dict[str, dict[str, Any]] = {
     "full": {},
     "half": {"downsample": 2, "patch_size": [64, 64, 32], "filters": 8, "query_channels": 32, "iterations": 2400},
+    "short": {"downsample": 2, "patch_size": [48, 48, 32], "filters": 8, "query_channels": 32, "iterations": 600},
     "phantom": {
         "labeled": 8,
         "patch_size": [48, 48, 32],
@@ -78,7 +79,9 @@ class Options:
     data: str = option(
         "", "folder of the data set (default data/la, else the phantom set)", group="data", harmless=True
     )
-    profile: str = option("", "scale of the run: full (default), half, phantom", choices=list(PROFILES), group="data")
+    profile: str = option(
+        "", "scale of the run: full (default), half, short, phantom", choices=list(PROFILES), group="data"
+    )
     labeled: int = option(16, "the first N scans of train.list are labeled", group="data")
     unlabeled: int | None = option(None, "so many others without label (default all; 0: none)", group="data", type=int)
     downsample: int = option(1, "pool this many voxels along each axis into one", group="data", minimum=1)

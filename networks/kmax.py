@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from networks.uxnet import Depthwise
+
 HEADS = 8  # of the self-attention
 SCALES = (16, 8, 4, 2, 1)  # strides of a backbone's maps, in their order
 EPSILON = 1e-3  # of all batch norms
@@ -72,7 +74,7 @@ class AssignmentPredictor(nn.Module):
     def __init__(self, channels: int, query_channels: int, momentum: float):
         super().__init__()
         embedding = query_channels // 2
-        self.depthwise = nn.Conv3d(channels, channels, 5, padding=2, groups=channels, bias=False)
+        self.depthwise = Depthwise(channels, 5, bias=False)
         nn.init.xavier_uniform_(self.depthwise.weight)
         self.norm = nn.BatchNorm3d(channels, momentum=momentum, eps=EPSILON)
         self.wide = project(channels, query_channels, momentum)

@@ -23,6 +23,17 @@ class ChannelNorm(nn.LayerNorm):
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
+class Depthwise(nn.Conv3d):
+    """A convolution of every channel alone, same size, odd kernel. On a CPU its gradient is up to four times as fast
+    in channels-last order, which the result then keeps."""
+
+    def __init__(self, channels: int, kernel: int, *, bias: bool = True):
+        super().__init__(channels, channels, kernel, padding=kernel // 2, groups=channels, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if x.is_cuda else x.contiguous(memory_format=torch.channels_last_3d))
+
+
 class InstanceNorm(nn.Module):
     """InstanceNorm without parameters or running statistics; a map of one voxel, its own mean, becomes 0."""
 
@@ -39,7 +50,7 @@ class UXBlock(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         wide = EXPANSION * channels
-        self.depthwise = nn.Conv3d(channels, channels, 7, padding=3, groups=channels)
+        self.depthwise = Depthwise(channels, 7)
         self.norm = ChannelNorm(channels)
         self.expand = nn.Conv3d(channels, wide, 1, groups=channels)
         self.shrink = nn.Conv3d(wide, channels, 1, groups=channels)

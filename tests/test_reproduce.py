@@ -239,7 +239,7 @@ def test_what_cannot_change_a_result_and_options_of_later_do_not_matter(here, ca
     "words, text",
     [
         (["--rows", "dtml", "ua-m"], r"--rows ua-m is not in this grid. Choose from supervised-16, .*ua-mt"),
-        (["--rows", "dtml-8"], r"--rows dtml-8 .* dtml-16"),
+        (["--rows", "dtml-4"], r"--rows dtml-4 .* dtml-16"),
         (["--table", "4"], r"--table 4 .* 1, 2, 3"),
         (["--profile", "phantom", "--table", "1"], r"--table 1 .* methods"),
         (["--budget", "5"], "--budget goes with --missing"),
@@ -262,7 +262,7 @@ def test_the_list_tells_state_and_command(here, capsys):
     (started / "last.pt").touch()
     reproduce.main(["--list", "--profile", "half", "--rows", "dtml-16", "--threads", "2"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "dtml-16 (table 1, 2, 3)"
+    assert lines[0] == "dtml-16 (table 1, 2, 3, dk-uxnet)"
     assert [line.strip() for line in lines[1::2]] == ["1337 done", "1338 started", "1339 missing"]
     assert lines[2].strip() == (
         "python train_dtml.py --method dtml --labeled 16 --profile half --seed 1337 --resume auto --runs "
