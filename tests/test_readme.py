@@ -71,7 +71,10 @@ def test_ci_runs_the_second_command():
     assert "requirements-dev.txt" in ci and second.split("&&")[-1].strip() in ci
 
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!http)([^)#]+)\)", README))))
+PROSE = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!http)([^)#]+)\)", PROSE))))
 def test_links_lead_somewhere(target):
     assert (ROOT / target).exists()
 
@@ -88,7 +91,8 @@ def test_flags_named_exist():
     known |= {"--metric", "--picture"}
     known |= {f"--{name}" for name in reproduce.Options.__dataclass_fields__}
     for kind in train_dtml.METHODS.values():
-        known |= {f"--{name.replace('_', '-')}" for name in kind.Options.__dataclass_fields__}
+        for name, f in kind.Options.__dataclass_fields__.items():
+            known |= {f"--{no}{name.replace('_', '-')}" for no in (["", "no-"] if f.type is bool else [""])}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known
 
 
