@@ -8,10 +8,10 @@ there is a label:
               + lambda_semi mean_{v: M > T} CE(p, [p > 1/2])  [unlabeled, once D has learned something]
     D   min   CE(D(Y), 1) + CE(D(p), 0)  [labeled]              Adam, after each step of S
 
-with the region attention w = (1 - M)^2, which looks where D is not convinced, and the sample attention
-a = 1/2 + 12.5 (mean(1 - M) - 1/2)^2 of each crop. No gradient flows through M, w and a. Ours: the Dice over all crops
-at once, Dice_a = 1 - 2 sum a p Y / sum a (p^2 + Y^2), as one with little of the organ has a rough Dice; a threshold T
-not taken from validation scans; the pseudo labels from 1/6 of the training on; the U-shape that D was meant to have.
+with the region attention w = (1 - M)^2, which looks where D is not convinced, the sample attention a = 1/2 + 12.5
+(mean(1 - M) - 1/2)^2 of each crop, and Dice_a = 1 - 2 sum a p Y / sum a (p^2 + Y^2); no gradient through M, w, a. Ours:
+w and a are divided by their means and so keep the balance of CE and Dice; T is not taken from validation scans; pseudo
+labels count from 1/6 of the training on; D is the U-shape that its code meant. `--attention released`: as they are.
 """
 
 from dataclasses import dataclass
@@ -24,9 +24,10 @@ from methods.adversary import Adversary, judged_output
 from methods.base import Batch, Losses, Method, labeled_part
 from networks.backbones import BACKBONES
 from networks.critics import ConfidenceNet
-from utils.losses import dice_loss, foreground_logits, hard_dice, masked_mean, weighted_sum
+from utils.losses import EPSILON, dice_loss, foreground_logits, hard_dice, masked_mean, weighted_sum
 from utils.options import option
 
+ATTENTION = ("relative", "released", "none")
 cross_entropy = F.binary_cross_entropy_with_logits
 
 
@@ -37,7 +38,7 @@ class ASDNet(Method):
     class Options(Method.Options):
         filters: int = option(16, "channels of the V-Net's first block; the critic has twice as many", minimum=1)
         softmax: bool = option(False, "two softmax channels in place of one sigmoid")
-        attention: bool = option(True, "weight voxels by w and crops by a")
+        attention: str = option("relative", "w and a, with mean 1 or as released, or neither", choices=ATTENTION)
         lambda_adv: float = option(0.05, "weight of convincing the critic", minimum=0)
         lambda_semi: float = option(0.1, "weight of the pseudo labels", minimum=0)
         threshold: float = option(0.2, "T, confidence above which a voxel is its own label", minimum=0, maximum=1)
@@ -66,16 +67,15 @@ class ASDNet(Method):
         return torch.cat([1 - p, p, image] if self.options.critic_image else [1 - p, p], dim=1)
 
     def forward(self, batch: Batch, iteration: int) -> Losses:
-        o, image, label = self.options, batch["image"], batch["label"]
-        labeled = len(label)
+        o, image, label, labeled = self.options, batch["image"], batch["label"], len(batch["label"])
         logits = foreground_logits(self.network(image)["seg"])
         p, y = logits.sigmoid(), label.unsqueeze(1).to(logits.dtype)
         opinion = foreground_logits(self.adversary(self.seen(p, image)))
-        M = opinion.detach().sigmoid()
-        doubt = 1 - M[:labeled]
-        w = doubt.square() if o.attention else torch.ones_like(doubt)
-        m = doubt.mean(dim=(1, 2, 3, 4), keepdim=True)
-        a = 0.5 + 12.5 * (m - 0.5).square() if o.attention else torch.ones_like(m)
+        M, doubt = opinion.detach().sigmoid(), torch.sigmoid(-opinion[:labeled].detach())
+        w, a = doubt.square(), 0.5 + 12.5 * (doubt.mean(dim=(1, 2, 3, 4), keepdim=True) - 0.5).square()
+        if o.attention != "released":
+            ones = torch.ones_like(w), torch.ones_like(a)
+            w, a = ones if o.attention == "none" else (w / w.mean().clamp(min=EPSILON), a / a.mean())
         ce = (a * w * cross_entropy(logits[:labeled], y, reduction="none")).mean()
         terms = {
             "seg": 0.5 * (ce + a.mean() * dice_loss(p[:labeled], label, a)),

@@ -33,6 +33,7 @@ RELEASED = {
     "lr": 1e-4, "lr_steps": [], "augment": "none", "groups": [16, 4, 108], "bn_momentum": 0.01, "crops": "independent",
     "noise": 5.0, "qd_weight": 1 / 30, "deep_weight": 0.0, "contrast": "sum", "lambda_max": 2.0, "ramp": "epochs",
 }  # fmt: skip
+LEVELS = (16, 8, 4, 2)
 CROPS, CONTRASTS, CONSISTENCIES = ("shared", "independent"), ("mean", "sum", "mse"), ("both", "segc", "qdc", "none")
 
 
@@ -48,7 +49,9 @@ class DKUXNet(Method):
         kmax: bool = option(True, "k-means decoder; without, a convolution gives S and there is no G")
         groups: list[int] = option([16, 16], "queries of each group, background first", nargs="+", minimum=1)
         query_channels: int = option(256, "channels of a query, a multiple of 16", minimum=16)
-        levels: list[int] = option([8, 8, 4, 4], "strides the k-means layers read; the figure has 16 8 4", nargs="+")
+        levels: list[int] = option(
+            [8, 8, 4, 4], "strides the k-means layers read; the figure: 16 8 4", nargs="+", choices=LEVELS
+        )
         bn_momentum: float = option(0.1, "of the decoder's batch norms; 0.01 lags too long", minimum=0, maximum=1)
         share_weights: bool = option(True, "one network sees both views, or one each")
         crops: str = option("shared", "of the two views; independent ones need not overlap", choices=CROPS)

@@ -610,7 +610,7 @@ def test_underscores_in_values_stay(run, tmp_path):
         "--profile half --sdm-loss both",
         "--method supervised --softmax",
         "--method ua-mt --preset authors",
-        "--method asdnet --no-attention --critic-image",
+        "--method asdnet --attention none --critic-image",
         "--resume auto",
         "--fresh",
     ],

@@ -309,7 +309,7 @@ def test_asdnet_s_critic_reads_its_deepest_scale():
     assert parameter_count(ConfidenceNet()) == 5_507_970
 
 
-@pytest.mark.parametrize("attention", [True, False])
+@pytest.mark.parametrize("attention", ["relative", "released", "none"])
 def test_asdnet_s_total_is_its_equation(attention):
     method, batch = make("asdnet", threshold=0.45, attention=attention).eval(), make_batch()
     losses = method(batch, T // 2)
@@ -320,11 +320,16 @@ def test_asdnet_s_total_is_its_equation(attention):
     M = scores.softmax(dim=1)[:, 1:]
     y = batch["label"][:, None].double()
     total = -0.05 * scores.log_softmax(dim=1)[:, 1].mean()
-    a = {i: 1 + 12.5 * ((1 - M[i]).mean() - 0.5) ** 2 - 0.5 if attention else torch.tensor(1.0) for i in range(2)}
+    w = {i: (1 - M[i]) ** 2 for i in range(2)}
+    a = {i: 1 + 12.5 * ((1 - M[i]).mean() - 0.5) ** 2 - 0.5 for i in range(2)}
+    if attention == "relative":
+        w_mean, a_mean = (w[0].mean() + w[1].mean()) / 2, (a[0] + a[1]) / 2
+        w, a = ({i: x[i] / mean for i in x} for x, mean in ((w, w_mean), (a, a_mean)))
+    if attention == "none":
+        w, a = {0: 1, 1: 1}, {0: 1, 1: 1}
     ce = overlap = size = 0
     for i in range(2):
-        w = (1 - M[i]) ** 2 if attention else 1
-        ce += a[i] * (w * -(y[i] * p[i].log() + (1 - y[i]) * (1 - p[i]).log())).mean() / 2
+        ce += a[i] * (w[i] * -(y[i] * p[i].log() + (1 - y[i]) * (1 - p[i]).log())).mean() / 2
         overlap, size = overlap + a[i] * (p[i] * y[i]).sum(), size + a[i] * ((p[i] ** 2).sum() + y[i].sum())
     total += 0.5 * (ce + (a[0] + a[1]) / 2 * (1 - (2 * overlap + 1e-5) / (size + 1e-5)))
     own = torch.maximum(p[2:], 1 - p[2:])
@@ -341,7 +346,7 @@ def test_asdnet_s_attention_and_confidence_carry_no_gradient():
     method.network.forward = lambda image: {"seg": leaf}
     (found,) = torch.autograd.grad(method(batch, 0).terms["seg"], leaf)
     assert found[2:].abs().max() == 0  # unlabeled crops are not in it, though M reads them
-    plain = make("asdnet", attention=False)
+    plain = make("asdnet", attention="none")
     plain.network.forward = method.network.forward
     (other,) = torch.autograd.grad(plain(batch, 0).terms["seg"], leaf)
     assert not torch.allclose(found, other)

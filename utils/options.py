@@ -20,7 +20,7 @@ def option(
     *,
     group: str = "run",
     type: Any = None,
-    choices: Sequence[str] | None = None,
+    choices: Sequence[Any] | None = None,
     nargs: int | str | None = None,
     minimum: float | None = None,
     maximum: float = math.inf,
