@@ -69,10 +69,10 @@ class DKUXNet(Method):
     def __init__(self, options: Options, *, iterations: int):
         super().__init__(options, iterations=iterations)
         o = options
-        if len(o.groups) < 2 or o.query_channels % 16 or not set(o.levels) <= {2, 4, 8, 16}:
-            raise UserError(
-                "--groups needs two or more, --query-channels a multiple of 16, --levels of 16, 8, 4 and 2."
-            )
+        if len(o.groups) < 2:
+            raise UserError(f"--groups {o.groups[0]} is one group. Give two or more: those of background and organ.")
+        if o.query_channels % 16:
+            raise UserError(f"--query-channels {o.query_channels} must be a multiple of 16, for eight heads of keys.")
         self.networks = nn.ModuleList(
             QueryNet(BACKBONES[o.backbone], filters=o.filters, kmax=o.kmax, queries=sum(o.groups), levels=o.levels,
                      query_channels=o.query_channels, momentum=o.bn_momentum, train_levels=o.deep_weight > 0)
