@@ -31,7 +31,8 @@ from utils.ramps import RAMPS, ramp_up
 ADAMW = {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.01}
 RELEASED = {
     "lr": 1e-4, "lr_steps": [], "augment": "none", "groups": [16, 4, 108], "bn_momentum": 0.01, "crops": "independent",
-    "noise": 5.0, "qd_weight": 1 / 30, "deep_weight": 0.0, "contrast": "sum", "lambda_max": 2.0, "ramp": "epochs",
+    "scale": 0.1, "noise": 5.0, "qd_weight": 1 / 30, "deep_weight": 0.0, "contrast": "sum", "lambda_max": 2.0,
+    "ramp": "epochs",
 }  # fmt: skip
 LEVELS = (16, 8, 4, 2)
 CROPS, CONTRASTS, CONSISTENCIES = ("shared", "independent"), ("mean", "sum", "mse"), ("both", "segc", "qdc", "none")
@@ -53,6 +54,7 @@ class DKUXNet(Method):
             [8, 8, 4, 4], "strides the k-means layers read; the figure: 16 8 4", nargs="+", choices=LEVELS
         )
         bn_momentum: float = option(0.1, "of the decoder's batch norms; 0.01 lags too long", minimum=0, maximum=1)
+        scale: float = option(1.0, "first spread of the assignments' logits; from 0.1 G stays even long", minimum=0)
         share_weights: bool = option(True, "one network sees both views, or one each")
         crops: str = option("shared", "of the two views; independent ones need not overlap", choices=CROPS)
         noise: float = option(1.0, "largest variance of the strong view's noise", minimum=0)
@@ -75,7 +77,8 @@ class DKUXNet(Method):
             raise UserError(f"--query-channels {o.query_channels} must be a multiple of 16, for eight heads of keys.")
         self.networks = nn.ModuleList(
             QueryNet(BACKBONES[o.backbone], filters=o.filters, kmax=o.kmax, queries=sum(o.groups), levels=o.levels,
-                     query_channels=o.query_channels, momentum=o.bn_momentum, train_levels=o.deep_weight > 0)
+                     query_channels=o.query_channels, momentum=o.bn_momentum, scale=o.scale,
+                     train_levels=o.deep_weight > 0)
             for _ in range(1 if o.share_weights else 2)
         )  # fmt: skip
 

@@ -68,10 +68,10 @@ class AssignmentPredictor(nn.Module):
     """M = BN(F^T W): how well each query fits each voxel.
 
     F, of unit length at every voxel, from the map: depthwise 5x5x5, 1x1x1 to C, 1x1x1 to C/2. W from the queries. The
-    norm is of one channel over all of (B,N,v); its weight starts at 0.1, so that the first assignments are near even.
+    norm is of one channel over all of (B,N,v); its weight starts at `scale`, which is the first spread of the logits.
     """
 
-    def __init__(self, channels: int, query_channels: int, momentum: float):
+    def __init__(self, channels: int, query_channels: int, momentum: float, scale: float):
         super().__init__()
         embedding = query_channels // 2
         self.depthwise = Depthwise(channels, 5, bias=False)
@@ -83,7 +83,7 @@ class AssignmentPredictor(nn.Module):
         self.last_norm = nn.BatchNorm1d(embedding, momentum=momentum, eps=EPSILON)
         self.query = project(query_channels, embedding, momentum)
         self.scale = nn.BatchNorm1d(1, momentum=momentum, eps=EPSILON)
-        nn.init.constant_(self.scale.weight, 0.1)
+        nn.init.constant_(self.scale.weight, scale)
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         """x (B,channels,w,h,d) and z (B,C,N) -> M (B,N,v)."""
@@ -100,13 +100,13 @@ class KMeansLayer(nn.Module):
     norm of each of the three branches starts at 0, so that at first the layer maps Q to gelu(gelu(Q)).
     """
 
-    def __init__(self, channels: int, query_channels: int, momentum: float):
+    def __init__(self, channels: int, query_channels: int, momentum: float, scale: float):
         super().__init__()
         C, sd = query_channels, query_channels**-0.5
         self.pixel = project(channels, C, momentum)
         self.query = project(C, C, momentum)
         self.value = project(C, C, momentum, sd=sd)
-        self.predictor = AssignmentPredictor(C, C, momentum)
+        self.predictor = AssignmentPredictor(C, C, momentum, scale)
         self.update_norm = nn.BatchNorm1d(C, momentum=momentum, eps=EPSILON)
         self.update = project(C, C, momentum, gate=0.0)
         self.qkv = project(C, 2 * C, momentum, sd=sd)
@@ -146,14 +146,16 @@ class KMaXDecoder(nn.Module):
         query_channels: C, a multiple of 16.
         levels: strides of the maps that the layers read, 2 to 16.
         momentum: of all batch norms.
+        scale: first standard deviation of the logits of every assignment; 0.1 as published, near even shares.
 
     Raises:
         ValueError: for other levels, or query channels that the eight heads cannot share.
     """
 
     def __init__(
-        self, *, filters: int, classes: int, queries: int, query_channels: int, levels: Sequence[int], momentum: float
-    ):
+        self, *, filters: int, classes: int, queries: int, query_channels: int, levels: Sequence[int],
+        momentum: float, scale: float = 0.1,
+    ):  # fmt: skip
         super().__init__()
         if query_channels % (2 * HEADS):
             raise ValueError(f"query channels must be a multiple of {2 * HEADS}, not {query_channels}")
@@ -163,9 +165,9 @@ class KMaXDecoder(nn.Module):
         self.places = [SCALES.index(stride) for stride in levels]
         self.queries = nn.Parameter(torch.empty(C, queries))
         truncated_(self.queries, 1.0)
-        self.layers = nn.ModuleList([KMeansLayer(stride * filters, C, momentum) for stride in levels])
+        self.layers = nn.ModuleList([KMeansLayer(stride * filters, C, momentum, scale) for stride in levels])
         self.mask = project(C, C, momentum)
-        self.predictor = AssignmentPredictor(filters, C, momentum)
+        self.predictor = AssignmentPredictor(filters, C, momentum, scale)
         self.classify = nn.Sequential(nn.Linear(C * queries, C // 4), nn.ReLU(), nn.Linear(C // 4, queries * classes))
 
     def forward(self, maps: list[Tensor]) -> Clusters:
@@ -189,12 +191,12 @@ class QueryNet(nn.Module):
         backbone: class of the backbone, built without dropout.
         kmax: False replaces the decoder by a head of the backbone: logits alone, no queries, no assignment.
         train_levels: False freezes what predicts the layers' assignments, for losses that do not reach it.
-        filters, queries, query_channels, levels, momentum, classes: as in KMaXDecoder.
+        filters, queries, query_channels, levels, momentum, scale, classes: as in KMaXDecoder.
     """
 
     def __init__(
         self, backbone: Callable[..., Any], *, filters: int, kmax: bool, queries: int, query_channels: int,
-        levels: Sequence[int], momentum: float, train_levels: bool, classes: int = 2,
+        levels: Sequence[int], momentum: float, train_levels: bool, scale: float = 0.1, classes: int = 2,
     ):  # fmt: skip
         super().__init__()
         self.backbone = backbone(heads={} if kmax else {"seg": classes}, filters=filters, dropout=False)
@@ -202,7 +204,7 @@ class QueryNet(nn.Module):
         if kmax:
             self.kmax = KMaXDecoder(
                 filters=filters, classes=classes, queries=queries, query_channels=query_channels, levels=levels,
-                momentum=momentum,
+                momentum=momentum, scale=scale,
             )  # fmt: skip
             for layer in self.kmax.layers:
                 layer.predictor.requires_grad_(train_levels)

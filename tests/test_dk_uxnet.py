@@ -166,7 +166,7 @@ def test_the_assignment_is_a_hard_partition_without_gradient():
 
 def test_a_layer_begins_as_gelu_of_gelu():
     torch.manual_seed(0)
-    layer, Q = KMeansLayer(8, 16, 0.1), torch.randn(2, 16, 5)
+    layer, Q = KMeansLayer(8, 16, 0.1, 0.1), torch.randn(2, 16, 5)
     found, M = layer(torch.randn(2, 8, 4, 4, 4), Q)
     torch.testing.assert_close(found, F.gelu(F.gelu(Q)), atol=0, rtol=0)
     assert M.std().item() == pytest.approx(0.1, rel=0.05)
@@ -175,7 +175,7 @@ def test_a_layer_begins_as_gelu_of_gelu():
 @pytest.mark.parametrize("training", [True, False])
 def test_a_layer_is_equivariant_to_the_order_of_the_queries(training):
     torch.manual_seed(0)
-    layer = open_gates(KMeansLayer(8, 16, 0.1)).double()
+    layer = open_gates(KMeansLayer(8, 16, 0.1, 0.1)).double()
     X, Q, order = torch.randn(2, 8, 4, 4, 4).double(), torch.randn(2, 16, 5).double(), torch.randperm(5)
     for _ in range(40):
         layer(X, Q)  # until the running statistics are those of this input
@@ -199,7 +199,7 @@ def test_the_class_head_is_not_equivariant():
 def test_the_k_means_step_is_its_equation():
     """With self-attention and feed-forward closed: Q + proj(BN(sum of the values of each query's voxels))."""
     torch.manual_seed(0)
-    layer = KMeansLayer(8, 16, 0.1).double()
+    layer = KMeansLayer(8, 16, 0.1, 0.1).double()
     nn.init.ones_(layer.update[1].weight)
     X, Q = torch.randn(2, 8, 4, 4, 4).double(), torch.randn(2, 16, 5).double()
     found, M = layer(X, Q)
@@ -216,7 +216,7 @@ def test_the_k_means_step_is_its_equation():
 
 def test_attention_is_over_the_other_queries():
     torch.manual_seed(0)
-    layer, z = KMeansLayer(8, 16, 0.1).double(), torch.randn(2, 16, 5).double()
+    layer, z = KMeansLayer(8, 16, 0.1, 0.1).double(), torch.randn(2, 16, 5).double()
     found = layer.attention(z)
     q, k, v = layer.qkv(z).split([8, 8, 16], dim=1)
     similarity = torch.stack([q[:, h : h + 1].transpose(1, 2) @ k[:, h : h + 1] for h in range(8)], dim=1)

@@ -234,6 +234,7 @@ OWN = {
         "query_channels": [("--query-channels 32", "")],
         "levels": [("--levels 16 8 4", ""), ("--levels 8", "")],
         "bn_momentum": [("--bn-momentum 0.01", "")],
+        "scale": [("--scale 0.1", "")],
         "share_weights": [("--no-share-weights", "")],
         "crops": [("--crops independent", "")],
         "noise": [("--noise 0", ""), ("--noise 5", "")],
@@ -671,7 +672,7 @@ PRESETS = {  # method: what its two presets come to
         {
             "lr": 0.0001, "lr_steps": [], "augment": "none", "groups": [16, 4, 108], "bn_momentum": 0.01,
             "crops": "independent", "noise": 5.0, "qd_weight": 1 / 30, "deep_weight": 0.0, "contrast": "sum",
-            "lambda_max": 2.0, "ramp": "epochs",
+            "lambda_max": 2.0, "ramp": "epochs", "scale": 0.1,
         },
     ),
 }  # fmt: skip
