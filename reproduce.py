@@ -46,7 +46,7 @@ from utils.statistics import read_row
 # the grid: key of a run, its flags
 SEMI_SUPERVISED = ("dtml", "mean-teacher", "ua-mt", "tcse", "dtc", "sassnet", "asdnet", "double-unc")
 ALONE = "--unlabeled 0 --consistency none"  # of DK-UXNet: the same network on labeled scans only
-SMALLER = "--patch-size 32 32 16 --iterations 200"
+SMALLER = "--downsample 2 --patch-size 32 32 16"
 LA_RUNS = {
     "supervised-16": "--method supervised --labeled 16",
     "supervised-80": "--method supervised --labeled 80",
@@ -150,7 +150,7 @@ PHANTOM_TABLES = {
         Row("dk-uxnet", "8 / 32", "dk-uxnet-8"),
         Row("dk-uxnet's network, labeled scans alone", "8 / 0", "dk-uxnet-alone-8"),
     ]),
-    "dk-uxnet": ("What each part and each repair of DK-UXNet does, on crops of 32x32x16, 200 iterations", [
+    "dk-uxnet": ("What each part and each repair of DK-UXNet does, at half resolution, crops of 32x32x16", [
         Row(label, "8 / 0" if key == "alone" else "8 / 32", f"ablation-{key}") for key, (label, _) in ABLATIONS.items()
     ]),
 }  # fmt: skip
