@@ -50,9 +50,7 @@ class DKUXNet(Method):
         kmax: bool = option(True, "k-means decoder; without, a convolution gives S and there is no G")
         groups: list[int] = option([16, 16], "queries of each group, background first", nargs="+", minimum=1)
         query_channels: int = option(256, "channels of a query, a multiple of 16", minimum=16)
-        levels: list[int] = option(
-            [8, 8, 4, 4], "strides the k-means layers read; the figure: 16 8 4", nargs="+", choices=LEVELS
-        )
+        levels: list[int] = option([8, 8, 4, 4], "strides of the layers' maps", nargs="+", choices=LEVELS)
         bn_momentum: float = option(0.1, "of the decoder's batch norms; 0.01 lags too long", minimum=0, maximum=1)
         scale: float = option(1.0, "first spread of the assignments' logits; from 0.1 G stays even long", minimum=0)
         share_weights: bool = option(True, "one network sees both views, or one each")
@@ -71,10 +69,8 @@ class DKUXNet(Method):
     def __init__(self, options: Options, *, iterations: int):
         super().__init__(options, iterations=iterations)
         o = options
-        if len(o.groups) < 2:
-            raise UserError(f"--groups {o.groups[0]} is one group. Give two or more: those of background and organ.")
-        if o.query_channels % 16:
-            raise UserError(f"--query-channels {o.query_channels} must be a multiple of 16, for eight heads of keys.")
+        if len(o.groups) < 2 or o.query_channels % 16:
+            raise UserError("--groups must be two or more numbers, --query-channels a multiple of 16.")
         self.networks = nn.ModuleList(
             QueryNet(BACKBONES[o.backbone], filters=o.filters, kmax=o.kmax, queries=sum(o.groups), levels=o.levels,
                      query_channels=o.query_channels, momentum=o.bn_momentum, scale=o.scale,
@@ -91,6 +87,7 @@ class DKUXNet(Method):
         return ("seg", *["cluster"] * self.options.kmax, *["strong"] * (not self.options.share_weights))
 
     def G(self, P: Tensor) -> Tensor:
+        """The groups' shares (N,groups,...) of the queries' P (N,queries,...)."""
         return group_sums(P, self.options.groups)
 
     def forward(self, batch: Batch, iteration: int) -> Losses:
@@ -146,5 +143,9 @@ class DKUXNet(Method):
         return torch.cat([found[name] for name in outputs], dim=1)
 
     def maps(self, image: Tensor) -> dict[str, Tensor]:
-        p = self.predict(image, self.outputs)
-        return dict(zip(("p", *self.outputs[1:]), p.unbind(1), strict=True))
+        weak = self.networks[0](image)
+        found = {"p": foreground_logits(weak.logits).sigmoid().squeeze(1)}
+        if weak.assignment is not None:
+            found["cluster"] = 1 - self.G(weak.assignment)[:, 0]
+            found["query"] = weak.assignment.argmax(dim=1) / weak.assignment.shape[1]
+        return found

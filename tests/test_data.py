@@ -7,7 +7,7 @@ from conftest import make_set, write_case
 
 from dataloaders.augmentation import Draw, draw_augmentation, turn_and_flip
 from dataloaders.cases import Case, find_cases, lists_of, read_case, read_geometry
-from dataloaders.two_stream import Patches, Slot, TwoStreamBatchSampler, make_loader
+from dataloaders.two_stream import Patches, Slot, TwoStreamBatchSampler, collate, make_loader
 from dataloaders.volumes import Volumes
 from utils.sdm import signed_distance_map
 
@@ -108,6 +108,21 @@ def test_volumes_smaller_equal_and_larger_than_the_patch(tmp_path, shape):
             sides = [min(a, b) for a, b in zip(shape, (16, 12, 8), strict=True)]
             if kind == "none":
                 assert item["label"].sum() == np.prod(sides)
+
+
+def test_a_second_crop_is_drawn_on_its_own_and_moves_the_first_by_nothing(tiny_set):
+    one, two = (patches(tiny_set, (8, 8, 8), other=other) for other in (False, True))
+    overlap = 0
+    for step in range(40):
+        a, b = (p[Slot(step, 0, step % 8)] for p in (one, two))
+        assert torch.equal(a["image"], b["image"]) and set(a) | {"other_image"} <= set(b)
+        assert ("other_label" in b) == ("label" in b) == (step % 8 < 4)  # an unlabeled scan has none in either crop
+        overlap += torch.equal(b["image"], b["other_image"])
+        if "other_label" in b:
+            assert ((b["other_image"][0] > 0.5) == (b["other_label"] > 0)).float().mean() > 0.85  # of the same place
+    assert overlap == 0
+    batch = collate([two[Slot(0, slot, case)] for slot, case in enumerate((0, 1, 4, 5))])
+    assert batch["other_image"].shape == (4, 1, 8, 8, 8) and batch["other_label"].shape == (2, 8, 8, 8)
 
 
 def test_the_middle_crop_is_the_same_at_every_call(tiny_set):

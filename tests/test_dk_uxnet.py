@@ -476,13 +476,15 @@ def test_outputs_are_probabilities(options):
         assert p.shape == (4, len(method.outputs), 32, 32, 16) and p.min() >= 0 and p.max() <= 1
         for i, name in enumerate(method.outputs):
             torch.testing.assert_close(method.predict(batch["image"], (name,))[:, 0], p[:, i])
-        assert len(method.maps(batch["image"])) == len(method.outputs)
+        shown = method.maps(batch["image"])
+        torch.testing.assert_close(shown["p"], p[:, 0])
+        assert ("query" in shown) == ("cluster" in method.outputs)
     assert ("cluster" in method.outputs) == options.get("kmax", True)
     assert ("strong" in method.outputs) == (not options.get("share_weights", True))
 
 
 @pytest.mark.parametrize(
-    ("wrong", "text"), [({"groups": [8]}, "--groups 8"), ({"query_channels": 20}, "multiple of 16")]
+    ("wrong", "text"), [({"groups": [8]}, "--groups must be two"), ({"query_channels": 20}, "multiple of 16")]
 )
 def test_options_that_cannot_be_built_are_a_user_s_mistake(wrong, text):
     with pytest.raises(UserError, match=text):
