@@ -88,7 +88,7 @@ def test_flags_named_exist():
     parser = Parser()
     parser.add_dataclass(train_dtml.Options)
     known = set(parser._option_string_actions) | {"--checkpoint", "--weighting", "--nproc-per-node", "--logdir"}
-    known |= {"--metric", "--picture"}
+    known |= {"--metric", "--picture", "--dist"}  # of other programs
     known |= {f"--{name}" for name in reproduce.Options.__dataclass_fields__}
     for kind in train_dtml.METHODS.values():
         for name, f in kind.Options.__dataclass_fields__.items():
