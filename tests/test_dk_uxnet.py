@@ -498,7 +498,7 @@ def test_it_learns_in_forty_steps_and_is_as_good_in_evaluation_mode():
     for momentum in (0.1, 0.01):
         method = make(bn_momentum=momentum)
         optimizer = torch.optim.AdamW(method.parameters(), lr=3e-3)
-        for iteration in range(60):
+        for iteration in range(40):
             optimizer.zero_grad()
             losses = method(batch, iteration)
             losses.total.backward()
