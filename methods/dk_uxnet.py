@@ -47,7 +47,7 @@ class DKUXNet(Method):
     class Options(Method.Options):
         backbone: str = option("uxnet", "network below the queries", choices=list(BACKBONES))
         filters: int = option(48, "channels of the backbone's first scale", minimum=1)
-        kmax: bool = option(True, "k-means decoder; without, a convolution gives S and there is no G")
+        kmax: bool = option(True, "k-means decoder; without, a convolution gives S and there is no G, L_qd, L_qdc")
         groups: list[int] = option([16, 16], "queries of each group, background first", nargs="+", minimum=1)
         query_channels: int = option(256, "channels of a query, a multiple of 16", minimum=16)
         levels: list[int] = option([8, 8, 4, 4], "strides of the layers' maps", nargs="+", choices=LEVELS)
@@ -71,6 +71,8 @@ class DKUXNet(Method):
         o = options
         if len(o.groups) < 2 or o.query_channels % 16:
             raise UserError("--groups must be two or more numbers, --query-channels a multiple of 16.")
+        if not o.kmax and o.consistency == "qdc":
+            raise UserError("--no-kmax leaves nothing of --consistency qdc, which compares G. Take segc or none.")
         self.networks = nn.ModuleList(
             QueryNet(BACKBONES[o.backbone], filters=o.filters, kmax=o.kmax, queries=sum(o.groups), levels=o.levels,
                      query_channels=o.query_channels, momentum=o.bn_momentum, scale=o.scale,

@@ -484,7 +484,12 @@ def test_outputs_are_probabilities(options):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "text"), [({"groups": [8]}, "--groups must be two"), ({"query_channels": 20}, "multiple of 16")]
+    ("wrong", "text"),
+    [
+        ({"groups": [8]}, "--groups must be two"),
+        ({"query_channels": 20}, "multiple of 16"),
+        ({"kmax": False, "consistency": "qdc"}, "--no-kmax"),
+    ],
 )
 def test_options_that_cannot_be_built_are_a_user_s_mistake(wrong, text):
     with pytest.raises(UserError, match=text):

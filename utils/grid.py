@@ -1,0 +1,116 @@
+"""The grid of reproduce.py: every run of Tables 1 to 3 of the DTML paper (Zhang & Zhang 2021) and of DK-UXNet, and the
+tables' rows. RUNS: key of a run -> its flags; TABLES: name -> title and rows."""
+
+from typing import NamedTuple
+
+SEMI_SUPERVISED = ("dtml", "mean-teacher", "ua-mt", "tcse", "dtc", "sassnet", "asdnet", "double-unc")
+ALONE = "--unlabeled 0 --consistency none"  # of DK-UXNet: the same network on labeled scans only
+SMALLER = "--downsample 2 --patch-size 32 32 16"
+LA_RUNS = {
+    "supervised-16": "--method supervised --labeled 16",
+    "supervised-80": "--method supervised --labeled 80",
+    "supervised-sdm-16": "--method supervised --head sdm --labeled 16",
+    "dtml-dis-16": "--method dtml --sdm-loss dis --labeled 16",
+    "dtml-both-16": "--method dtml --sdm-loss both --labeled 16",
+    "dtml-16-0": "--method dtml --labeled 16 --unlabeled 0",
+    **{f"{name}-16": f"--method {name} --labeled 16" for name in SEMI_SUPERVISED},
+    "supervised-8": "--method supervised --labeled 8",
+    "dtml-8": "--method dtml --labeled 8",
+    "dtml-uxnet-16": "--method dtml --backbone uxnet --labeled 16",
+    **{f"dk-uxnet-{n}": f"--method dk-uxnet --labeled {n}" for n in (8, 16)},
+    **{f"dk-uxnet-released-{n}": f"--method dk-uxnet --preset released --labeled {n}" for n in (8, 16)},
+    **{f"dk-uxnet-alone-{n}": f"--method dk-uxnet --labeled {n} {ALONE}" for n in (8, 16)},
+}
+ABLATIONS = {  # key: what the row is called, flags
+    "all": ("DK-UXNet, `repaired`", ""),
+    "alone": ("labeled scans alone", ALONE),
+    "no-segc": ("without L_segc", "--consistency qdc"),
+    "no-qdc": ("without L_qdc", "--consistency segc"),
+    "no-consistency": ("without either", "--consistency none"),
+    "no-qd": ("without L_qd", "--qd-weight 0"),
+    "no-kmax": ("without the k-means decoder", "--no-kmax"),
+    "vnet": ("without the UX-Net: V-Net", "--backbone vnet"),
+    "two": ("a network for each view", "--no-share-weights"),
+    "levels": ("levels of the figure: 16 8 4", "--levels 16 8 4"),
+    "mse": ("mean square for contrast", "--contrast mse"),
+    "deep": ("repair undone: layers' assignment untrained", "--deep-weight 0"),
+    "sum": ("repair undone: contrast of sums", "--contrast sum"),
+    "crops": ("repair undone: independent crops", "--crops independent"),
+    "momentum": ("repair undone: batch-norm momentum 0.01", "--bn-momentum 0.01"),
+    "groups": ("repair undone: groups 16 4 108", "--groups 16 4 108"),
+    "released": ("`released`", "--preset released"),
+}
+PHANTOM_RUNS = {
+    "supervised-8": "--method supervised",
+    "supervised-40": "--method supervised --labeled 40",
+    "supervised-sdm-8": "--method supervised --head sdm",
+    **{f"{name}-8": f"--method {name}" for name in SEMI_SUPERVISED},
+    "dk-uxnet-8": "--method dk-uxnet",
+    "dk-uxnet-alone-8": f"--method dk-uxnet {ALONE}",
+    **{f"ablation-{key}": f"--method dk-uxnet {SMALLER} {flags}" for key, (_, flags) in ABLATIONS.items()},
+}
+
+
+class Row(NamedTuple):
+    """A row of a table: its name, labeled / unlabeled scans, its run, the paper's four figures, the output scored."""
+
+    label: str
+    scans: str
+    key: str
+    paper: str = "not in the paper"
+    output: str = "seg"
+
+
+Tables = dict[str, tuple[str, list[Row]]]
+UNREAD = "not known"
+LA_TABLES: Tables = {
+    "1": ("Table 1: the supervised loss of M_d", [
+        Row("L_dis", "16 / 64", "dtml-dis-16", "89.72 81.55 1.97 7.64"),
+        Row("L_mask", "16 / 64", "dtml-16", "90.12 82.14 1.82 7.01"),
+        Row("L_dis + L_mask", "16 / 64", "dtml-both-16", "89.89 81.82 1.93 6.61"),
+    ]),
+    "2": ("Table 2: single networks and mutual learning", [
+        Row("M_s only", "16 / 0", "supervised-16", "86.03 76.06 3.51 14.26"),
+        Row("M_d only", "16 / 0", "supervised-sdm-16", "88.69 79.91 3.12 11.62", "sdm"),
+        Row("DTML", "16 / 0", "dtml-16-0", "89.17 80.68 2.13 7.82"),
+        Row("DTML", "16 / 64", "dtml-16", "90.12 82.14 1.82 7.01"),
+    ]),
+    "3": ("Table 3: methods", [
+        Row("V-Net", "16 / 0", "supervised-16", "86.03 76.06 3.51 14.26"),
+        Row("V-Net", "80 / 0", "supervised-80", "91.14 83.82 1.52 5.75"),
+        Row("Mean Teacher", "16 / 64", "mean-teacher-16"),
+        Row("ASDNet", "16 / 64", "asdnet-16", "87.90 78.85 2.08 9.24"),
+        Row("TCSE", "16 / 64", "tcse-16", "88.15 79.20 2.44 9.57"),
+        Row("UA-MT", "16 / 64", "ua-mt-16", "88.88 80.21 2.26 7.32"),
+        Row("DTC (its authors publish Jaccard 80.98)", "16 / 64", "dtc-16", "89.42 80.89 2.10 7.32"),
+        Row("SASSNet", "16 / 64", "sassnet-16", "89.54 81.24 2.20 8.24"),
+        Row("DoubleUnc", "16 / 64", "double-unc-16", "89.65 81.35 2.03 7.04"),
+        Row("DTML", "16 / 64", "dtml-16", "90.12 82.14 1.82 7.01"),
+    ]),
+    "dk-uxnet": ("DK-UXNet, whose paper's figures could not be read", [
+        Row("V-Net", "8 / 0", "supervised-8", UNREAD),
+        Row("DTML", "8 / 72", "dtml-8", UNREAD),
+        Row("DK-UXNet's network, labeled scans alone", "8 / 0", "dk-uxnet-alone-8", UNREAD),
+        Row("DK-UXNet, `repaired`", "8 / 72", "dk-uxnet-8", UNREAD),
+        Row("DK-UXNet, `released`", "8 / 72", "dk-uxnet-released-8", UNREAD),
+        Row("V-Net", "16 / 0", "supervised-16", UNREAD),
+        Row("DTML", "16 / 64", "dtml-16", UNREAD),
+        Row("DTML on UX-Net", "16 / 64", "dtml-uxnet-16", UNREAD),
+        Row("DK-UXNet's network, labeled scans alone", "16 / 0", "dk-uxnet-alone-16", UNREAD),
+        Row("DK-UXNet, `repaired`", "16 / 64", "dk-uxnet-16", UNREAD),
+        Row("DK-UXNet, `released`", "16 / 64", "dk-uxnet-released-16", UNREAD),
+    ]),
+}  # fmt: skip
+PHANTOM_TABLES: Tables = {
+    "methods": ("Methods on the phantom set", [
+        Row("supervised, 8 labeled (lower bound)", "8 / 0", "supervised-8"),
+        Row("supervised, all 40 labeled (upper bound)", "40 / 0", "supervised-40"),
+        Row("supervised, M_d alone", "8 / 0", "supervised-sdm-8", output="sdm"),
+        *(Row(name, "8 / 32", f"{name}-8") for name in SEMI_SUPERVISED),
+        Row("dk-uxnet", "8 / 32", "dk-uxnet-8"),
+        Row("dk-uxnet's network, labeled scans alone", "8 / 0", "dk-uxnet-alone-8"),
+    ]),
+    "dk-uxnet": ("What each part and each repair of DK-UXNet does, at half resolution, crops of 32x32x16", [
+        Row(label, "8 / 0" if key == "alone" else "8 / 32", f"ablation-{key}") for key, (label, _) in ABLATIONS.items()
+    ]),
+}  # fmt: skip
