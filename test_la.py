@@ -86,13 +86,6 @@ def predict_scan(
     return upsample_probability(p, downsample, tuple(image.shape))
 
 
-def score(mask: NDArray[np.bool_], label: NDArray, spacing: Sequence[float]) -> dict[str, float]:
-    """The four metrics in voxels, and the two distances in mm."""
-    in_voxels = segmentation_metrics(mask, label)
-    in_mm = segmentation_metrics(mask, label, spacing)
-    return {**in_voxels, **{f"{name}_mm": in_mm[name] for name in ("asd", "hd95")}}
-
-
 def save_nifti(path: Path, mask: NDArray[np.bool_], geometry: dict[str, Any]) -> None:
     """mask (W,H,D) -> NIfTI of 0 and 1 with the scan's spacing, and origin and direction where known."""
     picture = sitk.GetImageFromArray(mask.astype(np.uint8).transpose(2, 1, 0))  # SimpleITK's arrays are z, y, x
@@ -191,7 +184,7 @@ def main(argv: list[str] | None = None) -> None:
         for output, volume in zip(outputs, p.cpu().numpy(), strict=True):
             masks = {"all": volume > 0.5, "largest": largest_component(volume > 0.5)}
             for component, mask in masks.items():
-                metrics = score(mask, label, geometry["spacing"])
+                metrics = segmentation_metrics(mask, label, geometry["spacing"])
                 voxels = {"voxels": int(mask.sum()), "label_voxels": int(label.sum())}
                 rows.append({"case": case.name, "output": output, "component": component, **metrics, **voxels})
             if o.save != "none":

@@ -8,6 +8,7 @@ from medpy.metric import binary
 from scipy.ndimage import gaussian_filter, label, shift
 
 from dataloaders.cases import find_cases, lists_of, read_case
+from utils import metrics
 from utils.metrics import METRICS, largest_component, mean_and_sd, segmentation_metrics
 
 
@@ -15,14 +16,17 @@ def blob(seed: int, shape=(40, 36, 30)) -> np.ndarray:
     return gaussian_filter(np.random.default_rng(seed).standard_normal(shape), 3) > 0.02
 
 
+def ball(radius: int) -> np.ndarray:
+    return ((np.indices((40, 40, 40)) - 20) ** 2).sum(0) <= radius**2
+
+
 def from_medpy(a: np.ndarray, b: np.ndarray, spacing=None) -> dict[str, float]:
-    return {
-        "dice": binary.dc(a, b), "jaccard": binary.jc(a, b),
-        "asd": binary.asd(a, b, spacing), "hd95": binary.hd95(a, b, spacing),
-    }  # fmt: skip
+    found = {"dice": binary.dc(a, b), "jaccard": binary.jc(a, b), "asd": binary.asd(a, b), "hd95": binary.hd95(a, b)}
+    in_mm = {} if spacing is None else {"asd_mm": binary.asd(a, b, spacing), "hd95_mm": binary.hd95(a, b, spacing)}
+    return found | in_mm
 
 
-@pytest.mark.parametrize("spacing", [None, (0.625, 0.625, 1.25)])
+@pytest.mark.parametrize("spacing", [None, (0.625,) * 3, (0.7, 0.7, 0.7), (0.625, 0.625, 1.25)])
 @pytest.mark.parametrize("seed", range(4))
 def test_equal_to_medpy_on_the_whole_volume_bit_for_bit(seed, spacing):
     """Large blobs touch the volume's edge, small ones leave most of it empty."""
@@ -32,6 +36,28 @@ def test_equal_to_medpy_on_the_whole_volume_bit_for_bit(seed, spacing):
         window[10:25, 5:20, 8:22] = True
         a, b = a & window, b & window
     assert segmentation_metrics(a, b, spacing) == from_medpy(a, b, spacing)
+
+
+WORST = {
+    "noise": tuple(np.random.default_rng(0).random((2, 24, 30, 20)) < 0.5),
+    "thin noise": tuple(np.random.default_rng(0).random((2, 24, 30, 20)) < 0.01),
+    "full": (np.ones((9, 8, 7), bool), np.ones((9, 8, 7), bool)),
+    "shell around a ball": (ball(18) & ~ball(16), ball(3)),
+    "one voxel": (ball(0), ball(19)),
+    "slabs": (np.indices((20, 12, 10))[0] < 2, np.indices((20, 12, 10))[0] > 17),
+    "a plane": (np.ones((12, 12, 1), bool), np.eye(12, dtype=bool)[..., None]),
+}
+
+
+@pytest.mark.parametrize("spacing", [(0.625,) * 3, (0.5, 1, 2)])
+@pytest.mark.parametrize("name", WORST)
+def test_equal_to_medpy_on_the_worst_masks_by_tree_and_by_transform(name, spacing, monkeypatch):
+    a, b = WORST[name]
+    expected = [from_medpy(*pair, spacing) for pair in ((a, b), (b, a))]
+    for share, far in ((metrics.NOISE, metrics.FAR), (0, 0), (10, math.inf)):
+        monkeypatch.setattr(metrics, "NOISE", share)
+        monkeypatch.setattr(metrics, "FAR", far)
+        assert [segmentation_metrics(*pair, spacing) for pair in ((a, b), (b, a))] == expected
 
 
 def test_asd_is_one_way_from_prediction_to_reference():
@@ -45,7 +71,7 @@ def test_two_voxels_a_known_distance_apart():
     a, b = np.zeros((2, 12, 12, 12), bool)
     a[2, 2, 2], b[5, 6, 2] = True, True
     assert segmentation_metrics(a, b) == {"dice": 0, "jaccard": 0, "asd": 5, "hd95": 5}
-    assert segmentation_metrics(a, b, (1, 2, 1))["hd95"] == pytest.approx(math.hypot(3, 8))
+    assert segmentation_metrics(a, b, (1, 2, 1))["hd95_mm"] == pytest.approx(math.hypot(3, 8))
 
 
 def test_concentric_balls():
@@ -60,6 +86,7 @@ def test_empty_masks_never_look_perfect():
     for a, b in ((empty, full), (full, empty)):
         found = segmentation_metrics(a, b)
         assert found["dice"] == found["jaccard"] == 0 and math.isnan(found["asd"]) and math.isnan(found["hd95"])
+        assert list(segmentation_metrics(a, b, (1, 1, 1))) == list(segmentation_metrics(full, full, (1, 1, 1)))
     assert segmentation_metrics(empty, empty) == {"dice": 1, "jaccard": 1, "asd": 0, "hd95": 0}
     assert mean_and_sd([1.0, 3.0, math.nan]) == (2.0, pytest.approx(math.sqrt(2)), 1)
     assert math.isnan(mean_and_sd([math.nan])[0])
@@ -103,4 +130,5 @@ def test_equal_to_medpy_on_real_labels(la):
     for case in cases:
         truth = read_case(case)[1] > 0
         moved = shift(truth.astype(float), (3, -2, 1), order=0) > 0
-        assert segmentation_metrics(moved, truth) == from_medpy(moved, truth)
+        spacing = (0.625, 0.625, 0.625)
+        assert segmentation_metrics(moved, truth, spacing) == from_medpy(moved, truth, spacing)
