@@ -1,9 +1,14 @@
-"""The cost table times every method; at a size of seconds."""
+"""The benchmarks run, their forms agree and their tables are whole; at a size of seconds."""
+
+import time
+from pathlib import Path
 
 import pytest
 
 import train_dtml
 from benchmarks import methods as bench
+from benchmarks import metrics, sdm
+from benchmarks.timing import side_by_side, table
 from methods import METHODS
 
 
@@ -17,3 +22,29 @@ def test_every_method_is_timed(name, monkeypatch):
     assert (found["trained"] < found["all"]) == (
         name not in ("dtml", "supervised", "dtc", "dk-uxnet")
     )  # teachers and critics
+
+
+def test_times_ratios_and_peaks_of_forms_side_by_side():
+    forms = {"slow": lambda: time.sleep(0.02), "fast": lambda: time.sleep(0.005), "large": lambda: bytearray(5 << 20)}
+    found = side_by_side(forms, rounds=3)
+    assert found["slow"].ratio == 1 and 2 < found["fast"].ratio < 5 and 0.02 <= found["slow"].seconds < 0.1
+    assert 5 <= found["large"].peak_mib < 6 and found["fast"].peak_mib < 1
+    assert table(["a", "b"], [["x", 0.12345], [1, 2345.0]]) == "| a | b |\n| --- | --- |\n| x | 0.123 |\n| 1 | 2340 |"
+
+
+@pytest.fixture
+def small_scans(monkeypatch):
+    """No data set, and phantoms of a smaller size in its place."""
+    monkeypatch.setattr("benchmarks.timing.LA_FOLDER", Path("nowhere"))
+    monkeypatch.setattr("benchmarks.timing.LA_SHAPE", (112, 112, 64))
+
+
+@pytest.mark.parametrize(
+    ("main", "words", "rows"),
+    [(sdm.main, ["--patch-size", "64", "64", "32"], 3), (metrics.main, ["--side", "24"], 8)],
+)
+def test_the_tables_of_single_parts(main, words, rows, small_scans, capsys):
+    main([*words, "--scans", "1", "--rounds", "1"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + rows and len({line.count("|") for line in lines}) == 1
+    assert not any("NO" in line for line in lines)

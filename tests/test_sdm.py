@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from scipy.ndimage import binary_erosion
+from scipy.ndimage import binary_erosion, distance_transform_edt, gaussian_filter
 from skimage.segmentation import find_boundaries
 
 from utils.sdm import signed_distance_map
@@ -54,6 +54,18 @@ def test_equals_the_definition_on_random_blobs(seed):
     sdm = signed_distance_map(mask)
     assert sdm.dtype == np.float32
     assert np.allclose(sdm, by_definition(mask), atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_equals_scipy_at_the_size_of_a_crop(seed):
+    rng = np.random.default_rng(seed)
+    mask = np.zeros((112, 112, 80), np.uint8)
+    mask[20:90, :70, 30:60] = gaussian_filter(rng.standard_normal((70, 70, 30)), 4) > 0
+    d_out, d_in = distance_transform_edt(mask == 0), distance_transform_edt(mask)
+    expected = d_out / d_out.max() - np.where(d_in == 1, 0, d_in / d_in.max())
+    assert np.allclose(signed_distance_map(mask), expected, atol=1e-6)
+    turned = np.rot90(mask).copy()
+    assert np.array_equal(signed_distance_map(np.rot90(mask)), signed_distance_map(turned))  # a view as well
 
 
 def test_the_crop_edge_is_no_boundary():

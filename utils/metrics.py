@@ -14,6 +14,8 @@ from scipy.ndimage import distance_transform_edt
 from scipy.spatial import KDTree
 from skimage.measure import label as components
 
+from utils.masks import box_of, inner_border
+
 # The papers' column order: many logs print 95HD before ASD.
 METRICS = ("dice", "jaccard", "asd", "hd95")
 NAN = float("nan")
@@ -49,24 +51,6 @@ def segmentation_metrics(
     overlap, distance = (0.0, NAN) if a.any() or b.any() else (1.0, 0.0)
     names = [f"{name}{unit}" for unit in units for name in METRICS[2:]]
     return {"dice": overlap, "jaccard": overlap, **dict.fromkeys(names, distance)}
-
-
-def box_of(mask: NDArray[np.bool_]) -> tuple[slice, ...]:
-    """The smallest box that holds all of a mask that is not empty."""
-    others = [tuple(other for other in range(mask.ndim) if other != axis) for axis in range(mask.ndim)]
-    places = [np.flatnonzero(mask.any(axis=axes)) for axes in others]
-    return tuple(slice(place[0], place[-1] + 1) for place in places)
-
-
-def inner_border(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The voxels of a mask that have a face neighbour outside of it; beyond the array all is outside."""
-    inside = mask.copy()
-    for axis in range(mask.ndim):
-        one, other = np.moveaxis(inside, axis, 0), np.moveaxis(mask, axis, 0)
-        one[1:] &= other[:-1]
-        one[:-1] &= other[1:]
-        one[[0, -1]] = False
-    return mask & ~inside
 
 
 def distances(start: NDArray[np.bool_], goal: NDArray[np.bool_], units: Sequence[NDArray]) -> list[NDArray[np.float64]]:

@@ -1,0 +1,84 @@
+"""The signed distance map of crops: the released routine, the same by scipy on boxes, and ours.
+
+    python -m benchmarks.sdm --threads 2
+
+The released routine takes both distance transforms of the whole crop and looks for the boundary on its own.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.ndimage import distance_transform_edt
+from skimage.segmentation import find_boundaries
+
+from benchmarks.timing import scans, side_by_side, table
+from utils.errors import run
+from utils.masks import box_of
+from utils.options import Parser, fill, option
+from utils.sdm import signed_distance_map
+
+
+@dataclasses.dataclass
+class Options:
+    """Of what, how often."""
+
+    data: str = option("", "folder of the data set (default data/la, else phantoms)")
+    patch_size: list[int] = option([112, 112, 80], "voxels of a crop along x, y, z", nargs=3, minimum=1)
+    scans: int = option(8, "so many test scans, a crop of each", minimum=1)
+    rounds: int = option(7, "timed repeats", minimum=1)
+    threads: int = option(2, "CPU threads", minimum=1)
+
+
+def released(mask: NDArray) -> NDArray:
+    """Whole crop, inside and outside, and the boundary."""
+    inside = mask > 0
+    d_in, d_out = distance_transform_edt(inside), distance_transform_edt(~inside)
+    sdm = d_out / d_out.max() - d_in / d_in.max()
+    sdm[find_boundaries(inside, mode="inner")] = 0
+    return sdm
+
+
+def on_box(mask: NDArray) -> NDArray:
+    """As ours, by scipy."""
+    inside = mask > 0
+    d_out, box = distance_transform_edt(~inside), box_of(inside, margin=1)
+    d_in = distance_transform_edt(inside[box])
+    sdm = d_out / d_out.max()
+    sdm[box] -= np.where(d_in == 1, 0, d_in / d_in.max())
+    return sdm
+
+
+def on_all(form: Callable[[NDArray], NDArray], crops: list[NDArray]) -> list[NDArray]:
+    return [form(crop) for crop in crops]
+
+
+FORMS = {"released": released, "scipy, inside on the object's box": on_box, "ours": signed_distance_map}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(description=__doc__, prog="python -m benchmarks.sdm")
+    parser.add_dataclass(Options)
+    o: Options = fill(Options, parser.parse(argv))
+    torch.set_num_threads(o.threads)
+    crops = []
+    for _, _, label in scans(o.data, o.scans):
+        middle = [int(i.mean()) for i in np.nonzero(label)]
+        start = [
+            min(max(m - p // 2, 0), max(s - p, 0)) for m, p, s in zip(middle, o.patch_size, label.shape, strict=True)
+        ]
+        crops.append(np.ascontiguousarray(label[*(slice(a, a + p) for a, p in zip(start, o.patch_size, strict=True))]))
+    forms = {name: partial(on_all, form, crops) for name, form in FORMS.items()}
+    timings = side_by_side(forms, rounds=o.rounds)
+    far = {n: max(float(np.abs(f(crop) - released(crop)).max()) for crop in crops) for n, f in FORMS.items()}
+    size = "x".join(map(str, o.patch_size))
+    print(f"{len(crops)} crops of {size}, threads: {o.threads}, {o.rounds} rounds.\n")
+    head = ["form", "ms a crop", "times as fast", "peak MiB", "largest difference"]
+    print(table(head, [[n, 1000 * t.seconds / len(crops), t.ratio, t.peak_mib, far[n]] for n, t in timings.items()]))
+
+
+if __name__ == "__main__":
+    run(main)
