@@ -2,6 +2,8 @@
 
     python test_la.py --checkpoint runs/la/dtml-16-seed1337
 
+    torchrun --nproc-per-node 4 test_la.py --checkpoint RUN   the scans shared out over four GPUs
+
 The checkpoint knows its method, its data and its patch; no other flag is needed. Every output of the method is
 scored with and without the largest-component filter, always on the scan's own grid.
 """
@@ -10,7 +12,9 @@ import csv
 import dataclasses
 import io
 import sys
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,7 @@ from dataloaders.cases import Case, find_cases, lists_of, read_all, read_case, r
 from methods import Method, restore
 from utils.checkpoint import load_checkpoint, write_whole
 from utils.devices import choose_device, set_arithmetic
+from utils.distributed import RANK, RANKS, in_turn, process_group
 from utils.errors import UserError, run
 from utils.metrics import METRICS, largest_component, mean_and_sd, segmentation_metrics
 from utils.options import Parser, fill, option
@@ -69,6 +74,7 @@ class Options:
     batch_size: int = option(4, "windows at a time", group="window", minimum=1)
     out: str = option("", "folder of the results (default RUN/test)")
     save: str = option("largest", "predictions to write as NIfTI", choices=(*COMPONENTS, "none"))
+    workers: int = option(2, "threads that score scans while the next is predicted", minimum=1)
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     threads: int = option(0, "CPU threads; 0 leaves torch's choice", minimum=0)
 
@@ -84,6 +90,24 @@ def predict_scan(
         **window,
     )
     return upsample_probability(p, downsample, tuple(image.shape))
+
+
+def score_scan(
+    case: Case, masks: dict[str, NDArray[np.bool_]], label: NDArray, predictions: Path, save: str
+) -> list[dict[str, Any]]:
+    """Output -> mask (W,H,D): the case's rows of cases.csv, and its predictions written."""
+    rows: list[dict[str, Any]] = []
+    geometry = read_geometry(case)
+    for output, mask in masks.items():
+        forms = {"all": mask, "largest": largest_component(mask)}
+        for component, form in forms.items():
+            if component == "all" or not np.array_equal(form, mask):
+                metrics = segmentation_metrics(form, label, geometry["spacing"])
+            voxels = {"voxels": int(form.sum()), "label_voxels": int(label.sum())}
+            rows.append({"case": case.name, "output": output, "component": component, **metrics, **voxels})
+        if save != "none":
+            save_nifti(predictions / output / f"{case.name}.nii.gz", forms[save], geometry)
+    return rows
 
 
 def save_nifti(path: Path, mask: NDArray[np.bool_], geometry: dict[str, Any]) -> None:
@@ -126,12 +150,18 @@ def as_csv(rows: Sequence[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def open_cases(folder: Path) -> list[Case]:
-    """The cases of test.list, each read once so that all bad ones are named before the first prediction."""
+def open_cases(folder: Path) -> tuple[list[Case], list[tuple[int, ...]]]:
+    """The cases of test.list and their shapes, each read once so that bad ones are named before any prediction."""
     _, names = lists_of(folder)
     cases, problems = find_cases(folder, names, labeled=True)
-    read_all(cases, lambda case, *_: read_geometry(case), problems)
-    return cases
+    shapes: list[tuple[int, ...]] = []
+
+    def use(case: Case, image: NDArray, label: NDArray | None) -> None:
+        read_geometry(case)
+        shapes.append(image.shape)
+
+    read_all(cases, use, problems)
+    return cases, shapes
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -162,36 +192,45 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--patch-size {patch_size} must be multiples of {method.side_multiple}.")
     if not all(0 < step <= side for step, side in zip(stride, patch_size, strict=True)):
         raise UserError(f"--stride {stride} must lie between 1 and the patch size {patch_size}, or voxels are skipped.")
-    if state["iteration"] < trained["iterations"]:
+    if state["iteration"] < trained["iterations"] and RANK == 0:
         done = f"{state['iteration']} of {trained['iterations']} iterations"
         print(f"warning: {path} is not finished: {done}.", file=sys.stderr)
     folder = Path(o.data or trained["data"])
-    cases = open_cases(folder)
+    cases, shapes = open_cases(folder)
+    count = sum(len(windows([-(-side // downsample) for side in shape], patch_size, stride)) for shape in shapes)
     out = Path(o.out) if o.out else (path if path.is_dir() else path.parent) / "test"
 
-    # predict and score
+    # predict, and score the scans before meanwhile
     rows: list[dict[str, Any]] = []
-    count = 0
-    for case in tqdm(cases, unit="scan", disable=not sys.stderr.isatty()):
-        image, label = read_case(case)
-        geometry = read_geometry(case)
-        assert label is not None
-        p = predict_scan(
-            method, torch.from_numpy(image).to(device), outputs,
-            downsample=downsample, patch_size=patch_size, stride=stride, weighting=o.weighting, batch_size=o.batch_size,
-        )  # fmt: skip
-        count += len(windows([-(-side // downsample) for side in image.shape], patch_size, stride))
-        for output, volume in zip(outputs, p.cpu().numpy(), strict=True):
-            masks = {"all": volume > 0.5, "largest": largest_component(volume > 0.5)}
-            for component, mask in masks.items():
-                metrics = segmentation_metrics(mask, label, geometry["spacing"])
-                voxels = {"voxels": int(mask.sum()), "label_voxels": int(label.sum())}
-                rows.append({"case": case.name, "output": output, "component": component, **metrics, **voxels})
-            if o.save != "none":
-                save_nifti(out / "predictions" / output / f"{case.name}.nii.gz", masks[o.save], geometry)
-        if not sys.stderr.isatty():
-            best = {row["output"]: row["dice"] for row in rows[-2 * len(outputs) :]}
-            print(f"{case.name}  " + "  ".join(f"{k} {v:.4f}" for k, v in best.items()), file=sys.stderr)
+    waiting: deque[Future[list[dict[str, Any]]]] = deque()
+
+    def collect(most: int) -> None:
+        while len(waiting) > most:
+            found = waiting.popleft().result()
+            rows.extend(found)
+            if not sys.stderr.isatty():
+                best = {row["output"]: row["dice"] for row in found if row["component"] == "largest"}
+                print(f"{found[0]['case']}  " + "  ".join(f"{k} {v:.4f}" for k, v in best.items()), file=sys.stderr)
+
+    mine = cases[RANK::RANKS]
+    with process_group(device), ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(o.workers) as scorers:
+        upcoming = reader.submit(read_case, mine[0]) if mine else None
+        for i, case in enumerate(tqdm(mine, unit="scan", disable=RANK > 0 or not sys.stderr.isatty())):
+            assert upcoming is not None
+            image, label = upcoming.result()
+            upcoming = reader.submit(read_case, mine[i + 1]) if i + 1 < len(mine) else None
+            assert label is not None
+            p = predict_scan(
+                method, torch.from_numpy(image).to(device), outputs, downsample=downsample,
+                patch_size=patch_size, stride=stride, weighting=o.weighting, batch_size=o.batch_size,
+            )  # fmt: skip
+            masks = dict(zip(outputs, (p > 0.5).cpu().numpy(), strict=True))
+            waiting.append(scorers.submit(score_scan, case, masks, label, out / "predictions", o.save))
+            collect(2 * o.workers)
+        collect(0)
+        rows = in_turn(rows, 2 * len(outputs))
+    if RANK > 0:
+        return
 
     # results
     out.mkdir(parents=True, exist_ok=True)

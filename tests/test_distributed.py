@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY, flat, make_set, method_words
 
+import test_la
 from methods import METHODS
 
 pytestmark = [
@@ -261,6 +263,25 @@ def test_torchrun_runs_the_script_itself(data, ranks, tmp_path):
     assert err.count(f"done: {N} iterations") == 1
     a, b = load(tmp_path / "runs" / "script" / "last.pt"), load(ranks[1] / "whole" / "last.pt")
     assert differing(a["method"], b["method"]) == []
+
+
+@pytest.mark.parametrize("scans", [2, 3, 1])
+def test_the_test_script_shares_out_its_scans(scans, data, ranks, tmp_path):
+    """One process has a scan more than the other, or none at all."""
+    copy = shutil.copytree(data, tmp_path / "set")
+    for i in range(2, scans):
+        shutil.copytree(copy / "case09", copy / f"more{i}")
+    names = ["case08", "case09", *(f"more{i}" for i in range(2, scans))][:scans]
+    (copy / "test.list").write_text("\n".join(names))
+    words = ["--checkpoint", str(ranks[1] / "whole"), "--data", str(copy), "--stride", "8", "8", "8", "--device", "cpu"]
+    test_la.main([*words, "--out", str(tmp_path / "one"), "--threads", "1"])
+    code, err = end_of(torchrun(ROOT / "test_la.py", *words, "--out", tmp_path / "two", cwd=tmp_path))
+    assert code == 0, err
+    for name in ("cases.csv", "table.md"):
+        assert (tmp_path / "two" / name).read_text() == (tmp_path / "one" / name).read_text()
+    found = {path.relative_to(tmp_path / "two") for path in (tmp_path / "two").rglob("*.nii.gz")}
+    assert found == {path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.nii.gz")}
+    assert err.count("per case:") == 1 and len(found) == 3 * scans
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])

@@ -446,6 +446,7 @@ class Outcome:
     out: Path
     batches: list[int]
     device: str
+    pools: list[int]
 
     @property
     def cases(self) -> str:
@@ -463,8 +464,8 @@ class Outcome:
 
 def run_test(finished: Path, out: Path, *words: str) -> Outcome:
     """Tests the run `finished`; the results are in `out` unless the words say otherwise."""
-    batches, asked = [], []
-    choose, predict = test_la.choose_device, METHODS["dtml"].predict
+    batches, asked, pools = [], [], []
+    choose, predict, pool = test_la.choose_device, METHODS["dtml"].predict, test_la.ThreadPoolExecutor
 
     def note_batch(self: Any, image: torch.Tensor, outputs: Any) -> torch.Tensor:
         batches.append(len(image))
@@ -473,9 +474,10 @@ def run_test(finished: Path, out: Path, *words: str) -> Outcome:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(test_la, "choose_device", lambda name: asked.append(name) or choose(name))
         patch.setattr(METHODS["dtml"], "predict", note_batch)
+        patch.setattr(test_la, "ThreadPoolExecutor", lambda count: pools.append(count) or pool(count))
         usual = ["--checkpoint", str(finished), "--stride", "8", "8", "8", "--device", "cpu"]
         test_la.main([*usual, "--threads", "1", "--out", str(out), *words])
-    return Outcome(Path(words[words.index("--out") + 1]) if "--out" in words else out, batches, asked[0])
+    return Outcome(Path(words[words.index("--out") + 1]) if "--out" in words else out, batches, asked[0], pools)
 
 
 @pytest.fixture(scope="module")
@@ -496,6 +498,7 @@ TEST_FLAGS: dict[str, tuple[list[str], Callable[[Outcome], Any]]] = {
     "weighting": (["--weighting", "gaussian"], lambda t: t.cases),
     "batch_size": (["--batch-size", "3"], lambda t: max(t.batches)),
     "out": (["--out", "{tmp}/mine"], lambda t: t.out),
+    "workers": (["--workers", "1"], lambda t: t.pools),
     "save": (["--save", "none"], lambda t: sorted(t.predictions)),
     "device": (["--device", "auto"], lambda t: t.device),
     "threads": (["--threads", "2"], lambda t: t.settings["threads"]),

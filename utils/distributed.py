@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -44,6 +45,16 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     _all_reduce(flat, dist.ReduceOp.SUM)
     for gradient, mean in zip(gradients, (flat / RANKS).split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(mean.view_as(gradient))
+
+
+def in_turn(mine: list[Any], size: int) -> list[Any]:
+    """Every process brings groups of `size` items, those of group rank, rank + RANKS, ...; all get all, in order."""
+    if RANKS == 1:
+        return mine
+    theirs: list[list[Any]] = [[] for _ in range(RANKS)]
+    dist.all_gather_object(theirs, mine)
+    groups = [[items[i : i + size] for i in range(0, len(items), size)] for items in theirs]
+    return [item for turn in zip_longest(*groups, fillvalue=[]) for group in turn for item in group]
 
 
 def _all_reduce(shared: torch.Tensor, how: Any) -> None:
