@@ -88,6 +88,7 @@ class Options:
     patch_size: list[int] = option([112, 112, 80], "voxels of a crop along x, y, z", group="data", nargs=3, minimum=1)
     augment: str = option("d4", "turns and flips of a crop", group="data", choices=AUGMENTATIONS)
     cache: str = option("auto", "where the volumes stay", group="data", choices=CACHES, harmless=True)
+    cache_folder: str = option("", "of --cache disk (default .cache in the data folder)", group="data", harmless=True)
     workers: int = option(0, "processes that prepare crops", group="data", harmless=True, minimum=0)
 
     iterations: int = option(6000, "optimiser steps", group="training", minimum=1)
@@ -215,7 +216,10 @@ def main(argv: list[str] | None = None) -> None:
             f"--method {o.method} needs unlabeled scans, but all {o.labeled} are labeled. Lower --labeled, or leave "
             "out --unlabeled 0."
         )
-    volumes = Volumes(cases, cache=o.cache, downsample=o.downsample, device=device, problems=problems)
+    volumes = Volumes(
+        cases, cache=o.cache, folder=Path(o.cache_folder or Path(o.data, ".cache")), downsample=o.downsample,
+        device=device, problems=problems,
+    )  # fmt: skip
     method.to(device)
     trained = [p for p in method.parameters() if p.requires_grad]  # a teacher or critic is not this optimiser's
     optimizer = OPTIMIZERS[o.optimizer](trained, o)

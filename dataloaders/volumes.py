@@ -1,6 +1,7 @@
 """Volumes cached once and cropped by indexing."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -9,10 +10,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dataloaders.cases import Case, CaseError, read_all
+from dataloaders.disk_cache import DiskCache
+from utils.errors import UserError
 from utils.resample import downsample_image, downsample_label
 from utils.run_folder import digest
 
-CACHES = ("auto", "device", "ram", "none")
+CACHES = ("auto", "device", "ram", "disk", "none")
 
 
 class Volumes:
@@ -20,9 +23,10 @@ class Volumes:
 
     Args:
         cases: labeled or not; the label of an unlabeled case is never opened.
-        cache: 'device' keeps all volumes on `device`, 'ram' in memory, 'none' reads each crop from its file;
-            'auto' is the device if it is a GPU with room for them, else memory.
+        cache: 'device' keeps all volumes on `device`, 'ram' in memory, 'disk' as plain arrays in `folder`, 'none'
+            reads each crop from its file; 'auto' is the device if it is a GPU with room for them, else memory.
         downsample: pools each factor^3 voxels into one, see utils/resample.py.
+        folder: of the arrays on disk; what an earlier run left there is not decoded again.
         problems: what is known to be wrong before reading, reported with the rest.
 
     Raises:
@@ -36,6 +40,7 @@ class Volumes:
         cache: str = "auto",
         downsample: int = 1,
         device: torch.device | None = None,
+        folder: Path | None = None,
         problems: Sequence[str] = (),
     ):
         self.cases, self.downsample = list(cases), downsample
@@ -43,24 +48,45 @@ class Volumes:
         self.checksums: dict[str, str] = {}
         self._images: list[Tensor] = []
         self._labels: list[Tensor | None] = []
-        keep = cache != "none"
+        keep = cache in ("auto", "device", "ram")
+        disk = DiskCache((folder or Path()) / f"downsample{downsample}") if cache == "disk" else None
+
+        def pool(volume: NDArray, is_label: bool) -> NDArray:
+            down = downsample_label if is_label else downsample_image
+            return down(torch.from_numpy(volume), downsample).numpy()
 
         def use(case: Case, image: NDArray, label: NDArray | None) -> None:
             if min(image.shape) < downsample:
                 raise CaseError(f"has {image.shape} voxels, too few for --downsample {downsample}")
-            self.checksums[case.name] = digest(image) if label is None else digest(image, label)
-            self.shapes.append(tuple(-(-side // downsample) for side in image.shape))
+            if disk is not None:
+                disk.add(case, image, label, pool)
+                return
+            self._note(case, image.shape, digest(image) if label is None else digest(image, label))
             if keep:
-                self._images.append(downsample_image(torch.from_numpy(image), downsample))
-                self._labels.append(None if label is None else downsample_label(torch.from_numpy(label), downsample))
+                self._keep(pool(image, False), None if label is None else pool(label, True))
 
-        read_all(cases, use, list(problems))
+        read_all([case for case in cases if disk is None or disk.find(case) is None], use, list(problems))
+        if disk is not None:
+            for case in cases:
+                kept = disk.find(case)
+                if kept is None:
+                    raise UserError(f"{case.path} is changing while it is read. Start again when it is whole.")
+                self._note(case, kept.shape, kept.checksum)
+                self._keep(kept.image, kept.label)
         self.on_device = False
         if keep and device is not None and (cache == "device" or (cache == "auto" and self._fits(device))):
             self._images = [image.to(device) for image in self._images]
             self._labels = [None if label is None else label.to(device) for label in self._labels]
             self.on_device = device.type != "cpu"
-        self.kind = ("device" if self.on_device else "ram") if keep else "none"
+        self.kind = ("device" if self.on_device else "ram") if keep else cache
+
+    def _note(self, case: Case, shape: Sequence[int], checksum: str) -> None:
+        self.checksums[case.name] = checksum
+        self.shapes.append(tuple(-(-side // self.downsample) for side in shape))
+
+    def _keep(self, image: NDArray, label: NDArray | None) -> None:
+        self._images.append(torch.from_numpy(image))
+        self._labels.append(None if label is None else torch.from_numpy(label))
 
     def _fits(self, device: torch.device) -> bool:
         if device.type != "cuda":

@@ -1,5 +1,8 @@
 """Crops, augmentation, caches and case files."""
 
+from pathlib import Path
+
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -9,6 +12,7 @@ from dataloaders.augmentation import Draw, draw_augmentation, turn_and_flip
 from dataloaders.cases import Case, find_cases, lists_of, read_case, read_geometry
 from dataloaders.two_stream import Patches, Slot, TwoStreamBatchSampler, collate, make_loader
 from dataloaders.volumes import Volumes
+from utils.errors import UserError
 from utils.sdm import signed_distance_map
 
 
@@ -63,25 +67,80 @@ def test_crop_then_turn_equals_turn_then_crop(seed):
     assert torch.equal(whole[tuple(slice(c, c + s) for c, s in zip(corner, patch.shape, strict=True))], patch)
 
 
-def volumes(folder, labeled=4, **options) -> Volumes:
+def volumes(folder, /, labeled=4, **options) -> Volumes:
     train, _ = lists_of(folder)
     cases = find_cases(folder, train[:labeled], labeled=True)[0] + find_cases(folder, train[labeled:], labeled=False)[0]
     return Volumes(cases, **options)
 
 
-def patches(folder, size=(16, 12, 8), **options) -> Patches:
-    kept = {k: options.pop(k) for k in ("cache", "downsample") if k in options}
+def patches(folder, /, size=(16, 12, 8), **options) -> Patches:
+    kept = {k: options.pop(k) for k in ("cache", "folder", "downsample") if k in options}
     return Patches(volumes(folder, **kept), patch_size=size, **{"augment": "d4", "seed": 5, "sdm": False, **options})
 
 
+@pytest.mark.parametrize("cache", ["disk", "none"])
 @pytest.mark.parametrize("downsample", [1, 2])
-def test_reading_crops_from_disk_equals_the_cache(tiny_set, downsample):
-    ram, disk = (patches(tiny_set, (8, 8, 8), cache=cache, downsample=downsample) for cache in ("ram", "none"))
-    assert (ram.volumes.kind, disk.volumes.kind) == ("ram", "none")
+def test_reading_crops_from_disk_equals_memory(tiny_set, downsample, cache, tmp_path):
+    ram = patches(tiny_set, (8, 8, 8), cache="ram", downsample=downsample)
+    disk = patches(tiny_set, (8, 8, 8), cache=cache, downsample=downsample, folder=tmp_path)
+    assert (ram.volumes.kind, disk.volumes.kind) == ("ram", cache)
+    assert ram.volumes.checksums == disk.volumes.checksums and ram.volumes.shapes == disk.volumes.shapes
     for step in range(20):
         a, b = (p[Slot(step, 0, step % 8)] for p in (ram, disk))
         assert torch.equal(a["image"], b["image"]) and ("label" in a) == ("label" in b) == (step % 8 < 4)
         assert "label" not in a or torch.equal(a["label"], b["label"])
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """Names of the cases whose h5 files are opened."""
+    names, real = [], h5py.File
+    monkeypatch.setattr(h5py, "File", lambda path, *words: names.append(Path(path).parent.name) or real(path, *words))
+    return names
+
+
+def test_the_disk_cache_is_decoded_once_and_again_only_where_the_source_or_the_entry_changed(tmp_path, opened):
+    data, cache = make_set(tmp_path / "set", labeled=6), tmp_path / "cache"
+    opened.clear()
+    first = volumes(data, cache="disk", folder=cache)
+    train, _ = lists_of(data)
+    assert opened == train and len(list(cache.rglob("*.label.npy"))) == 4 and len(list(cache.rglob("*.image.npy"))) == 8
+    opened.clear()
+    assert volumes(data, cache="disk", folder=cache).checksums == first.checksums and opened == []
+    assert volumes(data, labeled=6, cache="disk", folder=cache).kind == "disk" and opened == train[4:6]
+    opened.clear()
+    # labels are there now, and not looked at where they should not be
+    assert volumes(data, cache="disk", folder=cache).checksums == first.checksums and opened == []
+
+    write_case(data / train[1] / "mri_norm2.h5", *read_case(Case(train[2], data / train[2] / "mri_norm2.h5", True)))
+    image, label, entry = (cache / "downsample1" / f"{train[i]}.{what}" for i, what in
+                           ((3, "image.npy"), (2, "label.npy"), (5, "json")))  # fmt: skip
+    short = image.read_bytes()[:-100]
+    image.unlink()  # `first` holds on to it
+    image.write_bytes(short)
+    label.unlink()
+    entry.write_text("{")
+    opened.clear()
+    again = volumes(data, cache="disk", folder=cache)
+    assert opened == [train[i] for i in (1, 2, 3, 5)]
+    assert again.checksums == {**first.checksums, train[1]: first.checksums[train[2]]}
+    assert torch.equal(again.read(3, (slice(None),) * 3)[0], first.read(3, (slice(None),) * 3)[0])
+    assert not list(cache.rglob(".*"))
+
+
+def test_what_a_run_does_to_its_crops_stays_out_of_the_disk_cache(tiny_set, tmp_path):
+    found = volumes(tiny_set, cache="disk", folder=tmp_path)
+    image, label = found.read(0, (slice(None),) * 3)
+    expected = image.clone()
+    image.zero_()
+    label.fill_(7)
+    assert torch.equal(volumes(tiny_set, cache="disk", folder=tmp_path).read(0, (slice(None),) * 3)[0], expected)
+
+
+def test_a_disk_cache_that_cannot_be_written_is_a_user_s_mistake(tiny_set, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--cache-folder"):
+        volumes(tiny_set, cache="disk", folder=tmp_path / "file")
 
 
 def test_image_label_and_map_of_a_crop_belong_together(tiny_set):

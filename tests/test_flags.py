@@ -320,9 +320,21 @@ def test_lambda_follows_its_flags(run):
 
 # -- what is harmless --
 
+
+def flag_of(run: Trained, name: str) -> str:
+    """The word after a flag in options.txt."""
+    return run.options[run.options.index(name) + 1]
+
+
+def kept_in(folder: str) -> int:
+    """Images in a folder of --cache disk."""
+    return len(list(Path(folder or "nowhere").rglob("*.image.npy")))
+
+
 HARMLESS: dict[str, tuple[str, Callable[[Trained], Any], Any]] = {
     # option: flags, what to look at, what to see there
     "cache": ("--cache none", lambda r: r.opened, 8 + 3 * 4),
+    "cache_folder": ("--cache disk --cache-folder kept", lambda r: kept_in(flag_of(r, "--cache-folder")), 8),
     "workers": ("--workers 2", lambda r: (len(r.processes), os.getpid() in r.processes), (2, False)),
     "device": ("--device auto", lambda r: r.options[r.options.index("--device") + 1], "auto"),
     "deterministic": ("--deterministic", lambda r: r.deterministic, True),
@@ -350,8 +362,19 @@ def test_harmless_flag_changes_something_but_not_the_result(name, run, tmp_path,
     assert same(other.weights, usual.weights)
 
 
-@pytest.mark.parametrize("words", ["--cache ram", "--cache device", "--cache auto", "--cache none --workers 1"])
+CACHED = [
+    "ram",
+    "device",
+    "auto",
+    "disk --cache-folder {tmp}",
+    "disk --cache-folder {tmp} --workers 1",
+    "none --workers 1",
+]
+
+
+@pytest.mark.parametrize("words", CACHED)
 def test_caches_give_the_same_result(words, run, tmp_path):
+    words = f"--cache {words}".format(tmp=tmp_path)
     other = train(tmp_path / "runs", "--data", "set", *BASE, *words.split())
     assert same(other.weights, run().weights)
     assert (other.opened == 8) == ("--workers" in words or "none" not in words)
