@@ -1,0 +1,111 @@
+"""A crop with its augmentation, by where the volumes stay; and how long a run waits before its first crop.
+
+    python -m benchmarks.data
+
+The released form decodes the whole h5 volume for every sample, turns it, flips it and then crops.
+"""
+
+import dataclasses
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+
+from benchmarks.timing import side_by_side, table
+from dataloaders.augmentation import AUGMENTATIONS, draw_augmentation
+from dataloaders.cases import LA_FOLDER, find_cases, lists_of
+from dataloaders.two_stream import Patches, Slot
+from dataloaders.volumes import Volumes
+from utils.errors import UserError, run
+from utils.options import Parser, fill, option
+
+
+@dataclasses.dataclass
+class Options:
+    """Of what, how often."""
+
+    data: str = option(str(LA_FOLDER), "folder of the data set")
+    patch_size: list[int] = option([112, 112, 80], "voxels of a crop along x, y, z", nargs=3, minimum=1)
+    augment: str = option("d4", "turns and flips of a crop", choices=AUGMENTATIONS)
+    samples: int = option(16, "crops in a round", minimum=1)
+    rounds: int = option(5, "timed repeats", minimum=1)
+
+
+def released(patches: Patches, slot: Slot) -> dict[str, Any]:
+    """Decode, turn and flip the whole volume, then crop: the same crop as `Patches` gives."""
+    case, size = patches.volumes.cases[slot.case], patches.patch_size
+    with h5py.File(case.path, "r") as f:
+        volumes = [f["image"][()], f["label"][()]]
+    generator = np.random.default_rng([patches.seed, 1, slot.step, slot.slot])
+    draw = draw_augmentation(generator, volumes[0].shape, size, patches.augment)
+    turned = [np.rot90(v, draw.turns, (0, 1)) for v in volumes]
+    turned = [(v if draw.flip is None else np.flip(v, draw.flip)).copy() for v in turned]
+    corner = np.zeros(volumes[0].shape[:2], bool)  # where the box is after turning
+    corner[draw.start[0] : draw.start[0] + draw.size[0], draw.start[1] : draw.start[1] + draw.size[1]] = True
+    corner = np.rot90(corner, draw.turns)
+    corner = corner if draw.flip is None else np.flip(corner, draw.flip)
+    x, y = (int(np.flatnonzero(corner.any(axis=1 - axis))[0]) for axis in (0, 1))
+    z = draw.start[2]
+    crops = [torch.from_numpy(v[x : x + size[0], y : y + size[1], z : z + size[2]].copy()) for v in turned]
+    return {"image": crops[0][None], "label": crops[1], "case": case.name}
+
+
+def copied(item: dict[str, Any]) -> dict[str, Any]:
+    """As the collation of a batch does it."""
+    return {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in item.items()}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(description=__doc__, prog="python -m benchmarks.data")
+    parser.add_dataclass(Options)
+    o: Options = fill(Options, parser.parse(argv))
+    train, _ = lists_of(Path(o.data))
+    cases, problems = find_cases(Path(o.data), train, labeled=True)
+    if problems or not cases:
+        raise UserError("\n".join(problems))
+    folder = Path(tempfile.mkdtemp())
+    try:
+        starts = []
+        patches = {}
+        for name, cache in (("h5, box alone (none)", "none"), ("memory (ram)", "ram"),
+                            ("plain arrays, first run (disk)", "disk"), ("plain arrays (disk)", "disk")):  # fmt: skip
+            began = time.perf_counter()
+            volumes = Volumes(cases, cache=cache, folder=folder)
+            starts.append([name, len(cases), time.perf_counter() - began])
+            patches[name] = Patches(volumes, patch_size=o.patch_size, augment=o.augment, seed=0, sdm=False)
+        del patches["plain arrays, first run (disk)"]
+        slots = [Slot(i, 0, i % len(cases)) for i in range(o.samples)]
+        makers: dict[str, Callable[[Slot], dict[str, Any]]] = {
+            "h5, whole volume (released)": partial(released, patches["memory (ram)"]),
+            **{name: made.__getitem__ for name, made in patches.items()},
+        }
+
+        def all_of(make: Callable[[Slot], dict[str, Any]]) -> list[dict[str, Any]]:
+            return [copied(make(slot)) for slot in slots]
+
+        reference = all_of(makers["h5, whole volume (released)"])
+        rows = []
+        for name, t in side_by_side({n: partial(all_of, make) for n, make in makers.items()}, rounds=o.rounds).items():
+            made = all_of(makers[name])
+            equal = all(
+                torch.equal(a[k], b[k]) for a, b in zip(reference, made, strict=True) for k in ("image", "label")
+            )
+            rows.append([name, 1000 * t.seconds / o.samples, o.samples / t.seconds, t.ratio, "yes" if equal else "NO"])
+    finally:
+        shutil.rmtree(folder)
+    size = "x".join(map(str, o.patch_size))
+    print(f"Crops of {size}, image and label, {o.augment}; {o.rounds} rounds of {o.samples}.\n")
+    print(table(["volumes in", "ms a crop", "crops/s", "times as fast", "equal bit for bit"], rows))
+    print()
+    print(table(["volumes in", "scans", "seconds to start"], starts))
+
+
+if __name__ == "__main__":
+    run(main)
