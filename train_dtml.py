@@ -30,6 +30,7 @@ from dataloaders.two_stream import Patches, TwoStreamBatchSampler, make_loader
 from dataloaders.volumes import CACHES, Volumes
 from methods import METHODS, Method, check_finite, restore
 from utils.checkpoint import fit_optimizer, load_checkpoint, save_checkpoint, write_whole
+from utils.clock import Clock
 from utils.devices import choose_device, peak_memory_gib, seed_iteration, set_arithmetic
 from utils.distributed import RANK, RANKS, any_rank, process_group, wait_for_rank_0
 from utils.errors import Stopped, StopSignal, UserError, run
@@ -263,25 +264,31 @@ def main(argv: list[str] | None = None) -> None:
         began = time.monotonic() - seconds
 
         # the loop
+        clock = Clock(device)
         method.train()
         for iteration, batch in enumerate(make_loader(patches, sampler, workers=o.workers), start):
             batch = {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
             seed_iteration(o.seed, iteration, RANK)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(iteration, o.lr, o.lr_steps or [], o.lr_gamma)
+            clock.lap("data")
 
             losses = model(batch, iteration)
+            clock.lap("forward")
             optimizer.zero_grad(set_to_none=True)
             losses.total.backward()
+            clock.lap("backward")
             check_finite(losses, method, batch, iteration)
             optimizer.step()
             method.after_step(batch, iteration)
+            clock.lap("step")
 
             done = iteration + 1
             if report:
-                report.iteration(iteration, losses, optimizer.param_groups[0]["lr"])
+                report.iteration(iteration, losses, optimizer.param_groups[0]["lr"], clock)
                 if o.picture_every and (done % o.picture_every == 0 or done == o.iterations):
                     show(report, method, patches, o.labeled, done, device)
+                clock.lap("logging")
             number = int(any_rank(stop.number, device=device)[0])
             if report and (number or done % o.save_every == 0 or done == o.iterations):
                 save_checkpoint(folder, {
@@ -289,6 +296,7 @@ def main(argv: list[str] | None = None) -> None:
                     "checksums": volumes.checksums, "processes": RANKS,
                     "method": method.state_dict(), "optimizer": optimizer.state_dict(),
                 })  # fmt: skip
+                clock.lap("saving")
             if number and done < o.iterations:
                 wait_for_rank_0()  # it is still saving, and torchrun ends all when one leaves
                 after = f"{done} of {o.iterations} iterations"
@@ -297,14 +305,16 @@ def main(argv: list[str] | None = None) -> None:
         # last word
         if report:
             wall = time.monotonic() - began
-            measured = {
+            measured: dict[str, Any] = {
                 "wall_s": round(wall, 1),
                 "iterations_per_s": round(o.iterations / wall, 4),
                 "peak_memory_gib": round(peak_memory_gib(device), 2),
+                "time_shares": {name: round(share, 4) for name, share in clock.all_shares().items()},
             }
             write_json(folder / MANIFEST, {**manifest, **measured})
             report.say(f"done: {o.iterations} iterations in {wall / 60:.1f} min, {measured['iterations_per_s']} it/s, "
                        f"{measured['peak_memory_gib']} GiB at most")  # fmt: skip
+            report.say("time: " + ", ".join(f"{k} {100 * v:.1f} %" for k, v in measured["time_shares"].items()))
             report.say(f"test it:      python test_la.py --checkpoint {folder}")
             report.say(f"see curves:   tensorboard --logdir {folder}")
 

@@ -1,9 +1,20 @@
 """What a run says of itself."""
 
-import torch
+import json
 
+import pytest
+import torch
+from conftest import TINY
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train_dtml
 from methods.base import Losses
+from utils import clock as clocks
+from utils.clock import Clock
 from utils.report import Report
+
+SHORT = ["--iterations", "6", "--log-every", "2", "--save-every", "3"]
+CLOCK = Clock(torch.device("cpu"))
 
 
 def losses(live: float) -> Losses:
@@ -14,7 +25,7 @@ def losses(live: float) -> Losses:
 def test_an_output_without_a_live_gradient_is_warned_of_once(tmp_path, capsys):
     with Report(tmp_path, start=0, iterations=4, log_every=1) as report:
         for iteration, live in enumerate((0.01, 0.0, 0.0, 0.002)):
-            report.iteration(iteration, losses(live), lr=0.01)
+            report.iteration(iteration, losses(live), lr=0.01, clock=CLOCK)
     lines = [line for line in (tmp_path / "log.txt").read_text().splitlines() if "warning" in line]
     assert len(lines) == 1 and "live_gradient/sdm is 0 at iteration 1" in lines[0]
     assert "live_gradient/sdm is 0" in capsys.readouterr().err
@@ -23,7 +34,37 @@ def test_an_output_without_a_live_gradient_is_warned_of_once(tmp_path, capsys):
 def test_only_every_nth_iteration_and_the_last_are_logged(tmp_path):
     with Report(tmp_path, start=0, iterations=7, log_every=3) as report:
         for iteration in range(7):
-            report.iteration(iteration, losses(0.5), lr=0.01)
+            report.iteration(iteration, losses(0.5), lr=0.01, clock=CLOCK)
     rows = (tmp_path / "scalars.csv").read_text().splitlines()
     assert rows[0] == "iteration,loss/total,loss/mask,lambda,lr,live_gradient/sdm"
     assert [row.split(",")[0] for row in rows[1:]] == ["2", "5", "6"]
+
+
+def test_the_clock_s_shares_are_those_of_the_time_between_laps(monkeypatch):
+    times = iter([0.0, 1.0, 4.0, 5.0, 5.0, 7.0, 8.0, 9.0])
+    monkeypatch.setattr(clocks.time, "perf_counter", lambda: next(times))
+    clock = Clock(torch.device("cpu"))
+    for name in ("data", "forward", "data"):
+        clock.lap(name)
+    assert clock.shares() == {"data": 0.4, "forward": 0.6}
+    for name in ("data", "forward"):
+        clock.lap(name)
+    assert clock.shares() == {"data": 0, "forward": 1}
+    clock.lap("backward")
+    assert (
+        clock.all_shares() == {"data": 0.25, "forward": 0.625, "backward": 0.125} and sum(clock.seconds.values()) == 8
+    )
+    assert Clock(torch.device("cpu")).shares() == {}
+
+
+def test_a_run_tells_where_its_time_went(tiny_set, tmp_path, capsys):
+    train_dtml.main(["--data", str(tiny_set), "--runs", str(tmp_path), "--name", "run", *TINY, *SHORT])
+    names = {"data", "forward", "backward", "step", "logging", "saving"}
+    shares = json.loads((tmp_path / "run" / "manifest.json").read_text())["time_shares"]
+    assert set(shares) == names and sum(shares.values()) == pytest.approx(1, abs=1e-3) and min(shares.values()) > 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("time:")]
+    assert line in (tmp_path / "run" / "log.txt").read_text() and all(f"{name} " in line for name in names)
+    curves = EventAccumulator(str(tmp_path / "run")).Reload()
+    assert {tag for tag in curves.Tags()["scalars"] if tag.startswith("time/")} == {f"time/{name}" for name in names}
+    for i, last in enumerate(curves.Scalars("time/forward")):
+        assert last.step == min(2 * (i + 1), 6) and 0 < last.value < 1

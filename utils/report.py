@@ -12,6 +12,7 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from utils.clock import Clock
 from utils.run_folder import Scalars
 
 
@@ -58,7 +59,7 @@ class Report:
         for name, value in texts.items():
             self.board.add_text(name, "```\n" + json.dumps(value, indent=2) + "\n```", self.start)
 
-    def iteration(self, iteration: int, losses: Any, lr: float) -> None:
+    def iteration(self, iteration: int, losses: Any, lr: float, clock: Clock) -> None:
         """After an optimiser step: `losses` is methods.base.Losses, `lr` the rate of the step."""
         self.bar.update()
         done = iteration + 1
@@ -70,7 +71,8 @@ class Report:
         terms = {f"loss/{name}": float(value.detach()) for name, value in losses.terms.items()}
         monitors = {name: float(value) for name, value in losses.monitors.items()}
         curves = {"loss/total": float(losses.total.detach()), **terms, **losses.weights, "lr": lr, **monitors}
-        for name, value in {**curves, "speed/iterations_per_s": speed}.items():
+        shares = {f"time/{name}": share for name, share in clock.shares().items()}
+        for name, value in {**curves, "speed/iterations_per_s": speed, **shares}.items():
             self.board.add_scalar(name, value, done)
         self.scalars.add(iteration, curves)
         for name in monitors:
