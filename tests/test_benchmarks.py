@@ -7,7 +7,7 @@ import pytest
 from conftest import TINY, make_set
 
 import train_dtml
-from benchmarks import data, metrics, sdm, window
+from benchmarks import data, metrics, sdm, step, window
 from benchmarks import methods as bench
 from benchmarks.timing import side_by_side, table
 from methods import METHODS
@@ -44,6 +44,7 @@ PARTS = {  # module: words, rows of its tables, the heads of further tables amon
     data: (["--data", "set", "--patch-size", "16", "12", "8", "--samples", "6"], 4 + 6),
     sdm: (["--scans", "1", "--patch-size", "64", "64", "32"], 3),
     metrics: (["--scans", "1", "--side", "24"], 8),
+    step: (["--data", "set", "--patch-size", "16", "16", "16", "--filters", "2"], 2 + 4),
     window: (["--checkpoint", "run", "--data", "set", "--scans", "2", "--overlaps", "0.5", "--threads", "1"], 5 + 6),
 }
 

@@ -1,0 +1,197 @@
+"""A training step of DTML, released form and ours, on the same scans; and how far both gradients are from float64.
+
+    python -m benchmarks.step --patch-size 48 48 32 --threads 1
+
+The released form decodes a whole h5 volume for each crop, turns it and then crops; makes a signed distance map of each
+label that no loss reads; carries both heads in both networks; goes back twice through one graph; and steps two SGDs,
+tensor by tensor. Its second pass adds the consistency to both networks once more; here its weight is halved, so that
+both forms minimise the same.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.data import released as released_crop
+from benchmarks.timing import table
+from dataloaders.cases import LA_FOLDER, PHANTOM_FOLDER, find_cases, lists_of
+from dataloaders.phantom import make_phantom_set
+from dataloaders.two_stream import Patches, TwoStreamBatchSampler, collate
+from dataloaders.volumes import Volumes
+from methods import check_finite
+from methods.dtml import DTML
+from networks.vnet import VNet
+from train_dtml import OPTIMIZERS, read_options
+from utils.clock import Clock
+from utils.devices import choose_device, peak_memory_gib, set_arithmetic
+from utils.errors import run
+from utils.losses import consistency_loss, dice_loss, sdm_to_mask, seg_loss
+from utils.options import Parser, fill, option
+from utils.sdm import signed_distance_map
+
+PARTS = ("data", "forward and backward", "step")
+
+
+@dataclasses.dataclass
+class Options:
+    """Of what, how often."""
+
+    data: str = option("", "folder of the data set (default data/la, else the phantom set)")
+    patch_size: list[int] = option([48, 48, 32], "voxels of a crop along x, y, z", nargs=3, minimum=16)
+    filters: int = option(16, "channels of the first block", minimum=1)
+    rounds: int = option(7, "timed steps of each form", minimum=1)
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    threads: int = option(1, "CPU threads", minimum=1)
+
+
+class ReleasedNet(VNet):
+    """Two heads, of which a loss reads one, and no ReLU in place."""
+
+    def __init__(self, filters: int):
+        super().__init__(heads={"seg": 1, "sdm": 1}, filters=filters)
+        for module in self.modules():
+            if isinstance(module, nn.ReLU):
+                module.inplace = False
+
+
+def released_backward(M_s: nn.Module, M_d: nn.Module, batch: dict[str, Any], lambda_: float) -> None:
+    """Gradients of both networks, by two passes back through one graph."""
+    label = batch["label"]
+    logits, z = M_s(batch["image"])["seg"], M_d(batch["image"])["sdm"]
+    p, m = logits.sigmoid(), sdm_to_mask(z, 1500.0)
+    consistency = lambda_ / 2 * consistency_loss(m, p)
+    loss_s = seg_loss(logits[: len(label)], label) + consistency
+    loss_d = dice_loss(m[: len(label)], label) + consistency
+    loss_s.backward(retain_graph=True)
+    loss_d.backward()
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(description=__doc__, prog="python -m benchmarks.step")
+    parser.add_dataclass(Options)
+    o: Options = fill(Options, parser.parse(argv))
+    torch.set_num_threads(o.threads)
+    device = choose_device(o.device)
+    set_arithmetic(deterministic=False)
+    folder = Path(o.data or (LA_FOLDER if LA_FOLDER.is_dir() else PHANTOM_FOLDER))
+    if folder == PHANTOM_FOLDER:
+        make_phantom_set(folder)
+    cases, _ = find_cases(folder, lists_of(folder)[0][:8], labeled=True)
+    options, read, *_ = read_options(["--method", "dtml", "--filters", str(o.filters)])
+    method_options = cast(DTML.Options, read)
+    torch.manual_seed(0)
+    method = DTML(method_options, iterations=10).to(device).train()
+    optimizer = OPTIMIZERS["sgd"](list(method.parameters()), options)
+    networks = ReleasedNet(o.filters).to(device).train(), ReleasedNet(o.filters).to(device).train()
+    for network, ours in zip(networks, (method.M_s, method.M_d), strict=True):
+        network.load_state_dict(ours.state_dict(), strict=False)
+    optimizers = [
+        torch.optim.SGD(network.parameters(), options.lr, options.momentum, weight_decay=options.weight_decay,
+                        foreach=False)
+        for network in networks
+    ]  # fmt: skip
+    patches = Patches(
+        Volumes(cases, device=device), patch_size=o.patch_size, augment="d4", seed=0, sdm=False
+    )  # fmt: skip
+    sampler = TwoStreamBatchSampler(4, 4, batch_size=4, labeled_batch=2, seed=0, start=0, iterations=10_000)
+    batches = iter(sampler)
+    iteration, lambda_ = 9, method_options.lambda_max
+
+    def on_device(items: list[dict[str, Any]]) -> dict[str, Any]:
+        items = [item if i < 2 else {k: v for k, v in item.items() if k != "label"} for i, item in enumerate(items)]
+        return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in collate(items).items()}
+
+    def released_step(clock: Clock) -> None:
+        items = [released_crop(patches, slot) for slot in next(batches)]
+        for item in items:
+            signed_distance_map(item["label"].numpy())
+        batch = on_device(items)
+        clock.lap("data")
+        released_backward(*networks, batch, lambda_)
+        clock.lap("forward and backward")
+        for each in optimizers:
+            each.step()
+            each.zero_grad()
+        clock.lap("step")
+
+    def our_step(clock: Clock) -> None:
+        batch = on_device([patches[slot] for slot in next(batches)])
+        clock.lap("data")
+        losses = method(batch, iteration)
+        optimizer.zero_grad(set_to_none=True)
+        losses.total.backward()
+        clock.lap("forward and backward")
+        check_finite(losses, method, batch, iteration)
+        optimizer.step()
+        clock.lap("step")
+
+    forms: dict[str, Callable[[Clock], None]] = {"released": released_step, "ours": our_step}
+    clocks = {name: Clock(device) for name in forms}
+    seconds: dict[str, list[float]] = {name: [] for name in forms}
+    for i in range(-1, o.rounds):  # the first round is not timed
+        for name, form in forms.items():
+            clocks[name] = Clock(device) if i <= 0 else clocks[name]
+            clocks[name].lap("between")
+            began = time.perf_counter()
+            form(clocks[name])
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds[name] += [time.perf_counter() - began] if i >= 0 else []
+    rows = []
+    for name, mine in seconds.items():
+        ratio = median(a / b for a, b in zip(seconds["released"], mine, strict=True))
+        clocks[name].shares()
+        spent = [clocks[name].seconds[part] for part in PARTS]
+        rows.append([name, median(mine), ratio, *(100 * part / sum(spent) for part in spent)])
+    size, peak = "x".join(map(str, o.patch_size)), peak_memory_gib(device)
+    print(f"Two V-Nets of {o.filters} filters, 4 crops of {size}, on {device.type}, threads: {o.threads}.")
+    print(f"{o.rounds} rounds; {peak:.2f} GiB at most, both forms together.\n")
+    print(table(["form", "s a step", "times as fast", *(f"% {part}" for part in PARTS)], rows))
+    print()
+    print(table(["gradient of", "released, from float64", "ours, from float64"], distances(o, method_options, patches)))
+
+
+def distances(o: Options, method_options: DTML.Options, patches: Patches) -> list[list[Any]]:
+    """Relative L2 distance of both networks' gradients from those of float64, at the start, without dropout."""
+    batch = collate([patches[slot] for slot in next(iter(
+        TwoStreamBatchSampler(4, 4, batch_size=4, labeled_batch=2, seed=1, start=0, iterations=1)
+    ))])  # fmt: skip
+    batch["label"] = batch["label"][:2]
+    found: dict[str, list[Tensor]] = {}
+    for name, dtype in (("float64", torch.float64), ("ours", torch.float32), ("released", torch.float32)):
+        torch.manual_seed(0)
+        method = DTML(method_options, iterations=10)
+        pair: tuple[nn.Module, nn.Module] = (method.M_s, method.M_d)
+        if name == "released":
+            pair = ReleasedNet(o.filters), ReleasedNet(o.filters)
+            for other, ours in zip(pair, (method.M_s, method.M_d), strict=True):
+                other.load_state_dict(ours.state_dict(), strict=False)
+        for network in pair:
+            network.to(batch["image"].device, dtype).train()
+            for module in network.modules():
+                if isinstance(module, nn.Dropout3d):
+                    module.p = 0.0
+        these = {**batch, "image": batch["image"].to(dtype)}
+        if name == "released":
+            released_backward(*pair, these, method_options.lambda_max)
+        else:
+            method(these, 9).total.backward()
+        found[name] = [
+            torch.cat([p.grad.flatten().double() for _, p in sorted(network.named_parameters()) if p.grad is not None])
+            for network in pair
+        ]
+    return [
+        [network, *(float((found[name][i] - found["float64"][i]).norm() / found["float64"][i].norm())
+                    for name in ("released", "ours"))]
+        for i, network in enumerate(("M_s", "M_d"))
+    ]  # fmt: skip
+
+
+if __name__ == "__main__":
+    run(main)
