@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 SEMI_SUPERVISED = ("dtml", "mean-teacher", "ua-mt", "tcse", "dtc", "sassnet", "asdnet", "double-unc")
 ALONE = "--unlabeled 0 --consistency none"  # of DK-UXNet: the same network on labeled scans only
+ADAMW = "--optimizer adamw --lr 0.001 --weight-decay 0.01"  # DK-UXNet's
 SMALLER = "--downsample 2 --patch-size 32 32 16"
 LA_RUNS = {
     "supervised-16": "--method supervised --labeled 16",
@@ -17,6 +18,8 @@ LA_RUNS = {
     "supervised-8": "--method supervised --labeled 8",
     "dtml-8": "--method dtml --labeled 8",
     "dtml-uxnet-16": "--method dtml --backbone uxnet --labeled 16",
+    "supervised-adamw-16": f"--method supervised {ADAMW} --labeled 16",
+    "dtml-adamw-16": f"--method dtml {ADAMW} --labeled 16",
     **{f"dk-uxnet-{n}": f"--method dk-uxnet --labeled {n}" for n in (8, 16)},
     **{f"dk-uxnet-released-{n}": f"--method dk-uxnet --preset released --labeled {n}" for n in (8, 16)},
     **{f"dk-uxnet-alone-{n}": f"--method dk-uxnet --labeled {n} {ALONE}" for n in (8, 16)},
@@ -95,6 +98,8 @@ LA_TABLES: Tables = {
         Row("DK-UXNet, `released`", "8 / 72", "dk-uxnet-released-8", UNREAD),
         Row("V-Net", "16 / 0", "supervised-16", UNREAD),
         Row("DTML", "16 / 64", "dtml-16", UNREAD),
+        Row("V-Net, AdamW as DK-UXNet", "16 / 0", "supervised-adamw-16", UNREAD),
+        Row("DTML, AdamW as DK-UXNet", "16 / 64", "dtml-adamw-16", UNREAD),
         Row("DTML on UX-Net", "16 / 64", "dtml-uxnet-16", UNREAD),
         Row("DK-UXNet's network, labeled scans alone", "16 / 0", "dk-uxnet-alone-16", UNREAD),
         Row("DK-UXNet, `repaired`", "16 / 64", "dk-uxnet-16", UNREAD),
