@@ -55,7 +55,7 @@ SMALL = """
 SCALES = {
     "full": QUOTED,
     "half": QUOTED + SMALL.format("half resolution, 8 filters, 2400 iterations."),
-    "short": SMALL.format("half resolution, small crops, 8 filters, 600 iterations."),
+    "short": QUOTED + SMALL.format("half resolution, small crops, 8 filters, 600 iterations."),
     "phantom": SMALL.format("made-up atria, small crops, 8 filters, 300 iterations."),
 }
 HEAD = "| row | labeled / unlabeled | | Dice % | Jaccard % | ASD voxel | 95HD voxel | seeds |"
