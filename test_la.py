@@ -1,8 +1,7 @@
 """Tests a checkpoint on the scans of test.list: sliding window, metrics per case, table, predictions.
 
     python test_la.py --checkpoint runs/la/dtml-16-seed1337
-
-    torchrun --nproc-per-node 4 test_la.py --checkpoint RUN   the scans shared out over four GPUs
+    torchrun --nproc-per-node 4 test_la.py --checkpoint RUN      the scans shared out over four GPUs
 
 The checkpoint knows its method, its data and its patch; no other flag is needed. Every output of the method is
 scored with and without the largest-component filter, always on the scan's own grid.
@@ -95,7 +94,7 @@ def predict_scan(
 def score_scan(
     case: Case, masks: dict[str, NDArray[np.bool_]], label: NDArray, predictions: Path, save: str
 ) -> list[dict[str, Any]]:
-    """Output -> mask (W,H,D): the case's rows of cases.csv, and its predictions written."""
+    """Output -> mask (W,H,D), and label (W,H,D): the case's rows of cases.csv, and its predictions written."""
     rows: list[dict[str, Any]] = []
     geometry = read_geometry(case)
     for output, mask in masks.items():

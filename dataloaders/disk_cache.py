@@ -1,23 +1,23 @@
 """Volumes as plain arrays on disk, decoded once for all runs to come and mapped into memory where they are cropped."""
 
+import io
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataloaders.cases import Case
+from utils.checkpoint import write_whole
 from utils.errors import UserError
 from utils.run_folder import digest
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What the cache holds of a case."""
+    """What the cache holds of a case: its image and label (W,H,D), pooled."""
 
     image: NDArray[np.float32]
     label: NDArray[np.uint8] | None
@@ -52,7 +52,8 @@ class DiskCache:
             return None
 
     def add(self, case: Case, image: NDArray, label: NDArray | None, pool: Callable[[NDArray, bool], NDArray]) -> None:
-        """Writes the entry of a case; `pool` makes of its image (False) and of its label (True) what is kept.
+        """Writes the entry of a case, image and label (W,H,D); `pool` makes of the image (False) and of the label
+        (True) what is kept.
 
         Raises:
             UserError: the folder cannot be written to.
@@ -64,10 +65,11 @@ class DiskCache:
             "both": None if label is None else digest(image, label),
         }
         try:
-            self._write(case, "image.npy", lambda f: np.save(f, pool(image, False)))
+            self._path(case, "json").parent.mkdir(parents=True, exist_ok=True)
+            write_whole(self._path(case, "image.npy"), _npy(pool(image, False)))
             if label is not None:
-                self._write(case, "label.npy", lambda f: np.save(f, pool(label, True)))
-            self._write(case, "json", lambda f: f.write(json.dumps(entry).encode()))  # last: what it tells of is there
+                write_whole(self._path(case, "label.npy"), _npy(pool(label, True)))
+            write_whole(self._path(case, "json"), json.dumps(entry).encode())  # last: what it tells of is there
         except OSError as e:
             raise UserError(
                 f"the volumes cannot be kept in {self.folder} ({e}). Name another place with --cache-folder, or take "
@@ -77,16 +79,11 @@ class DiskCache:
     def _path(self, case: Case, what: str) -> Path:
         return self.folder / f"{case.name}.{what}"
 
-    def _write(self, case: Case, what: str, write: Callable[[IO[bytes]], object]) -> None:
-        path = self._path(case, what)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # other processes may be at it too
-        try:
-            with open(partial, "wb") as f:
-                write(f)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+
+def _npy(array: NDArray) -> bytes:
+    data = io.BytesIO()
+    np.save(data, array)
+    return data.getvalue()
 
 
 def _source(case: Case) -> list[int]:
