@@ -27,7 +27,7 @@ from tqdm import tqdm
 from dataloaders.cases import Case, find_cases, lists_of, read_all, read_case, read_geometry
 from methods import Method, restore
 from utils.checkpoint import load_checkpoint, write_whole
-from utils.devices import choose_device, set_arithmetic
+from utils.devices import choose_device, keep_freed_memory, set_arithmetic
 from utils.distributed import RANK, RANKS, in_turn, process_group
 from utils.errors import UserError, run
 from utils.metrics import METRICS, largest_component, mean_and_sd, segmentation_metrics
@@ -173,6 +173,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(o.threads)
     device = choose_device(o.device)
     set_arithmetic(deterministic=False)
+    keep_freed_memory()
 
     # what to test
     path = Path(o.checkpoint)

@@ -31,7 +31,7 @@ from dataloaders.volumes import CACHES, Volumes
 from methods import METHODS, Method, check_finite, restore
 from utils.checkpoint import fit_optimizer, load_checkpoint, save_checkpoint, write_whole
 from utils.clock import Clock
-from utils.devices import choose_device, peak_memory_gib, seed_iteration, set_arithmetic
+from utils.devices import choose_device, keep_freed_memory, peak_memory_gib, seed_iteration, set_arithmetic
 from utils.distributed import RANK, RANKS, any_rank, process_group, wait_for_rank_0
 from utils.errors import Stopped, StopSignal, UserError, run
 from utils.options import Parser, as_flags, fill, harmless_names, option, refuse_differences, varied
@@ -200,6 +200,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(o.threads)
     device = choose_device(o.device)
     set_arithmetic(deterministic=o.deterministic)
+    keep_freed_memory()
 
     # method and data
     kind = METHODS[o.method]

@@ -9,7 +9,7 @@ import dataclasses
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ import torch
 from benchmarks.timing import side_by_side, table
 from dataloaders.augmentation import AUGMENTATIONS, draw_augmentation
 from dataloaders.cases import LA_FOLDER, find_cases, lists_of
-from dataloaders.two_stream import Patches, Slot
+from dataloaders.two_stream import Patches, Slot, collate
 from dataloaders.volumes import Volumes
+from utils.devices import keep_freed_memory
 from utils.errors import UserError, run
 from utils.options import Parser, fill, option
 
@@ -34,6 +35,7 @@ class Options:
     data: str = option(str(LA_FOLDER), "folder of the data set")
     patch_size: list[int] = option([112, 112, 80], "voxels of a crop along x, y, z", nargs=3, minimum=1)
     augment: str = option("d4", "turns and flips of a crop", choices=AUGMENTATIONS)
+    threads: int = option(1, "CPU threads", minimum=1)
     samples: int = option(16, "crops in a round", minimum=1)
     rounds: int = option(5, "timed repeats", minimum=1)
 
@@ -57,15 +59,31 @@ def released(patches: Patches, slot: Slot) -> dict[str, Any]:
     return {"image": crops[0][None], "label": crops[1], "case": case.name}
 
 
-def copied(item: dict[str, Any]) -> dict[str, Any]:
-    """As the collation of a batch does it."""
-    return {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in item.items()}
+Maker = Callable[[list[Slot]], list[dict[str, Any]]]
+
+
+def items_of(patches: Patches, slots: list[Slot]) -> list[dict[str, Any]]:
+    """Ours."""
+    return [patches[slot] for slot in slots]
+
+
+def batches_of(items: Maker, slots: list[Slot]) -> Iterator[dict[str, Any]]:
+    """Four crops at a time, as train_dtml.py's loader makes them of items."""
+    return (collate(items(slots[i : i + 4])) for i in range(0, len(slots), 4))
+
+
+def use_up(items: Maker, slots: list[Slot]) -> None:
+    """As training does it: a batch goes when the next one comes."""
+    for _ in batches_of(items, slots):
+        pass
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__, prog="python -m benchmarks.data")
     parser.add_dataclass(Options)
     o: Options = fill(Options, parser.parse(argv))
+    torch.set_num_threads(o.threads)
+    keep_freed_memory()
     train, _ = lists_of(Path(o.data))
     cases, problems = find_cases(Path(o.data), train, labeled=True)
     if problems or not cases:
@@ -82,18 +100,16 @@ def main(argv: list[str] | None = None) -> None:
             patches[name] = Patches(volumes, patch_size=o.patch_size, augment=o.augment, seed=0, sdm=False)
         del patches["plain arrays, first run (disk)"]
         slots = [Slot(i, 0, i % len(cases)) for i in range(o.samples)]
-        makers: dict[str, Callable[[Slot], dict[str, Any]]] = {
-            "h5, whole volume (released)": partial(released, patches["memory (ram)"]),
-            **{name: made.__getitem__ for name, made in patches.items()},
+        memory = patches["memory (ram)"]
+        makers: dict[str, Maker] = {
+            "h5, whole volume (released)": lambda slots: [released(memory, slot) for slot in slots],
+            **{name: partial(items_of, made) for name, made in patches.items()},
         }
-
-        def all_of(make: Callable[[Slot], dict[str, Any]]) -> list[dict[str, Any]]:
-            return [copied(make(slot)) for slot in slots]
-
-        reference = all_of(makers["h5, whole volume (released)"])
+        timings = side_by_side({n: partial(use_up, make, slots) for n, make in makers.items()}, rounds=o.rounds)
         rows = []
-        for name, t in side_by_side({n: partial(all_of, make) for n, make in makers.items()}, rounds=o.rounds).items():
-            made = all_of(makers[name])
+        for name, t in timings.items():
+            reference = batches_of(makers["h5, whole volume (released)"], slots)
+            made = batches_of(makers[name], slots)
             equal = all(
                 torch.equal(a[k], b[k]) for a, b in zip(reference, made, strict=True) for k in ("image", "label")
             )
@@ -101,7 +117,8 @@ def main(argv: list[str] | None = None) -> None:
     finally:
         shutil.rmtree(folder)
     size = "x".join(map(str, o.patch_size))
-    print(f"Crops of {size}, image and label, {o.augment}; {o.rounds} rounds of {o.samples}.\n")
+    print(f"Batches of 4 crops of {size}, image and label, {o.augment}, threads: {o.threads}.")
+    print(f"{o.rounds} rounds of {o.samples} crops.\n")
     print(table(["volumes in", "ms a crop", "crops/s", "times as fast", "equal bit for bit"], rows))
     print()
     print(table(["volumes in", "scans", "seconds to start"], starts))

@@ -18,7 +18,7 @@ import torch
 from methods import METHODS
 from networks.vnet import parameter_count
 from train_dtml import OPTIMIZERS, PROFILES, read_options
-from utils.devices import choose_device, peak_memory_gib, seed_iteration, set_arithmetic
+from utils.devices import choose_device, keep_freed_memory, peak_memory_gib, seed_iteration, set_arithmetic
 from utils.errors import run
 from utils.options import Parser, fill, option
 
@@ -40,6 +40,7 @@ def measure(name: str, o: Options) -> dict[str, float]:
     torch.set_num_threads(o.threads)
     device = choose_device(o.device)
     set_arithmetic(deterministic=False)
+    keep_freed_memory()
     options, method_options, *_ = read_options(["--method", name, "--profile", o.profile])
     torch.manual_seed(0)
     method = METHODS[name](method_options, iterations=options.iterations).to(device).train()

@@ -22,7 +22,7 @@ from methods import METHODS, restore
 from test_la import STRIDE, predict_scan
 from train_dtml import PROFILES, read_options
 from utils.checkpoint import load_checkpoint
-from utils.devices import choose_device, set_arithmetic
+from utils.devices import choose_device, keep_freed_memory, set_arithmetic
 from utils.errors import run
 from utils.metrics import segmentation_metrics
 from utils.options import Parser, fill, option
@@ -76,6 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(o.threads)
     device = choose_device(o.device)
     set_arithmetic(deterministic=False)
+    keep_freed_memory()
     if o.checkpoint:
         state = load_checkpoint(Path(o.checkpoint))
         method, trained = restore(state), state["options"]

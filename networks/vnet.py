@@ -3,8 +3,10 @@
 It differs from Milletari et al. (2016): no residual inside a block, and long skips are sums, not concatenations.
 """
 
+import torch
 from torch import Tensor, nn
 
+from networks.batch_norm import BatchNorm3d
 from networks.heads import DROPOUT, make_heads, refuse_sides
 
 
@@ -16,7 +18,7 @@ class Convs(nn.Sequential):
         for i in range(count):
             layers += [
                 nn.Conv3d(channels_in if i == 0 else channels_out, channels_out, 3, padding=1),
-                nn.BatchNorm3d(channels_out),
+                BatchNorm3d(channels_out),
                 nn.ReLU(inplace=True),
             ]
         super().__init__(*layers)
@@ -27,7 +29,7 @@ class Down(nn.Sequential):
 
     def __init__(self, channels: int):
         super().__init__(
-            nn.Conv3d(channels, 2 * channels, 2, stride=2), nn.BatchNorm3d(2 * channels), nn.ReLU(inplace=True)
+            nn.Conv3d(channels, 2 * channels, 2, stride=2), BatchNorm3d(2 * channels), nn.ReLU(inplace=True)
         )
 
 
@@ -37,7 +39,7 @@ class Up(nn.Sequential):
     def __init__(self, channels: int):
         super().__init__(
             nn.ConvTranspose3d(channels, channels // 2, 2, stride=2),
-            nn.BatchNorm3d(channels // 2),
+            BatchNorm3d(channels // 2),
             nn.ReLU(inplace=True),
         )
 
@@ -57,6 +59,9 @@ class VNet(nn.Module):
         ValueError: for an unknown head name, or in forward for a side that is not a multiple of 16.
     """
 
+    cpu_layout = torch.channels_last_3d
+    """Of the maps in memory: in this one a CPU's convolutions need not reorder them."""
+
     def __init__(self, *, heads: dict[str, int], in_channels: int = 1, filters: int = 16, dropout: bool = True):
         super().__init__()
         f = filters
@@ -75,6 +80,8 @@ class VNet(nn.Module):
     def features(self, image: Tensor) -> list[Tensor]:
         """image (N,in_channels,W,H,D) -> the maps after the bottom and the four decoder blocks, last one full size."""
         refuse_sides(image)
+        if image.device.type == "cpu":
+            image = image.to(memory_format=self.cpu_layout)  # all maps follow it, unless there is a single image
         x, skips = image, []
         for block, down in zip(self.encoder, self.down, strict=True):
             x = block(x)

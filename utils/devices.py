@@ -1,5 +1,6 @@
 """Choosing a device and making its arithmetic repeatable."""
 
+import ctypes
 import os
 import resource
 import sys
@@ -8,6 +9,8 @@ import numpy as np
 import torch
 
 from utils.errors import UserError
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
 
 
 def choose_device(name: str) -> torch.device:
@@ -42,6 +45,19 @@ def set_arithmetic(*, deterministic: bool) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep what is freed for what comes next, where it would give large blocks back to the system each time.
+
+    A training step frees and asks for the same activations over and over, and clearing new pages for them is a tenth to
+    a fifth of its time on a CPU. Elsewhere than on Linux with glibc nothing is done.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+            mallopt(parameter, 2**31 - 1)
+        mallopt(M_TOP_PAD, 2**28)
 
 
 def seed_iteration(seed: int, iteration: int, rank: int = 0) -> None:
