@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from dataloaders.cases import Case, find_cases, lists_of, read_all, read_case, read_geometry
 from methods import Method, restore
+from networks.backbone import PRECISIONS, set_precision
 from utils.checkpoint import load_checkpoint, write_whole
 from utils.devices import choose_device, keep_freed_memory, set_arithmetic
 from utils.distributed import RANK, RANKS, in_turn, process_group
@@ -73,6 +74,7 @@ class Options:
     batch_size: int = option(4, "windows at a time", group="window", minimum=1)
     out: str = option("", "folder of the results (default RUN/test)")
     save: str = option("largest", "predictions to write as NIfTI", choices=(*COMPONENTS, "none"))
+    precision: str = option("fp32", "of the convolutions", choices=(*PRECISIONS, "fp16"))
     workers: int = option(2, "threads that score scans while the next is predicted", minimum=1)
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     threads: int = option(0, "CPU threads; 0 leaves torch's choice", minimum=0)
@@ -180,6 +182,9 @@ def main(argv: list[str] | None = None) -> None:
     state = load_checkpoint(path)
     trained = state["options"]
     method = restore(state).to(device).eval()
+    if o.precision == "tf32" and device.type != "cuda":
+        raise UserError("--precision tf32 is arithmetic of GPUs, and this is a CPU. Leave it out.")
+    set_precision(method, o.precision, training=False)
     outputs = tuple(dict.fromkeys(o.output)) or method.outputs
     unknown = [name for name in outputs if name not in method.outputs]
     if unknown:
@@ -237,7 +242,8 @@ def main(argv: list[str] | None = None) -> None:
     means = table(rows)
     write_whole(out / "cases.csv", as_csv(rows).encode())
     write_whole(out / "table.md", means.encode())
-    settings = {"patch_size": patch_size, "stride": stride, "windows": count, "weighting": o.weighting}
+    settings = {"patch_size": patch_size, "stride": stride, "windows": count, "weighting": o.weighting,
+                "precision": o.precision}  # fmt: skip
     more = {"iteration": state["iteration"], "downsample": downsample, "data": str(folder), "saved": o.save}
     write_json(out / "test.json", make_manifest(device, **settings, **more))
     size, step = ("x".join(map(str, v)) for v in (patch_size, stride))

@@ -28,7 +28,8 @@ from dataloaders.cases import LA_FOLDER, PHANTOM_FOLDER
 from dataloaders.training import training_cases
 from dataloaders.two_stream import Patches, TwoStreamBatchSampler, make_loader
 from dataloaders.volumes import CACHES, Volumes
-from methods import METHODS, Method, check_finite, restore
+from methods import METHODS, Method, Watch, restore
+from networks.backbone import PRECISIONS, compile_networks, set_precision, set_recompute
 from utils.checkpoint import fit_optimizer, load_checkpoint, save_checkpoint, write_whole
 from utils.clock import Clock
 from utils.devices import choose_device, keep_freed_memory, peak_memory_gib, seed_iteration, set_arithmetic
@@ -65,8 +66,8 @@ PROFILES: dict[str, dict[str, Any]] = {
 }
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], "Options"], torch.optim.Optimizer]] = {
-    "sgd": lambda p, o: torch.optim.SGD(p, lr=o.lr, momentum=o.momentum, weight_decay=o.weight_decay),
-    "adamw": lambda p, o: torch.optim.AdamW(p, lr=o.lr, weight_decay=o.weight_decay),
+    "sgd": lambda p, o: torch.optim.SGD(p, lr=o.lr, momentum=o.momentum, weight_decay=o.weight_decay, fused=True),
+    "adamw": lambda p, o: torch.optim.AdamW(p, lr=o.lr, weight_decay=o.weight_decay, fused=True),
 }
 
 
@@ -105,6 +106,11 @@ class Options:
     weight_decay: float = option(1e-4, "decay of the weights", group="training", minimum=0)
     seed: int = option(1337, "of weights, batches and dropout", group="training", minimum=0, maximum=2**63 - 1)
 
+    precision: str = option("fp32", "of the convolutions; networks with a distance head stay in fp32",
+                            choices=PRECISIONS)  # fmt: skip
+    compile: bool = option(False, "torch.compile the networks: a minute at the start, for a faster step")
+    recompute: bool = option(False, "less memory for about a third more time: keep few maps for the way back",
+                             harmless=True)  # fmt: skip
     device: str = option("auto", "auto, cpu, cuda or cuda:N", harmless=True)
     threads: int = option(0, "CPU threads; 0 leaves torch's choice", harmless=True, minimum=0)
     deterministic: bool = option(False, "bit-exact repeats on a GPU too, at some cost", harmless=True)
@@ -118,6 +124,7 @@ class Options:
 
 
 NOT_REPLAYED = {"resume", "fresh"}
+STOP_EVERY = 10  # iterations between two questions to the other GPUs whether someone asked to stop
 LONG = {"options", "checksums"}  # of the manifest, not repeated in TensorBoard
 
 
@@ -178,6 +185,26 @@ def settle(given: dict[str, Any], kind: type[Method]) -> tuple[Options, Method.O
     return o, fill(kind.Options, *layers)
 
 
+def choose_arithmetic(method: Method, o: Options, device: torch.device) -> None:
+    """--precision, --recompute and --compile.
+
+    Raises:
+        UserError: what this device, this method or the three together cannot do.
+    """
+    if o.precision == "tf32" and device.type != "cuda":
+        raise UserError("--precision tf32 is arithmetic of GPUs, and this is a CPU. Leave it out.")
+    if o.compile and o.recompute:
+        raise UserError("--compile decides by itself what it keeps for the way back. Leave out --recompute.")
+    if not set_precision(method, o.precision, training=True):
+        raise UserError(
+            f"--precision {o.precision} changes nothing for --method {o.method}: its networks have a distance head and "
+            "stay in fp32. Leave it out."
+        )
+    set_recompute(method, o.recompute)
+    if o.compile:
+        compile_networks(method)
+
+
 @torch.no_grad()
 def show(report: Report, method: Method, patches: Patches, labeled: int, done: int, device: torch.device) -> None:
     """One fixed slice of the first labeled and of the first unlabeled case: image, the method's maps, contours."""
@@ -223,6 +250,7 @@ def main(argv: list[str] | None = None) -> None:
         device=device, problems=problems,
     )  # fmt: skip
     method.to(device)
+    choose_arithmetic(method, o, device)
     trained = [p for p in method.parameters() if p.requires_grad]  # a teacher or critic is not this optimiser's
     optimizer = OPTIMIZERS[o.optimizer](trained, o)
     start, seconds = 0, 0.0
@@ -265,7 +293,7 @@ def main(argv: list[str] | None = None) -> None:
         began = time.monotonic() - seconds
 
         # the loop
-        clock = Clock(device)
+        clock, watch = Clock(device), Watch(optimizer, device)
         method.train()
         for iteration, batch in enumerate(make_loader(patches, sampler, workers=o.workers), start):
             batch = {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
@@ -279,19 +307,26 @@ def main(argv: list[str] | None = None) -> None:
             optimizer.zero_grad(set_to_none=True)
             losses.total.backward()
             clock.lap("backward")
-            check_finite(losses, method, batch, iteration)
+            watch.look(losses, method, batch, iteration)
             optimizer.step()
             method.after_step(batch, iteration)
             clock.lap("step")
 
             done = iteration + 1
             if report:
-                report.iteration(iteration, losses, optimizer.param_groups[0]["lr"], clock)
+                report.iteration(iteration, losses, optimizer.param_groups[0]["lr"], clock, peak_memory_gib(device))
                 if o.picture_every and (done % o.picture_every == 0 or done == o.iterations):
                     show(report, method, patches, o.labeled, done, device)
                 clock.lap("logging")
-            number = int(any_rank(stop.number, device=device)[0])
-            if report and (number or done % o.save_every == 0 or done == o.iterations):
+            saving = done % o.save_every == 0 or done == o.iterations
+            number = stop.number
+            if RANKS > 1 and (device.type == "cpu" or done % STOP_EVERY == 0 or saving):  # asking costs a GPU a wait
+                number = int(any_rank(number, device=device)[0])
+            elif RANKS > 1:
+                number = 0
+            if number or saving:
+                watch.settle()
+            if report and (number or saving):
                 save_checkpoint(folder, {
                     "options": everything, "iteration": done, "seconds": time.monotonic() - began,
                     "checksums": volumes.checksums, "processes": RANKS,

@@ -3,7 +3,8 @@
 from importlib import import_module
 from typing import Any
 
-from methods.base import Losses, Method, check_finite
+from methods.base import Losses, Method
+from methods.finite import Watch, check_finite
 from utils.errors import UserError
 from utils.options import fill
 
@@ -47,4 +48,4 @@ def restore(state: dict[str, Any]) -> Method:
     return method
 
 
-__all__ = ["METHODS", "Losses", "Method", "check_finite", "restore"]
+__all__ = ["METHODS", "Losses", "Method", "Watch", "check_finite", "restore"]

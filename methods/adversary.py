@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from methods.base import Batch, Losses, check_finite
+from methods.base import Batch, Losses
+from methods.finite import check_finite
 from utils.checkpoint import fit_optimizer
 from utils.distributed import average_gradients
 

@@ -3,13 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from networks.backbones import BACKBONES
 from networks.heads import STRIDE
-from utils.distributed import any_rank
-from utils.errors import Diverged
 from utils.options import option
 
 Batch = dict[str, Any]
@@ -91,23 +88,3 @@ class Method(nn.Module):
 def labeled_part(x: Tensor, batch: Batch) -> Tensor:
     """The items of x (N,...) that have a label: the first L."""
     return x[: len(batch["label"])]
-
-
-def check_finite(losses: Losses, network: nn.Module, batch: Batch, iteration: int) -> None:
-    """After backward, before the step: a bad loss or gradient of any process must not reach the weights of one.
-
-    Raises:
-        Diverged: naming the loss term or, if all are finite, the parameters whose gradient is not.
-    """
-    gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
-    norm = torch.nn.utils.get_total_norm(gradients.values())
-    bad = not torch.isfinite(losses.total.detach() + norm)
-    if not any_rank(bad, device=norm.device)[0]:
-        return
-    terms = [f"the loss {name}" for name, value in losses.terms.items() if not torch.isfinite(value)]
-    found = terms or [f"the gradient of {name}" for name, g in gradients.items() if not torch.isfinite(g).all()][:3]
-    what = ", ".join(found) or ("the norm of the gradient" if bad else "a loss of another process")
-    raise Diverged(
-        f"at iteration {iteration} {what} is not finite, in the crops of {', '.join(batch['case'])}. "
-        "The last checkpoint is intact: try a lower --lr or another --seed."
-    )

@@ -1,8 +1,9 @@
 """Batch norm for maps whose channels lie together in memory, the layout in which a CPU's convolutions are fastest."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 CHUNK = 1024
@@ -17,19 +18,30 @@ class BatchNorm3d(nn.BatchNorm3d):
     of its digits, which M_d multiplies by k = 1500.
     """
 
+    counts: ClassVar[bool] = True
+    """Whether training moves the running statistics."""
+
     def forward(self, x: Tensor) -> Tensor:
-        ours = self.training and x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last_3d)
+        last = x.is_contiguous(memory_format=torch.channels_last_3d)
+        ours = self.training and last and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
         count = x.numel() // x.shape[1]
         if not ours or count < 2:
-            return super().forward(x)
+            return super().forward(x) if self.counts or not self.training else self._uncounted(x)
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
         assert self.num_batches_tracked is not None
         y, mean, var = _Normalise.apply(x, self.weight, self.bias, self.eps)
-        with torch.no_grad():
-            self.num_batches_tracked.add_(1)
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
+        if self.counts:
+            with torch.no_grad():
+                self.num_batches_tracked.add_(1)
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
         return y
+
+    def _uncounted(self, x: Tensor) -> Tensor:
+        """torch's own, on copies of the running statistics."""
+        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        copies = self.running_mean.clone(), self.running_var.clone()
+        return F.batch_norm(x, *copies, self.weight, self.bias, training=True, momentum=self.momentum, eps=self.eps)
 
 
 class _Normalise(torch.autograd.Function):

@@ -1,8 +1,4 @@
-"""What the backbones share.
-
-A backbone has `features(image)`, the maps of its five scales, from stride 16 to 1, with 16, 8, 4, 2 and 1 times
-`filters` channels, and `read(features)`, its heads.
-"""
+"""The heads of a backbone, and the sides that it takes."""
 
 from torch import Tensor, nn
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from networks.heads import DROPOUT, make_heads, refuse_sides
+from networks.backbone import Backbone
 
 LAYER_SCALE = 1e-6  # gamma of a UX block at the start: it begins as the identity
 EXPANSION = 4
@@ -94,19 +94,14 @@ class UpResidual(nn.Module):
         return self.block(torch.cat([self.up(x), skip], dim=1))
 
 
-class UXNet(nn.Module):
+class UXNet(Backbone):
     """Encoder-decoder of five scales; 53,005,922 parameters with 48 filters and one head of two channels, of which
     `features` has 52,881,408. A crop of 112x112x80 voxels takes 1,309 GFLOP forward.
 
-    Args:
-        heads: head name -> output channels, as in VNet; none: only `features`.
+    Args: as of a Backbone, and
         in_channels: channels of the image.
-        filters: channels of the first scale, doubled at each of the four below; 48 as published.
-        dropout: channel dropout with p = 0.5 after the deepest and before the heads, in training mode only. The
-            published network has none; methods that need stochastic passes or compare backbones turn it on.
-
-    Raises:
-        ValueError: for an unknown head name, or in `features` for a side that is not a multiple of 16.
+        filters: channels of the first scale; 48 as published.
+        dropout: the published network has none; methods that need stochastic passes or compare backbones turn it on.
     """
 
     def __init__(self, *, heads: dict[str, int], in_channels: int = 1, filters: int = 48, dropout: bool = True):
@@ -123,30 +118,21 @@ class UXNet(nn.Module):
         )
         self.bottom = Residual(8 * f, 16 * f)
         self.up = nn.ModuleList([UpResidual(c) for c in (16 * f, 8 * f, 4 * f, 2 * f)])
-        self.dropout = nn.Dropout3d(DROPOUT if dropout else 0.0)
         self.last = Residual(f, f) if heads else nn.Identity()
-        self.heads = make_heads(heads, f)
+        self.add_heads(heads, f, dropout=dropout)
 
-    def features(self, image: Tensor) -> list[Tensor]:
-        """image (N,in_channels,W,H,D) -> five maps, strides 16, 8, 4, 2, 1, channels 16f, 8f, 4f, 2f, f."""
-        refuse_sides(image)
-        x, maps = self.stem(image), [image]
+    def maps(self, image: Tensor) -> list[Tensor]:
+        x, maps = self.run(self.stem, image), [image]
         for i, (stage, norm) in enumerate(zip(self.stages, self.norms, strict=True)):
-            x = stage(x if i == 0 else self.down[i - 1](x))
+            x = self.run(stage, x if i == 0 else self.down[i - 1](x))
             maps.append(norm(x))
-        skips = [block(x) for block, x in zip(self.skips, maps[:-1], strict=True)]
-        found = [self.bottom(maps[-1])]
+        skips = [self.run(block, x) for block, x in zip(self.skips, maps[:-1], strict=True)]
+        found = [self.run(self.bottom, maps[-1])]
         x = self.dropout(found[0])
         for up in self.up:
-            x = up(x, skips.pop())
+            x = self.run(up, x, skips.pop())
             found.append(x)
         return found
 
     def read(self, features: list[Tensor]) -> dict[str, Tensor]:
-        """The maps of `features` -> head name -> (N,channels,W,H,D)."""
-        x = self.dropout(self.last(features[-1]))
-        return {name: head(x) for name, head in self.heads.items()}
-
-    def forward(self, image: Tensor) -> dict[str, Tensor]:
-        """image (N,in_channels,W,H,D) -> head name -> (N,channels,W,H,D)."""
-        return self.read(self.features(image))
+        return super().read([self.last(features[-1])])

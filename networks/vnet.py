@@ -6,8 +6,8 @@ It differs from Milletari et al. (2016): no residual inside a block, and long sk
 import torch
 from torch import Tensor, nn
 
+from networks.backbone import Backbone
 from networks.batch_norm import BatchNorm3d
-from networks.heads import DROPOUT, make_heads, refuse_sides
 
 
 class Convs(nn.Sequential):
@@ -44,27 +44,19 @@ class Up(nn.Sequential):
         )
 
 
-class VNet(nn.Module):
+class VNet(Backbone):
     """Encoder-decoder of five scales; 9,448,849 parameters with 16 filters and one head of one channel.
 
-    Args:
-        heads: head name -> output channels. 'seg' returns logits, 'sdm' returns tanh values in [-1,1]
-            (a map that is negative inside the object). All heads are 1x1x1 convolutions of the last feature map;
-            without any the network is for its `features` alone.
+    Args: as of a Backbone, and
         in_channels: channels of the image.
-        filters: channels of the first block, doubled at each of the four scales below.
-        dropout: channel dropout with p = 0.5 after the deepest and after the last block, in training mode only.
-
-    Raises:
-        ValueError: for an unknown head name, or in forward for a side that is not a multiple of 16.
     """
 
     cpu_layout = torch.channels_last_3d
     """Of the maps in memory: in this one a CPU's convolutions need not reorder them."""
 
     def __init__(self, *, heads: dict[str, int], in_channels: int = 1, filters: int = 16, dropout: bool = True):
-        super().__init__()
         f = filters
+        super().__init__()
         self.encoder = nn.ModuleList(
             [Convs(1, in_channels, f), Convs(2, 2 * f, 2 * f), Convs(3, 4 * f, 4 * f), Convs(3, 8 * f, 8 * f)]
         )
@@ -74,34 +66,22 @@ class VNet(nn.Module):
         self.decoder = nn.ModuleList(
             [Convs(3, 8 * f, 8 * f), Convs(3, 4 * f, 4 * f), Convs(2, 2 * f, 2 * f), Convs(1, f, f)]
         )
-        self.dropout = nn.Dropout3d(DROPOUT if dropout else 0.0)
-        self.heads = make_heads(heads, f)
+        self.add_heads(heads, f, dropout=dropout)
 
-    def features(self, image: Tensor) -> list[Tensor]:
-        """image (N,in_channels,W,H,D) -> the maps after the bottom and the four decoder blocks, last one full size."""
-        refuse_sides(image)
+    def maps(self, image: Tensor) -> list[Tensor]:
         if image.device.type == "cpu":
             image = image.to(memory_format=self.cpu_layout)  # all maps follow it, unless there is a single image
         x, skips = image, []
         for block, down in zip(self.encoder, self.down, strict=True):
-            x = block(x)
+            x = self.run(block, x)
             skips.append(x)
-            x = down(x)
-        maps = [self.bottom(x)]
+            x = self.run(down, x)
+        maps = [self.run(self.bottom, x)]
         x = self.dropout(maps[0])
         for up, block in zip(self.up, self.decoder, strict=True):
-            x = block(up(x) + skips.pop())
+            x = self.run(block, self.run(up, x) + skips.pop())
             maps.append(x)
         return maps
-
-    def read(self, features: list[Tensor]) -> dict[str, Tensor]:
-        """The maps of `features` -> head name -> (N,channels,W,H,D)."""
-        x = self.dropout(features[-1])
-        return {name: head(x) for name, head in self.heads.items()}
-
-    def forward(self, image: Tensor) -> dict[str, Tensor]:
-        """image (N,in_channels,W,H,D) -> head name -> (N,channels,W,H,D)."""
-        return self.read(self.features(image))
 
 
 def parameter_count(module: nn.Module) -> int:

@@ -20,6 +20,7 @@ import test_la
 import train_dtml
 from dataloaders.two_stream import Patches
 from methods import METHODS
+from networks import backbone
 from utils.errors import UserError
 from utils.options import default_of
 
@@ -38,6 +39,8 @@ class Trained:
     """h5 files opened."""
     processes: set[int]
     """Those that made crops."""
+    recomputed: int
+    """Blocks of networks that were computed again on the way back."""
 
     @property
     def scalars(self) -> list[dict[str, float]]:
@@ -59,10 +62,10 @@ class Trained:
 
 def train(folder: Path, *words: str) -> Trained:
     """Trains; the run is the one folder below `folder` that holds a new checkpoint."""
-    opened, pids = 0, folder / "pids"
+    opened, recomputed, pids = 0, 0, folder / "pids"
     folder.mkdir(parents=True, exist_ok=True)
     pids.unlink(missing_ok=True)
-    file, make_item = h5py.File, Patches.__getitem__
+    file, make_item, again = h5py.File, Patches.__getitem__, backbone.checkpoint
 
     def open_file(*args: Any, **kwargs: Any) -> h5py.File:
         nonlocal opened
@@ -74,8 +77,14 @@ def train(folder: Path, *words: str) -> Trained:
             f.write(f"{os.getpid()}\n")
         return make_item(self, slot)
 
+    def compute_again(*args: Any, **kwargs: Any) -> Any:
+        nonlocal recomputed
+        recomputed += 1
+        return again(*args, **kwargs)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(h5py, "File", open_file)
+        patch.setattr(backbone, "checkpoint", compute_again)
         patch.setattr(Patches, "__getitem__", make_and_note)
         patch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         train_dtml.main(["--runs", str(folder), *words])
@@ -83,7 +92,7 @@ def train(folder: Path, *words: str) -> Trained:
     torch.use_deterministic_algorithms(False)
     last = max(folder.rglob("last.pt"), key=lambda path: path.stat().st_mtime_ns)
     weights = torch.load(last, weights_only=True)["method"]
-    return Trained(last.parent, weights, deterministic, opened, set(map(int, pids.read_text().split())))
+    return Trained(last.parent, weights, deterministic, opened, set(map(int, pids.read_text().split())), recomputed)
 
 
 def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
@@ -136,6 +145,7 @@ SHARED = {
     "patch_size": [("--patch-size 16 32 16", ""), ("--patch-size 32 16 16", "--patch-size 16 32 16")],
     "augment": [("--augment none", ""), ("--augment mirror", ""), ("--augment mirror", "--augment none")],
     "iterations": [("--iterations 4", "")],
+    "precision": [("--precision bf16", "")],
     "batch_size": [("--batch-size 3", "--labeled-batch 2")],
     "labeled_batch": [("--labeled-batch 1", "")],
     "optimizer": [("--optimizer adamw", "")],
@@ -336,6 +346,7 @@ HARMLESS: dict[str, tuple[str, Callable[[Trained], Any], Any]] = {
     "cache": ("--cache none", lambda r: r.opened, 8 + 3 * 4),
     "cache_folder": ("--cache disk --cache-folder kept", lambda r: kept_in(flag_of(r, "--cache-folder")), 8),
     "workers": ("--workers 2", lambda r: (len(r.processes), os.getpid() in r.processes), (2, False)),
+    "recompute": ("--recompute", lambda r: r.recomputed, 3 * 2 * 17),  # iterations, networks, blocks
     "device": ("--device auto", lambda r: r.options[r.options.index("--device") + 1], "auto"),
     "deterministic": ("--deterministic", lambda r: r.deterministic, True),
     "runs": ("--runs elsewhere", lambda r: r.folder.parts[0], "elsewhere"),
@@ -441,7 +452,17 @@ def test_threads_change_only_the_rounding(run, tmp_path):
         torch.testing.assert_close(other.weights[name], weight, rtol=1e-4, atol=1e-6)
 
 
+def test_compile_makes_one_program_of_each_network(run, tmp_path, monkeypatch):
+    """But for torch.compile itself, whose C++ takes minutes to build on a CPU."""
+    made = []
+    monkeypatch.setattr(torch, "compile", lambda f: made.append(f) or f)
+    other = train(tmp_path / "runs", "--data", "set", *BASE, "--compile")
+    assert len(made) == 2 and same(other.weights, run().weights)
+    assert "-compileTrue-" in other.folder.name
+
+
 ELSEWHERE = {
+    "compile": test_compile_makes_one_program_of_each_network,
     "resume": test_resume_goes_on_where_the_run_was,
     "fresh": test_fresh_starts_again,
     "threads": test_threads_change_only_the_rounding,
@@ -522,6 +543,7 @@ TEST_FLAGS: dict[str, tuple[list[str], Callable[[Outcome], Any]]] = {
     "batch_size": (["--batch-size", "3"], lambda t: max(t.batches)),
     "out": (["--out", "{tmp}/mine"], lambda t: t.out),
     "workers": (["--workers", "1"], lambda t: t.pools),
+    "precision": (["--precision", "bf16"], lambda t: t.settings["precision"]),
     "save": (["--save", "none"], lambda t: sorted(t.predictions)),
     "device": (["--device", "auto"], lambda t: t.device),
     "threads": (["--threads", "2"], lambda t: t.settings["threads"]),
@@ -534,7 +556,7 @@ def test_flag_of_the_test_changes_something(name, finished, usual_test, tmp_path
     words = [word.format(finished=finished, tmp=tmp_path) for word in words]
     other = run_test(finished, tmp_path / "out", *words)
     assert look(other) != look(usual_test)
-    changes_cases = name in ("checkpoint", "data", "output", "patch_size", "stride", "weighting")
+    changes_cases = name in ("checkpoint", "data", "output", "patch_size", "stride", "weighting", "precision")
     if name != "device" or not torch.cuda.is_available():
         assert (other.cases != usual_test.cases) == changes_cases
 
@@ -566,7 +588,7 @@ def test_every_flag_is_tested_here():
     assert set(TEST_FLAGS) == names(test_la.Options)
     classes = [train_dtml.Options, *(kind.Options for kind in METHODS.values())]
     marked = {f.name for cls in classes for f in dataclasses.fields(cls) if f.metadata["harmless"]}
-    assert marked == {*HARMLESS, *ELSEWHERE, "data"}  # a set may move; its checksums tell another one
+    assert marked | {"compile"} == {*HARMLESS, *ELSEWHERE, "data"}  # a set may move; its checksums tell another one
 
 
 @pytest.mark.parametrize("method", METHODS)

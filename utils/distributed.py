@@ -36,6 +36,13 @@ def any_rank(*flags: float, device: torch.device) -> list[float]:
     return shared.tolist()
 
 
+def worst_of_ranks(flag: torch.Tensor) -> torch.Tensor:
+    """The largest value of a flag over all processes, on its device, without waiting for it."""
+    if RANKS > 1:
+        _all_reduce(flag, dist.ReduceOp.MAX)
+    return flag
+
+
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """The mean of the gradients over all processes, for networks that DistributedDataParallel does not see."""
     if RANKS == 1:

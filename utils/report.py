@@ -59,8 +59,9 @@ class Report:
         for name, value in texts.items():
             self.board.add_text(name, "```\n" + json.dumps(value, indent=2) + "\n```", self.start)
 
-    def iteration(self, iteration: int, losses: Any, lr: float, clock: Clock) -> None:
-        """After an optimiser step: `losses` is methods.base.Losses, `lr` the rate of the step."""
+    def iteration(self, iteration: int, losses: Any, lr: float, clock: Clock, memory: float) -> None:
+        """After an optimiser step: `losses` is methods.base.Losses, `lr` the rate of the step, `memory` the most GiB
+        so far."""
         self.bar.update()
         done = iteration + 1
         if done % self.log_every and done != self.iterations:
@@ -72,7 +73,7 @@ class Report:
         monitors = {name: float(value) for name, value in losses.monitors.items()}
         curves = {"loss/total": float(losses.total.detach()), **terms, **losses.weights, "lr": lr, **monitors}
         shares = {f"time/{name}": share for name, share in clock.shares().items()}
-        for name, value in {**curves, "speed/iterations_per_s": speed, **shares}.items():
+        for name, value in {**curves, "speed/iterations_per_s": speed, "memory/peak_gib": memory, **shares}.items():
             self.board.add_scalar(name, value, done)
         self.scalars.add(iteration, curves)
         for name in monitors:

@@ -1,0 +1,224 @@
+"""Precision, recomputation, compilation, and the check that stands between a gradient and the weights."""
+
+from functools import partial
+
+import pytest
+import torch
+from conftest import TINY, make_set
+from torch import nn
+
+import train_dtml
+from methods import METHODS, Losses, Watch
+from networks.backbone import Backbone, compile_networks, set_precision, set_recompute
+from networks.uxnet import UXNet
+from networks.vnet import VNet
+from utils.devices import seed_iteration
+from utils.errors import Diverged, UserError
+from utils.options import fill
+
+CONVOLUTIONS = (nn.Conv3d, nn.ConvTranspose3d)
+
+
+def make(method="dtml", **options):
+    torch.manual_seed(0)
+    kind = METHODS[method]
+    return kind(fill(kind.Options, {"filters": 2, **options}), iterations=10).train()
+
+
+def make_batch(side=16):
+    torch.manual_seed(1)
+    label = (torch.rand(2, side, side, side) > 0.7).to(torch.uint8)
+    return {"image": torch.randn(4, 1, side, side, side), "label": label, "case": list("abcd")}
+
+
+def gradients(method, batch):
+    seed_iteration(0, 0)
+    method.zero_grad()
+    losses = method(batch, 5)
+    losses.total.backward()
+    return losses.total.detach(), {name: p.grad.clone() for name, p in method.named_parameters() if p.grad is not None}
+
+
+def test_in_bf16_M_s_rounds_and_M_d_does_not():
+    method, batch = make(), make_batch()
+    plain = gradients(method, batch)[1]
+    assert set_precision(method, "bf16", training=True)
+    seen = {}
+    for name, module in method.named_modules():
+        if isinstance(module, CONVOLUTIONS):
+            module.register_forward_hook(lambda m, x, y, name=name: seen.update({name: y.dtype}))
+    low = gradients(method, batch)[1]
+    for name, dtype in seen.items():
+        rounded = name.startswith("M_s") and "heads" not in name
+        assert dtype == (torch.bfloat16 if rounded else torch.float32), name
+    far = {n: float((low[n] - g).norm() / g.norm().clamp(min=1e-9)) for n, g in plain.items() if ".0.weight" in n}
+    assert max(v for n, v in far.items() if n.startswith("M_s")) > 1e-3
+    # M_d feels the rounding only through p in the consistency, whose weight is small.
+    assert max(v for n, v in far.items() if n.startswith("M_d")) < 1e-2
+    assert all(p.dtype == torch.float32 for p in method.parameters())
+
+
+@pytest.mark.parametrize("method", ["dtml", "mean-teacher"])
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
+def test_every_convolution_finds_its_own_tf32_flag_forward_and_backward(method, precision, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    method, batch, seen = make(method), make_batch(), {}
+    set_precision(method, precision, training=True)
+
+    def note(name, way):
+        return lambda *_: seen.update({(name, way): torch.backends.cudnn.allow_tf32})
+
+    for name, module in method.named_modules():
+        if isinstance(module, CONVOLUTIONS):
+            module.register_forward_hook(note(name, "forward"))
+            module.register_full_backward_pre_hook(note(name, "backward"))
+    for _ in range(2):  # what the first left behind must not reach the second
+        seen.clear()
+        gradients(method, batch)
+        assert len({name for name, way in seen if way == "backward"}) > 25
+        for (name, way), flag in seen.items():
+            low = precision == "tf32" and "heads" not in name and not name.startswith("M_d")
+            assert flag == low, (name, way)
+
+
+@pytest.mark.parametrize("kind", [VNet, UXNet])
+def test_recomputing_changes_nothing_but_the_memory(kind):
+    def outcome(recompute):
+        torch.manual_seed(0)
+        network = kind(heads={"seg": 1}, filters=4).train()
+        set_recompute(network, recompute)
+        image, kept = torch.randn(2, 1, 32, 32, 32), 0
+
+        def keep(x):
+            nonlocal kept
+            kept += x.numel()
+            return x
+
+        torch.manual_seed(2)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss = network(image)["seg"].square().mean()
+        loss.backward()
+        return kept, loss, [p.grad for p in network.parameters()], list(network.buffers())
+
+    plain, again = outcome(False), outcome(True)
+    assert torch.equal(plain[1], again[1])
+    for a, b in zip(plain[2] + plain[3], again[2] + again[3], strict=True):
+        assert torch.equal(a, b)
+    assert again[0] < 0.6 * plain[0]
+
+
+def test_recomputing_on_the_layout_of_a_gpu_leaves_the_statistics_alone_too():
+    def statistics(recompute):
+        torch.manual_seed(0)
+        network = VNet(heads={"seg": 1}, filters=2).train()
+        network.cpu_layout = torch.contiguous_format  # torch's own batch norm
+        set_recompute(network, recompute)
+        network(torch.randn(2, 1, 16, 16, 16))["seg"].sum().backward()
+        return list(network.buffers())
+
+    for a, b in zip(statistics(False), statistics(True), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_compiled_networks_have_the_same_losses_and_gradients(monkeypatch):
+    """With torch's plainest backend: what its C++ one makes takes minutes to build on a CPU."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    batch, found = make_batch(), []
+    for compiled in (False, True):
+        method = make("supervised")
+        if compiled:
+            compile_networks(method)
+        found.append((*gradients(method, batch), set(method.state_dict())))
+    plain, compiled = found
+    assert torch.allclose(plain[0], compiled[0], rtol=1e-4)
+    for name, g in plain[1].items():
+        assert torch.allclose(g, compiled[1][name], rtol=1e-3, atol=1e-5), name
+    assert plain[2] == compiled[2]
+
+
+REFUSED = {
+    "--precision tf32": "is arithmetic of GPUs",
+    "--precision bf16 --method dtc": "changes nothing for --method dtc",
+    "--compile --recompute": "Leave out --recompute",
+    "--precision fp16": "invalid choice",
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_what_cannot_be_is_refused(words, tmp_path, capsys):
+    folder = make_set(tmp_path / "set")
+    with pytest.raises((UserError, SystemExit)) as error:
+        train_dtml.main(["--data", str(folder), "--runs", str(tmp_path), "--device", "cpu", *TINY, *words.split()])
+    assert REFUSED[words] in str(error.value) + capsys.readouterr().err
+    assert not list(tmp_path.glob("set-*"))
+
+
+class Event:
+    """Of a GPU whose queue is always empty."""
+
+    def record(self):
+        pass
+
+    def synchronize(self):
+        pass
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_on_a_gpu_the_answer_comes_an_iteration_later_and_the_weights_stay(name, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    network, batch = nn.Linear(3, 1), {"case": ["a", "b"]}
+    options = train_dtml.Options(lr=0.1)
+    optimizer = train_dtml.OPTIMIZERS[name](list(network.parameters()), options)
+    watch = Watch(optimizer, torch.device("cuda"))
+
+    def step(iteration, factor):
+        optimizer.zero_grad(set_to_none=True)
+        loss = network(torch.ones(2, 3)).square().mean()
+        total = loss + factor * network.weight.sum()
+        total.backward()
+        watch.look(Losses(total, {"seg": loss}), network, batch, iteration)
+        optimizer.step()
+
+    for iteration in range(3):
+        before = network.weight.detach().clone()
+        step(iteration, 1.0)
+        assert not torch.equal(before, network.weight)
+    before, state = network.weight.detach().clone(), optimizer.state_dict()["state"]
+    kept = [v.clone() for s in state.values() for v in s.values() if v is not None]
+    step(3, float("nan"))
+    assert torch.equal(before, network.weight)
+    for a, b in zip(kept, [v for s in optimizer.state_dict()["state"].values() for v in s.values() if v is not None],
+                    strict=True):  # fmt: skip
+        assert torch.equal(a, b)
+    with pytest.raises(Diverged, match=r"at iteration 3 the gradient of weight is not finite, in the crops of a, b"):
+        step(4, 1.0)
+    watch.settle()  # said once
+    step(5, float("inf"))
+    with pytest.raises(Diverged, match="at iteration 5"):
+        watch.settle()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_training_step_never_makes_the_host_wait():
+    device = torch.device("cuda")
+    method = make().to(device)
+    optimizer = train_dtml.OPTIMIZERS["sgd"](list(method.parameters()), train_dtml.Options())
+    watch, batch = Watch(optimizer, device), {k: v.to(device) if k != "case" else v for k, v in make_batch().items()}
+    for iteration in range(4):
+        torch.cuda.set_sync_debug_mode("error" if iteration else "default")
+        try:
+            seed_iteration(0, iteration)
+            losses = method(batch, iteration)
+            optimizer.zero_grad(set_to_none=True)
+            losses.total.backward()
+            watch.look(losses, method, batch, iteration)
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_backbones_are_all_that_precision_is_about():
+    method = make("dk-uxnet", query_channels=16)
+    assert set_precision(method, "bf16", training=True)
+    found = [m for m in method.modules() if isinstance(m, Backbone)]
+    assert found and all(network.precision == "bf16" for network in found)
