@@ -4,10 +4,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import TINY, make_set
 
 import train_dtml
-from benchmarks import data, metrics, sdm, step, window
+from benchmarks import data, metrics, precision, sdm, step, window
 from benchmarks import methods as bench
 from benchmarks.timing import side_by_side, table
 from methods import METHODS
@@ -44,6 +45,7 @@ PARTS = {  # module: words, rows of its tables, the heads of further tables amon
     data: (["--data", "set", "--patch-size", "16", "12", "8", "--samples", "6"], 4 + 6),
     sdm: (["--scans", "1", "--patch-size", "64", "64", "32"], 3),
     metrics: (["--scans", "1", "--side", "24"], 8),
+    precision: (["--checkpoints", "run/last.pt", "--data", "set", "--seeds", "1", "--profile", "phantom"], 12),
     step: (["--data", "set", "--patch-size", "16", "16", "16", "--filters", "2"], 2 + 4),
     window: (["--checkpoint", "run", "--data", "set", "--scans", "2", "--overlaps", "0.5", "--threads", "1"], 5 + 6),
 }
@@ -52,11 +54,21 @@ PARTS = {  # module: words, rows of its tables, the heads of further tables amon
 @pytest.mark.parametrize("part", PARTS)
 def test_the_tables_of_single_parts(part, small_scans, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(make_set(tmp_path / "set", labeled=8).parent)
-    if part is window:
+    if part is precision:
+        monkeypatch.setitem(train_dtml.PROFILES, "phantom", {"patch_size": [16, 16, 16], "filters": 2})
+    if part in (precision, window):
         train_dtml.main(["--data", "set", "--runs", ".", "--name", "run", *TINY, "--iterations", "1"])
         capsys.readouterr()
     words, rows = PARTS[part]
-    part.main([*words, "--rounds", "1"])
+    part.main(words if part is precision else [*words, "--rounds", "1"])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + rows and min(line.count("|") for line in lines) > 3
     assert not any("NO" in line for line in lines)
+
+
+def test_emulated_tf32_keeps_ten_bits_and_rounds_to_even():
+    x = torch.tensor([1.0, 1 + 2**-10, 1 + 2**-11, 1 + 3 * 2**-11, -(1 + 2**-11 + 2**-20), 0.0, 3e38])
+    rounded = precision.Rounded.apply(x)
+    assert rounded.tolist() == [1.0, 1 + 2**-10, 1.0, 1 + 2**-9, -(1 + 2**-10), 0.0, rounded[-1].item()]
+    assert abs(rounded[-1] / x[-1] - 1) < 2**-11
+    assert precision.Rounded.apply(rounded).equal(rounded)
