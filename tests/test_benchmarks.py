@@ -1,17 +1,21 @@
 """The benchmarks run, their forms agree and their tables are whole; at a size of seconds."""
 
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, make_set
+from conftest import ROOT, TINY, make_set
 
 import train_dtml
-from benchmarks import data, metrics, precision, sdm, step, window
+from benchmarks import data, metrics, precision, scale, sdm, step, window
 from benchmarks import methods as bench
 from benchmarks.timing import side_by_side, table
 from methods import METHODS
+from utils.errors import UserError
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -72,3 +76,37 @@ def test_emulated_tf32_keeps_ten_bits_and_rounds_to_even():
     assert rounded.tolist() == [1.0, 1 + 2**-10, 1.0, 1 + 2**-9, -(1 + 2**-10), 0.0, rounded[-1].item()]
     assert abs(rounded[-1] / x[-1] - 1) < 2**-11
     assert precision.Rounded.apply(rounded).equal(rounded)
+
+
+TWO_CORES = pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs two cores to pin to"
+)
+
+
+@TWO_CORES
+def test_two_processes_beside_one(tmp_path):
+    make_set(tmp_path / "set")
+    words = ["--data", "set", "--patch-size", "16", "16", "16", "--filters", "2", "--rounds", "1", "--steps", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.scale", *words],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert len(lines) == (2 + 3) + (2 + 1) + (2 + 2 * 3) and "| 1 process, 4 crops |" in lines[2]
+    assert lines[7].endswith("| yes |")  # the replicas
+
+
+def test_the_projection_by_hand():
+    """1 GB between 8 GPUs at 100 GB/s: 17.5 ms, of which the half of a step of 20 ms hides 10."""
+    o = scale.Options(step_ms=[20.0], bandwidth=[100.0])
+    assert scale.projection(o, 10**9, 0.5).splitlines()[-1] == "| 20 | 100 | 17.5 | 53.3 | 72.7 |"
+    assert scale.projection(o, 10**8, 0.5).splitlines()[-1].endswith("| 100 |")
+
+
+@TWO_CORES
+def test_what_cannot_be_pinned_or_shared_out_is_a_user_s_mistake():
+    with pytest.raises(UserError, match="--processes 4000 need as many cores"):
+        scale.main(["--processes", "4000"])
+    with pytest.raises(UserError, match="multiple of 4"):
+        scale.main(["--batch-size", "6"])
