@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from dataloaders.cases import Case, find_cases, lists_of, read_all, read_case, read_geometry
+from dataloaders.cases import Case, check_all, find_cases, lists_of, read_case, read_geometry
 from methods import Method, restore
 from networks.backbone import PRECISIONS, set_precision
 from utils.checkpoint import load_checkpoint, write_whole
@@ -157,11 +157,12 @@ def open_cases(folder: Path) -> tuple[list[Case], list[tuple[int, ...]]]:
     cases, problems = find_cases(folder, names, labeled=True)
     shapes: list[tuple[int, ...]] = []
 
-    def use(case: Case, image: NDArray, label: NDArray | None) -> None:
+    def check(case: Case) -> None:
+        image, _ = read_case(case)
         read_geometry(case)
         shapes.append(image.shape)
 
-    read_all(cases, use, problems)
+    check_all(cases, check, problems)
     return cases, shapes
 
 

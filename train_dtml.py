@@ -90,7 +90,9 @@ class Options:
     patch_size: list[int] = option([112, 112, 80], "voxels of a crop along x, y, z", group="data", nargs=3, minimum=1)
     augment: str = option("d4", "turns and flips of a crop", group="data", choices=AUGMENTATIONS)
     cache: str = option("auto", "where the volumes stay", group="data", choices=CACHES, harmless=True)
-    cache_folder: str = option("", "of --cache disk (default .cache in the data folder)", group="data", harmless=True)
+    cache_folder: str = option(
+        "", "of --cache disk and none (default .cache in the data folder)", group="data", harmless=True
+    )
     workers: int = option(0, "processes that prepare crops", group="data", harmless=True, minimum=0)
 
     iterations: int = option(6000, "optimiser steps", group="training", minimum=1)

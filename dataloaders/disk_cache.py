@@ -1,83 +1,133 @@
-"""Volumes as plain arrays on disk, decoded once for all runs to come and mapped into memory where they are cropped."""
+"""What was found out about a case, kept beside the data: that its file is sound, and its volumes as plain arrays."""
 
 import io
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataloaders.cases import Case
 from utils.checkpoint import write_whole
+from utils.distributed import RANK
 from utils.errors import UserError
 from utils.run_folder import digest
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What the cache holds of a case: its image and label (W,H,D), pooled."""
+    """What is known of a case without opening its file."""
 
-    image: NDArray[np.float32]
-    label: NDArray[np.uint8] | None
     shape: tuple[int, ...]
     """Of the case itself, before pooling."""
     checksum: str
     """Of the case itself: its image and, if it is labeled, its label."""
+    image: NDArray[np.float32] | None = None
+    """(W,H,D), pooled, if the cache holds arrays."""
+    label: NDArray[np.uint8] | None = None
+    """(W,H,D), pooled, if it does and the case is labeled."""
 
 
-class DiskCache:
-    """CASE.image.npy, CASE.label.npy and CASE.json below a folder.
+class Checks:
+    """CASE.json below a folder: a case whose file was read, found sound and need not be decoded again to know it.
 
-    An entry counts while its source has the size and the time of change that it had; the label of a case that is not
-    labeled is neither written nor read.
+    An entry counts while its source has the size and the time of change that it had before it was read; that of a
+    case without label does not count once the case is labeled.
+
+    Without a folder, or where it cannot be written, the entries last as long as this object.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path | None):
         self.folder = folder
+        self._entries: dict[str, dict[str, Any]] = {}
+        self._sources: dict[str, list[int]] = {}
 
     def find(self, case: Case) -> Kept | None:
-        """The entry of a case, its arrays mapped from disk (writing to them changes nothing there); None if there is
-        none that counts."""
+        """The entry of a case; None if there is none that counts."""
         try:
-            entry = json.loads(self._path(case, "json").read_text())
-            if entry["source"] != _source(case) or (case.labeled and not entry["both"]):
+            source = _source(case)
+            self._sources[case.name] = source
+            entry = self._entries.get(case.name) or json.loads(self._path(case, "json").read_text())
+            if entry["source"] != source or (case.labeled and not entry["both"]):
                 return None
-            image = np.load(self._path(case, "image.npy"), mmap_mode="c")
-            label = np.load(self._path(case, "label.npy"), mmap_mode="c") if case.labeled else None
-            checksum = entry["both" if case.labeled else "image"]
-            return Kept(image, label, tuple(entry["shape"]), checksum)
+            return self._kept(case, entry)
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def add(self, case: Case, image: NDArray, label: NDArray | None, pool: Callable[[NDArray, bool], NDArray]) -> None:
-        """Writes the entry of a case, image and label (W,H,D); `pool` makes of the image (False) and of the label
-        (True) what is kept.
+    def add(self, case: Case, image: NDArray, label: NDArray | None) -> None:
+        """Makes the entry of a case that `find` has just not found, from its image and label (W,H,D).
 
         Raises:
-            UserError: the folder cannot be written to.
+            UserError: the folder cannot be written to, and the arrays were to be kept there.
         """
         entry = {
-            "source": _source(case),
+            "source": self._sources[case.name],
             "shape": image.shape,
             "image": digest(image),
             "both": None if label is None else digest(image, label),
         }
-        try:
-            self._path(case, "json").parent.mkdir(parents=True, exist_ok=True)
-            write_whole(self._path(case, "image.npy"), _npy(pool(image, False)))
-            if label is not None:
-                write_whole(self._path(case, "label.npy"), _npy(pool(label, True)))
-            write_whole(self._path(case, "json"), json.dumps(entry).encode())  # last: what it tells of is there
-        except OSError as e:
-            raise UserError(
-                f"the volumes cannot be kept in {self.folder} ({e}). Name another place with --cache-folder, or take "
-                "--cache ram."
-            ) from e
+        if self.folder is not None:
+            try:
+                self._path(case, "json").parent.mkdir(parents=True, exist_ok=True)
+                self._write(case, image, label)
+                write_whole(self._path(case, "json"), json.dumps(entry).encode())  # last: what it tells of is there
+            except OSError as e:
+                self._refused(e)
+        self._entries[case.name] = entry
 
     def _path(self, case: Case, what: str) -> Path:
+        if self.folder is None:
+            raise FileNotFoundError
         return self.folder / f"{case.name}.{what}"
+
+    def _kept(self, case: Case, entry: dict[str, Any]) -> Kept:
+        return Kept(tuple(entry["shape"]), entry["both" if case.labeled else "image"])
+
+    def _write(self, case: Case, image: NDArray, label: NDArray | None) -> None:
+        """Writes what the entry needs besides itself."""
+
+    def _refused(self, e: OSError) -> None:
+        folder, self.folder = self.folder, None
+        if folder is not None and RANK == 0:
+            print(
+                f"warning: {folder} cannot be written to ({e.strerror or e}), so every start checks all volumes "
+                "anew. Name another place with --cache-folder.",
+                file=sys.stderr,
+            )
+
+
+class DiskCache(Checks):
+    """CASE.image.npy and CASE.label.npy too: the volumes, decoded once for all runs to come and mapped into memory.
+
+    The label of a case that is not labeled is neither written nor read. `pool` makes of an image (False) and of a
+    label (True) what is kept.
+    """
+
+    def __init__(self, folder: Path, pool: Callable[[NDArray, bool], NDArray]):
+        super().__init__(folder)
+        self.pool = pool
+
+    def _kept(self, case: Case, entry: dict[str, Any]) -> Kept:
+        """With its arrays mapped from disk; writing to them changes nothing there."""
+        image = np.load(self._path(case, "image.npy"), mmap_mode="c")
+        label = np.load(self._path(case, "label.npy"), mmap_mode="c") if case.labeled else None
+        found = super()._kept(case, entry)
+        return Kept(found.shape, found.checksum, image, label)
+
+    def _write(self, case: Case, image: NDArray, label: NDArray | None) -> None:
+        write_whole(self._path(case, "image.npy"), _npy(self.pool(image, False)))
+        if label is not None:
+            write_whole(self._path(case, "label.npy"), _npy(self.pool(label, True)))
+
+    def _refused(self, e: OSError) -> None:
+        raise UserError(
+            f"the volumes cannot be kept in {self.folder} ({e}). Name another place with --cache-folder, or take "
+            "--cache ram."
+        ) from e
 
 
 def _npy(array: NDArray) -> bytes:

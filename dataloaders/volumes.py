@@ -9,8 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dataloaders.cases import Case, CaseError, read_all
-from dataloaders.disk_cache import DiskCache
+from dataloaders.cases import Case, CaseError, check_all, read_case
+from dataloaders.disk_cache import Checks, DiskCache
+from utils.distributed import RANK, RANKS
 from utils.errors import UserError
 from utils.resample import downsample_image, downsample_label
 from utils.run_folder import digest
@@ -26,7 +27,8 @@ class Volumes:
         cache: 'device' keeps all volumes on `device`, 'ram' in memory, 'disk' as plain arrays in `folder`, 'none'
             reads each crop from its file; 'auto' is the device if it is a GPU with room for them, else memory.
         downsample: pools each factor^3 voxels into one, see utils/resample.py.
-        folder: of the arrays on disk; what an earlier run left there is not decoded again.
+        folder: of the arrays on disk ('disk'), or of what the check of each file found ('none'); what an earlier run
+            left there is not decoded again.
         problems: what is known to be wrong before reading, reported with the rest.
 
     Raises:
@@ -49,30 +51,41 @@ class Volumes:
         self._images: list[Tensor] = []
         self._labels: list[Tensor | None] = []
         keep = cache in ("auto", "device", "ram")
-        disk = DiskCache((folder or Path()) / f"downsample{downsample}") if cache == "disk" else None
 
         def pool(volume: NDArray, is_label: bool) -> NDArray:
             down = downsample_label if is_label else downsample_image
             return down(torch.from_numpy(volume), downsample).numpy()
 
-        def use(case: Case, image: NDArray, label: NDArray | None) -> None:
+        known: Checks | None = None
+        if cache == "disk":
+            known = DiskCache((folder or Path()) / f"downsample{downsample}", pool)
+        elif cache == "none":
+            known = Checks(folder and folder / "checked")
+
+        def check(case: Case) -> None:
+            kept = known.find(case) if known else None
+            if kept is not None and min(kept.shape) >= downsample:
+                return
+            image, label = read_case(case)
             if min(image.shape) < downsample:
                 raise CaseError(f"has {image.shape} voxels, too few for --downsample {downsample}")
-            if disk is not None:
-                disk.add(case, image, label, pool)
+            if known:
+                known.add(case, image, label)
                 return
             self._note(case, image.shape, digest(image) if label is None else digest(image, label))
-            if keep:
-                self._keep(pool(image, False), None if label is None else pool(label, True))
+            self._keep(pool(image, False), None if label is None else pool(label, True))
 
-        read_all([case for case in cases if disk is None or disk.find(case) is None], use, list(problems))
-        if disk is not None:
+        # Each process begins elsewhere, and leaves out what another one has remembered meanwhile.
+        turn = RANK * len(cases) // RANKS if known else 0
+        check_all([*cases[turn:], *cases[:turn]], check, problems)
+        if known:
             for case in cases:
-                kept = disk.find(case)
+                kept = known.find(case)
                 if kept is None:
                     raise UserError(f"{case.path} is changing while it is read. Start again when it is whole.")
                 self._note(case, kept.shape, kept.checksum)
-                self._keep(kept.image, kept.label)
+                if kept.image is not None:
+                    self._keep(kept.image, kept.label)
         self.on_device = False
         if keep and device is not None and (cache == "device" or (cache == "auto" and self._fits(device))):
             self._images = [image.to(device) for image in self._images]

@@ -11,9 +11,10 @@ import torch
 from conftest import ROOT, TINY, make_set
 
 import train_dtml
-from benchmarks import data, metrics, precision, scale, sdm, step, window
+from benchmarks import data, metrics, precision, scale, sdm, step, stream, window
 from benchmarks import methods as bench
 from benchmarks.timing import side_by_side, table
+from dataloaders.cases import find_cases, lists_of, read_case
 from methods import METHODS
 from utils.errors import UserError
 
@@ -110,3 +111,26 @@ def test_what_cannot_be_pinned_or_shared_out_is_a_user_s_mistake():
         scale.main(["--processes", "4000"])
     with pytest.raises(UserError, match="multiple of 4"):
         scale.main(["--batch-size", "6"])
+
+
+def test_a_set_is_streamed_from_its_files(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    words = ["--volumes", "20", "--distinct", "2", "--shape", "40", "36", "20", "--patch-size", "16", "16", "16"]
+    stream.main([*words, "--rounds", "1", "--batches", "2", "--folder", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(lines) == (2 + 2) + (2 + len(stream.LAYOUTS))
+    assert lines[2].startswith("| first |") and lines[3].startswith("| later |")
+    assert all(line.endswith("| yes |") for line in lines[6:])
+
+
+def test_the_set_that_is_streamed_is_listed_and_linked(tmp_path):
+    o = stream.Options(volumes=20, distinct=2, shape=[40, 36, 20], folder=str(tmp_path))
+    written = stream.make(o)["bytes"]
+    assert written == sum((tmp_path / f"ct0000{i}.h5").stat().st_size for i in (0, 1))
+    assert os.path.samefile(tmp_path / "ct00001.h5", tmp_path / "ct00019.h5")
+    train, test = lists_of(tmp_path)
+    cases, problems = find_cases(tmp_path, train, labeled=True)
+    assert (len(cases), problems, len(test)) == (20, [], 1)
+    image, label = read_case(cases[0])
+    assert image.shape == (40, 36, 20) and set(label.flat) <= {0, 1}

@@ -1,5 +1,6 @@
 """Crops, augmentation, caches and case files."""
 
+import os
 from pathlib import Path
 
 import h5py
@@ -151,6 +152,83 @@ def test_a_disk_cache_that_cannot_be_written_is_a_user_s_mistake(tiny_set, tmp_p
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--cache-folder"):
         volumes(tiny_set, cache="disk", folder=tmp_path / "file")
+
+
+def test_a_check_is_remembered_while_the_source_is_the_same(tmp_path, opened):
+    data, cache = make_set(tmp_path / "set", labeled=6), tmp_path / "cache"
+    train, _ = lists_of(data)
+    opened.clear()
+    first = volumes(data, cache="none", folder=cache)
+    assert opened == train
+    assert {path.relative_to(cache) for path in cache.rglob("*.*")} == {Path("checked", f"{x}.json") for x in train}
+    opened.clear()
+    again = volumes(data, cache="none", folder=cache)
+    assert opened == [] and (again.checksums, again.shapes) == (first.checksums, first.shapes)
+    assert volumes(data, cache="none", folder=cache, downsample=2).shapes != first.shapes and opened == []
+    # case 4 and 5 have a label now, which nobody has looked at
+    labeled = volumes(data, labeled=6, cache="none", folder=cache)
+    assert opened == train[4:6] and labeled.checksums.keys() == first.checksums.keys()
+    opened.clear()
+    assert volumes(data, cache="none", folder=cache).checksums == first.checksums and opened == []
+
+    image, label = read_case(Case("", data / train[2] / "mri_norm2.h5", True))
+    write_case(data / train[1] / "mri_norm2.h5", image, label)
+    os.utime(data / train[3] / "mri_norm2.h5", ns=(0, 1))
+    (cache / "checked" / f"{train[5]}.json").write_text("[]")
+    opened.clear()
+    again = volumes(data, cache="none", folder=cache)
+    assert opened == [train[i] for i in (1, 3, 5)] and not list(cache.rglob(".*"))
+    assert again.checksums == {**first.checksums, train[1]: first.checksums[train[2]]}
+
+    write_case(data / train[2] / "mri_norm2.h5", image, 2 * label)
+    with pytest.raises(UserError, match=rf"{train[2]}.*only 0 and 1"):
+        volumes(data, cache="none", folder=cache)
+    with pytest.raises(UserError, match=rf"{train[2]}.*only 0 and 1"):  # a bad one is never remembered
+        volumes(data, cache="none", folder=cache)
+    with pytest.raises(UserError, match=r"too few for --downsample 19(?s:.*)too few"):
+        volumes(data, cache="none", folder=cache, downsample=19)
+
+
+def test_a_source_that_changes_while_it_is_read_is_not_remembered(tiny_set, tmp_path, monkeypatch):
+    def read_and_touch(case):
+        found = read_case(case)
+        os.utime(case.path, ns=(0, case.path.stat().st_mtime_ns + 1))
+        return found
+
+    monkeypatch.setattr("dataloaders.volumes.read_case", read_and_touch)
+    for cache in ("none", "disk"):
+        with pytest.raises(UserError, match="changing while it is read"):
+            volumes(tiny_set, cache=cache, folder=tmp_path)
+    monkeypatch.undo()
+    assert volumes(tiny_set, cache="none", folder=tmp_path).kind == "none"
+
+
+def test_where_checks_cannot_be_kept_they_are_repeated_with_one_warning(tiny_set, tmp_path, opened, capsys):
+    (tmp_path / "file").write_text("")
+    for _ in range(2):
+        opened.clear()
+        found = volumes(tiny_set, cache="none", folder=tmp_path / "file")
+        assert opened == lists_of(tiny_set)[0] and found.read(0, (slice(0, 2),) * 3)[0].shape == (2, 2, 2)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("warning: ") and "--cache-folder" in line
+    opened.clear()
+    volumes(tiny_set, cache="none")  # no folder, nothing written, nothing to warn of
+    assert opened == lists_of(tiny_set)[0] and capsys.readouterr().err == ""
+
+
+def test_processes_share_out_the_check(tiny_set, tmp_path, opened, monkeypatch):
+    """Each begins at a share of its own, and does not read what another has checked."""
+    train, _ = lists_of(tiny_set)
+    monkeypatch.setattr("dataloaders.volumes.RANKS", 2)
+    monkeypatch.setattr("dataloaders.volumes.RANK", 1)
+    second = volumes(tiny_set, cache="none", folder=tmp_path)
+    assert opened == [*train[4:], *train[:4]]
+    for name in train[:3]:
+        (tmp_path / "checked" / f"{name}.json").unlink()
+    opened.clear()
+    monkeypatch.setattr("dataloaders.volumes.RANK", 0)
+    first = volumes(tiny_set, cache="none", folder=tmp_path)
+    assert opened == train[:3] and (first.checksums, first.shapes) == (second.checksums, second.shapes)
 
 
 def test_image_label_and_map_of_a_crop_belong_together(tiny_set):

@@ -343,7 +343,7 @@ def kept_in(folder: str) -> int:
 
 HARMLESS: dict[str, tuple[str, Callable[[Trained], Any], Any]] = {
     # option: flags, what to look at, what to see there
-    "cache": ("--cache none", lambda r: r.opened, 8 + 3 * 4),
+    "cache": ("--cache none --cache-folder checks", lambda r: r.opened, 8 + 3 * 4),
     "cache_folder": ("--cache disk --cache-folder kept", lambda r: kept_in(flag_of(r, "--cache-folder")), 8),
     "workers": ("--workers 2", lambda r: (len(r.processes), os.getpid() in r.processes), (2, False)),
     "recompute": ("--recompute", lambda r: r.recomputed, 3 * 2 * 17),  # iterations, networks, blocks
@@ -379,7 +379,7 @@ CACHED = [
     "auto",
     "disk --cache-folder {tmp}",
     "disk --cache-folder {tmp} --workers 1",
-    "none --workers 1",
+    "none --cache-folder {tmp} --workers 1",
 ]
 
 
