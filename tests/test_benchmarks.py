@@ -98,6 +98,18 @@ def test_two_processes_beside_one(tmp_path):
     assert lines[7].endswith("| yes |")  # the replicas
 
 
+@pytest.mark.parametrize("other", ["0000ffff1234abcd", "0000ffff1234abce", "0001ffff1234abcd", "0000fffe1234abcd"])
+def test_replicas_that_differ_are_told(other, monkeypatch):
+    """`any_rank` as between this process and another one."""
+
+    def any_rank(*mine, device):
+        theirs = [int(other[i : i + 4], 16) for i in (0, 4, 8, 12)]
+        return list(map(max, mine, [*theirs, *(-x for x in theirs)]))
+
+    monkeypatch.setattr(scale, "any_rank", any_rank)
+    assert scale.on_all_ranks_equal("0000ffff1234abcd") == (other == "0000ffff1234abcd")
+
+
 def test_the_projection_by_hand():
     """1 GB between 8 GPUs at 100 GB/s: 17.5 ms, of which the half of a step of 20 ms hides 10."""
     o = scale.Options(step_ms=[20.0], bandwidth=[100.0])
