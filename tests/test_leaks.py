@@ -151,7 +151,10 @@ for words in json.loads(sys.argv.pop(1)):
 def test_no_file_of_a_test_case_is_opened(tiny_set, tmp_path):
     (tmp_path / "spy.py").write_text(SPY)
     flags = ["--data", tiny_set, *FLAGS, *SHORT, "--cache", "none"]
-    methods = json.dumps([[*method_words(m), "--workers", "2" if m == "dtml" else "0"] for m in METHODS])
+    methods = json.dumps([
+        [*method_words(m), "--workers", "2" if m == "dtml" else "0", "--cache-folder", str(tmp_path / m)]
+        for m in METHODS
+    ])  # fmt: skip
     program = [sys.executable, tmp_path / "spy.py", tmp_path / "opened.txt", methods, *flags]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([*program, "--runs", tmp_path / "runs"], env=environment, check=True, timeout=600)
