@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from dataloaders.augmentation import AUGMENTATIONS
 from dataloaders.cases import LA_FOLDER, PHANTOM_FOLDER
@@ -33,7 +32,7 @@ from networks.backbone import PRECISIONS, compile_networks, set_precision, set_r
 from utils.checkpoint import fit_optimizer, load_checkpoint, save_checkpoint, write_whole
 from utils.clock import Clock
 from utils.devices import choose_device, keep_freed_memory, peak_memory_gib, seed_iteration, set_arithmetic
-from utils.distributed import RANK, RANKS, any_rank, process_group, wait_for_rank_0
+from utils.distributed import RANK, RANKS, any_rank, process_group, replicate, wait_for_rank_0
 from utils.errors import Stopped, StopSignal, UserError, run
 from utils.options import Parser, as_flags, fill, harmless_names, option, refuse_differences, varied
 from utils.pictures import slice_picture
@@ -290,8 +289,7 @@ def main(argv: list[str] | None = None) -> None:
             manifest = start_manifest(folder, start, manifest)
             report.text({"options": replay, "manifest": {k: v for k, v in manifest.items() if k not in LONG}})
         wait_for_rank_0()
-        ids = [device] if device.type == "cuda" else None
-        model = DistributedDataParallel(method, device_ids=ids) if RANKS > 1 else method
+        model = replicate(method, device)
         began = time.monotonic() - seconds
 
         # the loop

@@ -23,7 +23,6 @@ import torch.distributed as dist
 import torch.distributed.run as torchrun
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.timing import table
 from dataloaders.cases import LA_FOLDER, PHANTOM_FOLDER
@@ -36,7 +35,7 @@ from train_dtml import OPTIMIZERS, read_options
 from utils import distributed
 from utils.clock import Clock
 from utils.devices import seed_iteration, set_arithmetic
-from utils.distributed import RANK, RANKS, any_rank, process_group, wait_for_rank_0
+from utils.distributed import RANK, RANKS, any_rank, process_group, replicate, wait_for_rank_0
 from utils.errors import Stopped, UserError, run
 from utils.options import Parser, fill, option
 from utils.run_folder import digest
@@ -213,7 +212,7 @@ def measure(o: Options) -> None:
 
     with process_group(CPU):
         single, (method, optimizer) = made(), made()
-        model = DistributedDataParallel(method)
+        model = replicate(method, CPU)
         share = o.batch_size // RANKS
         forms = {
             f"1 process, {o.batch_size} crops": Form(o, *single, single[0], o.batch_size, volumes=volumes, ranks=1),

@@ -1,6 +1,7 @@
 """One process or several under torchrun, with the same code: torchrun's environment says which."""
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import zip_longest
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 RANK = int(os.environ.get("RANK", 0))
 RANKS = int(os.environ.get("WORLD_SIZE", 1))
@@ -25,6 +27,15 @@ def process_group(device: torch.device) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def replicate(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """The module, its gradients averaged over all processes on the way back; itself where there is one process."""
+    if RANKS == 1:
+        return module
+    # Those of a convolution from one channel, whose two layouts differ in name only.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+    return DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None)
 
 
 def any_rank(*flags: float, device: torch.device) -> list[float]:
