@@ -43,7 +43,7 @@ def names(folder):
 # Saving.
 
 
-def test_previous_is_the_one_before(tmp_path):
+def test_01_previous_is_the_one_before(tmp_path):
     for n in range(4):
         assert save_checkpoint(tmp_path, state(n)) == tmp_path / LAST
         assert load(tmp_path / LAST)["n"] == n
@@ -53,7 +53,7 @@ def test_previous_is_the_one_before(tmp_path):
     assert load_checkpoint(tmp_path)["n"] == 3
 
 
-def test_a_whole_checkpoint_has_the_name_at_every_step_of_saving(tmp_path, monkeypatch):
+def test_01_a_whole_checkpoint_has_the_name_at_every_step_of_saving(tmp_path, monkeypatch):
     save_checkpoint(tmp_path, state(0))
     save_checkpoint(tmp_path, state(1))
     steps = []
@@ -79,7 +79,7 @@ def test_a_whole_checkpoint_has_the_name_at_every_step_of_saving(tmp_path, monke
 
 
 @pytest.mark.slow
-def test_kill_9_at_any_time_leaves_a_whole_checkpoint(tmp_path):
+def test_01_kill_9_at_any_time_leaves_a_whole_checkpoint(tmp_path):
     known = -1
     for trial in range(20):
         reader, writer = os.pipe()
@@ -124,7 +124,7 @@ class Unsavable:
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, MemoryError])
-def test_an_exception_while_saving_leaves_the_folder_as_it_was(error, tmp_path):
+def test_02_an_exception_while_saving_leaves_the_folder_as_it_was(error, tmp_path):
     with pytest.raises(error):
         save_checkpoint(tmp_path, state(2, bad=Unsavable(error())))
     assert names(tmp_path) == []
@@ -137,7 +137,7 @@ def test_an_exception_while_saving_leaves_the_folder_as_it_was(error, tmp_path):
 
 
 @pytest.mark.parametrize("mask, bits", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
-def test_permissions_follow_the_umask(mask, bits, tmp_path):
+def test_04_permissions_follow_the_umask(mask, bits, tmp_path):
     before = os.umask(mask)
     try:
         save_checkpoint(tmp_path, state(0))
@@ -169,7 +169,7 @@ def assert_refused_and_untouched(folder, save):
 
 
 @pytest.mark.parametrize("limit", [0, 500, 100_000, 3_999_999])
-def test_a_file_that_cannot_be_written_whole_is_the_users_to_mend(limit, tmp_path):
+def test_03_a_file_that_cannot_be_written_whole_is_the_users_to_mend(limit, tmp_path):
     def save():
         with no_file_above(limit):
             save_checkpoint(tmp_path, state(2, 1_000_000))
@@ -180,7 +180,7 @@ def test_a_file_that_cannot_be_written_whole_is_the_users_to_mend(limit, tmp_pat
     assert_refused_and_untouched(tmp_path, save)
 
 
-def test_a_full_disk_is_the_users_to_mend(tmp_path):
+def test_03_a_full_disk_is_the_users_to_mend(tmp_path):
     folder = tmp_path / "disk"
     folder.mkdir()
     mounting = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)]
@@ -199,7 +199,7 @@ def test_a_full_disk_is_the_users_to_mend(tmp_path):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO])
 @pytest.mark.parametrize("step", ["fsync", "replace"])
-def test_a_failing_disk_is_named(step, number, tmp_path, monkeypatch):
+def test_03_a_failing_disk_is_named(step, number, tmp_path, monkeypatch):
     save_checkpoint(tmp_path, state(0))
 
     def fail(*args):
@@ -212,13 +212,13 @@ def test_a_failing_disk_is_named(step, number, tmp_path, monkeypatch):
     assert names(tmp_path) == [LAST] and load(tmp_path / LAST)["n"] == 0
 
 
-def test_a_folder_that_is_gone_is_named(tmp_path):
+def test_03_a_folder_that_is_gone_is_named(tmp_path):
     with pytest.raises(UserError, match=str(tmp_path / "gone")):
         save_checkpoint(tmp_path / "gone", state(0))
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError])
-def test_other_files_are_written_whole_or_not_at_all(error, tmp_path, monkeypatch):
+def test_02_other_files_are_written_whole_or_not_at_all(error, tmp_path, monkeypatch):
     def fail(handle):
         raise error
 
@@ -233,7 +233,7 @@ def test_other_files_are_written_whole_or_not_at_all(error, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.99])
-def test_a_folder_falls_back_to_previous_when_last_is_cut_short(share, tmp_path, capsys):
+def test_05_a_folder_falls_back_to_previous_when_last_is_cut_short(share, tmp_path, capsys):
     save_checkpoint(tmp_path, state(0))
     save_checkpoint(tmp_path, state(1))
     whole = (tmp_path / LAST).read_bytes()
@@ -246,26 +246,26 @@ def test_a_folder_falls_back_to_previous_when_last_is_cut_short(share, tmp_path,
         load_checkpoint(tmp_path / LAST)
 
 
-def test_a_folder_falls_back_to_previous_when_last_is_missing(tmp_path):
+def test_05_a_folder_falls_back_to_previous_when_last_is_missing(tmp_path):
     save_checkpoint(tmp_path, state(0))
     save_checkpoint(tmp_path, state(1))
     (tmp_path / LAST).unlink()
     assert load_checkpoint(tmp_path)["n"] == 0
 
 
-def test_a_folder_with_two_damaged_checkpoints_is_an_error(tmp_path):
+def test_05_a_folder_with_two_damaged_checkpoints_is_an_error(tmp_path):
     for name in (LAST, PREVIOUS):
         (tmp_path / name).write_bytes(b"no checkpoint")
     with pytest.raises(UserError, match=PREVIOUS):
         load_checkpoint(tmp_path)
 
 
-def test_an_empty_folder_is_an_error(tmp_path):
+def test_05_an_empty_folder_is_an_error(tmp_path):
     with pytest.raises(UserError, match=str(tmp_path)):
         load_checkpoint(tmp_path)
 
 
-def test_a_flipped_byte_of_a_weight_is_told_by_its_checksum(tmp_path):
+def test_06_a_flipped_byte_of_a_weight_is_told_by_its_checksum(tmp_path):
     path = save_checkpoint(tmp_path, state(0, x=torch.full((1000,), 1.2345)))
     data = bytearray(path.read_bytes())
     data[data.index(np.full(100, 1.2345, np.float32).tobytes()) + 42] ^= 4
@@ -274,7 +274,7 @@ def test_a_flipped_byte_of_a_weight_is_told_by_its_checksum(tmp_path):
         load_checkpoint(path)
 
 
-def test_a_weight_whose_entry_is_marked_as_a_folder_is_noticed(tmp_path):
+def test_06_a_weight_whose_entry_is_marked_as_a_folder_is_noticed(tmp_path):
     """torch leaves such a tensor uninitialised without a word, though every checksum is right."""
     path = save_checkpoint(tmp_path, state(0))
     data = bytearray(path.read_bytes())
@@ -285,7 +285,7 @@ def test_a_weight_whose_entry_is_marked_as_a_folder_is_noticed(tmp_path):
         load_checkpoint(path)
 
 
-def test_no_damage_goes_unnoticed(tmp_path):
+def test_06_no_damage_goes_unnoticed(tmp_path):
     """Bytes all over a small file, changed or missing: an error that names the file, or what was saved."""
     path = save_checkpoint(tmp_path, state(3, text="abc", x=torch.arange(10.0)))
     whole = path.read_bytes()
@@ -305,7 +305,7 @@ def test_no_damage_goes_unnoticed(tmp_path):
     assert noticed > len(damaged) / 3
 
 
-def test_what_runs_code_is_not_loaded(tmp_path):
+def test_07_what_runs_code_is_not_loaded(tmp_path):
     class Attack:
         def __reduce__(self):
             return Path.touch, (tmp_path / "was run",)
@@ -321,7 +321,7 @@ def test_what_runs_code_is_not_loaded(tmp_path):
 
 
 @pytest.mark.parametrize("content", [{"x": 1}, {"format": 0}, {"format": 2, "n": 1}, [1, 2], torch.zeros(3)])
-def test_other_formats_are_refused(content, tmp_path):
+def test_10_other_formats_are_refused(content, tmp_path):
     torch.save(content, tmp_path / "other.pt")
     with pytest.raises(UserError, match=r"other\.pt.*format"):
         load_checkpoint(tmp_path / "other.pt")
@@ -345,7 +345,7 @@ def plain(value):
 
 
 @pytest.mark.parametrize("flags", [["--sdm-loss", "both"], *map(method_words, ("supervised", "ua-mt", "asdnet"))])
-def test_a_run_saves_tensors_and_plain_python_only(flags, tiny_set, tmp_path):
+def test_07_a_run_saves_tensors_and_plain_python_only(flags, tiny_set, tmp_path):
     train(tiny_set, tmp_path / "run", "--iterations", "3", *flags)
     saved = load(tmp_path / "run" / LAST)
     assert plain(saved)
@@ -354,7 +354,7 @@ def test_a_run_saves_tensors_and_plain_python_only(flags, tiny_set, tmp_path):
         assert archive.testzip() is None
 
 
-def test_a_disk_that_fills_up_ends_a_run_with_its_last_checkpoint(tiny_set, tmp_path, monkeypatch, capsys):
+def test_03_a_disk_that_fills_up_ends_a_run_with_its_last_checkpoint(tiny_set, tmp_path, monkeypatch, capsys):
     real, saved = os.fsync, []
 
     def fill_up(handle):
@@ -425,7 +425,7 @@ SPOILED += [(m, how, k) for m in METHODS for how, k in ((nan_loss, 0), (nan_grad
 
 
 @pytest.mark.parametrize(("method", "how", "k"), SPOILED)  # 4 is logged, 7 is the last one
-def test_what_is_not_finite_never_reaches_the_weights(method, how, k, tiny_set, tmp_path, spoil):
+def test_18_what_is_not_finite_never_reaches_the_weights(method, how, k, tiny_set, tmp_path, spoil):
     before, folder = spoil(k, how), tmp_path / "run"
     with pytest.raises(Diverged, match=f"at iteration {k} {SPOILS[how]}") as diverged:
         train(tiny_set, folder, *method_words(method), "--save-every", "1", "--log-every", "5")
@@ -452,7 +452,7 @@ def nan_gradient_of_critic(critic, loss):
     ("how", "named"), [(nan_of_critic, "the loss critic"), (nan_gradient_of_critic, r"the gradient of \S+\.weight")]
 )
 @pytest.mark.parametrize("method", ["sassnet", "asdnet"])
-def test_what_is_not_finite_never_reaches_the_critic(method, how, named, tiny_set, tmp_path, monkeypatch):
+def test_18_what_is_not_finite_never_reaches_the_critic(method, how, named, tiny_set, tmp_path, monkeypatch):
     real, seen = Adversary.step, []
 
     def weights_of(adversary):
@@ -476,7 +476,7 @@ def test_what_is_not_finite_never_reaches_the_critic(method, how, named, tiny_se
     assert saved["iteration"] == 2 and all_finite(saved)
 
 
-def test_a_diverged_program_exits_with_3_and_can_go_on(tiny_set, tmp_path, spoil, monkeypatch, capsys):
+def test_18_a_diverged_program_exits_with_3_and_can_go_on(tiny_set, tmp_path, spoil, monkeypatch, capsys):
     spoil(5, nan_gradient)
     with pytest.raises(SystemExit) as left:
         run(lambda: train(tiny_set, tmp_path / "run", "--save-every", "3", "--log-every", "1"))
@@ -490,7 +490,7 @@ def test_a_diverged_program_exits_with_3_and_can_go_on(tiny_set, tmp_path, spoil
     assert (tmp_path / "run" / "scalars.csv").read_text() == (tmp_path / "other" / "scalars.csv").read_text()
 
 
-def test_a_signal_does_not_save_what_diverged(tiny_set, tmp_path, spoil):
+def test_18_a_signal_does_not_save_what_diverged(tiny_set, tmp_path, spoil):
     def signalled(method, losses):
         os.kill(os.getpid(), signal.SIGTERM)
         nan_loss(method, losses)
