@@ -27,7 +27,7 @@ from tqdm import tqdm
 from dataloaders.cases import Case, find_cases, lists_of, read_all, read_case, read_geometry
 from methods import Method, restore
 from utils.checkpoint import load_checkpoint, write_whole
-from utils.devices import choose_device, set_arithmetic
+from utils.devices import choose_device, enough_memory, set_arithmetic
 from utils.distributed import RANK, RANKS, in_turn, process_group
 from utils.errors import UserError, run
 from utils.metrics import METRICS, largest_component, mean_and_sd, segmentation_metrics
@@ -163,6 +163,7 @@ def open_cases(folder: Path) -> tuple[list[Case], list[tuple[int, ...]]]:
     return cases, shapes
 
 
+@enough_memory("Lower --batch-size or --patch-size.")
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__, prog="test_la.py")
     parser.add_dataclass(Options)

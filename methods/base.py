@@ -109,5 +109,7 @@ def check_finite(losses: Losses, network: nn.Module, batch: Batch, iteration: in
     what = ", ".join(found) or ("the norm of the gradient" if bad else "a loss of another process")
     raise Diverged(
         f"at iteration {iteration} {what} is not finite, in the crops of {', '.join(batch['case'])}. "
-        "The last checkpoint is intact: try a lower --lr or another --seed."
+        "The last checkpoint is intact: try a lower --lr or another --seed.",
+        iteration,
+        here=bool(found or bad),
     )

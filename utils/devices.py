@@ -3,6 +3,8 @@
 import os
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -42,6 +44,24 @@ def set_arithmetic(*, deterministic: bool) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
+
+
+@contextmanager
+def enough_memory(advice: str) -> Iterator[None]:
+    """Memory that does not suffice, of the GPU or of the computer, is told in words, with what to do.
+
+    Raises:
+        UserError: in place of what torch or Python raise then.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as e:  # torch has no class of its own for the computer's memory
+        where = "GPU's memory" if isinstance(e, torch.OutOfMemoryError) else "memory"
+        if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(e):
+            raise UserError(
+                f"the {where} does not suffice ({(str(e) or 'none left').splitlines()[0]}). {advice}"
+            ) from e
+        raise
 
 
 def seed_iteration(seed: int, iteration: int, rank: int = 0) -> None:

@@ -2,15 +2,18 @@
 
 import contextlib
 import errno
+import io
 import os
 import pickle
 import random
+import re
 import resource
 import signal
 import stat
 import subprocess
 import time
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import h5py  # noqa: F401  (its C library must be loaded before a fork)
@@ -20,7 +23,7 @@ import torch
 from conftest import TINY, flat, method_words
 
 import train_dtml
-from methods import METHODS
+from methods import METHODS, restore
 from methods.adversary import Adversary
 from utils import checkpoint
 from utils.checkpoint import LAST, PREVIOUS, load_checkpoint, save_checkpoint, write_whole
@@ -29,7 +32,8 @@ from utils.errors import Diverged, Stopped, UserError, run
 
 def state(n, size=100, **more):
     """A state that knows its number: every element is n."""
-    return {**dict.fromkeys(checkpoint.CONTENTS, 0), "n": n, "x": torch.full((size,), float(n)), **more}
+    known = {**dict.fromkeys(checkpoint.CONTENTS, 0), "options": {"method": "dtml"}, "checksums": {}}
+    return {**known, "n": n, "x": torch.full((size,), float(n)), **more}
 
 
 def load(path):
@@ -72,7 +76,7 @@ def test_01_a_whole_checkpoint_has_the_name_at_every_step_of_saving(tmp_path, mo
         monkeypatch.setattr(os, name, spied)
     save_checkpoint(tmp_path, state(2))
     numbers = [step[1:] for step in steps]
-    assert set(numbers) <= {(1, 0), (1, 1), (2, 1)} and numbers == sorted(numbers)
+    assert set(numbers) == {(1, 0), (2, 0), (2, 1)} and numbers == sorted(numbers)
     done = [name for name, *_ in steps if name.startswith("after")]
     assert done[0] == "after fsync", "the new file must be on the disk before it takes the name"
     assert done[-2:] == ["after replace", "after fsync"], "the folder must be synced after the rename"
@@ -106,11 +110,46 @@ def test_01_kill_9_at_any_time_leaves_a_whole_checkpoint(tmp_path):
         loaded = load_checkpoint(tmp_path / LAST)
         assert saved <= loaded["n"] <= saved + 1 and (loaded["x"] == loaded["n"]).all()
         if (tmp_path / PREVIOUS).exists():
-            assert load_checkpoint(tmp_path / PREVIOUS)["n"] in (loaded["n"] - 1, loaded["n"])
+            assert load_checkpoint(tmp_path / PREVIOUS)["n"] in (loaded["n"] - 2, loaded["n"] - 1)
         known = loaded["n"]
         for leftover in tmp_path.glob(".*.partial"):
             leftover.unlink()  # a killed process cannot take its half-written file away
     assert known >= 14  # 15 of the children saved at least once, counted from 0
+
+
+def test_01_what_reads_back_as_something_else_does_not_take_the_name(tmp_path, monkeypatch):
+    """A disk, or the memory before it, that keeps other bytes than it was given."""
+    save_checkpoint(tmp_path, state(0))
+    save_checkpoint(tmp_path, state(1))
+    real = os.fsync
+
+    def spoil(handle):
+        if stat.S_ISREG(os.fstat(handle).st_mode):
+            with open(next(tmp_path.glob(".*.partial")), "r+b") as f:
+                f.seek(200)
+                f.write(b"other bytes")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", spoil)
+    assert_refused_and_untouched(tmp_path, lambda: save_checkpoint(tmp_path, state(2)))
+    monkeypatch.undo()
+    assert load_checkpoint(tmp_path)["n"] == 1
+
+
+def test_01_a_damaged_last_costs_the_whole_previous_nothing_before_the_new_one_stands(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, state(0))
+    save_checkpoint(tmp_path, state(1))
+    (tmp_path / LAST).write_bytes((tmp_path / LAST).read_bytes()[:100])
+    real, seen = os.replace, []
+
+    def look(*names):
+        seen.append(load_checkpoint(tmp_path)["n"])
+        real(*names)
+        seen.append(load_checkpoint(tmp_path)["n"])
+
+    monkeypatch.setattr(os, "replace", look)
+    save_checkpoint(tmp_path, state(2))
+    assert seen == [0, 2, 2, 2]
 
 
 class Unsavable:
@@ -318,6 +357,108 @@ def test_07_what_runs_code_is_not_loaded(tmp_path):
         with pytest.raises(UserError, match=name):
             load_checkpoint(tmp_path / name)
     assert not (tmp_path / "was run").exists()
+
+
+def archive(path, edit=None, compression=zipfile.ZIP_STORED, **content):
+    """A checkpoint whose pickle's bytes were edited; torch names its entries archive/..."""
+    data = io.BytesIO()
+    torch.save(state(0, format=checkpoint.FORMAT, **content), data)
+    with zipfile.ZipFile(data) as old, zipfile.ZipFile(path, "w") as new:
+        for entry in old.infolist():
+            held = old.read(entry)
+            edited = edit(held) if edit and entry.filename.endswith("data.pkl") else held
+            new.writestr(entry.filename, edited, compression)
+            new.infolist()[-1].external_attr = 0  # as torch writes it
+    return path
+
+
+@contextlib.contextmanager
+def bounded_memory(mebibytes=64):
+    """Fails if this process holds that much more at any moment than at the beginning."""
+
+    def held(line):
+        return int(re.search(rf"{line}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**10
+
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("this system does not tell the memory of a process")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = held("VmRSS")
+    yield
+    assert held("VmHWM") - before < mebibytes
+
+
+def endless(levels=200):
+    """A list of two lists of two lists ...: small in the file, without end for who visits each."""
+    value = [1]
+    for _ in range(levels):
+        value = [value, value]
+    return value
+
+
+def replaced(old, new):
+    def edit(data):
+        assert data.count(old) == 1
+        return data.replace(old, new)
+
+    return edit
+
+
+TEXT = b"X\x04\x00\x00\x00text"
+ZEROS_OF_16_TIB = b"c__builtin__\nbytearray\n\x8a\x06\0\0\0\0\0\x10\x85R"
+BOMBS = {  # what is wrong: what the file is made of, what is said of it
+    "zeros that compress to nothing": ({"x": torch.zeros(2**26), "compression": zipfile.ZIP_DEFLATED}, "unpack to"),
+    "a tensor of terabytes in four bytes": ({"x": torch.zeros(1).expand(2**40)}, "claims 1099511627776 elements"),
+    "a tensor without memory": ({"x": torch.empty(2**40, device="meta")}, "claims 1099511627776 elements"),
+    "a size the file does not hold": (
+        {"x": torch.arange(77.0), "edit": replaced(b"KMtq", b"J\x00\x00\x00\x70tq")},
+        "does not match expected size",
+    ),
+    "an array of bytes": ({"x": "text", "edit": replaced(TEXT, ZEROS_OF_16_TIB)}, "MemoryError"),
+    "other code": ({"x": "text", "edit": replaced(TEXT, b"cos\nsystem\nX\x02\0\0\0ls\x85R")}, "nothing in it was run"),
+    "a pickle cut short": ({"edit": lambda data: data[: len(data) // 2]}, "not loaded"),
+    "nothing but a stop": ({"edit": lambda data: b"."}, "incomplete or no checkpoint"),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_07_a_file_that_claims_more_than_it_holds_is_refused_within_bounded_memory(name, tmp_path):
+    content, said = BOMBS[name]
+    path = archive(tmp_path / "bomb.pt", **content)
+    with bounded_memory(), pytest.raises(UserError, match=rf"bomb\.pt .*{said}"):
+        load_checkpoint(path)
+
+
+def test_07_what_is_nested_without_end_is_loaded_in_no_time(tmp_path):
+    path = archive(tmp_path / "nested.pt", x=endless())
+    began = time.monotonic()
+    load_checkpoint(path)
+    assert time.monotonic() - began < 5
+
+
+def test_07_a_checkpoint_that_asks_for_a_huge_network_is_refused_within_bounded_memory(tmp_path):
+    options = {"method": "dtml", "backbone": "vnet", "filters": 4096, "iterations": 8}
+    small = METHODS["dtml"](METHODS["dtml"].Options(filters=2), iterations=8).state_dict()
+    path = archive(tmp_path / "huge.pt", options=options, method=small)
+    with bounded_memory(), pytest.raises(UserError, match=r"huge\.pt does not fit this code .*shape"):
+        restore(load_checkpoint(path))
+
+
+WRONG_KINDS = [{"options": []}, {"options": {}}, {"options": {"method": []}}, {"iteration": "8"}, {"seconds": None}]
+
+
+@pytest.mark.parametrize("wrong", [*WRONG_KINDS, {"format": torch.zeros(2)}, {"checksums": [1]}], ids=str)
+def test_07_contents_of_another_kind_are_refused(wrong, tmp_path):
+    torch.save({**state(0, format=checkpoint.FORMAT), **wrong}, tmp_path / "wrong.pt")
+    with pytest.raises(UserError, match=r"wrong\.pt"):
+        load_checkpoint(tmp_path / "wrong.pt")
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "before torch 1.6"])
+def test_09_bare_weights_of_the_released_code_are_refused_in_words(legacy, tmp_path):
+    weights = OrderedDict({"block_one.conv.0.weight": torch.zeros(16, 1, 3, 3, 3)})
+    torch.save(weights, tmp_path / "iter_6000.pth", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(UserError, match=r"iter_6000\.pth is .*no checkpoint"):
+        load_checkpoint(tmp_path / "iter_6000.pth")
 
 
 @pytest.mark.parametrize("content", [{"x": 1}, {"format": 0}, {"format": 2, "n": 1}, [1, 2], torch.zeros(3)])
