@@ -50,6 +50,7 @@ from utils.run_folder import (
     refuse_changed,
     refuse_existing,
     start_manifest,
+    was_begun,
     write_json,
 )
 from utils.run_lock import refuse_locked, run_lock
@@ -204,7 +205,7 @@ def main(argv: list[str] | None = None) -> None:
     o, method_options, folder, state = read_options(argv)
     if not o.from_diagnostic:
         refuse_locked(folder)
-    if state is None and not o.fresh and not (o.resume == "auto" and (folder / MANIFEST).exists()):
+    if state is None and not o.fresh and not (o.resume == "auto" and was_begun(folder)):
         refuse_existing(folder)
     if o.threads:
         torch.set_num_threads(o.threads)

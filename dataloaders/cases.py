@@ -61,6 +61,9 @@ def read_list(path: Path) -> list[str]:
     twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         raise UserError(f"the list {path} names {', '.join(twice)} more than once. Keep each case once.")
+    unnamable = [name for name in names if not name.isprintable()]
+    if unnamable:
+        raise UserError(f"the list {path} holds {unnamable[0]!r}, which no case can be called. Write one name a line.")
     outside = [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]
     if outside:
         raise UserError(f"the list {path} leads out of the data set: {', '.join(outside)}. Use plain case names.")
@@ -123,14 +126,21 @@ def read_case(case: Case) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None
                 raise CaseError(f"has no dataset 'image', only {sorted(f)[:9]}")
             if case.labeled and "label" not in f:
                 raise CaseError("is a labeled case without a dataset 'label'")
-            image = _header(f, "image")[()]
-            label = _header(f, "label")[()] if case.labeled else None
+            header = _header(f, "image")
+            if header.ndim != 3 or header.dtype.kind not in "fiu":
+                raise CaseError(f"'image' must be three-dimensional numbers, not {header.shape} of {header.dtype}")
+            image, label = header[()], None
+            if case.labeled:
+                header = _header(f, "label")
+                if header.shape != image.shape:
+                    raise CaseError(f"'label' has shape {header.shape} but 'image' {image.shape}")
+                if header.dtype.kind not in "fiub":
+                    raise CaseError(f"'label' must be numbers, not {header.dtype}")
+                label = header[()]
     except CaseError:
         raise
     except Exception as e:  # what h5py raises for a file that is cut, or made to fool it, has no end
         raise CaseError(f"is no whole h5 file ({e})") from e
-    if image.ndim != 3 or image.dtype.kind not in "fiu":
-        raise CaseError(f"'image' must be three-dimensional numbers, not {image.shape} of {image.dtype}")
     image = image.astype(np.float32, copy=False)
     low, high = float(image.min(initial=np.inf)), float(image.max(initial=-np.inf))
     if not np.isfinite(image.sum(dtype=np.float64)):
@@ -139,8 +149,6 @@ def read_case(case: Case) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None
         raise CaseError(f"'image' is constant ({low:g}) or empty")
     if label is None:
         return image, None
-    if np.shape(label) != image.shape:
-        raise CaseError(f"'label' has shape {np.shape(label)} but 'image' {image.shape}")
     values = np.unique(label)
     if not np.isin(values, (0, 1)).all():
         hint = "; 255 marks the atrium in the challenge's own files, divide by 255" if 255 in values else ""

@@ -20,6 +20,7 @@ import torch
 
 from utils.checkpoint import LAST, PREVIOUS, write_whole
 from utils.errors import UserError
+from utils.run_lock import LOCK
 
 OPTIONS, MANIFEST, SCALARS = "options.txt", "manifest.json", "scalars.csv"
 PACKAGES = ("torch", "numpy", "h5py", "scipy", "medpy", "scikit-image", "tensorboard")
@@ -77,6 +78,11 @@ def refuse_changed(folder: Path, state: dict[str, Any] | None) -> None:
             raise UserError(f"another process trained in {folder} while this one started. Start again.")
     except FileNotFoundError as e:
         raise UserError(f"{e.filename} is gone, which was there a moment ago. Start again.") from e
+
+
+def was_begun(folder: Path) -> bool:
+    """Whether a run began there, even if it ended before it could write more than its lock or its log."""
+    return any((folder / name).exists() for name in (MANIFEST, OPTIONS, "log.txt", LOCK))
 
 
 def has_checkpoint(folder: Path) -> bool:

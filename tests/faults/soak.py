@@ -30,9 +30,9 @@ SIZE = ["--data", "phantoms", "--patch-size", "16", "16", "16", "--filters", "2"
 FLAGS = [
     *SIZE,
     "--iterations",
-    "120",
+    "200",
     "--save-every",
-    "10",
+    "5",
     "--log-every",
     "1",
     "--picture-every",
@@ -61,6 +61,7 @@ def start(words: list[str], log: Path) -> int:
     if pid:
         return pid
     os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup ignores it
     out = os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
     os.dup2(out, 1)
     os.dup2(out, 2)
@@ -120,6 +121,7 @@ def differences(a: Path, b: Path) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--longest", type=float, default=4, help="seconds that a part may last at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--method", default="", help="another method of train_dtml.py")
     parser.add_argument("--out", type=Path, required=True)
@@ -146,7 +148,7 @@ def main() -> None:
             pid = start(flags(o, folder, "--resume", "auto", "--workers", draw.choice("02")), log)
             number = draw.choice(list(SIGNALS))
             whom = os.killpg if draw.random() < 0.5 and number != signal.SIGKILL else os.kill
-            time.sleep(draw.uniform(0, 0.2 * seconds))
+            time.sleep(draw.uniform(0, o.longest))
             done, status = os.waitpid(pid, os.WNOHANG)
             if not done:
                 whom(pid, number)

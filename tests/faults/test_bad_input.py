@@ -370,6 +370,43 @@ def test_40_gpu_that_is_not_there_is_refused(name, tiny_set):
     refuse(flags(tiny_set, "--device", name), f"--device {name}", "--device cpu", untouched=tiny_set.parent)
 
 
+NO_MEMORY = {
+    "the computer's, by torch": (
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] data. DefaultCPUAllocator: can't allocate memory: 4 GB"),
+        "the memory does not suffice",
+    ),
+    "the computer's": (MemoryError(), "the memory does not suffice"),
+    "the GPU's": (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4 GiB."), "the GPU's memory does not"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_MEMORY)
+def test_40_memory_that_does_not_suffice_is_told_in_words(kind, tiny_set, monkeypatch):
+    error, text = NO_MEMORY[kind]
+
+    def forward(self, batch, iteration):
+        raise error
+
+    monkeypatch.setattr(METHODS["dtml"], "forward", forward)
+    with pytest.raises(UserError, match=f"{text}.* Lower --batch-size, --patch-size or --filters"):
+        train(tiny_set)
+
+
+def test_40_other_errors_of_torch_are_no_lack_of_memory(tiny_set, monkeypatch):
+    monkeypatch.setattr(METHODS["dtml"], "forward", lambda self, batch, iteration: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="size"):
+        train(tiny_set)
+
+
+def test_40_memory_that_does_not_suffice_for_testing_is_told_in_words(tiny_set, checkpoint, monkeypatch):
+    def predict(self, image, outputs):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(METHODS["dtml"], "predict", predict)
+    argv = ["--checkpoint", str(checkpoint), "--data", str(tiny_set), "--stride", "16", "16", "16"]
+    refuse(argv, "the GPU's memory does not", "Lower --batch-size or", untouched=tiny_set.parent, main=test_la.main)
+
+
 def test_34_unclosed_quote_in_an_options_file_is_refused(tiny_set, tmp_path):
     (tmp_path / "options.txt").write_text('--name "run\n')
     refuse(flags(tiny_set, f"@{tmp_path / 'options.txt'}"), "options.txt", "quotation", untouched=tmp_path)

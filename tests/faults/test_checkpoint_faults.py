@@ -219,10 +219,11 @@ def test_03_a_file_that_cannot_be_written_whole_is_the_users_to_mend(limit, tmp_
     assert_refused_and_untouched(tmp_path, save)
 
 
-def test_03_a_full_disk_is_the_users_to_mend(tmp_path):
-    folder = tmp_path / "disk"
+@contextlib.contextmanager
+def small_disk(folder, size="1m"):
+    """A real file system of this size; the test is skipped where it may not be mounted."""
     folder.mkdir()
-    mounting = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)]
+    mounting = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)]
     try:
         mounted = os.geteuid() == 0 and subprocess.run(mounting, capture_output=True).returncode == 0
     except OSError:
@@ -230,10 +231,43 @@ def test_03_a_full_disk_is_the_users_to_mend(tmp_path):
     if not mounted:
         pytest.skip("no permission to mount a small disk")
     try:
-        save_checkpoint(folder, state(0))
-        assert_refused_and_untouched(folder, lambda: save_checkpoint(folder, state(1, 1_000_000)))
+        yield folder
     finally:
         subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_03_a_full_disk_is_the_users_to_mend(tmp_path):
+    with small_disk(tmp_path / "disk") as folder:
+        save_checkpoint(folder, state(0))
+        assert_refused_and_untouched(folder, lambda: save_checkpoint(folder, state(1, 1_000_000)))
+
+
+def files(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("size", ["4k", "16k", "200k", "700k"])  # from the first file to the second checkpoint
+def test_03_a_run_on_a_disk_that_fills_up_ends_with_a_word_and_goes_on_once_there_is_room(size, tiny_set, tmp_path):
+    with small_disk(tmp_path / "disk", size) as disk:
+        with pytest.raises(UserError, match=rf"cannot (save|write to|make the run folder) {disk}/run.*No space left"):
+            train(tiny_set, disk / "run", "--save-every", "1", "--log-every", "1")
+        left = list((disk / "run").rglob("*")) if (disk / "run").exists() else []
+        assert not [path for path in left if "partial" in path.name or path.name == ".lock"]
+        subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True)
+        train(tiny_set, disk / "run", "--resume", "auto", "--log-every", "1")
+        assert load(disk / "run" / LAST)["iteration"] == 8
+
+
+def test_03_a_folder_that_became_read_only_is_named_and_left_as_it_was(tiny_set, tmp_path):
+    with small_disk(tmp_path / "disk", "50m") as disk:
+        train(tiny_set, disk / "run", "--iterations", "4", "--save-every", "2")
+        (disk / "run" / PREVIOUS).rename(disk / "run" / LAST)
+        before = files(disk)
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        for words, path in ((["--resume", "auto"], "run"), (["--name", "new"], "new"), (["--fresh"], "run")):
+            with pytest.raises(UserError, match=rf"cannot .* {disk}/{path}.*Read-only"):
+                train(tiny_set, disk / "run", "--iterations", "4", *words)
+        assert files(disk) == before
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO])

@@ -16,7 +16,10 @@ from conftest import ROOT, TINY, flat, make_set, method_words
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_dtml
+from dataloaders import volumes
+from dataloaders.two_stream import Patches
 from methods import METHODS
+from utils import checkpoint
 from utils.devices import seed_iteration
 from utils.errors import Stopped, UserError, run
 
@@ -215,6 +218,92 @@ def test_16_a_signal_during_the_last_iteration_ends_a_finished_run(data, undistu
     after_step(signal_after(N))
     train(data, tmp_path / "run")
     assert_same_run(tmp_path / "run", undisturbed())
+
+
+def kill_myself(number):
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("place", ["a picture is made", "a checkpoint is written", "a crop is read"])
+def test_16_a_signal_at_any_other_work_lets_it_finish_and_saves(
+    place, number, code, data, undisturbed, tmp_path, monkeypatch
+):
+    owner, name = {
+        "a picture is made": (train_dtml, "show"),
+        "a checkpoint is written": (checkpoint, "_reads_back"),
+        "a crop is read": (Patches, "__getitem__"),
+    }[place]
+    real, calls = getattr(owner, name), []
+
+    def signalled(*words):
+        calls.append(words)
+        if len(calls) == 2:
+            kill_myself(number)
+        return real(*words)
+
+    monkeypatch.setattr(owner, name, signalled)
+    every = ["--picture-every", "3", "--save-every", "3"]
+    with pytest.raises(Stopped) as stopped:
+        train(data, tmp_path / "run", *every)
+    assert stopped.value.exit_code == code
+    monkeypatch.undo()
+    done = load(tmp_path / "run")["iteration"]
+    assert done == {"a crop is read": 1, "a picture is made": 6, "a checkpoint is written": 7}[place]
+    assert len(list((tmp_path / "run" / "pictures").glob("*.png"))) == 2 * (done // 3)
+    train(data, tmp_path / "run", *every, "--resume", "auto")
+    assert_same_run(tmp_path / "run", undisturbed())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_16_a_signal_while_the_volumes_are_read_is_not_held_back_and_leaves_nothing(
+    number, data, tmp_path, monkeypatch
+):
+    """Nothing is done yet that could be saved, so the signal ends the process as it does any other."""
+    monkeypatch.setattr(volumes, "read_all", lambda *words: kill_myself(number))
+    with pytest.raises(pytest.fail.Exception, match=f"signal {number.value} was not caught"):
+        train(data, tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("cache", ["ram", "none"])
+def test_17_a_killed_worker_is_named_with_its_case_and_the_run_goes_on_from_its_checkpoint(
+    cache, data, undisturbed, tmp_path, monkeypatch
+):
+    real, victim = Patches.__getitem__, tmp_path / "victim"
+
+    def struck(self, slot):
+        if slot.step == 6 and slot.slot == 1:
+            victim.write_text(self.volumes.cases[slot.case].name)
+            kill_myself(signal.SIGKILL)
+        return real(self, slot)
+
+    monkeypatch.setattr(Patches, "__getitem__", struck)
+    flags = ["--workers", "2", "--cache", cache, "--save-every", "2"]
+    with pytest.raises(RuntimeError, match=r"data worker \d+ was killed while it read case0\d .*mri_norm2.h5") as error:
+        train(data, tmp_path / "run", *flags)
+    assert f"read {victim.read_text()} (" in str(error.value)
+    assert load(tmp_path / "run")["iteration"] in (4, 6)
+    monkeypatch.undo()
+    train(data, tmp_path / "run", *flags, "--resume", "auto")
+    assert_same_run(tmp_path / "run", undisturbed())
+
+
+def test_42_a_run_that_moved_to_another_computer_with_another_clock_goes_on(
+    data, undisturbed, after_step, tmp_path, monkeypatch
+):
+    after_step(signal_after(4))
+    with pytest.raises(Stopped):
+        train(data, tmp_path / "run")
+    after_step(None)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run").rename(tmp_path / "elsewhere" / "moved")
+    monkeypatch.setattr("socket.gethostname", lambda: "another")
+    real = time.time
+    monkeypatch.setattr("time.time", lambda: real() - 1e6)
+    train_dtml.main(["--resume", str(tmp_path / "elsewhere" / "moved")])
+    assert_same_run(tmp_path / "elsewhere" / "moved", undisturbed())
 
 
 def test_11_a_run_may_be_stopped_many_times(data, undisturbed, after_step, tmp_path):
