@@ -26,11 +26,11 @@ from tests.conftest import flat
 from utils.errors import run
 
 SIGNALS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -9}
-SIZE = ["--data", "phantoms", "--patch-size", "16", "16", "16", "--filters", "2", "--labeled", "8", "--lr-steps", "90"]
+SIZE = ["--data", "phantoms", "--patch-size", "16", "16", "16", "--filters", "2", "--labeled", "8", "--lr-steps", "50"]
 FLAGS = [
     *SIZE,
     "--iterations",
-    "200",
+    "80",
     "--save-every",
     "5",
     "--log-every",
@@ -121,7 +121,7 @@ def differences(a: Path, b: Path) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--longest", type=float, default=4, help="seconds that a part may last at most")
+    parser.add_argument("--longest", type=float, default=6, help="seconds that a part may last at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--method", default="", help="another method of train_dtml.py")
     parser.add_argument("--out", type=Path, required=True)
