@@ -65,8 +65,8 @@ def _refusal(folder: Path, owner: dict[str, Any]) -> UserError:
 
 def refuse_locked(folder: Path) -> None:
     """Raises UserError if a process that lives, or one of another computer, trains in the folder; writes nothing."""
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        owner = _owner((folder / LOCK).read_text())
+    with contextlib.suppress(OSError):  # none, or one that `run_lock` will complain of
+        owner = _owner((folder / LOCK).read_text(errors="replace"))
         if owner is not None and not _is_stale(owner):
             raise _refusal(folder, owner)
 
@@ -75,11 +75,15 @@ def refuse_locked(folder: Path) -> None:
 def _alone(path: Path) -> Iterator[IO[str]]:
     """The lock file, open; nobody else looks at it meanwhile, where the file system can do that."""
     while True:
-        with open(path, "a+") as f:
+        with open(path, "a+", errors="replace") as f:
             with contextlib.suppress(OSError):
                 fcntl.flock(f, fcntl.LOCK_EX)
-            if not path.exists() or path.stat().st_ino != os.fstat(f.fileno()).st_ino:
-                continue  # its owner removed it while we waited
+            try:
+                removed = path.stat().st_ino != os.fstat(f.fileno()).st_ino
+            except FileNotFoundError:
+                removed = True
+            if removed:  # by its owner, while we waited
+                continue
             f.seek(0)
             yield f
             return

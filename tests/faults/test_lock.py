@@ -143,10 +143,11 @@ def test_41_a_stale_lock_is_recognised(kind, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"pid": "x"}', '{"pid": -1, "born": "", "host": "", "job": ""}', "\0"]
+    "text",
+    ["", "{", "[]", "[" * 10_000, "\udcff", '{"pid": "x"}', '{"pid": -1, "born": "", "host": "", "job": ""}', "\0"],
 )
 def test_41_a_lock_that_says_nothing_is_none(text, tmp_path):
-    (tmp_path / LOCK).write_text(text)
+    (tmp_path / LOCK).write_text(text, errors="surrogateescape")
     refuse_locked(tmp_path)
     with run_lock(tmp_path), pytest.raises(UserError):
         refuse_locked(tmp_path)
