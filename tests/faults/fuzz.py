@@ -23,12 +23,16 @@ import h5py
 import numpy as np
 import torch
 
-with contextlib.suppress(ImportError):
-    import atheris  # type: ignore[import-not-found]
-
-from dataloaders.cases import Case, CaseError, read_case, read_geometry, read_list
-from utils.checkpoint import CONTENTS, FORMAT, load_checkpoint
 from utils.errors import UserError
+
+try:
+    import atheris  # type: ignore[import-not-found]
+except ImportError:
+    atheris = None
+GUIDING = ["dataloaders.cases", "utils.checkpoint", "utils.text", "zipfile", "torch._weights_only_unpickler"]
+with atheris.instrument_imports(include=GUIDING) if atheris else contextlib.nullcontext():
+    from dataloaders.cases import Case, CaseError, read_case, read_geometry, read_list
+    from utils.checkpoint import CONTENTS, FORMAT, load_checkpoint
 
 SECONDS = 10
 
@@ -159,7 +163,7 @@ def main() -> None:
     parser.add_argument("--target", choices=list(TARGETS), help="one alone (atheris does one in a process)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("fuzz"))
-    parser.add_argument("--guided", action=argparse.BooleanOptionalAction, default="atheris" in sys.modules)
+    parser.add_argument("--guided", action=argparse.BooleanOptionalAction, default=atheris is not None)
     o = parser.parse_args()
 
     def too_slow(number: int, frame: object) -> None:
@@ -185,7 +189,6 @@ def main() -> None:
                     (o.out / f"{fuzzer.name}.txt").write_text(fuzzer.line("atheris", last - began) + "\n")
 
             words = [f"-runs={o.executions}", f"-seed={o.seed + 1}", "-max_len=16384", str(corpus)]
-            atheris.instrument_all()
             atheris.Setup([sys.argv[0], *words], one)
             atheris.Fuzz()  # does not come back
         draw = random.Random(o.seed)
