@@ -10,6 +10,7 @@ bit for bit, and another one begins, until there were enough kills. Prints a tab
 
 import argparse
 import collections
+import importlib
 import os
 import random
 import shutil
@@ -121,7 +122,7 @@ def differences(a: Path, b: Path) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--longest", type=float, default=6, help="seconds that a part may last at most")
+    parser.add_argument("--longest", type=float, default=5, help="seconds that a part may last at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--method", default="", help="another method of train_dtml.py")
     parser.add_argument("--out", type=Path, required=True)
@@ -130,6 +131,9 @@ def main() -> None:
     o.out = o.out.resolve()
     (o.out / "runs").mkdir(parents=True)
     os.chdir(o.out)
+    importlib.import_module(
+        "torch._dynamo"
+    )  # which an optimiser's first step imports: seconds, once for all the processes to come
     make_phantom_set(Path("phantoms"), train=12, test=1)
     began = time.monotonic()
     log, whole = o.out / "log.txt", o.out / "runs" / "undisturbed"
