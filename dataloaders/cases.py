@@ -129,6 +129,8 @@ def read_case(case: Case) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None
             header = _header(f, "image")
             if header.ndim != 3 or header.dtype.kind not in "fiu":
                 raise CaseError(f"'image' must be three-dimensional numbers, not {header.shape} of {header.dtype}")
+            if header.size == 0:
+                raise CaseError("'image' is empty")
             image, label = header[()], None
             if case.labeled:
                 header = _header(f, "label")
@@ -146,7 +148,7 @@ def read_case(case: Case) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None
     if not np.isfinite(image.sum(dtype=np.float64)):
         raise CaseError("'image' holds values that are not a number or infinite")
     if low >= high:
-        raise CaseError(f"'image' is constant ({low:g}) or empty")
+        raise CaseError(f"'image' is constant ({low:g})")
     if label is None:
         return image, None
     values = np.unique(label)
