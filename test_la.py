@@ -28,7 +28,7 @@ from dataloaders.cases import Case, check_all, find_cases, lists_of, read_case, 
 from methods import Method, restore
 from networks.backbone import PRECISIONS, set_precision
 from utils.checkpoint import load_checkpoint, write_whole
-from utils.devices import choose_device, keep_freed_memory, set_arithmetic
+from utils.devices import choose_device, enough_memory, keep_freed_memory, set_arithmetic
 from utils.distributed import RANK, RANKS, in_turn, process_group
 from utils.errors import UserError, run
 from utils.metrics import METRICS, largest_component, mean_and_sd, segmentation_metrics
@@ -166,6 +166,7 @@ def open_cases(folder: Path) -> tuple[list[Case], list[tuple[int, ...]]]:
     return cases, shapes
 
 
+@enough_memory("Lower --batch-size or --patch-size.")
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__, prog="test_la.py")
     parser.add_dataclass(Options)

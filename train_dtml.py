@@ -14,8 +14,8 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,24 @@ from torch import nn
 
 from dataloaders.augmentation import AUGMENTATIONS
 from dataloaders.cases import LA_FOLDER, PHANTOM_FOLDER
+from dataloaders.diagnostic import kept_for_diagnosis
 from dataloaders.training import training_cases
 from dataloaders.two_stream import Patches, TwoStreamBatchSampler, make_loader
 from dataloaders.volumes import CACHES, Volumes
 from methods import METHODS, Method, Watch, restore
+from methods.replay import replay_batch
 from networks.backbone import PRECISIONS, compile_networks, set_precision, set_recompute
 from utils.checkpoint import fit_optimizer, load_checkpoint, save_checkpoint, write_whole
 from utils.clock import Clock
-from utils.devices import choose_device, keep_freed_memory, peak_memory_gib, seed_iteration, set_arithmetic
-from utils.distributed import RANK, RANKS, any_rank, process_group, replicate, wait_for_rank_0
+from utils.devices import (
+    choose_device,
+    enough_memory,
+    keep_freed_memory,
+    peak_memory_gib,
+    seed_iteration,
+    set_arithmetic,
+)
+from utils.distributed import RANK, RANKS, process_group, replicate, stop_of_any_rank, wait_for_rank_0
 from utils.errors import Stopped, StopSignal, UserError, run
 from utils.options import Parser, as_flags, fill, harmless_names, option, refuse_differences, varied
 from utils.pictures import slice_picture
@@ -44,10 +53,14 @@ from utils.run_folder import (
     has_checkpoint,
     make_manifest,
     make_run_folder,
+    named_disk_errors,
+    refuse_changed,
     refuse_existing,
     start_manifest,
+    was_begun,
     write_json,
 )
+from utils.run_lock import refuse_locked, run_lock
 
 PROFILES: dict[str, dict[str, Any]] = {
     "full": {},
@@ -118,13 +131,14 @@ class Options:
     runs: str = option("runs", "where run folders go", harmless=True)
     name: str = option("", "run folder below --runs (default from what varies)", harmless=True)
     resume: str = option("", "auto: go on with this run if it exists; or a run folder or checkpoint", harmless=True)
+    from_diagnostic: str = option("", "run a diverged-rankR.pt's batch again: what in it is not finite", harmless=True)
     fresh: bool = option(False, "move an existing run folder aside and start again", harmless=True)
     save_every: int = option(500, "iterations between checkpoints", harmless=True, minimum=1)
     log_every: int = option(10, "iterations between points of the curves", harmless=True, minimum=1)
     picture_every: int = option(500, "iterations between pictures; 0: none", harmless=True, minimum=0)
 
 
-NOT_REPLAYED = {"resume", "fresh"}
+NOT_REPLAYED = {"resume", "from_diagnostic", "fresh"}
 STOP_EVERY = 10  # iterations between two questions to the other GPUs whether someone asked to stop
 LONG = {"options", "checksums"}  # of the manifest, not repeated in TensorBoard
 
@@ -134,6 +148,7 @@ def read_options(argv: list[str] | None) -> tuple[Options, Method.Options, Path,
     first = Parser(add_help=False)
     first.add_argument("--method", choices=list(METHODS))
     first.add_argument("--resume")
+    first.add_argument("--from-diagnostic", dest="resume")
     words = first.expand(argv)
     known = vars(first.parse_known_args(words)[0])
     resume = known.get("resume", "auto")
@@ -220,9 +235,12 @@ def show(report: Report, method: Method, patches: Patches, labeled: int, done: i
     method.train()
 
 
+@enough_memory("Lower --batch-size, --patch-size or --filters, or keep the volumes out of it with --cache disk.")
 def main(argv: list[str] | None = None) -> None:
     o, method_options, folder, state = read_options(argv)
-    if state is None and not o.fresh and not (o.resume == "auto" and (folder / MANIFEST).exists()):
+    if not o.from_diagnostic:
+        refuse_locked(folder)
+    if state is None and not o.fresh and not (o.resume == "auto" and was_begun(folder)):
         refuse_existing(folder)
     if o.threads:
         torch.set_num_threads(o.threads)
@@ -234,6 +252,9 @@ def main(argv: list[str] | None = None) -> None:
     kind = METHODS[o.method]
     torch.manual_seed(o.seed)
     method = restore(state) if state else kind(method_options, iterations=o.iterations)
+    if o.from_diagnostic and state is not None:
+        print("\n".join(replay_batch(method, state, device)))
+        return
     if state is not None and state["iteration"] >= o.iterations:
         print(f"{folder} is already done: {state['iteration']} of {o.iterations} iterations.", file=sys.stderr)
         return
@@ -277,10 +298,19 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     everything = {**dataclasses.asdict(o), **dataclasses.asdict(method_options)}
 
+    def contents(done: int) -> dict[str, Any]:
+        return {
+            "options": everything, "iteration": done, "seconds": time.monotonic() - began,
+            "checksums": volumes.checksums, "processes": RANKS,
+            "method": method.state_dict(), "optimizer": optimizer.state_dict(),
+        }  # fmt: skip
+
     with (
         process_group(device),
         StopSignal() as stop,
-        nullcontext() if RANK else open_report(folder, o, start) as report,
+        named_disk_errors(folder),
+        nullcontext() if RANK else open_report(folder, o, start, state) as report,
+        kept_for_diagnosis(folder, patches, sampler, contents),
     ):
         if report:
             replay = {name: value for name, value in everything.items() if name not in NOT_REPLAYED}
@@ -319,19 +349,12 @@ def main(argv: list[str] | None = None) -> None:
                     show(report, method, patches, o.labeled, done, device)
                 clock.lap("logging")
             saving = done % o.save_every == 0 or done == o.iterations
-            number = stop.number
-            if RANKS > 1 and (device.type == "cpu" or done % STOP_EVERY == 0 or saving):  # asking costs a GPU a wait
-                number = int(any_rank(number, device=device)[0])
-            elif RANKS > 1:
-                number = 0
+            ask = device.type == "cpu" or done % STOP_EVERY == 0 or saving
+            number = stop_of_any_rank(stop.number, ask=ask, device=device)
             if number or saving:
                 watch.settle()
             if report and (number or saving):
-                save_checkpoint(folder, {
-                    "options": everything, "iteration": done, "seconds": time.monotonic() - began,
-                    "checksums": volumes.checksums, "processes": RANKS,
-                    "method": method.state_dict(), "optimizer": optimizer.state_dict(),
-                })  # fmt: skip
+                save_checkpoint(folder, contents(done))
                 clock.lap("saving")
             if number and done < o.iterations:
                 wait_for_rank_0()  # it is still saving, and torchrun ends all when one leaves
@@ -355,10 +378,15 @@ def main(argv: list[str] | None = None) -> None:
             report.say(f"see curves:   tensorboard --logdir {folder}")
 
 
-def open_report(folder: Path, o: Options, start: int) -> Report:
-    """Makes the run folder, the only thing written before the first iteration, and its log."""
+@contextmanager
+def open_report(folder: Path, o: Options, start: int, state: dict[str, Any] | None) -> Iterator[Report]:
+    """Makes the run folder, the only thing written before the first iteration, locks it, and opens its log."""
+    refuse_locked(folder)  # or --fresh would move it from under the run that is at it
     make_run_folder(folder, fresh=o.fresh and start == 0)
-    return Report(folder, start=start, iterations=o.iterations, log_every=o.log_every)
+    with run_lock(folder):
+        refuse_changed(folder, state)
+        with Report(folder, start=start, iterations=o.iterations, log_every=o.log_every) as report:
+            yield report
 
 
 if __name__ == "__main__":

@@ -9,7 +9,9 @@ A case file holds `image` float (W,H,D), normalised, and `label` (W,H,D) of 0 an
 lack; the attribute `spacing` (mm along x, y, z) is optional.
 """
 
+import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ from tqdm import tqdm
 
 from utils.distributed import RANK
 from utils.errors import UserError
+from utils.text import read_text
 
 ROOT = Path(__file__).resolve().parent.parent
 LA_FOLDER = Path("data/la")
@@ -29,6 +32,7 @@ LA_SPLITS = ROOT / "data" / "splits" / "la"
 LA_SUBFOLDER = "2018LA_Seg_Training Set"
 LA_SPACING = (0.625, 0.625, 0.625)
 FILE_NAME = "mri_norm2.h5"
+MOST_BYTES = 2**31  # of one image or label: 2048 slices of 512x512 in float32
 
 
 class CaseError(Exception):
@@ -51,15 +55,18 @@ def read_list(path: Path) -> list[str]:
         UserError: missing, unreadable, empty, or naming a case twice or a path outside the data set.
     """
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as e:
+        lines = [line.strip() for line in read_text(path).splitlines()]
+    except (OSError, ValueError) as e:
         raise UserError(f"cannot read the list {path}: {e}. It must be a text file with one case name a line.") from e
     names = [Path(line).as_posix() for line in lines if line]  # ./A and A/ are A
     if not names:
         raise UserError(f"the list {path} names no case. Write one case name a line.")
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         raise UserError(f"the list {path} names {', '.join(twice)} more than once. Keep each case once.")
+    unnamable = [name for name in names if not name.isprintable()]
+    if unnamable:
+        raise UserError(f"the list {path} holds {unnamable[0]!r}, which no case can be called. Write one name a line.")
     outside = [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]
     if outside:
         raise UserError(f"the list {path} leads out of the data set: {', '.join(outside)}. Use plain case names.")
@@ -91,7 +98,10 @@ def lists_of(folder: Path) -> tuple[list[str], list[str]]:
 def case_file(folder: Path, name: str) -> Path | None:
     """The case's file in any of the three layouts, or None."""
     options = (folder / LA_SUBFOLDER / name / FILE_NAME, folder / name / FILE_NAME, folder / f"{name}.h5")
-    return next((path for path in options if path.is_file()), None)
+    try:
+        return next((path for path in options if path.is_file()), None)
+    except OSError:  # no file can have such a name
+        return None
 
 
 def find_cases(folder: Path, names: Sequence[str], *, labeled: bool) -> tuple[list[Case], list[str]]:
@@ -116,27 +126,34 @@ def read_case(case: Case) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None
     try:
         with h5py.File(case.path, "r") as f:
             if "image" not in f:
-                raise CaseError(f"has no dataset 'image', only {sorted(f)}")
+                raise CaseError(f"has no dataset 'image', only {sorted(f)[:9]}")
             if case.labeled and "label" not in f:
                 raise CaseError("is a labeled case without a dataset 'label'")
-            image = f["image"][()]
-            label = f["label"][()] if case.labeled else None
-    except (OSError, RuntimeError, KeyError, TypeError) as e:
+            header = _header(f, "image")
+            if header.ndim != 3 or header.dtype.kind not in "fiu":
+                raise CaseError(f"'image' must be three-dimensional numbers, not {header.shape} of {header.dtype}")
+            if header.size == 0:
+                raise CaseError("'image' is empty")
+            image, label = header[()], None
+            if case.labeled:
+                header = _header(f, "label")
+                if header.shape != image.shape:
+                    raise CaseError(f"'label' has shape {header.shape} but 'image' {image.shape}")
+                if header.dtype.kind not in "fiub":
+                    raise CaseError(f"'label' must be numbers, not {header.dtype}")
+                label = header[()]
+    except CaseError:
+        raise
+    except Exception as e:  # what h5py raises for a file that is cut, or made to fool it, has no end
         raise CaseError(f"is no whole h5 file ({e})") from e
-    if not isinstance(image, np.ndarray) or image.ndim != 3 or image.dtype.kind not in "fiu":
-        raise CaseError(
-            f"'image' must be three-dimensional numbers, not {np.shape(image)} of {np.asarray(image).dtype}"
-        )
     image = image.astype(np.float32, copy=False)
     low, high = float(image.min(initial=np.inf)), float(image.max(initial=-np.inf))
     if not np.isfinite(image.sum(dtype=np.float64)):
         raise CaseError("'image' holds values that are not a number or infinite")
     if low >= high:
-        raise CaseError(f"'image' is constant ({low:g}) or empty")
+        raise CaseError(f"'image' is constant ({low:g})")
     if label is None:
         return image, None
-    if np.shape(label) != image.shape:
-        raise CaseError(f"'label' has shape {np.shape(label)} but 'image' {image.shape}")
     if label.dtype.kind in "bu" and label.max() <= 1:  # the usual case, in a hundredth of the time
         return image, label.astype(np.uint8, copy=False)
     values = np.unique(label)
@@ -144,6 +161,31 @@ def read_case(case: Case) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None
         hint = "; 255 marks the atrium in the challenge's own files, divide by 255" if 255 in values else ""
         raise CaseError(f"'label' holds {', '.join(f'{v:g}' for v in values[:6])} where only 0 and 1 may stand{hint}")
     return image, label.astype(np.uint8, copy=False)
+
+
+def _header(f: h5py.File, name: str) -> h5py.Dataset:
+    """The dataset of that name, none of its values read yet.
+
+    Raises:
+        CaseError: it lies elsewhere, in another file or behind a link, or claims to be larger than any scan.
+    """
+    link = f.get(name, getlink=True)
+    if not isinstance(link, h5py.HardLink):
+        raise CaseError(
+            f"'{name}' is a link to {getattr(link, 'filename', '')}{link.path}. Put the values there instead"
+        )
+    dataset = f[name]
+    if not isinstance(dataset, h5py.Dataset):
+        raise CaseError(f"'{name}' is no dataset")
+    if dataset.is_virtual or dataset.external:
+        raise CaseError(f"'{name}' takes its values from other files. Put them there instead")
+    for what, shape in (("claims", dataset.shape or ()), ("is kept in pieces of", dataset.chunks or ())):
+        size = math.prod(map(int, shape)) * dataset.dtype.itemsize
+        if size > MOST_BYTES:
+            raise CaseError(
+                f"'{name}' {what} {shape}, {size / 2**30:.3g} GiB, where {MOST_BYTES / 2**30:g} is the most"
+            )
+    return dataset
 
 
 def read_geometry(case: Case) -> dict[str, tuple[float, ...]]:
@@ -159,8 +201,11 @@ def read_geometry(case: Case) -> dict[str, tuple[float, ...]]:
         "origin": (0.0, 0.0, 0.0),
         "direction": (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0),
     }
-    with h5py.File(case.path, "r") as f:
-        found = {name: np.ravel(f.attrs.get(name, default)) for name, default in known.items()}
+    try:
+        with h5py.File(case.path, "r") as f:
+            found = {name: np.ravel(f.attrs.get(name, default)) for name, default in known.items()}
+    except Exception as e:  # as in read_case
+        raise CaseError(f"has attributes that cannot be read ({e})") from e
     for name, values in found.items():
         count = len(known[name])
         if values.dtype.kind not in "fiu" or len(values) != count or not np.isfinite(values).all():

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dataloaders.augmentation import Draw, draw_augmentation, turn_and_flip
 from dataloaders.volumes import Volumes
+from dataloaders.watched import Noted, WatchedLoader
 from utils.errors import ignore_stop_signals
 from utils.sdm import signed_distance_map
 from utils.sliding_window import pad, padding
@@ -135,11 +136,12 @@ def make_loader(patches: Patches, sampler: TwoStreamBatchSampler, *, workers: in
 
     The private generator matters: without it each iterator draws from the global torch generator.
     """
-    return DataLoader(
-        patches,
+    workers = 0 if patches.volumes.on_device else workers
+    return WatchedLoader(
+        Noted(patches, workers),
         batch_sampler=sampler,
         collate_fn=collate,
-        num_workers=0 if patches.volumes.on_device else workers,
+        num_workers=workers,
         generator=torch.Generator(),
         worker_init_fn=ignore_stop_signals,
     )

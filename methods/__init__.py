@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import Any
 
+import torch
+
 from methods.base import Losses, Method
 from methods.finite import Watch, check_finite
 from utils.errors import UserError
@@ -39,7 +41,14 @@ def restore(state: dict[str, Any]) -> Method:
     try:
         options = state["options"]
         kind = METHODS[options["method"]]
-        method = kind(fill(kind.Options, options), iterations=options["iterations"])
+        words = {"options": fill(kind.Options, options), "iterations": options["iterations"]}
+        with torch.device("meta"):  # shapes without memory: a hostile file may ask for networks of any size
+            expected = kind(**words).state_dict()
+        for name, weight in expected.items():
+            found = state["method"][name]
+            if isinstance(weight, torch.Tensor) and weight.shape != found.shape:
+                raise ValueError(f"{name} has the shape {tuple(found.shape)}, not {tuple(weight.shape)}")
+        method = kind(**words)
         method.load_state_dict(state["method"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
         raise UserError(

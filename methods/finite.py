@@ -70,5 +70,7 @@ def divergence(losses: Losses, gradients: dict[str, Tensor], batch: Batch, itera
     what = ", ".join(found) or ("the norm of the gradient" if bad else "a loss of another process")
     return Diverged(
         f"at iteration {iteration} {what} is not finite, in the crops of {', '.join(batch['case'])}. "
-        "The last checkpoint is intact: try a lower --lr or another --seed."
+        "The last checkpoint is intact: try a lower --lr or another --seed.",
+        iteration,
+        here=bool(found or bad),
     )

@@ -235,6 +235,11 @@ def test_all_stop_when_the_loss_of_one_is_not_finite(ranks):
     ends = [found["diverged", rank]["end"] for rank in (0, 1)]
     assert ends[0].startswith("Diverged: at iteration 3 a loss of another process")
     assert ends[1].startswith("Diverged: at iteration 3 the loss seg")
+    # The batch is kept by the process whose loss it was.
+    kept = load(runs / "diverged" / "diverged-rank1.pt")
+    assert kept["batch"]["case"] == found["diverged", 1]["seen"][3][0] and kept["iteration"] == 3
+    assert torch.equal(kept["batch"]["image"], found["diverged", 1]["seen"][3][1])
+    assert not (runs / "diverged" / "diverged-rank0.pt").exists()
     saved = load(runs / "diverged" / "last.pt")
     weights = found["diverged", 0]["weights"]
     assert saved["iteration"] == 3
@@ -263,6 +268,36 @@ def test_torchrun_runs_the_script_itself(data, ranks, tmp_path):
     assert err.count(f"done: {N} iterations") == 1
     a, b = load(tmp_path / "runs" / "script" / "last.pt"), load(ranks[1] / "whole" / "last.pt")
     assert differing(a["method"], b["method"]) == []
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import train_dtml
+from utils.distributed import RANK
+
+def after_step(self, batch, iteration):
+    if RANK == 1 and iteration == 3 and not Path("killed").exists():
+        Path("killed").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+train_dtml.METHODS["dtml"].after_step = after_step
+train_dtml.main(sys.argv[1:])
+"""
+
+
+def test_48_a_killed_process_is_started_again_by_torchrun_and_ends_as_if_nothing_had_been(data, ranks, tmp_path):
+    (tmp_path / "driver.py").write_text(KILLED)
+    flags = [*flags_of(data, "runs", "killed"), "--save-every", "2", "--resume", "auto"]
+    code, err = end_of(torchrun("--max-restarts", "1", "driver.py", *flags, cwd=tmp_path))
+    assert code == 0, err
+    assert (tmp_path / "killed").exists() and err.count(f"done: {N} iterations") == 1
+    manifest = json.loads((tmp_path / "runs" / "killed" / "manifest.json").read_text())
+    assert [part["iteration"] for part in manifest["resumed"]] == [2]
+    a, b = (load(runs / "last.pt") for runs in (tmp_path / "runs" / "killed", ranks[1] / "whole"))
+    assert differing(a["method"], b["method"]) == [] and flat(a["optimizer"]) == flat(b["optimizer"])
+    curves = [(runs / "scalars.csv").read_text() for runs in (tmp_path / "runs" / "killed", ranks[1] / "whole")]
+    assert curves[0] == curves[1]
 
 
 @pytest.mark.parametrize("scans", [2, 3, 1])

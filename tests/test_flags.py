@@ -21,7 +21,7 @@ import train_dtml
 from dataloaders.two_stream import Patches
 from methods import METHODS
 from networks import backbone
-from utils.errors import UserError
+from utils.errors import Diverged, UserError
 from utils.options import default_of
 
 BASE = [*TINY, "--device", "cpu", "--iterations", "3", "--log-every", "1"]
@@ -461,9 +461,18 @@ def test_compile_makes_one_program_of_each_network(run, tmp_path, monkeypatch):
     assert "-compileTrue-" in other.folder.name
 
 
+def test_a_diagnostic_file_is_replayed_and_nothing_is_trained(tmp_path, capsys):
+    argv = ["--runs", str(tmp_path), "--data", "set", *BASE, "--name", "run", "--lr", "1e37"]
+    with pytest.raises(Diverged):
+        train_dtml.main(argv)
+    train_dtml.main(["--from-diagnostic", str(tmp_path / "run" / "diverged-rank0.pt")])
+    assert "NOT FINITE" in capsys.readouterr().out and not (tmp_path / "run" / "last.pt").exists()
+
+
 ELSEWHERE = {
     "compile": test_compile_makes_one_program_of_each_network,
     "resume": test_resume_goes_on_where_the_run_was,
+    "from_diagnostic": test_a_diagnostic_file_is_replayed_and_nothing_is_trained,
     "fresh": test_fresh_starts_again,
     "threads": test_threads_change_only_the_rounding,
 }
@@ -630,7 +639,7 @@ def test_help_lists_every_option_with_its_default(script, capsys):
             assert text.endswith("(default yes)" if default else "(default no)")
         elif default not in (None, "", []):
             assert text.endswith(f"(default {default:g})" if isinstance(default, float) else f"(default {default})")
-        elif f.name not in ("checkpoint", "resume"):
+        elif f.name not in ("checkpoint", "resume", "from_diagnostic"):
             assert "default" in text, f"{f.name} does not say what it is unless given"
 
 
@@ -684,7 +693,9 @@ def test_options_file_holds_every_option_and_paths_with_blanks(run, tmp_path):
     first = train(tmp_path / "my runs", "--data", str(tmp_path / "my set"), *BASE)
     known = names(train_dtml.Options) | names(METHODS["dtml"].Options)
     flags = {word.removeprefix("--no-").removeprefix("--") for word in first.options if word.startswith("--")}
-    assert {name.replace("_", "-") for name in known} - flags == {"resume", "fresh", "unlabeled", "labeled-batch"}
+    assert {name.replace("_", "-") for name in known} - flags == {
+        "resume", "from-diagnostic", "fresh", "unlabeled", "labeled-batch"
+    }  # fmt: skip
     again = train(tmp_path / "runs", f"@{first.folder / 'options.txt'}", "--runs", str(tmp_path / "runs"))
     assert same(first.weights, again.weights) and same(first.weights, run().weights)
 

@@ -79,6 +79,15 @@ def test_links_lead_somewhere(target):
     assert (ROOT / target).exists()
 
 
+PROMISES = re.findall(r"^(\d)\. .*: \[`(\w+)`\]\(([\w/.]+)\)\.$", PROSE, re.MULTILINE)
+
+
+def test_the_nine_promises_name_tests_that_are_there():
+    assert [number for number, *_ in PROMISES] == [str(n) for n in range(1, 10)]
+    for _, name, file in PROMISES:
+        assert f"\ndef {name}(" in (ROOT / file).read_text(), name
+
+
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"`((?:utils|networks|methods|dataloaders)/\w+\.py)", README))))
 def test_files_named_exist(name):
     assert (ROOT / name).exists() or f"`{name}`:\n\n```python" in README  # or it is the worked example
@@ -88,7 +97,7 @@ def test_flags_named_exist():
     parser = Parser()
     parser.add_dataclass(train_dtml.Options)
     known = set(parser._option_string_actions) | {"--checkpoint", "--weighting", "--nproc-per-node", "--logdir"}
-    known |= {"--metric", "--picture", "--dist"}  # of other programs
+    known |= {"--metric", "--picture", "--dist", "--requeue", "--max-restarts"}  # of other programs
     known |= {f"--{name}" for name in reproduce.Options.__dataclass_fields__}
     for kind in train_dtml.METHODS.values():
         for name, f in kind.Options.__dataclass_fields__.items():

@@ -1,5 +1,6 @@
 """Checkpoints: either the old one or the new one, never half; loading one never runs code."""
 
+import errno
 import io
 import itertools
 import os
@@ -7,7 +8,7 @@ import pickle
 import shutil
 import sys
 import zipfile
-import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from utils.errors import UserError
 FORMAT = 1
 CONTENTS = ("options", "iteration", "seconds", "checksums", "processes", "method", "optimizer")
 LAST, PREVIOUS = "last.pt", "previous.pt"
+CHUNK = 2**20
 
 
 def fsync_folder(folder: Path) -> None:
@@ -29,54 +31,78 @@ def fsync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file under a temporary name beside it, then renames: readers see the old one or the new one."""
+def _write_beside(path: Path, data: bytes | memoryview) -> Path:
+    """Writes a file, durably, under a temporary name beside `path`; returns that name. A failure leaves nothing."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as f:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    return partial
+
+
+def _reads_back(path: Path, data: memoryview) -> bool:
+    """Whether the file holds these bytes."""
+    with open(path, "rb") as f:
+        if hasattr(os, "posix_fadvise"):  # ask the disk, not the memory that the bytes went through
+            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return all(f.read(CHUNK) == data[i : i + CHUNK] for i in range(0, len(data) + 1, CHUNK))
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file under a temporary name beside it, then renames: readers see the old one or the new one."""
+    partial = _write_beside(path, data)
+    try:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
     fsync_folder(path.parent)
 
 
-def save_checkpoint(folder: Path, state: dict[str, Any]) -> Path:
+def save_checkpoint(folder: Path, state: dict[str, Any], name: str = LAST) -> Path:
     """Saves `state` (tensors and plain Python only) as folder/last.pt; the one before stays as folder/previous.pt.
 
+    The new file takes the name only when it was read back, and previous.pt changes only after that: at every moment
+    one of the two is whole, even where the file called last.pt before was damaged. Another `name` has no previous.pt.
+
     Raises:
-        UserError: when the folder cannot be written (full or read-only); what was there before is untouched.
+        UserError: when the folder cannot be written (full, read-only, failing); what was there before is untouched.
     """
-    last, partial, link = folder / LAST, folder / f".{LAST}.partial", folder / f".{PREVIOUS}.partial"
+    path, before = folder / name, folder / f".{PREVIOUS}.partial"
     data = io.BytesIO()  # torch.save straight to a full disk hides the reason
     torch.save({"format": FORMAT, **state}, data)
+    partial = None
     try:
-        with open(partial, "wb") as f:
-            f.write(data.getbuffer())
-            f.flush()
-            os.fsync(f.fileno())
-        if last.exists():
-            # A second name for the old file, so that at every moment some whole file is called last.pt.
-            link.unlink(missing_ok=True)
+        partial = _write_beside(path, data.getbuffer())
+        if not _reads_back(partial, data.getbuffer()):
+            raise OSError(errno.EIO, "what was written reads back as something else")
+        before.unlink(missing_ok=True)
+        if name == LAST and path.exists():  # a second name for the old file
             try:
-                os.link(last, link)
+                os.link(path, before)
             except OSError:  # a file system without hard links
-                shutil.copy(last, link)
-            os.replace(link, folder / PREVIOUS)
-        os.replace(partial, last)
+                shutil.copy(path, before)
+        os.replace(partial, path)
         fsync_folder(folder)
+        if before.exists():
+            os.replace(before, folder / PREVIOUS)
+            fsync_folder(folder)
     except OSError as e:
-        raise UserError(f"cannot save {last}: {e.strerror or e}. Free some space, then --resume {folder}.") from e
+        raise UserError(f"cannot save {path}: {e.strerror or e}. Free some space, then --resume {folder}.") from e
     finally:
-        partial.unlink(missing_ok=True)
-        link.unlink(missing_ok=True)
-    return last
+        for leftover in (partial, before):
+            if leftover is not None:
+                leftover.unlink(missing_ok=True)
+    return path
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Loads a checkpoint file, or the newest whole one of a run folder, onto the CPU; `file` in it tells which.
+    """Loads a checkpoint file, or the newest whole one of a run folder, onto the CPU; `file` in it tells which, `saved`
+    the time of its last change in nanoseconds.
 
     Raises:
         UserError: missing, cut short, damaged (CRC), not a checkpoint, of another format, or holding more than
@@ -95,28 +121,31 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path} does not exist. Give a run folder of train_dtml.py or a .pt file.")
     try:
-        with zipfile.ZipFile(path) as archive:
-            # torch itself loads flipped bits without a word, and skips the data of an entry marked as a folder.
-            marked = (entry.filename for entry in archive.infolist() if entry.external_attr)
-            damaged = archive.testzip() or next(marked, None)
-        if damaged is not None:
-            raise UserError(
-                f"{path} is damaged: the checksum or the entry of {damaged} is wrong. Use an older checkpoint."
-            )
+        saved = path.stat().st_mtime_ns
+        _check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
+        for tensor in _tensors(state):
+            # A view may claim any size (a stride of 0), and copying it would take as much memory.
+            if tensor.is_meta or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+                raise ValueError(f"a tensor claims {tensor.numel()} elements and does not hold them")
+    except UserError:
+        raise
     except pickle.UnpicklingError as e:
         raise UserError(
             f"{path} holds more than tensors and plain Python, so it was not loaded and nothing in it was run. "
             "Only open checkpoints written by train_dtml.py."
         ) from e
-    except (zipfile.BadZipFile, EOFError, RuntimeError, ValueError, KeyError, zlib.error) as e:
-        what = (str(e) or type(e).__name__).splitlines()[0]
-        raise UserError(f"{path} is incomplete or no checkpoint ({what}). Use an older one.") from e
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror or e}. Check the file and its permissions.") from e
+    except Exception as e:  # what zipfile and torch raise for a file that is cut, or made to fool them, has no end
+        what = (str(e) or type(e).__name__).splitlines()[0]
+        raise UserError(f"{path} is incomplete or no checkpoint ({what}). Use an older one.") from e
     if not isinstance(state, dict) or "format" not in state:
-        raise UserError(f"{path} is no checkpoint of this project: it has no format number. Give one of train_dtml.py.")
-    if state["format"] != FORMAT:
+        raise UserError(
+            f"{path} is no checkpoint of this project: it has no format number. Bare weights, as the released codes "
+            "save them, do not tell the method and its options. Give a checkpoint of train_dtml.py."
+        )
+    if type(state["format"]) is not int or state["format"] != FORMAT:
         raise UserError(
             f"{path} has checkpoint format {state['format']}, this code reads {FORMAT}. "
             "Use the version of the code that wrote it."
@@ -124,7 +153,47 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     missing = [name for name in CONTENTS if name not in state]
     if missing:
         raise UserError(f"{path} is no whole checkpoint: it lacks {', '.join(missing)}. Use an older one.")
-    return {**state, "file": str(path)}
+    kinds: dict[str, Any] = {"options": dict, "iteration": int, "seconds": (int, float), "checksums": dict}
+    wrong = [name for name, kind in kinds.items() if not isinstance(state[name], kind)]
+    if wrong or not isinstance(state["options"].get("method"), str):
+        raise UserError(
+            f"{path} is no whole checkpoint: {', '.join(wrong) or 'its method'} is amiss. Use an older one."
+        )
+    return {**state, "file": str(path), "saved": saved}
+
+
+def _check_archive(path: Path) -> None:
+    """Reads the archive once, in bounded memory, as torch itself loads flipped bits without a word.
+
+    Raises:
+        UserError: an entry that is damaged, or that would unpack to more than the file holds.
+        zipfile.BadZipFile and others: no zip archive at all.
+    """
+    with zipfile.ZipFile(path) as archive:
+        entries, size = archive.infolist(), path.stat().st_size
+        claimed = sum(entry.file_size for entry in entries)
+        if claimed > size:  # torch does not compress
+            raise UserError(
+                f"{path} was not loaded: its {size} bytes claim to unpack to {claimed}. "
+                "Only open checkpoints written by train_dtml.py."
+            )
+        # torch skips the data of an entry that is marked as a folder: its tensor is what the memory happened to hold.
+        marked = (entry.filename for entry in entries if entry.external_attr)
+        damaged = archive.testzip() or next(marked, None)
+    if damaged is not None:
+        raise UserError(f"{path} is damaged: the checksum or the entry of {damaged} is wrong. Use an older checkpoint.")
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in nested dicts, lists and tuples; what stands there many times is looked at once."""
+    waiting, seen = [value], set()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            waiting += value.values() if isinstance(value, dict) else value
 
 
 def fit_optimizer(optimizer: torch.optim.Optimizer, state: Any) -> None:

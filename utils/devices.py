@@ -4,6 +4,8 @@ import ctypes
 import os
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -58,6 +60,24 @@ def keep_freed_memory() -> None:
         for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
             mallopt(parameter, 2**31 - 1)
         mallopt(M_TOP_PAD, 2**28)
+
+
+@contextmanager
+def enough_memory(advice: str) -> Iterator[None]:
+    """Memory that does not suffice, of the GPU or of the computer, is told in words, with what to do.
+
+    Raises:
+        UserError: in place of what torch or Python raise then.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as e:  # torch has no class of its own for the computer's memory
+        where = "GPU's memory" if isinstance(e, torch.OutOfMemoryError) else "memory"
+        if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(e):
+            raise UserError(
+                f"the {where} does not suffice ({(str(e) or 'none left').splitlines()[0]}). {advice}"
+            ) from e
+        raise
 
 
 def seed_iteration(seed: int, iteration: int, rank: int = 0) -> None:

@@ -47,6 +47,13 @@ def any_rank(*flags: float, device: torch.device) -> list[float]:
     return shared.tolist()
 
 
+def stop_of_any_rank(number: int, *, ask: bool, device: torch.device) -> int:
+    """The largest signal that a process was sent; 0 if none was, or without asking, which costs a GPU a wait."""
+    if RANKS == 1:
+        return number
+    return int(any_rank(number, device=device)[0]) if ask else 0
+
+
 def worst_of_ranks(flag: torch.Tensor) -> torch.Tensor:
     """The largest value of a flag over all processes, on its device, without waiting for it."""
     if RANKS > 1:

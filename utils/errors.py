@@ -12,7 +12,17 @@ class UserError(Exception):
 
 
 class Diverged(Exception):
-    """A loss or a gradient is not finite. Exit code 3."""
+    """A loss or a gradient is not finite. Exit code 3.
+
+    Args:
+        message: what is not finite, and where.
+        iteration: of the batch that made it so, if it is known.
+        here: whether it is this process's own, and not only that of another one.
+    """
+
+    def __init__(self, message: str, iteration: int | None = None, here: bool = True):
+        super().__init__(message)
+        self.iteration, self.here = iteration, here
 
 
 class Stopped(Exception):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from utils.errors import UserError
+from utils.text import read_text
 
 
 def option(
@@ -62,8 +63,8 @@ class Parser(argparse.ArgumentParser):
                 words.append(word)
                 continue
             try:
-                words += shlex.split(Path(word[1:]).read_text(encoding="utf-8"), comments=True)
-            except (OSError, UnicodeDecodeError, ValueError) as e:
+                words += shlex.split(read_text(Path(word[1:])), comments=True)
+            except (OSError, ValueError) as e:
                 raise UserError(f"cannot read the options file {word[1:]}: {e}. Give an options.txt of a run.") from e
         return [self._hyphenate(word) for word in words]
 

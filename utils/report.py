@@ -25,10 +25,10 @@ class Report:
 
     def __init__(self, folder: Path, *, start: int, iterations: int, log_every: int):
         self.log_every, self.iterations, self.start = log_every, iterations, start
+        self.log = open(folder / "log.txt", "a", encoding="utf-8")  # first: it tells that a run was begun here
         self.scalars = Scalars(folder, start)
         self.board = SummaryWriter(str(folder), purge_step=start + 1)
         self.pictures = folder / "pictures"
-        self.log = open(folder / "log.txt", "a", encoding="utf-8")
         self.bar = tqdm(
             total=iterations,
             initial=start,

@@ -1,6 +1,8 @@
 """The folder of one run: what was asked, with what, the curves as text, and the checkpoints."""
 
+import contextlib
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -9,6 +11,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,8 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from utils.checkpoint import LAST, write_whole
+from utils.checkpoint import LAST, PREVIOUS, write_whole
 from utils.errors import UserError
+from utils.run_lock import LOCK
 
 OPTIONS, MANIFEST, SCALARS = "options.txt", "manifest.json", "scalars.csv"
 PACKAGES = ("torch", "numpy", "h5py", "scipy", "medpy", "scikit-image", "tensorboard")
@@ -50,9 +54,41 @@ def make_run_folder(folder: Path, *, fresh: bool) -> None:
         raise UserError(f"cannot make the run folder {folder}: {e.strerror}. Choose another --runs folder.") from e
 
 
+@contextlib.contextmanager
+def named_disk_errors(folder: Path) -> Iterator[None]:
+    """A disk that is full, read-only or broken where a run writes is the user's to mend.
+
+    Raises:
+        UserError: in place of an OSError of that kind.
+    """
+    try:
+        yield
+    except OSError as e:
+        of_ours = e.filename is not None and Path(os.fsdecode(e.filename)).is_relative_to(folder)
+        if not of_ours and e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        raise UserError(
+            f"cannot write to {e.filename or folder}: {e.strerror or e}. Mend that, then go on with --resume {folder}."
+        ) from e
+
+
+def refuse_changed(folder: Path, state: dict[str, Any] | None) -> None:
+    """Raises UserError if the checkpoint to go on from, or that there was none, is no longer so."""
+    try:
+        if has_checkpoint(folder) if state is None else Path(state["file"]).stat().st_mtime_ns != state["saved"]:
+            raise UserError(f"another process trained in {folder} while this one started. Start again.")
+    except FileNotFoundError as e:
+        raise UserError(f"{e.filename} is gone, which was there a moment ago. Start again.") from e
+
+
+def was_begun(folder: Path) -> bool:
+    """Whether a run began there, even if it ended before it could write more than its lock or its log."""
+    return any((folder / name).exists() for name in (MANIFEST, OPTIONS, "log.txt", LOCK))
+
+
 def has_checkpoint(folder: Path) -> bool:
     """Whether a run was ever saved there."""
-    return (folder / LAST).exists()
+    return any((folder / name).exists() for name in (LAST, PREVIOUS))
 
 
 def _git(*words: str) -> str | None:

@@ -16,7 +16,10 @@ from conftest import ROOT, TINY, flat, make_set, method_words
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_dtml
+from dataloaders import volumes
+from dataloaders.two_stream import Patches
 from methods import METHODS
+from utils import checkpoint
 from utils.devices import seed_iteration
 from utils.errors import Stopped, UserError, run
 
@@ -125,7 +128,7 @@ def iterations_of(folder):
         return [int(row["iteration"]) for row in csv.DictReader(f)]
 
 
-def test_the_comparison_sees_one_bit(data, undisturbed, tmp_path):
+def test_11_the_comparison_sees_one_bit(data, undisturbed, tmp_path):
     train(data, tmp_path / "run", "--seed", "1337")
     assert_same_run(tmp_path / "run", undisturbed())
     state = load(tmp_path / "run")
@@ -137,7 +140,7 @@ def test_the_comparison_sees_one_bit(data, undisturbed, tmp_path):
         assert_same_run(tmp_path / "run", undisturbed())
 
 
-def test_the_comparison_sees_the_critic_s_optimiser(undisturbed, tmp_path):
+def test_11_the_comparison_sees_the_critic_s_optimiser(undisturbed, tmp_path):
     shutil.copytree(undisturbed("asdnet"), tmp_path / "run")
     state = load(tmp_path / "run")
     adam = state["method"]["adversary._extra_state"]["state"]
@@ -148,7 +151,7 @@ def test_the_comparison_sees_the_critic_s_optimiser(undisturbed, tmp_path):
         assert_same_run(tmp_path / "run", undisturbed("asdnet"))
 
 
-def test_every_method_is_stopped_and_resumed_here():
+def test_11_every_method_is_stopped_and_resumed_here():
     named = {flags[flags.index("--method") + 1] if "--method" in flags else "dtml" for flags in KINDS.values()}
     assert named == set(METHODS)
 
@@ -158,7 +161,7 @@ FIRST = list(KINDS)[:4]  # the loop is the same for all, so three places of thes
 
 # After the first iteration, at the end of an epoch, within one.
 @pytest.mark.parametrize(("kind", "k"), [(kind, k) for kind in KINDS for k in ([1, 4, 6] if kind in FIRST else [6])])
-def test_stopped_and_resumed_equals_undisturbed(kind, k, data, undisturbed, after_step, tmp_path):
+def test_11_stopped_and_resumed_equals_undisturbed(kind, k, data, undisturbed, after_step, tmp_path):
     folder = tmp_path / "run"
     after_step(signal_after(k))
     with pytest.raises(Stopped) as stopped:
@@ -179,7 +182,7 @@ def test_stopped_and_resumed_equals_undisturbed(kind, k, data, undisturbed, afte
         (["--workers", "2", "--cache", "none"], ["--workers", "3", "--cache", "ram"]),
     ],
 )
-def test_workers_and_cache_may_change_at_the_resume(before, after, data, undisturbed, after_step, tmp_path):
+def test_12_workers_and_cache_may_change_at_the_resume(before, after, data, undisturbed, after_step, tmp_path):
     folder, kind = tmp_path / "run", "dtml, both losses"
     after_step(signal_after(3))
     with pytest.raises(Stopped):
@@ -190,7 +193,7 @@ def test_workers_and_cache_may_change_at_the_resume(before, after, data, undistu
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_each_signal_has_its_exit_code(number, code, data, after_step, tmp_path, capsys):
+def test_15_each_signal_has_its_exit_code(number, code, data, after_step, tmp_path, capsys):
     after_step(signal_after(2, number))
     with pytest.raises(SystemExit) as left:
         run(lambda: train(data, tmp_path / "run"))
@@ -199,7 +202,7 @@ def test_each_signal_has_its_exit_code(number, code, data, after_step, tmp_path,
     assert load(tmp_path / "run")["iteration"] == 2
 
 
-def test_a_second_ctrl_c_quits_without_waiting_for_the_iteration(data, after_step, tmp_path):
+def test_15_a_second_ctrl_c_quits_without_waiting_for_the_iteration(data, after_step, tmp_path):
     def twice(iteration):
         if iteration == 2:
             os.kill(os.getpid(), signal.SIGINT)
@@ -211,13 +214,99 @@ def test_a_second_ctrl_c_quits_without_waiting_for_the_iteration(data, after_ste
     assert load(tmp_path / "run")["iteration"] == 2
 
 
-def test_a_signal_during_the_last_iteration_ends_a_finished_run(data, undisturbed, after_step, tmp_path):
+def test_16_a_signal_during_the_last_iteration_ends_a_finished_run(data, undisturbed, after_step, tmp_path):
     after_step(signal_after(N))
     train(data, tmp_path / "run")
     assert_same_run(tmp_path / "run", undisturbed())
 
 
-def test_a_run_may_be_stopped_many_times(data, undisturbed, after_step, tmp_path):
+def kill_myself(number):
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("place", ["a picture is made", "a checkpoint is written", "a crop is read"])
+def test_16_a_signal_at_any_other_work_lets_it_finish_and_saves(
+    place, number, code, data, undisturbed, tmp_path, monkeypatch
+):
+    owner, name = {
+        "a picture is made": (train_dtml, "show"),
+        "a checkpoint is written": (checkpoint, "_reads_back"),
+        "a crop is read": (Patches, "__getitem__"),
+    }[place]
+    real, calls = getattr(owner, name), []
+
+    def signalled(*words):
+        calls.append(words)
+        if len(calls) == 2:
+            kill_myself(number)
+        return real(*words)
+
+    monkeypatch.setattr(owner, name, signalled)
+    every = ["--picture-every", "3", "--save-every", "3"]
+    with pytest.raises(Stopped) as stopped:
+        train(data, tmp_path / "run", *every)
+    assert stopped.value.exit_code == code
+    monkeypatch.undo()
+    done = load(tmp_path / "run")["iteration"]
+    assert done == {"a crop is read": 1, "a picture is made": 6, "a checkpoint is written": 7}[place]
+    assert len(list((tmp_path / "run" / "pictures").glob("*.png"))) == 2 * (done // 3)
+    train(data, tmp_path / "run", *every, "--resume", "auto")
+    assert_same_run(tmp_path / "run", undisturbed())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_16_a_signal_while_the_volumes_are_read_is_not_held_back_and_leaves_nothing(
+    number, data, tmp_path, monkeypatch
+):
+    """Nothing is done yet that could be saved, so the signal ends the process as it does any other."""
+    monkeypatch.setattr(volumes, "check_all", lambda *words: kill_myself(number))
+    with pytest.raises(pytest.fail.Exception, match=f"signal {number.value} was not caught"):
+        train(data, tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("cache", ["ram", "none"])
+def test_17_a_killed_worker_is_named_with_its_case_and_the_run_goes_on_from_its_checkpoint(
+    cache, data, undisturbed, tmp_path, monkeypatch
+):
+    real, victim = Patches.__getitem__, tmp_path / "victim"
+
+    def struck(self, slot):
+        if slot.step == 6 and slot.slot == 1:
+            victim.write_text(self.volumes.cases[slot.case].name)
+            kill_myself(signal.SIGKILL)
+        return real(self, slot)
+
+    monkeypatch.setattr(Patches, "__getitem__", struck)
+    flags = ["--workers", "2", "--cache", cache, "--save-every", "2"]
+    with pytest.raises(RuntimeError, match=r"data worker \d+ was killed while it read case0\d .*mri_norm2.h5") as error:
+        train(data, tmp_path / "run", *flags)
+    assert f"read {victim.read_text()} (" in str(error.value)
+    assert load(tmp_path / "run")["iteration"] in (4, 6)
+    monkeypatch.undo()
+    train(data, tmp_path / "run", *flags, "--resume", "auto")
+    assert_same_run(tmp_path / "run", undisturbed())
+
+
+def test_42_a_run_that_moved_to_another_computer_with_another_clock_goes_on(
+    data, undisturbed, after_step, tmp_path, monkeypatch
+):
+    after_step(signal_after(4))
+    with pytest.raises(Stopped):
+        train(data, tmp_path / "run")
+    after_step(None)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run").rename(tmp_path / "elsewhere" / "moved")
+    monkeypatch.setattr("socket.gethostname", lambda: "another")
+    real = time.time
+    monkeypatch.setattr("time.time", lambda: real() - 1e6)
+    train_dtml.main(["--resume", str(tmp_path / "elsewhere" / "moved")])
+    assert_same_run(tmp_path / "elsewhere" / "moved", undisturbed())
+
+
+def test_11_a_run_may_be_stopped_many_times(data, undisturbed, after_step, tmp_path):
     for k in (2, 3, 7):
         after_step(signal_after(k))
         with pytest.raises(Stopped):
@@ -227,7 +316,7 @@ def test_a_run_may_be_stopped_many_times(data, undisturbed, after_step, tmp_path
     assert_same_run(tmp_path / "run", undisturbed())
 
 
-def test_the_tensorboard_curves_of_a_resumed_run_have_each_iteration_once(data, after_step, tmp_path):
+def test_11_the_tensorboard_curves_of_a_resumed_run_have_each_iteration_once(data, after_step, tmp_path):
     after_step(signal_after(5))
     with pytest.raises(Stopped):
         train(data, tmp_path / "run")
@@ -237,7 +326,7 @@ def test_the_tensorboard_curves_of_a_resumed_run_have_each_iteration_once(data, 
     assert [event.step for event in board.Scalars("loss/total")] == list(range(1, N + 1))
 
 
-def test_randomness_outside_the_run_changes_nothing(data, undisturbed, after_step, tmp_path):
+def test_11_randomness_outside_the_run_changes_nothing(data, undisturbed, after_step, tmp_path):
     def consume(iteration):
         torch.rand(100)
         np.random.rand(100)
@@ -256,7 +345,7 @@ def test_randomness_outside_the_run_changes_nothing(data, undisturbed, after_ste
     assert_same_run(tmp_path / "run", undisturbed())
 
 
-def test_dropout_differs_between_iterations_seeds_and_ranks():
+def test_11_dropout_differs_between_iterations_seeds_and_ranks():
     def mask(*key):
         torch.rand(3)
         seed_iteration(*key)
@@ -269,7 +358,7 @@ def test_dropout_differs_between_iterations_seeds_and_ranks():
 
 
 @pytest.mark.parametrize("source, done", [("", 6), ("last.pt", 6), ("previous.pt", 4)])
-def test_any_checkpoint_of_a_run_resumes_it(source, done, data, undisturbed, after_step, tmp_path):
+def test_11_any_checkpoint_of_a_run_resumes_it(source, done, data, undisturbed, after_step, tmp_path):
     after_step(signal_after(6))
     with pytest.raises(Stopped):
         train(data, tmp_path / "run", "--save-every", "4")
@@ -281,7 +370,7 @@ def test_any_checkpoint_of_a_run_resumes_it(source, done, data, undisturbed, aft
     assert_same_run(tmp_path / "run", undisturbed())
 
 
-def test_a_crash_between_checkpoints_restarts_from_the_last_one(data, undisturbed, after_step, tmp_path):
+def test_11_a_crash_between_checkpoints_restarts_from_the_last_one(data, undisturbed, after_step, tmp_path):
     def crash(iteration):
         if iteration == 6:
             raise ZeroDivisionError
@@ -295,7 +384,7 @@ def test_a_crash_between_checkpoints_restarts_from_the_last_one(data, undisturbe
     assert_same_run(tmp_path / "run", undisturbed())
 
 
-def test_resume_auto_starts_again_what_ended_before_its_first_checkpoint(data, undisturbed, after_step, tmp_path):
+def test_14_resume_auto_starts_again_what_ended_before_its_first_checkpoint(data, undisturbed, after_step, tmp_path):
     def crash(iteration):
         if iteration == 2:
             raise ZeroDivisionError
@@ -308,7 +397,7 @@ def test_resume_auto_starts_again_what_ended_before_its_first_checkpoint(data, u
     assert_same_run(tmp_path / "run", undisturbed())
 
 
-def test_resuming_a_finished_run_leaves_it_alone(data, after_step, tmp_path, capsys):
+def test_14_resuming_a_finished_run_leaves_it_alone(data, after_step, tmp_path, capsys):
     train(data, tmp_path / "run")
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (tmp_path / "run").iterdir()}
     train(data, tmp_path / "run", "--resume", "auto")
@@ -316,7 +405,7 @@ def test_resuming_a_finished_run_leaves_it_alone(data, after_step, tmp_path, cap
     assert before == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (tmp_path / "run").iterdir()}
 
 
-def test_resuming_on_other_volumes_is_refused(data, after_step, tmp_path):
+def test_13_resuming_on_other_volumes_is_refused(data, after_step, tmp_path):
     own = make_set(tmp_path / "set")
     after_step(signal_after(2))
     with pytest.raises(Stopped):
@@ -394,7 +483,9 @@ class Paused:
     ],
     ids=["SIGTERM to the process", "SIGTERM to the group", "Ctrl-C in a terminal"],
 )
-def test_a_signalled_process_saves_and_leaves_no_worker(send, number, workers, code, how, data, undisturbed, tmp_path):
+def test_15_a_signalled_process_saves_and_leaves_no_worker(
+    send, number, workers, code, how, data, undisturbed, tmp_path
+):
     paused = Paused(data, tmp_path, 4, "--workers", str(workers))
     send(paused.process.pid, number)
     assert paused.process.poll() is None
@@ -410,7 +501,7 @@ def test_a_signalled_process_saves_and_leaves_no_worker(send, number, workers, c
 
 
 @pytest.mark.slow
-def test_a_second_ctrl_c_ends_a_process_at_once(data, tmp_path):
+def test_15_a_second_ctrl_c_ends_a_process_at_once(data, tmp_path):
     paused = Paused(data, tmp_path, 4, "--workers", "2", "--save-every", "2")
     for _ in range(2):
         os.killpg(paused.process.pid, signal.SIGINT)
@@ -422,7 +513,7 @@ def test_a_second_ctrl_c_ends_a_process_at_once(data, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_process_leaves_a_checkpoint_and_no_worker(data, undisturbed, tmp_path):
+def test_15_a_killed_process_leaves_a_checkpoint_and_no_worker(data, undisturbed, tmp_path):
     paused = Paused(data, tmp_path, 5, "--workers", "2", "--save-every", "2")
     paused.process.kill()
     assert paused.end()[0] == -signal.SIGKILL
@@ -431,7 +522,7 @@ def test_a_killed_process_leaves_a_checkpoint_and_no_worker(data, undisturbed, t
     assert_same_run(tmp_path / "run", undisturbed())
 
 
-def test_a_set_that_moved_is_found_again_and_another_one_is_refused(data, undisturbed, after_step, tmp_path):
+def test_42_a_set_that_moved_is_found_again_and_another_one_is_refused(data, undisturbed, after_step, tmp_path):
     """The path of the data may change between two parts of a run, the volumes may not."""
     folder = tmp_path / "run"
     after_step(lambda iteration: os.kill(os.getpid(), signal.SIGTERM) if iteration == 3 else None)

@@ -2,15 +2,18 @@
 
 import contextlib
 import errno
+import io
 import os
 import pickle
 import random
+import re
 import resource
 import signal
 import stat
 import subprocess
 import time
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import h5py  # noqa: F401  (its C library must be loaded before a fork)
@@ -20,7 +23,7 @@ import torch
 from conftest import TINY, flat, method_words
 
 import train_dtml
-from methods import METHODS
+from methods import METHODS, restore
 from methods.adversary import Adversary
 from utils import checkpoint
 from utils.checkpoint import LAST, PREVIOUS, load_checkpoint, save_checkpoint, write_whole
@@ -29,7 +32,8 @@ from utils.errors import Diverged, Stopped, UserError, run
 
 def state(n, size=100, **more):
     """A state that knows its number: every element is n."""
-    return {**dict.fromkeys(checkpoint.CONTENTS, 0), "n": n, "x": torch.full((size,), float(n)), **more}
+    known = {**dict.fromkeys(checkpoint.CONTENTS, 0), "options": {"method": "dtml"}, "checksums": {}}
+    return {**known, "n": n, "x": torch.full((size,), float(n)), **more}
 
 
 def load(path):
@@ -43,7 +47,7 @@ def names(folder):
 # Saving.
 
 
-def test_previous_is_the_one_before(tmp_path):
+def test_01_previous_is_the_one_before(tmp_path):
     for n in range(4):
         assert save_checkpoint(tmp_path, state(n)) == tmp_path / LAST
         assert load(tmp_path / LAST)["n"] == n
@@ -53,7 +57,7 @@ def test_previous_is_the_one_before(tmp_path):
     assert load_checkpoint(tmp_path)["n"] == 3
 
 
-def test_a_whole_checkpoint_has_the_name_at_every_step_of_saving(tmp_path, monkeypatch):
+def test_01_a_whole_checkpoint_has_the_name_at_every_step_of_saving(tmp_path, monkeypatch):
     save_checkpoint(tmp_path, state(0))
     save_checkpoint(tmp_path, state(1))
     steps = []
@@ -72,14 +76,14 @@ def test_a_whole_checkpoint_has_the_name_at_every_step_of_saving(tmp_path, monke
         monkeypatch.setattr(os, name, spied)
     save_checkpoint(tmp_path, state(2))
     numbers = [step[1:] for step in steps]
-    assert set(numbers) <= {(1, 0), (1, 1), (2, 1)} and numbers == sorted(numbers)
+    assert set(numbers) == {(1, 0), (2, 0), (2, 1)} and numbers == sorted(numbers)
     done = [name for name, *_ in steps if name.startswith("after")]
     assert done[0] == "after fsync", "the new file must be on the disk before it takes the name"
     assert done[-2:] == ["after replace", "after fsync"], "the folder must be synced after the rename"
 
 
 @pytest.mark.slow
-def test_kill_9_at_any_time_leaves_a_whole_checkpoint(tmp_path):
+def test_01_kill_9_at_any_time_leaves_a_whole_checkpoint(tmp_path):
     known = -1
     for trial in range(20):
         reader, writer = os.pipe()
@@ -106,11 +110,46 @@ def test_kill_9_at_any_time_leaves_a_whole_checkpoint(tmp_path):
         loaded = load_checkpoint(tmp_path / LAST)
         assert saved <= loaded["n"] <= saved + 1 and (loaded["x"] == loaded["n"]).all()
         if (tmp_path / PREVIOUS).exists():
-            assert load_checkpoint(tmp_path / PREVIOUS)["n"] in (loaded["n"] - 1, loaded["n"])
+            assert load_checkpoint(tmp_path / PREVIOUS)["n"] in (loaded["n"] - 2, loaded["n"] - 1)
         known = loaded["n"]
         for leftover in tmp_path.glob(".*.partial"):
             leftover.unlink()  # a killed process cannot take its half-written file away
     assert known >= 14  # 15 of the children saved at least once, counted from 0
+
+
+def test_01_what_reads_back_as_something_else_does_not_take_the_name(tmp_path, monkeypatch):
+    """A disk, or the memory before it, that keeps other bytes than it was given."""
+    save_checkpoint(tmp_path, state(0))
+    save_checkpoint(tmp_path, state(1))
+    real = os.fsync
+
+    def spoil(handle):
+        if stat.S_ISREG(os.fstat(handle).st_mode):
+            with open(next(tmp_path.glob(".*.partial")), "r+b") as f:
+                f.seek(200)
+                f.write(b"other bytes")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", spoil)
+    assert_refused_and_untouched(tmp_path, lambda: save_checkpoint(tmp_path, state(2)))
+    monkeypatch.undo()
+    assert load_checkpoint(tmp_path)["n"] == 1
+
+
+def test_01_a_damaged_last_costs_the_whole_previous_nothing_before_the_new_one_stands(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, state(0))
+    save_checkpoint(tmp_path, state(1))
+    (tmp_path / LAST).write_bytes((tmp_path / LAST).read_bytes()[:100])
+    real, seen = os.replace, []
+
+    def look(*names):
+        seen.append(load_checkpoint(tmp_path)["n"])
+        real(*names)
+        seen.append(load_checkpoint(tmp_path)["n"])
+
+    monkeypatch.setattr(os, "replace", look)
+    save_checkpoint(tmp_path, state(2))
+    assert seen == [0, 2, 2, 2]
 
 
 class Unsavable:
@@ -124,7 +163,7 @@ class Unsavable:
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, MemoryError])
-def test_an_exception_while_saving_leaves_the_folder_as_it_was(error, tmp_path):
+def test_02_an_exception_while_saving_leaves_the_folder_as_it_was(error, tmp_path):
     with pytest.raises(error):
         save_checkpoint(tmp_path, state(2, bad=Unsavable(error())))
     assert names(tmp_path) == []
@@ -137,7 +176,7 @@ def test_an_exception_while_saving_leaves_the_folder_as_it_was(error, tmp_path):
 
 
 @pytest.mark.parametrize("mask, bits", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
-def test_permissions_follow_the_umask(mask, bits, tmp_path):
+def test_04_permissions_follow_the_umask(mask, bits, tmp_path):
     before = os.umask(mask)
     try:
         save_checkpoint(tmp_path, state(0))
@@ -169,7 +208,7 @@ def assert_refused_and_untouched(folder, save):
 
 
 @pytest.mark.parametrize("limit", [0, 500, 100_000, 3_999_999])
-def test_a_file_that_cannot_be_written_whole_is_the_users_to_mend(limit, tmp_path):
+def test_03_a_file_that_cannot_be_written_whole_is_the_users_to_mend(limit, tmp_path):
     def save():
         with no_file_above(limit):
             save_checkpoint(tmp_path, state(2, 1_000_000))
@@ -180,10 +219,11 @@ def test_a_file_that_cannot_be_written_whole_is_the_users_to_mend(limit, tmp_pat
     assert_refused_and_untouched(tmp_path, save)
 
 
-def test_a_full_disk_is_the_users_to_mend(tmp_path):
-    folder = tmp_path / "disk"
+@contextlib.contextmanager
+def small_disk(folder, size="1m"):
+    """A real file system of this size; the test is skipped where it may not be mounted."""
     folder.mkdir()
-    mounting = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)]
+    mounting = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)]
     try:
         mounted = os.geteuid() == 0 and subprocess.run(mounting, capture_output=True).returncode == 0
     except OSError:
@@ -191,15 +231,48 @@ def test_a_full_disk_is_the_users_to_mend(tmp_path):
     if not mounted:
         pytest.skip("no permission to mount a small disk")
     try:
-        save_checkpoint(folder, state(0))
-        assert_refused_and_untouched(folder, lambda: save_checkpoint(folder, state(1, 1_000_000)))
+        yield folder
     finally:
         subprocess.run(["umount", str(folder)], check=True)
 
 
+def test_03_a_full_disk_is_the_users_to_mend(tmp_path):
+    with small_disk(tmp_path / "disk") as folder:
+        save_checkpoint(folder, state(0))
+        assert_refused_and_untouched(folder, lambda: save_checkpoint(folder, state(1, 1_000_000)))
+
+
+def files(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("size", ["4k", "16k", "200k", "700k"])  # from the first file to the second checkpoint
+def test_03_a_run_on_a_disk_that_fills_up_ends_with_a_word_and_goes_on_once_there_is_room(size, tiny_set, tmp_path):
+    with small_disk(tmp_path / "disk", size) as disk:
+        with pytest.raises(UserError, match=rf"cannot (save|write to|make the run folder) {disk}/run.*No space left"):
+            train(tiny_set, disk / "run", "--save-every", "1", "--log-every", "1")
+        left = list((disk / "run").rglob("*")) if (disk / "run").exists() else []
+        assert not [path for path in left if "partial" in path.name or path.name == ".lock"]
+        subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True)
+        train(tiny_set, disk / "run", "--resume", "auto", "--log-every", "1")
+        assert load(disk / "run" / LAST)["iteration"] == 8
+
+
+def test_03_a_folder_that_became_read_only_is_named_and_left_as_it_was(tiny_set, tmp_path):
+    with small_disk(tmp_path / "disk", "50m") as disk:
+        train(tiny_set, disk / "run", "--iterations", "4", "--save-every", "2")
+        (disk / "run" / PREVIOUS).rename(disk / "run" / LAST)
+        before = files(disk)
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        for words, path in ((["--resume", "auto"], "run"), (["--name", "new"], "new"), (["--fresh"], "run")):
+            with pytest.raises(UserError, match=rf"cannot .* {disk}/{path}.*Read-only"):
+                train(tiny_set, disk / "run", "--iterations", "4", *words)
+        assert files(disk) == before
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO])
 @pytest.mark.parametrize("step", ["fsync", "replace"])
-def test_a_failing_disk_is_named(step, number, tmp_path, monkeypatch):
+def test_03_a_failing_disk_is_named(step, number, tmp_path, monkeypatch):
     save_checkpoint(tmp_path, state(0))
 
     def fail(*args):
@@ -212,13 +285,13 @@ def test_a_failing_disk_is_named(step, number, tmp_path, monkeypatch):
     assert names(tmp_path) == [LAST] and load(tmp_path / LAST)["n"] == 0
 
 
-def test_a_folder_that_is_gone_is_named(tmp_path):
+def test_03_a_folder_that_is_gone_is_named(tmp_path):
     with pytest.raises(UserError, match=str(tmp_path / "gone")):
         save_checkpoint(tmp_path / "gone", state(0))
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError])
-def test_other_files_are_written_whole_or_not_at_all(error, tmp_path, monkeypatch):
+def test_02_other_files_are_written_whole_or_not_at_all(error, tmp_path, monkeypatch):
     def fail(handle):
         raise error
 
@@ -233,7 +306,7 @@ def test_other_files_are_written_whole_or_not_at_all(error, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.99])
-def test_a_folder_falls_back_to_previous_when_last_is_cut_short(share, tmp_path, capsys):
+def test_05_a_folder_falls_back_to_previous_when_last_is_cut_short(share, tmp_path, capsys):
     save_checkpoint(tmp_path, state(0))
     save_checkpoint(tmp_path, state(1))
     whole = (tmp_path / LAST).read_bytes()
@@ -246,26 +319,26 @@ def test_a_folder_falls_back_to_previous_when_last_is_cut_short(share, tmp_path,
         load_checkpoint(tmp_path / LAST)
 
 
-def test_a_folder_falls_back_to_previous_when_last_is_missing(tmp_path):
+def test_05_a_folder_falls_back_to_previous_when_last_is_missing(tmp_path):
     save_checkpoint(tmp_path, state(0))
     save_checkpoint(tmp_path, state(1))
     (tmp_path / LAST).unlink()
     assert load_checkpoint(tmp_path)["n"] == 0
 
 
-def test_a_folder_with_two_damaged_checkpoints_is_an_error(tmp_path):
+def test_05_a_folder_with_two_damaged_checkpoints_is_an_error(tmp_path):
     for name in (LAST, PREVIOUS):
         (tmp_path / name).write_bytes(b"no checkpoint")
     with pytest.raises(UserError, match=PREVIOUS):
         load_checkpoint(tmp_path)
 
 
-def test_an_empty_folder_is_an_error(tmp_path):
+def test_05_an_empty_folder_is_an_error(tmp_path):
     with pytest.raises(UserError, match=str(tmp_path)):
         load_checkpoint(tmp_path)
 
 
-def test_a_flipped_byte_of_a_weight_is_told_by_its_checksum(tmp_path):
+def test_06_a_flipped_byte_of_a_weight_is_told_by_its_checksum(tmp_path):
     path = save_checkpoint(tmp_path, state(0, x=torch.full((1000,), 1.2345)))
     data = bytearray(path.read_bytes())
     data[data.index(np.full(100, 1.2345, np.float32).tobytes()) + 42] ^= 4
@@ -274,7 +347,7 @@ def test_a_flipped_byte_of_a_weight_is_told_by_its_checksum(tmp_path):
         load_checkpoint(path)
 
 
-def test_a_weight_whose_entry_is_marked_as_a_folder_is_noticed(tmp_path):
+def test_06_a_weight_whose_entry_is_marked_as_a_folder_is_noticed(tmp_path):
     """torch leaves such a tensor uninitialised without a word, though every checksum is right."""
     path = save_checkpoint(tmp_path, state(0))
     data = bytearray(path.read_bytes())
@@ -285,7 +358,7 @@ def test_a_weight_whose_entry_is_marked_as_a_folder_is_noticed(tmp_path):
         load_checkpoint(path)
 
 
-def test_no_damage_goes_unnoticed(tmp_path):
+def test_06_no_damage_goes_unnoticed(tmp_path):
     """Bytes all over a small file, changed or missing: an error that names the file, or what was saved."""
     path = save_checkpoint(tmp_path, state(3, text="abc", x=torch.arange(10.0)))
     whole = path.read_bytes()
@@ -305,7 +378,7 @@ def test_no_damage_goes_unnoticed(tmp_path):
     assert noticed > len(damaged) / 3
 
 
-def test_what_runs_code_is_not_loaded(tmp_path):
+def test_07_what_runs_code_is_not_loaded(tmp_path):
     class Attack:
         def __reduce__(self):
             return Path.touch, (tmp_path / "was run",)
@@ -320,8 +393,110 @@ def test_what_runs_code_is_not_loaded(tmp_path):
     assert not (tmp_path / "was run").exists()
 
 
+def archive(path, edit=None, compression=zipfile.ZIP_STORED, **content):
+    """A checkpoint whose pickle's bytes were edited; torch names its entries archive/..."""
+    data = io.BytesIO()
+    torch.save(state(0, format=checkpoint.FORMAT, **content), data)
+    with zipfile.ZipFile(data) as old, zipfile.ZipFile(path, "w") as new:
+        for entry in old.infolist():
+            held = old.read(entry)
+            edited = edit(held) if edit and entry.filename.endswith("data.pkl") else held
+            new.writestr(entry.filename, edited, compression)
+            new.infolist()[-1].external_attr = 0  # as torch writes it
+    return path
+
+
+@contextlib.contextmanager
+def bounded_memory(mebibytes=64):
+    """Fails if this process holds that much more at any moment than at the beginning."""
+
+    def held(line):
+        return int(re.search(rf"{line}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**10
+
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("this system does not tell the memory of a process")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = held("VmRSS")
+    yield
+    assert held("VmHWM") - before < mebibytes
+
+
+def endless(levels=200):
+    """A list of two lists of two lists ...: small in the file, without end for who visits each."""
+    value = [1]
+    for _ in range(levels):
+        value = [value, value]
+    return value
+
+
+def replaced(old, new):
+    def edit(data):
+        assert data.count(old) == 1
+        return data.replace(old, new)
+
+    return edit
+
+
+TEXT = b"X\x04\x00\x00\x00text"
+ZEROS_OF_16_TIB = b"c__builtin__\nbytearray\n\x8a\x06\0\0\0\0\0\x10\x85R"
+BOMBS = {  # what is wrong: what the file is made of, what is said of it
+    "zeros that compress to nothing": ({"x": torch.zeros(2**26), "compression": zipfile.ZIP_DEFLATED}, "unpack to"),
+    "a tensor of terabytes in four bytes": ({"x": torch.zeros(1).expand(2**40)}, "claims 1099511627776 elements"),
+    "a tensor without memory": ({"x": torch.empty(2**40, device="meta")}, "claims 1099511627776 elements"),
+    "a size the file does not hold": (
+        {"x": torch.arange(77.0), "edit": replaced(b"KMtq", b"J\x00\x00\x00\x70tq")},
+        "does not match expected size",
+    ),
+    "an array of bytes": ({"x": "text", "edit": replaced(TEXT, ZEROS_OF_16_TIB)}, "MemoryError"),
+    "other code": ({"x": "text", "edit": replaced(TEXT, b"cos\nsystem\nX\x02\0\0\0ls\x85R")}, "nothing in it was run"),
+    "a pickle cut short": ({"edit": lambda data: data[: len(data) // 2]}, "not loaded"),
+    "nothing but a stop": ({"edit": lambda data: b"."}, "incomplete or no checkpoint"),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_07_a_file_that_claims_more_than_it_holds_is_refused_within_bounded_memory(name, tmp_path):
+    content, said = BOMBS[name]
+    path = archive(tmp_path / "bomb.pt", **content)
+    with bounded_memory(), pytest.raises(UserError, match=rf"bomb\.pt .*{said}"):
+        load_checkpoint(path)
+
+
+def test_07_what_is_nested_without_end_is_loaded_in_no_time(tmp_path):
+    path = archive(tmp_path / "nested.pt", x=endless())
+    began = time.monotonic()
+    load_checkpoint(path)
+    assert time.monotonic() - began < 5
+
+
+def test_07_a_checkpoint_that_asks_for_a_huge_network_is_refused_within_bounded_memory(tmp_path):
+    options = {"method": "dtml", "backbone": "vnet", "filters": 4096, "iterations": 8}
+    small = METHODS["dtml"](METHODS["dtml"].Options(filters=2), iterations=8).state_dict()
+    path = archive(tmp_path / "huge.pt", options=options, method=small)
+    with bounded_memory(), pytest.raises(UserError, match=r"huge\.pt does not fit this code .*shape"):
+        restore(load_checkpoint(path))
+
+
+WRONG_KINDS = [{"options": []}, {"options": {}}, {"options": {"method": []}}, {"iteration": "8"}, {"seconds": None}]
+
+
+@pytest.mark.parametrize("wrong", [*WRONG_KINDS, {"format": torch.zeros(2)}, {"checksums": [1]}], ids=str)
+def test_07_contents_of_another_kind_are_refused(wrong, tmp_path):
+    torch.save({**state(0, format=checkpoint.FORMAT), **wrong}, tmp_path / "wrong.pt")
+    with pytest.raises(UserError, match=r"wrong\.pt"):
+        load_checkpoint(tmp_path / "wrong.pt")
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "before torch 1.6"])
+def test_09_bare_weights_of_the_released_code_are_refused_in_words(legacy, tmp_path):
+    weights = OrderedDict({"block_one.conv.0.weight": torch.zeros(16, 1, 3, 3, 3)})
+    torch.save(weights, tmp_path / "iter_6000.pth", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(UserError, match=r"iter_6000\.pth is .*no checkpoint"):
+        load_checkpoint(tmp_path / "iter_6000.pth")
+
+
 @pytest.mark.parametrize("content", [{"x": 1}, {"format": 0}, {"format": 2, "n": 1}, [1, 2], torch.zeros(3)])
-def test_other_formats_are_refused(content, tmp_path):
+def test_10_other_formats_are_refused(content, tmp_path):
     torch.save(content, tmp_path / "other.pt")
     with pytest.raises(UserError, match=r"other\.pt.*format"):
         load_checkpoint(tmp_path / "other.pt")
@@ -345,7 +520,7 @@ def plain(value):
 
 
 @pytest.mark.parametrize("flags", [["--sdm-loss", "both"], *map(method_words, ("supervised", "ua-mt", "asdnet"))])
-def test_a_run_saves_tensors_and_plain_python_only(flags, tiny_set, tmp_path):
+def test_07_a_run_saves_tensors_and_plain_python_only(flags, tiny_set, tmp_path):
     train(tiny_set, tmp_path / "run", "--iterations", "3", *flags)
     saved = load(tmp_path / "run" / LAST)
     assert plain(saved)
@@ -354,7 +529,7 @@ def test_a_run_saves_tensors_and_plain_python_only(flags, tiny_set, tmp_path):
         assert archive.testzip() is None
 
 
-def test_a_disk_that_fills_up_ends_a_run_with_its_last_checkpoint(tiny_set, tmp_path, monkeypatch, capsys):
+def test_03_a_disk_that_fills_up_ends_a_run_with_its_last_checkpoint(tiny_set, tmp_path, monkeypatch, capsys):
     real, saved = os.fsync, []
 
     def fill_up(handle):
@@ -425,7 +600,7 @@ SPOILED += [(m, how, k) for m in METHODS for how, k in ((nan_loss, 0), (nan_grad
 
 
 @pytest.mark.parametrize(("method", "how", "k"), SPOILED)  # 4 is logged, 7 is the last one
-def test_what_is_not_finite_never_reaches_the_weights(method, how, k, tiny_set, tmp_path, spoil):
+def test_18_what_is_not_finite_never_reaches_the_weights(method, how, k, tiny_set, tmp_path, spoil):
     before, folder = spoil(k, how), tmp_path / "run"
     with pytest.raises(Diverged, match=f"at iteration {k} {SPOILS[how]}") as diverged:
         train(tiny_set, folder, *method_words(method), "--save-every", "1", "--log-every", "5")
@@ -452,7 +627,7 @@ def nan_gradient_of_critic(critic, loss):
     ("how", "named"), [(nan_of_critic, "the loss critic"), (nan_gradient_of_critic, r"the gradient of \S+\.weight")]
 )
 @pytest.mark.parametrize("method", ["sassnet", "asdnet"])
-def test_what_is_not_finite_never_reaches_the_critic(method, how, named, tiny_set, tmp_path, monkeypatch):
+def test_18_what_is_not_finite_never_reaches_the_critic(method, how, named, tiny_set, tmp_path, monkeypatch):
     real, seen = Adversary.step, []
 
     def weights_of(adversary):
@@ -476,7 +651,7 @@ def test_what_is_not_finite_never_reaches_the_critic(method, how, named, tiny_se
     assert saved["iteration"] == 2 and all_finite(saved)
 
 
-def test_a_diverged_program_exits_with_3_and_can_go_on(tiny_set, tmp_path, spoil, monkeypatch, capsys):
+def test_18_a_diverged_program_exits_with_3_and_can_go_on(tiny_set, tmp_path, spoil, monkeypatch, capsys):
     spoil(5, nan_gradient)
     with pytest.raises(SystemExit) as left:
         run(lambda: train(tiny_set, tmp_path / "run", "--save-every", "3", "--log-every", "1"))
@@ -490,7 +665,7 @@ def test_a_diverged_program_exits_with_3_and_can_go_on(tiny_set, tmp_path, spoil
     assert (tmp_path / "run" / "scalars.csv").read_text() == (tmp_path / "other" / "scalars.csv").read_text()
 
 
-def test_a_signal_does_not_save_what_diverged(tiny_set, tmp_path, spoil):
+def test_18_a_signal_does_not_save_what_diverged(tiny_set, tmp_path, spoil):
     def signalled(method, losses):
         os.kill(os.getpid(), signal.SIGTERM)
         nan_loss(method, losses)

@@ -116,7 +116,7 @@ BROKEN_CASES = {
 
 
 @pytest.mark.parametrize("kind", BROKEN_CASES)
-def test_case_that_cannot_be_used_is_named(kind, tiny_set):
+def test_21_case_that_cannot_be_used_is_named(kind, tiny_set):
     break_it, text = BROKEN_CASES[kind]
     break_it(tiny_set)
     message = refuse(flags(tiny_set), text, "case01", "mri_norm2.h5", "1 case is", untouched=tiny_set.parent)
@@ -124,7 +124,7 @@ def test_case_that_cannot_be_used_is_named(kind, tiny_set):
 
 
 @pytest.mark.parametrize("kind", BROKEN_CASES)
-def test_case_that_cannot_be_tested_on_is_named(kind, tiny_set, checkpoint):
+def test_21_case_that_cannot_be_tested_on_is_named(kind, tiny_set, checkpoint):
     (tiny_set / "train.list").write_text("case00\n")
     (tiny_set / "test.list").write_text("case01\ncase02\n")
     break_it, text = BROKEN_CASES[kind]
@@ -135,14 +135,14 @@ def test_case_that_cannot_be_tested_on_is_named(kind, tiny_set, checkpoint):
 
 
 @pytest.mark.parametrize("kind", ["a file cut in half", "no image", "not a number", "a constant image"])
-def test_unlabeled_case_that_cannot_be_used_is_named(kind, tiny_set):
+def test_21_unlabeled_case_that_cannot_be_used_is_named(kind, tiny_set):
     (tiny_set / "train.list").write_text("case00\ncase02\ncase03\ncase04\ncase01\ncase05\n")
     break_it, text = BROKEN_CASES[kind]
     break_it(tiny_set)
     refuse(flags(tiny_set, "--labeled", "3"), text, "case01", "1 case is", untouched=tiny_set.parent)
 
 
-def test_all_bad_cases_are_named_at_once(tiny_set):
+def test_21_all_bad_cases_are_named_at_once(tiny_set):
     edit(tiny_set, "case00", image=image(np.nan))
     shutil.rmtree(tiny_set / "case02")
     edit(tiny_set, "case03", label=label(2))
@@ -154,19 +154,19 @@ def test_all_bad_cases_are_named_at_once(tiny_set):
         assert text in lines[name]
 
 
-def test_downsampling_to_nothing_is_refused(tiny_set):
+def test_30_downsampling_to_nothing_is_refused(tiny_set):
     refuse(flags(tiny_set, "--downsample", "100"), "--downsample", untouched=tiny_set.parent)
 
 
 # -- folders and lists that cannot be used --
 
 
-def test_missing_data_folder_is_named(tmp_path):
+def test_21_missing_data_folder_is_named(tmp_path):
     refuse(flags(tmp_path / "nowhere"), str(tmp_path / "nowhere"), "does not exist", untouched=tmp_path)
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_one_list_without_the_other_is_refused(split, tiny_set):
+def test_32_one_list_without_the_other_is_refused(split, tiny_set):
     (tiny_set / f"{split}.list").unlink()
     refuse(flags(tiny_set), str(tiny_set), "only one of train.list and test.list", untouched=tiny_set.parent)
 
@@ -183,14 +183,14 @@ BROKEN_LISTS = {
 
 
 @pytest.mark.parametrize("kind", BROKEN_LISTS)
-def test_list_that_cannot_be_used_is_named(kind, tiny_set):
+def test_32_list_that_cannot_be_used_is_named(kind, tiny_set):
     name, content, texts = BROKEN_LISTS[kind]
     (tiny_set / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     refuse(flags(tiny_set), str(tiny_set / name), *texts, untouched=tiny_set.parent)
 
 
 @pytest.mark.parametrize("shared", ["case01", "./case01", "case01/"])
-def test_case_in_both_lists_is_refused(shared, tiny_set):
+def test_32_case_in_both_lists_is_refused(shared, tiny_set):
     (tiny_set / "test.list").write_text(f"case08\n{shared}\n")
     refuse(flags(tiny_set), "train.list", "test.list", "case01", untouched=tiny_set.parent)
 
@@ -198,7 +198,7 @@ def test_case_in_both_lists_is_refused(shared, tiny_set):
 # -- data that are fine --
 
 
-def test_unlabeled_cases_need_no_label_and_never_have_it_read(tiny_set):
+def test_23_unlabeled_cases_need_no_label_and_never_have_it_read(tiny_set):
     assert not any("label" in h5py.File(tiny_set / f"case0{i}" / "mri_norm2.h5") for i in range(4, 8))
     without = train(tiny_set)
     for i, garbage in enumerate([label(255), label()[1:], np.full(SHAPE, np.nan, np.float32), b"none"], 4):
@@ -208,7 +208,7 @@ def test_unlabeled_cases_need_no_label_and_never_have_it_read(tiny_set):
 
 
 @pytest.mark.parametrize("form", ["\ufeff{}", "{}\r", "  {}\t ", "\n{}\n\n"])
-def test_white_space_in_lists_is_ignored(form, tiny_set):
+def test_32_white_space_in_lists_is_ignored(form, tiny_set):
     plain = train(tiny_set)
     for split in ("train", "test"):
         names = (tiny_set / f"{split}.list").read_text().split()
@@ -219,7 +219,7 @@ def test_white_space_in_lists_is_ignored(form, tiny_set):
 
 
 @pytest.mark.parametrize("layout", ["{}.h5", "2018LA_Seg_Training Set/{}/mri_norm2.h5"])
-def test_cases_may_lie_in_other_layouts(layout, tiny_set):
+def test_21_cases_may_lie_in_other_layouts(layout, tiny_set):
     plain = train(tiny_set)
     for path in sorted(tiny_set.glob("case*/mri_norm2.h5")):
         target = tiny_set / layout.format(path.parent.name)
@@ -230,7 +230,7 @@ def test_cases_may_lie_in_other_layouts(layout, tiny_set):
 
 
 @pytest.mark.parametrize("dtype", [bool, np.int64, np.float64])
-def test_labels_of_other_types_are_taken(dtype, tiny_set):
+def test_28_labels_of_other_types_are_taken(dtype, tiny_set):
     plain = train(tiny_set)
     for i in range(4):
         with h5py.File(tiny_set / f"case0{i}" / "mri_norm2.h5", "a") as f:
@@ -243,7 +243,7 @@ def test_labels_of_other_types_are_taken(dtype, tiny_set):
 
 @pytest.mark.parametrize("method", [["--sdm-loss", "both"], ["--method", "supervised", "--head", "sdm"]], ids=" ".join)
 @pytest.mark.parametrize("value", [0, 1], ids=["empty", "full"])
-def test_empty_and_full_labels_train(value, method, tiny_set):
+def test_29_empty_and_full_labels_train(value, method, tiny_set):
     for i in range(4):
         edit(tiny_set, f"case0{i}", label=np.full(SHAPE, value, np.uint8))
     state = train(tiny_set, "--iterations", "2", *method)
@@ -252,7 +252,7 @@ def test_empty_and_full_labels_train(value, method, tiny_set):
 
 @pytest.mark.parametrize("cache", ["ram", "none"])
 @pytest.mark.parametrize("shape", [(12, 9, 7), (16, 16, 16), (17, 17, 17), (40, 9, 17)], ids=str)
-def test_volumes_of_any_size_train_and_test(shape, cache, tmp_path):
+def test_30_volumes_of_any_size_train_and_test(shape, cache, tmp_path):
     folder = make_set(tmp_path / "set", shape=shape)
     state = train(folder, "--cache", cache, "--iterations", "2")
     assert state["iteration"] == 2 and all(torch.isfinite(t).all() for t in state["method"].values())
@@ -329,7 +329,7 @@ BAD_FLAGS = {
 
 
 @pytest.mark.parametrize("words", BAD_FLAGS)
-def test_bad_flag_is_named(words, tiny_set):
+def test_34_bad_flag_is_named(words, tiny_set):
     refuse(flags(tiny_set, *words.split()), *BAD_FLAGS[words], untouched=tiny_set.parent)
 
 
@@ -338,7 +338,7 @@ NEED_UNLABELED = ["ua-mt", "sassnet", "asdnet", *(f"{m} --consistency-on unlabel
 
 @pytest.mark.parametrize("method", NEED_UNLABELED)
 @pytest.mark.parametrize("words", ["--labeled 8", "--unlabeled 0"])
-def test_method_that_needs_unlabeled_scans_is_refused_without(words, method, tiny_set, capsys):
+def test_33_method_that_needs_unlabeled_scans_is_refused_without(words, method, tiny_set, capsys):
     argv = flags(tiny_set, "--method", *method.split(), *words.split())
     texts = (f"--method {method.split()[0]} needs unlabeled scans", f"all {8 if '8' in words else 4} are labeled")
     refuse(argv, *texts, "--labeled", "--unlabeled 0", untouched=tiny_set.parent)
@@ -352,13 +352,13 @@ def test_method_that_needs_unlabeled_scans_is_refused_without(words, method, tin
 @pytest.mark.parametrize(
     "method", [m for m, kind in METHODS.items() if kind.uses_unlabeled and m not in NEED_UNLABELED]
 )
-def test_method_that_needs_none_trains_without_unlabeled_scans(method, tiny_set):
+def test_33_method_that_needs_none_trains_without_unlabeled_scans(method, tiny_set):
     state = train(tiny_set, *method_words(method), "--unlabeled", "0")
     assert len(state["checksums"]) == 4
 
 
 @pytest.mark.parametrize("words", ["--max-it 4", "--epochs 4", "--gpu 0", "--head sdm"])
-def test_flag_like_no_other_gets_no_far_fetched_suggestion(words, tiny_set):
+def test_34_flag_like_no_other_gets_no_far_fetched_suggestion(words, tiny_set):
     message = refuse(flags(tiny_set, *words.split()), words.split()[0], untouched=tiny_set.parent)
     for far in ("--data", "--patch-size", "--runs", "--threads"):
         assert far not in message
@@ -366,17 +366,54 @@ def test_flag_like_no_other_gets_no_far_fetched_suggestion(words, tiny_set):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("name", ["cuda", "cuda:1"])
-def test_gpu_that_is_not_there_is_refused(name, tiny_set):
+def test_40_gpu_that_is_not_there_is_refused(name, tiny_set):
     refuse(flags(tiny_set, "--device", name), f"--device {name}", "--device cpu", untouched=tiny_set.parent)
 
 
-def test_unclosed_quote_in_an_options_file_is_refused(tiny_set, tmp_path):
+NO_MEMORY = {
+    "the computer's, by torch": (
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] data. DefaultCPUAllocator: can't allocate memory: 4 GB"),
+        "the memory does not suffice",
+    ),
+    "the computer's": (MemoryError(), "the memory does not suffice"),
+    "the GPU's": (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4 GiB."), "the GPU's memory does not"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_MEMORY)
+def test_40_memory_that_does_not_suffice_is_told_in_words(kind, tiny_set, monkeypatch):
+    error, text = NO_MEMORY[kind]
+
+    def forward(self, batch, iteration):
+        raise error
+
+    monkeypatch.setattr(METHODS["dtml"], "forward", forward)
+    with pytest.raises(UserError, match=f"{text}.* Lower --batch-size, --patch-size or --filters"):
+        train(tiny_set)
+
+
+def test_40_other_errors_of_torch_are_no_lack_of_memory(tiny_set, monkeypatch):
+    monkeypatch.setattr(METHODS["dtml"], "forward", lambda self, batch, iteration: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="size"):
+        train(tiny_set)
+
+
+def test_40_memory_that_does_not_suffice_for_testing_is_told_in_words(tiny_set, checkpoint, monkeypatch):
+    def predict(self, image, outputs):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(METHODS["dtml"], "predict", predict)
+    argv = ["--checkpoint", str(checkpoint), "--data", str(tiny_set), "--stride", "16", "16", "16"]
+    refuse(argv, "the GPU's memory does not", "Lower --batch-size or", untouched=tiny_set.parent, main=test_la.main)
+
+
+def test_34_unclosed_quote_in_an_options_file_is_refused(tiny_set, tmp_path):
     (tmp_path / "options.txt").write_text('--name "run\n')
     refuse(flags(tiny_set, f"@{tmp_path / 'options.txt'}"), "options.txt", "quotation", untouched=tmp_path)
 
 
 @pytest.mark.parametrize("words", [["--runs", "set/train.list"], ["--name", "x" * 300]], ids=["a file", "too long"])
-def test_run_folder_that_cannot_be_made_is_named(words, tiny_set, monkeypatch):
+def test_35_run_folder_that_cannot_be_made_is_named(words, tiny_set, monkeypatch):
     monkeypatch.chdir(tiny_set.parent)
     before = {path for path in tiny_set.parent.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match=f"cannot make the run folder .*{words[1]}"):
@@ -385,7 +422,7 @@ def test_run_folder_that_cannot_be_made_is_named(words, tiny_set, monkeypatch):
 
 
 @pytest.mark.parametrize("data", [".", "../set", "sub/.."])
-def test_default_run_folder_lies_below_runs(data, tiny_set, monkeypatch):
+def test_35_default_run_folder_lies_below_runs(data, tiny_set, monkeypatch):
     (tiny_set / "sub").mkdir()
     monkeypatch.chdir(tiny_set)
     _, _, folder, _ = train_dtml.read_options(["--data", data, "--runs", "runs"])
@@ -395,20 +432,20 @@ def test_default_run_folder_lies_below_runs(data, tiny_set, monkeypatch):
 # -- run folders that are there already --
 
 
-def test_existing_run_folder_is_left_alone(tiny_set):
+def test_35_existing_run_folder_is_left_alone(tiny_set):
     train(tiny_set)
     refuse(flags(tiny_set, "--name", "run"), "runs/run exists", "--resume", "--fresh", untouched=tiny_set.parent)
     refuse(flags(tiny_set, "--name", "run", "--seed", "2"), "runs/run exists", untouched=tiny_set.parent)
 
 
-def test_folder_of_other_things_is_not_taken_for_a_run(tiny_set):
+def test_35_folder_of_other_things_is_not_taken_for_a_run(tiny_set):
     folder = tiny_set.parent / "runs" / "run"
     folder.mkdir(parents=True)
     (folder / "notes.txt").write_text("mine")
     refuse(flags(tiny_set, "--name", "run"), "runs/run exists", "--name", untouched=tiny_set.parent)
 
 
-def test_fresh_moves_the_old_run_aside(tiny_set):
+def test_35_fresh_moves_the_old_run_aside(tiny_set):
     runs = tiny_set.parent / "runs"
     first = train(tiny_set)
     before = {path.name: path.read_bytes() for path in (runs / "run").iterdir()}
@@ -419,7 +456,7 @@ def test_fresh_moves_the_old_run_aside(tiny_set):
     assert not same_weights(first, second)
 
 
-def test_fresh_twice_within_a_second_keeps_every_run(tiny_set, monkeypatch):
+def test_35_fresh_twice_within_a_second_keeps_every_run(tiny_set, monkeypatch):
     train(tiny_set)
     monkeypatch.setattr("utils.run_folder.time.strftime", lambda *_: "20210101-000000")
     for _ in range(2):
@@ -428,7 +465,7 @@ def test_fresh_twice_within_a_second_keeps_every_run(tiny_set, monkeypatch):
     assert len(runs) == 3
 
 
-def test_fresh_moves_nothing_when_the_run_cannot_start(tiny_set):
+def test_35_fresh_moves_nothing_when_the_run_cannot_start(tiny_set):
     train(tiny_set)
     edit(tiny_set, "case01", image=image(np.nan))
     refuse(flags(tiny_set, "--name", "run", "--fresh"), "case01", untouched=tiny_set.parent)
@@ -439,7 +476,7 @@ def test_fresh_moves_nothing_when_the_run_cannot_start(tiny_set):
 HARMLESS = ["--log-every", "2", "--save-every", "3", "--cache", "none", "--device", "cpu", "--threads", "1"]
 
 
-def test_resume_with_other_options_lists_them(tiny_set):
+def test_13_resume_with_other_options_lists_them(tiny_set):
     train(tiny_set)
     run = str(tiny_set.parent / "runs" / "run")
     other = ["--lr", "0.02", "--lambda-max", "0.5", "--patch-size", "32", "16", "16", *HARMLESS]
@@ -456,7 +493,7 @@ def test_resume_with_other_options_lists_them(tiny_set):
             refuse(argv, *texts, untouched=tiny_set.parent)
 
 
-def test_resume_with_harmless_options_goes_on(tiny_set):
+def test_13_resume_with_harmless_options_goes_on(tiny_set):
     whole = train(tiny_set, "--iterations", "4", "--save-every", "2")
     run = tiny_set.parent / "runs" / "run"
     assert torch.load(run / "previous.pt", weights_only=True)["iteration"] == 2
@@ -466,7 +503,7 @@ def test_resume_with_harmless_options_goes_on(tiny_set):
 
 
 @pytest.mark.parametrize("how", ["auto", "folder", "file"])
-def test_resume_of_a_finished_run_says_so_and_touches_nothing(how, tiny_set, capsys):
+def test_14_resume_of_a_finished_run_says_so_and_touches_nothing(how, tiny_set, capsys):
     train(tiny_set)
     run = tiny_set.parent / "runs" / "run"
     before = files(tiny_set.parent)
@@ -477,14 +514,14 @@ def test_resume_of_a_finished_run_says_so_and_touches_nothing(how, tiny_set, cap
     assert files(tiny_set.parent) == before
 
 
-def test_resume_with_other_volumes_is_refused(tiny_set):
+def test_13_resume_with_other_volumes_is_refused(tiny_set):
     train(tiny_set, "--iterations", "2", "--save-every", "1")
     edit(tiny_set, "case05", image=image())
     run = tiny_set.parent / "runs" / "run"
     refuse(["--resume", str(run / "previous.pt")], str(tiny_set), "not those", untouched=tiny_set.parent)
 
 
-def test_resume_of_a_folder_that_is_no_run_is_refused(tiny_set):
+def test_14_resume_of_a_folder_that_is_no_run_is_refused(tiny_set):
     refuse(["--resume", str(tiny_set)], str(tiny_set), "no checkpoint", untouched=tiny_set.parent)
 
 
@@ -525,18 +562,18 @@ def refuse_checkpoint(script: str, path: Path, *texts: str) -> str:
 
 
 @BOTH
-def test_checkpoint_that_is_missing_is_named(script, tmp_path):
+def test_14_checkpoint_that_is_missing_is_named(script, tmp_path):
     refuse_checkpoint(script, tmp_path / "none.pt", "does not exist")
     refuse_checkpoint(script, tmp_path, "holds no checkpoint")
 
 
-def test_checkpoint_must_be_given(tmp_path):
+def test_14_checkpoint_must_be_given(tmp_path):
     refuse([], "--checkpoint is missing", untouched=tmp_path, main=test_la.main)
 
 
 @BOTH
 @pytest.mark.parametrize("percent", [0, 10, 50, 99.9])
-def test_checkpoint_cut_short_is_refused(percent, script, checkpoint):
+def test_05_checkpoint_cut_short_is_refused(percent, script, checkpoint):
     cut(checkpoint, percent / 100)
     refuse_checkpoint(script, checkpoint, "incomplete or no checkpoint")
     refuse_checkpoint(script, checkpoint.parent, "incomplete or no checkpoint")
@@ -559,14 +596,14 @@ def flip(path: Path, place: int, bit: int = 0) -> None:
 
 
 @BOTH
-def test_one_flipped_bit_of_a_tensor_is_noticed(script, checkpoint):
+def test_06_one_flipped_bit_of_a_tensor_is_noticed(script, checkpoint):
     start, size = place_of(checkpoint, "/data/0")
     flip(checkpoint, start + size // 2)
     torch.load(checkpoint, weights_only=True)  # torch itself does not notice
     refuse_checkpoint(script, checkpoint, "damaged", "checksum", "/data/0")
 
 
-def test_flipped_bits_anywhere_are_noticed_or_do_not_matter(checkpoint):
+def test_06_flipped_bits_anywhere_are_noticed_or_do_not_matter(checkpoint):
     whole = checkpoint.read_bytes()
     state = torch.load(checkpoint, weights_only=True)
     header = whole.index(b"PK\x01\x02")
@@ -597,7 +634,7 @@ class Evil:
 
 
 @BOTH
-def test_code_in_a_checkpoint_is_not_run(script, checkpoint, tmp_path):
+def test_07_code_in_a_checkpoint_is_not_run(script, checkpoint, tmp_path):
     marker = tmp_path / "marker"
     rewrite(checkpoint, seconds=Evil(marker))
     refuse_checkpoint(script, checkpoint, "not loaded", "nothing in it was run")
@@ -606,7 +643,7 @@ def test_code_in_a_checkpoint_is_not_run(script, checkpoint, tmp_path):
     assert marker.exists(), "the file would have run the command"
 
 
-def test_bare_pickle_is_not_run(tmp_path):
+def test_07_bare_pickle_is_not_run(tmp_path):
     path, marker = tmp_path / "evil.pt", tmp_path / "marker"
     path.write_bytes(pickle.dumps({"format": 1, "options": Evil(marker)}))
     refuse_checkpoint("test", path, "no checkpoint")
@@ -614,33 +651,33 @@ def test_bare_pickle_is_not_run(tmp_path):
 
 
 @BOTH
-def test_other_format_is_refused(script, checkpoint):
+def test_10_other_format_is_refused(script, checkpoint):
     rewrite(checkpoint, format=99)
     refuse_checkpoint(script, checkpoint, "format 99", "reads 1")
 
 
 @BOTH
-def test_bare_weights_are_no_checkpoint(script, checkpoint):
+def test_09_bare_weights_are_no_checkpoint(script, checkpoint):
     torch.save(torch.load(checkpoint, weights_only=True)["method"], checkpoint)
     refuse_checkpoint(script, checkpoint, "no checkpoint of this project")
 
 
 @BOTH
 @pytest.mark.parametrize("entry", ["options", "method", "iteration"])
-def test_checkpoint_that_lacks_something_is_refused(entry, script, checkpoint):
+def test_10_checkpoint_that_lacks_something_is_refused(entry, script, checkpoint):
     rewrite(checkpoint, **{entry: None})
     refuse_checkpoint(script, checkpoint, entry)
 
 
 @BOTH
-def test_weights_that_do_not_fit_are_refused(script, checkpoint):
+def test_08_weights_that_do_not_fit_are_refused(script, checkpoint):
     options = torch.load(checkpoint, weights_only=True)["options"]
     rewrite(checkpoint, options={**options, "filters": 3})
     refuse_checkpoint(script, checkpoint, "does not fit")
 
 
 @BOTH
-def test_method_unknown_to_this_code_is_refused(script, checkpoint):
+def test_08_method_unknown_to_this_code_is_refused(script, checkpoint):
     options = torch.load(checkpoint, weights_only=True)["options"]
     rewrite(checkpoint, options={**options, "method": "tomorrow"})
     refuse_checkpoint(script, checkpoint, "tomorrow")
@@ -664,20 +701,20 @@ def unfinished(adversarial: Path, tmp_path: Path) -> Path:
     return Path(shutil.copy(adversarial / "previous.pt", tmp_path / "copy" / "last.pt"))
 
 
-def test_copied_checkpoint_of_a_critic_resumes(adversarial, unfinished):
+def test_08_copied_checkpoint_of_a_critic_resumes(adversarial, unfinished):
     train_dtml.main(["--resume", str(unfinished)])
     assert same_weights(*(torch.load(f / "last.pt", weights_only=True) for f in (adversarial, unfinished.parent)))
 
 
 @BOTH
 @pytest.mark.parametrize("method", ["dtml", "dtc", "asdnet", "mean-teacher"])
-def test_checkpoint_of_one_method_is_none_of_another(method, script, unfinished):
+def test_08_checkpoint_of_one_method_is_none_of_another(method, script, unfinished):
     options = torch.load(unfinished, weights_only=True)["options"]
     rewrite(unfinished, options={**options, "method": method})
     refuse_checkpoint(script, unfinished, "does not fit")
 
 
-def test_resume_of_a_critic_with_another_method_is_refused(unfinished):
+def test_08_resume_of_a_critic_with_another_method_is_refused(unfinished):
     for method in ("dtc", "asdnet"):
         texts = (str(unfinished.parent), f"--method: sassnet before, {method} now")
         refuse(["--resume", str(unfinished), "--method", method], *texts, untouched=unfinished.parent)
@@ -714,7 +751,7 @@ BROKEN_CRITICS = {
 
 
 @pytest.mark.parametrize("kind", BROKEN_CRITICS)
-def test_damaged_state_of_a_critic_is_refused(kind, unfinished):
+def test_08_damaged_state_of_a_critic_is_refused(kind, unfinished):
     weights = torch.load(unfinished, weights_only=True)["method"]
     BROKEN_CRITICS[kind](weights)
     rewrite(unfinished, method=weights)
@@ -722,7 +759,7 @@ def test_damaged_state_of_a_critic_is_refused(kind, unfinished):
 
 
 @pytest.mark.parametrize("state", [{}, "state", {"state": {}, "param_groups": []}], ids=str)
-def test_damaged_state_of_the_optimiser_is_refused(state, unfinished):
+def test_08_damaged_state_of_the_optimiser_is_refused(state, unfinished):
     rewrite(unfinished, optimizer=state)
     refuse_checkpoint("resume", unfinished, "does not fit")
 
@@ -748,12 +785,12 @@ BAD_TEST_FLAGS = {
 
 
 @pytest.mark.parametrize("words", BAD_TEST_FLAGS)
-def test_bad_flag_of_the_test_is_named(words, checkpoint):
+def test_34_bad_flag_of_the_test_is_named(words, checkpoint):
     argv = ["--checkpoint", str(checkpoint), "--stride", "8", "8", "8", *words.split()]
     refuse(argv, *BAD_TEST_FLAGS[words], untouched=checkpoint.parent.parent, main=test_la.main)
 
 
-def test_bad_spacing_is_named(checkpoint, tmp_path):
+def test_21_bad_spacing_is_named(checkpoint, tmp_path):
     folder = make_set(tmp_path / "other")
     write_case(folder / "case09" / "mri_norm2.h5", image(), label(), spacing=(1.0, 1.0))
     argv = ["--checkpoint", str(checkpoint), "--data", str(folder), "--stride", "16", "16", "16"]
@@ -771,7 +808,7 @@ def test_bad_spacing_is_named(checkpoint, tmp_path):
         ("test_la.py", "--checkpoint nowhere", ("error: ", "nowhere", "does not exist")),
     ],
 )
-def test_mistake_ends_in_code_2_and_a_text_without_traceback(script, words, texts, tmp_path):
+def test_34_mistake_ends_in_code_2_and_a_text_without_traceback(script, words, texts, tmp_path):
     done = subprocess.run(
         [sys.executable, ROOT / script, *words.split()], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )

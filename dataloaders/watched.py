@@ -1,0 +1,55 @@
+"""Data workers that are watched: when one is killed, the error names the case it was at."""
+
+import os
+import re
+import signal
+import threading
+from collections.abc import Iterator
+from multiprocessing import RawArray
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+
+class Noted(Dataset[dict[str, Any]]):
+    """The patches of a TwoStream loader, each worker noting its process and the case it is at."""
+
+    def __init__(self, patches: Any, workers: int):
+        self.patches, self.notes = patches, RawArray("l", 2 * workers)
+
+    def __getitem__(self, slot: Any) -> dict[str, Any]:
+        worker = get_worker_info()
+        if worker is not None:
+            self.notes[2 * worker.id], self.notes[2 * worker.id + 1] = os.getpid(), slot.case
+        return self.patches[slot]
+
+    def cases_of(self, pids: list[int]) -> list[str]:
+        """What the workers of these process numbers read last, as NAME (FILE)."""
+        notes = dict(zip(self.notes[::2], self.notes[1::2], strict=True))
+        cases = [self.patches.volumes.cases[notes[pid]] for pid in pids if pid in notes]
+        return [f"{case.name} ({case.path})" for case in cases]
+
+
+class WatchedLoader(DataLoader):
+    """A DataLoader of `Noted` patches; a killed worker is named with its case, at the batch that is then missing."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        batches = super().__iter__()
+        if self.num_workers and threading.current_thread() is threading.main_thread():
+            # torch would raise the error wherever the program is just then, in the middle of a save too.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as e:
+                dead = re.search(r"worker \(pid\(s\) ([\d, ]+)\)", str(e))
+                if dead is None:
+                    raise
+                at = self.dataset.cases_of(list(map(int, dead[1].split(","))))  # type: ignore[attr-defined]
+                raise RuntimeError(
+                    f"the data worker {dead[1]} was killed while it read {', '.join(at) or 'its first case'}. The last "
+                    "checkpoint is intact: go on with --resume, with fewer --workers if the memory ran out."
+                ) from e
+            yield batch

@@ -1,0 +1,89 @@
+"""The report of python -m utils.doctor: true, harmless to show, and without a traceback whatever the set is like."""
+
+import ast
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, make_set, write_case
+
+from utils import doctor
+from utils.errors import UserError
+
+
+def report(capsys, *words):
+    doctor.main(list(words))
+    return capsys.readouterr().out
+
+
+def test_it_tells_versions_hardware_and_the_set(tiny_set, capsys):
+    out = report(capsys, "--data", str(tiny_set))
+    assert f"- torch: {torch.__version__}" in out and "cores, torch uses 1" in out
+    assert "- lists: 8 to train on, 2 to test on" in out
+    assert "- volumes: 10 read, sides from (24, 22, 18) to (24, 22, 18)" in out and "PROBLEM" not in out
+    assert [line for line in out.splitlines() if line.startswith("### ")] == [
+        "### Versions", "### Hardware", "### Data", "### What would be slow"
+    ]  # fmt: skip
+
+
+def test_it_names_every_case_that_cannot_be_used(tiny_set, capsys):
+    (tiny_set / "case01" / "mri_norm2.h5").write_bytes(b"no h5")
+    (tiny_set / "case09" / "mri_norm2.h5").unlink()
+    out = report(capsys, "--data", str(tiny_set))
+    assert "- PROBLEM: 2 cases are not usable" in out and "case01" in out and "case09" in out and "8 read" in out
+
+
+@pytest.mark.parametrize("words", [["--data", "nowhere"], []])
+def test_it_reports_where_there_is_no_set(words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out = report(capsys, *words)
+    assert ("PROBLEM: the data folder nowhere does not exist" if words else "folder: none here") in out
+
+
+def test_it_tells_no_names_of_users_and_folders(capsys, tmp_path, monkeypatch):
+    home = tmp_path / "home" / "jane-doe-7"
+    data = make_set(home / "study" / "set")
+    (data / "case01" / "mri_norm2.h5").unlink()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("USER", "jane-doe-7")
+    for here in (tmp_path, home, home / "study", Path("/")):
+        monkeypatch.chdir(here)
+        out = report(capsys, "--data", str(data))
+        assert "there is no ~/study/set/case01/mri_norm2.h5" in out
+        assert "jane-doe-7" not in out and str(tmp_path) not in out and socket.gethostname() not in out
+    monkeypatch.setenv("HOME", "/nowhere")
+    assert "- folder: .../set" in report(capsys, "--data", str(data))
+
+
+def test_every_n_th_case_stands_for_the_others(tiny_set, capsys):
+    assert "- volumes: 3 read" in report(capsys, "--data", str(tiny_set), "--every", "4")
+    with pytest.raises(UserError, match="--every"):
+        doctor.main(["--every", "0"])
+
+
+def test_it_tells_what_would_be_slow(monkeypatch):
+    monkeypatch.setattr(doctor, "total_memory", lambda: 4.0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    text = "\n".join(doctor.slow(3.0))
+    assert "no GPU" in text and "a full-size iteration needs" in text and "--cache disk" in text
+
+
+def test_a_large_volume_counts_as_large(tmp_path):
+    import numpy as np
+
+    image = np.random.default_rng(0).standard_normal((64, 64, 64)).astype(np.float32)
+    write_case(tmp_path / "a.h5", image, (image > 1).astype(np.uint8))
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.list").write_text("a\n" if name == "test" else "b\n")
+    about, memory = doctor.data_set(tmp_path, 1)
+    assert "b: listed" in about["PROBLEM"] and memory == pytest.approx(5 * 64**3 / 2**30)
+
+
+def test_nothing_imports_it():
+    """It is a program among the utilities, and may use what is above them only because nothing stands on it."""
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/*.py")]:
+        if path != Path(__file__):
+            for node in ast.walk(ast.parse(path.read_text())):
+                assert not (isinstance(node, ast.ImportFrom) and "doctor" in (node.module or "")), path
+                assert not (isinstance(node, ast.Import) and any("doctor" in a.name for a in node.names)), path

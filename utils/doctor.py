@@ -1,0 +1,149 @@
+"""What a bug report should tell: versions, hardware, the data set, and what would be slow here.
+
+    python -m utils.doctor
+    python -m utils.doctor --data FOLDER
+
+Every case is read once and checked as training does. Names of users and of folders above this one are left out.
+"""
+
+import dataclasses
+import os
+import platform
+import shutil
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dataloaders.cases import LA_FOLDER, PHANTOM_FOLDER, Case, check_all, find_cases, lists_of, read_case
+from utils.errors import UserError, run
+from utils.options import Parser, fill, option
+from utils.run_folder import PACKAGES, _git, processor
+
+GIB = 2**30
+FULL_STEP_GIB, FULL_STEP_S = 8.1, 26  # of one full-size iteration on two cores, see README
+
+
+@dataclasses.dataclass
+class Options:
+    data: str = option("", "folder of the data set (default data/la, else data/phantom)")
+    every: int = option(1, "read every Nth case only, of a large set", minimum=1)
+
+
+def hidden(path: Path | str) -> str:
+    """The path below the home folder or below this one, or else its last part: no names of users or machines."""
+    absolute = Path(os.path.abspath(path))
+    for top, shown in ((Path.home(), "~/"), (Path.cwd(), "")):
+        if absolute.is_relative_to(top) and top != top.parent:
+            return shown + str(absolute.relative_to(top))
+    return f".../{absolute.name}"
+
+
+def total_memory() -> float:
+    """Memory of this computer in GiB."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+
+
+def versions() -> dict[str, Any]:
+    """Name -> version of the code, of Python and of the packages; what is missing says so."""
+    found = {"code": _git("rev-parse", "--short", "HEAD") or "no git repository"}
+    if _git("status", "--porcelain", "--untracked-files=no"):
+        found["code"] += ", with uncommitted changes"
+    found |= {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
+    for name in (*PACKAGES, "SimpleITK", "edt", "submitit"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "MISSING"
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """Name -> what there is to compute with."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found = {"processor": f"{processor()}, {cores} cores, torch uses {torch.get_num_threads()}"}
+    found["memory"] = f"{total_memory():.1f} GiB"
+    found["disk here"] = f"{shutil.disk_usage('.').free / GIB:.1f} GiB free"
+    if hasattr(os, "getloadavg"):
+        found["load"] = f"{os.getloadavg()[0]:.1f} processes at work on average in the last minute"
+    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    for i in gpus:
+        free, total = torch.cuda.mem_get_info(i)
+        found[f"GPU {i}"] = f"{torch.cuda.get_device_name(i)}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
+    if not gpus:
+        found["GPU"] = f"none; torch is built for CUDA: {torch.version.cuda or 'no'}"
+    return found
+
+
+def data_set(folder: Path, every: int) -> tuple[dict[str, Any], float]:
+    """Name -> what the set holds and what is wrong with it; GiB of its volumes in memory."""
+    found: dict[str, Any] = {"folder": hidden(folder)}
+    shapes: list[tuple[int, ...]] = []
+    began = time.monotonic()
+    try:
+        train, test = lists_of(folder)
+        found["lists"] = f"{len(train)} to train on, {len(test)} to test on"
+        unlabeled, problems = find_cases(folder, train[::every], labeled=False)
+        labeled, more = find_cases(folder, test[::every], labeled=True)
+
+        def check(case: Case) -> None:
+            shapes.append(read_case(case)[0].shape)
+
+        check_all(unlabeled + labeled, check, problems + more)
+    except UserError as e:
+        found["PROBLEM"] = str(e).replace(str(folder), hidden(folder))
+    if shapes:
+        smallest, largest = (tuple(choose(sides) for sides in zip(*shapes, strict=True)) for choose in (min, max))
+        found["volumes"] = f"{len(shapes)} read, sides from {smallest} to {largest}"
+        found["time to read"] = f"{(time.monotonic() - began) / len(shapes):.2f} s a case"
+    voxels = sum(shape[0] * shape[1] * shape[2] for shape in shapes) * every
+    return found, 5 * voxels / GIB
+
+
+def slow(memory: float) -> list[str]:
+    """What would be slow or not fit here, and what to do; `memory` is that of the volumes, in GiB."""
+    cores, threads = os.cpu_count() or 1, torch.get_num_threads()
+    found = []
+    if not torch.cuda.is_available():
+        hours = FULL_STEP_S * 6000 / 3600
+        found.append(f"no GPU: 6000 full-size iterations take about {hours:.0f} hours on 2 cores. Use --profile half.")
+        if total_memory() < 1.3 * FULL_STEP_GIB:
+            found.append(f"memory: a full-size iteration needs {FULL_STEP_GIB} GiB. Use --profile half.")
+    if threads < cores and not torch.cuda.is_available():
+        found.append(f"threads: torch uses {threads} of {cores} cores. Give --threads {cores}.")
+    if hasattr(os, "getloadavg") and os.getloadavg()[0] > 1.5 * cores:
+        found.append("load: other programs are at work on this computer.")
+    if memory > 0.7 * total_memory():
+        found.append(f"volumes: they take {memory:.1f} GiB in memory. Use --cache disk.")
+    if shutil.disk_usage(".").free < 2 * GIB:
+        found.append("disk: less than 2 GiB are free here. A full-size run keeps two checkpoints of about 150 MB.")
+    if not torch.backends.mkl.is_available() and not torch.cuda.is_available():
+        found.append("torch was built without MKL: its convolutions on this processor may be slow.")
+    return found
+
+
+def section(title: str, values: dict[str, Any]) -> str:
+    """A heading and a line for each value."""
+    return "\n".join([f"### {title}", "", *(f"- {name}: {value}" for name, value in values.items()), ""])
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(description=__doc__, prog="utils.doctor")
+    parser.add_dataclass(Options)
+    o: Options = fill(Options, parser.parse(argv))
+    folder = Path(o.data or (LA_FOLDER if LA_FOLDER.is_dir() else PHANTOM_FOLDER))
+    print(section("Versions", versions()))
+    print(section("Hardware", hardware()))
+    if o.data or folder.is_dir():
+        about, memory = data_set(folder, o.every)
+    else:
+        about, memory = {"folder": "none here; the first training makes the phantom set"}, 0.0
+    print(section("Data", about))
+    lines = slow(memory)
+    print("\n".join(["### What would be slow", "", *(f"- {line}" for line in lines or ["nothing that is known"])]))
+
+
+if __name__ == "__main__":
+    run(main)

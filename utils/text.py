@@ -1,0 +1,19 @@
+"""Text files that a user gives."""
+
+from pathlib import Path
+
+MOST = 2**24
+
+
+def read_text(path: Path) -> str:
+    """The text of a file of at most 16 MiB, so that a device or a volume given by mistake does not fill the memory.
+
+    Raises:
+        OSError, UnicodeDecodeError: it cannot be read, or is no text.
+        ValueError: it is larger.
+    """
+    with open(path, "rb") as f:
+        data = f.read(MOST + 1)
+    if len(data) > MOST:
+        raise ValueError(f"it has more than {MOST} bytes")
+    return data.decode("utf-8-sig")
