@@ -22,7 +22,14 @@ def process_group(device: torch.device) -> Iterator[None]:
     if RANKS == 1:
         yield
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    where: dict[str, Any] = {}
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt != "0" and os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # On one machine torchrun starts killed processes again with the store they had, where the addresses of those
+        # before still stand; with several machines it makes a new one.
+        store, *_ = next(dist.rendezvous("env://", RANK, RANKS))
+        where = {"store": dist.PrefixStore(f"attempt {attempt}", store), "rank": RANK, "world_size": RANKS}
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **where)
     try:
         yield
     finally:

@@ -96,12 +96,12 @@ def after_step(monkeypatch):
     return set_hook
 
 
-def where(folder):
+def in_folder(folder):
     return ["--runs", str(folder.parent), "--name", folder.name]
 
 
 def train(data, folder, *flags):
-    train_dtml.main(["--data", str(data), *FLAGS, *where(folder), *flags])
+    train_dtml.main(["--data", str(data), *FLAGS, *in_folder(folder), *flags])
 
 
 def signal_after(k, number=signal.SIGTERM):
@@ -421,30 +421,50 @@ DRIVER = """
 import sys, time
 from pathlib import Path
 import train_dtml
+from dataloaders.two_stream import Patches
 from methods import METHODS
 from utils.errors import run
 
-place, at = Path(__file__).parent, int(sys.argv.pop(1))
+place, where, at = Path(__file__).parent, sys.argv.pop(1), int(sys.argv.pop(1))
+make = Patches.__getitem__
 
-def pause(self, batch, iteration):
+def pause(iteration):
     if iteration == at:
         (place / "ready").touch()
         while not (place / "go").exists():
             time.sleep(0.01)
 
-METHODS["dtml"].after_step = pause
+def halted(self, slot):
+    pause(slot.step)
+    return make(self, slot)
+
+if where == "step":
+    METHODS["dtml"].after_step = lambda self, batch, iteration: pause(iteration)
+else:
+    Patches.__getitem__ = halted
 run(train_dtml.main)
 """
 
 
 class Paused:
-    """A training process, halted inside iteration `at`, in a process group of its own."""
+    """A training process, halted inside iteration `at`, in a process group of its own: after the step, or while the
+    crops are made."""
 
-    def __init__(self, data, place, at, *flags):
+    def __init__(self, data, place, at, *flags, where="step"):
         self.place = place
         (place / "driver.py").write_text(DRIVER)
         self.process = subprocess.Popen(
-            [sys.executable, "driver.py", str(at), "--data", str(data), *FLAGS, *where(place / "run"), *flags],
+            [
+                sys.executable,
+                "driver.py",
+                where,
+                str(at),
+                "--data",
+                str(data),
+                *FLAGS,
+                *in_folder(place / "run"),
+                *flags,
+            ],
             cwd=place,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             start_new_session=True,
@@ -498,6 +518,20 @@ def test_15_a_signalled_process_saves_and_leaves_no_worker(
     else:
         train_dtml.main(["--resume", str(tmp_path / "run")])
     assert_same_run(tmp_path / "run", undisturbed())
+
+
+@pytest.mark.slow
+def test_15_a_group_signalled_while_it_waits_for_a_batch_keeps_its_workers_until_it_has_saved(data, tmp_path):
+    paused = Paused(data, tmp_path, 4, "--workers", "1", "--log-every", "1", where="crops")
+    log = tmp_path / "run" / "log.txt"
+    while not (log.exists() and f"4/{N} " in log.read_text()):  # the next batch is the one that does not come
+        assert paused.process.poll() is None, paused.process.stderr.read()
+        time.sleep(0.02)
+    os.killpg(paused.process.pid, signal.SIGTERM)
+    time.sleep(0.2)
+    returncode, err = paused.go()
+    assert returncode == 143, err
+    assert load(tmp_path / "run")["iteration"] == 5
 
 
 @pytest.mark.slow
