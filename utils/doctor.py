@@ -23,7 +23,7 @@ from utils.options import Parser, fill, option
 from utils.run_folder import PACKAGES, _git, processor
 
 GIB = 2**30
-FULL_STEP_GIB, FULL_STEP_S = 8.1, 26  # of one full-size iteration on two cores, see README
+FULL_STEP_GIB, FULL_STEP_S = 9.5, 26  # of one full-size iteration on two cores, see README
 
 
 @dataclasses.dataclass
