@@ -123,7 +123,7 @@ class Options:
     precision: str = option("fp32", "of the convolutions; networks with a distance head stay in fp32",
                             choices=PRECISIONS)  # fmt: skip
     compile: bool = option(False, "torch.compile the networks: a minute at the start, for a faster step")
-    recompute: bool = option(False, "less memory for about a third more time: keep few maps for the way back",
+    recompute: bool = option(False, "less memory for a quarter more time: keep few maps for the way back",
                              harmless=True)  # fmt: skip
     device: str = option("auto", "auto, cpu, cuda or cuda:N", harmless=True)
     threads: int = option(0, "CPU threads; 0 leaves torch's choice", harmless=True, minimum=0)
