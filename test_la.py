@@ -28,7 +28,7 @@ from dataloaders.cases import Case, check_all, find_cases, lists_of, read_case, 
 from methods import Method, restore
 from networks.backbone import PRECISIONS, set_precision
 from utils.checkpoint import load_checkpoint, write_whole
-from utils.devices import choose_device, enough_memory, keep_freed_memory, set_arithmetic
+from utils.devices import choose_device, enough_memory, keep_freed_memory, refuse_precision, set_arithmetic
 from utils.distributed import RANK, RANKS, in_turn, process_group
 from utils.errors import UserError, run
 from utils.metrics import METRICS, largest_component, mean_and_sd, segmentation_metrics
@@ -184,8 +184,7 @@ def main(argv: list[str] | None = None) -> None:
     state = load_checkpoint(path)
     trained = state["options"]
     method = restore(state).to(device).eval()
-    if o.precision == "tf32" and device.type != "cuda":
-        raise UserError("--precision tf32 is arithmetic of GPUs, and this is a CPU. Leave it out.")
+    refuse_precision(o.precision, device)
     set_precision(method, o.precision, training=False)
     outputs = tuple(dict.fromkeys(o.output)) or method.outputs
     unknown = [name for name in outputs if name not in method.outputs]

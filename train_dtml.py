@@ -38,6 +38,7 @@ from utils.devices import (
     enough_memory,
     keep_freed_memory,
     peak_memory_gib,
+    refuse_precision,
     seed_iteration,
     set_arithmetic,
 )
@@ -122,7 +123,7 @@ class Options:
 
     precision: str = option("fp32", "of the convolutions; networks with a distance head stay in fp32",
                             choices=PRECISIONS)  # fmt: skip
-    compile: bool = option(False, "torch.compile the networks: a minute at the start, for a faster step")
+    compile: bool = option(False, "torch.compile the networks, which takes minutes at the start")
     recompute: bool = option(False, "less memory for a quarter more time: keep few maps for the way back",
                              harmless=True)  # fmt: skip
     device: str = option("auto", "auto, cpu, cuda or cuda:N", harmless=True)
@@ -207,8 +208,7 @@ def choose_arithmetic(method: Method, o: Options, device: torch.device) -> None:
     Raises:
         UserError: what this device, this method or the three together cannot do.
     """
-    if o.precision == "tf32" and device.type != "cuda":
-        raise UserError("--precision tf32 is arithmetic of GPUs, and this is a CPU. Leave it out.")
+    refuse_precision(o.precision, device)
     if o.compile and o.recompute:
         raise UserError("--compile decides by itself what it keeps for the way back. Leave out --recompute.")
     if not set_precision(method, o.precision, training=True):

@@ -55,8 +55,8 @@ class VNet(Backbone):
     """Of the maps in memory: in this one a CPU's convolutions need not reorder them."""
 
     def __init__(self, *, heads: dict[str, int], in_channels: int = 1, filters: int = 16, dropout: bool = True):
-        f = filters
         super().__init__()
+        f = filters
         self.encoder = nn.ModuleList(
             [Convs(1, in_channels, f), Convs(2, 2 * f, 2 * f), Convs(3, 4 * f, 4 * f), Convs(3, 8 * f, 8 * f)]
         )

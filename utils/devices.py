@@ -49,6 +49,12 @@ def set_arithmetic(*, deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic)
 
 
+def refuse_precision(precision: str, device: torch.device) -> None:
+    """Raises UserError for a --precision that the device has no arithmetic for."""
+    if precision == "tf32" and device.type != "cuda":
+        raise UserError("--precision tf32 is arithmetic of GPUs, and this is a CPU. Leave it out.")
+
+
 def keep_freed_memory() -> None:
     """Lets glibc keep what is freed for what comes next, where it would give large blocks back to the system each time.
 
