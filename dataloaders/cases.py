@@ -116,12 +116,14 @@ def find_cases(folder: Path, names: Sequence[str], *, labeled: bool) -> tuple[li
     return cases, problems
 
 
-def read_case(case: Case) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None]:
+def read_case(case: Case, classes: int = 1) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None]:
     """image float32 (W,H,D) and label uint8 (W,H,D), which is None and never opened for an unlabeled case.
+
+    The label holds 0 (background) to `classes`.
 
     Raises:
         CaseError: not h5, cut short, no `image`, no `label` where one is needed, shapes that differ or are not 3D,
-            not-a-number or infinite or constant intensities, label values other than 0 and 1.
+            not-a-number or infinite or constant intensities, label values other than 0 to `classes`.
     """
     try:
         with h5py.File(case.path, "r") as f:
@@ -154,12 +156,14 @@ def read_case(case: Case) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None
         raise CaseError(f"'image' is constant ({low:g})")
     if label is None:
         return image, None
-    if label.dtype.kind in "bu" and label.max() <= 1:  # the usual case, in a hundredth of the time
+    if label.dtype.kind in "bu" and label.max() <= classes:  # the usual case, in a hundredth of the time
         return image, label.astype(np.uint8, copy=False)
     values = np.unique(label)
-    if not np.isin(values, (0, 1)).all():
+    if not np.isin(values, range(classes + 1)).all():
         hint = "; 255 marks the atrium in the challenge's own files, divide by 255" if 255 in values else ""
-        raise CaseError(f"'label' holds {', '.join(f'{v:g}' for v in values[:6])} where only 0 and 1 may stand{hint}")
+        allowed = "0 and 1" if classes == 1 else f"0 to {classes}"
+        listed = ", ".join(f"{v:g}" for v in values[:6])
+        raise CaseError(f"'label' holds {listed} where only {allowed} may stand{hint}")
     return image, label.astype(np.uint8, copy=False)
 
 
