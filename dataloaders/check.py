@@ -13,7 +13,7 @@ import dataclasses
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -30,8 +30,6 @@ from tqdm import tqdm
 from dataloaders.cases import FILE_NAME, PHANTOM_FOLDER, Case, CaseError, find_cases, lists_of, read_case, read_geometry
 from dataloaders.findings import (
     GIB,
-    LA,
-    LA_SIDES,
     LEVELS,
     Facts,
     Finding,
@@ -41,6 +39,7 @@ from dataloaders.findings import (
     memory_gib,
     with_spacing,
 )
+from dataloaders.overview import table, volumes_ml
 from utils.errors import UserError, run
 from utils.options import Parser, fill, option
 from utils.run_folder import digest
@@ -60,7 +59,7 @@ class Options:
     )  # fmt: skip
     downsample: int = option(1, "as in training: pool this many voxels along each axis into one", minimum=1)
     all_labels: bool = option(False, "open the labels of the unlabeled scans too")
-    workers: int = option(0, "processes that read (default: 0, as many as there are cores, 8 at most)", minimum=0)
+    workers: int = option(0, "processes that read; 0: as many as there are cores, 8 at most", minimum=0)
 
 
 @dataclass(frozen=True)
@@ -189,11 +188,6 @@ def _sizes(looks: Sequence[Look]) -> list[Finding]:
     return found
 
 
-def volumes_ml(facts: Facts) -> dict[int, float]:
-    """Class -> its size in ml."""
-    return {c: n * float(np.prod(facts.spacing or (1, 1, 1))) / 1000 for c, n in (facts.voxels or {}).items()}
-
-
 def unlisted(folder: Path, names: Sequence[str]) -> list[Finding]:
     """A note if there are case files that no list names."""
     files = [path.parent for path in folder.glob(f"**/{FILE_NAME}")] + [
@@ -205,46 +199,6 @@ def unlisted(folder: Path, names: Sequence[str]) -> list[Finding]:
     return [Finding("note", others, text)] if others else []
 
 
-def table(groups: dict[str, list[Facts]], classes: int) -> str:
-    """Markdown: what each group is like, and LA."""
-
-    def span(values: Iterable[float], digits: int = 3) -> str:
-        known = list(values)
-        if not known:
-            return ""
-        low, high = f"{min(known):.{digits}g}", f"{max(known):.{digits}g}"
-        return low if low == high else f"{low} to {high}"
-
-    def sides(group: list[Facts]) -> str:
-        return " to ".join(
-            "x".join(str(pick(s)) for s in zip(*(x.shape for x in group), strict=True)) for pick in (min, max)
-        )
-
-    def column(group: list[Facts]) -> list[str]:
-        if not group:
-            return ["0"] + [""] * (7 + 2 * classes)
-        sized = [x for x in group if x.voxels]
-        spacings = [x.spacing for x in group if x.spacing]
-        mm = " x ".join(span(axis) for axis in zip(*spacings, strict=True))
-        cells = [str(len(group)), sides(group), mm]
-        cells += [span(getattr(x, name) for x in group) for name in ("mean", "sd", "p1", "p99")]
-        for c in range(1, classes + 1):
-            cells += [span(100 * x.voxels[c] / np.prod(x.shape) for x in sized if x.voxels and c in x.voxels)]
-            cells += [span(volumes_ml(x)[c] for x in sized if x.voxels and c in x.voxels)]
-        return [*cells, f"{memory_gib(group):.3g}"]
-
-    rows = ["cases", "sides, voxels", "spacing, mm", "mean", "standard deviation", "1st percentile", "99th percentile"]
-    for c in range(1, classes + 1):
-        rows += [f"class {c}, % of the voxels", f"class {c}, ml"]
-    rows.append("in memory, GiB")
-    la = ["100", " to ".join("x".join(map(str, s)) for s in LA_SIDES), "0.625 x 0.625 x 0.625"]
-    la += [span(LA[name]) for name in ("mean", "sd", "p1", "p99")]
-    la += [span(100 * x for x in LA["share"]), span(LA["ml"]), *[""] * (2 * classes - 2), "1.13"]
-    columns = [rows, *(column(group) for group in groups.values()), la]
-    lines = [f"| | {' | '.join([*groups, 'LA, all 100'])} |", "|---" * len(columns) + "|"]
-    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in zip(*columns, strict=True)])
-
-
 def check(folder: Path, o: Options) -> tuple[list[Finding], str]:
     """All findings, errors first, and the table.
 
@@ -253,7 +207,7 @@ def check(folder: Path, o: Options) -> tuple[list[Finding], str]:
     """
     train, test = lists_of(folder)
     if o.labeled > len(train):
-        raise UserError(f"--labeled {o.labeled} is more than the {len(train)} cases of {folder / 'train.list'}.")
+        raise UserError(f"--labeled {o.labeled} is more than the {len(train)} training cases of {folder}. Give fewer.")
     labeled, unlabeled = train[: o.labeled], train[o.labeled :]
     cases: list[Case] = []
     missing: list[Finding] = []

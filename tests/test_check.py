@@ -17,6 +17,7 @@ import train_dtml
 from dataloaders import check, findings
 from dataloaders.cases import Case, case_file, find_cases, lists_of, read_case
 from dataloaders.findings import duplicates, facts_of, warnings_of, with_spacing
+from dataloaders.overview import volumes_ml
 from dataloaders.phantom import make_phantom_set
 from utils.errors import UserError
 
@@ -80,7 +81,7 @@ def test_the_figures_of_la_are_those_of_its_scans(la):
             low, high = findings.LA[name]
             assert low - 0.05 < getattr(x, name) < high + 0.05
         assert findings.LA["share"][0] <= x.voxels[1] / np.prod(x.shape) <= findings.LA["share"][1]
-        assert findings.LA["ml"][0] <= check.volumes_ml(x)[1] <= findings.LA["ml"][1]
+        assert findings.LA["ml"][0] <= volumes_ml(x)[1] <= findings.LA["ml"][1]
         assert all(a <= s <= b for a, s, b in zip(findings.LA_SIDES[0], x.shape, findings.LA_SIDES[1], strict=True))
     assert warnings_of(facts, patch_size=[112, 112, 80], downsample=1) == []
 
