@@ -2,8 +2,11 @@
 
     python test_la.py --checkpoint runs/la/dtml-16-seed1337
     torchrun --nproc-per-node 4 test_la.py --checkpoint RUN      the scans shared out over four GPUs
+    python test_la.py --checkpoint best_model.pth --method dtc   bare weights, as the released codes save them
+    python test_la.py --checkpoint best_model_seg.pth --sdm-weights best_model_dis.pth --method dtml
 
-The checkpoint knows its method, its data and its patch; no other flag is needed. Every output of the method is
+The checkpoint knows its method, its data and its patch; no other flag is needed. Bare weights know nothing: they are
+tested as in the papers, on data/la, with windows of 112x112x80 voxels. Every output of the method is
 scored with and without the largest-component filter, always on the scan's own grid.
 """
 
@@ -25,9 +28,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dataloaders.cases import Case, check_all, find_cases, lists_of, read_case, read_geometry
-from methods import Method, restore
+from methods import Method
+from methods.released import RELEASED, load_trained
 from networks.backbone import PRECISIONS, set_precision
-from utils.checkpoint import load_checkpoint, write_whole
+from utils.checkpoint import write_whole
 from utils.devices import choose_device, enough_memory, keep_freed_memory, refuse_precision, set_arithmetic
 from utils.distributed import RANK, RANKS, in_turn, process_group
 from utils.errors import UserError, run
@@ -47,7 +51,14 @@ MEAN = "mean"  # over the classes
 class Options:
     """None means: as the checkpoint was trained."""
 
-    checkpoint: str = option("", "run folder or .pt file of train_dtml.py", group="what")
+    checkpoint: str = option("", "run folder or .pt file of train_dtml.py; bare weights with --method", group="what")
+    method: str = option(
+        "",
+        "of the bare weights of a released code (default: a checkpoint knows its own)",
+        group="what",
+        choices=list(RELEASED),
+    )
+    sdm_weights: str = option("", "bare weights of M_d, with --method dtml (default: M_s alone)", group="what")
     data: str = option("", "folder of the data set (default that of the training)", group="what")
     output: list[str] = option(
         [],
@@ -74,7 +85,7 @@ class Options:
     )
     weighting: str = option("uniform", "how overlapping windows are averaged", group="window", choices=WEIGHTINGS)
     batch_size: int = option(4, "windows at a time", group="window", minimum=1)
-    out: str = option("", "folder of the results (default RUN/test)")
+    out: str = option("", "folder of the results (default RUN/test, of bare weights FILE-test)")
     save: str = option("largest", "predictions to write as NIfTI", choices=(*COMPONENTS, "none"))
     precision: str = option("fp32", "of the convolutions", choices=(*PRECISIONS, "fp16"))
     workers: int = option(2, "threads that score scans while the next is predicted", minimum=1)
@@ -193,8 +204,6 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__, prog="test_la.py")
     parser.add_dataclass(Options)
     o: Options = fill(Options, parser.parse(argv))
-    if not o.checkpoint:
-        raise UserError("--checkpoint is missing. Give a run folder or a .pt file of train_dtml.py.")
     if o.threads:
         torch.set_num_threads(o.threads)
     device = choose_device(o.device)
@@ -202,16 +211,15 @@ def main(argv: list[str] | None = None) -> None:
     keep_freed_memory()
 
     # what to test
-    path = Path(o.checkpoint)
-    state = load_checkpoint(path)
-    trained = state["options"]
-    method = restore(state).to(device).eval()
+    state, method, known = load_trained(o.checkpoint, method=o.method, sdm_weights=o.sdm_weights)
+    path, trained = Path(o.checkpoint or o.sdm_weights), state["options"]
+    method.to(device).eval()
     refuse_precision(o.precision, device)
     set_precision(method, o.precision, training=False)
-    outputs = tuple(dict.fromkeys(o.output)) or method.outputs
-    unknown = [name for name in outputs if name not in method.outputs]
+    outputs = tuple(dict.fromkeys(o.output)) or known
+    unknown = [name for name in outputs if name not in known]
     if unknown:
-        raise UserError(f"--output {' '.join(unknown)} is none of {trained['method']}'s: {' '.join(method.outputs)}.")
+        raise UserError(f"--output {' '.join(unknown)} is none that {state['file']} gives: {' '.join(known)}.")
     downsample, classes = trained["downsample"], method.options.classes
     patch_size = tuple(o.patch_size or trained["patch_size"])
     steps = (max(step // downsample, 1) for step in STRIDE)
@@ -226,7 +234,9 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(o.data or trained["data"])
     cases, shapes = open_cases(folder, classes)
     count = sum(len(windows([-(-side // downsample) for side in shape], patch_size, stride)) for shape in shapes)
-    out = Path(o.out) if o.out else (path if path.is_dir() else path.parent) / "test"
+    # Several released files lie in one folder.
+    usual = path.with_name(f"{path.stem}-test") if o.method else (path if path.is_dir() else path.parent) / "test"
+    out = Path(o.out) if o.out else usual
 
     # predict, and score the scans before meanwhile
     rows: list[dict[str, Any]] = []
@@ -270,6 +280,8 @@ def main(argv: list[str] | None = None) -> None:
     settings = {"patch_size": patch_size, "stride": stride, "windows": count, "weighting": o.weighting,
                 "precision": o.precision}  # fmt: skip
     more = {"iteration": state["iteration"], "downsample": downsample, "data": str(folder), "saved": o.save}
+    if o.method:
+        more |= {"method": o.method, "released": state["released"]}
     write_json(out / "test.json", make_manifest(device, **settings, **more))
     size, step = ("x".join(map(str, v)) for v in (patch_size, stride))
     print(

@@ -25,6 +25,7 @@ from torch import nn
 from dataloaders.augmentation import AUGMENTATIONS
 from dataloaders.cases import LA_FOLDER, PHANTOM_FOLDER
 from dataloaders.diagnostic import kept_for_diagnosis
+from dataloaders.findings import warnings_of
 from dataloaders.training import training_cases
 from dataloaders.two_stream import Patches, TwoStreamBatchSampler, make_loader
 from dataloaders.volumes import CACHES, Volumes
@@ -316,6 +317,8 @@ def main(argv: list[str] | None = None) -> None:
         kept_for_diagnosis(folder, patches, sampler, contents),
     ):
         if report:
+            for line in warnings_of(volumes.facts, patch_size=o.patch_size, downsample=o.downsample):
+                report.say(line)
             replay = {name: value for name, value in everything.items() if name not in NOT_REPLAYED}
             write_whole(folder / OPTIONS, as_flags(replay).encode())
             manifest = make_manifest(device, processes=RANKS, options=replay, checksums=volumes.checksums)

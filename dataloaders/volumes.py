@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dataloaders.cases import Case, CaseError, check_all, read_case
 from dataloaders.disk_cache import Checks, DiskCache
+from dataloaders.findings import Facts, facts_of
 from utils.distributed import RANK, RANKS
 from utils.errors import UserError
 from utils.resample import downsample_image, downsample_label
@@ -48,6 +49,7 @@ class Volumes:
         self.cases, self.downsample = list(cases), downsample
         self.shapes: list[tuple[int, ...]] = []
         self.checksums: dict[str, str] = {}
+        self.facts: list[Facts] = []  # of the cases read now; what an earlier run left is not read
         self._images: list[Tensor] = []
         self._labels: list[Tensor | None] = []
         keep = cache in ("auto", "device", "ram")
@@ -67,6 +69,7 @@ class Volumes:
             if kept is not None and min(kept.shape) >= downsample:
                 return
             image, label = read_case(case)
+            self.facts.append(facts_of(case, image, label))
             if min(image.shape) < downsample:
                 raise CaseError(f"has {image.shape} voxels, too few for --downsample {downsample}")
             if known:

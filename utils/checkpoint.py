@@ -20,6 +20,9 @@ FORMAT = 1
 CONTENTS = ("options", "iteration", "seconds", "checksums", "processes", "method", "optimizer")
 LAST, PREVIOUS = "last.pt", "previous.pt"
 CHUNK = 2**20
+BARE_WEIGHTS = (
+    "Bare weights, as the released codes save them, do not tell their method: test_la.py tests them with --method NAME."
+)
 
 
 def fsync_folder(folder: Path) -> None:
@@ -118,33 +121,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             except UserError as e:
                 print(f"warning: {e} Using {older} instead.", file=sys.stderr)
         path = found[-1]
-    if not path.is_file():
-        raise UserError(f"{path} does not exist. Give a run folder of train_dtml.py or a .pt file.")
-    try:
-        saved = path.stat().st_mtime_ns
-        _check_archive(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        for tensor in _tensors(state):
-            # A view may claim any size (a stride of 0), and copying it would take as much memory.
-            if tensor.is_meta or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-                raise ValueError(f"a tensor claims {tensor.numel()} elements and does not hold them")
-    except UserError:
-        raise
-    except pickle.UnpicklingError as e:
-        raise UserError(
-            f"{path} holds more than tensors and plain Python, so it was not loaded and nothing in it was run. "
-            "Only open checkpoints written by train_dtml.py."
-        ) from e
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror or e}. Check the file and its permissions.") from e
-    except Exception as e:  # what zipfile and torch raise for a file that is cut, or made to fool them, has no end
-        what = (str(e) or type(e).__name__).splitlines()[0]
-        raise UserError(f"{path} is incomplete or no checkpoint ({what}). Use an older one.") from e
+    state, saved = _read(path)
     if not isinstance(state, dict) or "format" not in state:
-        raise UserError(
-            f"{path} is no checkpoint of this project: it has no format number. Bare weights, as the released codes "
-            "save them, do not tell the method and its options. Give a checkpoint of train_dtml.py."
-        )
+        raise UserError(f"{path} is no checkpoint of this project: it has no format number. {BARE_WEIGHTS}")
     if type(state["format"]) is not int or state["format"] != FORMAT:
         raise UserError(
             f"{path} has checkpoint format {state['format']}, this code reads {FORMAT}. "
@@ -160,6 +139,62 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"{path} is no whole checkpoint: {', '.join(wrong) or 'its method'} is amiss. Use an older one."
         )
     return {**state, "file": str(path), "saved": saved}
+
+
+def load_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Bare weights, a state_dict as torch.save writes it, in this or in the older form (before torch 1.6), on the CPU.
+
+    Raises:
+        UserError: missing, cut short, damaged, a checkpoint of this project, or holding anything but named tensors.
+    """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder. Give the file of the weights.")
+    state, _ = _read(path, older=True)
+    if isinstance(state, dict) and "format" in state:
+        raise UserError(f"{path} is a checkpoint of train_dtml.py, which knows its method. Leave out --method.")
+    named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
+    if not named or not state or not all(isinstance(weight, torch.Tensor) for weight in state.values()):
+        what = f"a dict of {', '.join(map(str, list(state)[:4]))}" if isinstance(state, dict) else type(state).__name__
+        raise UserError(
+            f"{path} holds {what}, not bare weights. Save them with torch.save(network.state_dict(), FILE)."
+        )
+    return dict(state)
+
+
+def _read(path: Path, *, older: bool = False) -> tuple[Any, int]:
+    """What a file holds, on the CPU, and the time of its last change in nanoseconds; never runs code from it.
+
+    `older` also takes the form that torch wrote before 1.6, which has no checksums.
+
+    Raises:
+        UserError: as in load_checkpoint.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist. Give a run folder of train_dtml.py or a .pt file.")
+    try:
+        saved = path.stat().st_mtime_ns
+        if not older or zipfile.is_zipfile(path):
+            _check_archive(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        for tensor in _tensors(state):
+            # A view may claim any size (a stride of 0), and copying it would take as much memory.
+            if tensor.is_meta or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+                raise ValueError(f"a tensor claims {tensor.numel()} elements and does not hold them")
+    except UserError:
+        raise
+    except pickle.UnpicklingError as e:
+        raise UserError(
+            f"{path} holds more than tensors and plain Python, so it was not loaded and nothing in it was run. "
+            "Only open checkpoints written by train_dtml.py."
+        ) from e
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror or e}. Check the file and its permissions.") from e
+    except zipfile.BadZipFile as e:
+        raise UserError(f"{path} is incomplete or no checkpoint ({e}). Use an older one. {BARE_WEIGHTS}") from e
+    except Exception as e:  # what zipfile and torch raise for a file that is cut, or made to fool them, has no end
+        what = (str(e) or type(e).__name__).splitlines()[0]
+        raise UserError(f"{path} is incomplete or no checkpoint ({what}). Use an older one.") from e
+    return state, saved
 
 
 def _check_archive(path: Path) -> None:

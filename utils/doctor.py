@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from dataloaders.cases import LA_FOLDER, PHANTOM_FOLDER, Case, check_all, find_cases, lists_of, read_case
+from dataloaders.findings import Facts, duplicates, facts_of, findings_of, memory_gib, with_spacing
 from utils.errors import UserError, run
 from utils.options import Parser, fill, option
 from utils.run_folder import PACKAGES, _git, processor
@@ -29,6 +30,7 @@ FULL_STEP_GIB, FULL_STEP_S = 9.5, 26  # of one full-size iteration on two cores,
 @dataclasses.dataclass
 class Options:
     data: str = option("", "folder of the data set (default data/la, else data/phantom)")
+    classes: int = option(1, "C, labels hold 0..C", minimum=1, maximum=254)
     every: int = option(1, "read every Nth case only, of a large set", minimum=1)
 
 
@@ -77,29 +79,33 @@ def hardware() -> dict[str, Any]:
     return found
 
 
-def data_set(folder: Path, every: int) -> tuple[dict[str, Any], float]:
+def data_set(folder: Path, every: int, classes: int) -> tuple[dict[str, Any], float]:
     """Name -> what the set holds and what is wrong with it; GiB of its volumes in memory."""
     found: dict[str, Any] = {"folder": hidden(folder)}
-    shapes: list[tuple[int, ...]] = []
+    facts: list[Facts] = []
+    test: list[str] = []
     began = time.monotonic()
     try:
         train, test = lists_of(folder)
         found["lists"] = f"{len(train)} to train on, {len(test)} to test on"
         unlabeled, problems = find_cases(folder, train[::every], labeled=False)
-        labeled, more = find_cases(folder, test[::every], labeled=True)
+        labeled, more = find_cases(folder, test[::every], labeled=True, classes=classes)
 
         def check(case: Case) -> None:
-            shapes.append(read_case(case)[0].shape)
+            facts.append(with_spacing(facts_of(case, *read_case(case))))
 
         check_all(unlabeled + labeled, check, problems + more)
     except UserError as e:
         found["PROBLEM"] = str(e).replace(str(folder), hidden(folder))
-    if shapes:
-        smallest, largest = (tuple(choose(sides) for sides in zip(*shapes, strict=True)) for choose in (min, max))
-        found["volumes"] = f"{len(shapes)} read, sides from {smallest} to {largest}"
-        found["time to read"] = f"{(time.monotonic() - began) / len(shapes):.2f} s a case"
-    voxels = sum(shape[0] * shape[1] * shape[2] for shape in shapes) * every
-    return found, 5 * voxels / GIB
+    if facts:
+        sides = list(zip(*(x.shape for x in facts), strict=True))
+        smallest, largest = (tuple(map(choose, sides)) for choose in (min, max))
+        found["volumes"] = f"{len(facts)} read, sides from {smallest} to {largest}"
+        found["time to read"] = f"{(time.monotonic() - began) / len(facts):.2f} s a case"
+    for i, finding in enumerate(findings_of(facts) + duplicates(facts, test), 1):
+        found[f"{finding.level} {i}"] = str(finding)
+    found["more"] = f"python -m dataloaders.check {hidden(folder)} looks at every label and part"
+    return found, memory_gib(facts) * every
 
 
 def slow(memory: float) -> list[str]:
@@ -137,7 +143,7 @@ def main(argv: list[str] | None = None) -> None:
     print(section("Versions", versions()))
     print(section("Hardware", hardware()))
     if o.data or folder.is_dir():
-        about, memory = data_set(folder, o.every)
+        about, memory = data_set(folder, o.every, o.classes)
     else:
         about, memory = {"folder": "none here; the first training makes the phantom set"}, 0.0
     print(section("Data", about))

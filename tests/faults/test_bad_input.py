@@ -17,6 +17,7 @@ from conftest import ROOT, TINY, flat, make_set, method_words, write_case
 import test_la
 import train_dtml
 from methods import METHODS
+from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
 from utils.errors import run as run_program
 
@@ -614,7 +615,7 @@ def test_06_flipped_bits_anywhere_are_noticed_or_do_not_matter(checkpoint):
         checkpoint.write_bytes(whole)
         flip(checkpoint, int(place), 7)
         try:
-            loaded = test_la.load_checkpoint(checkpoint)
+            loaded = load_checkpoint(checkpoint)
         except UserError as e:
             assert str(checkpoint) in str(e)
             refused += 1

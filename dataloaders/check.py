@@ -1,0 +1,293 @@
+"""Checks a data set before training: every file of its lists, and what the volumes tell together.
+
+    python -m dataloaders.check data/la --labeled 16
+    python -m dataloaders.check FOLDER --labeled 10 --patch-size 96 96 64
+    python -m dataloaders.check FOLDER --classes 3 --all-labels
+
+An error must be mended before training (exit code 2), a warning is worth a look, a note is good to know; each names the
+cases and what to do. The labels of the first --labeled training cases and of the test cases are opened, those of the
+others only with --all-labels. A table at the end compares the set with LA.
+"""
+
+import dataclasses
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+from skimage.measure import label as components
+from tqdm import tqdm
+
+from dataloaders.cases import FILE_NAME, PHANTOM_FOLDER, Case, CaseError, find_cases, lists_of, read_case, read_geometry
+from dataloaders.findings import (
+    GIB,
+    LEVELS,
+    Facts,
+    Finding,
+    duplicates,
+    facts_of,
+    findings_of,
+    memory_gib,
+    with_spacing,
+)
+from dataloaders.overview import table, volumes_ml
+from utils.errors import UserError, run
+from utils.options import Parser, fill, option
+from utils.run_folder import digest
+
+PATCH, PHANTOM_PATCH = [112, 112, 80], [48, 48, 32]  # of the profiles full and phantom
+SPECK = 0.01  # of the voxels of a class: a smaller part is a speck
+DIFFERENT = 10.0  # times larger or smaller than the usual object
+
+
+@dataclasses.dataclass
+class Options:
+    labeled: int = option(16, "the first N scans of train.list are labeled", minimum=0)
+    classes: int = option(1, "C, labels hold 0..C", minimum=1, maximum=254)
+    patch_size: list[int] | None = option(
+        None, "voxels of a crop along x, y, z (default 112 112 80, of data/phantom 48 48 32)", type=int, nargs=3,
+        minimum=1,
+    )  # fmt: skip
+    downsample: int = option(1, "as in training: pool this many voxels along each axis into one", minimum=1)
+    all_labels: bool = option(False, "open the labels of the unlabeled scans too")
+    workers: int = option(0, "processes that read; 0: as many as there are cores, 8 at most", minimum=0)
+
+
+@dataclass(frozen=True)
+class Look:
+    """One case looked at: what is wrong with it, or its facts and what its label shows."""
+
+    name: str
+    problem: str = ""
+    facts: Facts | None = None
+    image: str = ""
+    """Digest of the image."""
+    label: str = ""
+    """Digest of the label, '' if it is empty or was not opened."""
+    has_label: bool = False
+    """Whether the file has a label, opened or not."""
+    parts: dict[int, list[int]] = dataclasses.field(default_factory=dict)
+    """Class -> voxels of its parts (26-connectivity), the largest first."""
+    border: tuple[int, ...] = ()
+    """The classes that touch the border of the volume."""
+
+
+def look(case: Case) -> Look:
+    """Reads a case once; `case.labeled` tells whether its label may be opened."""
+    try:
+        image, label = read_case(case)
+        read_geometry(case)  # an error here, where training would not mind
+        with h5py.File(case.path, "r") as f:
+            has_label = "label" in f
+    except CaseError as e:
+        return Look(case.name, f"{case.path} {e}")
+    facts = with_spacing(facts_of(case, image, label))
+    found = Look(case.name, facts=facts, image=digest(image), has_label=has_label)
+    if label is None or not facts.voxels:
+        return found
+    faces = [np.unique(label.take((0, -1), axis=axis)) for axis in range(3)]
+    border = tuple(int(c) for c in np.unique(np.concatenate(faces)) if c)
+    parts = {c: _parts(label == c) for c in facts.voxels}
+    return dataclasses.replace(found, label=digest(label), parts=parts, border=border)
+
+
+def _parts(mask: NDArray[np.bool_]) -> list[int]:
+    """Voxels of the parts of a mask (W,H,D), the largest first."""
+    return sorted(np.bincount(components(mask, connectivity=3).ravel())[1:].tolist(), reverse=True)
+
+
+def findings_of_looks(
+    looks: Sequence[Look], *, classes: int, labeled: Sequence[str], test: Sequence[str]
+) -> list[Finding]:
+    """What the cases tell beyond the intensities, spacing and sizes that training looks at too."""
+    good = [x for x in looks if x.facts is not None]
+    by_name = {x.name: x for x in good}
+    mend = "Mend the file or take the case out of the lists."
+    found = [Finding("error", (x.name,), f"{x.problem}. {mend}") for x in looks if x.problem]
+    found += duplicates([x.facts for x in good if x.facts], test, lambda facts: by_name[facts.case.name].image)
+    found += _same_labels(good)
+    found += _classes(good, classes, {"labeled training": labeled, "test": test})
+    found += _sizes(good)
+    for x in good:
+        for c, (first, *others) in x.parts.items():
+            specks = [n for n in others if n < SPECK * (first + sum(others))]
+            if others:
+                text = (
+                    f"class {c} lies in {len(others) + 1} parts of {first}, {', '.join(map(str, others[:4]))} voxels. "
+                )
+                todo = "See whether the specks belong to it." if specks else "Fine if the object has several parts."
+                found.append(Finding("note", (x.name,), text + todo))
+    touching = tuple(x.name for x in good if x.border)
+    if touching:
+        text = "the object touches the border of the scan, so that it is cut or the crop was too narrow. "
+        found.append(Finding("note", touching, text + "Crop with a margin if you can."))
+    shown = tuple(x.name for x in good if x.has_label and x.facts and not x.facts.case.labeled)
+    if shown:
+        text = "without label in this check and in training though the file has one; it is never opened. "
+        found.append(Finding("note", shown, text + "Raise --labeled to learn from it."))
+    return found
+
+
+def _same_labels(looks: Sequence[Look]) -> list[Finding]:
+    groups: dict[str, list[Look]] = defaultdict(list)
+    for x in looks:
+        if x.label:
+            groups[x.label].append(x)
+    text = (
+        "the same label with different images. See whether they are one scan, or a label was saved under a wrong name."
+    )
+    return [
+        Finding("warning", tuple(x.name for x in group), text)
+        for group in groups.values()
+        if len({x.image for x in group}) > 1
+    ]
+
+
+def _classes(looks: Sequence[Look], classes: int, groups: dict[str, Sequence[str]]) -> list[Finding]:
+    """A class that no label of a group has is a warning, one that some lack a note; empty labels are told of anyway."""
+    found = []
+    for group, names in groups.items():
+        voxels = {x.name: x.facts.voxels for x in looks if x.facts and x.facts.voxels and x.name in names}
+        for c in range(1, classes + 1):
+            without = tuple(name for name, counts in voxels.items() if c not in counts)
+            if voxels and len(without) == len(voxels):
+                what = "scored" if group == "test" else "learned"
+                text = f"no {group} case has class {c}, so that it cannot be {what}. "
+                found.append(Finding("warning", (), text + "See --classes and the order of the list."))
+            elif without:
+                found.append(Finding("note", without, f"class {c} is absent. Fine if the object is not in the scan."))
+    return found
+
+
+def _sizes(looks: Sequence[Look]) -> list[Finding]:
+    """Objects much larger or smaller than the others of their class, and labels with more object than background."""
+    found = []
+    ml: dict[int, dict[str, float]] = defaultdict(dict)
+    for x in looks:
+        if x.facts and x.facts.voxels:
+            for c, volume in volumes_ml(x.facts).items():
+                ml[c][x.name] = volume
+            if 2 * sum(x.facts.voxels.values()) > np.prod(x.facts.shape):
+                text = "more object than background. See whether the label is inverted."
+                found.append(Finding("warning", (x.name,), text))
+    for c, volumes in ml.items():
+        usual = float(np.median(list(volumes.values())))
+        for name, volume in volumes.items():
+            if not usual / DIFFERENT <= volume <= usual * DIFFERENT:
+                text = f"class {c} has {volume:.3g} ml, where {usual:.3g} ml are usual. See its label and its spacing."
+                found.append(Finding("warning", (name,), text))
+    return found
+
+
+def unlisted(folder: Path, names: Sequence[str]) -> list[Finding]:
+    """A note if there are case files that no list names."""
+    files = [path.parent for path in folder.glob(f"**/{FILE_NAME}")] + [
+        path.with_suffix("") for path in folder.glob("*.h5")
+    ]
+    listed = {Path(name).name for name in names}
+    others = tuple(sorted({path.name for path in files} - listed))
+    text = "has a file, but no list names it. Add it to train.list if it is to be used."
+    return [Finding("note", others, text)] if others else []
+
+
+def check(folder: Path, o: Options) -> tuple[list[Finding], str]:
+    """All findings, errors first, and the table.
+
+    Raises:
+        UserError: a missing folder, or lists that cannot be read or name a case twice; nothing can be checked then.
+    """
+    train, test = lists_of(folder)
+    if o.labeled > len(train):
+        raise UserError(f"--labeled {o.labeled} is more than the {len(train)} training cases of {folder}. Give fewer.")
+    labeled, unlabeled = train[: o.labeled], train[o.labeled :]
+    cases: list[Case] = []
+    missing: list[Finding] = []
+    for names, opened in ((labeled, True), (unlabeled, o.all_labels), (test, True)):
+        found, problems = find_cases(folder, names, labeled=opened, classes=o.classes)
+        cases += [dataclasses.replace(case, labeled=opened and _may_open(case, names is unlabeled)) for case in found]
+        for problem in problems:
+            name, _, text = problem.partition(": ")
+            missing.append(Finding("error", (name,), f"{text}. Put it there or take the case out of the lists."))
+    looks = list(_each(cases, o))
+    good = {x.name: x.facts for x in looks if x.facts}
+    patch_size = o.patch_size or (PHANTOM_PATCH if folder == PHANTOM_FOLDER else PATCH)
+    groups = {
+        name: [good[n] for n in names if n in good]
+        for name, names in {"labeled": labeled, "unlabeled": unlabeled, "test": test}.items()
+    }
+    everything = [
+        *missing,
+        *findings_of_looks(looks, classes=o.classes, labeled=labeled, test=test),
+        *findings_of(list(good.values()), patch_size=patch_size, downsample=o.downsample),
+        *_memory(groups["labeled"] + groups["unlabeled"]),
+        *unlisted(folder, [*train, *test]),
+    ]
+    return sorted(everything, key=lambda finding: LEVELS.index(finding.level)), table(groups, o.classes)
+
+
+def _may_open(case: Case, unlabeled: bool) -> bool:
+    """An unlabeled case need not have the label that --all-labels would open."""
+    if not unlabeled:
+        return True
+    try:
+        with h5py.File(case.path, "r") as f:
+            return "label" in f
+    except OSError:
+        return False
+
+
+def _memory(facts: Sequence[Facts]) -> list[Finding]:
+    need, there = memory_gib(facts), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    if need <= 0.5 * there:
+        return []
+    text = f"the training volumes take {need:.1f} of {there:.1f} GiB of memory. Train with --cache disk."
+    return [Finding("warning", (), text)]
+
+
+def _each(cases: Sequence[Case], o: Options) -> Iterator[Look]:
+    """Looks of the cases in their order, from several processes: decoding and looking are work, not waiting."""
+    workers = o.workers or min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2, 8)
+    with _mapped(min(workers, len(cases))) as mapped:
+        looks = mapped(look, cases)
+        try:
+            yield from tqdm(looks, "checking", len(cases), leave=False, unit="scan", disable=not sys.stderr.isatty())
+        except BrokenProcessPool as e:
+            raise UserError("a process that read the volumes was ended, as if memory ran out. Give --workers 1.") from e
+
+
+@contextmanager
+def _mapped(workers: int) -> Iterator[Callable[..., Iterator[Look]]]:
+    """map, in several processes if there are to be some."""
+    if workers < 2:
+        yield map
+        return
+    with ProcessPoolExecutor(workers) as pool:
+        yield pool.map
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(description=__doc__, prog="dataloaders.check")
+    parser.add_argument("folder", metavar="DIR", help="folder of the data set")
+    parser.add_dataclass(Options)
+    given = parser.parse(argv)
+    folder = Path(given.pop("folder"))
+    findings, summary = check(folder, fill(Options, given))
+    for finding in findings:
+        print(f"{finding.level + ':':8} {finding}")
+    counts = {level: sum(finding.level == level for finding in findings) for level in LEVELS}
+    print("\n" * bool(findings) + summary)
+    print("\n" + ", ".join(f"{n} {level}{'s' * (n != 1)}" for level, n in counts.items()))
+    if counts["error"]:
+        raise UserError(f"{folder} cannot be trained on as it is. Mend what is called an error above.")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,253 @@
+"""What is worth a word about the volumes of a data set that can be read: facts of each, and what they tell together.
+
+The judgements are measured against the LA set, whose scans were normalised to mean 0 and standard deviation 1 before
+they were cropped around the atrium, so that the crops are brighter. LA holds what its 100 scans are like, the smallest
+and the largest value over the scans (on 22 November 2026, by a reading of every voxel; intensities of every seventh).
+"""
+
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataloaders.cases import Case, CaseError, read_case, read_geometry
+from utils.run_folder import digest
+
+LEVELS = ("error", "warning", "note")
+LA_SIDES = ((148, 132, 88), (244, 160, 88))
+LA = {
+    "mean": (0.05, 1.94),
+    "sd": (0.31, 1.66),
+    "p1": (-0.87, -0.39),
+    "p99": (0.86, 6.78),
+    "share": (0.035, 0.192),
+    "ml": (18.6, 132.2),
+}
+"""Mean, sd and percentiles of the intensities; the atrium's share of the voxels and its size; LA_SIDES in voxels."""
+MEAN, SD = 4.0, (0.15, 3.5)  # what passes as normalised: twice as far as LA's own
+FAR = 6.0  # times the usual spread over the cases (1.48 median absolute deviations) is far from the others
+SAMPLE = 20_000  # voxels that an image's intensities are judged by
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing to know, of some cases or of the set (no case), and what to do about it."""
+
+    level: str
+    cases: tuple[str, ...]
+    text: str
+
+    def __str__(self) -> str:
+        more = f" and {len(self.cases) - 4} more" if len(self.cases) > 5 else ""
+        names = ", ".join(self.cases[:4] if more else self.cases) or "all cases"
+        return f"{names}{more}: {self.text}"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What one reading of a case tells."""
+
+    case: Case
+    shape: tuple[int, ...]
+    spacing: tuple[float, ...] | None
+    """mm along x, y, z; None if it was not read, or the file's attributes are no geometry."""
+    mean: float
+    sd: float
+    p1: float
+    p99: float
+    """Of the intensities of about SAMPLE voxels, evenly spread."""
+    voxels: dict[int, int] | None
+    """Class -> voxels, background left out; None if the label was not opened."""
+
+
+def facts_of(case: Case, image: NDArray[np.float32], label: NDArray[np.uint8] | None) -> Facts:
+    """Of the volumes that read_case gives, (W,H,D); the spacing is left to `with_spacing`."""
+    step = max(image.size // SAMPLE, 1)
+    while math.gcd(step, image.shape[1] * image.shape[2]) > 1:  # else whole planes would be left out
+        step += 1
+    sample = image.ravel()[::step]
+    low, high = np.percentile(sample, (1, 99))
+    voxels = None
+    if label is not None:  # numpy.bincount takes ten times as long for a few classes
+        counts = {c: int(np.count_nonzero(label == c)) for c in range(1, int(label.max()) + 1)}
+        voxels = {c: n for c, n in counts.items() if n}
+    mean, sd = float(sample.mean(dtype=np.float64)), float(sample.std(dtype=np.float64))
+    return Facts(case, image.shape, None, mean, sd, float(low), float(high), voxels)
+
+
+def with_spacing(facts: Facts) -> Facts:
+    """With the spacing that the file tells; opens it, and reads no volume."""
+    try:
+        return dataclasses.replace(facts, spacing=read_geometry(facts.case)["spacing"])
+    except CaseError:
+        return facts
+
+
+def findings_of(facts: Sequence[Facts], *, patch_size: Sequence[int] = (), downsample: int = 1) -> list[Finding]:
+    """Warnings and notes about intensities, spacing, sizes and empty labels; none for a set like LA.
+
+    Args:
+        facts: of the cases that are read together.
+        patch_size: voxels of a crop along x, y, z; () leaves the sizes out.
+        downsample: the pooling before the crop.
+    """
+    return [
+        *_intensities(facts),
+        *_spacings(facts),
+        *(_small(facts, patch_size, downsample) if patch_size else []),
+        *_labels(facts),
+    ]
+
+
+def _intensities(facts: Sequence[Facts]) -> list[Finding]:
+    def odd(x: Facts) -> bool:
+        return abs(x.mean) > MEAN or not SD[0] <= x.sd <= SD[1]
+
+    strange = [x for x in facts if odd(x)]
+    found = []
+    if strange:
+        means, sds = ([getattr(x, name) for x in strange] for name in ("mean", "sd"))
+        found.append(
+            Finding(
+                "warning",
+                tuple(x.case.name for x in strange),
+                f"the intensities have mean {_range(means)} and standard deviation {_range(sds)}, which is not that of "
+                "a normalised scan. Subtract the mean of the whole scan and divide by its standard deviation.",
+            )
+        )
+    rest = [x for x in facts if not odd(x)]
+    for name, word in (("mean", "mean"), ("sd", "standard deviation")):
+        values = np.array([getattr(x, name) for x in rest])
+        if len(values) < 5:
+            break
+        middle = float(np.median(values))
+        spread = max(1.4826 * float(np.median(np.abs(values - middle))), 0.1)
+        for x, value in zip(rest, values, strict=True):
+            if abs(value - middle) > FAR * spread:
+                text = f"the {word} of its intensities is {value:.3g}, that of most others near {middle:.3g}. "
+                found.append(Finding("warning", (x.case.name,), text + "See whether it was normalised as they were."))
+    return found
+
+
+def _spacings(facts: Sequence[Facts]) -> list[Finding]:
+    facts = [x for x in facts if x.spacing]
+    if not facts:
+        return []
+    spacings = np.array([x.spacing for x in facts])
+    middle = np.median(spacings, axis=0)
+    other = np.abs(spacings / middle - 1).max(axis=1) > 0.01
+    target = " ".join(f"{mm:.3g}" for mm in middle)
+    found = []
+    if other.any():
+        ranges = " x ".join(_range(mm) for mm in spacings.T)
+        found.append(
+            Finding(
+                "warning",
+                tuple(x.case.name for x, yes in zip(facts, other, strict=True) if yes),
+                f"voxels of another size than {target} mm; in the set they are {ranges} mm. A network sees voxels, not "
+                f"mm: resample all cases with python -m dataloaders.convert --spacing {target}.",
+            )
+        )
+    if middle.max() > 2.5 * middle.min():
+        text = f"voxels are {target} mm, {middle.max() / middle.min():.1f} times as long along one axis. "
+        found.append(Finding("note", (), text + "Take fewer of them along that axis in --patch-size, or resample."))
+    return found
+
+
+def _small(facts: Sequence[Facts], patch_size: Sequence[int], downsample: int) -> list[Finding]:
+    by_axes = defaultdict(list)
+    for x in facts:
+        sides = [-(-side // downsample) for side in x.shape]
+        axes = "".join(a for a, side, p in zip("xyz", sides, patch_size, strict=True) if side < p)
+        if axes:
+            by_axes[axes].append(x)
+    patch = " ".join(map(str, patch_size))
+    return [
+        Finding(
+            "warning",
+            tuple(x.case.name for x in small),
+            f"smaller than the patch {patch} along {', '.join(axes)} (the smallest is "
+            f"{'x'.join(str(min(sides)) for sides in zip(*(x.shape for x in small), strict=True))}"
+            f"{f' before --downsample {downsample}' if downsample > 1 else ''}), so their crops are filled up with "
+            "zeros. Take a smaller --patch-size.",
+        )
+        for axes, small in by_axes.items()
+    ]
+
+
+def _labels(facts: Sequence[Facts]) -> list[Finding]:
+    empty = tuple(x.case.name for x in facts if x.voxels == {})
+    if not empty:
+        return []
+    text = "the label is empty. If there is an object in the scan, mend the label or take the case out of the lists."
+    return [Finding("warning", empty, text)]
+
+
+def duplicates(
+    facts: Sequence[Facts], test: Sequence[str] = (), digest_of: Callable[[Facts], Hashable] | None = None
+) -> list[Finding]:
+    """The same image under two names: an error if one of them is a test case and another one is not, else a warning.
+
+    Args:
+        facts: of cases of both lists.
+        test: the names of the test cases.
+        digest_of: facts -> what is equal exactly for equal images; without it images of equal facts are read again.
+    """
+
+    def alike(x: Facts) -> Hashable:
+        return x.shape, x.mean, x.sd, x.p1, x.p99
+
+    groups: dict[Hashable, list[Facts]] = defaultdict(list)
+    for same in _grouped(facts, digest_of or alike):
+        for x in same:
+            groups[digest_of(x) if digest_of else _image_digest(x)].append(x)
+    found = []
+    for group in groups.values():
+        names = tuple(x.case.name for x in group)
+        leak = 0 < len(set(names) & set(test)) < len(names)
+        text = (
+            "the same image under several names, to train on and to test on: figures of such a test mean nothing. "
+            if leak
+            else "the same image under several names, which then counts as often. "
+        )
+        if len(group) > 1:
+            found.append(Finding("error" if leak else "warning", names, text + "Keep one of them in the lists."))
+    return found
+
+
+def _grouped(facts: Sequence[Facts], key: Callable[[Facts], Hashable]) -> list[list[Facts]]:
+    """The groups of two or more with the same key."""
+    groups: dict[Hashable, list[Facts]] = defaultdict(list)
+    for x in facts:
+        groups[key(x)].append(x)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _image_digest(x: Facts) -> str:
+    """Of the image alone; the label is not opened. A file that is gone by now is like no other."""
+    try:
+        return digest(read_case(dataclasses.replace(x.case, labeled=False))[0])
+    except CaseError:
+        return x.case.name
+
+
+def warnings_of(facts: Sequence[Facts], *, patch_size: Sequence[int], downsample: int) -> list[str]:
+    """Lines for the start of a training, from volumes that it has read; no other label and no test case is opened."""
+    facts = [with_spacing(x) for x in facts]
+    found = findings_of(facts, patch_size=patch_size, downsample=downsample) + duplicates(facts)
+    return [f"warning: {finding}" for finding in found if finding.level == "warning"]
+
+
+def memory_gib(facts: Sequence[Facts]) -> float:
+    """GiB of the volumes in memory: float32 images, and uint8 labels of all of them."""
+    return 5 * sum(math.prod(x.shape) for x in facts) / GIB
+
+
+def _range(values: Sequence[float] | NDArray) -> str:
+    low, high = min(values), max(values)
+    return f"{low:.3g}" if f"{low:.3g}" == f"{high:.3g}" else f"{low:.3g} to {high:.3g}"

@@ -1,0 +1,52 @@
+"""The table of a data set: what its cases are like, beside LA."""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from dataloaders.findings import LA, LA_SIDES, Facts, memory_gib
+
+
+def volumes_ml(facts: Facts) -> dict[int, float]:
+    """Class -> its size in ml."""
+    return {c: n * float(np.prod(facts.spacing or (1, 1, 1))) / 1000 for c, n in (facts.voxels or {}).items()}
+
+
+def table(groups: dict[str, list[Facts]], classes: int) -> str:
+    """Markdown: what each group is like, and LA."""
+
+    def span(values: Iterable[float], digits: int = 3) -> str:
+        known = list(values)
+        if not known:
+            return ""
+        low, high = f"{min(known):.{digits}g}", f"{max(known):.{digits}g}"
+        return low if low == high else f"{low} to {high}"
+
+    def sides(group: list[Facts]) -> str:
+        return " to ".join(
+            "x".join(str(pick(s)) for s in zip(*(x.shape for x in group), strict=True)) for pick in (min, max)
+        )
+
+    def column(group: list[Facts]) -> list[str]:
+        if not group:
+            return ["0"] + [""] * (7 + 2 * classes)
+        sized = [x for x in group if x.voxels]
+        spacings = [x.spacing for x in group if x.spacing]
+        mm = " x ".join(span(axis) for axis in zip(*spacings, strict=True))
+        cells = [str(len(group)), sides(group), mm]
+        cells += [span(getattr(x, name) for x in group) for name in ("mean", "sd", "p1", "p99")]
+        for c in range(1, classes + 1):
+            cells += [span(100 * x.voxels[c] / np.prod(x.shape) for x in sized if x.voxels and c in x.voxels)]
+            cells += [span(volumes_ml(x)[c] for x in sized if x.voxels and c in x.voxels)]
+        return [*cells, f"{memory_gib(group):.3g}"]
+
+    rows = ["cases", "sides, voxels", "spacing, mm", "mean", "standard deviation", "1st percentile", "99th percentile"]
+    for c in range(1, classes + 1):
+        rows += [f"class {c}, % of the voxels", f"class {c}, ml"]
+    rows.append("in memory, GiB")
+    la = ["100", " to ".join("x".join(map(str, s)) for s in LA_SIDES), "0.625 x 0.625 x 0.625"]
+    la += [span(LA[name]) for name in ("mean", "sd", "p1", "p99")]
+    la += [span(100 * x for x in LA["share"]), span(LA["ml"]), *[""] * (2 * classes - 2), "1.13"]
+    columns = [rows, *(column(group) for group in groups.values()), la]
+    lines = [f"| | {' | '.join([*groups, 'LA, all 100'])} |", "|---" * len(columns) + "|"]
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in zip(*columns, strict=True)])

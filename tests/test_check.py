@@ -1,0 +1,361 @@
+"""python -m dataloaders.check: each thing that it finds is shown by a set that has it, and clean sets have none."""
+
+import contextlib
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from conftest import ROOT, TINY, make_set, write_case
+from scipy import ndimage
+
+import train_dtml
+from dataloaders import check, findings
+from dataloaders.cases import Case, case_file, find_cases, lists_of, read_case
+from dataloaders.findings import duplicates, facts_of, warnings_of, with_spacing
+from dataloaders.overview import volumes_ml
+from dataloaders.phantom import make_phantom_set
+from utils.errors import UserError
+
+CHECK = ["--labeled", "4", "--patch-size", "16", "16", "16", "--workers", "1"]
+
+
+def run_check(folder: Path, capsys: pytest.CaptureFixture, *words: str) -> tuple[list[str], str]:
+    """The lines of the findings and the table."""
+    with contextlib.suppress(UserError):
+        check.main([str(folder), *CHECK, *words])
+    lines, _, rest = capsys.readouterr().out.partition("| |")
+    return [line for line in lines.splitlines() if line], rest
+
+
+def volumes(folder: Path, name: str) -> tuple[np.ndarray, np.ndarray | None]:
+    with h5py.File(folder / name / "mri_norm2.h5") as f:
+        return f["image"][()], f["label"][()] if "label" in f else None
+
+
+def change(folder: Path, name: str, image=None, label=None, spacing=(1.0, 1.0, 2.0)) -> None:
+    """Writes a case anew, with other volumes (W,H,D) where given."""
+    old = volumes(folder, name)
+    new = (old[0] if image is None else image, old[1] if label is None else label)
+    write_case(folder / name / "mri_norm2.h5", *new, spacing=spacing)
+
+
+def drop_label(folder: Path, name: str) -> None:
+    write_case(folder / name / "mri_norm2.h5", volumes(folder, name)[0], None, spacing=(1.0, 1.0, 2.0))
+
+
+# -- clean sets --
+
+
+def test_a_clean_set_has_no_finding(tiny_set, capsys):
+    lines, rest = run_check(tiny_set, capsys)
+    assert lines == [] and rest.endswith("0 errors, 0 warnings, 0 notes\n")
+
+
+def test_a_phantom_set_has_neither_errors_nor_warnings(tmp_path, capsys):
+    make_phantom_set(tmp_path / "phantom", train=5, test=2)
+    lines, rest = run_check(tmp_path / "phantom", capsys, "--patch-size", "48", "48", "32")
+    assert [line.split(":")[0] for line in lines] == ["note"] and "a label" not in rest  # of the unlabeled case's label
+    assert "phantom_004: without label in this check" in lines[0]
+
+
+@pytest.mark.slow
+def test_the_la_set_has_neither_errors_nor_warnings(la, capsys):
+    check.main([str(la), "--all-labels"])
+    out = capsys.readouterr().out
+    assert "0 errors, 0 warnings" in out and "| cases | 16 | 64 | 20 | 100 |" in out
+
+
+def test_the_figures_of_la_are_those_of_its_scans(la):
+    """Every tenth scan lies within them, and training on LA says nothing."""
+    names = [name for part in lists_of(la) for name in part][::10]
+    cases, problems = find_cases(la, names, labeled=True)
+    facts = [with_spacing(facts_of(case, *read_case(case))) for case in cases]
+    assert problems == [] and len(facts) == 10
+    for x in facts:
+        for name in ("mean", "sd", "p1", "p99"):
+            low, high = findings.LA[name]
+            assert low - 0.05 < getattr(x, name) < high + 0.05
+        assert findings.LA["share"][0] <= x.voxels[1] / np.prod(x.shape) <= findings.LA["share"][1]
+        assert findings.LA["ml"][0] <= volumes_ml(x)[1] <= findings.LA["ml"][1]
+        assert all(a <= s <= b for a, s, b in zip(findings.LA_SIDES[0], x.shape, findings.LA_SIDES[1], strict=True))
+    assert warnings_of(facts, patch_size=[112, 112, 80], downsample=1) == []
+
+
+# -- facts --
+
+
+def test_facts_are_those_of_the_whole_volume():
+    rng = np.random.default_rng(0)
+    image = rng.normal(3, 2, (120, 96, 88)).astype(np.float32)
+    image[:, :, ::2] += 4  # planes that a sample with a step of an even number would miss
+    label = rng.choice(np.array([0, 1, 3], np.uint8), image.shape, p=[0.7, 0.2, 0.1])
+    x = facts_of(Case("a", Path("nowhere.h5"), True), image, label)
+    assert (x.mean, x.sd) == (pytest.approx(image.mean(), rel=0.03), pytest.approx(image.std(), rel=0.03))
+    assert (x.p1, x.p99) == (
+        pytest.approx(np.percentile(image, 1), abs=0.3),
+        pytest.approx(np.percentile(image, 99), abs=0.3),
+    )
+    assert x.voxels == {1: int((label == 1).sum()), 3: int((label == 3).sum())} and x.spacing is None
+
+
+# -- errors --
+
+
+def test_every_bad_file_is_named_at_once(tiny_set, capsys):
+    (tiny_set / "case00" / "mri_norm2.h5").write_bytes(b"no h5")
+    shutil.rmtree(tiny_set / "case01")
+    image, label = volumes(tiny_set, "case02")
+    change(tiny_set, "case02", label=label[:-1])
+    change(tiny_set, "case03", label=label * 2)
+    change(tiny_set, "case04", image=np.where(image > 1, np.nan, image))
+    change(tiny_set, "case05", image=image[0])
+    change(tiny_set, "case06", spacing=(1.0, -1.0, 1.0))
+    drop_label(tiny_set, "case09")
+    lines, rest = run_check(tiny_set, capsys)
+    errors = [line for line in lines if line.startswith("error:")]
+    words = {
+        "case00": "no whole h5 file", "case01": "there is no", "case02": "has shape",
+        "case03": "0, 2 where only 0 and 1", "case04": "not a number", "case05": "three-dimensional",
+        "case06": "above 0 mm", "case09": "without a dataset 'label'",
+    }  # fmt: skip
+    assert len(errors) == len(words) and "8 errors" in rest
+    for name, text in words.items():
+        (line,) = (line for line in errors if line.startswith(f"error:   {name}: "))
+        assert text in line and "take the case out of the lists" in line
+
+
+def test_errors_end_the_program_with_2_and_warnings_with_0(tiny_set):
+    def code() -> tuple[int, str]:
+        words = [sys.executable, "-m", "dataloaders.check", str(tiny_set), *CHECK, "--workers", "2"]
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+        assert "Traceback" not in done.stderr
+        return done.returncode, done.stdout
+
+    change(tiny_set, "case00", image=100 * volumes(tiny_set, "case00")[0])
+    assert code()[0] == 0 and "1 warning" in code()[1]
+    (tiny_set / "case08" / "mri_norm2.h5").write_bytes(b"no h5")
+    assert code()[0] == 2
+
+
+@pytest.mark.parametrize("words", [["nowhere"], ["set", "--labeled", "99"], ["set", "--classes", "0"], []])
+def test_wrong_words_are_refused(words, tmp_path, monkeypatch):
+    make_set(tmp_path / "set")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError):
+        check.main(words)
+
+
+def test_a_test_image_among_the_training_images_is_a_leak(tiny_set, capsys):
+    change(tiny_set, "case06", image=volumes(tiny_set, "case09")[0])
+    lines, _ = run_check(tiny_set, capsys)
+    (line,) = (line for line in lines if line.startswith("error:"))
+    assert "case06, case09: the same image" in line and "to train on and to test on" in line
+
+
+# -- warnings --
+
+
+def warned(folder: Path, capsys: pytest.CaptureFixture, *words: str) -> str:
+    """The one warning, and no error."""
+    lines, _ = run_check(folder, capsys, *words)
+    (line,) = (line for line in lines if not line.startswith("note:"))
+    assert line.startswith("warning: ")
+    return line.removeprefix("warning: ")
+
+
+@pytest.mark.parametrize("change_to", [lambda x: 200 * x + 900, lambda x: x / 50, lambda x: x + 30])
+def test_a_scan_that_was_not_normalised(change_to, tiny_set, capsys):
+    change(tiny_set, "case05", image=change_to(volumes(tiny_set, "case05")[0]))
+    line = warned(tiny_set, capsys)
+    assert line.startswith("case05: ") and "not that of a normalised scan" in line and "Subtract the mean" in line
+
+
+@pytest.mark.parametrize(("change_to", "word"), [(lambda x: x + 2.5, "mean"), (lambda x: 5 * x, "standard deviation")])
+def test_a_scan_unlike_the_others(change_to, word, tiny_set, capsys):
+    change(tiny_set, "case05", image=change_to(volumes(tiny_set, "case05")[0]))
+    assert warned(tiny_set, capsys).startswith(f"case05: the {word} of its intensities")
+
+
+def test_a_set_of_raw_scans_is_one_warning(tiny_set, capsys):
+    for i in range(10):
+        change(tiny_set, f"case{i:02d}", image=700 * volumes(tiny_set, f"case{i:02d}")[0])
+    assert warned(tiny_set, capsys).startswith("case00, case01, case02, case03 and 6 more: the intensities have mean")
+
+
+def test_spacings_that_differ(tiny_set, capsys):
+    change(tiny_set, "case03", spacing=(1.0, 1.0, 3.0))
+    line = warned(tiny_set, capsys)
+    assert line.startswith("case03: voxels of another size than 1 1 2 mm") and "1 x 1 x 2 to 3 mm" in line
+    assert line.endswith("python -m dataloaders.convert --spacing 1 1 2.")
+
+
+def test_two_training_cases_with_one_image(tiny_set, capsys):
+    change(tiny_set, "case06", image=volumes(tiny_set, "case01")[0])
+    assert warned(tiny_set, capsys).startswith("case01, case06: the same image under several names")
+
+
+def test_one_label_of_two_images(tiny_set, capsys):
+    change(tiny_set, "case01", label=volumes(tiny_set, "case02")[1])
+    assert warned(tiny_set, capsys).startswith("case01, case02: the same label with different images")
+
+
+def test_scans_smaller_than_the_patch(tiny_set, capsys):
+    line = warned(tiny_set, capsys, "--patch-size", "32", "16", "32")
+    assert "and 6 more: smaller than the patch 32 16 32 along x, z (the smallest is 24x22x18)" in line
+    assert "filled up with zeros" in line
+    assert "before --downsample 2" in warned(tiny_set, capsys, "--downsample", "2")
+
+
+def test_an_empty_label(tiny_set, capsys):
+    change(tiny_set, "case02", label=np.zeros((24, 22, 18), np.uint8))
+    assert warned(tiny_set, capsys).startswith("case02: the label is empty")
+
+
+def test_an_inverted_label(tiny_set, capsys):
+    change(tiny_set, "case02", label=1 - volumes(tiny_set, "case02")[1])
+    lines, _ = run_check(tiny_set, capsys)
+    assert any("case02: more object than background" in line for line in lines if line.startswith("warning:"))
+
+
+def test_an_object_of_another_size(tiny_set, capsys):
+    label = np.zeros((24, 22, 18), np.uint8)
+    label[10:12, 10:12, 9] = 1
+    change(tiny_set, "case02", label=label)
+    assert re.match(r"case02: class 1 has 0\.008 ml, where [\d.]+ ml are usual", warned(tiny_set, capsys))
+
+
+def test_memory(tiny_set, capsys, monkeypatch):
+    monkeypatch.setattr(check, "GIB", 2**60)
+    monkeypatch.setattr(check, "memory_gib", lambda facts: 1.0)
+    assert "GiB of memory. Train with --cache disk" in warned(tiny_set, capsys)
+
+
+# -- notes --
+
+
+def noted(folder: Path, capsys: pytest.CaptureFixture, *words: str) -> list[str]:
+    lines, _ = run_check(folder, capsys, *words)
+    assert all(line.startswith("note:") for line in lines), lines
+    return [line.removeprefix("note:").strip() for line in lines]
+
+
+def test_anisotropy(tiny_set, capsys):
+    for i in range(10):
+        change(tiny_set, f"case{i:02d}", spacing=(0.5, 0.5, 3.0))
+    (line,) = noted(tiny_set, capsys)
+    assert line.startswith("all cases: voxels are 0.5 0.5 3 mm, 6.0 times")
+
+
+def test_islands_are_those_of_scipy(tiny_set, capsys):
+    label = volumes(tiny_set, "case02")[1].copy()
+    label[2, 2, 2] = label[3, 3, 3] = label[2, 20, 3] = 1  # the first two touch at a corner
+    change(tiny_set, "case02", label=label)
+    _, count = ndimage.label(label, np.ones((3, 3, 3)))
+    (line,) = noted(tiny_set, capsys)
+    assert count == 3 and line.startswith(f"case02: class 1 lies in 3 parts of {int(label.sum()) - 3}, 2, 1 voxels")
+
+
+def test_the_border(tiny_set, capsys):
+    label = volumes(tiny_set, "case02")[1].copy()
+    label[:12, 11, 9] = 1
+    change(tiny_set, "case02", label=label)
+    (line,) = noted(tiny_set, capsys)
+    assert line.startswith("case02: the object touches the border")
+
+
+def test_a_hidden_label_is_told_of_and_opened_only_when_asked(tiny_set, capsys):
+    image = volumes(tiny_set, "case05")[0]
+    change(tiny_set, "case05", label=np.full(image.shape, 77, np.uint8))
+    (line,) = noted(tiny_set, capsys)
+    assert line.startswith("case05: without label in this check")
+    lines, rest = run_check(tiny_set, capsys, "--all-labels")
+    assert len(lines) == 1 and "case05" in lines[0] and "77 where only 0 and 1" in lines[0]
+    assert "| cases | 4 | 3 | 2 | 100 |" in rest, "the unlabeled cases without label are still cases"
+
+
+def test_a_file_that_no_list_names(tiny_set, capsys):
+    shutil.copytree(tiny_set / "case01", tiny_set / "spare")
+    (line,) = noted(tiny_set, capsys)
+    assert line.startswith("spare: has a file, but no list names it")
+
+
+# -- several classes --
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> Path:
+    """A ball of class 1 with boxes of classes 2 and 3 beside it."""
+    folder = make_set(tmp_path / "three", labeled=8)
+    for i in range(10):
+        label = volumes(folder, f"case{i:02d}")[1].copy()
+        label[2:4, 2:6, 2:6], label[20:22, 2:6, 2:5] = 2, 3
+        change(folder, f"case{i:02d}", label=label)
+    return folder
+
+
+def test_classes_are_counted(three, capsys):
+    lines, rest = run_check(three, capsys, "--classes", "3")
+    assert [line for line in lines if not line.startswith("note:")] == []
+    assert "| class 2, ml | 0.064 |  | 0.064 |  |" in rest and "| class 3, ml | 0.048 |" in rest
+    lines, _ = run_check(three, capsys)
+    assert "0, 1, 2, 3 where only 0 and 1 may stand" in "".join(lines)
+
+
+def test_classes_that_are_absent(three, capsys):
+    for i in range(4):
+        label = volumes(three, f"case{i:02d}")[1].copy()
+        label[label == 3] = 0
+        change(three, f"case{i:02d}", label=label)
+    label[label == 2] = 0
+    change(three, "case03", label=label)
+    lines, _ = run_check(three, capsys, "--classes", "3")
+    assert any("no labeled training case has class 3, so that it cannot be learned" in line for line in lines)
+    assert any(line.startswith("note:    case03: class 2 is absent") for line in lines)
+
+
+# -- training --
+
+
+def log_of(data: Path, folder: Path, *words: str) -> list[str]:
+    """The warnings in a run's log."""
+    where = ["--runs", str(folder.parent), "--name", folder.name]
+    train_dtml.main(["--data", str(data), *TINY, "--method", "dtc", "--iterations", "1", *where, *words])
+    return [line for line in (folder / "log.txt").read_text().splitlines() if line.startswith("warning:")]
+
+
+def test_training_tells_what_it_sees_and_a_clean_set_is_silent(tiny_set, tmp_path, capsys):
+    assert log_of(tiny_set, tmp_path / "clean") == []
+    image, _ = volumes(tiny_set, "case01")
+    change(tiny_set, "case06", image=image)
+    change(tiny_set, "case02", label=np.zeros(image.shape, np.uint8))
+    change(tiny_set, "case03", spacing=(1.0, 1.0, 3.0))
+    change(tiny_set, "case05", image=900 * volumes(tiny_set, "case05")[0])
+    (tiny_set / "case09" / "mri_norm2.h5").write_bytes(b"a test case is no business of training")
+    capsys.readouterr()
+    lines = log_of(tiny_set, tmp_path / "run", "--patch-size", "32", "16", "16")
+    assert [next(word for word in ("normalised", "another size", "smaller", "empty", "same image") if word in line)
+            for line in lines] == ["normalised", "another size", "smaller", "empty", "same image"]  # fmt: skip
+    err = capsys.readouterr().err
+    assert all(err.count(line) == 1 for line in lines)
+
+
+def test_equal_facts_of_different_images_are_no_duplicates(tiny_set):
+    """The candidates are read again: a mirrored image has nearly the facts of the image, here made the same."""
+    cases = [Case(name, case_file(tiny_set, name), False) for name in ("case00", "case01")]
+    facts = facts_of(cases[0], *read_case(cases[0]))
+    other = findings.Facts(
+        cases[1], *(getattr(facts, n) for n in ("shape", "spacing", "mean", "sd", "p1", "p99", "voxels"))
+    )
+    assert duplicates([facts, other]) == []
+    shutil.copy(cases[0].path, cases[1].path)
+    assert len(duplicates([facts, other])) == 1
+
+
+def test_the_patches_of_the_profiles_are_the_defaults():
+    assert train_dtml.Options().patch_size == check.PATCH
+    assert train_dtml.PROFILES["phantom"]["patch_size"] == check.PHANTOM_PATCH

@@ -1,0 +1,206 @@
+"""The pages of docs/: the code of the worked example runs, every flag exists, and every stated default is one."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TINY, make_set
+
+import reproduce
+import test_la
+import train_dtml
+from methods import METHODS
+from utils.errors import UserError
+from utils.options import Parser
+
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+ADDING, DIFFERENCES = PAGES["adding-a-method.md"], PAGES["differences.md"]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere_and_the_readme_leads_here(page):
+    prose = re.sub(r"```.*?```", "", PAGES[page], flags=re.DOTALL)
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", prose):
+        assert (ROOT / "docs" / target).exists(), target
+    assert f"](docs/{page})" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_named_exist(page):
+    for name in re.findall(r"`((?:utils|networks|methods|dataloaders|tests)/[\w.]+\.py)`", PAGES[page]):
+        assert (ROOT / name).exists() or f"`{name}`:\n\n```python" in PAGES[page], name  # or it is the worked example
+
+
+# -- what differs from the papers --
+
+
+def sections() -> dict[str, str]:
+    """Method -> its section; '' -> what all share."""
+    found = {}
+    for part in re.split(r"^## ", DIFFERENCES, flags=re.MULTILINE)[1:]:
+        title = part.splitlines()[0]
+        name = re.search(r"\(`([\w-]+)`\)$", title)
+        found[name[1] if name else ""] = part
+    return found
+
+
+def flags_in(text: str) -> list[str]:
+    """What stands in code type and begins with a flag."""
+    return [code for code in re.findall(r"`([^`]+)`", text) if code.startswith("--")]
+
+
+def parsed(method: str, words: str) -> dict:
+    """Option -> value of a flag as written; {} if it stands there without its value."""
+    parser = Parser()
+    parser.add_dataclass(train_dtml.Options)
+    parser.add_dataclass(METHODS[method].Options)
+    try:
+        return parser.parse(shlex.split(words))
+    except UserError as e:
+        if "expected" in str(e) and " " not in words:
+            return {}
+        raise
+
+
+def default(method: str, name: str):
+    """The value of an option of the method or of the script when nothing is given."""
+    settled = train_dtml.settle({"data": "set", "method": method}, METHODS[method])
+    return next(getattr(options, name) for options in settled if hasattr(options, name))
+
+
+def test_every_method_has_a_section():
+    assert set(sections()) == {"", *METHODS}
+
+
+@pytest.mark.parametrize("method", ["", *METHODS])
+def test_flags_are_the_methods_and_defaults_are_defaults(method):
+    text, name, here = sections()[method], method or "ua-mt", 0
+    assert all(isinstance(parsed(name, words), dict) for words in flags_in(text))
+    rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| ")]
+    assert len(rows) > 3 and {len(row) for row in rows} == {5}
+    for row in rows[1:]:
+        for words in flags_in(row[3]):
+            for option, value in parsed(name, words).items():
+                here += 1
+                assert value == default(name, option), words
+        for words in flags_in(row[4]):
+            for option, value in parsed(name, words).items():
+                assert value != default(name, option), words
+    assert here >= 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_an_authors_preset_changes_is_on_the_page(method):
+    """Each option that the second preset sets is named in the method's section, or in that of all."""
+    for preset in list(METHODS[method].PRESETS.values())[1:]:
+        usual = next(iter(METHODS[method].PRESETS.values()))
+        for option in {name for name in preset if preset[name] != usual.get(name)} - {
+            "lr_steps",
+            "scale",
+            "weight_decay",
+        }:
+            flag = "--" + option.replace("_", "-")
+            assert flag in sections()[method] + sections()[""], flag
+
+
+# -- adding a method --
+
+
+def code_after(words: str) -> str:
+    """The first block of Python after these words of the page."""
+    return re.search(r"```python\n(.*?)```", ADDING[ADDING.index(words) :], re.S)[1]
+
+
+def put(path: Path, after: str, lines: str) -> None:
+    """Adds lines after the first line that ends so."""
+    text = path.read_text()
+    assert after in text
+    path.write_text(text.replace(after, after + "\n" + lines.rstrip(), 1))
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the code with what the page adds."""
+    folder = tmp_path_factory.mktemp("copy") / "code"
+    for name in ("methods", "networks", "dataloaders", "utils", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("train_dtml.py", "test_la.py", "reproduce.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, folder)
+    file = code_after("## 2. The file")
+    assert 40 <= len(file.splitlines()) <= 70
+    (folder / "methods" / "entropy_minimisation.py").write_text(file)
+    put(
+        folder / "methods" / "__init__.py",
+        "TABLE = {  # name of --method: file and class",
+        code_after("## 3. The line"),
+    )
+    put(folder / "tests" / "test_flags.py", "\nOWN = {", code_after("In `OWN`"))
+    put(folder / "tests" / "test_methods.py", "\nUNSUPERVISED = {", code_after("in `UNSUPERVISED`"))
+    put(folder / "utils" / "grid.py", "\nLA_RUNS = {", code_after("In `LA_RUNS`"))
+    put(folder / "utils" / "grid.py", '    "3": ("Table 3: methods", [', code_after("and in table 3"))
+    return folder
+
+
+def python(copy: Path, *words: str) -> str:
+    env = {**os.environ, "PYTHONPATH": str(copy)}
+    done = subprocess.run([sys.executable, *words], cwd=copy, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_the_worked_example_trains_resumes_is_tested_and_shows_its_options(copy):
+    data = make_set(copy / "set")
+    flags = ["--method", "entropy", "--data", str(data), *TINY, "--iterations", "3", "--name", "run"]
+    assert "lambda" in python(copy, "train_dtml.py", *flags, "--log-every", "1", "--picture-every", "3")
+    assert (copy / "runs/run/pictures").is_dir()
+    assert "already done: 3 of 3" in python(copy, "train_dtml.py", *flags, "--resume", "auto")
+    assert "| seg | largest |" in python(copy, "test_la.py", "--checkpoint", "runs/run")
+    assert "largest weight of the entropy" in python(copy, "train_dtml.py", "--method", "entropy", "--help")
+
+
+def test_the_worked_example_is_in_the_grid(copy):
+    found = python(copy, "reproduce.py", "--list", "--rows", "entropy")
+    assert "--method entropy --labeled 16" in found and "missing" in found
+
+
+@pytest.mark.slow
+def test_the_worked_example_is_taken_in_by_the_tests_and_passes_them(copy):
+    pytest_ = ["-m", "pytest", "-p", "no:cacheprovider"]
+    own = "teacher_and_the_critic or every_trained_weight or unsupervised_term"
+    chosen = f"every_flag_is_tested or every_method_that_uses or entropy and ({own})"
+    found = python(copy, *pytest_, "tests/test_methods.py", "tests/test_flags.py", "-k", chosen)
+    assert int(re.search(r"(\d+) passed", found)[1]) == 5
+    files = [
+        "tests/test_leaks.py",
+        "tests/test_methods.py",
+        "tests/test_flags.py",
+        "tests/faults/test_checkpoint_faults.py",
+    ]
+    counted = python(copy, *pytest_, "--collect-only", *files, "-k", "entropy")
+    for file in files:
+        assert re.search(rf"{file}::\w+\[.*entropy", counted), file
+
+
+def test_the_commands_of_the_page_parse(monkeypatch, tmp_path):
+    parsers = {}
+    for script, classes in {
+        "train_dtml.py": [train_dtml.Options],
+        "test_la.py": [test_la.Options],
+        "reproduce.py": [reproduce.Options],
+    }.items():
+        parsers[script] = Parser()
+        for options in classes:
+            parsers[script].add_dataclass(options)
+    parsers["train_dtml.py"]._option_string_actions["--method"].choices = None  # entropy is none of them yet
+    blocks = re.findall(r"```bash\n(.*?)```", ADDING, re.S)
+    commands = [shlex.split(line)[1:] for block in blocks for line in block.splitlines()]
+    assert len(commands) >= 5
+    for script, *words in commands:
+        assert parsers[script].parse([word for word in words if word != "--help"])
+    known = {flag for parser in parsers.values() for flag in parser._option_string_actions}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", ADDING)) <= known | {"--filters", "--lambda-max"}

@@ -1,0 +1,327 @@
+"""Weights of the released repositories: loaded, they compute what the released network is written down to compute.
+
+The reference is that network as plain function calls on a state dict with the released names, after the table of its
+layers (no class of ours, no class of theirs).
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, make_set, write_case
+from torch import Tensor
+
+import test_la
+from methods import METHODS
+from methods.released import RELEASED, load_trained
+from utils.checkpoint import load_checkpoint
+from utils.errors import UserError
+
+FILTERS = 4
+DEPTHS = {"one": 1, "two": 2, "three": 3, "four": 3, "five": 3, "six": 3, "seven": 3, "eight": 2, "nine": 1}
+SCALE = {"one": 1, "two": 2, "three": 4, "four": 8, "five": 16, "six": 8, "seven": 4, "eight": 2, "nine": 1}
+Weights = OrderedDict[str, Tensor]
+
+
+# -- the released network, by hand --
+
+
+def released_weights(heads: dict[str, int], *, filters: int = FILTERS, seed: int = 0) -> Weights:
+    """Random weights and running statistics of the released V-Net; heads: name -> channels."""
+    rng = torch.Generator().manual_seed(seed)
+    found: Weights = OrderedDict()
+
+    def conv(name: str, out: int, into: int, side: int, *, transposed: bool = False) -> None:
+        shape = (into, out) if transposed else (out, into)
+        spread = (2 / (into * side**3)) ** 0.5 if not transposed else (2 / into) ** 0.5
+        found[f"{name}.weight"] = spread * torch.randn(*shape, side, side, side, generator=rng)
+        found[f"{name}.bias"] = 0.1 * torch.randn(out, generator=rng)
+
+    def norm(name: str, size: int) -> None:
+        found[f"{name}.weight"] = 1 + 0.2 * torch.randn(size, generator=rng)
+        found[f"{name}.bias"] = 0.2 * torch.randn(size, generator=rng)
+        found[f"{name}.running_mean"] = 0.2 * torch.randn(size, generator=rng)
+        found[f"{name}.running_var"] = 0.5 + torch.rand(size, generator=rng)
+        found[f"{name}.num_batches_tracked"] = torch.tensor(6000)
+
+    for block, depth in DEPTHS.items():
+        size = SCALE[block] * filters
+        for i in range(depth):
+            conv(f"block_{block}.conv.{3 * i}", size, 1 if block == "one" and i == 0 else size, 3)
+            norm(f"block_{block}.conv.{3 * i + 1}", size)
+        if block in ("one", "two", "three", "four"):
+            conv(f"block_{block}_dw.conv.0", 2 * size, size, 2)
+            norm(f"block_{block}_dw.conv.1", 2 * size)
+        elif block != "nine":
+            conv(f"block_{block}_up.conv.0", size // 2, size, 2, transposed=True)
+            norm(f"block_{block}_up.conv.1", size // 2)
+    for name, channels in heads.items():
+        conv(name, channels, filters, 1)
+    return found
+
+
+def released_network(w: Weights, image: Tensor) -> dict[str, Tensor]:
+    """image (N,1,W,H,D) -> head name -> (N,channels,W,H,D) before any activation; dropout is off."""
+
+    def normed(x: Tensor, name: str) -> Tensor:
+        mean, var, scale, shift = (
+            w[f"{name}.{k}"].view(1, -1, 1, 1, 1) for k in ("running_mean", "running_var", "weight", "bias")
+        )
+        return torch.relu((x - mean) / torch.sqrt(var + 1e-5) * scale + shift)
+
+    def block(x: Tensor, name: str) -> Tensor:
+        for i in range(DEPTHS[name]):
+            at = f"block_{name}.conv"
+            x = F.conv3d(x, w[f"{at}.{3 * i}.weight"], w[f"{at}.{3 * i}.bias"], padding=1)
+            x = normed(x, f"{at}.{3 * i + 1}")
+        return x
+
+    def down(x: Tensor, name: str) -> Tensor:
+        at = f"block_{name}_dw.conv"
+        return normed(F.conv3d(x, w[f"{at}.0.weight"], w[f"{at}.0.bias"], stride=2), f"{at}.1")
+
+    def up(x: Tensor, name: str) -> Tensor:
+        at = f"block_{name}_up.conv"
+        return normed(F.conv_transpose3d(x, w[f"{at}.0.weight"], w[f"{at}.0.bias"], stride=2), f"{at}.1")
+
+    x1 = block(image, "one")
+    x2 = block(down(x1, "one"), "two")
+    x3 = block(down(x2, "two"), "three")
+    x4 = block(down(x3, "three"), "four")
+    x5 = block(down(x4, "four"), "five")
+    x6 = block(up(x5, "five") + x4, "six")
+    x7 = block(up(x6, "six") + x3, "seven")
+    x8 = block(up(x7, "seven") + x2, "eight")
+    x9 = block(up(x8, "eight") + x1, "nine")
+    heads = [name.removesuffix(".weight") for name in w if name.startswith("out_conv") and name.endswith("weight")]
+    return {name: F.conv3d(x9, w[f"{name}.weight"], w[f"{name}.bias"]) for name in heads}
+
+
+SOFTMAX, TWO = {"out_conv": 2}, {"out_conv": 1, "out_conv2": 1}
+HEADS = {"ua-mt": SOFTMAX, "supervised": SOFTMAX, "dtc": TWO, "sassnet": TWO, "dtml": TWO}
+CROPS = [(1, 1, 16, 48, 32), (2, 1, 32, 16, 16)]
+
+
+def save(path: Path, weights: Weights, *, prefix: str = "", **how: object) -> Path:
+    torch.save(OrderedDict((prefix + name, w) for name, w in weights.items()), path, **how)
+    return path
+
+
+def double(weights: Weights) -> Weights:
+    return OrderedDict((name, w.double() if w.is_floating_point() else w) for name, w in weights.items())
+
+
+def probabilities(weights: Weights, image: Tensor) -> dict[str, Tensor]:
+    """What the released test scripts threshold, of a segmentation and, if there is one, of a map."""
+    found = released_network(weights, image)
+    if "out_conv2" not in found:
+        return {"seg": found["out_conv"].softmax(dim=1)[:, 1:]}
+    return {"seg": found["out_conv2"].sigmoid(), "sdm": 1 / (1 + (1500 * found["out_conv"].tanh()).exp())}
+
+
+# -- the same numbers --
+
+
+@pytest.mark.parametrize(
+    ("method", "prefix"), [("ua-mt", ""), ("supervised", "module."), ("dtc", "module."), ("sassnet", "")]
+)
+def test_one_file_gives_the_probabilities_of_the_released_network(method, prefix, tmp_path):
+    weights = released_weights(HEADS[method])
+    state, trained, outputs = load_trained(str(save(tmp_path / "w.pth", weights, prefix=prefix)), method=method)
+    assert outputs == {"dtc": ("seg", "sdm")}.get(method, ("seg",)) and state["options"]["filters"] == FILTERS
+    for shape in CROPS:
+        image = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        expected = probabilities(double(weights), image.double())
+        assert expected["seg"].std() > 0.05
+        with torch.no_grad():
+            p = trained.float().eval().predict(image, ("seg",))
+            assert (p - expected["seg"]).abs().max() < 1e-5
+            exact = trained.double().predict(image.double(), outputs)
+        assert (exact - torch.cat([expected[name] for name in outputs], dim=1)).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("given", [("seg", "sdm"), ("seg",), ("sdm",)], ids="-".join)
+def test_the_two_files_of_dtml_are_m_s_and_m_d(given, tmp_path):
+    both = {name: released_weights(TWO, seed=seed) for seed, name in enumerate(("seg", "sdm"))}
+    files = {name: str(save(tmp_path / f"{name}.pth", w)) if name in given else "" for name, w in both.items()}
+    _, trained, outputs = load_trained(files["seg"], method="dtml", sdm_weights=files["sdm"])
+    assert outputs == (("seg", "sdm", "mean") if len(given) == 2 else given)
+    image = torch.randn(CROPS[0], generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    expected = {name: probabilities(double(w), image)[name] for name, w in both.items()}
+    expected["mean"] = (expected["seg"] + expected["sdm"]) / 2
+    with torch.no_grad():
+        found = trained.double().eval().predict(image, outputs)
+        z = trained.maps(image)["z"]
+    assert (found - torch.cat([expected[name] for name in outputs], dim=1)).abs().max() < 1e-9
+    if "sdm" in given:
+        assert (z - released_network(double(both["sdm"]), image)["out_conv"].tanh()[:, 0]).abs().max() < 1e-12
+
+
+def test_a_head_of_one_channel_is_a_sigmoid(tmp_path):
+    weights = released_weights({"out_conv": 1})
+    state, trained, _ = load_trained(str(save(tmp_path / "w.pth", weights)), method="supervised")
+    image = torch.randn(CROPS[1], generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        p = trained.eval().predict(image, ("seg",))
+    assert not state["options"]["softmax"]
+    assert (p - released_network(weights, image)["out_conv"].sigmoid()).abs().max() < 1e-5
+
+
+def test_files_of_old_versions_of_torch_load(tmp_path):
+    """Before torch 1.6 a file was no zip archive, before 0.4.1 batch norm did not count its batches."""
+    weights = released_weights(SOFTMAX)
+    fewer = OrderedDict((name, w) for name, w in weights.items() if not name.endswith("num_batches_tracked"))
+    old = save(tmp_path / "old.pth", fewer, _use_new_zipfile_serialization=False)
+    first, second = (load_trained(str(path), method="ua-mt")[1] for path in (old, save(tmp_path / "new.pth", weights)))
+    image = torch.randn(CROPS[1], generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(*(x.eval().predict(image, ("seg",)) for x in (first, second)))
+
+
+@pytest.mark.parametrize("heads", [SOFTMAX, TWO], ids=["one head", "two heads"])
+def test_the_reference_has_the_published_size(heads):
+    weights = released_weights(heads, filters=16)
+    counts = [w.numel() for name, w in weights.items() if name.endswith(("weight", "bias"))]
+    assert sum(counts) == 9_448_866
+
+
+# -- wrong files --
+
+
+def refused(path: Path, method: str, *, sdm_weights: Path | None = None) -> str:
+    with pytest.raises(UserError) as found:
+        load_trained(str(path), method=method, sdm_weights=str(sdm_weights or ""))
+    return str(found.value)
+
+
+def test_another_familys_file_is_named_with_what_is_missing_and_unexpected(tmp_path):
+    one, two = save(tmp_path / "one.pth", released_weights(SOFTMAX)), save(tmp_path / "two.pth", released_weights(TWO))
+    text = refused(one, "dtc")
+    assert "one.pth does not hold the released V-Net with two heads" in text and "Give the --method" in text
+    assert "  missing: out_conv2.weight, out_conv2.bias" in text
+    assert f"out_conv.weight (2, {FILTERS}, 1, 1, 1) in place of (1, {FILTERS}, 1, 1, 1)" in text
+    text = refused(two, "ua-mt")
+    assert "with one head" in text and "  unexpected: out_conv2.bias, out_conv2.weight" in text
+
+
+def test_what_is_missing_unexpected_of_another_shape_or_not_finite_is_listed(tmp_path):
+    weights = released_weights(SOFTMAX)
+    del weights["block_six.conv.4.running_var"]
+    weights["block_ten.conv.0.weight"] = torch.zeros(1)
+    weights["block_two.conv.3.weight"] = torch.zeros(8, 8, 3, 3)
+    weights["block_nine.conv.0.bias"][0] = float("nan")
+    lines = refused(save(tmp_path / "w.pth", weights), "ua-mt").splitlines()[1:]
+    assert lines == [
+        "  missing: block_six.conv.4.running_var",
+        "  unexpected: block_ten.conv.0.weight",
+        "  unfit: block_two.conv.3.weight (8, 8, 3, 3) in place of (8, 8, 3, 3, 3), block_nine.conv.0.bias not finite",
+    ]
+
+
+def test_a_network_of_another_kind_has_a_short_message(tmp_path):
+    text = refused(
+        save(tmp_path / "w.pth", OrderedDict({f"layer{i}.weight": torch.zeros(3) for i in range(40)})), "dtc"
+    )
+    assert "unexpected: layer0.weight" in text and "and 36 more" in text and len(text.splitlines()) == 3
+
+
+def test_networks_of_different_size_are_no_pair(tmp_path):
+    files = [save(tmp_path / f"{n}.pth", released_weights(TWO, filters=n)) for n in (2, 4)]
+    text = refused(files[0], "dtml", sdm_weights=files[1])
+    assert "2.pth" in text and "4.pth" in text and "different size" in text
+
+
+@pytest.mark.parametrize("content", [{"state": {"epoch": 3}}, {}, [torch.zeros(3)], {"a": 1}, {3: torch.zeros(3)}])
+def test_what_is_no_state_dict_is_refused(content, tmp_path):
+    torch.save(content, tmp_path / "w.pth")
+    assert "not bare weights" in refused(tmp_path / "w.pth", "dtc")
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_code_in_a_file_of_weights_is_not_run(older, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    torch.save({"w": Evil()}, tmp_path / "w.pth", _use_new_zipfile_serialization=not older)
+    assert "nothing in it was run" in refused(tmp_path / "w.pth", "dtc") and not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_file_that_was_cut_is_refused(older, tmp_path):
+    path = save(tmp_path / "w.pth", released_weights(TWO), _use_new_zipfile_serialization=not older)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert "w.pth" in refused(path, "dtc")
+
+
+def test_files_and_flags_that_do_not_fit_each_other_are_refused(tmp_path):
+    weights = save(tmp_path / "w.pth", released_weights(TWO))
+    assert "does not exist" in refused(tmp_path / "nowhere.pth", "dtc")
+    assert "is a folder" in refused(tmp_path, "dtc")
+    assert "--method dtml" in refused(weights, "dtc", sdm_weights=weights)
+    assert "--method dtml" in refused(weights, "", sdm_weights=weights)
+    torch.save({"format": 1}, tmp_path / "ours.pt")
+    assert "Leave out --method" in refused(tmp_path / "ours.pt", "dtc")
+    for method, words in (("", "a run folder"), ("dtc", "dtc's bare weights")):
+        with pytest.raises(UserError, match=f"--checkpoint is missing. Give .*{words}"):
+            load_trained("", method=method)
+    with pytest.raises(UserError, match=r"--output sdm is none that .*w.pth gives: seg\."):
+        test_la.main(["--checkpoint", str(weights), "--method", "dtml", "--output", "sdm"])
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_bare_weights_given_as_a_checkpoint_tell_what_to_do(older, tmp_path):
+    path = save(tmp_path / "w.pth", released_weights(TWO), _use_new_zipfile_serialization=not older)
+    with pytest.raises(UserError, match=r"test_la\.py tests them with --method NAME"):
+        load_checkpoint(path)
+
+
+def test_every_method_with_released_weights_is_a_method_that_has_them():
+    assert set(RELEASED) == set(HEADS) <= set(METHODS)
+
+
+# -- tested --
+
+
+def test_the_test_script_tests_bare_weights_with_the_papers_settings(tmp_path):
+    """One window of 112x112x80 around a smaller scan; the saved mask is that of the reference on the padded scan."""
+    data = make_set(tmp_path / "set", train=2, test=1, labeled=2)
+    image = np.random.default_rng(3).standard_normal((112, 111, 80)).astype(np.float32)
+    write_case(data / "case02" / "mri_norm2.h5", image, (image > 1).astype(np.uint8), spacing=(1.0, 1.0, 2.0))
+    padded = torch.from_numpy(np.pad(image, ((0, 0), (0, 1), (0, 0))))[None, None]
+    weights = {name: released_weights(TWO, filters=1, seed=seed) for seed, name in enumerate(("seg", "dis"))}
+    weights["seg"]["out_conv2.bias"] -= released_network(weights["seg"], padded)["out_conv2"].median()  # a half of each
+    for name, w in weights.items():
+        save(tmp_path / f"best_model_{name}.pth", w)
+    words = ["--checkpoint", "best_model_seg.pth", "--sdm-weights", "best_model_dis.pth", "--method", "dtml"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "test_la.py", *words, "--data", data, "--save", "all", "--threads", "1"],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("| ")][1:] == [
+        "seg", "seg", "sdm", "sdm", "mean", "mean"
+    ]  # fmt: skip
+    out = tmp_path / "best_model_seg-test"
+    settings = json.loads((out / "test.json").read_text())
+    assert (settings["patch_size"], settings["stride"], settings["windows"]) == ([112, 112, 80], [18, 18, 4], 1)
+    assert settings["method"] == "dtml" and set(settings["released"]) == {"best_model_seg.pth", "best_model_dis.pth"}
+    mask = sitk.GetArrayFromImage(sitk.ReadImage(str(out / "predictions" / "seg" / "case02.nii.gz"))).transpose(2, 1, 0)
+    p = probabilities(weights["seg"], padded)["seg"][0, 0, :, :111].numpy()
+    assert mask.shape == image.shape and 0.3 < mask.mean() < 0.7
+    assert (mask == (p > 0.5))[abs(p - 0.5) > 1e-4].all()
+
+
+def test_a_wrong_file_ends_the_test_script_with_exit_code_2(tmp_path):
+    path = save(tmp_path / "w.pth", released_weights(SOFTMAX))
+    words = [sys.executable, ROOT / "test_la.py", "--checkpoint", path, "--method", "sassnet"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "missing: out_conv2.weight" in done.stderr and "Traceback" not in done.stderr
