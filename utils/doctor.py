@@ -79,7 +79,7 @@ def hardware() -> dict[str, Any]:
     return found
 
 
-def data_set(folder: Path, every: int, classes: int) -> tuple[dict[str, Any], float]:
+def data_set(folder: Path, every: int, classes: int = 1) -> tuple[dict[str, Any], float]:
     """Name -> what the set holds and what is wrong with it; GiB of its volumes in memory."""
     found: dict[str, Any] = {"folder": hidden(folder)}
     facts: list[Facts] = []
