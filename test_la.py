@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import SimpleITK as sitk
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
 from dataloaders.cases import Case, check_all, find_cases, lists_of, read_case, read_geometry
+from dataloaders.images import write_image
 from methods import Method, restore
 from networks.backbone import PRECISIONS, set_precision
 from utils.checkpoint import load_checkpoint, write_whole
@@ -107,20 +107,8 @@ def score_scan(
             voxels = {"voxels": int(form.sum()), "label_voxels": int(label.sum())}
             rows.append({"case": case.name, "output": output, "component": component, **metrics, **voxels})
         if save != "none":
-            save_nifti(predictions / output / f"{case.name}.nii.gz", forms[save], geometry)
+            write_image(predictions / output / f"{case.name}.nii.gz", forms[save].astype(np.uint8), geometry)
     return rows
-
-
-def save_nifti(path: Path, mask: NDArray[np.bool_], geometry: dict[str, Any]) -> None:
-    """mask (W,H,D) -> NIfTI of 0 and 1 with the scan's spacing, and origin and direction where known."""
-    picture = sitk.GetImageFromArray(mask.astype(np.uint8).transpose(2, 1, 0))  # SimpleITK's arrays are z, y, x
-    picture.SetSpacing(geometry["spacing"])
-    picture.SetOrigin(geometry["origin"])
-    picture.SetDirection(geometry["direction"])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial.nii.gz")
-    sitk.WriteImage(picture, str(partial))
-    partial.replace(path)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
