@@ -1,8 +1,9 @@
 """Scans as files, and from one grid to another: the one place that reads and writes NIfTI, NRRD and MetaImage.
 
 An array is (W,H,D), along x, y, z of the file. Its geometry is ITK's, in the LPS frame (mm to the patient's left, back
-and head): `spacing` of the voxels along the array's axes, `origin` the place of the middle of voxel (0,0,0), `direction`
-9 cosines row by row, whose columns are the array's axes. Voxel i lies at origin + direction @ (spacing * i).
+and head): `spacing` of the voxels along the array's axes, `origin` the place of the middle of voxel (0,0,0),
+`direction` 9 cosines row by row, whose columns are the array's axes. Voxel i lies at
+origin + direction @ (spacing * i).
 """
 
 import gzip
@@ -93,7 +94,7 @@ def _read(path: Path) -> sitk.Image:
     try:
         reader.ReadImageInformation()
         size, kind = reader.GetSize(), reader.GetPixelIDValue()
-        if len(size) != 3 and any(side > 1 for side in size[3:]) or len(size) < 3:
+        if len(size) < 3 or any(side > 1 for side in size[3:]):
             raise CaseError(f"has {len(size)} dimensions, {size}, where a scan has three")
         if reader.GetNumberOfComponents() != 1 or "complex" in sitk.GetPixelIDValueAsString(kind):
             raise CaseError(f"has voxels of {sitk.GetPixelIDValueAsString(kind)}, where one number must stand")
