@@ -35,7 +35,7 @@ from utils.metrics import METRICS, largest_component, mean_and_sd, segmentation_
 from utils.options import Parser, fill, option
 from utils.resample import downsample_image, upsample_probability
 from utils.run_folder import make_manifest, write_json
-from utils.sliding_window import WEIGHTINGS, sliding_window, windows
+from utils.sliding_window import WEIGHTINGS, refuse_window, sliding_window, windows
 
 STRIDE = (18, 18, 4)  # of the papers, on the full grid
 COMPONENTS = ("all", "largest")
@@ -182,10 +182,7 @@ def main(argv: list[str] | None = None) -> None:
     patch_size = tuple(o.patch_size or trained["patch_size"])
     steps = (max(step // downsample, 1) for step in STRIDE)
     stride = tuple(o.stride or (min(step, side) for step, side in zip(steps, patch_size, strict=True)))
-    if any(side % method.side_multiple or side <= 0 for side in patch_size):
-        raise UserError(f"--patch-size {patch_size} must be multiples of {method.side_multiple}.")
-    if not all(0 < step <= side for step, side in zip(stride, patch_size, strict=True)):
-        raise UserError(f"--stride {stride} must lie between 1 and the patch size {patch_size}, or voxels are skipped.")
+    refuse_window(patch_size, stride, method.side_multiple)
     if state["iteration"] < trained["iterations"] and RANK == 0:
         done = f"{state['iteration']} of {trained['iterations']} iterations"
         print(f"warning: {path} is not finished: {done}.", file=sys.stderr)

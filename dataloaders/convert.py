@@ -85,9 +85,9 @@ class Options:
     crop: str = option(
         "",
         "label: box of the label with a random margin at each side, 10 to 19 voxels along x and y, 5 to 9 along z, and "
-        "at least 112 112 80 in all; label-xy: the same, all slices kept; foreground: box of what is brighter than Otsu's "
-        "threshold; none. New patients have no label to crop around (default label-xy, as the LA set is published, "
-        "for the challenge's folders, else none)",
+        "at least 112 112 80 in all; label-xy: the same, all slices kept; foreground: box of what is brighter than "
+        "Otsu's threshold; none. New patients have no label to crop around (default label-xy, as the LA set is "
+        "published, for the challenge's folders, else none)",
         choices=CROPS,
     )
     test_share: float | None = option(
@@ -141,7 +141,8 @@ def find_sources(source: Path) -> tuple[list[Source], bool]:
     if not found:
         raise UserError(
             f"{source} holds no scans in a known layout: images/ and labels/, imagesTr/ and labelsTr/, "
-            "NAME/image.nii.gz and NAME/label.nii.gz, or NAME/lgemri.nrrd. Arrange them so, or list them in a CSV; see --help."
+            "NAME/image.nii.gz and NAME/label.nii.gz, or NAME/lgemri.nrrd. Arrange them so, or list them in a CSV; see "
+            "--help."
         )
     return _distinct(found, source), False
 
@@ -286,9 +287,10 @@ def _refuse_other(job: Job, sources: dict[str, str]) -> dict[str, Any]:
             about = dict(f.attrs)
     except Exception as e:  # as in read_case
         raise CaseError(f"{job.path} is there and is no whole h5 file. Move it away") from e
-    expected = {**sources, "settings": job.settings}
-    names = ("source_image", "source_image_sha256", "source_label", "source_label_sha256", "settings")
-    differ = [f"{k}: {about.get(k)} before, {expected.get(k)} now" for k in names if about.get(k) != expected.get(k)]
+    names = ("source_image", "source_image_sha256", "source_label", "source_label_sha256")
+    before = {**{name: about.get(name) for name in names}, **json.loads(about.get("settings", "{}"))}
+    now = {**{name: sources.get(name) for name in names}, **json.loads(job.settings)}
+    differ = [f"{name}: {before.get(name)} before, {now[name]} now" for name in now if before.get(name) != now[name]]
     if differ:
         raise CaseError(
             f"{job.path} was made from something else or in another way ({'; '.join(differ)}). Move it away, or choose "

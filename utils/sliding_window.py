@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from utils.errors import UserError
+
 WEIGHTINGS = ("uniform", "gaussian")
 
 
@@ -34,6 +36,17 @@ def windows(shape: Sequence[int], patch_size: Sequence[int], stride: Sequence[in
     """Corners (x,y,z) of all windows of a volume, after padding to at least one patch."""
     axes = [window_starts(max(s, p), p, d) for s, p, d in zip(shape, patch_size, stride, strict=True)]
     return list(itertools.product(*axes))  # type: ignore[arg-type]
+
+
+def refuse_window(patch_size: Sequence[int], stride: Sequence[int], multiple: int) -> None:
+    """Raises UserError for a patch that a network cannot take, or a stride that skips voxels."""
+    if any(side % multiple or side <= 0 for side in patch_size):
+        raise UserError(f"--patch-size {tuple(patch_size)} must be multiples of {multiple}.")
+    if not all(0 < step <= side for step, side in zip(stride, patch_size, strict=True)):
+        raise UserError(
+            f"--stride {tuple(stride)} must lie between 1 and the patch size {tuple(patch_size)}, or voxels are "
+            "skipped."
+        )
 
 
 def gaussian_weights(patch_size: Sequence[int]) -> Tensor:
