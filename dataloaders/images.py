@@ -52,7 +52,7 @@ def read_image(path: Path) -> tuple[NDArray[np.float32], Geometry]:
 
     Raises:
         CaseError: missing, no scan, cut short, not three-dimensional numbers, larger than 2 GiB in float32,
-            intensities that are not finite; for an h5 case what `read_case` raises.
+            intensities that are not finite (in a NIfTI ITK reads those as 0); for an h5 case what `read_case` raises.
     """
     if ending_of(path) == ".h5":
         case = Case(scan_name(path), path, labeled=False)
