@@ -58,8 +58,7 @@ def read_image(path: Path) -> tuple[NDArray[np.float32], Geometry]:
         case = Case(scan_name(path), path, labeled=False)
         return read_case(case)[0], read_geometry(case)
     picture = _read(path)
-    values = sitk.GetArrayViewFromImage(picture).transpose(2, 1, 0)  # SimpleITK's arrays are z, y, x
-    image = np.ascontiguousarray(values, dtype=np.float32)
+    image = _array(picture, np.float32)
     if not np.isfinite(image.sum(dtype=np.float64)):
         raise CaseError("holds intensities that are not a number or infinite")
     return image, _geometry(picture)
@@ -72,7 +71,7 @@ def read_label(path: Path) -> tuple[NDArray[np.integer], Geometry]:
         CaseError: as for `read_image`, and values that are negative or no integers.
     """
     picture = _read(path)
-    label = np.ascontiguousarray(sitk.GetArrayViewFromImage(picture).transpose(2, 1, 0))
+    label = _array(picture)
     if label.dtype.kind == "f":
         wrong = label[~(label == np.rint(label))]
         if wrong.size or np.abs(label).max() >= 2**31:
@@ -145,6 +144,11 @@ def _reason(e: RuntimeError) -> str:
 
 def _geometry(picture: sitk.Image) -> Geometry:
     return {"spacing": picture.GetSpacing(), "origin": picture.GetOrigin(), "direction": picture.GetDirection()}
+
+
+def _array(picture: sitk.Image, dtype: Any = None) -> NDArray[Any]:
+    """A copy, as the view dies with the picture; SimpleITK's arrays are z, y, x."""
+    return np.array(sitk.GetArrayViewFromImage(picture).transpose(2, 1, 0), dtype=dtype, order="C", copy=True)
 
 
 def _picture(array: NDArray[Any], geometry: Geometry) -> sitk.Image:
@@ -256,8 +260,7 @@ def resample(
     resampler.SetOutputDirection(onto["direction"])
     resampler.SetInterpolator(INTERPOLATORS[how])
     resampler.SetUseNearestNeighborExtrapolator(True)
-    moved_picture = resampler.Execute(_picture(array, geometry))
-    return np.ascontiguousarray(sitk.GetArrayViewFromImage(moved_picture).transpose(2, 1, 0))
+    return _array(resampler.Execute(_picture(array, geometry)))
 
 
 def anti_alias(array: NDArray[Any], factors: NDArray[np.float64]) -> NDArray[Any]:
