@@ -54,7 +54,7 @@ def make_scans(
         geometry = {**OBLIQUE, "origin": tuple(rng.uniform(-50, 50, 3))}
         places.append(to_physical(geometry, np.array(shape) / 2 + rng.uniform(-3, 3, 3)))
         label = ball(shape, geometry, places[-1], 7.0)
-        image = 300 + 100 * label + 10 * rng.standard_normal(shape)
+        image = 300 + 100.0 * label + 10 * rng.standard_normal(shape)
         write(folder / "images" / f"patient{i}{ending}", image.astype(np.float32), geometry)
         if i < labeled:
             write(folder / "labels" / f"patient{i}{ending}", label, geometry)
