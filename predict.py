@@ -275,9 +275,8 @@ def refuse_scans(scans: list[Path], o: Options, classes: int) -> None:
     """Raises UserError for scans that are not there or have one name, and for results that are there."""
     missing = [str(path) for path in scans if not path.is_file()]
     if missing or not scans:
-        raise UserError(
-            f"{', '.join(missing) or 'no scan is given: it'} does not exist. Give files: {', '.join(WRITTEN_AS)}."
-        )
+        what = f"there is no {', '.join(missing)}" if missing else "no scan is given"
+        raise UserError(f"{what}. Give files that end in {', '.join(WRITTEN_AS)}.")
     twice = [name for name, count in Counter(map(scan_name, scans)).items() if count > 1]
     if twice:
         raise UserError(

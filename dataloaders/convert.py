@@ -534,7 +534,8 @@ def main(argv: list[str] | None = None) -> None:
     ]  # fmt: skip
     outcomes = list(tqdm(outcomes_of(jobs, o.workers), total=len(jobs), unit="scan", disable=not sys.stderr.isatty()))
     refused = {outcome.name: outcome.why for outcome in outcomes if outcome.status == "refused"}
-    lists = {split: [name for name in names if name not in refused] for split, names in lists.items()}
+    made = {job.scan.name for job in jobs if job.scan.name not in refused or job.path.exists()}
+    lists = {split: [name for name in names if name in made] for split, names in lists.items()}
     if lists["train"] and lists["test"]:
         write_lists(out, lists)
         print(summary(outcomes, lists, {scan.name for scan in scans if scan.label is not None}))

@@ -16,8 +16,10 @@ import torch
 from conftest import TINY, flat, make_set, method_words
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import predict
 import test_la
 import train_dtml
+from dataloaders import convert
 from dataloaders.two_stream import Patches
 from methods import METHODS
 from networks import backbone
@@ -621,10 +623,14 @@ def help_of(main: Callable[[list[str]], None], argv: list[str], capsys: pytest.C
     return {flag: " ".join(text.split()) for flag, text in found.items()}
 
 
-@pytest.mark.parametrize("script", [*METHODS, "test"])
+OTHERS = {"test": test_la, "predict": predict, "convert": convert}
+
+
+@pytest.mark.parametrize("script", [*METHODS, *OTHERS])
 def test_help_lists_every_option_with_its_default(script, capsys):
-    if script == "test":
-        classes, shown = [test_la.Options], help_of(test_la.main, [], capsys)
+    if script in OTHERS:
+        classes, shown = [OTHERS[script].Options], help_of(OTHERS[script].main, [], capsys)
+        shown.pop("-o", None)  # of predict.py, the same as --out
     else:
         classes = [train_dtml.Options, METHODS[script].Options]
         shown = help_of(train_dtml.main, ["--method", script], capsys)
@@ -639,7 +645,9 @@ def test_help_lists_every_option_with_its_default(script, capsys):
             assert text.endswith("(default yes)" if default else "(default no)")
         elif default not in (None, "", []):
             assert text.endswith(f"(default {default:g})" if isinstance(default, float) else f"(default {default})")
-        elif f.name not in ("checkpoint", "resume", "from_diagnostic"):
+        elif f.name not in ("checkpoint", "resume", "from_diagnostic", "source") and (
+            script == "test" or f.name != "out"
+        ):
             assert "default" in text, f"{f.name} does not say what it is unless given"
 
 

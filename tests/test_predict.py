@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import ROOT, TINY, make_set
+from conftest import ROOT, TINY, make_set, write_case
 from scans import OBLIQUE, ball, make_scans, picture_of, write
 from scipy import ndimage
 
@@ -20,7 +20,9 @@ import predict
 import test_la
 import train_dtml
 from dataloaders import convert
+from dataloaders.cases import LA_SUBFOLDER, Case
 from dataloaders.images import read_image, read_label, to_physical
+from dataloaders.training import median_spacing
 from methods import METHODS
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
@@ -271,7 +273,7 @@ def test_scans_and_places_that_would_get_in_each_other_s_way_are_refused(world, 
     run = world / "runs" / "dtml"
     for scans, out, message in (
         ([], "out", "no scan is given"),
-        ([tmp_path / "none.nii.gz"], "out", r"none.nii.gz does not exist. Give files: .nii.gz"),
+        ([tmp_path / "none.nii.gz"], "out", r"there is no .*none.nii.gz. Give files that end in .nii.gz"),
         ([scan(world), write(tmp_path / "patient0.nrrd", np.ones((9, 9, 9)))], "out", "two scans are called patient0"),
     ):
         with pytest.raises(UserError, match=message):
@@ -323,6 +325,21 @@ def test_a_checkpoint_without_spacing_leaves_scans_at_theirs(world, tmp_path, ca
     assert (old == own).all() and (
         old != probability_of([world / "runs" / "dtml"], scan(world), tmp_path / "new")
     ).any()
+
+
+def test_a_checkpoint_tells_the_median_spacing_of_its_labeled_cases(tmp_path):
+    cases = []
+    for i, x in enumerate((0.5, 2.0, 0.7, 9.0)):
+        path = tmp_path / f"c{i}.h5"
+        write_case(path, np.random.random((4, 4, 4)), None, spacing=(x, 1.0, 2 * x))
+        cases.append(Case(f"c{i}", path, labeled=i < 3))
+    assert median_spacing(cases) == [0.7, 1.0, 1.4]
+    write_case(tmp_path / "c1.h5", np.random.random((4, 4, 4)), None)
+    assert median_spacing(cases) is None
+    in_la = [dataclasses.replace(case, path=tmp_path / LA_SUBFOLDER / case.path.name) for case in cases]
+    for case in in_la:
+        write_case(case.path, np.random.random((4, 4, 4)), None)
+    assert median_spacing(in_la) == [0.625] * 3
 
 
 # -- memory --
