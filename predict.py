@@ -46,7 +46,8 @@ from test_la import as_csv
 from utils.checkpoint import load_checkpoint, write_whole
 from utils.devices import choose_device, enough_memory, keep_freed_memory, refuse_precision, set_arithmetic
 from utils.errors import UserError, run
-from utils.metrics import largest_component
+from utils.masks import label_map
+from utils.metrics import largest_components
 from utils.options import Parser, fill, option
 from utils.resample import downsample_image, upsample_probability
 from utils.sliding_window import WEIGHTINGS, refuse_window, sliding_slabs, windows
@@ -158,8 +159,8 @@ def load_model(o: Options, device: torch.device) -> Model:
         if state["iteration"] < state["options"]["iterations"]:
             done = f"{state['iteration']} of {state['options']['iterations']} iterations"
             print(f"warning: {state['file']} is not finished: {done}.", file=sys.stderr)
-    for name, usual in (("downsample", 1), ("classes", 1)):
-        found = {options.get(name, usual) for options in trained}
+    for name in ("downsample", "classes"):
+        found = {options.get(name, 1) for options in trained}
         if len(found) > 1:
             raise UserError(
                 f"the checkpoints differ in --{name}: {', '.join(map(str, sorted(found)))}. Average like with like."
@@ -217,14 +218,6 @@ def onto_scan(
         yield start, np.stack([resample(values, grid, *part, smooth=False) for values in p])
 
 
-def label_map(p: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Probabilities (C,...) -> 0 where the background, 1 minus their sum, is the largest, else 1 to C; uint8 (...)."""
-    if len(p) == 1:
-        return (p[0] > 0.5).astype(np.uint8)
-    best = p.argmax(0)
-    return np.where(p.max(0) > 1 - p.sum(0), best + 1, 0).astype(np.uint8)
-
-
 def predict_scan(model: Model, path: Path, o: Options, device: torch.device, window: dict[str, Any]) -> dict[str, Any]:
     """Path -> label (W,H,D) uint8, probability (C,W,H,D) of the kind asked for or None, and geometry of the scan.
 
@@ -253,13 +246,11 @@ def predict_scan(model: Model, path: Path, o: Options, device: torch.device, win
     kept = None if o.probabilities == "none" else np.empty((len(p), *shape), o.probabilities)
     for start, slab in onto_scan(p, grid, shape, geometry):
         here = slice(start, start + slab.shape[1])
-        label[here] = label_map(slab)
+        label[here] = label_map(torch.from_numpy(slab)).numpy()
         if kept is not None:
             kept[:, here] = slab if kept.dtype == np.float32 else np.rint(255 * slab)
     if o.largest_component:
-        for number in range(1, len(p) + 1):
-            mask = label == number
-            label[mask & ~largest_component(mask)] = 0
+        label = largest_components(label, model.classes)
     return {"label": label, "probability": kept, "geometry": geometry}
 
 

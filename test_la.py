@@ -31,7 +31,8 @@ from utils.checkpoint import load_checkpoint, write_whole
 from utils.devices import choose_device, enough_memory, keep_freed_memory, refuse_precision, set_arithmetic
 from utils.distributed import RANK, RANKS, in_turn, process_group
 from utils.errors import UserError, run
-from utils.metrics import METRICS, largest_component, mean_and_sd, segmentation_metrics
+from utils.masks import label_map
+from utils.metrics import METRICS, largest_components, mean_and_sd, segmentation_metrics
 from utils.options import Parser, fill, option
 from utils.resample import downsample_image, upsample_probability
 from utils.run_folder import make_manifest, write_json
@@ -39,6 +40,7 @@ from utils.sliding_window import WEIGHTINGS, refuse_window, sliding_window, wind
 
 STRIDE = (18, 18, 4)  # of the papers, on the full grid
 COMPONENTS = ("all", "largest")
+MEAN = "mean"  # over the classes
 
 
 @dataclasses.dataclass
@@ -83,7 +85,7 @@ class Options:
 def predict_scan(
     method: Method, image: Tensor, outputs: tuple[str, ...], *, downsample: int, weighting: str, **window: Any
 ) -> Tensor:
-    """image (W,H,D) on its own grid -> foreground probability of each output on that grid, (len(outputs),W,H,D)."""
+    """image (W,H,D) on its own grid -> foreground probabilities on that grid, C channels for each output."""
     p = sliding_window(
         lambda patches: method.predict(patches, outputs),
         downsample_image(image, downsample),
@@ -94,43 +96,63 @@ def predict_scan(
 
 
 def score_scan(
-    case: Case, masks: dict[str, NDArray[np.bool_]], label: NDArray, predictions: Path, save: str
+    case: Case, maps: dict[str, NDArray[np.uint8]], label: NDArray, predictions: Path, save: str
 ) -> list[dict[str, Any]]:
-    """Output -> mask (W,H,D), and label (W,H,D): the case's rows of cases.csv, and its predictions written."""
+    """Output -> label map (W,H,D), and label (W,H,D): the case's rows of cases.csv, and its predictions written."""
     rows: list[dict[str, Any]] = []
     geometry = read_geometry(case)
-    for output, mask in masks.items():
-        forms = {"all": mask, "largest": largest_component(mask)}
+    for output, found in maps.items():
+        forms = {"all": found, "largest": largest_components(found, case.classes)}
         for component, form in forms.items():
-            if component == "all" or not np.array_equal(form, mask):
-                metrics = segmentation_metrics(form, label, geometry["spacing"])
-            voxels = {"voxels": int(form.sum()), "label_voxels": int(label.sum())}
-            rows.append({"case": case.name, "output": output, "component": component, **metrics, **voxels})
+            if component == "all" or not np.array_equal(form, found):
+                scores = class_scores(form, label, case.classes, geometry["spacing"])
+            rows += [{"case": case.name, "output": output, "component": component, **score} for score in scores]
         if save != "none":
-            write_image(predictions / output / f"{case.name}.nii.gz", forms[save].astype(np.uint8), geometry)
+            write_image(predictions / output / f"{case.name}.nii.gz", forms[save], geometry)
     return rows
 
 
+def class_scores(found: NDArray, label: NDArray, classes: int, spacing: Sequence[float]) -> list[dict[str, Any]]:
+    """Metrics and voxel counts of two label maps (W,H,D); of several classes one entry for each and one for their mean.
+
+    The mean has no distance if one of its classes has none.
+    """
+    scores: list[dict[str, Any]] = []
+    for c in range(1, classes + 1):
+        a, b = found == c, label == c
+        voxels = {"voxels": int(a.sum()), "label_voxels": int(b.sum())}
+        scores.append({"class": c, **segmentation_metrics(a, b, spacing), **voxels})
+    if classes == 1:
+        return [{key: value for key, value in scores[0].items() if key != "class"}]
+    columns = {key: [score[key] for score in scores] for key in scores[0] if key != "class"}
+    mean = {key: sum(values) if "voxels" in key else float(np.mean(values)) for key, values in columns.items()}
+    return [*scores, {"class": MEAN, **mean}]
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: mean and SD over the cases, in the papers' order of columns, a line per output and filter."""
-    lines = [
-        "| output | component | Dice % | Jaccard % | ASD voxel | 95HD voxel | ASD mm | 95HD mm | cases | empty |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for key in dict.fromkeys((row["output"], row["component"]) for row in rows):
-        chosen = [row for row in rows if (row["output"], row["component"]) == key]
+    """Markdown: mean and SD over the cases, in the papers' order of columns, a line per output, filter and class."""
+    names = ["output", "component", *(["class"] if "class" in rows[0] else [])]
+    units = "Dice % | Jaccard % | ASD voxel | 95HD voxel | ASD mm | 95HD mm | cases | empty"
+    lines = [f"| {' | '.join(names)} | {units} |", "|---" * (len(names) + 8) + "|"]
+
+    def key_of(row: dict[str, Any]) -> tuple[str, ...]:
+        return tuple(str(row[name]) for name in names)
+
+    for key in dict.fromkeys(map(key_of, rows)):
+        chosen = [row for row in rows if key_of(row) == key]
         cells = []
         for name in (*METRICS, "asd_mm", "hd95_mm"):
             scale = 100 if name in ("dice", "jaccard") else 1
             mean, sd, _ = mean_and_sd([scale * row[name] for row in chosen])
             cells.append(f"{mean:.2f} ± {sd:.2f}")
-        empty = sum(row["voxels"] == 0 for row in chosen)
-        lines.append(f"| {' | '.join([*key, *cells, str(len(chosen)), str(empty)])} |")
+        parts = [row for row in rows if key_of(row)[:2] == key[:2]] if key[-1] == MEAN else chosen
+        empty = {row["case"] for row in parts if row["voxels"] == 0}
+        lines.append(f"| {' | '.join([*key, *cells, str(len(chosen)), str(len(empty))])} |")
     return "\n".join(lines) + "\n"
 
 
 def as_csv(rows: Sequence[dict[str, Any]]) -> str:
-    """A line per case, output and filter; Dice and Jaccard in [0,1]."""
+    """A line per case, output, filter and, if there are several, class; Dice and Jaccard in [0,1]."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -139,10 +161,10 @@ def as_csv(rows: Sequence[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def open_cases(folder: Path) -> tuple[list[Case], list[tuple[int, ...]]]:
+def open_cases(folder: Path, classes: int) -> tuple[list[Case], list[tuple[int, ...]]]:
     """The cases of test.list and their shapes, each read once so that bad ones are named before any prediction."""
     _, names = lists_of(folder)
-    cases, problems = find_cases(folder, names, labeled=True)
+    cases, problems = find_cases(folder, names, labeled=True, classes=classes)
     shapes: list[tuple[int, ...]] = []
 
     def check(case: Case) -> None:
@@ -178,7 +200,7 @@ def main(argv: list[str] | None = None) -> None:
     unknown = [name for name in outputs if name not in method.outputs]
     if unknown:
         raise UserError(f"--output {' '.join(unknown)} is none of {trained['method']}'s: {' '.join(method.outputs)}.")
-    downsample = trained["downsample"]
+    downsample, classes = trained["downsample"], method.options.classes
     patch_size = tuple(o.patch_size or trained["patch_size"])
     steps = (max(step // downsample, 1) for step in STRIDE)
     stride = tuple(o.stride or (min(step, side) for step, side in zip(steps, patch_size, strict=True)))
@@ -187,7 +209,7 @@ def main(argv: list[str] | None = None) -> None:
         done = f"{state['iteration']} of {trained['iterations']} iterations"
         print(f"warning: {path} is not finished: {done}.", file=sys.stderr)
     folder = Path(o.data or trained["data"])
-    cases, shapes = open_cases(folder)
+    cases, shapes = open_cases(folder, classes)
     count = sum(len(windows([-(-side // downsample) for side in shape], patch_size, stride)) for shape in shapes)
     out = Path(o.out) if o.out else (path if path.is_dir() else path.parent) / "test"
 
@@ -200,7 +222,9 @@ def main(argv: list[str] | None = None) -> None:
             found = waiting.popleft().result()
             rows.extend(found)
             if not sys.stderr.isatty():
-                best = {row["output"]: row["dice"] for row in found if row["component"] == "largest"}
+                best = {
+                    row["output"]: row["dice"] for row in found if row["component"] == "largest"
+                }  # the mean is last
                 print(f"{found[0]['case']}  " + "  ".join(f"{k} {v:.4f}" for k, v in best.items()), file=sys.stderr)
 
     mine = cases[RANK::RANKS]
@@ -215,11 +239,11 @@ def main(argv: list[str] | None = None) -> None:
                 method, torch.from_numpy(image).to(device), outputs, downsample=downsample,
                 patch_size=patch_size, stride=stride, weighting=o.weighting, batch_size=o.batch_size,
             )  # fmt: skip
-            masks = dict(zip(outputs, (p > 0.5).cpu().numpy(), strict=True))
-            waiting.append(scorers.submit(score_scan, case, masks, label, out / "predictions", o.save))
+            maps = {name: label_map(part).cpu().numpy() for name, part in zip(outputs, p.split(classes), strict=True)}
+            waiting.append(scorers.submit(score_scan, case, maps, label, out / "predictions", o.save))
             collect(2 * o.workers)
         collect(0)
-        rows = in_turn(rows, 2 * len(outputs))
+        rows = in_turn(rows, len(COMPONENTS) * len(outputs) * (classes + (classes > 1)))
     if RANK > 0:
         return
 

@@ -230,7 +230,9 @@ def show(report: Report, method: Method, patches: Patches, labeled: int, done: i
             item = patches.middle(case)
             maps = {key: v[0].cpu().numpy() for key, v in method.maps(item["image"][None].to(device)).items()}
             label = item["label"].cpu().numpy() if "label" in item else None
-            picture = slice_picture(item["image"][0].cpu().numpy(), maps, label, f"{item['case']}, iteration {done}")
+            picture = slice_picture(
+                item["image"][0].cpu().numpy(), maps, label, f"{item['case']}, iteration {done}", method.options.classes
+            )
             report.picture(name, picture, done)
     method.train()
 
@@ -261,6 +263,7 @@ def main(argv: list[str] | None = None) -> None:
     cases, problems, labeled_batch = training_cases(
         Path(o.data), labeled=o.labeled, unlabeled=o.unlabeled, batch_size=o.batch_size,
         labeled_batch=o.labeled_batch, patch_size=o.patch_size, multiple=kind.side_multiple,
+        classes=method_options.classes,
     )  # fmt: skip
     if method.needs_unlabeled and labeled_batch == o.batch_size:
         raise UserError(

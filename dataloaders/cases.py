@@ -5,8 +5,8 @@ Layout of a data set, that of the left-atrium (LA) code bases:
     FOLDER/train.list, FOLDER/test.list          one case name a line; without them the published LA lists are used
     FOLDER/2018LA_Seg_Training Set/CASE/mri_norm2.h5   or   FOLDER/CASE/mri_norm2.h5   or   FOLDER/CASE.h5
 
-A case file holds `image` float (W,H,D), normalised, and `label` (W,H,D) of 0 and 1, which an unlabeled case may
-lack; the attribute `spacing` (mm along x, y, z) is optional.
+A case file holds `image` float (W,H,D), normalised, and `label` (W,H,D) of 0 and 1 (or 0..C), which an unlabeled case
+may lack; the attribute `spacing` (mm along x, y, z) is optional.
 """
 
 import math
@@ -41,11 +41,12 @@ class CaseError(Exception):
 
 @dataclass(frozen=True)
 class Case:
-    """A scan: its name, its file, and whether training may open its label."""
+    """A scan: its name, its file, whether training may open its label, and the largest value C that may stand there."""
 
     name: str
     path: Path
     labeled: bool
+    classes: int = 1
 
 
 def read_list(path: Path) -> list[str]:
@@ -104,7 +105,7 @@ def case_file(folder: Path, name: str) -> Path | None:
         return None
 
 
-def find_cases(folder: Path, names: Sequence[str], *, labeled: bool) -> tuple[list[Case], list[str]]:
+def find_cases(folder: Path, names: Sequence[str], *, labeled: bool, classes: int = 1) -> tuple[list[Case], list[str]]:
     """The cases that have a file, and a line for each that has none."""
     cases, problems = [], []
     for name in names:
@@ -112,7 +113,7 @@ def find_cases(folder: Path, names: Sequence[str], *, labeled: bool) -> tuple[li
         if path is None:
             problems.append(f"{name}: listed, but there is no {folder / name / FILE_NAME}")
         else:
-            cases.append(Case(name, path, labeled))
+            cases.append(Case(name, path, labeled, classes))
     return cases, problems
 
 
@@ -121,7 +122,7 @@ def read_case(case: Case) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None
 
     Raises:
         CaseError: not h5, cut short, no `image`, no `label` where one is needed, shapes that differ or are not 3D,
-            not-a-number or infinite or constant intensities, label values other than 0 and 1.
+            not-a-number or infinite or constant intensities, label values other than 0 to C.
     """
     try:
         with h5py.File(case.path, "r") as f:
@@ -154,12 +155,17 @@ def read_case(case: Case) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None
         raise CaseError(f"'image' is constant ({low:g})")
     if label is None:
         return image, None
-    if label.dtype.kind in "bu" and label.max() <= 1:  # the usual case, in a hundredth of the time
+    if label.dtype.kind in "bu" and label.max() <= case.classes:  # the usual case, in a hundredth of the time
         return image, label.astype(np.uint8, copy=False)
     values = np.unique(label)
-    if not np.isin(values, (0, 1)).all():
-        hint = "; 255 marks the atrium in the challenge's own files, divide by 255" if 255 in values else ""
-        raise CaseError(f"'label' holds {', '.join(f'{v:g}' for v in values[:6])} where only 0 and 1 may stand{hint}")
+    if not np.isin(values, range(case.classes + 1)).all():
+        allowed = "0 and 1" if case.classes == 1 else f"0 to {case.classes}"
+        hint = ""
+        if 255 in values:
+            hint = "; 255 marks the atrium in the challenge's own files, divide by 255"
+        elif np.isin(values, range(255)).all():
+            hint = f"; --classes {values[-1]:g} takes them all"
+        raise CaseError(f"'label' holds {', '.join(f'{v:g}' for v in values[:6])} where only {allowed} may stand{hint}")
     return image, label.astype(np.uint8, copy=False)
 
 

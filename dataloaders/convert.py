@@ -500,6 +500,8 @@ def summary(outcomes: Iterable[Outcome], lists: dict[str, list[str]], labeled: s
     lines.append(f"train.list: {first} labeled, then {len(train) - first} unlabeled; test.list: {len(lists['test'])}")
     values = Counter(value for outcome in outcomes for value in outcome.values)
     lines.append("label values: " + ", ".join(f"{v} in {n} cases" for v, n in sorted(values.items())))
+    if max(values, default=1) > 1:
+        lines.append(f"train on all of them with --classes {max(values)}, or keep some with --labels")
     orientations = Counter(outcome.orientation for outcome in outcomes if outcome.orientation)
     if len(orientations) > 1:
         shown = ", ".join(f"{code} in {n} cases" for code, n in sorted(orientations.items()))

@@ -36,7 +36,7 @@ class Checks:
     """CASE.json below a folder: a case whose file was read, found sound and need not be decoded again to know it.
 
     An entry counts while its source has the size and the time of change that it had before it was read; that of a
-    case without label does not count once the case is labeled.
+    case without label does not count once the case is labeled, nor one with more classes than now are asked for.
 
     Without a folder, or where it cannot be written, the entries last as long as this object.
     """
@@ -54,6 +54,8 @@ class Checks:
             entry = self._entries.get(case.name) or json.loads(self._path(case, "json").read_text())
             if entry["source"] != source or (case.labeled and not entry["both"]):
                 return None
+            if case.labeled and entry.get("classes", 1) > case.classes:
+                return None
             return self._kept(case, entry)
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -69,6 +71,7 @@ class Checks:
             "shape": image.shape,
             "image": digest(image),
             "both": None if label is None else digest(image, label),
+            "classes": 1 if label is None else max(int(label.max()), 1),
         }
         if self.folder is not None:
             try:

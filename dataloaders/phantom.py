@@ -1,10 +1,11 @@
 """Phantom atria: synthetic MR-like volumes in the layout of the LA set, for runs where no real data is at hand.
 
-    python -m dataloaders.phantom DEST [--seed 2021] [--train 40] [--test 8]
+    python -m dataloaders.phantom DEST [--seed 2021] [--train 40] [--test 8] [--classes 3]
 
 writes a set (or keeps the one that is there) and prints how far a global intensity threshold gets on its test cases.
 The blood of the atrium is as bright as that of a ventricle, an aorta and vessels beside it; what tells it apart is a
-thin dark wall and a smoother texture, which survive flips and quarter turns, and its size and place.
+thin dark wall and a smoother texture, which survive flips and quarter turns, and its size and place. Of several
+classes 1 is the atrium, 2 the ventricle and 3 the aorta.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from scipy import ndimage
 from skimage import measure
 
 Shape = tuple[int, int, int]
+MOST_CLASSES = 3
 SPACING = (1.0, 1.0, 1.0)
 
 
@@ -86,11 +88,12 @@ def _atrium(rng: np.random.Generator, shape: Shape, centre: np.ndarray) -> tuple
     return _largest(np.pad(label[2:-2, 2:-2, 2:-2], 2), connectivity=1), veins
 
 
-def phantom(seed: int, index: int, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
+def phantom(seed: int, index: int, shape: Shape, classes: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """Case `index` of the phantoms of `seed`, a pure function of its arguments.
 
     Returns the image, float32 (W,H,D) of zero mean and unit sd, and the label, uint8 (W,H,D) in {0, 1}: one
-    6-connected atrium that is clear of the border and, for shapes about 80 x 72 x 44, 6 to 14 % of the volume.
+    6-connected atrium that is clear of the border and, for shapes about 80 x 72 x 44, 6 to 14 % of the volume. With
+    `classes` 2 or 3 the same image with the ventricle labeled 2 and the aorta 3, where nothing lies over them.
     """
     rng = np.random.default_rng([seed, index])
     size = np.array(shape)
@@ -106,7 +109,9 @@ def phantom(seed: int, index: int, shape: Shape) -> tuple[np.ndarray, np.ndarray
     vessels = veins.copy()
     z = np.arange(shape[2])
     foot, lean = centre[:2] + size[:2] * (-0.15, rng.choice((-0.4, 0.4))), rng.uniform(-0.15, 0.15, 2)
-    _draw_tube(vessels, np.column_stack((foot + lean * (z - z.mean())[:, None], z)), np.full(len(z), rng.uniform(5, 7)))
+    aorta = np.zeros(shape, bool)
+    _draw_tube(aorta, np.column_stack((foot + lean * (z - z.mean())[:, None], z)), np.full(len(z), rng.uniform(5, 7)))
+    vessels |= aorta
     count = int(rng.integers(6, 11))
     _draw_tube(vessels, rng.uniform(0, 1, (count, 3)) * size, rng.uniform(2.5, 5, count))
 
@@ -128,7 +133,11 @@ def phantom(seed: int, index: int, shape: Shape) -> tuple[np.ndarray, np.ndarray
     signal = ndimage.gaussian_filter(signal.astype(np.float32), rng.uniform(0.6, 0.9))
     noise = rng.uniform(0.06, 0.11) * rng.standard_normal((2, *shape), dtype=np.float32)
     image = np.hypot(signal + noise[0], noise[1])
-    return ((image - image.mean()) / image.std()).astype(np.float32), label.astype(np.uint8)
+    found = label.astype(np.uint8)
+    for value, part in ((2, ventricle & ~vessels), (3, aorta)):
+        if value <= classes:
+            found[part & ~wall & ~label] = value
+    return ((image - image.mean()) / image.std()).astype(np.float32), found
 
 
 def case_shape(seed: int, index: int) -> Shape:
@@ -138,7 +147,7 @@ def case_shape(seed: int, index: int) -> Shape:
     return width, height, depth
 
 
-def make_phantom_set(folder: Path, *, seed: int = 2021, train: int = 40, test: int = 8) -> None:
+def make_phantom_set(folder: Path, *, seed: int = 2021, train: int = 40, test: int = 8, classes: int = 1) -> None:
     """Write `train` + `test` phantoms to `folder` as the LA set lies; a set that is there already is left alone.
 
     `folder/train.list` and `folder/test.list` name the cases, a line each; `folder/<case>/mri_norm2.h5` holds `image`
@@ -155,7 +164,7 @@ def make_phantom_set(folder: Path, *, seed: int = 2021, train: int = 40, test: i
     try:
         partial.mkdir(parents=True)
         for index, name in enumerate(names):
-            image, label = phantom(seed, index, case_shape(seed, index))
+            image, label = phantom(seed, index, case_shape(seed, index), classes)
             (partial / name).mkdir()
             with h5py.File(partial / name / "mri_norm2.h5", "w") as file:
                 file.create_dataset("image", data=image, compression="gzip")
@@ -204,12 +213,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=2021)
     parser.add_argument("--train", type=int, default=40, help="number of training cases")
     parser.add_argument("--test", type=int, default=8, help="number of test cases")
+    parser.add_argument(
+        "--classes", type=int, default=1, choices=range(1, MOST_CLASSES + 1), help="labels 0 to so many"
+    )
     args = parser.parse_args()
-    make_phantom_set(args.dest, seed=args.seed, train=args.train, test=args.test)
+    make_phantom_set(args.dest, seed=args.seed, train=args.train, test=args.test, classes=args.classes)
     cases = []
     for name in (args.dest / "test.list").read_text().split():
         with h5py.File(args.dest / name / "mri_norm2.h5") as file:
-            cases.append((file["image"][:], file["label"][:]))
+            cases.append((file["image"][:], file["label"][:] == 1))
     print(f"threshold: Dice {threshold_dice(cases):.3f}")
     print(f"threshold and largest component: Dice {threshold_dice(cases, largest_component=True):.3f}")
 

@@ -20,6 +20,7 @@ def training_cases(
     labeled_batch: int | None,
     patch_size: Sequence[int],
     multiple: int,
+    classes: int = 1,
 ) -> tuple[list[Case], list[str], int]:
     """The first `labeled` cases of train.list, then the unlabeled ones; what is wrong so far; labeled crops a batch.
 
@@ -61,8 +62,8 @@ def training_cases(
             f"--labeled-batch {labeled_batch} of --batch-size {batch_size} does not fit {len(others)} unlabeled cases. "
             "A batch has unlabeled crops exactly if there are unlabeled cases."
         )
-    cases, problems = find_cases(folder, train[:labeled], labeled=True)
-    more, more_problems = find_cases(folder, others, labeled=False)
+    cases, problems = find_cases(folder, train[:labeled], labeled=True, classes=classes)
+    more, more_problems = find_cases(folder, others, labeled=False, classes=classes)
     return cases + more, problems + more_problems, labeled_batch
 
 

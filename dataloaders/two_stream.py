@@ -79,7 +79,7 @@ class TwoStreamBatchSampler(Sampler[list[Slot]]):
 
 class Patches(Dataset[dict[str, Any]]):
     """Augmented crops: a Slot -> image (1,w,h,d) float32, case; for a labeled case label (w,h,d) uint8 and, if asked
-    for, sdm (1,w,h,d) float32 of the crop; and, with `other`, other_image and other_label of a second draw."""
+    for, sdm (C,w,h,d) float32 of the crop; and, with `other`, other_image and other_label of a second draw."""
 
     def __init__(
         self, volumes: Volumes, *, patch_size: Sequence[int], augment: str, seed: int, sdm: bool, other: bool = False
@@ -116,8 +116,10 @@ class Patches(Dataset[dict[str, Any]]):
         if label is not None:
             item["label"] = turn_and_flip(pad(label, margins), draw)
             if self.sdm:
-                distances = torch.from_numpy(signed_distance_map(item["label"].cpu().numpy()))
-                item["sdm"] = distances[None].to(image.device)
+                label = item["label"].cpu().numpy()
+                classes = range(1, self.volumes.cases[case].classes + 1)
+                distances = np.stack([signed_distance_map(label == c) for c in classes])
+                item["sdm"] = torch.from_numpy(distances).to(image.device)
         return item
 
 

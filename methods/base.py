@@ -7,10 +7,11 @@ from torch import Tensor, nn
 
 from networks.backbones import BACKBONES
 from networks.heads import STRIDE
+from utils.errors import UserError
 from utils.options import option
 
 Batch = dict[str, Any]
-"""image (N,1,W,H,D) float32, the L labeled items first; label (L,W,H,D) uint8; sdm (L,1,W,H,D) float32 if
+"""image (N,1,W,H,D) float32, the L labeled items first; label (L,W,H,D) uint8 of 0..C; sdm (L,C,W,H,D) float32 if
 `needs_sdm`; other_image and other_label if `needs_other_crop`; case: N names."""
 
 
@@ -37,15 +38,22 @@ class Method(nn.Module):
         """The method's own knobs, and what its networks are."""
 
         backbone: str = option("vnet", "encoder-decoder of every network", choices=list(BACKBONES))
+        classes: int = option(1, "C, to tell apart beside the background; labels hold 0..C", minimum=1, maximum=254)
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"paper": {}}
     """Preset name -> options (of the method or of the script) it sets; the first is the default."""
     uses_unlabeled: ClassVar[bool] = True
+    multiclass: ClassVar[bool] = False
+    """Whether it takes more than one class."""
     side_multiple: ClassVar[int] = STRIDE
     """Every side of a patch must be a multiple of this."""
 
     def __init__(self, options: Any, *, iterations: int):
         super().__init__()
+        if options.classes > 1 and not self.multiclass:
+            raise UserError(
+                f"--classes {options.classes}: this method knows one class. Others take more, as dtml, dtc and ua-mt."
+            )
         self.options = options
         self.iterations = iterations
 
@@ -74,15 +82,22 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def predict(self, image: Tensor, outputs: tuple[str, ...]) -> Tensor:
-        """image (N,1,W,H,D) -> foreground probabilities in [0,1], one channel per output: (N,len(outputs),W,H,D)."""
+        """image (N,1,W,H,D) -> foreground probabilities in [0,1], C channels per output: (N,len(outputs)*C,W,H,D)."""
         raise NotImplementedError
 
     def after_step(self, batch: Batch, iteration: int) -> None:
         """After the optimiser's step: an EMA teacher, a critic's own update. By default nothing."""
 
     def maps(self, image: Tensor) -> dict[str, Tensor]:
-        """image (N,1,W,H,D) -> name -> (N,W,H,D): what is worth looking at."""
+        """image (N,1,W,H,D) -> name -> (N,W,H,D): what is worth looking at, the C channels of a prediction first."""
         raise NotImplementedError
+
+
+def by_name(**found: Tensor) -> dict[str, Tensor]:
+    """name -> (N,C,W,H,D) as `maps` returns it: name -> (N,W,H,D), with several classes under name1..nameC."""
+    return {
+        name if x.shape[1] == 1 else f"{name}{c + 1}": x[:, c] for name, x in found.items() for c in range(x.shape[1])
+    }
 
 
 def labeled_part(x: Tensor, batch: Batch) -> Tensor:

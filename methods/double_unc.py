@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from methods.base import by_name
 from methods.mean_teacher import MeanTeacher
-from utils.losses import entropy, foreground_logits
+from utils.losses import entropy, probabilities
 from utils.options import option
 from utils.perturbation import monte_carlo
 
@@ -49,12 +50,12 @@ class DoubleUnc(MeanTeacher):
         return C, {"uncertainty/segmentation": U_s.detach().mean(), "uncertainty/feature": U_f.mean()}
 
     def bayesian_teacher(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """image (N,1,W,H,D) -> q and U_f of T stochastic passes, each (N,1,W,H,D) in [0,1]."""
+        """image (N,1,W,H,D) -> q (N,C,W,H,D) and U_f (N,1,W,H,D) of T stochastic passes, in [0,1]."""
         o = self.options
 
         def read(x: Tensor) -> list[Tensor]:
             maps = self.teacher.features(x)
-            p = foreground_logits(self.teacher.read(maps)["seg"]).sigmoid()
+            p = probabilities(self.teacher.read(maps)["seg"], o.classes)
             shares = [F_t.softmax(dim=1) for F_t in maps[BLOCKS[o.feature_blocks]]]
             return [y.unflatten(0, (-1, len(image))).sum(dim=0) for y in (p, *shares)]
 
@@ -62,9 +63,10 @@ class DoubleUnc(MeanTeacher):
         q, *cbar = (torch.stack(sums).sum(dim=0) / o.passes for sums in zip(*passes, strict=True))
         U_l = [-torch.xlogy(c, c).sum(dim=1, keepdim=True) / math.log(c.shape[1]) for c in cbar]
         full_size = [F.interpolate(U, size=image.shape[2:], mode="trilinear") for U in U_l]
-        U_f = torch.stack(full_size).mean(dim=0).clamp(0, 1) if full_size else torch.zeros_like(q)
+        U_f = torch.stack(full_size).mean(dim=0).clamp(0, 1) if full_size else torch.zeros_like(q[:, :1])
         return q, U_f
 
     def maps(self, image: Tensor) -> dict[str, Tensor]:
-        found = super().maps(image)
-        return {**found, "U_s": entropy(found["p"]) / math.log(2), "U_f": self.bayesian_teacher(image)[1].squeeze(1)}
+        p = self.predict(image, ("seg",))
+        U_s, U_f = entropy(p) / math.log(2), self.bayesian_teacher(image)[1]
+        return {**super().maps(image), **by_name(U_s=U_s, U_f=U_f)}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from methods.base import Batch, Losses
+from methods.base import Batch, Losses, by_name
 from methods.two_heads import TwoHeads
 from utils.losses import consistency_loss, live_share, sdm_to_mask
 from utils.options import option
@@ -50,5 +50,5 @@ class DTC(TwoHeads):
         return torch.cat([found[name] for name in outputs], dim=1)
 
     def maps(self, image: Tensor) -> dict[str, Tensor]:
-        found = super().maps(image)
-        return {**found, "m": sdm_to_mask(found["z"], self.options.k)}
+        q, z = self.heads(image)
+        return by_name(q=q, z=z, m=sdm_to_mask(z, self.options.k))

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from methods.base import Batch, Losses, Method, labeled_part
+from methods.base import Batch, Losses, Method, by_name, labeled_part
 from networks.backbones import BACKBONES
 from utils.ema import ema_decay, ema_update, make_teacher
-from utils.losses import consistency_loss, foreground_logits, hard_dice, seg_loss, weighted_sum
+from utils.losses import consistency_loss, hard_dice, probabilities, seg_loss, weighted_sum
 from utils.options import option
 from utils.perturbation import noisy
 from utils.ramps import RAMPS, ramp_up
@@ -28,10 +28,14 @@ ITEMS = ("all", "unlabeled")
 class MeanTeacher(Method):
     """A V-Net that learns from labels and from its own moving average."""
 
+    multiclass = True
+
     @dataclass
     class Options(Method.Options):
         filters: int = option(16, "channels of the first block of both V-Nets", minimum=1)
-        softmax: bool = option(False, "two softmax channels in place of one sigmoid, as the released code of UA-MT")
+        softmax: bool = option(
+            False, "p by a softmax over C+1 channels, as the released code of UA-MT, in place of C sigmoids"
+        )
         consistency_on: str = option("all", "crops on which student and teacher must agree", choices=ITEMS)
         lambda_max: float = option(0.1, "largest weight of the consistency", minimum=0)
         ramp: str = option("gaussian", "how lambda rises", choices=RAMPS)
@@ -42,7 +46,9 @@ class MeanTeacher(Method):
 
     def __init__(self, options: Options, *, iterations: int):
         super().__init__(options, iterations=iterations)
-        self.student = BACKBONES[options.backbone](heads={"seg": 2 if options.softmax else 1}, filters=options.filters)
+        self.student = BACKBONES[options.backbone](
+            heads={"seg": options.classes + options.softmax}, filters=options.filters
+        )
         self.teacher = make_teacher(self.student)
 
     @property
@@ -55,30 +61,32 @@ class MeanTeacher(Method):
 
     def forward(self, batch: Batch, iteration: int) -> Losses:
         o, image, label = self.options, batch["image"], batch["label"]
-        logits = foreground_logits(self.student(image)["seg"])
+        logits = self.student(image)["seg"]
+        p = probabilities(logits, o.classes)
         first = len(label) if o.consistency_on == "unlabeled" else 0
-        consistency, monitors = self.consistency(logits[first:].sigmoid(), image[first:], iteration)
-        terms = {"seg": seg_loss(labeled_part(logits, batch), label), "consistency": consistency}
+        consistency, monitors = self.consistency(p[first:], image[first:], iteration)
+        terms = {"seg": seg_loss(labeled_part(logits, batch), label, o.classes), "consistency": consistency}
         lambda_ = o.lambda_max * ramp_up(iteration, self.iterations, o.ramp)
-        monitors["dice/train_seg"] = hard_dice(labeled_part(logits.detach().sigmoid(), batch), label)
+        monitors["dice/train_seg"] = hard_dice(labeled_part(p.detach(), batch), label)
         return Losses(weighted_sum(terms, {"consistency": lambda_}), terms, {"lambda": lambda_}, monitors)
 
     def consistency(self, p: Tensor, image: Tensor, iteration: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """C of the student's p (N,1,W,H,D) for the image (N,1,W,H,D), and what is worth watching."""
+        """C of the student's p (N,C,W,H,D) for the image (N,1,W,H,D), and what is worth watching."""
         return consistency_loss(p, self.teach(noisy(image, self.options.noise))), {}
 
     @torch.no_grad()
     def teach(self, image: Tensor) -> Tensor:
         """The teacher's probabilities of the image as given, without gradient."""
-        return foreground_logits(self.teacher(image)["seg"]).sigmoid()
+        return probabilities(self.teacher(image)["seg"], self.options.classes)
 
     def after_step(self, batch: Batch, iteration: int) -> None:
         ema_update(self.teacher, self.student, ema_decay(iteration, self.options.ema_decay))
 
     def predict(self, image: Tensor, outputs: tuple[str, ...]) -> Tensor:
         networks = {"seg": self.student, "teacher": self.teacher}
-        return torch.cat([foreground_logits(networks[name](image)["seg"]).sigmoid() for name in outputs], dim=1)
+        found = [probabilities(networks[name](image)["seg"], self.options.classes) for name in outputs]
+        return torch.cat(found, dim=1)
 
     def maps(self, image: Tensor) -> dict[str, Tensor]:
-        p, q = self.predict(image, self.outputs).unbind(1)
-        return {"p": p, "teacher": q}
+        p, q = self.predict(image, self.outputs).chunk(2, dim=1)
+        return by_name(p=p, teacher=q)

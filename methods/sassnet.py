@@ -38,7 +38,9 @@ class SASSNet(TwoHeads):
 
     def __init__(self, options: Options, *, iterations: int):
         super().__init__(options, iterations=iterations)
-        self.adversary = Adversary(MapCritic(filters=4 * options.filters), lr=options.critic_lr)
+        self.adversary = Adversary(
+            MapCritic(filters=4 * options.filters, classes=options.classes), lr=options.critic_lr
+        )
 
     @property
     def needs_unlabeled(self) -> bool:

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from methods.base import Batch, Losses, Method, labeled_part
+from methods.base import Batch, Losses, Method, by_name, labeled_part
 from networks.backbones import BACKBONES
-from utils.losses import dice_loss, hard_dice, weighted_sum
+from utils.losses import dice_loss, hard_dice, probabilities, weighted_sum
 from utils.options import option
 
 
@@ -21,13 +21,16 @@ class TwoHeads(Method):
     @dataclass
     class Options(Method.Options):
         filters: int = option(16, "channels of the V-Net's first block", minimum=1)
+        softmax: bool = option(False, "q by a softmax over C+1 channels in place of C sigmoids")
         beta: float = option(0.3, "weight of the squared error of the signed distance map", minimum=0)
 
     options: Options
+    multiclass = True
 
     def __init__(self, options: Options, *, iterations: int):
         super().__init__(options, iterations=iterations)
-        self.network = BACKBONES[options.backbone](heads={"seg": 1, "sdm": 1}, filters=options.filters)
+        o = options
+        self.network = BACKBONES[o.backbone](heads={"seg": o.classes + o.softmax, "sdm": o.classes}, filters=o.filters)
 
     @property
     def needs_sdm(self) -> bool:
@@ -38,9 +41,9 @@ class TwoHeads(Method):
         return ("seg",)
 
     def heads(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """q in [0,1] and z in [-1,1], each (N,1,W,H,D)."""
+        """q in [0,1] and z in [-1,1], each (N,C,W,H,D)."""
         found = self.network(image)
-        return found["seg"].sigmoid(), found["sdm"]
+        return probabilities(found["seg"], self.options.classes), found["sdm"]
 
     def losses(
         self, q: Tensor, z: Tensor, batch: Batch, unsupervised: dict[str, Tensor], weight: float, **monitors: Tensor
@@ -61,4 +64,4 @@ class TwoHeads(Method):
 
     def maps(self, image: Tensor) -> dict[str, Tensor]:
         q, z = self.heads(image)
-        return {"q": q.squeeze(1), "z": z.squeeze(1)}
+        return by_name(q=q, z=z)

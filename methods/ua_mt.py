@@ -10,6 +10,7 @@ mean probability pbar and the entropy
 As the published command: C on unlabeled crops alone (`--consistency-on all` is nearer to the paper's sum over both).
 Here the teacher starts as a copy of the student, not from weights of its own (after one step both codes agree), and
 its batch-norm statistics are the student's average, so that it can be tested too; the released code leaves them.
+With several classes U is that of each class against all else, and each counts where it is certain itself.
 """
 
 import math
@@ -18,8 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from methods.base import by_name
 from methods.mean_teacher import ITEMS, MeanTeacher
-from utils.losses import entropy, foreground_logits, masked_mean
+from utils.losses import entropy, masked_mean, probabilities
 from utils.options import option
 from utils.perturbation import monte_carlo, noisy
 from utils.ramps import ramp_up
@@ -43,9 +45,9 @@ class UAMT(MeanTeacher):
         return masked_mean((p - q).square(), certain), {"certain_share": certain.mean()}
 
     def uncertainty(self, image: Tensor) -> Tensor:
-        """U of image (N,1,W,H,D), the entropy of the mean of T passes, (N,1,W,H,D) in [0, ln 2]."""
+        """U of image (N,1,W,H,D), the entropy of the mean of T passes, (N,C,W,H,D) in [0, ln 2]."""
         passes = monte_carlo(self.teacher, image, passes=self.options.passes, noise=self.options.noise)
-        found = [foreground_logits(x["seg"]).sigmoid().unflatten(0, (-1, len(image))) for x in passes]
+        found = [probabilities(x["seg"], self.options.classes).unflatten(0, (-1, len(image))) for x in passes]
         return entropy(torch.cat(found).mean(dim=0))
 
     def threshold(self, iteration: int) -> float:
@@ -53,4 +55,4 @@ class UAMT(MeanTeacher):
         return (0.75 + 0.25 * ramp_up(iteration, self.iterations)) * math.log(2)
 
     def maps(self, image: Tensor) -> dict[str, Tensor]:
-        return {**super().maps(image), "U": self.uncertainty(image).squeeze(1)}
+        return {**super().maps(image), **by_name(U=self.uncertainty(image))}

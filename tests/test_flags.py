@@ -169,6 +169,7 @@ TEACHER = {
 HEADS = {"filters": [("--filters 3", "")], "beta": [("--beta 1", "")]}
 OWN = {
     "dtml": {
+        "softmax": [("--softmax", "")],
         "filters": [("--filters 3", "")],
         "sdm_loss": [("--sdm-loss dis", ""), ("--sdm-loss both", ""), ("--sdm-loss both", "--sdm-loss dis --k 20")],
         "dis_weight": [("--dis-weight 2", "--sdm-loss both")],
@@ -212,12 +213,14 @@ OWN = {
         ],
     },
     "dtc": {
+        "softmax": [("--softmax", "")],
         **HEADS,
         "k": [("--k 20", "")],
         "lambda_max": [("--lambda-max 0.1", "")],
         "ramp": [("--ramp steps", "")],
     },
     "sassnet": {
+        "softmax": [("--softmax", "")],
         **HEADS,
         "adversarial_max": [("--adversarial-max 0.015", "")],
         "ramp": [("--ramp steps", "")],
@@ -261,6 +264,8 @@ OWN = {
 }
 for own in OWN.values():
     own.setdefault("backbone", [("--backbone uxnet", "")])
+for name, own in OWN.items():  # the others refuse it: test_classes.py
+    own["classes"] = [("--classes 2", "")] if METHODS[name].multiclass else []
 LEARNING = [("dtml", changed, beside) for pairs in SHARED.values() for changed, beside in pairs]
 LEARNING += [(m, f"--preset {preset}", "") for m in OWN if m != "dtml" for preset in list(METHODS[m].PRESETS)[1:]]
 LEARNING += [(m, changed, beside) for m, own in OWN.items() for pairs in own.values() for changed, beside in pairs]

@@ -211,9 +211,30 @@ def test_the_largest_component_and_the_report(world, tmp_path, monkeypatch, caps
     assert f"| two | 1 | {parts[1].sum()} |" in capsys.readouterr().out
 
 
-def test_label_map_weighs_the_classes_against_the_background():
-    p = np.array([[0.3, 0.6, 0.2, 0.45], [0.3, 0.3, 0.7, 0.4]], np.float32)
-    assert predict.label_map(p).tolist() == [0, 1, 2, 1] and predict.label_map(p[:1]).tolist() == [0, 1, 0, 0]
+def test_several_classes_are_predicted_each_in_its_place(tmp_path, monkeypatch):
+    """Two balls of different brightness: converted, trained on and predicted as labels 1 and 2."""
+    shape, places = (30, 28, 18), [to_physical(OBLIQUE, place) for place in ((8, 8, 5), (21, 19, 12))]
+    label = sum(c * ball(shape, OBLIQUE, place, 5.0) for c, place in enumerate(places, 1)).astype(np.uint8)
+    for i in range(3):
+        write(tmp_path / "s" / f"p{i}" / "image.nii.gz", (label + 0.01 * np.random.default_rng(i).random(shape)))
+        write(tmp_path / "s" / f"p{i}" / "label.nii.gz", 4 * label)
+    convert.main(["--source", str(tmp_path / "s"), "--out", str(tmp_path / "set"), "--labels", "4", "8"])
+    run = trained(tmp_path / "runs" / "two", tmp_path / "set", "--classes", "2")
+
+    source, _ = read_image(tmp_path / "s" / "p0" / "image.nii.gz")
+    edges = [(c - source.mean()) / source.std() for c in (0.5, 1.5)]
+    monkeypatch.setattr(
+        METHODS["dtml"],
+        "predict",
+        lambda self, x, outputs: torch.cat([(x > edges[0]) & (x < edges[1]), x >= edges[1]], 1).float(),
+    )
+    words = ["--probabilities", "uint8", "--report", str(tmp_path / "r.csv"), "--largest-component"]
+    out = predicted(run, [tmp_path / "s" / "p0" / "image.nii.gz"], tmp_path / "out", *words)
+    assert sorted(os.listdir(out)) == ["image.nii.gz", "image_probability_1.nii.gz", "image_probability_2.nii.gz"]
+    assert (read_label(out / "image.nii.gz")[0] == label).all()
+    assert (read_label(out / "image_probability_2.nii.gz")[0] == 255 * (label == 2)).all()
+    rows = list(csv.DictReader((tmp_path / "r.csv").open()))
+    assert [(row["class"], row["voxels"]) for row in rows] == [(str(c), str((label == c).sum())) for c in (1, 2)]
 
 
 @pytest.mark.parametrize(

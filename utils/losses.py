@@ -1,4 +1,9 @@
-"""The atoms of the losses. Probabilities and maps are (N,1,W,H,D) float, labels (N,W,H,D) of 0 and 1."""
+"""The atoms of the losses, for one class or several.
+
+Probabilities and maps are (N,C,W,H,D) float, a channel for each class but the background; labels (N,W,H,D) of 0..C.
+"""
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -7,19 +12,45 @@ from torch import Tensor
 EPSILON = 1e-5
 
 
+def by_class(p: Tensor, label: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """(N,1,W,H,D) of p and of Y, 1 where the label is this class and else 0, for each class."""
+    for c in range(p.shape[1]):
+        yield p[:, c : c + 1], (label == c + 1).unsqueeze(1).to(p.dtype)
+
+
 def dice_loss(p: Tensor, label: Tensor, weight: Tensor | float = 1.0) -> Tensor:
-    """1 - (2 sum pY + e) / (sum p^2 + sum Y^2 + e), summed over batch and space together; in [0,1].
+    """1 - (2 sum pY + e) / (sum p^2 + sum Y^2 + e), summed over batch and space together; in [0,1]. Mean over classes.
 
-    `weight`, of any shape that spreads over p, counts in every sum.
+    `weight`, of any shape that spreads over one class of p, counts in every sum.
     """
-    y = label.unsqueeze(1).to(p.dtype)
-    return 1 - (2 * (weight * p * y).sum() + EPSILON) / ((weight * (p * p + y)).sum() + EPSILON)
+    found = [
+        1 - (2 * (weight * p_c * y).sum() + EPSILON) / ((weight * (p_c * p_c + y)).sum() + EPSILON)
+        for p_c, y in by_class(p, label)
+    ]
+    return torch.stack(found).mean()
 
 
-def seg_loss(logits: Tensor, label: Tensor) -> Tensor:
-    """L_seg = 1/2 (cross-entropy + Dice) of p = sigmoid(logits)."""
-    cross_entropy = F.binary_cross_entropy_with_logits(logits, label.unsqueeze(1).to(logits.dtype))
-    return 0.5 * (cross_entropy + dice_loss(logits.sigmoid(), label))
+def seg_loss(logits: Tensor, label: Tensor, classes: int = 1) -> Tensor:
+    """L_seg = 1/2 (cross-entropy + Dice) of p = probabilities(logits, classes)."""
+    p = probabilities(logits, classes)
+    if exclusive(logits, classes):
+        return 0.5 * (F.cross_entropy(logits, label.long()) + dice_loss(p, label))
+    x = foreground_logits(logits) if classes == 1 else logits
+    y = torch.cat([y for _, y in by_class(x, label)], dim=1)
+    return 0.5 * (F.binary_cross_entropy_with_logits(x, y) + dice_loss(p, label))
+
+
+def exclusive(logits: Tensor, classes: int) -> bool:
+    """Whether the logits of several classes hold one of the background too, and so go through a softmax."""
+    return classes > 1 and logits.shape[1] == classes + 1
+
+
+def probabilities(logits: Tensor, classes: int = 1) -> Tensor:
+    """Foreground probabilities p (N,C,W,H,D) in [0,1]: the sigmoids of C channels, or of C+1, the background's first,
+    the softmax without the background's."""
+    if exclusive(logits, classes):
+        return logits.softmax(dim=1)[:, 1:]
+    return (foreground_logits(logits) if classes == 1 else logits).sigmoid()
 
 
 def sdm_to_mask(z: Tensor, k: float) -> Tensor:
@@ -67,10 +98,15 @@ def live_share(m: Tensor) -> Tensor:
 
 
 def hard_dice(p: Tensor, label: Tensor) -> Tensor:
-    """Dice coefficient of p > 0.5 against the label, over the whole batch; 1 when both are empty."""
-    a, b = (p > 0.5).squeeze(1), label > 0
-    total = a.sum() + b.sum()
-    return torch.where(total > 0, 2 * (a & b).sum() / total.clamp(min=1), torch.ones_like(total, dtype=torch.float32))
+    """Dice coefficient of p > 0.5 against the label, over the whole batch; 1 when both are empty. Mean over classes."""
+    found = []
+    for p_c, y in by_class(p, label):
+        a, b = p_c > 0.5, y > 0
+        total = a.sum() + b.sum()
+        found.append(
+            torch.where(total > 0, 2 * (a & b).sum() / total.clamp(min=1), torch.ones_like(total, dtype=torch.float32))
+        )
+    return torch.stack(found).mean()
 
 
 def dice_ce_loss(logits: Tensor, label: Tensor) -> Tensor:

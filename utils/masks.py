@@ -1,7 +1,20 @@
-"""Where the voxels of a mask are."""
+"""Masks and label maps: made of probabilities, and where their voxels are."""
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
+
+
+def label_map(p: Tensor) -> Tensor:
+    """Foreground probabilities (C,W,H,D) in [0,1] -> uint8 (W,H,D), the class 0..C of each voxel.
+
+    A voxel has one class alone, so what the classes leave of 1 is the background's. The largest counts, with one class
+    where p > 0.5.
+    """
+    if len(p) == 1:
+        return (p[0] > 0.5).to(torch.uint8)
+    return torch.cat([1 - p.sum(dim=0, keepdim=True), p]).argmax(dim=0).to(torch.uint8)
 
 
 def box_of(mask: NDArray[np.bool_], margin: int = 0) -> tuple[slice, ...]:

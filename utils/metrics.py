@@ -91,6 +91,14 @@ def largest_component(mask: NDArray) -> NDArray[np.bool_]:
     return kept
 
 
+def largest_components(found: NDArray, classes: int) -> NDArray[np.uint8]:
+    """A label map of 0..classes with the largest component of each class alone."""
+    kept = np.zeros(found.shape, np.uint8)
+    for c in range(1, classes + 1):
+        kept[largest_component(found == c)] = c
+    return kept
+
+
 def mean_and_sd(values: list[float]) -> tuple[float, float, int]:
     """Mean and sample standard deviation of the numbers among the values, and how many are not a number."""
     finite = np.asarray([v for v in values if not np.isnan(v)], float)

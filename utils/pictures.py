@@ -3,16 +3,19 @@
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+
+from utils.masks import label_map
 
 PREDICTION, LABEL = "#ffb000", "#00d0a0"
 
 
 def fixed_slice(label: NDArray | None, depth: int) -> int:
     """The z slice to show: the one with most label, or the middle one."""
-    return depth // 2 if label is None or not label.any() else int(label.sum(axis=(0, 1)).argmax())
+    return depth // 2 if label is None or not label.any() else int((label > 0).sum(axis=(0, 1)).argmax())
 
 
 def panels(
@@ -26,8 +29,8 @@ def panels(
 
     Args:
         image: (W,H) intensities, shown between their 1st and 99th percentile.
-        maps: name -> (W,H); 'z' is shown in blue (inside) to red over [-1,1], everything else in grey over [0,1].
-        contours: name -> (mask (W,H), colour), drawn on every panel.
+        maps: name -> (W,H); 'z' or z1, z2, ... in blue (inside) to red over [-1,1], everything else in grey over [0,1].
+        contours: name -> (label map (W,H), colour), each class drawn on every panel.
 
     Returns:
         (height, width, 3) picture.
@@ -40,12 +43,13 @@ def panels(
         look: dict[str, Any] = {"cmap": "gray", "vmin": 0, "vmax": 1}
         if name == "image":
             look["vmin"], look["vmax"] = np.percentile(values, (1, 99))
-        elif name == "z":
+        elif name.startswith("z"):
             look = {"cmap": "coolwarm", "vmin": -1, "vmax": 1}
         axes.imshow(values.T, origin="lower", interpolation="nearest", aspect="auto", **look)
-        for mask, colour in contours.values():
-            if mask.any() and not mask.all():
-                axes.contour(mask.T.astype(float), [0.5], colors=[colour], linewidths=1.2)
+        for found, colour in contours.values():
+            for mask in (found == c for c in np.unique(found) if c > 0):
+                if not mask.all():
+                    axes.contour(mask.T.astype(float), [0.5], colors=[colour], linewidths=1.2)
         axes.set_axis_off()
         axes.set_title(name, fontsize=10, pad=3)
     key = ", ".join(f"{name} {'orange' if colour == PREDICTION else 'green'}" for name, (_, colour) in contours.items())
@@ -54,10 +58,14 @@ def panels(
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def slice_picture(image: NDArray, maps: dict[str, NDArray], label: NDArray | None, title: str) -> NDArray[np.uint8]:
-    """One slice of an image (W,H,D), its maps and, where there is one, its label: the first map is the prediction."""
+def slice_picture(
+    image: NDArray, maps: dict[str, NDArray], label: NDArray | None, title: str, classes: int = 1
+) -> NDArray[np.uint8]:
+    """One slice of an image (W,H,D), its maps and, where there is one, its label: the first map, or as many as there
+    are classes, is the prediction."""
     z = fixed_slice(label, image.shape[-1])
-    contours = {"prediction": (next(iter(maps.values()))[..., z] > 0.5, PREDICTION)}
+    p = torch.from_numpy(np.stack([values[..., z] for values in list(maps.values())[:classes]]))
+    contours = {"prediction": (label_map(p).numpy(), PREDICTION)}
     if label is not None:
-        contours["label"] = (label[..., z] > 0, LABEL)
+        contours["label"] = (label[..., z], LABEL)
     return panels(image[..., z], {name: values[..., z] for name, values in maps.items()}, contours, title)

@@ -16,8 +16,16 @@ def downsample_image(image: Tensor, factor: int) -> Tensor:
 
 
 def downsample_label(label: Tensor, factor: int) -> Tensor:
-    """(W,H,D) of 0 and 1 -> majority of each cell, a tie counting as object; uint8."""
-    return label if factor == 1 else (_pool(label, factor) >= 0.5).to(torch.uint8)
+    """(W,H,D) of 0..C -> uint8: object where half of a cell is, a tie counting as object, of its most frequent class,
+    of equal ones the first."""
+    if factor == 1:
+        return label
+    found = (_pool(label > 0, factor) >= 0.5).to(torch.uint8)
+    classes = int(label.max())
+    if classes > 1:
+        shares = [_pool(label == c, factor) for c in range(1, classes + 1)]
+        found *= 1 + torch.stack(shares).argmax(dim=0).to(torch.uint8)
+    return found
 
 
 def upsample_probability(p: Tensor, factor: int, shape: tuple[int, ...]) -> Tensor:

@@ -64,6 +64,7 @@ def read_row(where: str, metric: str, component: str) -> dict[str, float]:
         with open(path, newline="", encoding="utf-8") as f:
             rows = list(csv.DictReader(f))
         output = output or rows[0]["output"]
+        rows = [row for row in rows if row.get("class", "mean") == "mean"]  # of several classes
         chosen = [row for row in rows if (row["output"], row["component"]) == (output, component)]
         values = {row["case"]: float(row[metric]) for row in chosen}
     except OSError as e:

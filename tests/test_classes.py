@@ -1,0 +1,269 @@
+"""Several classes: each is treated as one class alone would be, and the whole goes from labels to tables."""
+
+import csv
+import itertools
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+import torch.nn.functional as F
+from conftest import TINY, make_set, write_case
+from medpy.metric import binary
+from scipy import ndimage
+
+import test_la
+import train_dtml
+from dataloaders.cases import Case, CaseError, read_case
+from dataloaders.phantom import case_shape, phantom
+from methods import METHODS
+from networks.backbone import Backbone
+from networks.critics import MapCritic
+from utils.errors import UserError
+from utils.losses import dice_loss, hard_dice, probabilities, seg_loss
+from utils.masks import label_map
+from utils.metrics import largest_components
+from utils.options import fill
+from utils.resample import downsample_label
+from utils.sdm import signed_distance_map
+from utils.statistics import read_row
+
+SEVERAL = [name for name, kind in METHODS.items() if kind.multiclass]
+SHAPE = (24, 22, 18)
+
+
+def make_class_set(folder: Path, classes: int = 2) -> Path:
+    """The balls of conftest, each cut into parts along x that differ in brightness: classes 1 to `classes`."""
+    make_set(folder)
+    for path in sorted(folder.glob("*/mri_norm2.h5")):
+        with h5py.File(path, "r+") as f:
+            if "label" not in f:
+                continue
+            part = 1 + np.arange(SHAPE[0])[:, None, None] * classes // SHAPE[0]
+            label = f["label"][:] * part.astype(np.uint8)
+            f["label"][...] = label
+            f["image"][...] = f["image"][:] + 2 * label
+    return folder
+
+
+@pytest.fixture
+def label() -> torch.Tensor:
+    return torch.randint(4, (2, 6, 5, 4), generator=torch.Generator().manual_seed(0))
+
+
+def random_logits(channels: int) -> torch.Tensor:
+    return torch.randn(2, channels, 6, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(channels))
+
+
+def test_dice_loss_is_the_mean_of_what_each_class_has_alone(label):
+    p = random_logits(3).sigmoid()
+    alone = [dice_loss(p[:, c : c + 1], (label == c + 1).to(torch.uint8)) for c in range(3)]
+    assert dice_loss(p, label).item() == pytest.approx(sum(alone).item() / 3)
+    assert hard_dice(p, label).item() == pytest.approx(
+        np.mean([binary.dc((p[:, c] > 0.5).numpy(), (label == c + 1).numpy()) for c in range(3)])
+    )
+
+
+def test_softmax_has_the_background_for_a_channel_more(label):
+    x = random_logits(4)
+    p = probabilities(x, 3)
+    torch.testing.assert_close(p, torch.softmax(x, 1)[:, 1:])
+    picked = -torch.log_softmax(x, 1).gather(1, label[:, None]).mean()
+    assert seg_loss(x, label, 3).item() == pytest.approx(0.5 * (picked + dice_loss(p, label)).item())
+
+
+def test_sigmoids_are_one_binary_problem_for_each_class(label):
+    x = random_logits(3)
+    p = probabilities(x, 3)
+    torch.testing.assert_close(p, x.sigmoid())
+    of_each = [seg_loss(x[:, c : c + 1], (label == c + 1).to(torch.uint8)) for c in range(3)]
+    assert seg_loss(x, label, 3).item() == pytest.approx(sum(of_each).item() / 3)
+
+
+def test_one_class_of_two_channels_is_no_second_class(label):
+    """2 channels are background and foreground with --softmax, and two classes with --classes 2."""
+    x = random_logits(2)
+    torch.testing.assert_close(probabilities(x, 1), torch.softmax(x, 1)[:, 1:])
+    torch.testing.assert_close(probabilities(x, 2), x.sigmoid())
+
+
+def test_label_map_takes_the_likeliest_and_background_takes_what_is_left():
+    assert label_map(torch.tensor([0.5, 0.5001]).view(1, 2, 1, 1)).flatten().tolist() == [0, 1]
+    p = torch.tensor([[0.4, 0.4, 0.9, 0.1], [0.3, 0.1, 0.95, 0.2]]).view(2, 4, 1, 1)
+    assert label_map(p).flatten().tolist() == [1, 0, 2, 0]
+    x = random_logits(4)[0]
+    torch.testing.assert_close(label_map(torch.softmax(x, 0)[1:]).long(), x.argmax(0))
+
+
+def test_downsampling_keeps_what_fills_half_of_a_cell_and_names_its_most_frequent_class():
+    label = torch.randint(4, (6, 8, 4), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+    pooled = downsample_label(label, 2)
+    for cell in itertools.product(range(3), range(4), range(2)):
+        counts = np.bincount(label[tuple(slice(2 * i, 2 * i + 2) for i in cell)].flatten(), minlength=4)
+        expected = 1 + counts[1:].argmax() if counts[1:].sum() >= 4 else 0
+        assert pooled[cell].item() == expected
+    binary_label = (label > 1).to(torch.uint8)
+    torch.testing.assert_close(downsample_label(2 * binary_label, 2), 2 * downsample_label(binary_label, 2))
+
+
+def test_largest_component_of_each_class():
+    label = np.random.default_rng(0).choice(4, (20, 18, 16), p=(0.7, 0.1, 0.1, 0.1)).astype(np.uint8)
+    kept = largest_components(label, 3)
+    for c in (1, 2, 3):
+        found, _ = ndimage.label(label == c, np.ones((3, 3, 3)))
+        assert (kept == c).sum() == np.bincount(found.ravel())[1:].max()
+        assert not (kept == c)[label != c].any()
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+@pytest.mark.parametrize("name", SEVERAL)
+def test_the_classes_names_mean_nothing(name, softmax):
+    """Classes 1 and 2 swapped, in the labels, in the maps and in the heads: the same loss, to rounding."""
+    kind = METHODS[name]
+    words = {"classes": 3, "softmax": softmax, "filters": 2, "k": 10.0, "passes": 2}
+    torch.manual_seed(0)
+    method = kind(fill(kind.Options, words), iterations=10).double()
+    image = torch.randn(4, 1, 16, 16, 16, dtype=torch.float64)
+    label = torch.randint(4, (2, 16, 16, 16))
+    swapped = torch.tensor([0, 2, 1, 3])[label]
+
+    def loss(label: torch.Tensor) -> float:
+        sdm = np.stack([[signed_distance_map(one == c) for c in (1, 2, 3)] for one in label.numpy()])
+        batch = {"image": image, "label": label, "sdm": torch.from_numpy(sdm).double(), "case": list("abcd")}
+        torch.manual_seed(1)
+        return method(batch, 9).total.item()
+
+    before, other = loss(label), loss(swapped)
+    with torch.no_grad():
+        for critic in (m for m in method.modules() if isinstance(m, MapCritic)):
+            critic.map.weight.copy_(critic.map.weight[:, [1, 0, 2]].clone())
+        for network in (m for m in method.modules() if isinstance(m, Backbone)):
+            for head in network.heads.values():
+                first = len(head[0].weight) - 3
+                order = [*range(first), first + 1, first, first + 2]
+                head[0].weight.copy_(head[0].weight[order].clone())
+                head[0].bias.copy_(head[0].bias[order].clone())
+    assert loss(swapped) == pytest.approx(before, rel=1e-9)
+    assert abs(other - before) > 1e-6
+
+
+@pytest.mark.parametrize("name", ["dtml", "supervised", "ua-mt", "dtc"])
+def test_from_labels_to_tables(name, tmp_path, capsys):
+    """Trains, resumes nothing, tests: predictions hold 0 to 2, and every figure is medpy's of that class."""
+    data = make_class_set(tmp_path / "set")
+    more = ["--batch-size", "3"] if name == "ua-mt" else []
+    flags = [*TINY, "--classes", "2", "--iterations", "40", "--lr", "0.1", "--lr-steps", "--filters", "4", *more]
+    flags += ["--k", "10"] if name in ("dtml", "dtc") else []
+    flags[flags.index("--picture-every") + 1] = "40"
+    train_dtml.main(["--data", str(data), "--runs", str(tmp_path), "--name", "run", "--method", name, *flags])
+    assert len(list((tmp_path / "run" / "pictures").glob("*.png"))) == 1 + (name != "supervised")
+    capsys.readouterr()
+    test_la.main(["--checkpoint", str(tmp_path / "run"), "--threads", "1", "--stride", "8", "8", "8", "--save", "all"])
+    out = tmp_path / "run" / "test"
+    printed = capsys.readouterr().out
+    with open(out / "cases.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    outputs = METHODS[name](fill(METHODS[name].Options, {"classes": 2, "filters": 2}), iterations=1).outputs
+    assert len(rows) == 2 * len(outputs) * 2 * 3
+    assert [row["class"] for row in rows[:3]] == ["1", "2", "mean"]
+    seen = set()
+    for row in rows:
+        if row["component"] == "largest":
+            continue
+        path = out / "predictions" / row["output"] / f"{row['case']}.nii.gz"
+        found = sitk.GetArrayFromImage(sitk.ReadImage(str(path))).transpose(2, 1, 0)
+        seen |= set(np.unique(found).tolist())
+        label = read_case(Case(row["case"], data / row["case"] / "mri_norm2.h5", True, 2))[1]
+        dice = [binary.dc(found == c, label == c) if (found == c).any() else 0.0 for c in (1, 2)]
+        expected = np.mean(dice) if row["class"] == "mean" else dice[int(row["class"]) - 1]
+        assert float(row["dice"]) == pytest.approx(expected, abs=1e-6)
+    assert seen == {0, 1, 2} if name == "supervised" else {0} < seen <= {0, 1, 2}
+    assert "| output | component | class | Dice %" in printed
+    assert printed.count("| mean |") >= 2 * len(outputs)
+    values = read_row(f"{out}:{outputs[0]}", "dice", "all")
+    means = {
+        r["case"]: float(r["dice"])
+        for r in rows
+        if (r["output"], r["component"], r["class"]) == (outputs[0], "all", "mean")
+    }
+    assert values == means
+
+
+def test_a_scan_that_lacks_a_class_has_no_mean_distance_and_is_counted():
+    label = np.zeros((8, 8, 8), np.uint8)
+    label[1:4, 1:4, 1:4], label[5:7, 5:7, 5:7] = 1, 2
+    found = np.where(label == 1, label, 0)
+    one, two, mean = test_la.class_scores(found, label, 2, (1.0, 1.0, 2.0))
+    assert (one["dice"], two["dice"], mean["dice"]) == (1, 0, 0.5)
+    assert np.isnan(two["hd95"]) and np.isnan(mean["hd95"]) and one["hd95"] == 0
+    assert mean["label_voxels"] == 27 + 8
+    rows = [{"case": "a", "output": "seg", "component": "all", **score} for score in (one, two, mean)]
+    lines = test_la.table(rows).splitlines()
+    assert [line.split("|")[-2].strip() for line in lines[2:]] == ["0", "1", "1"]
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_one_class_has_no_class_column():
+    label = np.ones((4, 4, 4), np.uint8)
+    (score,) = test_la.class_scores(label, label, 1, (1.0, 1.0, 1.0))
+    assert "class" not in score and score["dice"] == 1
+
+
+@pytest.mark.parametrize("cache", ["ram", "disk", "none"])
+def test_more_classes_than_asked_for_are_refused_whatever_is_remembered(cache, tmp_path):
+    data = make_class_set(tmp_path / "set")
+    flags = ["--data", str(data), "--runs", str(tmp_path), *TINY, "--iterations", "1", "--cache", cache, "--k", "10"]
+    train_dtml.main([*flags, "--classes", "2", "--name", "two"])
+    with pytest.raises(UserError, match="holds 0, 1, 2 where only 0 and 1 may stand; --classes 2 takes them all"):
+        train_dtml.main([*flags, "--name", "one"])
+    train_dtml.main([*flags, "--classes", "3", "--name", "three"])
+
+
+def test_values_beyond_the_classes_are_named(tmp_path):
+    write_case(tmp_path / "a.h5", np.random.rand(4, 4, 4), np.full((4, 4, 4), 255, np.uint8))
+    with pytest.raises(CaseError, match=r"holds 255 where only 0 to 2 may stand; 255 marks the atrium"):
+        read_case(Case("a", tmp_path / "a.h5", True, 2))
+    write_case(tmp_path / "b.h5", np.random.rand(4, 4, 4), np.full((4, 4, 4), 1.5))
+    with pytest.raises(CaseError, match=r"holds 1.5 where only 0 to 2 may stand$"):
+        read_case(Case("b", tmp_path / "b.h5", True, 2))
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - set(SEVERAL)))
+def test_methods_of_one_class_say_so(name, tmp_path):
+    data = make_class_set(tmp_path / "set")
+    with pytest.raises(UserError, match="--classes 2: this method knows one class"):
+        train_dtml.main(["--data", str(data), "--runs", str(tmp_path), *TINY, "--method", name, "--classes", "2"])
+    assert not list(tmp_path.glob("*/last.pt"))
+
+
+def test_one_distance_map_for_each_class(tmp_path):
+    """The batch that DTC gets: channel c is the map of class c + 1 of its own crop."""
+    data = make_class_set(tmp_path / "set")
+    seen = {}
+
+    class Spy(METHODS["dtc"]):
+        def forward(self, batch, iteration):
+            seen.update(batch)
+            return super().forward(batch, iteration)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(METHODS, "dtc", Spy)
+        flags = [*TINY, "--method", "dtc", "--classes", "2", "--iterations", "1"]
+        train_dtml.main(["--data", str(data), "--runs", str(tmp_path), *flags])
+    assert seen["sdm"].shape == (2, 2, 16, 16, 16)
+    for label, maps in zip(seen["label"].numpy(), seen["sdm"].numpy(), strict=True):
+        for c in (1, 2):
+            np.testing.assert_array_equal(maps[c - 1], signed_distance_map(label == c))
+    assert F.one_hot(seen["label"].long(), 3).sum(dim=(0, 1, 2, 3)).min() > 0
+
+
+def test_phantoms_of_three_classes_are_the_same_images():
+    shape = case_shape(7, 0)
+    image, label = phantom(7, 0, shape)
+    for classes in (2, 3):
+        again, several = phantom(7, 0, shape, classes)
+        np.testing.assert_array_equal(again, image)
+        np.testing.assert_array_equal(several == 1, label == 1)
+        assert np.unique(several).tolist() == list(range(classes + 1))
