@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import SimpleITK as sitk
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
 from dataloaders.cases import Case, check_all, find_cases, lists_of, read_case, read_geometry
+from dataloaders.images import write_image
 from methods import Method
 from methods.released import RELEASED, load_trained
 from networks.backbone import PRECISIONS, set_precision
@@ -40,7 +40,7 @@ from utils.metrics import METRICS, largest_components, mean_and_sd, segmentation
 from utils.options import Parser, fill, option
 from utils.resample import downsample_image, upsample_probability
 from utils.run_folder import make_manifest, write_json
-from utils.sliding_window import WEIGHTINGS, sliding_window, windows
+from utils.sliding_window import WEIGHTINGS, refuse_window, sliding_window, windows
 
 STRIDE = (18, 18, 4)  # of the papers, on the full grid
 COMPONENTS = ("all", "largest")
@@ -119,7 +119,7 @@ def score_scan(
                 scores = class_scores(form, label, case.classes, geometry["spacing"])
             rows += [{"case": case.name, "output": output, "component": component, **score} for score in scores]
         if save != "none":
-            save_nifti(predictions / output / f"{case.name}.nii.gz", forms[save], geometry)
+            write_image(predictions / output / f"{case.name}.nii.gz", forms[save], geometry)
     return rows
 
 
@@ -138,18 +138,6 @@ def class_scores(found: NDArray, label: NDArray, classes: int, spacing: Sequence
     columns = {key: [score[key] for score in scores] for key in scores[0] if key != "class"}
     mean = {key: sum(values) if "voxels" in key else float(np.mean(values)) for key, values in columns.items()}
     return [*scores, {"class": MEAN, **mean}]
-
-
-def save_nifti(path: Path, found: NDArray[np.uint8], geometry: dict[str, Any]) -> None:
-    """Label map (W,H,D) -> NIfTI with the scan's spacing, and origin and direction where known."""
-    picture = sitk.GetImageFromArray(found.transpose(2, 1, 0))  # SimpleITK's arrays are z, y, x
-    picture.SetSpacing(geometry["spacing"])
-    picture.SetOrigin(geometry["origin"])
-    picture.SetDirection(geometry["direction"])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial.nii.gz")
-    sitk.WriteImage(picture, str(partial))
-    partial.replace(path)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -224,10 +212,7 @@ def main(argv: list[str] | None = None) -> None:
     patch_size = tuple(o.patch_size or trained["patch_size"])
     steps = (max(step // downsample, 1) for step in STRIDE)
     stride = tuple(o.stride or (min(step, side) for step, side in zip(steps, patch_size, strict=True)))
-    if any(side % method.side_multiple or side <= 0 for side in patch_size):
-        raise UserError(f"--patch-size {patch_size} must be multiples of {method.side_multiple}.")
-    if not all(0 < step <= side for step, side in zip(stride, patch_size, strict=True)):
-        raise UserError(f"--stride {stride} must lie between 1 and the patch size {patch_size}, or voxels are skipped.")
+    refuse_window(patch_size, stride, method.side_multiple)
     if state["iteration"] < trained["iterations"] and RANK == 0:
         done = f"{state['iteration']} of {trained['iterations']} iterations"
         print(f"warning: {path} is not finished: {done}.", file=sys.stderr)

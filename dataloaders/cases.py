@@ -194,16 +194,16 @@ def _header(f: h5py.File, name: str) -> h5py.Dataset:
     return dataset
 
 
-def read_geometry(case: Case) -> dict[str, tuple[float, ...]]:
+def read_geometry(case: Case, spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)) -> dict[str, tuple[float, ...]]:
     """spacing (mm along x, y, z), origin (mm) and direction (9 cosines, row by row), for a NIfTI of the case.
 
-    What the file's attributes do not tell is 0.625 mm for LA, else 1 mm; origin 0; axes along x, y, z.
+    What the file's attributes do not tell is 0.625 mm for LA, else `spacing`; origin 0; axes along x, y, z.
 
     Raises:
         CaseError: attributes that are not as many finite numbers, or a spacing that is not above 0.
     """
     known = {
-        "spacing": LA_SPACING if LA_SUBFOLDER in case.path.parts else (1.0, 1.0, 1.0),
+        "spacing": LA_SPACING if LA_SUBFOLDER in case.path.parts else spacing,
         "origin": (0.0, 0.0, 0.0),
         "direction": (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0),
     }

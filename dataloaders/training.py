@@ -1,10 +1,11 @@
 """From the flags that describe a training set to its cases."""
 
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dataloaders.cases import LA_FOLDER, PHANTOM_FOLDER, Case, find_cases, lists_of
+from dataloaders.cases import LA_FOLDER, PHANTOM_FOLDER, Case, CaseError, find_cases, lists_of, read_geometry
 from dataloaders.phantom import make_phantom_set
 from utils.distributed import RANK
 from utils.errors import UserError
@@ -64,3 +65,14 @@ def training_cases(
     cases, problems = find_cases(folder, train[:labeled], labeled=True, classes=classes)
     more, more_problems = find_cases(folder, others, labeled=False, classes=classes)
     return cases + more, problems + more_problems, labeled_batch
+
+
+def median_spacing(cases: Sequence[Case]) -> list[float] | None:
+    """Median spacing (mm along x, y, z) of the labeled cases, to which predict.py resamples a scan; None if a file does
+    not tell its own."""
+    try:
+        nan = float("nan")
+        spacings = [read_geometry(case, (nan, nan, nan))["spacing"] for case in cases if case.labeled]
+    except CaseError:
+        return None
+    return [float(statistics.median(along)) for along in zip(*spacings, strict=True)]

@@ -16,8 +16,10 @@ import torch
 from conftest import TINY, flat, make_set, method_words
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import predict
 import test_la
 import train_dtml
+from dataloaders import convert
 from dataloaders.two_stream import Patches
 from methods import METHODS
 from networks import backbone
@@ -36,7 +38,7 @@ class Trained:
     """The method's part of the checkpoint, with the state of a critic's optimiser if it has one."""
     deterministic: bool
     opened: int
-    """h5 files opened: at the start each twice, for its volumes and for its spacing."""
+    """h5 files opened: at the start each for its volumes and its spacing, a labeled one once more for the median."""
     processes: set[int]
     """Those that made crops."""
     recomputed: int
@@ -348,7 +350,7 @@ def kept_in(folder: str) -> int:
 
 HARMLESS: dict[str, tuple[str, Callable[[Trained], Any], Any]] = {
     # option: flags, what to look at, what to see there
-    "cache": ("--cache none --cache-folder checks", lambda r: r.opened, 2 * 8 + 3 * 4),
+    "cache": ("--cache none --cache-folder checks", lambda r: r.opened, 2 * 8 + 4 + 3 * 4),
     "cache_folder": ("--cache disk --cache-folder kept", lambda r: kept_in(flag_of(r, "--cache-folder")), 8),
     "workers": ("--workers 2", lambda r: (len(r.processes), os.getpid() in r.processes), (2, False)),
     "recompute": ("--recompute", lambda r: r.recomputed, 3 * 2 * 17),  # iterations, networks, blocks
@@ -393,7 +395,7 @@ def test_caches_give_the_same_result(words, run, tmp_path):
     words = f"--cache {words}".format(tmp=tmp_path)
     other = train(tmp_path / "runs", "--data", "set", *BASE, *words.split())
     assert same(other.weights, run().weights)
-    assert (other.opened == 2 * 8) == ("--workers" in words or "none" not in words)
+    assert (other.opened == 2 * 8 + 4) == ("--workers" in words or "none" not in words)
 
 
 @pytest.mark.parametrize("words", ["--cache none", "--workers 2"])
@@ -627,10 +629,14 @@ def help_of(main: Callable[[list[str]], None], argv: list[str], capsys: pytest.C
     return {flag: " ".join(text.split()) for flag, text in found.items()}
 
 
-@pytest.mark.parametrize("script", [*METHODS, "test"])
+OTHERS = {"test": test_la, "predict": predict, "convert": convert}
+
+
+@pytest.mark.parametrize("script", [*METHODS, *OTHERS])
 def test_help_lists_every_option_with_its_default(script, capsys):
-    if script == "test":
-        classes, shown = [test_la.Options], help_of(test_la.main, [], capsys)
+    if script in OTHERS:
+        classes, shown = [OTHERS[script].Options], help_of(OTHERS[script].main, [], capsys)
+        shown.pop("-o", None)  # of predict.py, the same as --out
     else:
         classes = [train_dtml.Options, METHODS[script].Options]
         shown = help_of(train_dtml.main, ["--method", script], capsys)
@@ -645,7 +651,9 @@ def test_help_lists_every_option_with_its_default(script, capsys):
             assert text.endswith("(default yes)" if default else "(default no)")
         elif default not in (None, "", []):
             assert text.endswith(f"(default {default:g})" if isinstance(default, float) else f"(default {default})")
-        elif f.name not in ("checkpoint", "resume", "from_diagnostic"):
+        elif f.name not in ("checkpoint", "resume", "from_diagnostic", "source") and (
+            script == "test" or f.name != "out"
+        ):
             assert "default" in text, f"{f.name} does not say what it is unless given"
 
 

@@ -14,7 +14,7 @@ FLOORS = {  # each imports only what is named: scripts > methods > networks, dat
     "methods": {"methods", "networks", "utils"},
     "scripts": {"methods", "networks", "dataloaders", "utils", "train_dtml", "test_la"},
 }
-OURS = {"utils", "networks", "dataloaders", "methods", "train_dtml", "test_la", "reproduce"}
+OURS = {"utils", "networks", "dataloaders", "methods", "train_dtml", "test_la", "predict", "reproduce"}
 
 
 PROGRAMS = {"utils/doctor.py"}  # a script by what it does, which nothing imports: see test_doctor.py

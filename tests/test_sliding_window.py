@@ -7,7 +7,7 @@ import torch
 
 from dataloaders.cases import find_cases, lists_of, read_case
 from utils.resample import downsample_image, downsample_label, upsample_probability
-from utils.sliding_window import gaussian_weights, padding, sliding_window, window_starts, windows
+from utils.sliding_window import gaussian_weights, padding, sliding_slabs, sliding_window, window_starts, windows
 
 PATCH, STRIDE = (112, 112, 80), (18, 18, 4)
 # Test cases of LA have these sizes; 1128 windows in all.
@@ -54,6 +54,44 @@ def test_the_batch_of_windows_changes_nothing(batch_size):
     network = torch.nn.Conv3d(1, 1, 3, padding=1)
     one = sliding_window(network, volume, (8, 8, 8), (3, 3, 3), batch_size=1)
     assert torch.allclose(one, sliding_window(network, volume, (8, 8, 8), (3, 3, 3), batch_size=batch_size), atol=1e-6)
+
+
+def windows_by_hand(predict, volume, patch, stride, batch_size, weights):
+    """Two sums as large as the volume, and every window added to them: no slabs."""
+    total, weight_sum = torch.zeros(2, *volume.shape), torch.zeros(volume.shape)
+    corners = windows(volume.shape, patch, stride)
+    for i in range(0, len(corners), batch_size):
+        boxes = [
+            tuple(slice(c, c + p) for c, p in zip(corner, patch, strict=True)) for corner in corners[i : i + batch_size]
+        ]
+        for box, p in zip(boxes, predict(torch.stack([volume[box] for box in boxes])[:, None]), strict=True):
+            total[:, *box] += p * weights
+            weight_sum[box] += weights
+    return total / weight_sum
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "gaussian"])
+@pytest.mark.parametrize("batch_size", [1, 3, 50])
+@pytest.mark.parametrize(
+    ("shape", "stride"), [((20, 17, 12), (3, 5, 2)), ((33, 8, 9), (8, 8, 8)), ((8, 30, 9), (4, 4, 4))]
+)
+@torch.no_grad()
+def test_slabs_are_bit_for_bit_the_whole_and_come_as_soon_as_they_are_done(shape, stride, batch_size, weighting):
+    volume, network, patch = torch.randn(*shape), torch.nn.Conv3d(1, 2, 3, padding=1), (8, 8, 8)
+    weights = gaussian_weights(patch) if weighting == "gaussian" else torch.ones(*patch)
+    words = {"batch_size": batch_size, "weighting": weighting}
+    expected = windows_by_hand(network, volume, patch, stride, batch_size, weights)
+    slabs = list(sliding_slabs(network, volume, patch, stride, **words))
+    assert torch.equal(torch.cat([slab for _, slab in slabs], 1), expected)
+    assert torch.equal(sliding_window(network, volume, patch, stride, **words), expected)
+    starts = window_starts(shape[0], patch[0], stride[0])
+    assert [start for start, _ in slabs] == starts and all(slab.shape[1] <= patch[0] for _, slab in slabs)
+
+
+def test_a_volume_smaller_than_the_patch_is_one_slab_without_its_padding():
+    volume = torch.randn(5, 30, 3)
+    slabs = list(sliding_slabs(lambda x: x + 1, volume, (8, 8, 8), (4, 4, 4)))
+    assert [start for start, _ in slabs] == [0] and torch.allclose(slabs[0][1][0], volume + 1, atol=1e-5)
 
 
 def test_padding_is_zero_and_its_smaller_half_comes_first():

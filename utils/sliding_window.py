@@ -2,11 +2,13 @@
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from utils.errors import UserError
 
 WEIGHTINGS = ("uniform", "gaussian")
 
@@ -34,6 +36,17 @@ def windows(shape: Sequence[int], patch_size: Sequence[int], stride: Sequence[in
     """Corners (x,y,z) of all windows of a volume, after padding to at least one patch."""
     axes = [window_starts(max(s, p), p, d) for s, p, d in zip(shape, patch_size, stride, strict=True)]
     return list(itertools.product(*axes))  # type: ignore[arg-type]
+
+
+def refuse_window(patch_size: Sequence[int], stride: Sequence[int], multiple: int) -> None:
+    """Raises UserError for a patch that a network cannot take, or a stride that skips voxels."""
+    if any(side % multiple or side <= 0 for side in patch_size):
+        raise UserError(f"--patch-size {tuple(patch_size)} must be multiples of {multiple}.")
+    if not all(0 < step <= side for step, side in zip(stride, patch_size, strict=True)):
+        raise UserError(
+            f"--stride {tuple(stride)} must lie between 1 and the patch size {tuple(patch_size)}, or voxels are "
+            "skipped."
+        )
 
 
 def gaussian_weights(patch_size: Sequence[int]) -> Tensor:
@@ -64,23 +77,63 @@ def sliding_window(
     Returns:
         (C,W,H,D) float32 on the image's device.
     """
+    slabs = sliding_slabs(predict, image, patch_size, stride, batch_size=batch_size, weighting=weighting)
+    whole = None
+    for start, slab in slabs:
+        if whole is None:
+            whole = slab.new_empty(len(slab), *image.shape)
+        whole[:, start : start + slab.shape[1]] = slab
+    assert whole is not None  # there is at least one window
+    return whole
+
+
+def sliding_slabs(
+    predict: Callable[[Tensor], Tensor],
+    image: Tensor,
+    patch_size: Sequence[int],
+    stride: Sequence[int],
+    *,
+    batch_size: int = 4,
+    weighting: str = "uniform",
+) -> Iterator[tuple[int, Tensor]]:
+    """The same numbers in slabs along x, each as soon as no window to come touches it.
+
+    Yields:
+        first x and (C,w,H,D) float32 on the image's device, one slab after the other; no more than a patch along x is
+        kept at a time.
+    """
     margins = padding(image.shape, patch_size)
     volume = pad(image, margins)
     corners = windows(volume.shape, patch_size, stride)
     weights = gaussian_weights(patch_size) if weighting == "gaussian" else torch.ones(*patch_size)
     weights = weights.to(volume.device)
-    total, weight_sum = None, torch.zeros_like(volume, dtype=torch.float32)
+    inner = [slice(before, side - after) for (before, after), side in zip(margins, volume.shape, strict=True)]
+    width = patch_size[0]
+    begin = 0  # x of the first voxel in the two sums, which end where the windows that begin there do
+    total, weight_sum = None, volume.new_zeros((width, *volume.shape[1:]), dtype=torch.float32)
     for i in range(0, len(corners), batch_size):
         boxes = [
             tuple(slice(c, c + p) for c, p in zip(corner, patch_size, strict=True))
             for corner in corners[i : i + batch_size]
         ]
-        maps = predict(torch.stack([volume[box] for box in boxes])[:, None]).float()
+        with torch.no_grad():
+            maps = predict(torch.stack([volume[box] for box in boxes])[:, None]).float()
         if total is None:
-            total = maps.new_zeros(maps.shape[1], *volume.shape)
-        for box, values in zip(boxes, maps, strict=True):
-            total[:, *box] += values * weights
-            weight_sum[box] += weights
+            total = maps.new_zeros(maps.shape[1], *weight_sum.shape)
+        for (x, *yz), values in zip(boxes, maps, strict=True):
+            done = x.start - begin
+            if done:  # windows come in the order of x
+                yield begin, (total[:, :done] / weight_sum[:done])[:, :, *inner[1:]]
+                total, weight_sum = _shifted(total, done, 1), _shifted(weight_sum, done, 0)
+                begin = x.start
+            total[:, :, *yz] += values * weights
+            weight_sum[:, *yz] += weights
     assert total is not None  # there is at least one window
-    inner = [slice(before, side - after) for (before, after), side in zip(margins, volume.shape, strict=True)]
-    return (total / weight_sum)[:, *inner]
+    left = slice(inner[0].start, inner[0].stop - begin)
+    yield begin, (total / weight_sum)[:, left, *inner[1:]]
+
+
+def _shifted(total: Tensor, by: int, axis: int) -> Tensor:
+    """The same shape: what lies from `by` on along the axis comes first, zeros after it."""
+    kept = total.narrow(axis, by, total.shape[axis] - by)
+    return torch.cat([kept, torch.zeros_like(total.narrow(axis, 0, by))], axis)

@@ -1,0 +1,356 @@
+"""Segments scans of any size and spacing with one or several checkpoints; no label is needed.
+
+    python predict.py --checkpoint runs/mine/dtml-16-seed1337 scan.nii.gz -o predictions
+    python predict.py --checkpoint RUN scans/*.nii.gz -o predictions --largest-component --report volumes.csv
+    python predict.py --checkpoint RUN1 RUN2 RUN3 scan.nrrd -o predictions --flips 8 --probabilities float32
+
+A scan is NIfTI (.nii, .nii.gz), NRRD, MetaImage or an h5 case. It is normalised to zero mean and unit variance over all
+its voxels, as `python -m dataloaders.convert` does it, resampled to the spacing of the training cases, predicted in
+windows, and brought back: the segmentation has the scan's own format, size, spacing, origin and direction (an h5 case
+is taken as normalised, and its segmentation is NIfTI). The last table on stdout tells each class's volume.
+"""
+
+import dataclasses
+import math
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from dataloaders.cases import CaseError
+from dataloaders.images import (
+    INTERPOLATORS,
+    WRITTEN_AS,
+    Geometry,
+    anti_alias,
+    ending_of,
+    grid_of_spacing,
+    moved,
+    normalise,
+    read_image,
+    resample,
+    scan_name,
+    write_image,
+)
+from methods import Method, restore
+from networks.backbone import PRECISIONS, set_precision
+from test_la import as_csv
+from utils.checkpoint import load_checkpoint, write_whole
+from utils.devices import choose_device, enough_memory, keep_freed_memory, refuse_precision, set_arithmetic
+from utils.errors import UserError, run
+from utils.masks import label_map
+from utils.metrics import largest_components
+from utils.options import Parser, fill, option
+from utils.resample import downsample_image, upsample_probability
+from utils.sliding_window import WEIGHTINGS, refuse_window, sliding_slabs, windows
+
+MIRRORED: list[tuple[int, tuple[int, ...]]] = [(0, ()), (0, (2,)), (0, (3,)), (0, (2, 3))]
+FLIPS = {1: MIRRORED[:1], 4: MIRRORED, 8: MIRRORED + [(1, axes) for _, axes in MIRRORED]}
+"""How many: quarter turns from x to y, then axes of (N,1,W,H,D) to flip."""
+SLAB = 64  # voxels along x that are brought back to the scan's grid at a time
+
+
+@dataclasses.dataclass
+class Options:
+    """None means: as the checkpoint was trained."""
+
+    checkpoint: list[str] = option(
+        [],
+        "run folders or .pt files of train_dtml.py, whose probabilities are averaged",
+        group="what",
+        type=str,
+        nargs="+",
+    )
+    out: str = option("", "folder of the segmentations; -o is the same", group="what")
+    output: str = option(
+        "",
+        "output of the method to take, of dtml: seg (M_s), sdm (M_d), mean (default the method's first)",
+        group="what",
+    )
+    spacing: list[float] | None = option(
+        None,
+        "mm along x, y, z to predict at (default the median of the training cases, or else the scan's own)",
+        group="what",
+        type=float,
+        nargs=3,
+        minimum=1e-3,
+    )
+    interpolation: str = option(
+        "linear", "of the intensities", group="what", choices=[k for k in INTERPOLATORS if k != "nearest"]
+    )
+    flips: int = option(
+        1, "flips and quarter turns in x-y to average: 4 flips, 8 with turns", group="what", choices=list(FLIPS)
+    )
+    patch_size: list[int] | None = option(
+        None,
+        "voxels of a window along x, y, z (default that of training)",
+        group="window",
+        type=int,
+        nargs=3,
+        minimum=1,
+    )
+    stride: list[int] | None = option(
+        None,
+        "step from window to window (default half the patch, so that each voxel is seen by eight windows)",
+        group="window",
+        type=int,
+        nargs=3,
+        minimum=1,
+    )
+    weighting: str = option("uniform", "how overlapping windows are averaged", group="window", choices=WEIGHTINGS)
+    batch_size: int | None = option(
+        None, "windows at a time (default 1, on a GPU 4)", group="window", type=int, minimum=1
+    )
+    largest_component: bool = option(False, "keep the largest 26-connected component of each class", group="results")
+    probabilities: str = option(
+        "none",
+        "write those too, NAME_probability; uint8 from 0 to 255",
+        group="results",
+        choices=("none", "float32", "uint8"),
+    )
+    report: str = option("", "CSV with the volume of each class in ml (default none)", group="results")
+    overwrite: bool = option(False, "replace results that are there", group="results")
+    precision: str = option("fp32", "of the convolutions", choices=(*PRECISIONS, "fp16"))
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    threads: int = option(0, "CPU threads; 0 leaves torch's choice", minimum=0)
+
+
+@dataclasses.dataclass
+class Model:
+    """One or several trained methods, and what they were trained on."""
+
+    methods: list[Method]
+    outputs: list[str]
+    """Of each method, the one that is taken."""
+    downsample: int
+    patch_size: tuple[int, ...]
+    spacing: tuple[float, ...] | None
+    """mm along x, y, z, or None for the scan's own."""
+    classes: int
+    flips: int
+
+    def predict(self, patches: Tensor) -> Tensor:
+        """(N,1,w,h,d) -> mean probability (N,C,w,h,d) over the methods and the flips."""
+        found = []
+        for turns, axes in FLIPS[self.flips]:
+            turned = patches.rot90(turns, (2, 3)).flip(axes)
+            for method, output in zip(self.methods, self.outputs, strict=True):
+                found.append(method.predict(turned, (output,)).float().flip(axes).rot90(-turns, (2, 3)))
+        return torch.stack(found).mean(0) if len(found) > 1 else found[0]
+
+
+def load_model(o: Options, device: torch.device) -> Model:
+    """The checkpoints' methods on the device.
+
+    Raises:
+        UserError: checkpoints that cannot be loaded or averaged, an unknown --output.
+    """
+    states = [load_checkpoint(Path(path)) for path in o.checkpoint]
+    trained = [state["options"] for state in states]
+    for state in states:
+        if state["iteration"] < state["options"]["iterations"]:
+            done = f"{state['iteration']} of {state['options']['iterations']} iterations"
+            print(f"warning: {state['file']} is not finished: {done}.", file=sys.stderr)
+    for name in ("downsample", "classes"):
+        found = {options.get(name, 1) for options in trained}
+        if len(found) > 1:
+            raise UserError(
+                f"the checkpoints differ in --{name}: {', '.join(map(str, sorted(found)))}. Average like with like."
+            )
+    sizes = {tuple(o.patch_size or options["patch_size"]) for options in trained}
+    if len(sizes) > 1:
+        raise UserError(f"the checkpoints were trained on patches of {sorted(sizes)}. Choose one by --patch-size.")
+    spacings = {tuple(o.spacing or state.get("spacing") or ()) for state in states}
+    if len(spacings) > 1:
+        raise UserError("the checkpoints were trained on scans of different spacings. Choose one by --spacing.")
+    (spacing,) = spacings
+    if not spacing:
+        print(
+            "warning: the checkpoint does not tell the spacing it was trained on; scans keep theirs.", file=sys.stderr
+        )
+    methods = [restore(state).to(device).eval() for state in states]
+    for method, options in zip(methods, trained, strict=True):
+        if o.output and o.output not in method.outputs:
+            raise UserError(f"--output {o.output} is none of {options['method']}'s: {' '.join(method.outputs)}.")
+        set_precision(method, o.precision, training=False)
+    outputs = [o.output or method.outputs[0] for method in methods]
+    return Model(
+        methods, outputs, trained[0]["downsample"], sizes.pop(), spacing or None, trained[0].get("classes", 1), o.flips
+    )
+
+
+def probability(model: Model, image: Tensor, predict: Callable[[Tensor], Tensor], **window: Any) -> NDArray[np.float32]:
+    """image (W,H,D) in the training's spacing -> probability of each class on that grid, (C,W,H,D), on the CPU.
+
+    On the device and beside the image itself only a slab of one patch along x is kept.
+    """
+    coarse = downsample_image(image, model.downsample)
+    p: Tensor | None = None
+    for start, slab in sliding_slabs(predict, coarse, **window):
+        if p is None:
+            p = torch.empty(len(slab), *coarse.shape)
+        p[:, start : start + slab.shape[1]] = slab
+    assert p is not None  # there is at least one window
+    return upsample_probability(p, model.downsample, tuple(image.shape)).numpy()
+
+
+def onto_scan(
+    p: NDArray[np.float32], grid: Geometry, shape: tuple[int, ...], geometry: Geometry
+) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Probabilities (C,w,h,d) on one grid -> first x and (C,n,H,D) of slab after slab of the scan's own grid."""
+    if grid is not geometry:
+        factors = np.array(geometry["spacing"]) / grid["spacing"]
+        p = np.stack([anti_alias(values, factors) for values in p]) if (factors > 1).any() else p
+    for start in range(0, shape[0], SLAB):
+        stop = min(start + SLAB, shape[0])
+        if grid is geometry:
+            yield start, p[:, start:stop]
+            continue
+        part = (stop - start, *shape[1:]), moved(geometry, (start, 0, 0))
+        yield start, np.stack([resample(values, grid, *part, smooth=False) for values in p])
+
+
+def predict_scan(model: Model, path: Path, o: Options, device: torch.device, window: dict[str, Any]) -> dict[str, Any]:
+    """Path -> label (W,H,D) uint8, probability (C,W,H,D) of the kind asked for or None, and geometry of the scan.
+
+    Raises:
+        CaseError: a scan that cannot be read or is constant.
+    """
+    source, geometry = read_image(path)
+    shape = source.shape
+    image = source if ending_of(path) == ".h5" else normalise(source)[0]
+    del source
+    size, grid = grid_of_spacing(shape, geometry, model.spacing)
+    if grid is not geometry:
+        image = resample(image, geometry, size, grid, o.interpolation)
+    coarse = [-(-side // model.downsample) for side in size]
+    count = len(windows(coarse, window["patch_size"], window["stride"]))
+    with tqdm(total=count, desc=scan_name(path), unit="window", disable=not sys.stderr.isatty()) as bar:
+
+        def predict(patches: Tensor) -> Tensor:
+            p = model.predict(patches)
+            bar.update(len(patches))
+            return p
+
+        p = probability(model, torch.from_numpy(image).to(device), predict, **window)
+    del image
+    label = np.empty(shape, np.uint8)
+    kept = None if o.probabilities == "none" else np.empty((len(p), *shape), o.probabilities)
+    for start, slab in onto_scan(p, grid, shape, geometry):
+        here = slice(start, start + slab.shape[1])
+        label[here] = label_map(torch.from_numpy(slab)).numpy()
+        if kept is not None:
+            kept[:, here] = slab if kept.dtype == np.float32 else np.rint(255 * slab)
+    if o.largest_component:
+        label = largest_components(label, model.classes)
+    return {"label": label, "probability": kept, "geometry": geometry}
+
+
+def results_of(path: Path, out: Path, probabilities: str, classes: int) -> list[Path]:
+    """The files that a scan's prediction becomes: the segmentation first, then a probability of each class."""
+    name, ending = scan_name(path), WRITTEN_AS[ending_of(path)]
+    numbers = [""] if classes == 1 else [f"_{number}" for number in range(1, classes + 1)]
+    more = [] if probabilities == "none" else [f"{name}_probability{number}{ending}" for number in numbers]
+    return [out / file for file in (name + ending, *more)]
+
+
+def refuse_scans(scans: list[Path], o: Options, classes: int) -> None:
+    """Raises UserError for scans that are not there or have one name, and for results that are there."""
+    missing = [str(path) for path in scans if not path.is_file()]
+    if missing or not scans:
+        what = f"there is no {', '.join(missing)}" if missing else "no scan is given"
+        raise UserError(f"{what}. Give files that end in {', '.join(WRITTEN_AS)}.")
+    twice = [name for name, count in Counter(map(scan_name, scans)).items() if count > 1]
+    if twice:
+        raise UserError(
+            f"two scans are called {', '.join(twice)}, and so would be what is written. Predict one at a time."
+        )
+    files = [file for path in scans for file in results_of(path, Path(o.out), o.probabilities, classes)]
+    there = [str(file) for file in (*files, *([Path(o.report)] if o.report else [])) if file.exists()]
+    if there and not o.overwrite:
+        raise UserError(f"{', '.join(there[:5])} exists already. Choose another --out, or --overwrite.")
+    if {file.resolve() for file in files} & {path.resolve() for path in scans}:
+        raise UserError(f"--out {o.out} is where the scans are: they would be replaced. Choose another folder.")
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: a line per scan and class."""
+    lines = ["| scan | class | voxels | ml |", "|---|---|---|---|"]
+    return "\n".join(lines + [f"| {r['scan']} | {r['class']} | {r['voxels']} | {r['ml']:.3f} |" for r in rows]) + "\n"
+
+
+@enough_memory("Lower --batch-size or --patch-size.")
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(
+        description=__doc__,
+        prog="predict.py",
+        usage="predict.py --checkpoint RUN [RUN ...] SCAN [SCAN ...] -o DIR [options]",
+    )
+    parser.add_dataclass(Options)
+    parser.add_argument("-o", dest="out", metavar="DIR", help="the same as --out")
+    # A scan is known by its ending wherever it stands, also behind the checkpoints.
+    words = parser.expand(argv)
+    scans = [Path(word) for word in words if not word.startswith("-") and ending_of(Path(word))]
+    o: Options = fill(
+        Options, parser.parse([word for word in words if word.startswith("-") or not ending_of(Path(word))])
+    )
+    for name in ("checkpoint", "out"):
+        if not getattr(o, name):
+            raise UserError(f"--{name} is missing. See --help.")
+    if o.threads:
+        torch.set_num_threads(o.threads)
+    device = choose_device(o.device)
+    set_arithmetic(deterministic=False)
+    keep_freed_memory()
+    refuse_precision(o.precision, device)
+
+    model = load_model(o, device)
+    stride = tuple(o.stride or (math.ceil(side / 2) for side in model.patch_size))
+    for method in model.methods:
+        refuse_window(model.patch_size, stride, method.side_multiple)
+    batch_size = o.batch_size or (4 if device.type == "cuda" else 1)
+    window = {"patch_size": model.patch_size, "stride": stride, "weighting": o.weighting, "batch_size": batch_size}
+    refuse_scans(scans, o, model.classes)
+
+    rows: list[dict[str, Any]] = []
+    refused: list[str] = []
+    for path in scans:
+        began = time.monotonic()
+        try:
+            found = predict_scan(model, path, o, device, window)
+        except CaseError as e:
+            refused.append(f"{path} {e}")
+            continue
+        label, geometry = found["label"], found["geometry"]
+        volumes = [label, *(() if found["probability"] is None else found["probability"])]
+        for file, volume in zip(results_of(path, Path(o.out), o.probabilities, model.classes), volumes, strict=True):
+            write_image(file, volume, geometry)
+        counts = np.bincount(label.ravel(), minlength=model.classes + 1)
+        for number in range(1, model.classes + 1):
+            voxels = int(counts[number])
+            ml = voxels * math.prod(geometry["spacing"]) / 1000
+            rows.append({"scan": scan_name(path), "class": number, "voxels": voxels, "ml": ml})
+        print(f"{path}: {time.monotonic() - began:.1f} s", file=sys.stderr)
+
+    if rows:
+        print(table(rows))
+    if rows and o.report:
+        Path(o.report).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(Path(o.report), as_csv(rows).encode())
+    if refused:
+        listing = "\n".join(f"  {line}" for line in refused)
+        raise UserError(
+            f"{len(refused)} of {len(scans)} scans were not predicted, the others are in {o.out}:\n{listing}"
+        )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,61 @@
+"""Scans in files, for the tests of own data: noisy bright balls on oblique, anisotropic grids."""
+
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+
+from dataloaders.images import Geometry, to_physical
+
+# Turned about all three axes and mirrored along the second: z, y, x angles of 0.5, -0.3 and 0.2 rad.
+_cz, _sz, _cy, _sy, _cx, _sx = np.cos(0.5), np.sin(0.5), np.cos(-0.3), np.sin(-0.3), np.cos(0.2), np.sin(0.2)
+_TURNED = (
+    np.array([[_cz, -_sz, 0], [_sz, _cz, 0], [0, 0, 1]])
+    @ np.array([[_cy, 0, _sy], [0, 1, 0], [-_sy, 0, _cy]])
+    @ np.array([[1, 0, 0], [0, _cx, -_sx], [0, _sx, _cx]])
+    @ np.diag([1.0, -1.0, 1.0])
+)
+OBLIQUE: Geometry = {
+    "spacing": (0.8, 1.0, 1.7),
+    "origin": (-31.5, 12.25, 103.75),
+    "direction": tuple(map(float, _TURNED.ravel())),
+}
+
+
+def picture_of(array: np.ndarray, geometry: Geometry) -> sitk.Image:
+    """What SimpleITK itself makes of an array (W,H,D), to write files by other code than that which is tested."""
+    picture = sitk.GetImageFromArray(np.ascontiguousarray(array.transpose(2, 1, 0)))
+    picture.SetSpacing(geometry["spacing"])
+    picture.SetOrigin(geometry["origin"])
+    picture.SetDirection(geometry["direction"])
+    return picture
+
+
+def write(path: Path, array: np.ndarray, geometry: Geometry = OBLIQUE) -> Path:
+    """A file of any format that SimpleITK writes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(picture_of(array, geometry), str(path))
+    return path
+
+
+def ball(shape: tuple[int, int, int], geometry: Geometry, centre: np.ndarray, radius: float) -> np.ndarray:
+    """uint8 (W,H,D), 1 within `radius` mm of a place in mm."""
+    index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1)
+    return (np.linalg.norm(to_physical(geometry, index) - centre, axis=-1) < radius).astype(np.uint8)
+
+
+def make_scans(
+    folder: Path, labeled: int = 4, unlabeled: int = 2, shape=(30, 28, 18), ending=".nii.gz"
+) -> list[np.ndarray]:
+    """images/ and labels/ with scans of a bright ball; returns the balls' places in mm."""
+    places = []
+    for i in range(labeled + unlabeled):
+        rng = np.random.default_rng(i)
+        geometry = {**OBLIQUE, "origin": tuple(rng.uniform(-50, 50, 3))}
+        places.append(to_physical(geometry, np.array(shape) / 2 + rng.uniform(-3, 3, 3)))
+        label = ball(shape, geometry, places[-1], 7.0)
+        image = 300 + 100.0 * label + 10 * rng.standard_normal(shape)
+        write(folder / "images" / f"patient{i}{ending}", image.astype(np.float32), geometry)
+        if i < labeled:
+            write(folder / "labels" / f"patient{i}{ending}", label, geometry)
+    return places

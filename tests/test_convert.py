@@ -1,0 +1,363 @@
+"""Own scans to a data set: every layout, what is done to intensities, labels and grids, and what is refused."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from conftest import TINY
+from scans import OBLIQUE, ball, make_scans, write
+
+import train_dtml
+from dataloaders import convert
+from dataloaders.cases import Case, find_cases, lists_of, read_case, read_geometry
+from dataloaders.convert import MARGINS, SMALLEST, Job, Source, crop_box, map_labels
+from dataloaders.images import read_image, to_physical
+from utils.errors import UserError
+
+SHAPE = (30, 28, 18)
+
+
+def converted(source: Path, out: Path, *words: str) -> Path:
+    convert.main(["--source", str(source), "--out", str(out), *words])
+    return out
+
+
+def read(out: Path, name: str, labeled: bool = True):
+    """image, label or None, geometry and attributes of a case."""
+    case = Case(name, out / name / "mri_norm2.h5", labeled)
+    with h5py.File(case.path) as f:
+        return *read_case(case), read_geometry(case), dict(f.attrs)
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("scans")
+    make_scans(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(scans, tmp_path_factory) -> Path:
+    return converted(scans, tmp_path_factory.mktemp("plain") / "set")
+
+
+def test_a_case_is_the_normalised_scan_with_its_geometry_and_where_it_came_from(scans, plain):
+    image, label, geometry, about = read(plain, "patient1")
+    source, found = read_image(scans / "images" / "patient1.nii.gz")
+    expected = (source.astype(float) - source.mean(dtype=float)) / source.std(dtype=float)
+    np.testing.assert_allclose(image, expected, atol=1e-4)
+    assert geometry == found and label.sum() > 500
+    assert about["source_image"] == "patient1.nii.gz" and len(about["source_label_sha256"]) == 64
+    assert tuple(about["source_size"]) == SHAPE and tuple(about["crop_corner"]) == (0, 0, 0)
+    assert about["mean"] == pytest.approx(source.mean(dtype=float)) and about["sd"] == pytest.approx(
+        source.std(dtype=float)
+    )
+    assert json.loads(about["settings"])["crop"] == "none"
+    with h5py.File(plain / "patient1" / "mri_norm2.h5") as f:
+        assert (f["image"].dtype, f["label"].dtype, f["image"].compression) == ("float32", "uint8", "gzip")
+
+
+def test_labeled_cases_come_first_and_unlabeled_ones_have_no_label(plain, capsys):
+    train, test = lists_of(plain)
+    assert sorted(train + test) == [f"patient{i}" for i in range(6)] and len(test) == 1
+    assert train[3:] == ["patient4", "patient5"] and test[0] not in ("patient4", "patient5")
+    with h5py.File(plain / "patient4" / "mri_norm2.h5") as f:
+        assert set(f) == {"image"} and "source_label" not in f.attrs
+
+
+def test_resampling_keeps_the_object_in_its_place(scans, tmp_path):
+    out = converted(scans, tmp_path / "set", "--spacing", "1", "1.5", "1.2")
+    for i, centre in enumerate(make_scans(tmp_path / "again")[:4]):
+        image, label, geometry, _ = read(out, f"patient{i}")
+        assert geometry["spacing"] == (1.0, 1.5, 1.2)
+        found = to_physical(geometry, np.argwhere(label)).mean(0)
+        assert np.linalg.norm(found - centre) < 0.3
+        truth = ball(image.shape, geometry, centre, 7) > 0
+        assert 2 * (truth & (label > 0)).sum() / (truth.sum() + label.sum()) > 0.88  # nearest voxels: a rough edge
+        assert image[truth].mean() > image[~truth].mean() + 1
+
+
+def test_interpolation_is_what_differs_between_linear_and_bspline(scans, tmp_path):
+    words = ["--spacing", "1", "1", "1"]
+    linear, bspline = (
+        read(converted(scans, tmp_path / how, *words, "--interpolation", how), "patient0")[0]
+        for how in ("linear", "bspline")
+    )
+    assert linear.shape == bspline.shape and 0 < np.abs(linear - bspline).mean() < 0.5 and linear.std() < bspline.std()
+
+
+def job(name: str = "a", crop: str = "label", seed: int = 1337) -> Job:
+    return Job(Source(name, Path(), None), Path(), crop, None, "linear", None, seed)
+
+
+def test_margins_around_the_label_are_drawn_from_seed_and_name_within_the_published_bounds():
+    image, label = np.zeros((300, 300, 200), np.float32), np.zeros((300, 300, 200), np.uint8)
+    label[90:210, 80:230, 60:150] = 1
+    drawn = set()
+    for i in range(40):
+        box, margins = crop_box(image, label, job(f"case{i}"))
+        assert (box, margins) == crop_box(image, label, job(f"case{i}"))
+        drawn.add(tuple(margins))
+        for axis, (low, high) in enumerate(((90, 210), (80, 230), (60, 150))):
+            before, after = margins[2 * axis : 2 * axis + 2]
+            assert MARGINS[axis][0] <= min(before, after) and max(before, after) <= MARGINS[axis][1]
+            assert box[axis] == slice(low - before, high + after)
+    assert len(drawn) == 40 and crop_box(image, label, job(seed=1)) != crop_box(image, label, job(seed=2))
+    for axis in range(6):  # every value within the bounds comes up
+        assert {m[axis] for m in drawn} <= set(range(MARGINS[axis // 2][0], MARGINS[axis // 2][1] + 1))
+        assert len({m[axis] for m in drawn}) >= 4
+
+
+@pytest.mark.parametrize("low", [(0, 0, 0), (150, 150, 100), (280, 285, 190), (3, 200, 95)])
+def test_a_crop_has_at_least_the_published_size_where_the_scan_has(low):
+    image, label = np.zeros((300, 300, 200), np.float32), np.zeros((300, 300, 200), np.uint8)
+    inside = tuple(slice(start, start + 10) for start in low)
+    label[inside] = 1
+    box, _ = crop_box(image, label, job())
+    assert all(s.stop - s.start >= side for s, side in zip(box, SMALLEST, strict=True)) and label[box].sum() == 1000
+    small, _ = crop_box(image[:90, :300, :88], np.ones((90, 300, 88), np.uint8), job())
+    assert small == (slice(0, 90), slice(0, 300), slice(0, 88))
+    assert crop_box(image, label, job(crop="label-xy"))[0] == (*box[:2], slice(0, 200))
+
+
+@pytest.mark.parametrize("crop", ["label", "foreground"])
+def test_a_crop_keeps_every_voxel_in_its_place(crop, tmp_path):
+    shape = (150, 140, 100)
+    label = np.zeros(shape, np.uint8)
+    label[60:80, 50:90, 40:60] = 1
+    image = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    image[20:130, 30:120, 10:90] += 20
+    for i in range(3):
+        write(tmp_path / "scans" / f"p{i}" / "image.nii.gz", image)
+        write(tmp_path / "scans" / f"p{i}" / "label.nii.gz", label)
+    out = converted(tmp_path / "scans", tmp_path / "set", "--crop", crop)
+    corners = set()
+    for name in ("p0", "p1", "p2"):
+        cut, cut_label, geometry, about = read(out, name)
+        corner = np.array(about["crop_corner"])
+        assert about["crop"] == crop and cut.shape < shape and cut_label.sum() == label.sum()
+        corners.add(tuple(corner))
+        np.testing.assert_allclose(to_physical(geometry, (0, 0, 0)), to_physical(OBLIQUE, corner), atol=1e-4)
+        box = tuple(slice(a, a + n) for a, n in zip(corner, cut.shape, strict=True))
+        np.testing.assert_allclose(cut, ((image - image.mean(dtype=float)) / image.std(dtype=float))[box], atol=1e-4)
+    if crop == "foreground":
+        assert corners == {(20, 30, 10)} and cut.shape == (110, 90, 80)
+    else:
+        assert len(corners) == 3
+
+
+def test_processes_change_nothing_and_what_is_there_is_left_alone(scans, plain, tmp_path, capsys):
+    out = converted(scans, tmp_path / "set", "--workers", "2")
+    files = sorted(str(path.relative_to(plain)) for path in plain.rglob("*") if path.is_file())
+    assert files == sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()) and len(files) == 8
+    assert all((plain / name).read_bytes() == (out / name).read_bytes() for name in files)
+    before = {name: (out / name).stat().st_mtime_ns for name in files if name.endswith(".h5")}
+    capsys.readouterr()
+    converted(scans, out)
+    assert "0 converted, 6 already there, 0 refused" in capsys.readouterr().out
+    assert before == {name: (out / name).stat().st_mtime_ns for name in before}
+
+
+def test_what_was_made_from_something_else_or_in_another_way_is_refused(tmp_path):
+    make_scans(tmp_path / "scans")
+    out = converted(tmp_path / "scans", tmp_path / "set")
+    with pytest.raises(
+        UserError, match=r"6 of 6 scans .*\n.*spacing: None before, \[1.0, 1.0, 1.0\] now.* another --out"
+    ):
+        converted(tmp_path / "scans", out, "--spacing", "1", "1", "1")
+    write(tmp_path / "scans" / "images" / "patient2.nii.gz", np.random.random(SHAPE))
+    write(tmp_path / "scans" / "labels" / "patient2.nii.gz", np.zeros(SHAPE, np.uint8))
+    with pytest.raises(UserError, match=r"1 of 6 scans were refused.*\n  patient2: .*source_image_sha256: .* before"):
+        converted(tmp_path / "scans", out)
+    (out / "patient2" / "mri_norm2.h5").write_text("half")
+    with pytest.raises(UserError, match=r"is no whole h5 file. Move it away"):
+        converted(tmp_path / "scans", out)
+
+
+def test_good_scans_are_there_when_others_are_refused_and_lists_only_grow(tmp_path, capsys):
+    make_scans(tmp_path / "scans", labeled=5)
+    bad = tmp_path / "scans" / "images" / "patient5.nii.gz"
+    kept = bad.read_bytes()
+    bad.write_bytes(kept[:900])
+    with pytest.raises(
+        UserError, match=r"1 of 7 scans were refused, the others are in .*set:\n  patient5: .*is cut short"
+    ):
+        converted(tmp_path / "scans", tmp_path / "set")
+    assert "6 converted, 0 already there, 1 refused" in capsys.readouterr().out
+    train, test = lists_of(tmp_path / "set")
+    assert len(train) + len(test) == 6 and not find_cases(tmp_path / "set", train + test, labeled=True)[1]
+    bad.write_bytes(kept)
+    converted(tmp_path / "scans", tmp_path / "set")
+    assert lists_of(tmp_path / "set") == ([*train[:-1], "patient5", "patient6"], test)
+    (tmp_path / "set" / "train.list").write_text("other\n")
+    with pytest.raises(UserError, match=r"train.list names other, which this command would not put there"):
+        converted(tmp_path / "scans", tmp_path / "set")
+    assert not list((tmp_path / "set").rglob("*.partial"))
+
+
+def test_the_split_is_drawn_from_the_seed_and_its_share(scans, tmp_path):
+    sizes = {
+        share: len(lists_of(converted(scans, tmp_path / share, "--test-share", share))[1])
+        for share in ("0", "0.5", "1")
+    }
+    assert sizes == {"0": 1, "0.5": 2, "1": 3}  # at least one to train on and one to test on
+    drawn = {lists_of(converted(scans, tmp_path / f"s{seed}", "--seed", str(seed)))[1][0] for seed in range(5)}
+    assert len(drawn) > 1
+
+
+def test_nnu_net_folders(tmp_path, capsys):
+    make_scans(tmp_path / "made", labeled=4, unlabeled=2)
+    for old, split, ending in (("images", "images", "_0000"), ("labels", "labels", "")):
+        for path in (tmp_path / "made" / old).iterdir():
+            name = path.name.removesuffix(".nii.gz")
+            part = "Ts" if name in ("patient3", "patient5") else "Tr"
+            (tmp_path / "nnu" / f"{split}{part}").mkdir(parents=True, exist_ok=True)
+            path.rename(tmp_path / "nnu" / f"{split}{part}" / f"{name}{ending}.nii.gz")
+    out = converted(tmp_path / "nnu", tmp_path / "set")
+    assert lists_of(out) == (["patient0", "patient1", "patient2", "patient4"], ["patient3"])
+    assert "left out: 1 scans of" in capsys.readouterr().err
+    with pytest.raises(UserError, match="--test-share is given, but the source tells"):
+        converted(tmp_path / "nnu", tmp_path / "other", "--test-share", "0.5")
+
+
+def test_a_csv_names_files_labels_splits_and_cases(tmp_path):
+    make_scans(tmp_path / "made", ending=".nrrd")
+    rows = ["image,label,split,name"]
+    for i in range(6):
+        label = f"made/labels/patient{i}.nrrd" if i < 4 else ""
+        rows.append(f"made/images/patient{i}.nrrd,{label},{'test' if i == 1 else 'train'},P{i}")
+    (tmp_path / "scans.csv").write_text("\n".join(rows))
+    out = converted(tmp_path / "scans.csv", tmp_path / "set")
+    assert lists_of(out) == (["P0", "P2", "P3", "P4", "P5"], ["P1"])
+    assert read(out, "P1")[3]["source_image"] == "patient1.nrrd"
+
+
+def test_label_values_are_kept_mapped_or_refused():
+    label = np.array([0, 1, 3, 7, 3]).reshape(5, 1, 1)
+    assert map_labels(label, None).ravel().tolist() == [0, 1, 3, 7, 3]
+    assert map_labels(label, (7, 3)).ravel().tolist() == [0, 0, 2, 1, 2]
+    assert map_labels(255 * (label == 3), None).ravel().tolist() == [0, 0, 1, 0, 1]
+    assert map_labels(1000 * label, (3000,)).ravel().tolist() == [0, 0, 1, 0, 1]
+    with pytest.raises(
+        convert.CaseError, match=r"has the label values 0 1000 3000 7000. Name those you mean by --labels"
+    ):
+        map_labels(1000 * label, None)
+
+
+def test_labels_of_several_values_reach_the_case(tmp_path, capsys):
+    for i in range(3):
+        label = (
+            ball(SHAPE, OBLIQUE, to_physical(OBLIQUE, (10, 14, 9)), 4) * 3
+            + ball(SHAPE, OBLIQUE, to_physical(OBLIQUE, (22, 14, 9)), 4) * 7
+        )
+        write(tmp_path / "s" / f"p{i}" / "image.mha", np.random.default_rng(i).random(SHAPE))
+        write(tmp_path / "s" / f"p{i}" / "label.mha", label.astype(np.int16))
+    converted(tmp_path / "s", tmp_path / "set", "--labels", "7", "3")
+    assert "label values: 1 in 3 cases, 2 in 3 cases" in capsys.readouterr().out
+    with h5py.File(tmp_path / "set" / "p0" / "mri_norm2.h5") as f:
+        assert set(np.unique(f["label"])) == {0, 1, 2}
+        np.testing.assert_allclose(np.argwhere(f["label"][()] == 1).mean(0), (22, 14, 9), atol=0.3)
+
+
+def spoil(folder: Path, what: str) -> None:
+    """One of the four labeled scans, patient0, made bad."""
+    image, label = folder / "images" / "patient0.nii.gz", folder / "labels" / "patient0.nii.gz"
+    _, geometry = read_image(image)
+    if what == "shape":
+        write(label, np.ones((30, 28, 17), np.uint8), geometry)
+    elif what == "origin":
+        write(label, np.ones(SHAPE, np.uint8), {**geometry, "origin": (0.0, 0.0, 0.0)})
+    elif what == "fraction":
+        write(label, np.full(SHAPE, 0.5, np.float32), geometry)
+    elif what == "constant":
+        write(image, np.full(SHAPE, 5, np.float32), geometry)
+    elif what == "empty":
+        write(label, np.zeros(SHAPE, np.uint8), geometry)
+
+
+@pytest.mark.parametrize(
+    ("what", "words", "message"),
+    [
+        ("shape", (), r"labels/patient0.nii.gz lies on another grid than .*\(30, 28, 17\) voxels"),
+        ("origin", (), r"lies on another grid .*origin 0 0 0.* Resample the label onto the scan"),
+        ("fraction", (), r"labels/patient0.nii.gz holds 0.5, and labels are integers"),
+        ("constant", (), r"is constant \(5\)"),
+        ("empty", ("--crop", "label"), "has an empty label to crop around. Use --crop foreground or --crop none"),
+        ("", ("--crop", "label"), "patient4: has no label to crop around"),
+    ],
+)
+def test_a_scan_that_cannot_be_used_is_refused_with_its_reason(what, words, message, tmp_path):
+    make_scans(tmp_path / "scans")
+    spoil(tmp_path / "scans", what)
+    with pytest.raises(UserError, match=message):
+        converted(tmp_path / "scans", tmp_path / "set", *words)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda t: None, "scans does not exist. Give a folder of scans or a CSV"),
+        (lambda t: (t / "scans" / "x").mkdir(parents=True), "holds no scans in a known layout"),
+        (lambda t: write(t / "scans" / "labels" / "a.nii", np.ones((3, 3, 3))), "1 labels have no scan in"),
+        (lambda t: [write(t / "scans/images" / f"a{e}", np.ones((3,) * 3)) for e in (".nii", ".mha")], "have one name"),
+        (lambda t: [write(t / f"scans/imagesTr/a_000{c}.nii", np.ones((3, 3, 3))) for c in "01"], "several channels"),
+        (lambda t: make_scans(t / "scans", labeled=1), "0 labeled cases to train on and 0 to test on|1 labeled cases"),
+        (lambda t: (t / "scans").write_text("image,mask\na,b\n"), "has the columns image, mask. Use image and"),
+        (lambda t: (t / "scans").write_text("image,split\na.nii,validate\n"), "line 2: an image is needed"),
+        (lambda t: (t / "scans").write_text("image\na.nii\nb/a.nii\n"), "names a twice"),
+        (lambda t: (t / "scans").write_text("image,name\na.nii,b/../c\n"), "which no case can be called"),
+        (lambda t: (t / "scans").write_text("image,label,split\na.nii,,test\nb.nii,b,train\n"), "cannot be tested on"),
+        (lambda t: (t / "scans").write_bytes(b"\xff\xfe\x00"), "cannot read .*It must be a CSV"),
+    ],
+)  # fmt: skip
+def test_sources_that_make_no_set_are_refused(make, message, tmp_path):
+    make(tmp_path)
+    with pytest.raises(UserError, match=message):
+        converted(tmp_path / "scans", tmp_path / "set")
+    assert not (tmp_path / "set").exists()
+
+
+def test_flags_that_make_no_sense_are_refused(scans, tmp_path):
+    for words, message in (
+        (["--source", str(scans)], "--out is missing"),
+        (["--out", "x"], "--source is missing"),
+        (["--source", str(scans), "--out", str(tmp_path), "--labels", "1", "1"], "--labels names a value twice"),
+        (["--source", str(scans), "--out", str(tmp_path), "--spacing", "0", "1", "1"], "below 0.001"),
+    ):
+        with pytest.raises(UserError, match=message):
+            convert.main(words)
+
+
+def test_every_flag_is_tested_here():
+    tested = {"source", "out", "spacing", "interpolation", "labels", "crop", "test_share", "seed", "workers"}
+    assert {f.name for f in dataclasses.fields(convert.Options)} == tested
+
+
+@pytest.mark.la
+def test_the_challenge_s_folders_become_the_la_layout_that_is_trained_on(la, tmp_path):
+    """Real volumes in larger frames of air, as NRRD with labels of 255, come back as they were, all slices kept."""
+    names = [*lists_of(la)[0][:3], lists_of(la)[1][0]]
+    frame = np.array([(20, 30), (25, 20), (0, 0)])
+    sources = {}
+    for case in find_cases(la, names, labeled=True)[0]:
+        image, label = read_case(case)
+        sources[case.name] = np.pad(100 * image + 1000, frame), np.pad(label, frame)
+        geometry = {"spacing": (0.625,) * 3, "origin": (1.0, 2.0, 3.0), "direction": (1.0, 0, 0, 0, 1, 0, 0, 0, 1)}
+        write(tmp_path / "scans" / case.name / "lgemri.nrrd", sources[case.name][0], geometry)
+        write(tmp_path / "scans" / case.name / "laendo.nrrd", 255 * sources[case.name][1], geometry)
+    out = converted(tmp_path / "scans", tmp_path / "set")
+    assert lists_of(out) == (names[:3], names[3:])
+    for name, (image, label) in sources.items():
+        found, found_label, geometry, about = read(out, name)
+        box = tuple(slice(a, a + n) for a, n in zip(about["crop_corner"], found.shape, strict=True))
+        assert found.shape[2] == 88 == image.shape[2] and found.shape[0] >= 112 <= found.shape[1]
+        assert (found_label == label[box]).all() and found_label.sum() == label.sum() and about["crop"] == "label-xy"
+        np.testing.assert_allclose(found, ((image - image.mean(dtype=float)) / image.std(dtype=float))[box], atol=1e-3)
+        np.testing.assert_allclose(geometry["origin"], np.array((1, 2, 3)) + 0.625 * np.array(about["crop_corner"]))
+    words = ["--data", str(out), *TINY, "--labeled", "2", "--iterations", "2", "--device", "cpu"]
+    train_dtml.main([*words, "--runs", str(tmp_path / "runs"), "--name", "run"])
+    assert os.path.exists(tmp_path / "runs" / "run" / "last.pt")

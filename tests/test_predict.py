@@ -1,0 +1,394 @@
+"""Predictions of own scans: in their own place and format, the same numbers as test_la.py, and what is refused."""
+
+import csv
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from conftest import ROOT, TINY, make_set, write_case
+from scans import OBLIQUE, ball, make_scans, picture_of, write
+from scipy import ndimage
+
+import predict
+import test_la
+import train_dtml
+from dataloaders import convert
+from dataloaders.cases import LA_SUBFOLDER, Case
+from dataloaders.images import read_image, read_label, to_physical
+from dataloaders.training import median_spacing
+from methods import METHODS
+from utils.checkpoint import load_checkpoint
+from utils.errors import UserError
+
+SHAPE = (30, 28, 18)
+SIDES = ["--patch-size", "16", "16", "16"]
+
+
+def trained(folder: Path, data: Path, *words: str) -> Path:
+    """A run folder, by default of DTML after one iteration."""
+    argv = ["--data", str(data), *TINY, "--labeled", "2", "--batch-size", "2", "--iterations", "1", "--device", "cpu"]
+    train_dtml.main([*argv, "--runs", str(folder.parent), "--name", folder.name, *words])
+    return folder
+
+
+def predicted(run: Path | list[Path], scans: list[Path], out: Path, *words: str) -> Path:
+    runs = [str(path) for path in (run if isinstance(run, list) else [run])]
+    predict.main(["--checkpoint", *runs, *map(str, scans), "-o", str(out), "--device", "cpu", "--threads", "1", *words])
+    return out
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """scans/ of bright balls on oblique grids, set/ made of them, and runs/ trained on it."""
+    folder = tmp_path_factory.mktemp("world")
+    make_scans(folder / "scans")
+    convert.main(["--source", str(folder / "scans"), "--out", str(folder / "set"), "--spacing", "1", "1", "1.5"])
+    trained(folder / "runs" / "dtml", folder / "set")
+    trained(folder / "runs" / "other", folder / "set", "--seed", "2")
+    return folder
+
+
+@pytest.fixture
+def bright(monkeypatch) -> None:
+    """Every method predicts what is bright, which is the ball: a network that has learned to perfection."""
+    monkeypatch.setattr(METHODS["dtml"], "predict", lambda self, image, outputs: (image - 2).sigmoid())
+
+
+def scan(folder: Path, i: int = 0) -> Path:
+    return folder / "scans" / "images" / f"patient{i}.nii.gz"
+
+
+def dice(a: np.ndarray, b: np.ndarray) -> float:
+    return 2 * ((a > 0) & (b > 0)).sum() / ((a > 0).sum() + (b > 0).sum())
+
+
+# -- in its own place --
+
+
+def test_oblique_scans_are_converted_trained_on_and_predicted_in_their_own_place(world, tmp_path):
+    """What a network of seconds learned lies where the object was put, by SimpleITK's own places in mm."""
+    words = ["--method", "supervised", "--iterations", "40", "--lr", "0.1", "--filters", "4"]
+    run = trained(tmp_path / "runs" / "learned", world / "set", *words)
+    assert load_checkpoint(run)["spacing"] == [1.0, 1.0, 1.5]
+    places = make_scans(tmp_path / "new" / "scans", labeled=0, unlabeled=3)
+    out = predicted(run, [scan(tmp_path / "new", i) for i in range(3)], tmp_path / "out", "--largest-component")
+    for i, place in enumerate(places):
+        found = sitk.ReadImage(str(out / f"patient{i}.nii.gz"))
+        source = sitk.ReadImage(str(scan(tmp_path / "new", i)))
+        assert found.GetSize() == source.GetSize() == SHAPE and found.GetPixelID() == sitk.sitkUInt8
+        for corner in ((0, 0, 0), (29, 0, 0), (0, 27, 17)):
+            there, here = (p.TransformIndexToPhysicalPoint(corner) for p in (source, found))
+            np.testing.assert_allclose(here, there, atol=1e-6)
+        inside = np.argwhere(sitk.GetArrayFromImage(found))[:, ::-1]
+        centre = np.mean([found.TransformIndexToPhysicalPoint(tuple(map(int, index))) for index in inside], axis=0)
+        assert np.linalg.norm(centre - place) < 1.5  # mm; a voxel is 0.8 x 1.0 x 1.7
+        truth = ball(SHAPE, read_image(scan(tmp_path / "new", i))[1], place, 7)
+        assert dice(sitk.GetArrayFromImage(found).transpose(2, 1, 0), truth) > 0.8
+
+
+@pytest.mark.parametrize("spacing", ["1.6 1.3 1.1", "0.7 0.6 0.9", "0.8 1.0 1.7", "2.0 2.0 2.0"])
+@pytest.mark.parametrize("axes", [(1, 1, 1), (-1, 1, -1)])
+def test_a_bright_object_is_found_where_it_is_whatever_the_spacing(spacing, axes, world, tmp_path, bright):
+    shape, direction = (26, 33, 21), np.reshape(OBLIQUE["direction"], (3, 3)) * axes
+    geometry = {**OBLIQUE, "direction": tuple(map(float, direction.ravel()))}
+    place = to_physical(geometry, (9.3, 21.6, 12.1))
+    label = ball(shape, geometry, place, 6.0)
+    path = write(tmp_path / "one.nrrd", (100.0 * label).astype(np.float32), geometry)
+    out = predicted(world / "runs" / "dtml", [path], tmp_path / "out", "--spacing", *spacing.split())
+    found, after = read_label(out / "one.nrrd")
+    assert np.linalg.norm(to_physical(after, np.argwhere(found)).mean(0) - place) < 0.4 and dice(found, label) > 0.8
+
+
+@pytest.mark.parametrize("ending", [".nii.gz", ".nii", ".nrrd", ".mha"])
+def test_a_prediction_has_its_scan_s_format_size_and_geometry(ending, world, tmp_path):
+    path = write(tmp_path / f"one{ending}", np.random.default_rng(0).random((19, 23, 11)).astype(np.float32))
+    out = predicted(world / "runs" / "dtml", [path], tmp_path / "out", "--probabilities", "float32")
+    assert sorted(os.listdir(out)) == [f"one{ending}", f"one_probability{ending}"]
+    for name in os.listdir(out):
+        found, source = (sitk.ReadImage(str(p)) for p in (out / name, path))
+        assert found.GetSize() == source.GetSize()
+        for what in ("GetSpacing", "GetOrigin", "GetDirection"):
+            np.testing.assert_allclose(getattr(found, what)(), getattr(source, what)(), atol=1e-6)
+
+
+def test_an_h5_case_is_taken_as_it_is_and_predicted_as_test_la_does(tmp_path):
+    """The same windows by the other script, which has a reference and is tested against it."""
+    data = make_set(tmp_path / "set")
+    run = trained(tmp_path / "runs" / "run", data, "--k", "5")
+    words = ["--checkpoint", str(run), "--save", "all", "--stride", "8", "8", "8", "--device", "cpu"]
+    test_la.main([*words, "--out", str(tmp_path / "tested")])
+    for output in ("seg", "sdm", "mean"):
+        cases = [data / name / "mri_norm2.h5" for name in ("case08", "case09")]
+        out = predicted(run, cases, tmp_path / output, "--stride", "8", "8", "8", "--output", output)
+        for name in ("case08.nii.gz", "case09.nii.gz"):
+            (mine, geometry), (theirs, expected) = (
+                read_label(path) for path in (out / name, tmp_path / "tested" / "predictions" / output / name)
+            )
+            assert (mine == theirs).all() and geometry == expected and geometry["spacing"] == (1.0, 1.0, 2.0)
+
+
+def test_half_resolution_runs_predict_on_the_scan_s_grid(tmp_path):
+    data = make_set(tmp_path / "set", shape=(40, 37, 35))
+    run = trained(tmp_path / "runs" / "run", data, "--downsample", "2")
+    stride = ["--stride", "8", "8", "8"]
+    test_la.main(
+        ["--checkpoint", str(run), "--save", "all", *stride, "--device", "cpu", "--out", str(tmp_path / "tested")]
+    )
+    out = predicted(run, [data / "case08" / "mri_norm2.h5"], tmp_path / "out", *stride)
+    mine, theirs = out / "case08.nii.gz", tmp_path / "tested" / "predictions" / "seg" / "case08.nii.gz"
+    assert read_label(mine)[0].shape == (40, 37, 35) and (read_label(mine)[0] == read_label(theirs)[0]).all()
+
+
+# -- what is predicted --
+
+
+def test_probabilities_are_what_the_segmentation_is_cut_from(world, tmp_path):
+    for kind in ("float32", "uint8"):
+        out = predicted(world / "runs" / "dtml", [scan(world)], tmp_path / kind, "--probabilities", kind)
+    label, _ = read_label(out / "patient0.nii.gz")
+    p, _ = read_image(tmp_path / "float32" / "patient0_probability.nii.gz")
+    assert (label == (p > 0.5)).all() and 0 < p.min() < p.max() < 1
+    assert (read_image(tmp_path / "uint8" / "patient0_probability.nii.gz")[0] == np.rint(255 * p)).all()
+
+
+def probability_of(runs: list[Path], path: Path, out: Path, *words: str) -> np.ndarray:
+    predicted(runs, [path], out, "--probabilities", "float32", *words)
+    return read_image(out / f"{path.name.removesuffix('.nii.gz')}_probability.nii.gz")[0]
+
+
+def test_several_checkpoints_are_averaged(world, tmp_path):
+    runs = [world / "runs" / name for name in ("dtml", "other")]
+    each = [probability_of([run], scan(world), tmp_path / run.name) for run in runs]
+    both = probability_of(runs, scan(world), tmp_path / "both")
+    assert np.abs(each[0] - each[1]).max() > 0.01
+    np.testing.assert_allclose(both, (each[0] + each[1]) / 2, atol=1e-6)
+
+
+@pytest.mark.parametrize("flips", ["4", "8"])
+def test_with_flips_a_flipped_scan_has_the_flipped_prediction(flips, world, tmp_path):
+    """One window alone, as windows of a flipped scan may begin elsewhere."""
+    array = np.random.default_rng(0).random((16, 16, 16)).astype(np.float32)
+    moves = {"as it is": lambda a: a, "x": lambda a: a[::-1], "y": lambda a: a[:, ::-1]}
+    if flips == "8":
+        moves["turned"] = lambda a: np.rot90(a)
+
+    def p_of(name: str, *words: str) -> np.ndarray:
+        path = write(tmp_path / f"{name}.nii.gz", np.ascontiguousarray(moves[name](array)), cubes)
+        return probability_of([world / "runs" / "dtml"], path, tmp_path / " ".join((name, *words)), *words)
+
+    cubes = {**OBLIQUE, "spacing": (1.0, 1.0, 1.5)}
+    straight = p_of("as it is", "--flips", flips)
+    for name in list(moves)[1:]:
+        np.testing.assert_allclose(p_of(name, "--flips", flips), moves[name](straight), atol=1e-5)
+        assert np.abs(p_of(name) - moves[name](p_of("as it is", "--overwrite"))).max() > 1e-4
+
+
+def test_the_largest_component_and_the_report(world, tmp_path, monkeypatch, capsys):
+    shape, small, large = (30, 28, 18), (6, 6, 5), (20, 18, 11)
+    parts = [
+        ball(shape, OBLIQUE, to_physical(OBLIQUE, place), radius) for place, radius in ((small, 3.0), (large, 5.0))
+    ]
+    path = write(tmp_path / "two.nii.gz", (100 * (parts[0] | parts[1])).astype(np.int16))
+    monkeypatch.setattr(METHODS["dtml"], "predict", lambda self, image, outputs: (image > 1).float())
+    words = ["--spacing", *map(str, OBLIQUE["spacing"])]
+    both = read_label(predicted(world / "runs" / "dtml", [path], tmp_path / "both", *words) / "two.nii.gz")[0]
+    assert (both == (parts[0] | parts[1])).all() and ndimage.label(both)[1] == 2
+    report = tmp_path / "new" / "volumes.csv"
+    out = predicted(
+        world / "runs" / "dtml", [path], tmp_path / "one", *words, "--largest-component", "--report", str(report)
+    )
+    assert (read_label(out / "two.nii.gz")[0] == parts[1]).all()
+    (row,) = csv.DictReader(report.open())
+    assert (row["scan"], row["class"], row["voxels"]) == ("two", "1", str(parts[1].sum()))
+    assert float(row["ml"]) == pytest.approx(parts[1].sum() * 0.8 * 1.0 * 1.7 / 1000, rel=1e-5)
+    assert f"| two | 1 | {parts[1].sum()} |" in capsys.readouterr().out
+
+
+def test_several_classes_are_predicted_each_in_its_place(tmp_path, monkeypatch):
+    """Two balls of different brightness: converted, trained on and predicted as labels 1 and 2."""
+    shape, places = (30, 28, 18), [to_physical(OBLIQUE, place) for place in ((8, 8, 5), (21, 19, 12))]
+    label = sum(c * ball(shape, OBLIQUE, place, 5.0) for c, place in enumerate(places, 1)).astype(np.uint8)
+    for i in range(3):
+        write(tmp_path / "s" / f"p{i}" / "image.nii.gz", (label + 0.01 * np.random.default_rng(i).random(shape)))
+        write(tmp_path / "s" / f"p{i}" / "label.nii.gz", 4 * label)
+    convert.main(["--source", str(tmp_path / "s"), "--out", str(tmp_path / "set"), "--labels", "4", "8"])
+    run = trained(tmp_path / "runs" / "two", tmp_path / "set", "--classes", "2")
+
+    source, _ = read_image(tmp_path / "s" / "p0" / "image.nii.gz")
+    edges = [(c - source.mean()) / source.std() for c in (0.5, 1.5)]
+    monkeypatch.setattr(
+        METHODS["dtml"],
+        "predict",
+        lambda self, x, outputs: torch.cat([(x > edges[0]) & (x < edges[1]), x >= edges[1]], 1).float(),
+    )
+    words = ["--probabilities", "uint8", "--report", str(tmp_path / "r.csv"), "--largest-component"]
+    out = predicted(run, [tmp_path / "s" / "p0" / "image.nii.gz"], tmp_path / "out", *words)
+    assert sorted(os.listdir(out)) == ["image.nii.gz", "image_probability_1.nii.gz", "image_probability_2.nii.gz"]
+    assert (read_label(out / "image.nii.gz")[0] == label).all()
+    assert (read_label(out / "image_probability_2.nii.gz")[0] == 255 * (label == 2)).all()
+    rows = list(csv.DictReader((tmp_path / "r.csv").open()))
+    assert [(row["class"], row["voxels"]) for row in rows] == [(str(c), str((label == c).sum())) for c in (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("words", "changes"),
+    [
+        (["--output", "sdm"], True),
+        (["--spacing", "2", "2", "2"], True),
+        (["--interpolation", "bspline"], True),
+        (["--patch-size", "32", "16", "16"], True),
+        (["--stride", "5", "16", "7"], True),
+        (["--weighting", "gaussian"], True),
+        (["--precision", "bf16"], True),
+        (["--batch-size", "3"], False),
+        (["--threads", "2"], False),
+        (["--device", "auto"], False),
+    ],
+)
+def test_flags_change_the_probability_or_only_its_rounding(words, changes, world, tmp_path):
+    usual = probability_of([world / "runs" / "dtml"], scan(world), tmp_path / "usual")
+    other = probability_of([world / "runs" / "dtml"], scan(world), tmp_path / "other", *words)
+    assert (np.abs(usual - other).max() > 1e-4) == changes
+
+
+ELSEWHERE = {"checkpoint", "out", "flips", "largest_component", "probabilities", "report", "overwrite"}
+
+
+def test_every_flag_is_tested_here():
+    seen = {"output", "spacing", "interpolation", "patch_size", "stride", "weighting", "precision", "batch_size"}
+    assert {f.name for f in dataclasses.fields(predict.Options)} == ELSEWHERE | seen | {"threads", "device"}
+
+
+# -- what is refused --
+
+
+def test_results_that_are_there_are_left_unless_told_otherwise(world, tmp_path):
+    out = predicted(world / "runs" / "dtml", [scan(world)], tmp_path / "out")
+    kept = (out / "patient0.nii.gz").read_bytes()
+    (out / "patient0.nii.gz").write_bytes(b"mine")
+    with pytest.raises(UserError, match=r"patient0.nii.gz exists already. Choose another --out, or --overwrite"):
+        predicted(world / "runs" / "dtml", [scan(world, 1), scan(world)], out)
+    assert os.listdir(out) == ["patient0.nii.gz"] and (out / "patient0.nii.gz").read_bytes() == b"mine"
+    predicted(world / "runs" / "dtml", [scan(world)], out, "--overwrite")
+    assert (out / "patient0.nii.gz").read_bytes() == kept
+
+
+def test_bad_scans_are_named_and_the_others_predicted(world, tmp_path):
+    shutil.copy(scan(world), tmp_path / "good.nii.gz")
+    (tmp_path / "cut.nii.gz").write_bytes(scan(world).read_bytes()[:999])
+    flat = write(tmp_path / "flat.nrrd", np.ones((9, 9, 9)))
+    scans = [tmp_path / "cut.nii.gz", flat, tmp_path / "good.nii.gz"]
+    with pytest.raises(UserError, match=r"2 of 3 scans .*\n  .*cut.nii.gz is cut short.*\n  .*flat.nrrd is constant"):
+        predicted(world / "runs" / "dtml", scans, tmp_path / "out")
+    assert os.listdir(tmp_path / "out") == ["good.nii.gz"]
+
+
+def test_scans_and_places_that_would_get_in_each_other_s_way_are_refused(world, tmp_path):
+    run = world / "runs" / "dtml"
+    for scans, out, message in (
+        ([], "out", "no scan is given"),
+        ([tmp_path / "none.nii.gz"], "out", r"there is no .*none.nii.gz. Give files that end in .nii.gz"),
+        ([scan(world), write(tmp_path / "patient0.nrrd", np.ones((9, 9, 9)))], "out", "two scans are called patient0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            predicted(run, scans, tmp_path / out)
+    with pytest.raises(UserError, match="is where the scans are: they would be replaced"):
+        predicted(run, [scan(world)], scan(world).parent, "--overwrite")
+    assert not (tmp_path / "out").exists()
+
+
+def test_flags_that_make_no_sense_are_refused(world, tmp_path):
+    run = world / "runs" / "dtml"
+    for words, message in (
+        (["--output", "cluster"], "--output cluster is none of dtml's: seg sdm mean"),
+        (["--patch-size", "15", "16", "16"], "must be multiples of 16"),
+        (["--stride", "17", "16", "16"], "or voxels are skipped"),
+        (["--flips", "3"], "invalid choice: 3"),
+        (["--precison", "bf16"], "Did you mean --precision"),
+    ):
+        with pytest.raises(UserError, match=message):
+            predicted(run, [scan(world)], tmp_path / "out", *words)
+    with pytest.raises(UserError, match="--checkpoint is missing"):
+        predict.main([str(scan(world)), "-o", str(tmp_path / "out")])
+    with pytest.raises(UserError, match="--out is missing"):
+        predict.main(["--checkpoint", str(run), str(scan(world))])
+
+
+def test_checkpoints_that_cannot_be_averaged_are_refused(world, tmp_path):
+    first = world / "runs" / "dtml"
+    for words, message in (
+        (["--downsample", "2"], "the checkpoints differ in --downsample: 1, 2"),
+        (["--patch-size", "16", "32", "16"], "Choose one by --patch-size"),
+    ):
+        second = trained(tmp_path / "runs" / words[0].strip("-"), world / "set", *words)
+        with pytest.raises(UserError, match=message):
+            predicted([first, second], [scan(world)], tmp_path / "out")
+    coarse = make_set(tmp_path / "coarse")  # spacing 1 1 2
+    second = trained(tmp_path / "runs" / "coarse", coarse)
+    with pytest.raises(UserError, match=r"of different spacings. Choose one by --spacing"):
+        predicted([first, second], [scan(world)], tmp_path / "out")
+
+
+def test_a_checkpoint_without_spacing_leaves_scans_at_theirs(world, tmp_path, capsys):
+    state = torch.load(world / "runs" / "dtml" / "last.pt", weights_only=True)
+    del state["spacing"]
+    torch.save(state, tmp_path / "old.pt")
+    old = probability_of([tmp_path / "old.pt"], scan(world), tmp_path / "old")
+    assert "does not tell the spacing" in capsys.readouterr().err
+    own = probability_of([world / "runs" / "dtml"], scan(world), tmp_path / "own", "--spacing", "0.8", "1", "1.7")
+    assert (old == own).all() and (
+        old != probability_of([world / "runs" / "dtml"], scan(world), tmp_path / "new")
+    ).any()
+
+
+def test_a_checkpoint_tells_the_median_spacing_of_its_labeled_cases(tmp_path):
+    cases = []
+    for i, x in enumerate((0.5, 2.0, 0.7, 9.0)):
+        path = tmp_path / f"c{i}.h5"
+        write_case(path, np.random.random((4, 4, 4)), None, spacing=(x, 1.0, 2 * x))
+        cases.append(Case(f"c{i}", path, labeled=i < 3))
+    assert median_spacing(cases) == [0.7, 1.0, 1.4]
+    write_case(tmp_path / "c1.h5", np.random.random((4, 4, 4)), None)
+    assert median_spacing(cases) is None
+    in_la = [dataclasses.replace(case, path=tmp_path / LA_SUBFOLDER / case.path.name) for case in cases]
+    for case in in_la:
+        write_case(case.path, np.random.random((4, 4, 4)), None)
+    assert median_spacing(in_la) == [0.625] * 3
+
+
+# -- memory --
+
+
+@pytest.mark.slow
+def test_memory_grows_by_few_volumes_with_the_scan(world, tmp_path):
+    """Peak memory of the program for a large scan, less that for a small one, in volumes of float32."""
+    code = (
+        "import resource, sys, predict; predict.main(sys.argv[1:]); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
+    )
+    peaks = []
+    for name, shape in (("small", (64, 64, 32)), ("large", (256, 256, 96))):
+        path = tmp_path / f"{name}.nii"
+        sitk.WriteImage(picture_of(np.random.default_rng(0).random(shape, dtype=np.float32), OBLIQUE), str(path))
+        words = ["--patch-size", "64", "64", "32", "--stride", "64", "64", "32", "--spacing", "0.8", "1", "1.7"]
+        argv = [
+            sys.executable,
+            "-c",
+            code,
+            "--checkpoint",
+            str(world / "runs" / "dtml"),
+            str(path),
+            "-o",
+            str(tmp_path / name),
+        ]
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run([*argv, *words, "--threads", "1"], env=env, capture_output=True, text=True, check=True)
+        peaks.append(1024 * int(done.stderr.split()[-1]))
+    assert (peaks[1] - peaks[0]) / (4 * 256 * 256 * 96) < 6
