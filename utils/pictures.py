@@ -7,7 +7,16 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-PREDICTION, LABEL = "#ffb000", "#00d0a0"
+LABEL = "#00d0a0"
+COLOURS = (
+    "#ffb000",
+    "#dc267f",
+    "#648fff",
+    "#fe6100",
+    "#785ef0",
+    "#5fd3f3",
+)  # of classes 1, 2, ..., for colour-blind eyes
+PREDICTION = COLOURS[0]
 
 
 def fixed_slice(label: NDArray | None, depth: int) -> int:
@@ -42,7 +51,7 @@ def panels(
             look["vmin"], look["vmax"] = np.percentile(values, (1, 99))
         elif name == "z":
             look = {"cmap": "coolwarm", "vmin": -1, "vmax": 1}
-        axes.imshow(values.T, origin="lower", interpolation="nearest", aspect="auto", **look)
+        axes.imshow(values.T, interpolation="nearest", aspect="auto", **look)
         for mask, colour in contours.values():
             if mask.any() and not mask.all():
                 axes.contour(mask.T.astype(float), [0.5], colors=[colour], linewidths=1.2)
