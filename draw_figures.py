@@ -10,7 +10,6 @@ RUN:OUTPUT; curves reads scalars.csv. Slices are shown as radiologists look at t
 
 import csv
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from utils.metrics import segmentation_metrics
 from utils.options import Parser, fill, option
 from utils.predictions import read_prediction, read_scores
 from utils.resample import downsample_image, upsample_probability
-from utils.run_folder import MANIFEST, SCALARS
+from utils.run_folder import MANIFEST, SCALARS, read_json
 from utils.sliding_window import sliding_window
 
 FIGURES = ("figure2", "figure3", "curves")
@@ -165,14 +164,6 @@ def typical(rows: Sequence[dict[str, Any]], output: str) -> list[str]:
             found.setdefault(row["case"], []).append(row["dice"])
     names = sorted(found, key=lambda name: np.mean(found[name]))
     return list(dict.fromkeys(names[i] for i in (0, len(names) // 2, -1))) if names else []
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file of a run folder, empty where there is none."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return {}
 
 
 def name_of(folder: Path) -> str:

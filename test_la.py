@@ -31,6 +31,7 @@ from utils.checkpoint import load_checkpoint, write_whole
 from utils.devices import choose_device, enough_memory, keep_freed_memory, refuse_precision, set_arithmetic
 from utils.distributed import RANK, RANKS, in_turn, process_group
 from utils.errors import UserError, run
+from utils.html_report import write_report
 from utils.metrics import METRICS, largest_component, mean_and_sd, segmentation_metrics
 from utils.options import Parser, fill, option
 from utils.resample import downsample_image, upsample_probability
@@ -75,6 +76,7 @@ class Options:
     out: str = option("", "folder of the results (default RUN/test)")
     save: str = option("largest", "predictions to write as NIfTI", choices=(*COMPONENTS, "none"))
     precision: str = option("fp32", "of the convolutions", choices=(*PRECISIONS, "fp16"))
+    report: bool = option(False, "write report.html too: every figure, and the worst and best scan to look through")
     workers: int = option(2, "threads that score scans while the next is predicted", minimum=1)
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     threads: int = option(0, "CPU threads; 0 leaves torch's choice", minimum=0)
@@ -245,7 +247,13 @@ def main(argv: list[str] | None = None) -> None:
     write_whole(out / "table.md", means.encode())
     settings = {"patch_size": patch_size, "stride": stride, "windows": count, "weighting": o.weighting,
                 "precision": o.precision}  # fmt: skip
-    more = {"iteration": state["iteration"], "downsample": downsample, "data": str(folder), "saved": o.save}
+    more = {
+        "checkpoint": str(path),
+        "iteration": state["iteration"],
+        "downsample": downsample,
+        "data": str(folder),
+        "saved": o.save,
+    }
     write_json(out / "test.json", make_manifest(device, **settings, **more))
     size, step = ("x".join(map(str, v)) for v in (patch_size, stride))
     print(
@@ -255,6 +263,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     print(means)
     print(f"per case: {out / 'cases.csv'}", file=sys.stderr)
+    if o.report:
+        print(f"report: {write_report(out, str(folder))}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def _march(field: NDArray, steps: NDArray) -> tuple[NDArray, NDArray]:
         field = ndimage.affine_transform(field, steps, output_shape=shape, order=1)
     level = min(0.5, 0.5 * float(field.max()))  # a mask of a few voxels is all edge
     vertices, faces, _, _ = marching_cubes(field, level)
-    return vertices * steps, faces
+    return vertices * steps, faces[:, ::-1]  # scikit-image's face inwards
 
 
 def _normals(vertices: NDArray, faces: NDArray) -> NDArray[np.float32]:
