@@ -136,6 +136,12 @@ def figure3(paths: Sequence[str], o: Options) -> Figure:
     tests = [Path(where) / "test" for where, _ in split]
     scores = [read_scores(test) for test in tests]
     outputs = [output or rows[0]["output"] for (_, output), rows in zip(split, scores, strict=True)]
+    for test, rows, output in zip(tests, scores, outputs, strict=True):
+        known = list(dict.fromkeys(row["output"] for row in rows))
+        if output not in known:
+            raise UserError(
+                f"{test} has no output {output}, only {', '.join(known)}. Name one of them after the colon."
+            )
     titles = o.titles or [name_of(Path(where)) for where, _ in split]
     if len(set(titles)) < len(titles):
         titles = [f"{title} ({output})" for title, output in zip(titles, outputs, strict=True)]
@@ -163,7 +169,7 @@ def typical(rows: Sequence[dict[str, Any]], output: str) -> list[str]:
         if (row["output"], row["component"]) == (output, "all"):
             found.setdefault(row["case"], []).append(row["dice"])
     names = sorted(found, key=lambda name: np.mean(found[name]))
-    return list(dict.fromkeys(names[i] for i in (0, len(names) // 2, -1))) if names else []
+    return list(dict.fromkeys(names[i] for i in (0, len(names) // 2, -1)))
 
 
 def name_of(folder: Path) -> str:

@@ -14,7 +14,7 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from dataloaders.augmentation import AUGMENTATIONS
-from dataloaders.cases import LA_FOLDER, PHANTOM_FOLDER
+from dataloaders.cases import LA_FOLDER, PHANTOM_FOLDER, check_all, read_geometry
 from dataloaders.diagnostic import kept_for_diagnosis
 from dataloaders.training import training_cases
 from dataloaders.two_stream import Patches, TwoStreamBatchSampler, make_loader
@@ -45,7 +45,7 @@ from utils.devices import (
 from utils.distributed import RANK, RANKS, process_group, replicate, stop_of_any_rank, wait_for_rank_0
 from utils.errors import Stopped, StopSignal, UserError, run
 from utils.options import Parser, as_flags, fill, harmless_names, option, refuse_differences, varied
-from utils.pictures import slice_picture
+from utils.pictures import prediction_mesh, slice_picture
 from utils.ramps import default_lr_steps, learning_rate
 from utils.report import Report
 from utils.run_folder import (
@@ -222,8 +222,12 @@ def choose_arithmetic(method: Method, o: Options, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def show(report: Report, method: Method, patches: Patches, labeled: int, done: int, device: torch.device) -> None:
-    """One fixed slice of the first labeled and of the first unlabeled case: image, the method's maps, contours."""
+def show(
+    report: Report, method: Method, patches: Patches, labeled: int, spacing: Sequence[float], done: int,
+    device: torch.device,
+) -> None:  # fmt: skip
+    """One fixed slice of the first labeled and of the first unlabeled case: image, the method's maps, contours; and the
+    surfaces of prediction and label of the labeled one, with voxels of `spacing` mm."""
     method.eval()
     for name, case in {"labeled": 0, "unlabeled": labeled}.items():
         if case < len(patches.volumes.cases):
@@ -232,6 +236,9 @@ def show(report: Report, method: Method, patches: Patches, labeled: int, done: i
             label = item["label"].cpu().numpy() if "label" in item else None
             picture = slice_picture(item["image"][0].cpu().numpy(), maps, label, f"{item['case']}, iteration {done}")
             report.picture(name, picture, done)
+            if label is not None:
+                prediction = (next(iter(maps.values())) > 0.5).astype(label.dtype)
+                report.mesh(f"surface/{name}", prediction_mesh(prediction, label, spacing), done)
     method.train()
 
 
@@ -271,6 +278,9 @@ def main(argv: list[str] | None = None) -> None:
         cases, cache=o.cache, folder=Path(o.cache_folder or Path(o.data, ".cache")), downsample=o.downsample,
         device=device, problems=problems,
     )  # fmt: skip
+    spacing: list[float] = []
+    if o.picture_every:
+        check_all(cases[:1], lambda case: spacing.extend(read_geometry(case)["spacing"]), [])
     method.to(device)
     choose_arithmetic(method, o, device)
     trained = [p for p in method.parameters() if p.requires_grad]  # a teacher or critic is not this optimiser's
@@ -346,7 +356,7 @@ def main(argv: list[str] | None = None) -> None:
             if report:
                 report.iteration(iteration, losses, optimizer.param_groups[0]["lr"], clock, peak_memory_gib(device))
                 if o.picture_every and (done % o.picture_every == 0 or done == o.iterations):
-                    show(report, method, patches, o.labeled, done, device)
+                    show(report, method, patches, o.labeled, spacing, done, device)
                 clock.lap("logging")
             saving = done % o.save_every == 0 or done == o.iterations
             ask = device.type == "cpu" or done % STOP_EVERY == 0 or saving

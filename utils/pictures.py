@@ -1,11 +1,14 @@
-"""Pictures of slices: an image and maps of it side by side, with contours of prediction and label."""
+"""What a run shows of a scan: a slice and its maps side by side with contours, and prediction and label as surfaces."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+
+from utils.surfaces import surface
 
 LABEL = "#00d0a0"
 COLOURS = (
@@ -70,3 +73,25 @@ def slice_picture(image: NDArray, maps: dict[str, NDArray], label: NDArray | Non
     if label is not None:
         contours["label"] = (label[..., z] > 0, LABEL)
     return panels(image[..., z], {name: values[..., z] for name, values in maps.items()}, contours, title)
+
+
+def prediction_mesh(
+    prediction: NDArray, label: NDArray, spacing: Sequence[float], most_faces: int = 6000
+) -> dict[str, NDArray]:
+    """Surfaces of a prediction and, beside it along x, of its label, both (W,H,D) of 0 or a class: one mesh with
+    vertices (V,3) in mm, colours (V,3) uint8 and faces (F,3), of at most so many faces for each class of each.
+
+    Where both are empty it is one triangle without area, as TensorBoard takes no mesh of nothing.
+    """
+    vertices, colours, faces = [np.zeros((1, 3))], [np.zeros((1, 3), np.uint8)], [np.zeros((1, 3), int)]
+    several = max(int(label.max()), int(prediction.max())) > 1
+    for volume, shift in ((prediction, 0.0), (label, 1.05 * label.shape[0] * spacing[0])):
+        for c in range(1, int(volume.max()) + 1):
+            one = surface(volume == c, spacing, most_faces)
+            paint = LABEL if shift and not several else COLOURS[(c - 1) % len(COLOURS)]
+            faces.append(one.faces + sum(map(len, vertices)))
+            vertices.append(one.vertices + np.array([shift, 0, 0]))
+            rgb = [int(paint[i : i + 2], 16) for i in (1, 3, 5)]
+            colours.append(np.tile(np.array(rgb, np.uint8), (len(one.vertices), 1)))
+    return {"vertices": np.concatenate(vertices).astype(np.float32), "colours": np.concatenate(colours),
+            "faces": np.concatenate(faces).astype(np.int32)}  # fmt: skip

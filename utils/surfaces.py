@@ -10,7 +10,7 @@ from skimage.measure import marching_cubes
 
 from utils.masks import box_of
 
-SMOOTHING = 1.0  # voxels: takes the stairs off a mask and 3 % off the volume of a ball of radius 10
+SMOOTHING = 1.0  # voxels: takes the stairs off a mask, and 2 % off the volume of a ball of radius 14
 LIGHT = np.array([-0.45, 0.55, 0.71])  # right, up, towards the viewer
 
 
@@ -35,12 +35,11 @@ def surface(mask: NDArray, spacing: Sequence[float] = (1, 1, 1), most_faces: int
     if not mask.any():
         return Surface(np.zeros((0, 3), np.float32), np.zeros((0, 3), np.int32), np.zeros((0, 3), np.float32))
     box = box_of(mask)
-    margin = 4  # beyond it the smoothed mask is 0, so that the surface is closed at the edge of the scan too
-    field = ndimage.gaussian_filter(np.pad(mask[box].astype(np.float32), margin), SMOOTHING)
-    voxel = np.asarray(spacing, float)
-    steps = np.ones(3)
+    margin = 6  # beyond it the smoothed mask is nearly 0, so that the surface is closed at the edge of the scan too
+    inside = np.pad(mask[box].astype(np.float32), margin)
+    voxel, steps = np.asarray(spacing, float), np.ones(3)
     while True:
-        vertices, faces = _march(field, steps)
+        vertices, faces = _march(inside, steps)
         if most_faces is None or len(faces) <= most_faces:
             break
         edge = (steps * voxel).min() * max(np.sqrt(len(faces) / most_faces), 1.1)
@@ -49,14 +48,15 @@ def surface(mask: NDArray, spacing: Sequence[float] = (1, 1, 1), most_faces: int
     return Surface(vertices.astype(np.float32), faces.astype(np.int32), _normals(vertices, faces))
 
 
-def _march(field: NDArray, steps: NDArray) -> tuple[NDArray, NDArray]:
-    """Vertices in voxels of the field and faces of its half height, seen on a grid of every `steps`-th voxel."""
+def _march(inside: NDArray, steps: NDArray) -> tuple[NDArray, NDArray]:
+    """Vertices in voxels and faces of a mask of 0 and 1, smoothed and seen on a grid of every `steps`-th voxel."""
+    field = ndimage.gaussian_filter(inside, np.hypot(SMOOTHING, np.where(steps > 1, 0.3 * steps, 0)))
     if (steps > 1).any():
-        field = ndimage.gaussian_filter(field, np.where(steps > 1, 0.4 * steps, 0))
         shape = tuple(np.ceil(np.array(field.shape) / steps).astype(int) + 1)
         field = ndimage.affine_transform(field, steps, output_shape=shape, order=1)
-    level = min(0.5, 0.5 * float(field.max()))  # a mask of a few voxels is all edge
-    vertices, faces, _, _ = marching_cubes(field, level)
+    vertices, faces, _, _ = marching_cubes(
+        field, min(0.5, 0.5 * float(field.max()))
+    )  # a mask of a few voxels is all edge
     return vertices * steps, faces[:, ::-1]  # scikit-image's face inwards
 
 
