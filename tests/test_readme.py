@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import TINY, make_set
 
+import draw_figures
 import reproduce
 import test_la
 import train_dtml
@@ -58,6 +59,16 @@ def test_test_commands_parse():
     assert found and all(parser.parse(shlex.split(c)[2:]) for c in found)
 
 
+def test_drawing_commands_parse():
+    found = [shlex.split(c)[2:] for c in COMMANDS if c.startswith("python draw_figures.py")]
+    for figure, *words in found:
+        parser = Parser()
+        parser.add_argument("runs", nargs="+")
+        parser.add_dataclass(draw_figures.Options)
+        assert figure in draw_figures.FIGURES and parser.parse(words)["runs"]
+    assert found
+
+
 def test_reproduce_commands_name_runs_of_the_grid():
     parser = Parser()
     parser.add_dataclass(reproduce.Options)
@@ -98,6 +109,8 @@ def test_flags_named_exist():
     parser.add_dataclass(train_dtml.Options)
     known = set(parser._option_string_actions) | {"--checkpoint", "--weighting", "--nproc-per-node", "--logdir"}
     known |= {"--metric", "--picture", "--dist", "--requeue", "--max-restarts"}  # of other programs
+    for program in (test_la, draw_figures):
+        known |= {f"--{name.replace('_', '-')}" for name in program.Options.__dataclass_fields__}
     known |= {f"--{name}" for name in reproduce.Options.__dataclass_fields__}
     for kind in train_dtml.METHODS.values():
         for name, f in kind.Options.__dataclass_fields__.items():

@@ -256,7 +256,7 @@ def as_png(figure: Figure, dpi: int, *, palette: bool) -> bytes:
     FigureCanvasAgg(figure)
     figure.savefig(data, format="png", dpi=dpi, bbox_inches="tight", pad_inches=0.03)
     if palette:
-        picture = Image.open(data).convert("RGB").quantize(256, dither=Image.Dither.FLOYDSTEINBERG)
+        picture = Image.open(data).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
         data = io.BytesIO()
         picture.save(data, "PNG", optimize=True)
     return data.getvalue()
