@@ -35,6 +35,7 @@ from utils.checkpoint import write_whole
 from utils.devices import choose_device, enough_memory, keep_freed_memory, refuse_precision, set_arithmetic
 from utils.distributed import RANK, RANKS, in_turn, process_group
 from utils.errors import UserError, run
+from utils.html_report import write_report
 from utils.masks import label_map
 from utils.metrics import METRICS, largest_components, mean_and_sd, segmentation_metrics
 from utils.options import Parser, fill, option
@@ -88,6 +89,7 @@ class Options:
     out: str = option("", "folder of the results (default RUN/test, of bare weights FILE-test)")
     save: str = option("largest", "predictions to write as NIfTI", choices=(*COMPONENTS, "none"))
     precision: str = option("fp32", "of the convolutions", choices=(*PRECISIONS, "fp16"))
+    report: bool = option(False, "write report.html too: every figure, and the worst and best scan to look through")
     workers: int = option(2, "threads that score scans while the next is predicted", minimum=1)
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     threads: int = option(0, "CPU threads; 0 leaves torch's choice", minimum=0)
@@ -126,7 +128,7 @@ def score_scan(
 def class_scores(found: NDArray, label: NDArray, classes: int, spacing: Sequence[float]) -> list[dict[str, Any]]:
     """Metrics and voxel counts of two label maps (W,H,D); of several classes one entry for each and one for their mean.
 
-    The mean has no distance if one of its classes has none.
+    The mean has no distance if one of its classes has none, and for voxels those of the class that has the fewest.
     """
     scores: list[dict[str, Any]] = []
     for c in range(1, classes + 1):
@@ -136,7 +138,7 @@ def class_scores(found: NDArray, label: NDArray, classes: int, spacing: Sequence
     if classes == 1:
         return [{key: value for key, value in scores[0].items() if key != "class"}]
     columns = {key: [score[key] for score in scores] for key in scores[0] if key != "class"}
-    mean = {key: sum(values) if "voxels" in key else float(np.mean(values)) for key, values in columns.items()}
+    mean = {key: min(values) if "voxels" in key else float(np.mean(values)) for key, values in columns.items()}
     return [*scores, {"class": MEAN, **mean}]
 
 
@@ -156,9 +158,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             scale = 100 if name in ("dice", "jaccard") else 1
             mean, sd, _ = mean_and_sd([scale * row[name] for row in chosen])
             cells.append(f"{mean:.2f} ± {sd:.2f}")
-        parts = [row for row in rows if key_of(row)[:2] == key[:2]] if key[-1] == MEAN else chosen
-        empty = {row["case"] for row in parts if row["voxels"] == 0}
-        lines.append(f"| {' | '.join([*key, *cells, str(len(chosen)), str(len(empty))])} |")
+        empty = sum(row["voxels"] == 0 for row in chosen)
+        lines.append(f"| {' | '.join([*key, *cells, str(len(chosen)), str(empty)])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -264,7 +265,8 @@ def main(argv: list[str] | None = None) -> None:
     write_whole(out / "table.md", means.encode())
     settings = {"patch_size": patch_size, "stride": stride, "windows": count, "weighting": o.weighting,
                 "precision": o.precision}  # fmt: skip
-    more = {"iteration": state["iteration"], "downsample": downsample, "data": str(folder), "saved": o.save}
+    more = {"checkpoint": str(path), "iteration": state["iteration"], "downsample": downsample,
+            "data": str(folder), "saved": o.save}  # fmt: skip
     if o.method:
         more |= {"method": o.method, "released": state["released"]}
     write_json(out / "test.json", make_manifest(device, **settings, **more))
@@ -276,6 +278,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     print(means)
     print(f"per case: {out / 'cases.csv'}", file=sys.stderr)
+    if o.report:
+        print(f"report: {write_report(out, str(folder))}", file=sys.stderr)
 
 
 if __name__ == "__main__":

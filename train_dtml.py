@@ -14,7 +14,7 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -45,8 +45,8 @@ from utils.devices import (
 )
 from utils.distributed import RANK, RANKS, process_group, replicate, stop_of_any_rank, wait_for_rank_0
 from utils.errors import Stopped, StopSignal, UserError, run
+from utils.masks import label_map
 from utils.options import Parser, as_flags, fill, harmless_names, option, refuse_differences, varied
-from utils.pictures import slice_picture
 from utils.ramps import default_lr_steps, learning_rate
 from utils.report import Report
 from utils.run_folder import (
@@ -63,6 +63,7 @@ from utils.run_folder import (
     write_json,
 )
 from utils.run_lock import refuse_locked, run_lock
+from utils.slices import prediction_mesh, slice_picture
 
 PROFILES: dict[str, dict[str, Any]] = {
     "full": {},
@@ -223,18 +224,24 @@ def choose_arithmetic(method: Method, o: Options, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def show(report: Report, method: Method, patches: Patches, labeled: int, done: int, device: torch.device) -> None:
-    """One fixed slice of the first labeled and of the first unlabeled case: image, the method's maps, contours."""
+def show(
+    report: Report, method: Method, patches: Patches, labeled: int, spacing: Sequence[float], done: int,
+    device: torch.device,
+) -> None:  # fmt: skip
+    """One fixed slice of the first labeled and of the first unlabeled case: image, the method's maps, contours; and the
+    surfaces of prediction and label of the labeled one, with voxels of `spacing` mm."""
     method.eval()
     for name, case in {"labeled": 0, "unlabeled": labeled}.items():
         if case < len(patches.volumes.cases):
             item = patches.middle(case)
-            maps = {key: v[0].cpu().numpy() for key, v in method.maps(item["image"][None].to(device)).items()}
+            found = {key: v[0] for key, v in method.maps(item["image"][None].to(device)).items()}
+            prediction = label_map(torch.stack(list(found.values())[: method.options.classes])).cpu().numpy()
+            maps = {key: v.cpu().numpy() for key, v in found.items()}
             label = item["label"].cpu().numpy() if "label" in item else None
-            picture = slice_picture(
-                item["image"][0].cpu().numpy(), maps, label, f"{item['case']}, iteration {done}", method.options.classes
-            )
-            report.picture(name, picture, done)
+            title = f"{item['case']}, iteration {done}"
+            report.picture(name, slice_picture(item["image"][0].cpu().numpy(), maps, prediction, label, title), done)
+            if label is not None:
+                report.mesh(f"surface/{name}", prediction_mesh(prediction, label, spacing), done)
     method.train()
 
 
@@ -353,7 +360,7 @@ def main(argv: list[str] | None = None) -> None:
             if report:
                 report.iteration(iteration, losses, optimizer.param_groups[0]["lr"], clock, peak_memory_gib(device))
                 if o.picture_every and (done % o.picture_every == 0 or done == o.iterations):
-                    show(report, method, patches, o.labeled, done, device)
+                    show(report, method, patches, o.labeled, spacing or [1.0] * 3, done, device)
                 clock.lap("logging")
             saving = done % o.save_every == 0 or done == o.iterations
             ask = device.type == "cpu" or done % STOP_EVERY == 0 or saving

@@ -32,6 +32,7 @@ LA_SPLITS = ROOT / "data" / "splits" / "la"
 LA_SUBFOLDER = "2018LA_Seg_Training Set"
 LA_SPACING = (0.625, 0.625, 0.625)
 FILE_NAME = "mri_norm2.h5"
+MOST_CLASSES = 254
 MOST_BYTES = 2**31  # of one image or label: 2048 slices of 512x512 in float32
 
 

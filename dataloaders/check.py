@@ -26,7 +26,17 @@ from numpy.typing import NDArray
 from skimage.measure import label as components
 from tqdm import tqdm
 
-from dataloaders.cases import FILE_NAME, PHANTOM_FOLDER, Case, CaseError, find_cases, lists_of, read_case, read_geometry
+from dataloaders.cases import (
+    FILE_NAME,
+    MOST_CLASSES,
+    PHANTOM_FOLDER,
+    Case,
+    CaseError,
+    find_cases,
+    lists_of,
+    read_case,
+    read_geometry,
+)
 from dataloaders.findings import (
     GIB,
     LEVELS,
@@ -51,7 +61,7 @@ DIFFERENT = 10.0  # times larger or smaller than the usual object
 @dataclasses.dataclass
 class Options:
     labeled: int = option(16, "the first N scans of train.list are labeled", minimum=0)
-    classes: int = option(1, "C, labels hold 0..C", minimum=1, maximum=254)
+    classes: int = option(1, "C, labels hold 0..C", minimum=1, maximum=MOST_CLASSES)
     patch_size: list[int] | None = option(
         None, "voxels of a crop along x, y, z (default 112 112 80, of data/phantom 48 48 32)", type=int, nargs=3,
         minimum=1,

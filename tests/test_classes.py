@@ -160,7 +160,10 @@ def test_from_labels_to_tables(name, tmp_path, capsys):
     train_dtml.main(["--data", str(data), "--runs", str(tmp_path), "--name", "run", "--method", name, *flags])
     assert len(list((tmp_path / "run" / "pictures").glob("*.png"))) == 1 + (name != "supervised")
     capsys.readouterr()
-    test_la.main(["--checkpoint", str(tmp_path / "run"), "--threads", "1", "--stride", "8", "8", "8", "--save", "all"])
+    report = ["--report"] if name == "supervised" else []
+    test_la.main(
+        ["--checkpoint", str(tmp_path / "run"), "--threads", "1", "--stride", "8", "8", "8", "--save", "all"] + report
+    )
     out = tmp_path / "run" / "test"
     printed = capsys.readouterr().out
     with open(out / "cases.csv", newline="") as f:
@@ -182,6 +185,8 @@ def test_from_labels_to_tables(name, tmp_path, capsys):
     assert seen == {0, 1, 2} if name == "supervised" else {0} < seen <= {0, 1, 2}
     assert "| output | component | class | Dice %" in printed
     assert printed.count("| mean |") >= 2 * len(outputs)
+    if report:
+        assert '<td class="word">mean</td>' in (out / "report.html").read_text()
     values = read_row(f"{out}:{outputs[0]}", "dice", "all")
     means = {
         r["case"]: float(r["dice"])
@@ -198,7 +203,7 @@ def test_a_scan_that_lacks_a_class_has_no_mean_distance_and_is_counted():
     one, two, mean = test_la.class_scores(found, label, 2, (1.0, 1.0, 2.0))
     assert (one["dice"], two["dice"], mean["dice"]) == (1, 0, 0.5)
     assert np.isnan(two["hd95"]) and np.isnan(mean["hd95"]) and one["hd95"] == 0
-    assert mean["label_voxels"] == 27 + 8
+    assert (mean["voxels"], mean["label_voxels"]) == (0, 8)
     rows = [{"case": "a", "output": "seg", "component": "all", **score} for score in (one, two, mean)]
     lines = test_la.table(rows).splitlines()
     assert [line.split("|")[-2].strip() for line in lines[2:]] == ["0", "1", "1"]

@@ -558,6 +558,7 @@ TEST_FLAGS: dict[str, tuple[list[str], Callable[[Outcome], Any]]] = {
     "weighting": (["--weighting", "gaussian"], lambda t: t.cases),
     "batch_size": (["--batch-size", "3"], lambda t: max(t.batches)),
     "out": (["--out", "{tmp}/mine"], lambda t: t.out),
+    "report": (["--report"], lambda t: (t.out / "report.html").exists()),
     "workers": (["--workers", "1"], lambda t: t.pools),
     "precision": (["--precision", "bf16"], lambda t: t.settings["precision"]),
     "save": (["--save", "none"], lambda t: sorted(t.predictions)),

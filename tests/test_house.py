@@ -17,7 +17,8 @@ FLOORS = {  # each imports only what is named: scripts > methods > networks, dat
 OURS = {"utils", "networks", "dataloaders", "methods", "train_dtml", "test_la", "predict", "reproduce"}
 
 
-PROGRAMS = {"utils/doctor.py"}  # a script by what it does, which nothing imports: see test_doctor.py
+# Scripts by what they do. Nothing imports the first (see test_doctor.py), only a script the second.
+PROGRAMS = {"utils/doctor.py", "utils/html_report.py", "utils/pictures.py"}
 
 
 def modules() -> list[tuple[str, Path]]:
@@ -37,6 +38,13 @@ def test_a_module_imports_only_what_is_below_it(floor, path):
         elif isinstance(node, ast.ImportFrom) and node.module:
             imported.add(node.module.split(".")[0])
     assert imported & OURS <= FLOORS[floor]
+
+
+@pytest.mark.parametrize(("floor", "path"), modules(), ids=lambda value: getattr(value, "name", value))
+def test_only_scripts_import_a_program(floor, path):
+    programs = {name.removesuffix(".py").replace("/", ".") for name in PROGRAMS}
+    imported = {node.module for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)}
+    assert floor == "scripts" or not imported & programs
 
 
 def test_the_training_script_names_no_method():

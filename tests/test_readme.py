@@ -9,6 +9,7 @@ import pytest
 import reproduce
 import test_la
 import train_dtml
+from utils import pictures
 from utils.options import Parser, fill
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,13 +51,23 @@ def test_test_commands_parse():
     parser = Parser()
     parser.add_dataclass(test_la.Options)
     found = [c for c in COMMANDS if c.startswith("python test_la.py")]
-    assert found and all(parser.parse(shlex.split(c)[2:]) for c in found)
+    assert found and all(parser.parse(shlex.split(c)[3:]) for c in found)
+
+
+def test_drawing_commands_parse():
+    found = [shlex.split(c)[3:] for c in COMMANDS if c.startswith("python -m utils.pictures")]
+    for figure, *words in found:
+        parser = Parser()
+        parser.add_argument("runs", nargs="+")
+        parser.add_dataclass(pictures.Options)
+        assert figure in pictures.FIGURES and parser.parse(words)["runs"]
+    assert found
 
 
 def test_reproduce_commands_name_runs_of_the_grid():
     parser = Parser()
     parser.add_dataclass(reproduce.Options)
-    found = [parser.parse(shlex.split(c)[2:]) for c in COMMANDS if c.startswith("python reproduce.py")]
+    found = [parser.parse(shlex.split(c)[3:]) for c in COMMANDS if c.startswith("python reproduce.py")]
     assert found and all(reproduce.select(fill(reproduce.Options, words))[0] for words in found)
 
 
@@ -99,6 +110,8 @@ def test_flags_named_exist():
         "--logdir",
     }
     known |= {"--metric", "--picture", "--dist", "--requeue", "--max-restarts"}  # of other programs
+    for program in (test_la, pictures):
+        known |= {f"--{name.replace('_', '-')}" for name in program.Options.__dataclass_fields__}
     known |= {f"--{name}" for name in reproduce.Options.__dataclass_fields__}
     for kind in train_dtml.METHODS.values():
         for name, f in kind.Options.__dataclass_fields__.items():

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from dataloaders.cases import LA_FOLDER, PHANTOM_FOLDER, Case, check_all, find_cases, lists_of, read_case
+from dataloaders.cases import LA_FOLDER, MOST_CLASSES, PHANTOM_FOLDER, Case, check_all, find_cases, lists_of, read_case
 from dataloaders.findings import Facts, duplicates, facts_of, findings_of, memory_gib, with_spacing
 from utils.errors import UserError, run
 from utils.options import Parser, fill, option
@@ -30,7 +30,7 @@ FULL_STEP_GIB, FULL_STEP_S = 9.5, 26  # of one full-size iteration on two cores,
 @dataclasses.dataclass
 class Options:
     data: str = option("", "folder of the data set (default data/la, else data/phantom)")
-    classes: int = option(1, "C, labels hold 0..C", minimum=1, maximum=254)
+    classes: int = option(1, "C, labels hold 0..C", minimum=1, maximum=MOST_CLASSES)
     every: int = option(1, "read every Nth case only, of a large set", minimum=1)
 
 

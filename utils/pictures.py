@@ -1,71 +1,216 @@
-"""Pictures of slices: an image and maps of it side by side, with contours of prediction and label."""
+"""Draws figures for a paper from run folders: the DTML paper's Figures 2 and 3, and curves.
 
+    python -m utils.pictures figure2 runs/la/dtml-16-seed1337             image, label, z, m and p of three scans
+    python -m utils.pictures figure3 runs/la/supervised-16-seed1337 runs/la/dtml-16-seed1337:seg --titles V-Net DTML
+    python -m utils.pictures curves results/half/dtml-16-seed1337 results/half/dtml-authors-16-seed1337
+
+figure2 runs the network around the slice; figure3 reads what test_la.py predicted, of the first output or of
+RUN:OUTPUT; curves reads scalars.csv. Slices are shown as radiologists look at them: x to the right, y down.
+"""
+
+import csv
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from utils.masks import label_map
+from dataloaders.cases import MOST_CLASSES, Case, CaseError, case_file, lists_of, read_case, read_geometry
+from methods import restore
+from utils.checkpoint import load_checkpoint, write_whole
+from utils.errors import UserError, run
+from utils.figures import ComparedCase, MapsRow, around, as_png, draw_comparison, draw_curves, draw_maps, slice_of
+from utils.metrics import segmentation_metrics
+from utils.options import Parser, fill, option
+from utils.predictions import read_prediction, read_scores
+from utils.resample import downsample_image, upsample_probability
+from utils.run_folder import MANIFEST, SCALARS, read_json
+from utils.sliding_window import sliding_window
 
-PREDICTION, LABEL = "#ffb000", "#00d0a0"
+FIGURES = ("figure2", "figure3", "curves")
+PANELS = (
+    ("Dice in training", ("dice/train_seg", "dice/train_sdm")),
+    ("loss", ("loss/seg", "loss/mask", "loss/consistency")),
+    ("lambda", ("lambda",)),
+    ("live voxels of m", ("live_gradient/sdm", "live_share/sdm")),
+)
 
 
-def fixed_slice(label: NDArray | None, depth: int) -> int:
-    """The z slice to show: the one with most label, or the middle one."""
-    return depth // 2 if label is None or not label.any() else int((label > 0).sum(axis=(0, 1)).argmax())
+@dataclasses.dataclass
+class Options:
+    """What to draw."""
+
+    cases: list[str] = option(
+        [],
+        "scans, a row each (default the first three of test.list; figure3 those with the lowest, the median and the "
+        "highest Dice of the first run)",
+        type=str,
+        nargs="+",
+    )
+    slice: int | None = option(None, "z slice (default the one with most label)", type=int, minimum=0)
+    titles: list[str] = option([], "names of the runs (default method and labels)", type=str, nargs="+")
+    data: str = option("", "folder of the data set (default that of the run)")
+    view: list[float] = option([160.0, 30.0], "of the surfaces: degrees around z, and from above", type=float, nargs=2)
+    out: str = option("", "PNG to write (default FIGURE.png)")
+    overwrite: bool = option(False, "replace a file that is there")
+    dpi: int = option(300, "pixels per inch of a page 7 inches wide", minimum=30, maximum=1200)
+    palette: bool = option(False, "256 colours: about a third of the bytes, for a web page")
 
 
-def panels(
-    image: NDArray,
-    maps: dict[str, NDArray],
-    contours: dict[str, tuple[NDArray, str]],
-    title: str = "",
-    height: float = 2.6,
-) -> NDArray[np.uint8]:
-    """Draws one slice as a row of panels.
+def find_case(folder: Path, name: str) -> Case:
+    """A case of a data set with its label.
 
-    Args:
-        image: (W,H) intensities, shown between their 1st and 99th percentile.
-        maps: name -> (W,H); 'z' or z1, z2, ... in blue (inside) to red over [-1,1], everything else in grey over [0,1].
-        contours: name -> (label map (W,H), colour), each class drawn on every panel.
-
-    Returns:
-        (height, width, 3) picture.
+    Raises:
+        UserError: no such case.
     """
-    w, h = image.shape
-    figure = Figure(figsize=((len(maps) + 1) * height * w / h * 1.02, height + 0.5), dpi=100, facecolor="white")
-    canvas = FigureCanvasAgg(figure)
-    for i, (name, values) in enumerate({"image": image, **maps}.items()):
-        axes = figure.add_axes((i / (len(maps) + 1), 0, 0.98 / (len(maps) + 1), height / (height + 0.5)))
-        look: dict[str, Any] = {"cmap": "gray", "vmin": 0, "vmax": 1}
-        if name == "image":
-            look["vmin"], look["vmax"] = np.percentile(values, (1, 99))
-        elif name.startswith("z"):
-            look = {"cmap": "coolwarm", "vmin": -1, "vmax": 1}
-        axes.imshow(values.T, origin="lower", interpolation="nearest", aspect="auto", **look)
-        for found, colour in contours.values():
-            for mask in (found == c for c in np.unique(found) if c > 0):
-                if not mask.all():
-                    axes.contour(mask.T.astype(float), [0.5], colors=[colour], linewidths=1.2)
-        axes.set_axis_off()
-        axes.set_title(name, fontsize=10, pad=3)
-    key = ", ".join(f"{name} {'orange' if colour == PREDICTION else 'green'}" for name, (_, colour) in contours.items())
-    figure.text(0.002, 0.985, f"{title}   contours: {key}", fontsize=8, va="top")
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    path = case_file(folder, name)
+    if path is None:
+        raise UserError(f"--cases {name}: there is no such case in {folder}. Its test.list names those that there are.")
+    return Case(name, path, labeled=True, classes=MOST_CLASSES)
 
 
-def slice_picture(
-    image: NDArray, maps: dict[str, NDArray], label: NDArray | None, title: str, classes: int = 1
-) -> NDArray[np.uint8]:
-    """One slice of an image (W,H,D), its maps and, where there is one, its label: the first map, or as many as there
-    are classes, is the prediction."""
-    z = fixed_slice(label, image.shape[-1])
-    p = torch.from_numpy(np.stack([values[..., z] for values in list(maps.values())[:classes]]))
-    contours = {"prediction": (label_map(p).numpy(), PREDICTION)}
-    if label is not None:
-        contours["label"] = (label[..., z], LABEL)
-    return panels(image[..., z], {name: values[..., z] for name, values in maps.items()}, contours, title)
+def read_scan(case: Case, z: int | None) -> tuple[NDArray[np.float32], NDArray[np.uint8], tuple[float, ...], int]:
+    """image and label (W,H,D), spacing in mm and the z slice to show.
+
+    Raises:
+        UserError: a case that cannot be used, or a slice that it does not have.
+    """
+    try:
+        image, label = read_case(case)
+        spacing = read_geometry(case)["spacing"]
+    except CaseError as e:
+        raise UserError(f"{case.name}: {case.path} {e}") from e
+    assert label is not None
+    z = slice_of(label, label.shape[-1], z)
+    if z >= label.shape[-1]:
+        raise UserError(f"--slice {z}: {case.name} has the slices 0 to {label.shape[-1] - 1}.")
+    return image, label, spacing, z
+
+
+def figure2(paths: Sequence[str], o: Options) -> Figure:
+    """Image, label and the method's maps of one slice of each scan."""
+    if len(paths) > 1:
+        raise UserError("figure2 is of one run. Give one, or draw figure3.")
+    state = load_checkpoint(Path(paths[0]))
+    method = restore(state).eval()
+    trained = state["options"]
+    folder = Path(o.data or trained["data"])
+    rows = []
+    for name in o.cases or lists_of(folder)[1][:3]:
+        image, label, spacing, z = read_scan(find_case(folder, name), o.slice)
+        x, y = around(label[..., z] > 0)
+        maps = maps_of_slice(method, image, z, trained["patch_size"], trained["downsample"])
+        shown = {key: maps[key][x, y] for key in sorted(maps, key="pqmz".find, reverse=True)}
+        rows.append(MapsRow(name, image[x, y, z], label[x, y, z], shown, spacing))
+    return draw_maps(rows)
+
+
+def maps_of_slice(
+    method: Any, image: NDArray, z: int, patch_size: Sequence[int], downsample: int
+) -> dict[str, NDArray[np.float32]]:
+    """image (W,H,D) -> name -> (W,H): the method's maps of the slice z, from windows that have it in their middle."""
+    depth = patch_size[2] * downsample
+    start = min(max(z - depth // 2, 0), max(image.shape[2] - depth, 0)) // downsample * downsample
+    slab = torch.from_numpy(image[..., start : start + depth].copy())
+    names: list[str] = []
+
+    def predict(patches: torch.Tensor) -> torch.Tensor:
+        found = method.maps(patches)
+        names[:] = found
+        return torch.stack(list(found.values()), dim=1)
+
+    stride = (max(patch_size[0] // 3, 1), max(patch_size[1] // 3, 1), patch_size[2])
+    found = sliding_window(predict, downsample_image(slab, downsample), patch_size, stride, weighting="gaussian")
+    full = upsample_probability(found, downsample, tuple(slab.shape))[..., z - start].numpy()
+    return dict(zip(names, full, strict=True))
+
+
+def figure3(paths: Sequence[str], o: Options) -> Figure:
+    """Contours and surfaces of the predictions of several runs beside the label."""
+    named = [Path(where).exists() for where in paths]
+    split = [(where, "") if there else where.rpartition(":")[::2] for where, there in zip(paths, named, strict=True)]
+    tests = [Path(where) / "test" for where, _ in split]
+    scores = [read_scores(test) for test in tests]
+    outputs = [output or rows[0]["output"] for (_, output), rows in zip(split, scores, strict=True)]
+    for test, rows, output in zip(tests, scores, outputs, strict=True):
+        known = list(dict.fromkeys(row["output"] for row in rows))
+        if output not in known:
+            raise UserError(
+                f"{test} has no output {output}, only {', '.join(known)}. Name one of them after the colon."
+            )
+    titles = o.titles or [name_of(Path(where)) for where, _ in split]
+    if len(set(titles)) < len(titles):
+        titles = [f"{title} ({output})" for title, output in zip(titles, outputs, strict=True)]
+    if len(set(titles)) != len(paths):
+        raise UserError(f"--titles must give {len(paths)} different names, one for each run.")
+    folder = Path(o.data or read_json(tests[0] / "test.json").get("data", ""))
+    compared = []
+    for name in o.cases or typical(scores[0], outputs[0]):
+        image, label, spacing, z = read_scan(find_case(folder, name), o.slice)
+        predictions = {}
+        for test, output, title in zip(tests, outputs, titles, strict=True):
+            mask = read_prediction(test, output, name)
+            if mask.shape != label.shape:
+                raise UserError(f"the prediction of {name} in {test} has {mask.shape} voxels, the scan {label.shape}.")
+            dice = [segmentation_metrics(mask == c, label == c)["dice"] for c in range(1, int(label.max()) + 1)]
+            predictions[title] = (mask, f"Dice {100 * np.mean(dice):.1f}" if dice else "")
+        compared.append(ComparedCase(name, image, label, z, predictions, spacing))
+    return draw_comparison(compared, *o.view)
+
+
+def typical(rows: Sequence[dict[str, Any]], output: str) -> list[str]:
+    """The cases with the lowest, the median and the highest Dice of an output, unfiltered."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if (row["output"], row["component"]) == (output, "all"):
+            found.setdefault(row["case"], []).append(row["dice"])
+    names = sorted(found, key=lambda name: np.mean(found[name]))
+    return list(dict.fromkeys(names[i] for i in (0, len(names) // 2, -1)))
+
+
+def name_of(folder: Path) -> str:
+    """A run's method and labels, or else the name of its folder."""
+    options = read_json(folder / MANIFEST).get("options", {})
+    return f"{options['method']}, {options['labeled']} labels" if "labeled" in options else folder.name
+
+
+def curves(paths: Sequence[str], o: Options) -> Figure:
+    """What scalars.csv of each run holds."""
+    runs = {}
+    for i, where in enumerate(paths):
+        path = Path(where) / SCALARS
+        try:
+            with open(path, newline="", encoding="utf-8") as f:
+                header, *rows = csv.reader(f)
+            values = np.array(rows, float)
+        except (OSError, ValueError) as e:
+            raise UserError(f"cannot read {path}: {e}. Give run folders of train_dtml.py.") from e
+        name = o.titles[i] if len(o.titles) == len(paths) else Path(where).name
+        runs[name] = dict(zip(header, values.T, strict=True))
+    known = {tag for scalars in runs.values() for tag in scalars}
+    return draw_curves(runs, [(title, tags) for title, tags in PANELS if known & set(tags)])
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(description=__doc__, prog="utils.pictures")
+    parser.add_argument("figure", choices=FIGURES, help="what to draw")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders; in figure3 RUN:OUTPUT names an output")
+    parser.add_dataclass(Options)
+    given = parser.parse(argv)
+    o: Options = fill(Options, given)
+    out = Path(o.out or f"{given['figure']}.png")
+    if out.exists() and not o.overwrite:
+        raise UserError(f"{out} exists already. Choose another --out, or replace it with --overwrite.")
+    if not out.parent.is_dir():
+        raise UserError(f"there is no folder {out.parent} for --out. Make it, or choose another.")
+    draw = {"figure2": figure2, "figure3": figure3, "curves": curves}[given["figure"]]
+    write_whole(out, as_png(draw(given["runs"], o), o.dpi, palette=o.palette))
+    print(out)
+
+
+if __name__ == "__main__":
+    run(main)

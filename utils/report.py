@@ -99,3 +99,8 @@ class Report:
         self.board.flush()
         self.pictures.mkdir(exist_ok=True)
         Image.fromarray(picture).save(self.pictures / f"{name}-{iteration:06d}.png")
+
+    def mesh(self, name: str, mesh: dict[str, NDArray], iteration: int) -> None:
+        """vertices (V,3) float, colours (V,3) uint8 and faces (F,3) of triangles to TensorBoard."""
+        arrays = {key: values[None] for key, values in mesh.items()}
+        self.board.add_mesh(name, arrays["vertices"], arrays["colours"], arrays["faces"], global_step=iteration)

@@ -143,6 +143,14 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """What a JSON file of a run folder tells; nothing where there is none."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
 def digest(*arrays: Any) -> str:
     """First 16 hexadecimal digits of the SHA-256 of the arrays' bytes."""
     sha = hashlib.sha256()

@@ -1,0 +1,318 @@
+"""The page about a tested run: its figures are those of cases.csv, it needs nothing else, and a browser shows it."""
+
+import base64
+import csv
+import io
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from conftest import write_case
+from PIL import Image
+from skimage.draw import polygon2mask
+
+from utils import html_report
+from utils.errors import UserError
+from utils.metrics import segmentation_metrics
+from utils.run_folder import write_json
+
+SHAPE, SPACING = (40, 32, 12), (1.0, 1.0, 2.0)
+WILD = "<b>x&'\"</script>"  # a case may be called anything that a file can
+OUTPUTS = ("seg", "sdm")
+
+
+def ball(centre: tuple[float, float, float], radius: float) -> np.ndarray:
+    grid = np.stack(np.meshgrid(*map(np.arange, SHAPE), indexing="ij"), axis=-1)
+    return (((grid - centre) * (1, 1, 2)) ** 2).sum(-1) < radius**2
+
+
+def make_test(folder: Path, names: list[str], classes: int = 1, saved: str = "largest") -> Path:
+    """A test folder as test_la.py leaves it, of predictions that are worse from case to case; beside it, `set`."""
+    rows: list[dict[str, Any]] = []
+    rng = np.random.default_rng(0)
+    for i, name in enumerate(names):
+        label = ball((20, 16, 6), 9).astype(np.uint8)
+        if classes > 1:
+            label[20:] *= 2
+        write_case(
+            folder / "set" / f"{name.replace('/', '_')}.h5", rng.random(SHAPE, np.float32), label, spacing=SPACING
+        )
+        for output in OUTPUTS:
+            mask = label * ball((20 + i, 16, 6), 9 - i)
+            for component in ("all", "largest"):
+                metrics = segmentation_metrics(mask, label, SPACING)
+                counts = {"voxels": int((mask > 0).sum()), "label_voxels": int((label > 0).sum())}
+                rows.append({"case": name, "output": output, "component": component, **metrics, **counts})
+            if saved != "none":
+                path = folder / "run" / "test" / "predictions" / output / f"{name}.nii.gz"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                sitk.WriteImage(sitk.GetImageFromArray(mask.transpose(2, 1, 0)), str(path))
+    test = folder / "run" / "test"
+    test.mkdir(parents=True, exist_ok=True)
+    with open(test / "cases.csv", "w", newline="") as f:
+        writer = csv.DictWriter(f, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    write_json(test / "test.json", {"data": str(folder / "set"), "saved": saved, "iteration": 7, "commit": "<i>abc"})
+    write_json(
+        folder / "run" / "manifest.json", {"options": {"method": "dtml", "labeled": 4, "seed": 1}, "checksums": {}}
+    )
+    return test
+
+
+class Page(HTMLParser):
+    """The tables by id, every address, all text outside of scripts, and the script's data."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tables: dict[str, list[list[str]]] = {}
+        self.addresses: list[str] = []
+        self.tags: list[str] = []
+        self.texts: list[str] = []
+        self.images: list[dict[str, str | None]] = []
+        self._table, self._cell, self._script, self.json = "", False, False, ""
+        self.feed(text)
+        self.data = json.loads(self.json)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        found = dict(attributes)
+        self.tags.append(tag)
+        self.addresses += [str(found[name]) for name in ("src", "href", "action", "data", "poster") if name in found]
+        if tag == "table":
+            self._table = found.get("id") or f"bars{len(self.tables)}"
+            self.tables[self._table] = []
+        elif tag == "tr" and self._table:
+            self.tables[self._table].append([])
+        elif tag in ("td", "th") and self._table:
+            self.tables[self._table][-1].append("")
+            self._cell = True
+        elif tag == "img":
+            self.images.append(found)
+        self._script = tag == "script" and found.get("type") == "application/json"
+
+    def handle_endtag(self, tag: str) -> None:
+        self._cell &= tag not in ("td", "th")
+        self._script = False
+        if tag == "table":
+            self._table = ""
+
+    def handle_data(self, text: str) -> None:
+        if self._script:
+            self.json += text
+        elif self._cell:
+            self.tables[self._table][-1][-1] += text
+        self.texts.append(text)
+
+
+def scores(test: Path) -> list[dict[str, str]]:
+    with open(test / "cases.csv", newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def parse(test: Path) -> Page:
+    return Page(html_report.write_report(test).read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def test(tmp_path: Path) -> Path:
+    return make_test(tmp_path, ["case0", "case1", "case2"])
+
+
+# -- without a browser --
+
+
+def test_every_figure_of_the_page_is_that_of_cases_csv(test):
+    page, rows = parse(test), scores(test)
+    _, *lines = page.tables["cases"]
+    assert len(lines) == len(rows) == 12
+    for line, row in zip(lines, rows, strict=True):
+        assert line[:3] == [row["case"], row["output"], row["component"]]
+        scale = {"dice": 100, "jaccard": 100}
+        names = ("dice", "jaccard", "asd", "hd95", "asd_mm", "hd95_mm")
+        assert [float(cell) for cell in line[3:9]] == pytest.approx(
+            [scale.get(name, 1) * float(row[name]) for name in names], abs=0.0051
+        )
+        assert line[9:] == [row["voxels"], row["label_voxels"]]
+
+
+def test_the_means_are_numpy_s_and_empty_predictions_are_counted(tmp_path):
+    test = make_test(tmp_path, [f"case{i}" for i in range(10)])  # the last has no voxel left
+    page, rows = parse(test), scores(test)
+    _, *lines = page.tables["means"]
+    assert [line[:2] for line in lines] == [[o, c] for o in OUTPUTS for c in ("all", "largest")]
+    for line in lines:
+        chosen = [row for row in rows if [row["output"], row["component"]] == line[:2]]
+        dice = 100 * np.array([float(row["dice"]) for row in chosen])
+        asd = np.array([float(row["asd"]) for row in chosen])
+        assert np.isnan(asd).sum() == 1 and line[-2:] == ["10", "1"]
+        for cell, values in ((line[2], dice), (line[4], asd[np.isfinite(asd)])):
+            mean, sd = map(float, cell.split(" ± "))
+            assert (mean, sd) == pytest.approx((values.mean(), values.std(ddof=1)), abs=0.0051)
+    empty = next(line for line in page.tables["cases"] if line[0] == "case9")
+    assert empty[3] == "0.00" and empty[5:9] == ["-"] * 4
+
+
+def test_bars_stand_in_the_order_of_dice(test):
+    tables = [rows for name, rows in parse(test).tables.items() if name.startswith("bars")]
+    assert len(tables) == 4
+    for rows in tables:
+        assert [row[0] for row in rows[1:]] == ["case2", "case1", "case0"]
+        dice = [float(row[2]) for row in rows[1:]]
+        assert dice == sorted(dice) and dice[-1] == 100
+
+
+def test_it_needs_nothing_but_itself(test):
+    text = html_report.write_report(test).read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.addresses and all(address.startswith("data:") for address in page.addresses)
+    assert not re.search(r"https?:|//[a-z]+\.|@import|url\(", text)
+    assert "default-src 'none'" in text and "fetch(" not in text
+    assert all(image.get("alt") for image in page.images)
+
+
+def test_what_files_are_called_is_text_on_the_page(tmp_path):
+    test = make_test(tmp_path, ["case0", WILD.replace("/", "_")])
+    page = parse(test)
+    assert WILD.replace("/", "_") in {x["name"] for x in page.data}
+    assert page.tables["cases"][-1][0] == WILD.replace("/", "_")
+    assert page.tags.count("b") == str(html_report.DEFINITIONS).count("<b>")
+    assert page.tags.count("script") == 2 and "<i>abc" in page.texts
+
+
+def test_slices_contours_and_surfaces_are_those_of_the_scan(test):
+    page = parse(test)
+    assert [one["name"] for one in page.data] == ["case2", "case0"]
+    one = page.data[1]
+    pictures = [Image.open(io.BytesIO(base64.b64decode(text))) for text in one["slices"]]
+    assert len(pictures) == SHAPE[2] and {p.width / p.height for p in pictures} == {SHAPE[0] / SHAPE[1]}
+    label = ball((20, 16, 6), 9)
+    for z, path in enumerate(one["contours"]["label"][0]):
+        lines = [np.array([p.split() for p in part.split("L")], float) for part in re.findall(r"M([^Z]+)Z", path)]
+        drawn = sum((polygon2mask(SHAPE[:2], line - 0.5) for line in lines), np.zeros(SHAPE[:2], bool))
+        assert (drawn != label[..., z]).sum() <= 0.03 * label[..., z].sum()
+    for part in (one["surfaces"][0][0], one["surfaces"][1][0]):
+        vertices = np.frombuffer(base64.b64decode(part["vertices"]), "<i2").reshape(-1, 3) / 32767
+        faces = np.frombuffer(base64.b64decode(part["faces"]), "<u2").reshape(-1, 3)
+        a, b, c = (vertices[faces[:, i]] for i in range(3))
+        radius = np.ptp(vertices[:, 0]) / 2
+        assert (a * np.cross(b, c)).sum() / 6 == pytest.approx(4 / 3 * np.pi * radius**3, rel=0.15)
+
+
+def test_classes_have_a_contour_and_a_surface_each(tmp_path, monkeypatch):
+    def read(case):
+        with h5py.File(case.path) as f:
+            return f["image"][()], f["label"][()]
+
+    monkeypatch.setattr(html_report, "read_case", read)
+    page = parse(make_test(tmp_path, ["case0", "case1"], classes=2))
+    for one in page.data:
+        assert len(one["contours"]["label"]) == 2 and all(any(paths) for paths in one["contours"]["label"])
+        colours = [[tuple(part["colour"]) for part in parts] for parts in one["surfaces"]]
+        assert colours[0] == colours[1] and len(set(colours[0])) == 2
+
+
+def test_a_large_scan_stays_small_on_the_page(monkeypatch):
+    noise = np.random.default_rng(0).random((300, 300, 40), np.float32)
+    monkeypatch.setattr(html_report, "MOST_BYTES", 400_000)
+    found = html_report.jpeg_slices(noise, (1, 1, 1))
+    assert len(found) == 40 and sum(map(len, found)) * 3 / 4 < 400_000
+
+
+def test_without_predictions_or_with_one_scan(tmp_path):
+    page = parse(make_test(tmp_path / "none", ["case0", "case1"], saved="none"))
+    assert page.data == [] and any("no predictions" in text for text in page.texts)
+    assert [one["name"] for one in parse(make_test(tmp_path / "one", ["only"])).data] == ["only"]
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [
+        (lambda test: (test / "cases.csv").unlink(), "Run test_la.py"),
+        (lambda test: (test / "cases.csv").write_text("a,b\n1,2\n"), "no cases.csv"),
+        (lambda test: shutil.rmtree(test / "predictions"), "Run test_la.py"),
+        (lambda test: (test / "predictions" / "seg" / "case0.nii.gz").write_bytes(b"no"), "cannot read"),
+        (lambda test: shutil.rmtree(test.parent.parent / "set"), "--data"),
+    ],
+)
+def test_what_is_missing_is_named(harm: Callable[[Path], Any], says, test):
+    harm(test)
+    with pytest.raises(UserError, match=says):
+        html_report.main([str(test)])
+    assert not list(test.glob("*.html"))
+
+
+# -- with one --
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
+PROBE = """<script>addEventListener("load", () => { setTimeout(() => {
+const box = document.querySelector(".case"), slider = box.querySelector("input[type=range]");
+const state = () => [box.querySelector(".slice img").src, box.querySelector("path[data-set=label]").getAttribute("d"),
+  box.querySelector("output").textContent, slider.value];
+const seen = [state()];
+box.querySelector(".slice").dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowUp"})); seen.push(state());
+slider.value = 0; slider.dispatchEvent(new Event("input")); seen.push(state());
+const choice = document.getElementById("choice"); choice.value = "3"; choice.dispatchEvent(new Event("change"));
+const tables = [...document.querySelectorAll(".perkey")].map(one => one.hidden);
+const wide = document.documentElement.scrollWidth, means = document.getElementById("means").innerText;
+const pre = document.createElement("pre"); pre.id = "probe";
+pre.textContent = JSON.stringify({seen, tables, wide, means, canvases: document.querySelectorAll("canvas").length});
+document.body.append(pre); }, 300); });</script></body>"""
+
+
+def browse(page: Path, folder: Path, *words: str) -> tuple[str, str]:
+    """What Chromium makes of a page: the document, and its log."""
+    command = [str(BROWSER), "--headless", "--no-sandbox", "--enable-unsafe-swiftshader", "--hide-scrollbars",
+               f"--user-data-dir={folder / 'browser'}", "--enable-logging=stderr",
+               "--virtual-time-budget=3000"]  # fmt: skip
+    done = subprocess.run([*command, *words, page.as_uri()], capture_output=True, text=True, timeout=120)
+    return done.stdout, done.stderr
+
+
+@needs_browser
+def test_in_a_browser_the_slider_and_the_choice_work_and_nothing_is_complained_of(test, tmp_path):
+    page = html_report.write_report(test)
+    probed = tmp_path / "probed.html"
+    probed.write_text(page.read_text(encoding="utf-8").replace("</body>", PROBE), encoding="utf-8")
+    document, log = browse(probed, tmp_path, "--dump-dom", "--window-size=400,900")
+    complaints = [line for line in log.splitlines() if "CONSOLE" in line and "ReadPixels" not in line]
+    assert complaints == []
+    found = json.loads(
+        re.search(r'<pre id="probe">(.*?)</pre>', document, re.S)[1].replace("&lt;", "<").replace("&amp;", "&")
+    )
+    data = Page(page.read_text(encoding="utf-8")).data[0]
+    for image, path, text, z in found["seen"]:
+        assert image.endswith(data["slices"][int(z)]) and path == data["contours"]["label"][0][int(z)]
+        assert text == f"slice {z} of {SHAPE[2] - 1}"
+    (_, _, _, first), (_, _, _, second), (_, _, _, last) = found["seen"]
+    assert int(second) == int(first) + 1 and last == "0"
+    assert found["tables"] == [True, True, True, False]
+    assert found["wide"] <= 500  # Chromium's narrowest window; nothing sticks out
+    dice = np.mean(
+        [100 * float(row["dice"]) for row in scores(test) if (row["output"], row["component"]) == ("seg", "all")]
+    )
+    assert f"{dice:.2f} ±" in found["means"]
+
+
+@needs_browser
+def test_a_browser_draws_it_light_and_dark(test, tmp_path):
+    page = html_report.write_report(test)
+    means = []
+    for words in ([], ["--blink-settings=preferredColorScheme=0"]):
+        browse(page, tmp_path, f"--screenshot={tmp_path / 'shot.png'}", "--window-size=1000,1600", *words)
+        with Image.open(tmp_path / "shot.png") as shot:
+            picture = np.asarray(shot.convert("RGB")).astype(int)
+        means.append(picture[:200].mean())
+        r, g, b = picture.reshape(-1, 3).T
+        assert ((r > 180) & (g > 110) & (g < 190) & (b < 60)).sum() > 1500  # the orange surface is there, lit
+        assert ((r < 60) & (g > 150) & (b > 100)).sum() > 1500  # and the label's
+    assert means[0] > 220 and means[1] < 60

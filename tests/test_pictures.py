@@ -1,0 +1,280 @@
+"""Surfaces against closed forms, one camera for all, figures of run folders, and the mesh in TensorBoard's files."""
+
+import io
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TINY, make_set
+from PIL import Image
+from scipy.spatial import KDTree
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.mesh import plugin_data_pb2
+
+import test_la
+import train_dtml
+from utils import pictures
+from utils.errors import UserError
+from utils.figures import ComparedCase, around, as_png, draw_comparison
+from utils.slices import COLOURS, LABEL, prediction_mesh
+from utils.surfaces import Camera, Surface, camera_around, render, surface
+
+ORANGE, GREEN = COLOURS[0], LABEL
+
+
+def ball(shape: tuple[int, ...], centre, radius: float, spacing=(1.0, 1.0, 1.0)) -> np.ndarray:
+    """The voxels of a ball; centre and radius in mm."""
+    grid = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1) * np.array(spacing)
+    return ((grid - np.array(centre)) ** 2).sum(-1) < radius**2
+
+
+def volume_and_area(one: Surface) -> tuple[float, float]:
+    """By the divergence theorem: positive only if the triangles face outwards."""
+    a, b, c = (one.vertices[one.faces[:, i]].astype(float) for i in range(3))
+    return (a * np.cross(b, c)).sum() / 6, np.linalg.norm(np.cross(b - a, c - a), axis=1).sum() / 2
+
+
+# -- surfaces --
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (0.6, 0.8, 1.7)])
+@pytest.mark.parametrize("most", [None, 3000, 500])
+def test_a_ball_has_the_volume_and_the_area_of_a_ball(spacing, most):
+    radius, centre = 14.0, (22.0, 20.0, 25.0)
+    shape = tuple(int(48 / step) for step in spacing)
+    one = surface(ball(shape, centre, radius, spacing), spacing, most)
+    volume, area = volume_and_area(one)
+    assert volume == pytest.approx(4 / 3 * np.pi * radius**3, rel=0.1 if most == 500 else 0.04)
+    assert area == pytest.approx(4 * np.pi * radius**2, rel=0.1 if most == 500 else 0.04)
+    assert one.vertices.mean(axis=0) == pytest.approx(centre, abs=0.4)
+    assert len(one.faces) <= (most or np.inf)
+    outward = (one.vertices - centre) / np.linalg.norm(one.vertices - centre, axis=1, keepdims=True)
+    assert np.median((outward * one.normals).sum(axis=1)) > 0.98
+
+
+def test_a_surface_is_closed_even_at_the_edge_of_the_scan():
+    one = surface(np.ones((29, 30, 31), bool))
+    edges = np.sort(np.concatenate([one.faces[:, [0, 1]], one.faces[:, [1, 2]], one.faces[:, [2, 0]]]), axis=1)
+    assert (np.unique(edges, axis=0, return_counts=True)[1] == 2).all()
+    assert volume_and_area(one)[0] == pytest.approx(29 * 30 * 31, rel=0.03)
+
+
+def test_a_single_voxel_and_nothing_at_all_have_a_surface():
+    mask = np.zeros((6, 7, 8), bool)
+    assert len(surface(mask).faces) == 0
+    mask[2, 3, 4] = True
+    assert surface(mask).vertices.mean(axis=0) == pytest.approx((2, 3, 4), abs=0.1)
+
+
+# -- the camera --
+
+
+def shown(masks: list[np.ndarray], camera: Camera, spacing=(1.0, 1.0, 1.0)) -> list[np.ndarray]:
+    return [render([(surface(mask, spacing), ORANGE)], camera, 120) for mask in masks]
+
+
+def test_one_camera_shows_sizes_and_places_as_they_are():
+    shape = (60, 50, 40)
+    large, small = ball(shape, (30, 25, 20), 16), ball(shape, (30, 25, 20), 8)
+    camera = camera_around([large, small], (1, 1, 1), 30, 20)
+    covered = [(picture[..., 3] > 127).sum() for picture in shown([large, small], camera)]
+    assert covered[0] / covered[1] == pytest.approx(4, rel=0.05)
+    assert covered[0] == pytest.approx(np.pi * (16 * 120 / camera.width) ** 2, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("azimuth", "elevation", "right", "up"),
+    [
+        (0, 0, (1, 0, 0), (0, 0, 1)),
+        (180, 0, (-1, 0, 0), (0, 0, 1)),
+        (90, 0, (0, 1, 0), (0, 0, 1)),
+        (0, 90, (1, 0, 0), (0, 1, 0)),
+    ],
+)
+def test_where_the_camera_stands(azimuth, elevation, right, up):
+    axes = Camera((0, 0, 0), 1, azimuth, elevation).axes
+    assert axes[:2] == pytest.approx(np.array([right, up]), abs=1e-12)
+    assert np.linalg.det(axes) == pytest.approx(1)  # no mirror
+    shape = (40, 40, 40)
+    camera = Camera((20, 20, 20), 40, azimuth, elevation)
+    for direction, (row, column) in ((right, (60, 90)), (up, (30, 60))):
+        (picture,) = shown([ball(shape, np.array([20, 20, 20]) + 10 * np.array(direction), 5)], camera)
+        assert np.argwhere(picture[..., 3] > 127).mean(axis=0) == pytest.approx((row, column), abs=1.5)
+
+
+def test_what_is_nearer_hides_what_is_behind():
+    shape = (40, 40, 40)
+    front, back = surface(ball(shape, (20, 8, 20), 6)), surface(ball(shape, (20, 30, 20), 12))
+    for order in ([(front, ORANGE), (back, GREEN)], [(back, GREEN), (front, ORANGE)]):
+        ahead, behind = (render(order, Camera((20, 20, 20), 40, a), 80)[40, 40, :3].astype(int) for a in (0, 180))
+        assert ahead[0] > 1.5 * ahead[2] + 50 and behind[1] > behind[0] + 50  # orange; green
+
+
+def test_light_falls_from_the_upper_left():
+    (picture,) = shown([ball((40, 40, 40), (20, 20, 20), 15)], Camera((20, 20, 20), 40))
+    assert picture[35, 35, :3].sum() > picture[85, 85, :3].sum() + 100
+
+
+# -- figures --
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the set, the tested runs dtml and supervised, and the run dtc, which was not tested."""
+    folder = tmp_path_factory.mktemp("figures")
+    data = make_set(folder / "set")
+    for method in ("dtml", "supervised", "dtc"):
+        words = ["--method", method, "--data", str(data), "--runs", str(folder), "--name", method, "--iterations", "3"]
+        train_dtml.main([*words, *TINY])
+    for method in ("dtml", "supervised"):
+        test_la.main(["--checkpoint", str(folder / method), "--stride", "16", "16", "16", "--threads", "1"])
+    return folder
+
+
+def draw(folder: Path, figure: str, *words: str) -> Path:
+    out = folder / "figure.png"
+    out.unlink(missing_ok=True)
+    pictures.main([figure, *words, "--out", str(out), "--dpi", "60"])
+    return out
+
+
+def test_figures_are_drawn_from_run_folders(runs, tmp_path):
+    dtml, supervised, dtc = (str(runs / name) for name in ("dtml", "supervised", "dtc"))
+    heights = []
+    for words in (
+        ["figure2", dtml], ["figure2", dtc, "--cases", "case08"], ["figure2", supervised, "--slice", "5"],
+        ["figure3", f"{dtml}:sdm", supervised], ["figure3", dtml, f"{dtml}:mean", "--cases", "case09", "--palette"],
+        ["curves", dtml, dtc, "--titles", "one", "two"],
+    ):  # fmt: skip
+        with Image.open(draw(tmp_path, *words)) as picture:
+            assert 300 < picture.width < 520 and picture.height > 60
+            heights.append(picture.height)
+            assert np.asarray(picture.convert("L")).std() > 10
+    assert heights[3] > 1.5 * heights[4]  # two scans, and one
+
+
+def test_figure_2_shows_what_the_network_says_of_the_slice(runs):
+    """On a scan no larger than the patch there is one window, so the maps are the method's own."""
+    import torch
+
+    from methods import restore
+    from utils.checkpoint import load_checkpoint
+
+    method = restore(load_checkpoint(runs / "dtml")).eval()
+    image = np.random.default_rng(0).standard_normal((16, 16, 16)).astype(np.float32)
+    found = pictures.maps_of_slice(method, image, 5, (16, 16, 16), 1)
+    with torch.no_grad():
+        expected = method.maps(torch.from_numpy(image)[None, None])
+    assert list(found) == ["p", "m", "z"]
+    for name, values in found.items():
+        assert values == pytest.approx(expected[name][0, ..., 5].numpy(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["figure3", "{runs}/dtc"], "Run test_la.py --checkpoint"),
+        (["figure3", "{runs}/dtml:teacher"], "no output teacher, only seg, sdm, mean"),
+        (["figure3", "{runs}/dtml", "--cases", "nobody"], "--cases nobody"),
+        (["figure2", "{runs}/dtml", "--cases", "nobody"], "--cases nobody"),
+        (["figure2", "{runs}/dtml", "{runs}/dtc"], "of one run"),
+        (["figure2", "{runs}/nowhere"], "nowhere"),
+        (["figure2", "{runs}/dtml", "--slice", "18"], "slices 0 to 17"),
+        (["figure3", "{runs}/dtml", "--titles", "a", "b"], "--titles must give 1"),
+        (["curves", "{runs}/set"], "Give run folders"),
+        (["figure4", "{runs}/dtml"], "figure4"),
+    ],
+)
+def test_mistakes_are_named(words, says, runs, tmp_path):
+    with pytest.raises(UserError, match=says):
+        draw(tmp_path, *(word.format(runs=runs) for word in words))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_figure_that_is_there_is_not_replaced_unless_asked(runs, tmp_path):
+    out = draw(tmp_path, "curves", str(runs / "dtml"))
+    before = out.read_bytes()
+    with pytest.raises(UserError, match="--overwrite"):
+        pictures.main(["curves", str(runs / "dtc"), "--out", str(out)])
+    assert out.read_bytes() == before
+    pictures.main(["curves", str(runs / "dtc"), "--out", str(out), "--overwrite"])
+    assert out.read_bytes() != before
+
+
+def test_a_damaged_prediction_is_named(runs, tmp_path):
+    shutil.copytree(runs / "dtml", tmp_path / "dtml")
+    (tmp_path / "dtml" / "test" / "predictions" / "seg" / "case08.nii.gz").write_bytes(b"no")
+    with pytest.raises(UserError, match=r"cannot read .*case08"):
+        draw(tmp_path, "figure3", str(tmp_path / "dtml"), "--cases", "case08")
+
+
+def test_every_class_has_its_colour():
+    label = ball((40, 40, 20), (20, 20, 10), 8).astype(np.uint8)
+    label[20:] *= 2
+    case = ComparedCase("a", np.random.default_rng(0).random(label.shape), label, 10, {"run": (label, "")}, (1, 1, 1))
+    figure = draw_comparison([case], 0, 20)
+    with Image.open(io.BytesIO(as_png(figure, 80, palette=False))) as picture:
+        r, g, b = np.asarray(picture.convert("RGB")).astype(int).reshape(-1, 3).T
+    assert ((r > 150) & (g > 100) & (b < 60)).sum() > 200 and ((r > 120) & (g < 70) & (b > 60)).sum() > 200
+
+
+@pytest.mark.parametrize("x", [0, 18, 36])
+def test_the_square_around_a_mask_holds_it_and_lies_in_the_slice(x):
+    mask = np.zeros((40, 20), bool)
+    mask[x : x + 4, 3:9] = True
+    box = around(mask)
+    assert mask[box].sum() == mask.sum() and mask[box].shape == (10, 10)
+    assert mask[around(np.zeros_like(mask))].shape == mask.shape
+
+
+# -- TensorBoard --
+
+
+def test_a_mesh_lies_beside_its_label_and_an_empty_one_is_harmless():
+    label = ball((30, 30, 30), (15, 15, 15), 8).astype(np.uint8)
+    mesh = prediction_mesh(label, label, (1, 1, 2), 1000)
+    orange = (mesh["colours"] == (255, 176, 0)).all(axis=1)
+    assert orange.sum() == (~orange).sum() - 1  # the first vertex belongs to no triangle
+    assert mesh["vertices"][~orange][1:] - mesh["vertices"][orange] == pytest.approx(
+        np.tile([31.5, 0, 0], (orange.sum(), 1)), abs=1e-4
+    )
+    empty = prediction_mesh(np.zeros_like(label), np.zeros_like(label), (1, 1, 1))
+    assert {len(values) for values in empty.values()} == {1}
+
+
+def test_a_run_s_event_file_holds_the_mesh_of_every_picture(tmp_path):
+    data = make_set(tmp_path / "set")
+    words = [
+        "--data",
+        str(data),
+        "--runs",
+        str(tmp_path),
+        "--name",
+        "run",
+        *TINY,
+        "--iterations",
+        "4",
+        "--picture-every",
+        "2",
+    ]
+    train_dtml.main(words)
+    events = EventAccumulator(str(tmp_path / "run"), size_guidance={"tensors": 0}).Reload()
+    found = {}
+    for tag in events.Tags()["tensors"]:
+        about = events.SummaryMetadata(tag).plugin_data
+        if about.plugin_name == "mesh":
+            kind = plugin_data_pb2.MeshPluginData.FromString(about.content)
+            assert kind.name == "surface/labeled"
+            found[kind.content_type] = [(e.step, e.tensor_proto) for e in events.Tensors(tag)]
+    kinds = plugin_data_pb2.MeshPluginData
+    assert set(found) == {kinds.VERTEX, kinds.FACE, kinds.COLOR}
+    assert all([step for step, _ in one] == [2, 4] for one in found.values())
+    from tensorboard.util.tensor_util import make_ndarray
+
+    vertices, faces, colours = (make_ndarray(found[kind][-1][1])[0] for kind in (kinds.VERTEX, kinds.FACE, kinds.COLOR))
+    assert len(vertices) == len(colours) and faces.min() >= 0 and faces.max() < len(vertices) and len(faces) <= 12000
+    green = vertices[(colours == (0, 208, 160)).all(axis=1)]
+    # The label of the fixed crop, in mm: its voxels lie inside its surface, whose spacing (1,1,2) stretches z.
+    assert np.ptp(green, axis=0)[2] == pytest.approx(np.ptp(green, axis=0)[0] * 2, rel=0.35)
+    assert KDTree(green).query(green.mean(axis=0))[0] > 2

@@ -1,0 +1,262 @@
+"""Figures for a paper: what a network says of some scans, several runs beside the label, and curves of several runs."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from numpy.typing import NDArray
+from PIL import Image
+
+from utils.masks import box_of
+from utils.slices import COLOURS, LABEL, fixed_slice
+from utils.surfaces import Camera, camera_around, render, surface
+
+WIDTH = 7.0  # inches, of a page
+FONT: dict[str, Any] = {"family": "DejaVu Sans", "size": 8}
+TITLES = {"image": "image", "label": "label Y", "z": "map z", "m": "mask m", "p": "output p", "q": "output q"}
+SURFACE_PIXELS, SURFACE_FACES = 480, 40000
+
+
+@dataclass
+class MapsRow:
+    """A row of `draw_maps`: a scan's image (W,H), label (W,H) or None, maps name -> (W,H), and voxels of spacing mm."""
+
+    name: str
+    image: NDArray
+    label: NDArray | None
+    maps: dict[str, NDArray]
+    spacing: Sequence[float]
+
+
+@dataclass
+class ComparedCase:
+    """Two rows of `draw_comparison`: image and label (W,H,D) of a scan, the z slice to show, and for each run the
+    prediction (W,H,D), a class or 0 in each voxel, and a line about it such as its Dice."""
+
+    name: str
+    image: NDArray
+    label: NDArray
+    z: int
+    predictions: dict[str, tuple[NDArray[Any], str]]
+    spacing: Sequence[float]
+
+
+def slice_of(label: NDArray | None, depth: int, z: int | None) -> int:
+    """The z slice to show: the given one, else the one with most label."""
+    return fixed_slice(None if label is None else label > 0, depth) if z is None else z
+
+
+def around(mask: NDArray, share: float = 0.35) -> tuple[slice, slice]:
+    """A square of voxels around a mask (W,H), or where it is empty the whole slice."""
+    if not mask.any():
+        return slice(0, mask.shape[0]), slice(0, mask.shape[1])
+    box = box_of(mask)
+    side = int((1 + 2 * share) * max(one.stop - one.start for one in box))
+    starts = [(one.start + one.stop - side) // 2 for one in box]
+    starts = [max(min(start, length - side), 0) for start, length in zip(starts, mask.shape, strict=True)]
+    x, y = (slice(start, min(start + side, length)) for start, length in zip(starts, mask.shape, strict=True))
+    return x, y
+
+
+def show_slice(axes: Axes, values: NDArray, spacing: Sequence[float], **look: Any) -> None:
+    """Draws (W,H) values, x to the right and y down as radiologists look at a slice, in mm."""
+    w, h = (side * step for side, step in zip(values.shape, spacing, strict=False))
+    axes.imshow(values.T, extent=(0, w, h, 0), interpolation="nearest", **look)
+    axes.set_axis_off()
+
+
+def show_contours(axes: Axes, classes: NDArray, spacing: Sequence[float], *, is_label: bool, several: bool) -> None:
+    """Draws the outline of every class of (W,H): solid in the class's colour; a label in its own colour, or dashed in
+    the classes' colours where there are several."""
+    x, y = ((np.arange(side) + 0.5) * step for side, step in zip(classes.shape, spacing, strict=False))
+    style = ("dashed" if several else "solid", 0.9) if is_label else ("solid", 1.2)
+    for c in range(1, int(classes.max()) + 1):
+        mask = classes == c
+        if mask.any() and not mask.all():
+            axes.contour(x, y, mask.T.astype(float), [0.5], colors=[colour_of(c, is_label and not several)],
+                         linestyles=style[0], linewidths=style[1])  # fmt: skip
+
+
+def colour_of(c: int, alone: bool = False) -> str:
+    """The colour of a class 1, 2, ..., or with `alone` that of the only label."""
+    return LABEL if alone else COLOURS[(c - 1) % len(COLOURS)]
+
+
+def window_of(image: NDArray) -> dict[str, Any]:
+    """Grey from the 1st to the 99th percentile of an image."""
+    low, high = np.percentile(image, (1, 99))
+    return {"cmap": "gray", "vmin": low, "vmax": high}
+
+
+def draw_maps(rows: Sequence[MapsRow]) -> Figure:
+    """Figure 2 of the paper: a row per scan with its image, its label, and what the network says.
+
+    A map called z is shown from -1 (blue, inside) to 1 (red), all else in grey from 0 to 1.
+    """
+    names = ["image", *(["label"] if rows[0].label is not None else []), *rows[0].maps]
+    side = WIDTH / len(names)
+    shapes = [np.array(row.image.shape) * row.spacing[:2] for row in rows]
+    heights = [side * h / w for w, h in shapes]
+    page = Page(sum(heights) + 0.6)
+    for i, (row, height) in enumerate(zip(rows, heights, strict=True)):
+        page.next_row(height, row.name)
+        for j, name in enumerate(names):
+            axes = page.panel(j, len(names))
+            values = row.image if name == "image" else row.label if name == "label" else row.maps[name]
+            assert values is not None
+            look: dict[str, Any] = {"cmap": "gray", "vmin": 0, "vmax": 1}
+            if name == "image":
+                look = window_of(row.image)
+            elif name == "label":
+                look["vmax"] = max(int(values.max()), 1)
+            elif name == "z":
+                look = {"cmap": "coolwarm", "vmin": -1, "vmax": 1}
+            show_slice(axes, values, row.spacing, **look)
+            if i == 0:
+                axes.set_title(TITLES.get(name, name), pad=3, **FONT)
+            if name == "z" and row is rows[-1]:
+                bar = page.figure.colorbar(axes.images[0], cax=page.below(axes), orientation="horizontal")
+                bar.set_ticks([-1, 0, 1], labels=["-1 inside", "0", "1 outside"], fontsize=6)
+                bar.ax.tick_params(length=2)
+    return page.figure
+
+
+class Page:
+    """A figure filled row by row from the top with panels of one width and the row's height, in inches."""
+
+    def __init__(self, height: float):
+        self.figure = Figure(figsize=(WIDTH, height))
+        self.top, self.height = height - 0.2, 0.0
+
+    def next_row(self, height: float, name: str = "") -> None:
+        """Begins a row; its name stands at the left, upwards."""
+        self.top, self.height = self.top - self.height, height
+        y = (self.top - height / 2) / self.figure.get_figheight()
+        self.figure.text(0.002, y, name, rotation=90, fontsize=min(6.0, 90 * height / max(len(name), 1)), va="center",
+                         family=FONT["family"])  # fmt: skip
+
+    def panel(self, column: int, columns: int) -> Axes:
+        """The axes of one column of the row."""
+        whole = self.figure.get_figheight()
+        box = (0.02 + 0.98 * column / columns, (self.top - self.height) / whole, 0.97 / columns)
+        axes = self.figure.add_axes((*box, (self.height - 0.03) / whole))
+        axes.set_axis_off()
+        return axes
+
+    def below(self, axes: Axes) -> Axes:
+        """Axes for a colour bar under a panel."""
+        box, whole = axes.get_position(), self.figure.get_figheight()
+        return self.figure.add_axes((box.x0 + 0.1 * box.width, box.y0 - 0.14 / whole, 0.8 * box.width, 0.06 / whole))
+
+
+def draw_comparison(cases: Sequence[ComparedCase], azimuth: float, elevation: float) -> Figure:
+    """Figure 3 of the paper: for each scan a row of slices with contours and a row of surfaces, a column per run and
+    one for the label. All surfaces of a row are seen by one camera."""
+    names = [*cases[0].predictions, "label"]
+    several = any(int(case.label.max()) > 1 for case in cases)
+    side = 0.98 * WIDTH / len(names)
+    pictures = [_surfaces(case, azimuth, elevation, several) for case in cases]
+    crops = [around(np.any([v[..., case.z] > 0 for v in _volumes(case)], axis=0), 0.15) for case in cases]
+    heights = []
+    for case, (x, y), (first, *_) in zip(cases, crops, pictures, strict=True):
+        w, h = (step * (one.stop - one.start) for one, step in zip((x, y), case.spacing, strict=False))
+        heights.append((side * h / w, side * first.shape[0] / first.shape[1] + 0.08))
+    page = Page(sum(map(sum, heights)) + 0.4)
+    for case, (x, y), found, (high, low) in zip(cases, crops, pictures, heights, strict=True):
+        page.next_row(high, case.name)
+        for j, name in enumerate(names):
+            axes = page.panel(j, len(names))
+            show_slice(axes, case.image[x, y, case.z], case.spacing, **window_of(case.image[..., case.z]))
+            show_contours(axes, case.label[x, y, case.z], case.spacing, is_label=True, several=several)
+            if name in case.predictions:
+                mask, about = case.predictions[name]
+                show_contours(axes, mask[x, y, case.z], case.spacing, is_label=False, several=several)
+                axes.text(0.03, 0.03, about, transform=axes.transAxes, color="white", **{**FONT, "size": 6},
+                          path_effects=[withStroke(linewidth=1.5, foreground="black")])  # fmt: skip
+            if case is cases[0]:
+                axes.set_title(name, pad=3, **FONT)
+        page.next_row(low)
+        for j, picture in enumerate(found):
+            page.panel(j, len(names)).imshow(picture, interpolation="antialiased")
+    key = "dashed: label; solid: prediction; a colour for each class" if several else "green: label; orange: prediction"
+    page.figure.text(0.5, 0, key, ha="center", va="bottom", fontsize=6.5, family=FONT["family"])
+    return page.figure
+
+
+def _volumes(case: ComparedCase) -> list[NDArray]:
+    """The predictions of all runs and then the label."""
+    return [*(mask for mask, _ in case.predictions.values()), case.label]
+
+
+def _surfaces(case: ComparedCase, azimuth: float, elevation: float, several: bool) -> list[NDArray]:
+    """Pictures of the surfaces of every run and of the label, cropped alike."""
+    camera = camera_around(_volumes(case), case.spacing, azimuth, elevation)
+    pictures = [
+        draw_surface(volume, case.spacing, camera, is_label=volume is case.label and not several)
+        for volume in _volumes(case)
+    ]
+    rows = np.flatnonzero(np.any([picture[..., 3] > 0 for picture in pictures], axis=(0, 2)))
+    low, high = (max(rows[0] - 8, 0), rows[-1] + 9) if rows.size else (0, SURFACE_PIXELS)
+    return [picture[low:high] for picture in pictures]
+
+
+def draw_surface(volume: NDArray, spacing: Sequence[float], camera: Camera, *, is_label: bool) -> NDArray[np.uint8]:
+    """A picture (480,480,4) of the surface of every class of a volume (W,H,D), each in its colour."""
+    classes = range(1, int(volume.max()) + 1)
+    found = [(surface(volume == c, spacing, SURFACE_FACES), colour_of(c, is_label)) for c in classes]
+    return render(found, camera, SURFACE_PIXELS)
+
+
+def draw_curves(runs: dict[str, dict[str, NDArray]], panels: Sequence[tuple[str, Sequence[str]]]) -> Figure:
+    """Curves of several runs beside each other.
+
+    Args:
+        runs: name -> column of scalars.csv -> values; each column of curves is one run.
+        panels: for each row its title and the tags drawn in it.
+    """
+    figure = Figure(figsize=(WIDTH, 1.25 * len(panels) + 0.4), layout="constrained")
+    axes = figure.subplots(len(panels), len(runs), sharex="col", sharey="row", squeeze=False)
+    for column, (name, scalars) in enumerate(runs.items()):
+        axes[0, column].set_title(name, **FONT)
+        axes[-1, column].set_xlabel("iteration", fontsize=7)
+        for row, (title, tags) in enumerate(panels):
+            for tag, colour in zip(
+                [tag for tag in tags if tag in scalars], ("#d55e00", "#0072b2", "#009e73"), strict=False
+            ):
+                steps, values = scalars["iteration"], scalars[tag]
+                width = max(len(values) // 60, 1)
+                smooth = np.convolve(values, np.ones(width) / width, "valid")
+                axes[row, column].plot(steps, values, color=colour, alpha=0.2, linewidth=0.6)
+                axes[row, column].plot(
+                    steps[width // 2 :][: len(smooth)], smooth, color=colour, linewidth=1.2, label=tag
+                )
+            axes[row, column].tick_params(labelsize=6)
+            axes[row, column].spines[["top", "right"]].set_visible(False)
+            if title.startswith("live"):  # from a hundredth to 0
+                axes[row, column].set_yscale("symlog", linthresh=1e-5)
+                axes[row, column].set_yticks([0, 1e-4, 1e-2], labels=["0", "0.0001", "0.01"])
+    for row, (title, _) in enumerate(panels):
+        axes[row, 0].set_ylabel(title, fontsize=7)
+        drawn = {line.get_label(): line for one in axes[row] for line in one.lines if line.get_label()[0] != "_"}
+        axes[row, -1].legend(
+            drawn.values(), drawn, fontsize=6, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5)
+        )
+    return figure
+
+
+def as_png(figure: Figure, dpi: int, *, palette: bool) -> bytes:
+    """A PNG cropped to what is in the figure; with `palette` of 256 colours, about a third of the bytes."""
+    data = io.BytesIO()
+    FigureCanvasAgg(figure)
+    figure.savefig(data, format="png", dpi=dpi, bbox_inches="tight", pad_inches=0.03)
+    if palette:
+        picture = Image.open(data).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
+        data = io.BytesIO()
+        picture.save(data, "PNG", optimize=True)
+    return data.getvalue()

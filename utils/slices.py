@@ -1,0 +1,100 @@
+"""What a run shows of a scan: a slice and its maps side by side with contours, and prediction and label as surfaces."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from utils.surfaces import surface
+
+LABEL = "#00d0a0"
+COLOURS = (
+    "#ffb000",
+    "#dc267f",
+    "#648fff",
+    "#fe6100",
+    "#785ef0",
+    "#5fd3f3",
+)  # of classes 1, 2, ..., for colour-blind eyes
+PREDICTION = COLOURS[0]
+
+
+def fixed_slice(label: NDArray | None, depth: int) -> int:
+    """The z slice to show: the one with most label, or the middle one."""
+    return depth // 2 if label is None or not label.any() else int((label > 0).sum(axis=(0, 1)).argmax())
+
+
+def panels(
+    image: NDArray,
+    maps: dict[str, NDArray],
+    contours: dict[str, tuple[NDArray, str]],
+    title: str = "",
+    height: float = 2.6,
+) -> NDArray[np.uint8]:
+    """Draws one slice as a row of panels.
+
+    Args:
+        image: (W,H) intensities, shown between their 1st and 99th percentile.
+        maps: name -> (W,H); 'z' or z1, z2, ... in blue (inside) to red over [-1,1], everything else in grey over [0,1].
+        contours: name -> (label map (W,H), colour), each class drawn on every panel.
+
+    Returns:
+        (height, width, 3) picture.
+    """
+    w, h = image.shape
+    figure = Figure(figsize=((len(maps) + 1) * height * w / h * 1.02, height + 0.5), dpi=100, facecolor="white")
+    canvas = FigureCanvasAgg(figure)
+    for i, (name, values) in enumerate({"image": image, **maps}.items()):
+        axes = figure.add_axes((i / (len(maps) + 1), 0, 0.98 / (len(maps) + 1), height / (height + 0.5)))
+        look: dict[str, Any] = {"cmap": "gray", "vmin": 0, "vmax": 1}
+        if name == "image":
+            look["vmin"], look["vmax"] = np.percentile(values, (1, 99))
+        elif name.startswith("z"):
+            look = {"cmap": "coolwarm", "vmin": -1, "vmax": 1}
+        axes.imshow(values.T, interpolation="nearest", aspect="auto", **look)
+        for found, colour in contours.values():
+            for mask in (found == c for c in np.unique(found) if c > 0):
+                if not mask.all():
+                    axes.contour(mask.T.astype(float), [0.5], colors=[colour], linewidths=1.2)
+        axes.set_axis_off()
+        axes.set_title(name, fontsize=10, pad=3)
+    key = ", ".join(f"{name} {'orange' if colour == PREDICTION else 'green'}" for name, (_, colour) in contours.items())
+    figure.text(0.002, 0.985, f"{title}   contours: {key}", fontsize=8, va="top")
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def slice_picture(
+    image: NDArray, maps: dict[str, NDArray], prediction: NDArray, label: NDArray | None, title: str
+) -> NDArray[np.uint8]:
+    """One slice of an image (W,H,D), its maps, its prediction and, where there is one, its label."""
+    z = fixed_slice(label, image.shape[-1])
+    contours = {"prediction": (prediction[..., z], PREDICTION)}
+    if label is not None:
+        contours["label"] = (label[..., z], LABEL)
+    return panels(image[..., z], {name: values[..., z] for name, values in maps.items()}, contours, title)
+
+
+def prediction_mesh(
+    prediction: NDArray, label: NDArray, spacing: Sequence[float], most_faces: int = 6000
+) -> dict[str, NDArray]:
+    """Surfaces of a prediction and, beside it along x, of its label, both (W,H,D) of 0 or a class: one mesh with
+    vertices (V,3) in mm, colours (V,3) uint8 and faces (F,3), of at most so many faces for each class of each.
+
+    Where both are empty it is one triangle without area, as TensorBoard takes no mesh of nothing.
+    """
+    vertices, colours, faces = [np.zeros((1, 3))], [np.zeros((1, 3), np.uint8)], [np.zeros((1, 3), int)]
+    several = max(int(label.max()), int(prediction.max())) > 1
+    for volume, shift in ((prediction, 0.0), (label, 1.05 * label.shape[0] * spacing[0])):
+        for c in range(1, int(volume.max()) + 1):
+            one = surface(volume == c, spacing, most_faces)
+            paint = LABEL if shift and not several else COLOURS[(c - 1) % len(COLOURS)]
+            faces.append(one.faces + sum(map(len, vertices)))
+            vertices.append(one.vertices + np.array([shift, 0, 0]))
+            rgb = [int(paint[i : i + 2], 16) for i in (1, 3, 5)]
+            colours.append(np.tile(np.array(rgb, np.uint8), (len(one.vertices), 1)))
+    return {"vertices": np.concatenate(vertices).astype(np.float32), "colours": np.concatenate(colours),
+            "faces": np.concatenate(faces).astype(np.int32)}  # fmt: skip
