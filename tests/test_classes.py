@@ -162,7 +162,7 @@ def test_from_labels_to_tables(name, tmp_path, capsys):
     capsys.readouterr()
     report = ["--report"] if name == "supervised" else []
     test_la.main(
-        ["--checkpoint", str(tmp_path / "run"), "--threads", "1", "--stride", "8", "8", "8", "--save", "all"] + report
+        ["--checkpoint", str(tmp_path / "run"), "--threads", "1", "--stride", "8", "8", "8", "--save", "all", *report]
     )
     out = tmp_path / "run" / "test"
     printed = capsys.readouterr().out
