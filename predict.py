@@ -2,6 +2,7 @@
 
     python predict.py --checkpoint runs/mine/dtml-16-seed1337 scan.nii.gz -o predictions
     python predict.py --checkpoint RUN scans/*.nii.gz -o predictions --largest-component --report volumes.csv
+    python predict.py --checkpoint best_model.pth --method dtc scan.nii.gz -o out      weights of a released code
     python predict.py --checkpoint RUN1 RUN2 RUN3 scan.nrrd -o predictions --flips 8 --probabilities float32
 
 A scan is NIfTI (.nii, .nii.gz), NRRD, MetaImage or an h5 case. It is normalised to zero mean and unit variance over all
@@ -40,10 +41,11 @@ from dataloaders.images import (
     scan_name,
     write_image,
 )
-from methods import Method, restore
+from methods import Method
+from methods.released import RELEASED, load_trained
 from networks.backbone import PRECISIONS, set_precision
 from test_la import as_csv
-from utils.checkpoint import load_checkpoint, write_whole
+from utils.checkpoint import write_whole
 from utils.devices import choose_device, enough_memory, keep_freed_memory, refuse_precision, set_arithmetic
 from utils.errors import UserError, run
 from utils.masks import label_map
@@ -69,6 +71,10 @@ class Options:
         type=str,
         nargs="+",
     )
+    method: str = option(
+        "", "of the bare weights of a released code (default: a checkpoint knows its own)",
+        group="what", choices=list(RELEASED),
+    )  # fmt: skip
     out: str = option("", "folder of the segmentations; -o is the same", group="what")
     output: str = option(
         "",
@@ -153,7 +159,7 @@ def load_model(o: Options, device: torch.device) -> Model:
     Raises:
         UserError: checkpoints that cannot be loaded or averaged, an unknown --output.
     """
-    states = [load_checkpoint(Path(path)) for path in o.checkpoint]
+    states, methods, outputs = zip(*(load_trained(path, method=o.method) for path in o.checkpoint), strict=True)
     trained = [state["options"] for state in states]
     for state in states:
         if state["iteration"] < state["options"]["iterations"]:
@@ -176,15 +182,14 @@ def load_model(o: Options, device: torch.device) -> Model:
         print(
             "warning: the checkpoint does not tell the spacing it was trained on; scans keep theirs.", file=sys.stderr
         )
-    methods = [restore(state).to(device).eval() for state in states]
-    for method, options in zip(methods, trained, strict=True):
-        if o.output and o.output not in method.outputs:
-            raise UserError(f"--output {o.output} is none of {options['method']}'s: {' '.join(method.outputs)}.")
+    for method, known, options in zip(methods, outputs, trained, strict=True):
+        if o.output and o.output not in known:
+            raise UserError(f"--output {o.output} is none of {options['method']}'s: {' '.join(known)}.")
+        method.to(device).eval()
         set_precision(method, o.precision, training=False)
-    outputs = [o.output or method.outputs[0] for method in methods]
-    return Model(
-        methods, outputs, trained[0]["downsample"], sizes.pop(), spacing or None, trained[0].get("classes", 1), o.flips
-    )
+    taken = [o.output or known[0] for known in outputs]
+    classes = trained[0].get("classes", 1)
+    return Model(list(methods), taken, trained[0]["downsample"], sizes.pop(), spacing or None, classes, o.flips)
 
 
 def probability(model: Model, image: Tensor, predict: Callable[[Tensor], Tensor], **window: Any) -> NDArray[np.float32]:

@@ -90,6 +90,7 @@ def released_state(method: str, files: dict[str, Path]) -> dict[str, Any]:
         "format": FORMAT, "options": {**SETTINGS, "method": method, **dataclasses.asdict(options)},
         "iteration": 0, "seconds": 0.0, "checksums": {}, "processes": 1, "optimizer": {},
         "method": fresh.state_dict() | weights,
+        "spacing": [0.625] * 3,  # mm, of LA
         "file": " and ".join(map(str, files.values())),
         "outputs": tuple(name for name in given if name != "teacher"),
         "released": {path.name: digest(np.frombuffer(path.read_bytes(), np.uint8)) for path in files.values()},

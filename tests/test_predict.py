@@ -258,7 +258,7 @@ def test_flags_change_the_probability_or_only_its_rounding(words, changes, world
     assert (np.abs(usual - other).max() > 1e-4) == changes
 
 
-ELSEWHERE = {"checkpoint", "out", "flips", "largest_component", "probabilities", "report", "overwrite"}
+ELSEWHERE = {"checkpoint", "method", "out", "flips", "largest_component", "probabilities", "report", "overwrite"}
 
 
 def test_every_flag_is_tested_here():

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from conftest import ROOT, make_set, write_case
 from torch import Tensor
 
+import predict
 import test_la
 from methods import METHODS
 from methods.released import RELEASED, load_trained
@@ -318,6 +319,23 @@ def test_the_test_script_tests_bare_weights_with_the_papers_settings(tmp_path):
     p = probabilities(weights["seg"], padded)["seg"][0, 0, :, :111].numpy()
     assert mask.shape == image.shape and 0.3 < mask.mean() < 0.7
     assert (mask == (p > 0.5))[abs(p - 0.5) > 1e-4].all()
+
+
+def test_predict_takes_bare_weights_too(tmp_path):
+    """One scan of one window at the released network's spacing: its mask is that network's probability above 0.5."""
+    weights = released_weights(SOFTMAX)
+    image = np.random.default_rng(2).normal(3, 2, (16, 16, 16)).astype(np.float32)
+    picture = sitk.GetImageFromArray(image.transpose(2, 1, 0))
+    picture.SetSpacing((0.625, 0.625, 0.625))
+    sitk.WriteImage(picture, str(tmp_path / "scan.nii.gz"))
+    words = ["--checkpoint", str(save(tmp_path / "w.pth", weights)), "--method", "ua-mt", str(tmp_path / "scan.nii.gz")]
+    predict.main([*words, "--patch-size", "16", "16", "16", "-o", str(tmp_path / "out"), "--threads", "1"])
+    found = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "out" / "scan.nii.gz"))).transpose(2, 1, 0)
+    normalised = torch.from_numpy((image - image.mean()) / image.std())[None, None].double()
+    p = probabilities(double(weights), normalised)["seg"][0, 0].numpy()
+    clear = np.abs(p - 0.5) > 1e-4
+    assert clear.mean() > 0.99 and 0.02 < (p > 0.5).mean() < 0.98
+    assert (found[clear] == (p > 0.5)[clear]).all()
 
 
 def test_a_wrong_file_ends_the_test_script_with_exit_code_2(tmp_path):
