@@ -60,7 +60,9 @@ DIFFERENT = 10.0  # times larger or smaller than the usual object
 
 @dataclasses.dataclass
 class Options:
-    labeled: int = option(16, "the first N scans of train.list are labeled", minimum=0)
+    labeled: int | None = option(
+        None, "the first N scans of train.list are labeled (default 16, or all if there are fewer)", type=int, minimum=0
+    )
     classes: int = option(1, "C, labels hold 0..C", minimum=1, maximum=MOST_CLASSES)
     patch_size: list[int] | None = option(
         None, "voxels of a crop along x, y, z (default 112 112 80, of data/phantom 48 48 32)", type=int, nargs=3,
@@ -215,9 +217,10 @@ def check(folder: Path, o: Options) -> tuple[list[Finding], str]:
         UserError: a missing folder, or lists that cannot be read or name a case twice; nothing can be checked then.
     """
     train, test = lists_of(folder)
-    if o.labeled > len(train):
-        raise UserError(f"--labeled {o.labeled} is more than the {len(train)} training cases of {folder}. Give fewer.")
-    labeled, unlabeled = train[: o.labeled], train[o.labeled :]
+    count = min(16, len(train)) if o.labeled is None else o.labeled
+    if count > len(train):
+        raise UserError(f"--labeled {count} is more than the {len(train)} training cases of {folder}. Give fewer.")
+    labeled, unlabeled = train[:count], train[count:]
     cases: list[Case] = []
     missing: list[Finding] = []
     for names, opened in ((labeled, True), (unlabeled, o.all_labels), (test, True)):

@@ -5,7 +5,7 @@
 writes a set (or keeps the one that is there) and prints how far a global intensity threshold gets on its test cases.
 The blood of the atrium is as bright as that of a ventricle, an aorta and vessels beside it; what tells it apart is a
 thin dark wall and a smoother texture, which survive flips and quarter turns, and its size and place. Of several
-classes 1 is the atrium, 2 the ventricle and 3 the aorta.
+classes 1 is the atrium, 2 the blood of the ventricle and 3 the muscle around it.
 """
 
 import argparse
@@ -93,7 +93,7 @@ def phantom(seed: int, index: int, shape: Shape, classes: int = 1) -> tuple[np.n
 
     Returns the image, float32 (W,H,D) of zero mean and unit sd, and the label, uint8 (W,H,D) in {0, 1}: one
     6-connected atrium that is clear of the border and, for shapes about 80 x 72 x 44, 6 to 14 % of the volume. With
-    `classes` 2 or 3 the same image with the ventricle labeled 2 and the aorta 3, where nothing lies over them.
+    `classes` 2 or 3 the same image with the ventricle labeled 2 and its muscle 3, where nothing lies over them.
     """
     rng = np.random.default_rng([seed, index])
     size = np.array(shape)
@@ -109,9 +109,7 @@ def phantom(seed: int, index: int, shape: Shape, classes: int = 1) -> tuple[np.n
     vessels = veins.copy()
     z = np.arange(shape[2])
     foot, lean = centre[:2] + size[:2] * (-0.15, rng.choice((-0.4, 0.4))), rng.uniform(-0.15, 0.15, 2)
-    aorta = np.zeros(shape, bool)
-    _draw_tube(aorta, np.column_stack((foot + lean * (z - z.mean())[:, None], z)), np.full(len(z), rng.uniform(5, 7)))
-    vessels |= aorta
+    _draw_tube(vessels, np.column_stack((foot + lean * (z - z.mean())[:, None], z)), np.full(len(z), rng.uniform(5, 7)))
     count = int(rng.integers(6, 11))
     _draw_tube(vessels, rng.uniform(0, 1, (count, 3)) * size, rng.uniform(2.5, 5, count))
 
@@ -134,9 +132,10 @@ def phantom(seed: int, index: int, shape: Shape, classes: int = 1) -> tuple[np.n
     noise = rng.uniform(0.06, 0.11) * rng.standard_normal((2, *shape), dtype=np.float32)
     image = np.hypot(signal + noise[0], noise[1])
     found = label.astype(np.uint8)
-    for value, part in ((2, ventricle & ~vessels), (3, aorta)):
+    free = ~(vessels | wall | label)
+    for value, part in ((2, ventricle), (3, muscle & ~ventricle)):
         if value <= classes:
-            found[part & ~wall & ~label] = value
+            found[part & free] = value
     return ((image - image.mean()) / image.std()).astype(np.float32), found
 
 

@@ -129,8 +129,8 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("copy") / "code"
     for name in ("methods", "networks", "dataloaders", "utils", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("train_dtml.py", "test_la.py", "reproduce.py", "pyproject.toml"):
-        shutil.copy(ROOT / name, folder)
+    for path in (*ROOT.glob("*.py"), ROOT / "pyproject.toml"):
+        shutil.copy(path, folder)
     file = code_after("## 2. The file")
     assert 40 <= len(file.splitlines()) <= 70
     (folder / "methods" / "entropy_minimisation.py").write_text(file)

@@ -112,10 +112,10 @@ def test_set_lies_as_la_does(tmp_path):
 
 
 def test_interrupted_generation_leaves_nothing(tmp_path, monkeypatch):
-    def fail_midway(seed, index, shape):
+    def fail_midway(seed, index, shape, classes):
         if index == 1:
             raise KeyboardInterrupt
-        return phantom(seed, index, shape)
+        return phantom(seed, index, shape, classes)
 
     monkeypatch.setattr(module, "phantom", fail_midway)
     with pytest.raises(KeyboardInterrupt):
@@ -135,10 +135,10 @@ def test_second_process_to_finish_drops_its_set(tmp_path, monkeypatch):
     first, folder = tmp_path / "first", tmp_path / "set"
     make_phantom_set(first, train=1, test=1)
 
-    def overtaken(seed, index, shape):
+    def overtaken(seed, index, shape, classes):
         if index == 1:
             shutil.copytree(first, folder)
-        return phantom(seed, index, shape)
+        return phantom(seed, index, shape, classes)
 
     monkeypatch.setattr(module, "phantom", overtaken)
     make_phantom_set(folder, train=1, test=1)

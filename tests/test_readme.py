@@ -51,7 +51,7 @@ def test_test_commands_parse():
     parser = Parser()
     parser.add_dataclass(test_la.Options)
     found = [c for c in COMMANDS if c.startswith("python test_la.py")]
-    assert found and all(parser.parse(shlex.split(c)[3:]) for c in found)
+    assert found and all(parser.parse(shlex.split(c)[2:]) for c in found)
 
 
 def test_drawing_commands_parse():
@@ -67,7 +67,7 @@ def test_drawing_commands_parse():
 def test_reproduce_commands_name_runs_of_the_grid():
     parser = Parser()
     parser.add_dataclass(reproduce.Options)
-    found = [parser.parse(shlex.split(c)[3:]) for c in COMMANDS if c.startswith("python reproduce.py")]
+    found = [parser.parse(shlex.split(c)[2:]) for c in COMMANDS if c.startswith("python reproduce.py")]
     assert found and all(reproduce.select(fill(reproduce.Options, words))[0] for words in found)
 
 
