@@ -146,7 +146,7 @@ def test_a_field_that_is_linear_in_mm_is_resampled_exactly(how, spacing):
 
 def test_nothing_falls_off_the_edge():
     """Where the new grid reaches beyond the old one the nearest value counts, not zero."""
-    size, grid = grid_of_spacing((5, 5, 5), OBLIQUE, (3.9, 4.1, 7.3))
+    size, grid = grid_of_spacing((5, 5, 5), OBLIQUE, (2.8, 3.4, 6.0))  # one voxel, smaller than the five
     there = resample(np.full((5, 5, 5), 3, np.float32), OBLIQUE, size, grid)
     np.testing.assert_allclose(there, 3, rtol=1e-6)
     np.testing.assert_allclose(resample(there, grid, (5, 5, 5), OBLIQUE), 3, rtol=1e-6)
