@@ -14,7 +14,7 @@ from scans import OBLIQUE, ball, make_scans, write
 import train_dtml
 from dataloaders import convert
 from dataloaders.cases import Case, find_cases, lists_of, read_case, read_geometry
-from dataloaders.convert import MARGINS, SMALLEST, Job, Source, crop_box, map_labels
+from dataloaders.convert import MARGINS, SMALLEST, Job, Source, choose_split, crop_box, map_labels
 from dataloaders.images import read_image, to_physical
 from utils.errors import UserError
 
@@ -361,3 +361,11 @@ def test_the_challenge_s_folders_become_the_la_layout_that_is_trained_on(la, tmp
     words = ["--data", str(out), *TINY, "--labeled", "2", "--iterations", "2", "--device", "cpu"]
     train_dtml.main([*words, "--runs", str(tmp_path / "runs"), "--name", "run"])
     assert os.path.exists(tmp_path / "runs" / "run" / "last.pt")
+
+
+def test_labeled_cases_come_first_whatever_they_are_called(tmp_path):
+    """The first N of train.list are the labeled ones, so an unlabeled a must stand behind a labeled z."""
+    scans = [Source(name, tmp_path / name, tmp_path / name if name > "m" else None) for name in "azbyxcw"]
+    train, test = choose_split(scans, challenge=False, share=0.25, seed=3)
+    assert len(test) == 1 and set(test) <= set("zyxw")
+    assert set(train[:3]) == set("zyxw") - set(test) and sorted(train[3:]) == ["a", "b", "c"]
