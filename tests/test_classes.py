@@ -186,7 +186,9 @@ def test_from_labels_to_tables(name, tmp_path, capsys):
     assert "| output | component | class | Dice %" in printed
     assert printed.count("| mean |") >= 2 * len(outputs)
     if report:
-        assert '<td class="word">mean</td>' in (out / "report.html").read_text()
+        page = (out / "report.html").read_text()
+        assert '<td class="word">mean</td>' in page and '<option value="0">seg, all, mean</option>' in page
+        assert all(f"{name}: Dice % " in page for name in ("1", "2", "mean"))
     values = read_row(f"{out}:{outputs[0]}", "dice", "all")
     means = {
         r["case"]: float(r["dice"])

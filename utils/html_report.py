@@ -166,7 +166,8 @@ def bars(rows: Sequence[dict[str, Any]]) -> str:
     """For each output and filter the scans by their Dice, with bars of Dice and of 95HD."""
     choices, tables = [], []
     largest = max((row["hd95"] for row in rows if math.isfinite(row["hd95"])), default=1) or 1
-    for i, (key, chosen) in enumerate(groups(rows).items()):
+    means_first = sorted(groups(rows).items(), key=lambda group: group[0][-1] != "mean")  # of several classes
+    for i, (key, chosen) in enumerate(means_first):
         name = escape(", ".join(key))
         choices.append(f'<option value="{i}">{name}</option>')
         lines = []
@@ -231,9 +232,10 @@ class ShownCase:
             )
         self.name, self.shape = name, image.shape
         chosen = [row for row in rows if (row["case"], row["output"], row["component"]) == (name, output, component)]
-        self.line = "; ".join(
-            ", ".join(f"{NAMES.get(m, m)} {shown(m, row[m])}" for m in metrics_of(rows)) for row in chosen
-        )
+        told = metrics_of(rows) if len(chosen) == 1 else ["dice", "hd95"]  # two figures for each of several classes
+        lines = [", ".join(f"{NAMES.get(m, m)} {shown(m, row[m])}" for m in told) for row in chosen]
+        names = [f"{row['class']}: " if "class" in row else "" for row in chosen]
+        self.line = "; ".join(name + line for name, line in zip(names, lines, strict=True))
         self.z = fixed_slice(label > 0, image.shape[-1])
         self.classes = max(int(label.max()), int(prediction.max()), 1)
         volumes = {"prediction": prediction, "label": label}
