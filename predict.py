@@ -52,7 +52,7 @@ from utils.masks import label_map
 from utils.metrics import largest_components
 from utils.options import Parser, fill, option
 from utils.resample import downsample_image, upsample_probability
-from utils.sliding_window import WEIGHTINGS, refuse_window, sliding_slabs, windows
+from utils.sliding_window import WEIGHTINGS, refuse_window, sliding_slabs, three_voxels, windows
 
 MIRRORED: list[tuple[int, tuple[int, ...]]] = [(0, ()), (0, (2,)), (0, (3,)), (0, (2, 3))]
 FLIPS = {1: MIRRORED[:1], 4: MIRRORED, 8: MIRRORED + [(1, axes) for _, axes in MIRRORED]}
@@ -95,21 +95,9 @@ class Options:
     flips: int = option(
         1, "flips and quarter turns in x-y to average: 4 flips, 8 with turns", group="what", choices=list(FLIPS)
     )
-    patch_size: list[int] | None = option(
-        None,
-        "voxels of a window along x, y, z (default that of training)",
-        group="window",
-        type=int,
-        nargs=3,
-        minimum=1,
-    )
-    stride: list[int] | None = option(
-        None,
-        "step from window to window (default half the patch, so that each voxel is seen by eight windows)",
-        group="window",
-        type=int,
-        nargs=3,
-        minimum=1,
+    patch_size: list[int] | None = three_voxels("voxels of a window along x, y, z (default that of training)")
+    stride: list[int] | None = three_voxels(
+        "step from window to window (default half the patch, so that each voxel is seen by eight windows)"
     )
     weighting: str = option("uniform", "how overlapping windows are averaged", group="window", choices=WEIGHTINGS)
     batch_size: int | None = option(

@@ -41,7 +41,7 @@ from utils.metrics import METRICS, largest_components, mean_and_sd, segmentation
 from utils.options import Parser, fill, option
 from utils.resample import downsample_image, upsample_probability
 from utils.run_folder import make_manifest, write_json
-from utils.sliding_window import WEIGHTINGS, refuse_window, sliding_window, windows
+from utils.sliding_window import WEIGHTINGS, refuse_window, sliding_window, three_voxels, windows
 
 STRIDE = (18, 18, 4)  # of the papers, on the full grid
 COMPONENTS = ("all", "largest")
@@ -68,22 +68,8 @@ class Options:
         type=str,
         nargs="+",
     )
-    patch_size: list[int] | None = option(
-        None,
-        "voxels of a window along x, y, z (default that of training)",
-        group="window",
-        type=int,
-        nargs=3,
-        minimum=1,
-    )
-    stride: list[int] | None = option(
-        None,
-        "step from window to window (default 18 18 4, divided by --downsample)",
-        group="window",
-        type=int,
-        nargs=3,
-        minimum=1,
-    )
+    patch_size: list[int] | None = three_voxels("voxels of a window along x, y, z (default that of training)")
+    stride: list[int] | None = three_voxels("step from window to window (default 18 18 4, divided by --downsample)")
     weighting: str = option("uniform", "how overlapping windows are averaged", group="window", choices=WEIGHTINGS)
     batch_size: int = option(4, "windows at a time", group="window", minimum=1)
     out: str = option("", "folder of the results (default RUN/test, of bare weights FILE-test)")

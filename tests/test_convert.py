@@ -14,8 +14,9 @@ from scans import OBLIQUE, ball, make_scans, write
 import train_dtml
 from dataloaders import convert
 from dataloaders.cases import Case, find_cases, lists_of, read_case, read_geometry
-from dataloaders.convert import MARGINS, SMALLEST, Job, Source, choose_split, crop_box, map_labels
+from dataloaders.convert import MARGINS, SMALLEST, Job, crop_box, map_labels
 from dataloaders.images import read_image, to_physical
+from dataloaders.sources import Source, choose_split
 from utils.errors import UserError
 
 SHAPE = (30, 28, 18)

@@ -3,14 +3,21 @@
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from utils.errors import UserError
+from utils.options import option
 
 WEIGHTINGS = ("uniform", "gaussian")
+
+
+def three_voxels(help: str) -> Any:
+    """A flag for voxels along x, y, z of a window; None: as `help` says."""
+    return option(None, help, group="window", type=int, nargs=3, minimum=1)
 
 
 def window_starts(side: int, patch: int, stride: int) -> list[int]:
