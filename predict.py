@@ -52,11 +52,16 @@ from utils.masks import label_map
 from utils.metrics import largest_components
 from utils.options import Parser, fill, option
 from utils.resample import downsample_image, upsample_probability
-from utils.sliding_window import WEIGHTINGS, refuse_window, sliding_slabs, three_voxels, windows
+from utils.sliding_window import (
+    WEIGHTINGS,
+    flips_option,
+    mean_of_flips,
+    refuse_window,
+    sliding_slabs,
+    three_voxels,
+    windows,
+)
 
-MIRRORED: list[tuple[int, tuple[int, ...]]] = [(0, ()), (0, (2,)), (0, (3,)), (0, (2, 3))]
-FLIPS = {1: MIRRORED[:1], 4: MIRRORED, 8: MIRRORED + [(1, axes) for _, axes in MIRRORED]}
-"""How many: quarter turns from x to y, then axes of (N,1,W,H,D) to flip."""
 SLAB = 64  # voxels along x that are brought back to the scan's grid at a time
 
 
@@ -92,9 +97,7 @@ class Options:
     interpolation: str = option(
         "linear", "of the intensities", group="what", choices=[k for k in INTERPOLATORS if k != "nearest"]
     )
-    flips: int = option(
-        1, "flips and quarter turns in x-y to average: 4 flips, 8 with turns", group="what", choices=list(FLIPS)
-    )
+    flips: int = flips_option("what")
     patch_size: list[int] | None = three_voxels("voxels of a window along x, y, z (default that of training)")
     stride: list[int] | None = three_voxels(
         "step from window to window (default half the patch, so that each voxel is seen by eight windows)"
@@ -133,12 +136,13 @@ class Model:
 
     def predict(self, patches: Tensor) -> Tensor:
         """(N,1,w,h,d) -> mean probability (N,C,w,h,d) over the methods and the flips."""
-        found = []
-        for turns, axes in FLIPS[self.flips]:
-            turned = patches.rot90(turns, (2, 3)).flip(axes)
-            for method, output in zip(self.methods, self.outputs, strict=True):
-                found.append(method.predict(turned, (output,)).float().flip(axes).rot90(-turns, (2, 3)))
-        return torch.stack(found).mean(0) if len(found) > 1 else found[0]
+
+        def mean_of_methods(turned: Tensor) -> Tensor:
+            pairs = zip(self.methods, self.outputs, strict=True)
+            found = [method.predict(turned, (output,)).float() for method, output in pairs]
+            return torch.stack(found).mean(0) if len(found) > 1 else found[0]
+
+        return mean_of_flips(mean_of_methods, patches, self.flips)
 
 
 def load_model(o: Options, device: torch.device) -> Model:

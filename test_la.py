@@ -2,6 +2,7 @@
 
     python test_la.py --checkpoint runs/la/dtml-16-seed1337
     torchrun --nproc-per-node 4 test_la.py --checkpoint RUN      the scans shared out over four GPUs
+    python test_la.py --checkpoint RUN --scans held-out          on training scans that the run did not use
     python test_la.py --checkpoint best_model.pth --method dtc   bare weights, as the released codes save them
     python test_la.py --checkpoint best_model_seg.pth --sdm-weights best_model_dis.pth --method dtml
 
@@ -41,11 +42,20 @@ from utils.metrics import METRICS, largest_components, mean_and_sd, segmentation
 from utils.options import Parser, fill, option
 from utils.resample import downsample_image, upsample_probability
 from utils.run_folder import make_manifest, write_json
-from utils.sliding_window import WEIGHTINGS, refuse_window, sliding_window, three_voxels, windows
+from utils.sliding_window import (
+    WEIGHTINGS,
+    flips_option,
+    mean_of_flips,
+    refuse_window,
+    sliding_window,
+    three_voxels,
+    windows,
+)
 
 STRIDE = (18, 18, 4)  # of the papers, on the full grid
 COMPONENTS = ("all", "largest")
 MEAN = "mean"  # over the classes
+SCANS = ("test", "held-out")
 
 
 @dataclasses.dataclass
@@ -61,6 +71,8 @@ class Options:
     )
     sdm_weights: str = option("", "bare weights of M_d, with --method dtml (default: M_s alone)", group="what")
     data: str = option("", "folder of the data set (default that of the training)", group="what")
+    scans: str = option("test", "those of test.list, or those of train.list that the training left unused",
+                        group="what", choices=SCANS)  # fmt: skip
     output: list[str] = option(
         [],
         "which outputs of the method to score, of dtml: seg (M_s), sdm (M_d), mean (default all)",
@@ -71,8 +83,9 @@ class Options:
     patch_size: list[int] | None = three_voxels("voxels of a window along x, y, z (default that of training)")
     stride: list[int] | None = three_voxels("step from window to window (default 18 18 4, divided by --downsample)")
     weighting: str = option("uniform", "how overlapping windows are averaged", group="window", choices=WEIGHTINGS)
+    flips: int = flips_option("window")
     batch_size: int = option(4, "windows at a time", group="window", minimum=1)
-    out: str = option("", "folder of the results (default RUN/test, of bare weights FILE-test)")
+    out: str = option("", "folder of the results (default RUN/SCANS, of bare weights FILE-test)")
     save: str = option("largest", "predictions to write as NIfTI", choices=(*COMPONENTS, "none"))
     precision: str = option("fp32", "of the convolutions", choices=(*PRECISIONS, "fp16"))
     report: bool = option(False, "write report.html too: every figure, and the worst and best scan to look through")
@@ -82,11 +95,18 @@ class Options:
 
 
 def predict_scan(
-    method: Method, image: Tensor, outputs: tuple[str, ...], *, downsample: int, weighting: str, **window: Any
+    method: Method,
+    image: Tensor,
+    outputs: tuple[str, ...],
+    *,
+    downsample: int,
+    weighting: str,
+    flips: int = 1,
+    **window: Any,
 ) -> Tensor:
     """image (W,H,D) on its own grid -> foreground probabilities on that grid, C channels for each output."""
     p = sliding_window(
-        lambda patches: method.predict(patches, outputs),
+        lambda patches: mean_of_flips(lambda turned: method.predict(turned, outputs), patches, flips),
         downsample_image(image, downsample),
         weighting=weighting,
         **window,
@@ -159,9 +179,26 @@ def as_csv(rows: Sequence[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def open_cases(folder: Path, classes: int) -> tuple[list[Case], list[tuple[int, ...]]]:
-    """The cases of test.list and their shapes, each read once so that bad ones are named before any prediction."""
-    _, names = lists_of(folder)
+def names_of(folder: Path, scans: str, trained: dict[str, Any]) -> list[str]:
+    """The names in test.list, or the held-out ones: those of train.list that this training used in no way.
+
+    Raises:
+        UserError: bad lists, or a training that used every scan.
+    """
+    train, test = lists_of(folder)
+    if scans == "test":
+        return test
+    used = len(train) if trained["unlabeled"] is None else trained["labeled"] + trained["unlabeled"]
+    if used >= len(train):
+        raise UserError(
+            f"--scans held-out: the training used all {len(train)} scans of {folder}/train.list. Train with fewer "
+            "--unlabeled, and the last of the list are held out."
+        )
+    return train[used:]
+
+
+def open_cases(folder: Path, names: Sequence[str], classes: int) -> tuple[list[Case], list[tuple[int, ...]]]:
+    """The cases and their shapes, each read once so that bad ones are named before any prediction."""
     cases, problems = find_cases(folder, names, labeled=True, classes=classes)
     shapes: list[tuple[int, ...]] = []
 
@@ -186,6 +223,8 @@ def main(argv: list[str] | None = None) -> None:
     keep_freed_memory()
 
     # what to test
+    if o.method and o.scans != "test":
+        raise UserError(f"--scans {o.scans}: bare weights do not tell which scans they were trained on. Leave it out.")
     state, method, known = load_trained(o.checkpoint, method=o.method, sdm_weights=o.sdm_weights)
     path, trained = Path(o.checkpoint or o.sdm_weights), state["options"]
     method.to(device).eval()
@@ -204,10 +243,10 @@ def main(argv: list[str] | None = None) -> None:
         done = f"{state['iteration']} of {trained['iterations']} iterations"
         print(f"warning: {path} is not finished: {done}.", file=sys.stderr)
     folder = Path(o.data or trained["data"])
-    cases, shapes = open_cases(folder, classes)
+    cases, shapes = open_cases(folder, names_of(folder, o.scans, trained), classes)
     count = sum(len(windows([-(-side // downsample) for side in shape], patch_size, stride)) for shape in shapes)
     # Several released files lie in one folder.
-    usual = path.with_name(f"{path.stem}-test") if o.method else (path if path.is_dir() else path.parent) / "test"
+    usual = path.with_name(f"{path.stem}-test") if o.method else (path if path.is_dir() else path.parent) / o.scans
     out = Path(o.out) if o.out else usual
 
     # predict, and score the scans before meanwhile
@@ -234,7 +273,7 @@ def main(argv: list[str] | None = None) -> None:
             assert label is not None
             p = predict_scan(
                 method, torch.from_numpy(image).to(device), outputs, downsample=downsample,
-                patch_size=patch_size, stride=stride, weighting=o.weighting, batch_size=o.batch_size,
+                patch_size=patch_size, stride=stride, weighting=o.weighting, batch_size=o.batch_size, flips=o.flips,
             )  # fmt: skip
             maps = {name: label_map(part).cpu().numpy() for name, part in zip(outputs, p.split(classes), strict=True)}
             waiting.append(scorers.submit(score_scan, case, maps, label, out / "predictions", o.save))
@@ -250,7 +289,7 @@ def main(argv: list[str] | None = None) -> None:
     write_whole(out / "cases.csv", as_csv(rows).encode())
     write_whole(out / "table.md", means.encode())
     settings = {"patch_size": patch_size, "stride": stride, "windows": count, "weighting": o.weighting,
-                "precision": o.precision}  # fmt: skip
+                "flips": o.flips, "precision": o.precision, "scans": o.scans}  # fmt: skip
     more = {"checkpoint": str(path), "iteration": state["iteration"], "downsample": downsample,
             "data": str(folder), "saved": o.save}  # fmt: skip
     if o.method:
@@ -258,9 +297,9 @@ def main(argv: list[str] | None = None) -> None:
     write_json(out / "test.json", make_manifest(device, **settings, **more))
     size, step = ("x".join(map(str, v)) for v in (patch_size, stride))
     print(
-        f"{folder}: {len(cases)} scans, {count} windows of {size}, stride {step}. Mean ± SD over the scans, on their\n"
-        "own grid. ASD is from prediction to reference. An empty prediction has Dice 0 and no distance; the last\n"
-        "column counts them.\n"
+        f"{folder}: {len(cases)} {o.scans} scans, {count} windows of {size}, stride {step}.\n"
+        "Mean ± SD over the scans, on their own grid. ASD is from prediction to reference. An empty prediction\n"
+        "has Dice 0 and no distance; the last column counts them.\n"
     )
     print(means)
     print(f"per case: {out / 'cases.csv'}", file=sys.stderr)

@@ -27,7 +27,7 @@ from dataloaders.cases import LA_FOLDER, PHANTOM_FOLDER
 from dataloaders.diagnostic import kept_for_diagnosis
 from dataloaders.findings import warnings_of
 from dataloaders.training import median_spacing, training_cases
-from dataloaders.two_stream import Patches, TwoStreamBatchSampler, make_loader
+from dataloaders.two_stream import SDM_OF, Patches, TwoStreamBatchSampler, make_loader
 from dataloaders.volumes import CACHES, Volumes
 from methods import METHODS, Method, Watch, restore
 from methods.replay import replay_batch
@@ -47,7 +47,7 @@ from utils.distributed import RANK, RANKS, process_group, replicate, stop_of_any
 from utils.errors import Stopped, StopSignal, UserError, run
 from utils.masks import label_map
 from utils.options import Parser, as_flags, fill, harmless_names, option, refuse_differences, varied
-from utils.ramps import default_lr_steps, learning_rate
+from utils.ramps import SCHEDULES, cosine_rate, default_lr_steps, learning_rate
 from utils.report import Report
 from utils.run_folder import (
     MANIFEST,
@@ -104,6 +104,10 @@ class Options:
     downsample: int = option(1, "pool this many voxels along each axis into one", group="data", minimum=1)
     patch_size: list[int] = option([112, 112, 80], "voxels of a crop along x, y, z", group="data", nargs=3, minimum=1)
     augment: str = option("d4", "turns and flips of a crop", group="data", choices=AUGMENTATIONS)
+    intensity: float = option(0.0, "random gamma, contrast and brightness of a crop, up to so much; 0: none",
+                              group="data", minimum=0, maximum=2)  # fmt: skip
+    sdm_of: str = option("crop", "distance maps of the crop, or cut out of those of the whole scan", group="data",
+                         choices=SDM_OF)  # fmt: skip
     cache: str = option("auto", "where the volumes stay", group="data", choices=CACHES, harmless=True)
     cache_folder: str = option(
         "", "of --cache disk and none (default .cache in the data folder)", group="data", harmless=True
@@ -115,6 +119,8 @@ class Options:
     labeled_batch: int | None = option(None, "labeled ones (default half)", group="training", type=int, minimum=1)
     optimizer: str = option("sgd", "SGD with momentum, or AdamW", choices=list(OPTIMIZERS), group="training")
     lr: float = option(0.01, "learning rate", group="training", minimum=0)
+    lr_schedule: str = option("steps", "how it falls: at --lr-steps, or as a cosine to 0", group="training",
+                              choices=SCHEDULES)  # fmt: skip
     lr_steps: list[int] | None = option(
         None, "iterations of its drops (default 5/12 and 5/6 of all)", group="training", type=int, nargs="*", minimum=0
     )
@@ -200,8 +206,19 @@ def settle(given: dict[str, Any], kind: type[Method]) -> tuple[Options, Method.O
         scale.pop("lr_steps", None)  # they belong to the profile's own schedule
     layers = (scale, kind.PRESETS[preset], given, {"data": data, "profile": profile, "preset": preset})
     o = fill(Options, *layers)
+    if o.lr_schedule == "cosine":
+        if o.lr_steps:
+            raise UserError("--lr-steps does nothing with --lr-schedule cosine. Leave one of them out.")
+        o.lr_steps = []
     o.lr_steps = default_lr_steps(o.iterations) if o.lr_steps is None else o.lr_steps
     return o, fill(kind.Options, *layers)
+
+
+def rate(iteration: int, o: Options) -> float:
+    """The learning rate of an iteration."""
+    if o.lr_schedule == "cosine":
+        return cosine_rate(iteration, o.iterations, o.lr)
+    return learning_rate(iteration, o.lr, o.lr_steps or [], o.lr_gamma)
 
 
 def choose_arithmetic(method: Method, o: Options, device: torch.device) -> None:
@@ -278,6 +295,8 @@ def main(argv: list[str] | None = None) -> None:
             f"--method {o.method} needs unlabeled scans, but all {o.labeled} are labeled. Lower --labeled, or leave "
             "out --unlabeled 0."
         )
+    if o.sdm_of == "scan" and not method.needs_sdm:
+        raise UserError("--sdm-of scan does nothing here: no loss of this run needs distance maps. Leave it out.")
     volumes = Volumes(
         cases, cache=o.cache, folder=Path(o.cache_folder or Path(o.data, ".cache")), downsample=o.downsample,
         device=device, problems=problems,
@@ -301,7 +320,7 @@ def main(argv: list[str] | None = None) -> None:
         start, seconds = state["iteration"], state["seconds"]
     patches = Patches(
         volumes, patch_size=o.patch_size, augment=o.augment, seed=o.seed, sdm=method.needs_sdm,
-        other=method.needs_other_crop,
+        other=method.needs_other_crop, intensity=o.intensity, sdm_of=o.sdm_of,
     )  # fmt: skip
     sampler = TwoStreamBatchSampler(
         o.labeled, len(cases) - o.labeled, batch_size=o.batch_size, labeled_batch=labeled_batch,
@@ -343,7 +362,7 @@ def main(argv: list[str] | None = None) -> None:
             batch = {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
             seed_iteration(o.seed, iteration, RANK)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(iteration, o.lr, o.lr_steps or [], o.lr_gamma)
+                group["lr"] = rate(iteration, o)
             clock.lap("data")
 
             losses = model(batch, iteration)

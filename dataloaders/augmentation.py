@@ -1,9 +1,10 @@
-"""Random crop, quarter turns and flips in the x-y plane."""
+"""Random crop, quarter turns and flips in the x-y plane, and random intensities."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 AUGMENTATIONS = ("d4", "mirror", "none")
@@ -52,3 +53,17 @@ def turn_and_flip(volume: Tensor, draw: Draw) -> Tensor:
     turned = volume.transpose(0, 1) if draw.turns % 2 else volume
     axes = [axis for axis in (0, 1) if (axis in FLIPPED[draw.turns]) != (axis == draw.flip)]
     return turned.flip(axes) if axes else turned
+
+
+def random_intensities(image: Tensor, generator: np.random.Generator, strength: float) -> Tensor:
+    """A crop as another scanner might show it: gamma, then contrast and brightness.
+
+    image (w,h,d) of any range; with u the image stretched to [0,1] and g, a, b drawn on their own:
+
+        image'  =  a (low + (high - low) u^g) + b       g, a in [exp(-strength), exp(strength)], log-uniform
+                                                        b in [-strength, strength], in standard deviations of a scan
+    """
+    gamma, contrast, shift = generator.uniform(-strength, strength, 3).tolist()
+    low, high = image.aminmax()
+    u = (image - low) / (high - low).clamp(min=torch.finfo(image.dtype).tiny)
+    return float(np.exp(contrast)) * (low + (high - low) * u ** float(np.exp(gamma))) + shift

@@ -5,14 +5,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from dataloaders.augmentation import Draw, draw_augmentation, turn_and_flip
+from dataloaders.augmentation import Draw, draw_augmentation, random_intensities, turn_and_flip
 from dataloaders.volumes import Volumes
 from dataloaders.watched import Noted, WatchedLoader
 from utils.errors import ignore_stop_signals
 from utils.sdm import signed_distance_map
 from utils.sliding_window import pad, padding
+
+SDM_OF = ("crop", "scan")
 
 
 class Slot(NamedTuple):
@@ -79,19 +82,35 @@ class TwoStreamBatchSampler(Sampler[list[Slot]]):
 
 class Patches(Dataset[dict[str, Any]]):
     """Augmented crops: a Slot -> image (1,w,h,d) float32, case; for a labeled case label (w,h,d) uint8 and, if asked
-    for, sdm (C,w,h,d) float32 of the crop; and, with `other`, other_image and other_label of a second draw."""
+    for, sdm (C,w,h,d) float32; and, with `other`, other_image and other_label of a second draw.
+
+    `intensity` is the strength of `random_intensities`; `sdm_of` whether distances and their largest, by which they are
+    divided, are those of the 'crop', as in the released codes, or of the whole 'scan', of which a crop is then cut.
+    """
 
     def __init__(
-        self, volumes: Volumes, *, patch_size: Sequence[int], augment: str, seed: int, sdm: bool, other: bool = False
+        self,
+        volumes: Volumes,
+        *,
+        patch_size: Sequence[int],
+        augment: str,
+        seed: int,
+        sdm: bool,
+        other: bool = False,
+        intensity: float = 0.0,
+        sdm_of: str = "crop",
     ):
         self.volumes, self.patch_size, self.augment, self.seed = volumes, patch_size, augment, seed
-        self.sdm, self.other = sdm, other
+        self.sdm, self.other, self.intensity, self.sdm_of = sdm, other, intensity, sdm_of
+        self._distances: dict[int, Tensor] = {}
 
     def __getitem__(self, slot: Slot) -> dict[str, Any]:
         shape = self.volumes.shapes[slot.case]
         generator = np.random.default_rng([self.seed, 1, slot.step, slot.slot])
         draws = [draw_augmentation(generator, shape, self.patch_size, self.augment) for _ in range(1 + self.other)]
         item, *others = (self.crop(slot.case, draw) for draw in draws)
+        for crop in (item, *others) if self.intensity else ():
+            crop["image"] = random_intensities(crop["image"], generator, self.intensity)
         for other in others:
             item |= {f"other_{name}": other[name] for name in ("image", "label") if name in other}
         return item
@@ -115,12 +134,29 @@ class Patches(Dataset[dict[str, Any]]):
         }
         if label is not None:
             item["label"] = turn_and_flip(pad(label, margins), draw)
-            if self.sdm:
-                label = item["label"].cpu().numpy()
-                classes = range(1, self.volumes.cases[case].classes + 1)
-                distances = np.stack([signed_distance_map(label == c) for c in classes])
-                item["sdm"] = torch.from_numpy(distances).to(image.device)
+            if self.sdm and self.sdm_of == "scan":
+                beyond = (
+                    1 - pad(1 - part[box], margins) for part in self.distances_of_scan(case)
+                )  # +1 is farthest outside
+                item["sdm"] = torch.stack([turn_and_flip(part, draw) for part in beyond])
+            elif self.sdm:
+                item["sdm"] = self.distances_of(item["label"], case)
         return item
+
+    def distances_of(self, label: Tensor, case: int) -> Tensor:
+        """(w,h,d) -> (C,w,h,d) signed distance maps."""
+        classes = range(1, self.volumes.cases[case].classes + 1)
+        distances = np.stack([signed_distance_map(label.cpu().numpy() == c) for c in classes])
+        return torch.from_numpy(distances).to(label.device)
+
+    def distances_of_scan(self, case: int) -> Tensor:
+        """(C,W,H,D) of a labeled case, whole; computed once."""
+        if case not in self._distances:
+            whole = tuple(slice(0, side) for side in self.volumes.shapes[case])
+            _, label = self.volumes.read(case, whole)  # type: ignore[arg-type]
+            assert label is not None
+            self._distances[case] = self.distances_of(label, case)
+        return self._distances[case]
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:

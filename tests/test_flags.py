@@ -146,12 +146,15 @@ SHARED = {
     "downsample": [("--downsample 2", "")],
     "patch_size": [("--patch-size 16 32 16", ""), ("--patch-size 32 16 16", "--patch-size 16 32 16")],
     "augment": [("--augment none", ""), ("--augment mirror", ""), ("--augment mirror", "--augment none")],
+    "intensity": [("--intensity 0.3", ""), ("--intensity 0.3", "--intensity 0.1")],
+    "sdm_of": [("--sdm-of scan", "--sdm-loss both")],
     "iterations": [("--iterations 4", "")],
     "precision": [("--precision bf16", "")],
     "batch_size": [("--batch-size 3", "--labeled-batch 2")],
     "labeled_batch": [("--labeled-batch 1", "")],
     "optimizer": [("--optimizer adamw", "")],
     "lr": [("--lr 0.02", "")],
+    "lr_schedule": [("--lr-schedule cosine", "")],
     "lr_steps": [("--lr-steps 2", ""), ("--lr-steps", "")],
     "lr_gamma": [("--lr-gamma 0.5", "")],
     "momentum": [("--momentum 0.5", "")],
@@ -174,9 +177,17 @@ OWN = {
         "sdm_loss": [("--sdm-loss dis", ""), ("--sdm-loss both", ""), ("--sdm-loss both", "--sdm-loss dis --k 20")],
         "dis_weight": [("--dis-weight 2", "--sdm-loss both")],
         "k": [("--k 20", "")],
+        "k_start": [("--k-start 20", ""), ("--k-start 10", "--k-start 20")],
         "lambda_max": [("--lambda-max 1", "")],
         "ramp": [("--ramp steps", ""), ("--ramp literal", ""), ("--ramp literal", "--ramp steps")],
         "consistency_times": [("--consistency-times 2", "")],
+        "consistency": [
+            ("--consistency map", ""),
+            ("--consistency sure", ""),
+            ("--consistency map", "--consistency sure"),
+        ],
+        "mix": [("--mix 1", ""), ("--mix 1", "--mix 0.5")],
+        "ema_decay": [("--ema-decay 0.3", ""), ("--ema-decay 0.6", "--ema-decay 0.3")],
     },
     "supervised": {
         "filters": [("--filters 3", "")],
@@ -312,6 +323,7 @@ def test_learning_rate_follows_its_flags(run):
         ("--lambda-max 1 --consistency-times 2", {"mask": 1, "consistency": 2}),
         ("--sdm-loss dis --dis-weight 7", {"dis": 1, "consistency": 1}),
         ("--sdm-loss both --dis-weight 2 --consistency-times 3", {"mask": 1, "dis": 2, "consistency": 3}),
+        ("--consistency map --mix 0.1", {"mask": 1, "consistency": 1, "mix": 1}),
         *((f"--method {method}", {"consistency": 1}) for method in ("mean-teacher", "ua-mt", "tcse", "double-unc")),
         ("--method dtc", {"sdm": 0.3, "consistency": 1}),
         ("--method sassnet --beta 1", {"sdm": 1, "adversarial": 1}),
@@ -322,8 +334,9 @@ def test_total_is_the_sum_that_the_flags_describe(words, factors, run):
     for row in run(*words.split()).scalars:
         assert {name.partition("/")[2] for name in row if name.startswith("loss/")} == {"total", "seg", *factors}
         parts = {name: row[f"loss/{name}"] * factor for name, factor in factors.items()}
-        (weight,) = (name for name in row if name.startswith("lambda"))  # of the one term that has a weight of its own
-        parts[{"lambda_semi": "semi"}.get(weight, list(factors)[-1])] *= row[weight]
+        for weight in (name for name in row if name.startswith("lambda")):  # of the term that has a weight of its own
+            usual = "consistency" if "consistency" in factors else list(factors)[-1]
+            parts[{"lambda_semi": "semi", "lambda_mix": "mix"}.get(weight, usual)] *= row[weight]
         assert row["loss/total"] == pytest.approx(row["loss/seg"] + sum(parts.values()), rel=2e-5)
 
 
@@ -556,6 +569,7 @@ TEST_FLAGS: dict[str, tuple[list[str], Callable[[Outcome], Any]]] = {
     "patch_size": (["--patch-size", "32", "16", "16"], lambda t: t.cases),
     "stride": (["--stride", "16", "5", "16"], lambda t: t.cases),
     "weighting": (["--weighting", "gaussian"], lambda t: t.cases),
+    "flips": (["--flips", "4"], lambda t: t.cases),
     "batch_size": (["--batch-size", "3"], lambda t: max(t.batches)),
     "out": (["--out", "{tmp}/mine"], lambda t: t.out),
     "report": (["--report"], lambda t: (t.out / "report.html").exists()),
@@ -573,7 +587,7 @@ def test_flag_of_the_test_changes_something(name, finished, usual_test, tmp_path
     words = [word.format(finished=finished, tmp=tmp_path) for word in words]
     other = run_test(finished, tmp_path / "out", *words)
     assert look(other) != look(usual_test)
-    changes_cases = name in ("checkpoint", "data", "output", "patch_size", "stride", "weighting", "precision")
+    changes_cases = name in ("checkpoint", "data", "output", "patch_size", "stride", "weighting", "flips", "precision")
     if name != "device" or not torch.cuda.is_available():
         assert (other.cases != usual_test.cases) == changes_cases
 
@@ -603,7 +617,7 @@ def test_every_flag_is_tested_here():
     assert {*SHARED, *HARMLESS, *ELSEWHERE} == names(train_dtml.Options)
     assert {method: set(own) for method, own in OWN.items()} == {m: names(c.Options) for m, c in METHODS.items()}
     of_bare_weights = {"method", "sdm_weights"}  # see test_released.py
-    assert set(TEST_FLAGS) | of_bare_weights == names(test_la.Options)
+    assert set(TEST_FLAGS) | of_bare_weights | {"scans"} == names(test_la.Options)  # see test_held_out.py
     classes = [train_dtml.Options, *(kind.Options for kind in METHODS.values())]
     marked = {f.name for cls in classes for f in dataclasses.fields(cls) if f.metadata["harmless"]}
     assert marked | {"compile"} == {*HARMLESS, *ELSEWHERE, "data"}  # a set may move; its checksums tell another one

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 RAMPS = ("gaussian", "steps", "literal", "epochs")
+SCHEDULES = ("steps", "cosine")
 EPOCHS = (200, 800, 1600)
 STEPS = 40  # the released codes raise the weight 40 times: every 150 of 6000 iterations
 
@@ -40,3 +41,13 @@ def default_lr_steps(iterations: int) -> list[int]:
 def learning_rate(iteration: int, lr: float, steps: Sequence[int], gamma: float) -> float:
     """lr times gamma for every step already reached; the iteration of a step is the first with the lower rate."""
     return lr * gamma ** sum(iteration >= step for step in steps)
+
+
+def cosine_rate(iteration: int, iterations: int, lr: float) -> float:
+    """lr (1 + cos(pi t/T)) / 2: from lr down to 0, Loshchilov & Hutter (2017) without restarts."""
+    return lr * (1 + math.cos(math.pi * iteration / iterations)) / 2
+
+
+def grown(iteration: int, iterations: int, first: float, last: float) -> float:
+    """first (last/first)^(t/T): the same factor at every iteration, from `first` to `last`, both above 0."""
+    return first * (last / first) ** (iteration / iterations)

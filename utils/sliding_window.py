@@ -13,6 +13,24 @@ from utils.errors import UserError
 from utils.options import option
 
 WEIGHTINGS = ("uniform", "gaussian")
+MIRRORED: list[tuple[int, tuple[int, ...]]] = [(0, ()), (0, (2,)), (0, (3,)), (0, (2, 3))]
+FLIPS = {1: MIRRORED[:1], 4: MIRRORED, 8: MIRRORED + [(1, axes) for _, axes in MIRRORED]}
+"""How many: quarter turns from x to y, then axes of (N,1,W,H,D) to flip."""
+
+
+def flips_option(group: str) -> Any:
+    """The flag for the flips that `mean_of_flips` takes the mean of."""
+    return option(1, "flips and quarter turns in x-y to average: 4 flips, 8 with turns", group=group,
+                  choices=list(FLIPS))  # fmt: skip
+
+
+def mean_of_flips(predict: Callable[[Tensor], Tensor], patches: Tensor, flips: int) -> Tensor:
+    """(N,1,w,h,d) -> (N,C,w,h,d), the mean of the predictions of so many flips and turns, each turned back."""
+    found = []
+    for turns, axes in FLIPS[flips]:
+        turned = patches.rot90(turns, (2, 3)).flip(axes)
+        found.append(predict(turned).float().flip(axes).rot90(-turns, (2, 3)))
+    return torch.stack(found).mean(0) if len(found) > 1 else found[0]
 
 
 def three_voxels(help: str) -> Any:

@@ -1,0 +1,57 @@
+"""Choices are made on training scans that a run left unused, never on those of test.list."""
+
+import csv
+import json
+
+import pytest
+from conftest import TINY, make_set
+
+import test_la
+import train_dtml
+from utils.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """4 of 8 scans labeled, 2 unlabeled: the last two of train.list are left."""
+    folder = tmp_path_factory.mktemp("held-out")
+    data = str(make_set(folder / "set", labeled=8))
+    words = ["--data", data, "--runs", str(folder), *TINY, "--iterations", "2"]
+    train_dtml.main([*words, "--unlabeled", "2", "--name", "run"])
+    train_dtml.main([*words, "--name", "all"])
+    return folder
+
+
+def test_held_out_scans_are_those_of_train_list_that_the_run_did_not_see(trained):
+    seen = json.loads((trained / "run" / "manifest.json").read_text())["checksums"]
+    test_la.main(["--checkpoint", str(trained / "run"), "--scans", "held-out", "--threads", "1"])
+    with open(trained / "run" / "held-out" / "cases.csv", newline="") as f:
+        names = list(dict.fromkeys(row["case"] for row in csv.DictReader(f)))
+    train = (trained / "set" / "train.list").read_text().split()
+    assert names == train[6:] and not set(names) & set(seen) and len(seen) == 6
+    assert json.loads((trained / "run" / "held-out" / "test.json").read_text())["scans"] == "held-out"
+    assert not (trained / "run" / "test").exists()
+
+
+def test_a_run_that_used_every_scan_has_none(trained):
+    with pytest.raises(UserError, match="--scans held-out: the training used all 8 scans"):
+        test_la.main(["--checkpoint", str(trained / "all"), "--scans", "held-out", "--threads", "1"])
+
+
+def test_bare_weights_have_none():
+    with pytest.raises(UserError, match="bare weights do not tell"):
+        test_la.main(["--checkpoint", "x.pth", "--method", "dtc", "--scans", "held-out"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--sdm-of", "scan"], "--sdm-of scan does nothing here"),
+        (["--lr-schedule", "cosine", "--lr-steps", "2"], "--lr-steps does nothing"),
+        (["--mix", "1", "--unlabeled", "0"], "needs unlabeled scans"),
+    ],
+)
+def test_flags_that_would_do_nothing_are_refused(words, message, trained):
+    argv = ["--data", str(trained / "set"), "--runs", str(trained), *TINY, "--iterations", "2", *words]
+    with pytest.raises(UserError, match=message):
+        train_dtml.main(argv)
