@@ -20,6 +20,7 @@ import os
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -38,11 +39,11 @@ from test_la import COMPONENTS
 from train_dtml import PROFILES, read_options
 from utils.checkpoint import fsync_folder, write_whole
 from utils.errors import Stopped, StopSignal, UserError, run
-from utils.grid import LA_RUNS, LA_TABLES, PHANTOM_RUNS, PHANTOM_TABLES, Row, Tables
+from utils.grid import LA_RUNS, LA_TABLES, PHANTOM_RUNS, PHANTOM_TABLES, TESTS, TRAINED_AS, Row, Tables
 from utils.metrics import METRICS, mean_and_sd
-from utils.options import Parser, default_of, fill, option
+from utils.options import Parser, as_flags, default_of, fill, option
 from utils.run_folder import MANIFEST, OPTIONS, SCALARS, has_checkpoint
-from utils.statistics import read_row
+from utils.statistics import compare, read_row
 
 ABOUT = """\
 Profile `{profile}`, seeds {seeds}. The last iteration, always; mean over the {scans}test scans, with several seeds
@@ -59,6 +60,11 @@ SCALES = {
     "phantom": SMALL.format("made-up atria, small crops, 8 filters, 300 iterations."),
 }
 HEAD = "| row | labeled / unlabeled | | Dice % | Jaccard % | ASD voxel | 95HD voxel | seeds |"
+BEYOND = "beyond"  # shown where it has records, or if it is asked for
+BEYOND_HEAD = (
+    "| row | labeled / unlabeled | M_s Dice % | M_d Dice % | mean Dice % | mean 95HD | mean Dice above the paper's "
+    "(95 % interval over the scans) | seeds |"
+)
 PHANTOM_HEAD = "| method | Dice % (all) | Dice % (largest) | iterations/s | peak memory GiB | lines of code |"
 TEST = "test.json"
 BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, UserError)  # what a damaged file can raise
@@ -70,7 +76,9 @@ class Options:
     """What to show or to do; `Sequence`, as `list` is a flag here."""
 
     profile: str = option("full", "scale of the runs", choices=list(PROFILES), group="what")
-    table: Sequence[str] = option([], "only these tables: 1, 2, 3, dk-uxnet", type=str, nargs="+", group="what")
+    table: Sequence[str] = option(
+        [], "only these tables: 1, 2, 3, dk-uxnet, best, beyond", type=str, nargs="+", group="what"
+    )
     rows: Sequence[str] = option([], "only these runs: keys or names of methods", type=str, nargs="+", group="what")
     seeds: Sequence[int] = option([], "default 1337 1338 1339; phantom 1337", type=int, nargs="+", group="what")
     results: str = option("results", "where the records are", group="what")
@@ -97,6 +105,7 @@ class Run:
     train: list[str]
     test: list[str]
     folder: Path
+    tested: Path
     record: Path
     outputs: list[str]
 
@@ -117,7 +126,9 @@ def select(o: Options) -> tuple[list[Run], Tables]:
         if unknown:
             raise UserError(f"--{flag} {' '.join(unknown)} is not in this grid. Choose from {', '.join(known)}.")
     chosen: Tables = {}
-    for name in o.table or tables:
+    for name in o.table or [
+        name for name in tables if name != BEYOND or any(Path(o.results, o.profile).glob(f"{BEYOND}-*"))
+    ]:
         rows = [row for row in tables[name][1] if not o.rows or {row.key, methods[row.key]} & set(o.rows)]
         chosen |= {name: (tables[name][0], rows)} if rows else {}
     every = [row for _, rows in chosen.values() for row in rows]
@@ -127,14 +138,18 @@ def select(o: Options) -> tuple[list[Run], Tables]:
     runs = []
     for seed in dict.fromkeys(o.seeds or ([1337] if phantom else [1337, 1338, 1339])):
         for key in dict.fromkeys(row.key for row in every):
-            folder = Path(o.runs) / o.profile / f"{key}-seed{seed}"
+            trained = TRAINED_AS.get(key, key)
+            folder = Path(o.runs) / o.profile / f"{trained}-seed{seed}"
+            how = TESTS.get(key, {})
+            tested = folder / (how.get("scans", "test") if trained == key else key)
             settings = [*flags[key], "--profile", o.profile, "--seed", str(seed)]
             where = ["--runs", str(folder.parent), "--name", folder.name]
             runs.append(Run(
                 key, methods[key], seed, settings,
                 train=["train_dtml.py", *settings, "--resume", "auto", *where, *place],
-                test=["test_la.py", "--checkpoint", str(folder), *place],
-                folder=folder, record=Path(o.results) / o.profile / folder.name,
+                test=["test_la.py", "--checkpoint", str(folder), "--out", str(tested),
+                      *shlex.split(as_flags(how)), *place],
+                folder=folder, tested=tested, record=Path(o.results) / o.profile / f"{key}-seed{seed}",
                 outputs=list(dict.fromkeys(row.output for row in every if row.key == key)),
             ))  # fmt: skip
     return runs, chosen
@@ -159,8 +174,12 @@ def unfit(this: Run, record: Path) -> list[str]:
     """Why a record does not count: other options, not the last iteration, an output that is not there."""
     problems = other_options(this, record / MANIFEST)
     last = json.loads((record / MANIFEST).read_text())["options"]["iterations"]
-    tested = json.loads((record / TEST).read_text())["iteration"]
-    problems += [f"tested at iteration {tested} of {last}"] if tested != last else []
+    found = json.loads((record / TEST).read_text())
+    problems += [f"tested at iteration {found['iteration']} of {last}"] if found["iteration"] != last else []
+    asked = {"scans": "test", "flips": 1, **TESTS.get(this.key, {})}
+    for name, usual in {"scans": "test", "flips": 1, "stride": asked.get("stride")}.items():
+        if found.get(name, usual) != asked.get(name, found.get(name)):
+            problems.append(f"tested with --{name} {found.get(name, usual)}")
     for output in this.outputs:
         for component in COMPONENTS:
             read_row(f"{record}:{output}", "dice", component)
@@ -221,6 +240,26 @@ def row_lines(row: Row, records: Records) -> str:
     return "\n".join(lines if records else [*lines, "| | | not yet run | | | | | |"])
 
 
+def beyond_line(row: Row, records: Records, usual: Records) -> str:
+    """Dice of M_s, of M_d and of their mean, and how far that is above the mean's of the runs as in the paper, of the
+    same seeds; moving averages' if the row is of them."""
+    if not records:
+        return f"| {row.label} | {row.scans} | not yet run | | | | | |"
+    prefix = row.output.removesuffix("seg")
+    cells = [figures(row._replace(output=prefix + name), "all", records)[0] for name in ("seg", "sdm", "mean")]
+    shared = [seed for seed in records if seed in usual]
+    above = "-"
+    if shared and (records != usual or prefix):
+        a, b = (
+            [read_row(f"{found[seed]}:{output}", "dice", "all") for seed in shared]
+            for found, output in ((usual, "mean"), (records, f"{prefix}mean"))
+        )
+        c = compare(*({case: 100 * statistics.mean(r[case] for r in rows) for case in rows[0]} for rows in (a, b)))
+        above = f"{c.difference:+.2f} ({c.low:+.2f} to {c.high:+.2f})"
+    dice = " | ".join(cell[0] for cell in cells)
+    return f"| {row.label} | {row.scans} | {dice} | {cells[2][3]} | {above} | {', '.join(map(str, records))} |"
+
+
 def phantom_line(row: Row, records: Records, method: str) -> str:
     """Dice, cost, and the length of the method's file."""
     source = inspect.getsourcefile(METHODS[method]) if method in METHODS else None
@@ -242,7 +281,8 @@ def print_tables(o: Options, runs: list[Run], tables: Tables) -> None:
         word = state(this)
         if word == "done":
             done.setdefault(this.key, {})[this.seed] = this.record
-            scans[this.record] = len(read_row(f"{this.record}:{this.outputs[0]}", "dice", "all"))
+            if this.key not in TESTS:
+                scans[this.record] = len(read_row(f"{this.record}:{this.outputs[0]}", "dice", "all"))
             manifest = json.loads((this.record / MANIFEST).read_text())
             devices.add(f"{manifest.get('device')}, threads: {manifest.get('threads')}")
         elif this.record.exists():
@@ -256,12 +296,18 @@ def print_tables(o: Options, runs: list[Run], tables: Tables) -> None:
     phantom = o.profile == "phantom"
     if phantom and devices:
         print(f"Speed and memory on {'; '.join(sorted(devices))}.")
-    head, methods = PHANTOM_HEAD if phantom else HEAD, {this.key: this.method for this in runs}
-    for title, rows in tables.values():
+    methods = {this.key: this.method for this in runs}
+    for name, (title, rows) in tables.items():
+        head = PHANTOM_HEAD if phantom else BEYOND_HEAD if name == BEYOND else HEAD
         print(f"\n**{title}**\n\n{head}\n|{'---|' * (head.count('|') - 1)}")
         for row in rows:
             records = done.get(row.key, {})
-            print(phantom_line(row, records, methods[row.key]) if phantom else row_lines(row, records))
+            if phantom:
+                print(phantom_line(row, records, methods[row.key]))
+            elif name == BEYOND:
+                print(beyond_line(row, records, done.get(f"{BEYOND}-paper", {})))
+            else:
+                print(row_lines(row, records))
 
 
 # what is missing
@@ -313,8 +359,9 @@ def record(this: Run) -> str:
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        for name in (OPTIONS, MANIFEST, SCALARS, "test/cases.csv", "test/table.md", f"test/{TEST}"):
-            write_whole(partial / Path(name).name, (this.folder / name).read_bytes())
+        trained, tested = (OPTIONS, MANIFEST, SCALARS), ("cases.csv", "table.md", TEST)
+        for path in [*(this.folder / name for name in trained), *(this.tested / name for name in tested)]:
+            write_whole(partial / path.name, path.read_bytes())
         problems = unfit(this, partial)
         if not problems:
             partial.rename(this.record)

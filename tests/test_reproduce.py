@@ -20,7 +20,8 @@ import train_dtml
 from dataloaders.phantom import make_phantom_set
 from methods import METHODS
 from utils.errors import UserError, run
-from utils.grid import LA_RUNS, LA_TABLES, PHANTOM_RUNS, PHANTOM_TABLES, Row
+from utils.grid import LA_RUNS, LA_TABLES, PHANTOM_RUNS, PHANTOM_TABLES, TESTS, TRAINED_AS, Row
+from utils.options import Parser, fill
 
 GRIDS = {"half": (LA_RUNS, LA_TABLES), "phantom": (PHANTOM_RUNS, PHANTOM_TABLES)}
 PAPER = ["90.12", "82.14", "1.82", "7.01"]
@@ -178,6 +179,79 @@ def test_the_phantom_table(here, capsys):
     length = len([line for line in source.split("\n") if line.strip()])
     assert cells(text, "dtml") == [["dtml", "85.00", "86.00", "2.50", "1.25", str(length)]]
     assert "a processor, threads: 1" in text and cells(text, "supervised, M_d alone")[0][1] == "not yet run"
+
+
+SIX = ("seg", "sdm", "mean", "ema_seg", "ema_sdm", "ema_mean")
+
+
+def write_beyond(results, key, dice, *, tested=(), outputs=SIX, seed=1337):
+    """A record on held-out scans, with other dice for each output."""
+    write_record(results, key, seed, [(0.5, 1)] * 4, outputs=outputs)
+    folder = results / "half" / f"{key}-seed{seed}"
+    lines = ["case,output,component,dice,jaccard,asd,hd95"]
+    for i, output in enumerate(outputs):
+        for c, value in enumerate(dice):
+            for component in ("all", "largest"):
+                lines.append(f"case{c},{output},{component},{value + 0.01 * i},0.4,2,{3 + i}")
+    (folder / "cases.csv").write_text("\n".join(lines) + "\n")
+    how = {"iteration": 2400, **TESTS[key], **dict(tested)}
+    (folder / "test.json").write_text(json.dumps(how))
+
+
+def test_the_table_of_what_goes_beyond_the_paper(here, capsys):
+    reproduce.main(["--profile", "half"])
+    assert "held-out" not in capsys.readouterr().out  # no records, not asked for
+    paper, other = (0.70, 0.80, 0.75, 0.85), (0.72, 0.84, 0.74, 0.90)
+    write_beyond(here / "results", "beyond-paper", paper)
+    write_beyond(here / "results", "beyond-mix", other, outputs=SIX[:3])
+    reproduce.main(["--profile", "half"])
+    text = capsys.readouterr().out
+    (usual,), (average,), (mix,) = (
+        cells(text, label)
+        for label in ("as in the paper", "tested with moving averages of the weights", "crops pasted into one another")
+    )
+    assert usual[2:] == ["77.50", "78.50", "79.50", "5.00", "-", "1337"]
+    assert average[2:6] == ["80.50", "81.50", "82.50", "8.00"] and average[6].startswith("+3.00 (")
+    assert mix[2:6] == ["80.00", "81.00", "82.00", "5.00"]
+    difference, low, high = re.fullmatch(r"([+-][\d.]+) \(([+-][\d.]+) to ([+-][\d.]+)\)", mix[6]).groups()
+    assert float(difference) == 2.5 and -1 <= float(low) < 2.5 < float(high) <= 5
+    assert cells(text, "k = 50")[0][2] == "not yet run"
+
+
+def test_differences_are_of_the_seeds_that_both_have(here, capsys):
+    write_beyond(here / "results", "beyond-paper", (0.70, 0.80, 0.75))
+    write_beyond(here / "results", "beyond-paper", (0.60, 0.70, 0.65), seed=1338)
+    write_beyond(here / "results", "beyond-k", (0.62, 0.71, 0.68), seed=1338, outputs=SIX[:3])
+    reproduce.main(["--profile", "half", "--table", "beyond"])
+    assert cells(capsys.readouterr().out, "k = 50")[0][6].startswith("+2.00 (")
+
+
+@pytest.mark.parametrize("tested", [{"scans": "test"}, {"flips": 4}, {"stride": [9, 9, 2]}])
+def test_a_record_that_was_tested_in_another_way_is_left_out(here, capsys, tested):
+    write_beyond(here / "results", "beyond-mix", (0.7, 0.8), tested=tested, outputs=SIX[:3])
+    reproduce.main(["--profile", "half", "--table", "beyond", "--rows", "beyond-mix"])
+    out, err = capsys.readouterr()
+    assert "not yet run" in out and f"tested with --{next(iter(tested))}" in err
+
+
+def test_runs_of_the_same_training_share_its_folder_and_not_their_tests(capsys):
+    reproduce.main(["--profile", "half", "--table", "beyond", "--seeds", "1337", "--list"])
+    lines = capsys.readouterr().out.splitlines()
+    commands = {line.split()[0]: lines[i + 2].strip() for i, line in enumerate(lines) if line.startswith("beyond-")}
+    assert len(set(commands.values())) == len(commands) - len(TRAINED_AS)
+    runs, _ = reproduce.select(fill(reproduce.Options, {"profile": "half", "table": ["beyond"], "seeds": [1337]}))
+    assert len({this.tested for this in runs}) == len({this.record for this in runs}) == len(commands)
+    for this in runs:
+        assert this.test[this.test.index("--scans") + 1] == "held-out" and str(this.tested) in this.test
+        assert this.tested.parent == this.folder and given_to_test(this).stride == [16, 16, 8]
+    flipped = next(this for this in runs if this.key == "beyond-flips")
+    assert given_to_test(flipped).flips == 8 and flipped.folder.name == "beyond-paper-seed1337"
+
+
+def given_to_test(this):
+    parser = Parser()
+    parser.add_dataclass(test_la.Options)
+    return fill(test_la.Options, parser.parse(this.test[1:]))
 
 
 # records that do not count

@@ -1,12 +1,28 @@
-"""The grid of reproduce.py: every run of Tables 1 to 3 of the DTML paper (Zhang & Zhang 2021) and of DK-UXNet, and the
-tables' rows. RUNS: key of a run -> its flags; TABLES: name -> title and rows."""
+"""The grid of reproduce.py: every run of Tables 1 to 3 of the DTML paper (Zhang & Zhang 2021) and of DK-UXNet, what
+goes beyond them, and the tables' rows. RUNS: key of a run -> its flags; TABLES: name -> title and rows."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 SEMI_SUPERVISED = ("dtml", "mean-teacher", "ua-mt", "tcse", "dtc", "sassnet", "asdnet", "double-unc")
 ALONE = "--unlabeled 0 --consistency none"  # of DK-UXNet: the same network on labeled scans only
 ADAMW = "--optimizer adamw --lr 0.001 --weight-decay 0.01"  # DK-UXNet's
 SMALLER = "--downsample 2 --patch-size 32 32 16"
+HELD_OUT = {"scans": "held-out", "stride": [16, 16, 8], "save": "none"}
+BEYOND = {  # key: what one thing is done in another way than in the paper, its flags
+    "paper": ("as in the paper", "--ema-decay 0.99"),  # whose averages are outputs, and no part of the training
+    "cosine": ("the rate falls as a cosine", "--lr-schedule cosine"),
+    "labeled": ("4 labeled crops a batch, beside 2 unlabeled", "--batch-size 6 --labeled-batch 4"),
+    "k": ("k = 50", "--k 50"),
+    "grow": ("k grows from 15 to 1500", "--k-start 15"),
+    "map": ("consistency on z: (1-z)/2 for m", "--consistency map"),
+    "sure": ("consistency where p is sure", "--consistency sure"),
+    "mirror": ("the released codes' augmentation: a flip always", "--augment mirror"),
+    "intensity": ("random intensities too", "--intensity 0.3"),
+    "mix": ("crops pasted into one another", "--mix 1"),
+    "both": ("L_dis + L_mask", "--sdm-loss both"),
+    "scan": ("L_dis + L_mask, distances of the whole scan", "--sdm-loss both --sdm-of scan"),
+    "uxnet": ("UX-Net for V-Net", "--backbone uxnet"),
+}
 LA_RUNS = {
     "supervised-16": "--method supervised --labeled 16",
     "supervised-80": "--method supervised --labeled 80",
@@ -23,7 +39,14 @@ LA_RUNS = {
     **{f"dk-uxnet-{n}": f"--method dk-uxnet --labeled {n}" for n in (8, 16)},
     **{f"dk-uxnet-released-{n}": f"--method dk-uxnet --preset released --labeled {n}" for n in (8, 16)},
     **{f"dk-uxnet-alone-{n}": f"--method dk-uxnet --labeled {n} {ALONE}" for n in (8, 16)},
+    **{f"beyond-{key}": f"--method dtml --labeled 16 --unlabeled 48 {flags}" for key, (_, flags) in BEYOND.items()},
+    "beyond-flips": f"--method dtml --labeled 16 --unlabeled 48 {BEYOND['paper'][1]}",
 }
+TESTS: dict[str, dict[str, Any]] = {  # key: options of test_la.py, where they are not the usual ones
+    **{f"beyond-{key}": HELD_OUT for key in BEYOND},
+    "beyond-flips": {**HELD_OUT, "flips": 8},
+}
+TRAINED_AS = {"beyond-flips": "beyond-paper"}  # key: that of the run whose weights are tested in another way
 ABLATIONS = {  # key: what the row is called, flags
     "all": ("DK-UXNet, `repaired`", ""),
     "alone": ("labeled scans alone", ALONE),
@@ -106,6 +129,13 @@ LA_TABLES: Tables = {
         Row("DK-UXNet, `released`", "16 / 64", "dk-uxnet-released-16", UNREAD),
     ]),
 }  # fmt: skip
+BEYOND_TABLE = ("One thing done in another way than in the paper, on 16 held-out scans of train.list", [
+    Row("as in the paper", "16 / 48", "beyond-paper"),
+    Row("tested with moving averages of the weights", "16 / 48", "beyond-paper", output="ema_seg"),
+    Row("tested on all eight flips and turns", "16 / 48", "beyond-flips"),
+    *(Row(label, "16 / 48", f"beyond-{key}") for key, (label, _) in BEYOND.items() if key != "paper"),
+])  # fmt: skip
+LA_TABLES["beyond"] = BEYOND_TABLE
 PHANTOM_TABLES: Tables = {
     "methods": ("Methods on the phantom set", [
         Row("supervised, 8 labeled (lower bound)", "8 / 0", "supervised-8"),
