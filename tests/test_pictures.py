@@ -146,6 +146,7 @@ def test_figures_are_drawn_from_run_folders(runs, tmp_path):
         ["figure2", dtml], ["figure2", dtc, "--cases", "case08"], ["figure2", supervised, "--slice", "5"],
         ["figure3", f"{dtml}:sdm", supervised], ["figure3", dtml, f"{dtml}:mean", "--cases", "case09", "--palette"],
         ["curves", dtml, dtc, "--titles", "one", "two"],
+        ["differences", f"{dtml}/test", f"{supervised}/test", f"{dtml}/test:sdm"],
     ):  # fmt: skip
         with Image.open(draw(tmp_path, *words)) as picture:
             assert 300 < picture.width < 520 and picture.height > 60
@@ -171,6 +172,22 @@ def test_figure_2_shows_what_the_network_says_of_the_slice(runs):
         assert values == pytest.approx(expected[name][0, ..., 5].numpy(), abs=1e-5)
 
 
+def test_differences_are_each_scan_s_and_their_mean(tmp_path):
+    text = "case,output,component,dice\na,seg,all,{}\nb,seg,all,{}\nc,seg,all,{}\n"
+    for name, values in {"one": (0.5, 0.6, 0.7), "two": (0.55, 0.66, 0.72), "three": (0.4, 0.7, 0.7)}.items():
+        (tmp_path / f"{name}.csv").write_text(text.format(*values))
+    paths = [str(tmp_path / f"{name}.csv") for name in ("one", "two", "three")]
+    (axes,) = pictures.differences(paths, pictures.Options(titles=["usual", "better", "other"])).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["better", "other"]
+    assert axes.get_xlabel().startswith("Dice % above usual")
+    scans = [[xy[0] for xy in dots.get_offsets()] for dots in axes.collections]
+    assert scans[0] == pytest.approx([5, 6, 2]) and scans[1] == pytest.approx([13 / 3])
+    assert scans[2] == pytest.approx([-10, 10, 0]) and scans[3] == pytest.approx([0], abs=1e-9)
+    bars = [line for line in axes.lines if line.get_linewidth() == 2.5]
+    assert [bar.get_color() for bar in bars] == ["#0072b2", "0.25"]
+    assert 2 <= bars[0].get_xdata()[0] < 13 / 3 < bars[0].get_xdata()[1] <= 6
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -183,6 +200,9 @@ def test_figure_2_shows_what_the_network_says_of_the_slice(runs):
         (["figure2", "{runs}/dtml", "--slice", "18"], "slices 0 to 17"),
         (["figure3", "{runs}/dtml", "--titles", "a", "b"], "--titles must give 1"),
         (["curves", "{runs}/set"], "Give run folders"),
+        (["differences", "{runs}/dtml/test"], "two runs or more"),
+        (["differences", "{runs}/dtml/test", "{runs}/supervised/test", "--titles", "one"], "--titles must give 2"),
+        (["differences", "{runs}/dtml/test", "{runs}/dtc/test"], "cannot read"),
         (["figure4", "{runs}/dtml"], "figure4"),
     ],
 )

@@ -250,6 +250,25 @@ def draw_curves(runs: dict[str, dict[str, NDArray]], panels: Sequence[tuple[str,
     return figure
 
 
+def draw_differences(rows: Sequence[tuple[str, Sequence[float], tuple[float, float, float]]], title: str) -> Figure:
+    """A line for each row: its name, the difference of every scan as a dot, their mean, and its interval as a bar that
+    is blue above 0, orange below it, and grey around it."""
+    figure = Figure(figsize=(WIDTH, 0.7 + 0.27 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    for y, (_, scans, (mean, low, high)) in enumerate(rows):
+        colour = "#0072b2" if low > 0 else "#d55e00" if high < 0 else "0.25"
+        axes.scatter(scans, [y] * len(scans), s=9, color="0.7", linewidths=0)
+        axes.plot([low, high], [y, y], color=colour, linewidth=2.5, solid_capstyle="butt")
+        axes.scatter([mean], [y], s=28, color=colour, zorder=3)
+    axes.axvline(0, color="0.5", linewidth=0.8)
+    axes.set_yticks(range(len(rows)), [name for name, *_ in rows], **FONT)
+    axes.invert_yaxis()
+    axes.set_xlabel(title, **FONT)
+    axes.tick_params(labelsize=7)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    return figure
+
+
 def as_png(figure: Figure, dpi: int, *, palette: bool) -> bytes:
     """A PNG cropped to what is in the figure; with `palette` of 256 colours, about a third of the bytes."""
     data = io.BytesIO()

@@ -1,11 +1,13 @@
-"""Draws figures for a paper from run folders: the DTML paper's Figures 2 and 3, and curves.
+"""Draws figures for a paper from run folders: the DTML paper's Figures 2 and 3, curves, and differences.
 
     python -m utils.pictures figure2 runs/la/dtml-16-seed1337             image, label, z, m and p of three scans
     python -m utils.pictures figure3 runs/la/supervised-16-seed1337 runs/la/dtml-16-seed1337:seg --titles V-Net DTML
     python -m utils.pictures curves results/half/dtml-16-seed1337 results/half/dtml-authors-16-seed1337
+    python -m utils.pictures differences results/half/supervised-16-seed1337 results/half/dtml-16-seed1337:seg
 
 figure2 runs the network around the slice; figure3 reads what test_la.py predicted, of the first output or of
-RUN:OUTPUT; curves reads scalars.csv. Slices are shown as radiologists look at them: x to the right, y down.
+RUN:OUTPUT; curves reads scalars.csv; differences shows the Dice of each scan (cases.csv) above the first run's. Slices
+are shown as radiologists look at them: x to the right, y down.
 """
 
 import csv
@@ -23,15 +25,26 @@ from dataloaders.cases import MOST_CLASSES, Case, CaseError, case_file, lists_of
 from methods import restore
 from utils.checkpoint import load_checkpoint, write_whole
 from utils.errors import UserError, run
-from utils.figures import ComparedCase, MapsRow, around, as_png, draw_comparison, draw_curves, draw_maps, slice_of
+from utils.figures import (
+    ComparedCase,
+    MapsRow,
+    around,
+    as_png,
+    draw_comparison,
+    draw_curves,
+    draw_differences,
+    draw_maps,
+    slice_of,
+)
 from utils.metrics import segmentation_metrics
 from utils.options import Parser, fill, option
 from utils.predictions import read_prediction, read_scores
 from utils.resample import downsample_image, upsample_probability
 from utils.run_folder import MANIFEST, SCALARS, read_json
 from utils.sliding_window import sliding_window
+from utils.statistics import compare, read_row
 
-FIGURES = ("figure2", "figure3", "curves")
+FIGURES = ("figure2", "figure3", "curves", "differences")
 PANELS = (
     ("Dice in training", ("dice/train_seg", "dice/train_sdm")),
     ("loss", ("loss/seg", "loss/mask", "loss/consistency")),
@@ -195,6 +208,21 @@ def curves(paths: Sequence[str], o: Options) -> Figure:
     return draw_curves(runs, [(title, tags) for title, tags in PANELS if known & set(tags)])
 
 
+def differences(paths: Sequence[str], o: Options) -> Figure:
+    """Dice of each scan in every further run above that in the first, and the mean with its 95 % interval."""
+    if len(paths) < 2:
+        raise UserError("differences needs two runs or more: the first is compared with each of the others.")
+    if o.titles and len(o.titles) != len(paths):
+        raise UserError(f"--titles must give {len(paths)} names, one for each run.")
+    titles = o.titles or [Path(where).name for where in paths]
+    reference, *others = ({case: 100 * v for case, v in read_row(w, "dice", "all").items()} for w in paths)
+    found = []
+    for title, other in zip(titles[1:], others, strict=True):
+        c = compare(reference, other)
+        found.append((title, [other[case] - reference[case] for case in reference], (c.difference, c.low, c.high)))
+    return draw_differences(found, f"Dice % above {titles[0]}, each scan and the mean with its 95 % interval")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__, prog="utils.pictures")
     parser.add_argument("figure", choices=FIGURES, help="what to draw")
@@ -207,7 +235,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{out} exists already. Choose another --out, or replace it with --overwrite.")
     if not out.parent.is_dir():
         raise UserError(f"there is no folder {out.parent} for --out. Make it, or choose another.")
-    draw = {"figure2": figure2, "figure3": figure3, "curves": curves}[given["figure"]]
+    draw = {"figure2": figure2, "figure3": figure3, "curves": curves, "differences": differences}[given["figure"]]
     write_whole(out, as_png(draw(given["runs"], o), o.dpi, palette=o.palette))
     print(out)
 
