@@ -44,7 +44,7 @@ LA_RUNS = {
 }
 TESTS: dict[str, dict[str, Any]] = {  # key: options of test_la.py, where they are not the usual ones
     **{f"beyond-{key}": HELD_OUT for key in BEYOND},
-    "beyond-flips": {**HELD_OUT, "flips": 8},
+    "beyond-flips": {**HELD_OUT, "flips": 8, "output": ["seg", "sdm", "mean"]},
 }
 TRAINED_AS = {"beyond-flips": "beyond-paper"}  # key: that of the run whose weights are tested in another way
 ABLATIONS = {  # key: what the row is called, flags
