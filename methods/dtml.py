@@ -52,6 +52,7 @@ class DTML(Method):
     PRESETS = {
         "paper": {},
         "authors": {"lambda_max": 1.0, "ramp": "steps", "consistency_times": 2, "augment": "mirror"},
+        "best": {"k": 50.0, "lr_schedule": "cosine", "batch_size": 6, "labeled_batch": 4, "intensity": 0.3},
     }
 
     @dataclass

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import h5py
 import pytest
 import torch
-from conftest import TINY, flat, make_set, method_words
+from conftest import ROOT, TINY, flat, make_set, method_words
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import predict
@@ -769,7 +770,7 @@ PRESETS = {  # method: what its two presets come to
 @pytest.mark.parametrize("method", PRESETS)
 def test_preset_sets_what_the_released_code_does_and_nothing_else(method):
     paper, authors = PRESETS[method]
-    first, second = METHODS[method].PRESETS
+    first, second = list(METHODS[method].PRESETS)[:2]
     words = ["--data", "set", "--method", method]
     usual, found = settled(*words), settled(*words, "--preset", second)
     assert {name: usual[name] for name in paper} == paper
@@ -781,7 +782,15 @@ def test_every_preset_is_tested_here():
     assert set(PRESETS) == {method for method, kind in METHODS.items() if list(kind.PRESETS) != ["paper"]}
     for method in PRESETS:
         named = ["repaired", "released"] if method == "dk-uxnet" else ["paper", "authors"]
-        assert list(METHODS[method].PRESETS) == named
+        assert list(METHODS[method].PRESETS) == [*named, *(["best"] if method == "dtml" else [])]
+
+
+def test_the_preset_best_holds_what_the_findings_say():
+    """A line of docs/findings.md gives its flags."""
+    page = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
+    flags = re.search(r"`--preset best` is `(--[^`]+)`", page)[1].split()
+    usual, best, same_flags = (settled("--data", "set", *more) for more in ([], ["--preset", "best"], flags))
+    assert {**same_flags, "preset": "best"} == best != {**usual, "preset": "best"}
 
 
 @pytest.mark.parametrize(("name", "value"), [*PAPER.items(), ("lambda_max", 0.3)])

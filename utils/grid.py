@@ -22,6 +22,7 @@ BEYOND = {  # key: what one thing is done in another way than in the paper, its 
     "both": ("L_dis + L_mask", "--sdm-loss both"),
     "scan": ("L_dis + L_mask, distances of the whole scan", "--sdm-loss both --sdm-of scan"),
     "uxnet": ("UX-Net for V-Net", "--backbone uxnet"),
+    "best": ("what helped, together: the preset `best`", "--preset best"),
 }
 LA_RUNS = {
     "supervised-16": "--method supervised --labeled 16",
