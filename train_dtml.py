@@ -207,7 +207,7 @@ def settle(given: dict[str, Any], kind: type[Method]) -> tuple[Options, Method.O
     layers = (scale, kind.PRESETS[preset], given, {"data": data, "profile": profile, "preset": preset})
     o = fill(Options, *layers)
     if o.lr_schedule == "cosine":
-        if o.lr_steps:
+        if given.get("lr_steps"):
             raise UserError("--lr-steps does nothing with --lr-schedule cosine. Leave one of them out.")
         o.lr_steps = []
     o.lr_steps = default_lr_steps(o.iterations) if o.lr_steps is None else o.lr_steps

@@ -135,10 +135,9 @@ class Patches(Dataset[dict[str, Any]]):
         if label is not None:
             item["label"] = turn_and_flip(pad(label, margins), draw)
             if self.sdm and self.sdm_of == "scan":
-                beyond = (
-                    1 - pad(1 - part[box], margins) for part in self.distances_of_scan(case)
-                )  # +1 is farthest outside
-                item["sdm"] = torch.stack([turn_and_flip(part, draw) for part in beyond])
+                parts = [part[box] for part in self.distances_of_scan(case)]
+                # What is padded is as far outside as can be: +1, not 0.
+                item["sdm"] = torch.stack([turn_and_flip(1 - pad(1 - part, margins), draw) for part in parts])
             elif self.sdm:
                 item["sdm"] = self.distances_of(item["label"], case)
         return item

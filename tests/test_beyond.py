@@ -10,9 +10,11 @@ from scipy.ndimage import distance_transform_edt
 from test_data import patches, volumes
 from test_methods import make, make_batch
 
+import train_dtml
 from dataloaders.augmentation import draw_augmentation, random_intensities, turn_and_flip
 from dataloaders.cases import lists_of
 from dataloaders.two_stream import Slot
+from methods import METHODS
 from utils.ema import ema_decay
 from utils.losses import dice_loss, sdm_to_mask, seg_loss
 from utils.mixing import copy_paste, random_box
@@ -49,6 +51,14 @@ def test_the_loss_sees_the_k_of_its_iteration(iteration, k):
     torch.manual_seed(3)
     _, z = method.M_s(batch["image"]), method.M_d(batch["image"])["sdm"]
     assert found.item() == pytest.approx(dice_loss(sdm_to_mask(z, k)[:2], batch["label"]).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("profile", ["full", "half", "short", "phantom"])
+def test_the_preset_best_fits_every_profile(profile):
+    """The phantom profile has steps of its own, which the cosine leaves out."""
+    given = {"data": "set", "profile": profile, "preset": "best"}
+    o, method_options = train_dtml.settle(given, METHODS["dtml"])
+    assert (o.lr_schedule, o.lr_steps, o.labeled_batch, method_options.k) == ("cosine", [], 4, 50)
 
 
 # -- the consistency --

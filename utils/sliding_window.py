@@ -26,11 +26,13 @@ def flips_option(group: str) -> Any:
 
 def mean_of_flips(predict: Callable[[Tensor], Tensor], patches: Tensor, flips: int) -> Tensor:
     """(N,1,w,h,d) -> (N,C,w,h,d), the mean of the predictions of so many flips and turns, each turned back."""
+    if flips == 1:
+        return predict(patches)
     found = []
     for turns, axes in FLIPS[flips]:
         turned = patches.rot90(turns, (2, 3)).flip(axes)
         found.append(predict(turned).float().flip(axes).rot90(-turns, (2, 3)))
-    return torch.stack(found).mean(0) if len(found) > 1 else found[0]
+    return torch.stack(found).mean(0)
 
 
 def three_voxels(help: str) -> Any:
