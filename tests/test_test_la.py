@@ -151,7 +151,7 @@ def test_stdout_is_the_result_and_stderr_the_progress(trained, tmp_path, capsys)
     capsys.readouterr()
     score(trained, tmp_path)
     out, err = capsys.readouterr()
-    assert "2 scans" in out and "16x16x16" in out and "8x8x8" in out
+    assert "2 test scans" in out and "16x16x16" in out and "8x8x8" in out
     assert "case08" in err and "case09" in err and "case08" not in out and "|" not in err
 
 
