@@ -76,9 +76,7 @@ class Options:
     """What to show or to do; `Sequence`, as `list` is a flag here."""
 
     profile: str = option("full", "scale of the runs", choices=list(PROFILES), group="what")
-    table: Sequence[str] = option(
-        [], "only these tables: 1, 2, 3, dk-uxnet, best, beyond", type=str, nargs="+", group="what"
-    )
+    table: Sequence[str] = option([], "only these tables: 1, 2, 3, dk-uxnet, beyond", type=str, nargs="+", group="what")
     rows: Sequence[str] = option([], "only these runs: keys or names of methods", type=str, nargs="+", group="what")
     seeds: Sequence[int] = option([], "default 1337 1338 1339; phantom 1337", type=int, nargs="+", group="what")
     results: str = option("results", "where the records are", group="what")
@@ -176,10 +174,10 @@ def unfit(this: Run, record: Path) -> list[str]:
     last = json.loads((record / MANIFEST).read_text())["options"]["iterations"]
     found = json.loads((record / TEST).read_text())
     problems += [f"tested at iteration {found['iteration']} of {last}"] if found["iteration"] != last else []
-    asked = {"scans": "test", "flips": 1, **TESTS.get(this.key, {})}
-    for name, usual in {"scans": "test", "flips": 1, "stride": asked.get("stride")}.items():
-        if found.get(name, usual) != asked.get(name, found.get(name)):
-            problems.append(f"tested with --{name} {found.get(name, usual)}")
+    usual, how = {"scans": "test", "flips": 1}, TESTS.get(this.key, {})
+    asked = usual | {name: how[name] for name in ("scans", "flips", "stride") if name in how}
+    then = {name: found.get(name, usual.get(name)) for name in asked}
+    problems += [f"tested with --{name} {then[name]}" for name in asked if then[name] != asked[name]]
     for output in this.outputs:
         for component in COMPONENTS:
             read_row(f"{record}:{output}", "dice", component)
