@@ -20,12 +20,11 @@ import os
 import shlex
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -39,11 +38,11 @@ from test_la import COMPONENTS
 from train_dtml import PROFILES, read_options
 from utils.checkpoint import fsync_folder, write_whole
 from utils.errors import Stopped, StopSignal, UserError, run
-from utils.grid import LA_RUNS, LA_TABLES, PHANTOM_RUNS, PHANTOM_TABLES, TESTS, TRAINED_AS, Row, Tables
-from utils.metrics import METRICS, mean_and_sd
+from utils.grid import LA_RUNS, LA_TABLES, PHANTOM_RUNS, PHANTOM_TABLES, TESTS, TRAINED_AS, Tables
 from utils.options import Parser, as_flags, default_of, fill, option
 from utils.run_folder import MANIFEST, OPTIONS, SCALARS, has_checkpoint
-from utils.statistics import compare, read_row
+from utils.statistics import read_row
+from utils.table_rows import BEYOND_HEAD, HEAD, PHANTOM_HEAD, Records, beyond_line, phantom_line, row_lines
 
 ABOUT = """\
 Profile `{profile}`, seeds {seeds}. The last iteration, always; mean over the {scans}test scans, with several seeds
@@ -59,16 +58,9 @@ SCALES = {
     "short": QUOTED + SMALL.format("half resolution, small crops, 8 filters, 600 iterations."),
     "phantom": SMALL.format("made-up atria, small crops, 8 filters, 300 iterations."),
 }
-HEAD = "| row | labeled / unlabeled | | Dice % | Jaccard % | ASD voxel | 95HD voxel | seeds |"
 BEYOND = "beyond"  # shown where it has records, or if it is asked for
-BEYOND_HEAD = (
-    "| row | labeled / unlabeled | M_s Dice % | M_d Dice % | mean Dice % | mean 95HD | mean Dice above the paper's "
-    "(95 % interval over the scans) | seeds |"
-)
-PHANTOM_HEAD = "| method | Dice % (all) | Dice % (largest) | iterations/s | peak memory GiB | lines of code |"
 TEST = "test.json"
 BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, UserError)  # what a damaged file can raise
-Records = dict[int, Path]  # seed: folder
 
 
 @dataclasses.dataclass
@@ -209,65 +201,10 @@ def print_list(runs: list[Run], tables: Tables) -> None:
 
 
 # the tables
-def over_seeds(values: Iterable[float]) -> str:
-    """The mean, and with two numbers or more ± their sample SD."""
-    mean, sd, _ = mean_and_sd(list(values))
-    return "-" if math.isnan(mean) else f"{mean:.2f}" + ("" if math.isnan(sd) else f" ± {sd:.2f}")
-
-
-def figures(row: Row, component: str, records: Records) -> tuple[list[str], str]:
-    """The four figures of a row, over the seeds' means over the scans, and how many scans the distances leave out."""
-    cells, left_out = [], ""
-    for metric in METRICS:
-        scans = [list(read_row(f"{path}:{row.output}", metric, component).values()) for path in records.values()]
-        found = [mean_and_sd(values) for values in scans]
-        cells.append(over_seeds((100 if metric in ("dice", "jaccard") else 1) * mean for mean, *_ in found))
-        empty = sum(count for *_, count in found)
-        if empty:
-            left_out = f"; {empty} of {sum(map(len, scans))} predictions empty, without a distance"
-    return cells, left_out
-
-
-def row_lines(row: Row, records: Records) -> str:
-    """The paper's figures, then ours without and with the component filter."""
-    paper = row.paper.split() if row.paper[0].isdigit() else [row.paper, "", "", ""]
-    lines = [f"| {row.label} | {row.scans} | paper | {' | '.join(paper)} | |"]
-    for component in COMPONENTS if records else ():
-        cells, left_out = figures(row, component, records)
-        lines.append(f"| | | {component} | {' | '.join(cells)} | {', '.join(map(str, records))}{left_out} |")
-    return "\n".join(lines if records else [*lines, "| | | not yet run | | | | | |"])
-
-
-def beyond_line(row: Row, records: Records, usual: Records) -> str:
-    """Dice of M_s, of M_d and of their mean, and how far that is above the mean's of the runs as in the paper, of the
-    same seeds; moving averages' if the row is of them."""
-    if not records:
-        return f"| {row.label} | {row.scans} | not yet run | | | | | |"
-    prefix = row.output.removesuffix("seg")
-    cells = [figures(row._replace(output=prefix + name), "all", records)[0] for name in ("seg", "sdm", "mean")]
-    shared = [seed for seed in records if seed in usual]
-    above = "-"
-    if shared and (records != usual or prefix):
-        a, b = (
-            [read_row(f"{found[seed]}:{output}", "dice", "all") for seed in shared]
-            for found, output in ((usual, "mean"), (records, f"{prefix}mean"))
-        )
-        c = compare(*({case: 100 * statistics.mean(r[case] for r in rows) for case in rows[0]} for rows in (a, b)))
-        above = f"{c.difference:+.2f} ({c.low:+.2f} to {c.high:+.2f})"
-    dice = " | ".join(cell[0] for cell in cells)
-    return f"| {row.label} | {row.scans} | {dice} | {cells[2][3]} | {above} | {', '.join(map(str, records))} |"
-
-
-def phantom_line(row: Row, records: Records, method: str) -> str:
-    """Dice, cost, and the length of the method's file."""
+def length_of(method: str) -> int | str:
+    """Lines of a method's file that are not blank."""
     source = inspect.getsourcefile(METHODS[method]) if method in METHODS else None
-    length = sum(bool(line.strip()) for line in Path(source).read_text().splitlines()) if source else ""
-    if not records:
-        return f"| {row.label} | not yet run | | | | {length} |"
-    cells = [figures(row, component, records)[0][0] for component in COMPONENTS]
-    manifests = [json.loads((path / MANIFEST).read_text()) for path in records.values()]
-    cells += [over_seeds(m.get(name, math.nan) for m in manifests) for name in ("iterations_per_s", "peak_memory_gib")]
-    return f"| {row.label} | {' | '.join(cells)} | {length} |"
+    return sum(bool(line.strip()) for line in Path(source).read_text().splitlines()) if source else ""
 
 
 def print_tables(o: Options, runs: list[Run], tables: Tables) -> None:
@@ -301,7 +238,7 @@ def print_tables(o: Options, runs: list[Run], tables: Tables) -> None:
         for row in rows:
             records = done.get(row.key, {})
             if phantom:
-                print(phantom_line(row, records, methods[row.key]))
+                print(phantom_line(row, records, length_of(methods[row.key])))
             elif name == BEYOND:
                 print(beyond_line(row, records, done.get(f"{BEYOND}-paper", {})))
             else:

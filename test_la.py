@@ -38,7 +38,7 @@ from utils.distributed import RANK, RANKS, in_turn, process_group
 from utils.errors import UserError, run
 from utils.html_report import write_report
 from utils.masks import label_map
-from utils.metrics import METRICS, largest_components, mean_and_sd, segmentation_metrics
+from utils.metrics import COMPONENTS, METRICS, largest_components, mean_and_sd, segmentation_metrics
 from utils.options import Parser, fill, option
 from utils.resample import downsample_image, upsample_probability
 from utils.run_folder import make_manifest, write_json
@@ -53,7 +53,6 @@ from utils.sliding_window import (
 )
 
 STRIDE = (18, 18, 4)  # of the papers, on the full grid
-COMPONENTS = ("all", "largest")
 MEAN = "mean"  # over the classes
 SCANS = ("test", "held-out")
 

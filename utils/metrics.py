@@ -17,6 +17,7 @@ from skimage.measure import label as components
 from utils.masks import box_of, inner_border
 
 # The papers' column order: many logs print 95HD before ASD.
+COMPONENTS = ("all", "largest")  # of a prediction: without and with the largest-component filter
 METRICS = ("dice", "jaccard", "asd", "hd95")
 NAN = float("nan")
 NOISE, FAR, PROBES = 0.1, 10.0, 200

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from utils.errors import UserError, run
-from utils.metrics import METRICS
+from utils.metrics import COMPONENTS, METRICS
 from utils.options import Parser, fill, option
 
 
@@ -28,7 +28,7 @@ class Options:
     """What to compare."""
 
     metric: str = option("dice", "column of cases.csv", choices=[*METRICS, "asd_mm", "hd95_mm"])
-    component: str = option("all", "with (largest) or without (all) the component filter", choices=("all", "largest"))
+    component: str = option("all", "with (largest) or without (all) the component filter", choices=COMPONENTS)
     picture: str = option("", "PNG to write: each scan's value in both rows")
 
 
