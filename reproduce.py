@@ -68,7 +68,7 @@ class Options:
     """What to show or to do; `Sequence`, as `list` is a flag here."""
 
     profile: str = option("full", "scale of the runs", choices=list(PROFILES), group="what")
-    table: Sequence[str] = option([], "only these tables: 1, 2, 3, dk-uxnet, beyond", type=str, nargs="+", group="what")
+    table: Sequence[str] = option([], f"only these tables: {', '.join(LA_TABLES)}", type=str, nargs="+", group="what")
     rows: Sequence[str] = option([], "only these runs: keys or names of methods", type=str, nargs="+", group="what")
     seeds: Sequence[int] = option([], "default 1337 1338 1339; phantom 1337", type=int, nargs="+", group="what")
     results: str = option("results", "where the records are", group="what")

@@ -34,6 +34,10 @@ LA_RUNS = {
     **{f"{name}-16": f"--method {name} --labeled 16" for name in SEMI_SUPERVISED},
     "supervised-8": "--method supervised --labeled 8",
     "dtml-8": "--method dtml --labeled 8",
+    "best-16": "--method dtml --preset best --labeled 16",
+    "best-16-0": "--method dtml --preset best --labeled 16 --unlabeled 0 --batch-size 4",  # its 4 labeled crops alone
+    "supervised-best-16": "--method supervised --labeled 16 --lr-schedule cosine --intensity 0.3",  # 4 crops too
+    "best-8": "--method dtml --preset best --labeled 8",
     "dtml-uxnet-16": "--method dtml --backbone uxnet --labeled 16",
     "supervised-adamw-16": f"--method supervised {ADAMW} --labeled 16",
     "dtml-adamw-16": f"--method dtml {ADAMW} --labeled 16",
@@ -113,6 +117,19 @@ LA_TABLES: Tables = {
         Row("SASSNet", "16 / 64", "sassnet-16", "89.54 81.24 2.20 8.24"),
         Row("DoubleUnc", "16 / 64", "double-unc-16", "89.65 81.35 2.03 7.04"),
         Row("DTML", "16 / 64", "dtml-16", "90.12 82.14 1.82 7.01"),
+    ]),
+    "best": ("The preset `best`, chosen on held-out scans of train.list, on the test scans", [
+        Row("V-Net", "16 / 0", "supervised-16", "86.03 76.06 3.51 14.26"),
+        Row("V-Net, rate and intensities of `best`", "16 / 0", "supervised-best-16"),
+        Row("DTML `best`, labeled scans alone: M_s", "16 / 0", "best-16-0"),
+        Row("DTML `best`, labeled scans alone: mean of both", "16 / 0", "best-16-0", output="mean"),
+        Row("DTML", "16 / 64", "dtml-16", "90.12 82.14 1.82 7.01"),
+        Row("DTML, mean of both", "16 / 64", "dtml-16", output="mean"),
+        Row("DTML `best`: M_s", "16 / 64", "best-16"),
+        Row("DTML `best`: M_d", "16 / 64", "best-16", output="sdm"),
+        Row("DTML `best`: mean of both", "16 / 64", "best-16", output="mean"),
+        Row("V-Net", "80 / 0", "supervised-80", "91.14 83.82 1.52 5.75"),
+        Row("DTML `best`: mean of both", "8 / 72", "best-8", output="mean"),
     ]),
     "dk-uxnet": ("DK-UXNet, whose paper's figures could not be read", [
         Row("V-Net", "8 / 0", "supervised-8", UNREAD),
