@@ -38,11 +38,21 @@ from test_la import COMPONENTS
 from train_dtml import PROFILES, read_options
 from utils.checkpoint import fsync_folder, write_whole
 from utils.errors import Stopped, StopSignal, UserError, run
-from utils.grid import LA_RUNS, LA_TABLES, PHANTOM_RUNS, PHANTOM_TABLES, TESTS, TRAINED_AS, Tables
+from utils.grid import LA_RUNS, LA_TABLES, PHANTOM_RUNS, PHANTOM_TABLES, TESTED_AGAINST, TESTS, TRAINED_AS, Tables
 from utils.options import Parser, as_flags, default_of, fill, option
 from utils.run_folder import MANIFEST, OPTIONS, SCALARS, has_checkpoint
 from utils.statistics import read_row
-from utils.table_rows import BEYOND_HEAD, HEAD, PHANTOM_HEAD, Records, beyond_line, phantom_line, row_lines
+from utils.table_rows import (
+    BEYOND_HEAD,
+    HEAD,
+    PAIRED_HEAD,
+    PHANTOM_HEAD,
+    Records,
+    beyond_line,
+    paired_lines,
+    phantom_line,
+    row_lines,
+)
 
 ABOUT = """\
 Profile `{profile}`, seeds {seeds}. The last iteration, always; mean over the {scans}test scans, with several seeds
@@ -58,6 +68,9 @@ SCALES = {
     "short": QUOTED + SMALL.format("half resolution, small crops, 8 filters, 600 iterations."),
     "phantom": SMALL.format("made-up atria, small crops, 8 filters, 300 iterations."),
 }
+PAIRED = """
+Paired tests against *{row}*: Dice, `all`, over the scans, each its mean over the seeds that both have; Holm's
+correction is of Wilcoxon's p over these lines."""
 BEYOND = "beyond"  # shown where it has records, or if it is asked for
 TEST = "test.json"
 BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, UserError)  # what a damaged file can raise
@@ -243,6 +256,11 @@ def print_tables(o: Options, runs: list[Run], tables: Tables) -> None:
                 print(beyond_line(row, records, done.get(f"{BEYOND}-paper", {})))
             else:
                 print(row_lines(row, records))
+        for other in (row for row in rows if row.output == "seg" and row.key in TESTED_AGAINST.get(name, [])):
+            lines = [] if phantom else paired_lines(rows, done, other)
+            if lines:
+                print(PAIRED.format(row=f"{other.label}, {other.scans}"), PAIRED_HEAD, sep="\n\n")
+                print(f"|{'---|' * (PAIRED_HEAD.count('|') - 1)}", *lines, sep="\n")
 
 
 # what is missing

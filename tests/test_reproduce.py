@@ -11,8 +11,10 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import ROOT, TINY
+from scipy import stats
 
 import reproduce
 import test_la
@@ -60,6 +62,7 @@ def write_run(folder, options, scans, outputs=("seg",), iteration=None, test="te
 
 def write_record(results, key, seed, scans, *, profile="half", change=(), **more):
     runs, _ = GRIDS[profile]
+    more = {"outputs": ("seg", "sdm", "mean")} | more
     options = options_of([*runs[key].split(), "--profile", profile, "--seed", str(seed)]) | dict(change)
     write_run(results / profile / f"{key}-seed{seed}", options, scans, test=".", **more)
 
@@ -169,6 +172,38 @@ def test_other_test_scans_are_told(here, capsys):
     write_record(here / "results", "supervised-16", 1337, [(0.8, 1)])
     reproduce.main(["--profile", "half"])
     assert "supervised-16-seed1337 was tested on 1 scans, most others on 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seeds", [[1337], [1337, 1338]])
+def test_rows_are_compared_scan_by_scan_over_the_seeds_that_both_have(here, capsys, seeds):
+    rng = np.random.default_rng(0)
+    usual, other, bound = ({seed: rng.uniform(0.7, 0.9, 8) for seed in (1337, 1338, 1339)} for _ in range(3))
+    for key, dice, which in (
+        ("supervised-16", usual, (1337, 1338)),
+        ("dtml-16", other, [*seeds, 1339]),
+        ("supervised-80", bound, seeds),
+    ):
+        for seed in which:
+            write_record(here / "results", key, seed, [(d, 1) for d in dice[seed]])
+    reproduce.main(["--profile", "half", "--table", "3"])
+    a, *rows = (100 * np.mean([dice[seed] for seed in seeds], axis=0) for dice in (usual, bound, other))
+    w = [stats.wilcoxon(b - a).pvalue for b in rows]
+    text = capsys.readouterr().out.split("Paired tests against *V-Net, 16 / 0*")[1]
+    lines = [line.split(" | ") for line in text.splitlines() if line.startswith("|")][2:]
+    assert [line[:2] for line in lines] == [["| V-Net", "80 / 0"], ["| DTML", "16 / 64"]]
+    for line, b, p in zip(lines, rows, w, strict=True):
+        assert line[2] == f"{(b - a).mean():+.2f}" and line[4] == f"{(b > a).sum()} of 8"
+        assert line[5:7] == [f"{stats.ttest_rel(b, a).pvalue:.2g}", f"{p:.2g}"]
+        assert line[7] == f"{min(1, 2 * p if p == min(w) else max(p, 2 * min(w))):.2g}"
+        assert line[8] == ", ".join(map(str, seeds)) + " |"
+
+
+def test_rows_without_a_common_seed_or_of_other_scans_are_not_compared(here, capsys):
+    write_record(here / "results", "supervised-16", 1337, [(0.8, 1), (0.9, 2)])
+    write_record(here / "results", "dtml-16", 1338, [(0.8, 1), (0.9, 2)])
+    write_record(here / "results", "ua-mt-16", 1337, [(0.8, 1), (0.9, 2), (0.9, 2)])
+    reproduce.main(["--profile", "half", "--table", "3"])
+    assert "Paired" not in capsys.readouterr().out
 
 
 def test_the_phantom_table(here, capsys):
@@ -336,7 +371,7 @@ def test_the_list_tells_state_and_command(here, capsys):
     (started / "last.pt").touch()
     reproduce.main(["--list", "--profile", "half", "--rows", "dtml-16", "--threads", "2"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "dtml-16 (table 1, 2, 3, dk-uxnet)"
+    assert lines[0] == "dtml-16 (table 1, 2, 3, best, dk-uxnet)"
     assert [line.strip() for line in lines[1::2]] == ["1337 done", "1338 started", "1339 missing"]
     assert lines[2].strip() == (
         "python train_dtml.py --method dtml --labeled 16 --profile half --seed 1337 --resume auto --runs "

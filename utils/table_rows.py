@@ -1,5 +1,6 @@
 """The rows of reproduce.py's tables as Markdown, from the records of a row's runs."""
 
+import itertools
 import json
 import math
 import statistics
@@ -9,13 +10,16 @@ from pathlib import Path
 from utils.grid import Row
 from utils.metrics import COMPONENTS, METRICS, mean_and_sd
 from utils.run_folder import MANIFEST
-from utils.statistics import compare, read_row
+from utils.statistics import Comparison, compare, holm, read_row
 
 Records = dict[int, Path]  # seed: folder
 HEAD = "| row | labeled / unlabeled | | Dice % | Jaccard % | ASD voxel | 95HD voxel | seeds |"
 BEYOND_HEAD = (
     "| row | labeled / unlabeled | M_s Dice % | M_d Dice % | mean Dice % | mean 95HD | mean Dice above the paper's "
     "(95 % interval over the scans) | seeds |"
+)
+PAIRED_HEAD = (
+    "| row | labeled / unlabeled | difference | 95 % interval | higher on | t-test p | Wilcoxon p | Holm | seeds |"
 )
 PHANTOM_HEAD = "| method | Dice % (all) | Dice % (largest) | iterations/s | peak memory GiB | lines of code |"
 
@@ -49,6 +53,33 @@ def row_lines(row: Row, records: Records) -> str:
     return "\n".join(lines if records else [*lines, "| | | not yet run | | | | | |"])
 
 
+def compared(row: Row, records: Records, usual: Row, usual_records: Records) -> tuple[Comparison, list[int]] | None:
+    """A row's Dice in points, without a filter, beside the usual row's: each scan's mean over the seeds that both have,
+    and these seeds; None if there are none, or not the same two scans and more in all."""
+    shared = [seed for seed in records if seed in usual_records]
+    sides = [
+        [read_row(f"{folders[seed]}:{output}", "dice", "all") for seed in shared]
+        for folders, output in ((usual_records, usual.output), (records, row.output))
+    ]
+    cases = {tuple(sorted(values)) for values in itertools.chain(*sides)}
+    if len(cases) != 1 or len(*cases) < 2:
+        return None
+    means = [{case: 100 * statistics.mean(of[case] for of in side) for case in side[0]} for side in sides]
+    return compare(*means), shared
+
+
+def paired_lines(rows: list[Row], done: dict[str, Records], usual: Row) -> list[str]:
+    """The paired tests of a table's rows against one of them, Holm's correction over these."""
+    others = list(dict.fromkeys(row for row in rows if (row.key, row.output) != (usual.key, usual.output)))
+    found = [(row, compared(row, done.get(row.key, {}), usual, done.get(usual.key, {}))) for row in others]
+    tested = [(row, *pair) for row, pair in found if pair]
+    return [
+        f"| {row.label} | {row.scans} | {c.difference:+.2f} | {c.low:+.2f} to {c.high:+.2f} | {c.higher} of {c.n} | "
+        f"{c.t_p:.2g} | {c.w_p:.2g} | {corrected:.2g} | {', '.join(map(str, seeds))} |"
+        for (row, c, seeds), corrected in zip(tested, holm([c.w_p for _, c, _ in tested]), strict=True)
+    ]
+
+
 def beyond_line(row: Row, records: Records, usual: Records) -> str:
     """Dice of M_s, of M_d and of their mean, and how far that is above the mean's of the runs as in the paper, of the
     same seeds; moving averages' if the row is of them."""
@@ -56,15 +87,10 @@ def beyond_line(row: Row, records: Records, usual: Records) -> str:
         return f"| {row.label} | {row.scans} | not yet run | | | | | |"
     prefix = row.output.removesuffix("seg")
     cells = [figures(row._replace(output=prefix + name), "all", records)[0] for name in ("seg", "sdm", "mean")]
-    shared = [seed for seed in records if seed in usual]
     above = "-"
-    if shared and (records != usual or prefix):
-        a, b = (
-            [read_row(f"{found[seed]}:{output}", "dice", "all") for seed in shared]
-            for found, output in ((usual, "mean"), (records, f"{prefix}mean"))
-        )
-        c = compare(*({case: 100 * statistics.mean(r[case] for r in rows) for case in rows[0]} for rows in (a, b)))
-        above = f"{c.difference:+.2f} ({c.low:+.2f} to {c.high:+.2f})"
+    if records != usual or prefix:
+        pair = compared(row._replace(output=f"{prefix}mean"), records, row._replace(output="mean"), usual)
+        above = f"{pair[0].difference:+.2f} ({pair[0].low:+.2f} to {pair[0].high:+.2f})" if pair else above
     dice = " | ".join(cell[0] for cell in cells)
     return f"| {row.label} | {row.scans} | {dice} | {cells[2][3]} | {above} | {', '.join(map(str, records))} |"
 
