@@ -207,8 +207,12 @@ def settle(given: dict[str, Any], kind: type[Method]) -> tuple[Options, Method.O
     layers = (scale, kind.PRESETS[preset], given, {"data": data, "profile": profile, "preset": preset})
     o = fill(Options, *layers)
     if o.lr_schedule == "cosine":
-        if given.get("lr_steps"):
-            raise UserError("--lr-steps does nothing with --lr-schedule cosine. Leave one of them out.")
+        for flag, value, usual in (
+            ("steps", given.get("lr_steps"), []),
+            ("gamma", given.get("lr_gamma"), Options.lr_gamma),
+        ):
+            if value not in (None, usual):
+                raise UserError(f"--lr-{flag} does nothing with --lr-schedule cosine. Leave one of them out.")
         o.lr_steps = []
     o.lr_steps = default_lr_steps(o.iterations) if o.lr_steps is None else o.lr_steps
     return o, fill(kind.Options, *layers)

@@ -48,6 +48,7 @@ def test_bare_weights_have_none():
     [
         (["--sdm-of", "scan"], "--sdm-of scan does nothing here"),
         (["--lr-schedule", "cosine", "--lr-steps", "2"], "--lr-steps does nothing"),
+        (["--lr-schedule", "cosine", "--lr-gamma", "0.5"], "--lr-gamma does nothing"),
         (["--mix", "1", "--unlabeled", "0"], "needs unlabeled scans"),
     ],
 )
