@@ -71,6 +71,16 @@ def test_reproduce_commands_name_runs_of_the_grid():
     assert found and all(reproduce.select(fill(reproduce.Options, words))[0] for words in found)
 
 
+@pytest.mark.parametrize("name", ["1", "2", "3", "best"])
+def test_the_tables_are_the_recorded_ones(name):
+    title = f"**{reproduce.LA_TABLES[name][0]}**"
+    page, recorded = (
+        text[text.index(title) :].split("\n\n")[1]
+        for text in (README, (ROOT / "results" / "half" / "tables.md").read_text(encoding="utf-8"))
+    )
+    assert recorded.count("\n") > 3 and page == recorded
+
+
 def test_ci_runs_the_second_command():
     second = next(c for c in COMMANDS if "requirements-dev.txt" in c)
     ci = (ROOT / ".ci" / "run").read_text()

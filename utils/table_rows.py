@@ -44,13 +44,13 @@ def figures(row: Row, component: str, records: Records) -> tuple[list[str], str]
 
 
 def row_lines(row: Row, records: Records) -> str:
-    """The paper's figures, then ours without and with the component filter."""
-    paper = row.paper.split() if row.paper[0].isdigit() else [row.paper, "", "", ""]
-    lines = [f"| {row.label} | {row.scans} | paper | {' | '.join(paper)} | |"]
+    """The paper's figures if it has some, then ours without and with the component filter."""
+    lines = [f"paper | {' | '.join(row.paper.split())} | |"] if row.paper else []
     for component in COMPONENTS if records else ():
         cells, left_out = figures(row, component, records)
-        lines.append(f"| | | {component} | {' | '.join(cells)} | {', '.join(map(str, records))}{left_out} |")
-    return "\n".join(lines if records else [*lines, "| | | not yet run | | | | | |"])
+        lines.append(f"{component} | {' | '.join(cells)} | {', '.join(map(str, records))}{left_out} |")
+    lines += [] if records else ["not yet run | | | | | |"]
+    return "\n| | | ".join([f"| {row.label} | {row.scans} | {lines[0]}", *lines[1:]])
 
 
 def compared(row: Row, records: Records, usual: Row, usual_records: Records) -> tuple[Comparison, list[int]] | None:
