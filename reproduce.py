@@ -45,11 +45,10 @@ from utils.statistics import read_row
 from utils.table_rows import (
     BEYOND_HEAD,
     HEAD,
-    PAIRED_HEAD,
     PHANTOM_HEAD,
     Records,
     beyond_line,
-    paired_lines,
+    paired_table,
     phantom_line,
     row_lines,
 )
@@ -68,9 +67,6 @@ SCALES = {
     "short": QUOTED + SMALL.format("half resolution, small crops, 8 filters, 600 iterations."),
     "phantom": SMALL.format("made-up atria, small crops, 8 filters, 300 iterations."),
 }
-PAIRED = """
-Paired tests against *{row}*: Dice, `all`, over the scans, each its mean over the seeds that both have; Holm's
-correction is of Wilcoxon's p over these lines."""
 BEYOND = "beyond"  # shown where it has records, or if it is asked for
 TEST = "test.json"
 BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, UserError)  # what a damaged file can raise
@@ -257,10 +253,7 @@ def print_tables(o: Options, runs: list[Run], tables: Tables) -> None:
             else:
                 print(row_lines(row, records))
         for other in (row for row in rows if row.output == "seg" and row.key in TESTED_AGAINST.get(name, [])):
-            lines = [] if phantom else paired_lines(rows, done, other)
-            if lines:
-                print(PAIRED.format(row=f"{other.label}, {other.scans}"), PAIRED_HEAD, sep="\n\n")
-                print(f"|{'---|' * (PAIRED_HEAD.count('|') - 1)}", *lines, sep="\n")
+            print(paired_table(rows, done, other), end="")
 
 
 # what is missing

@@ -18,6 +18,11 @@ BEYOND_HEAD = (
     "| row | labeled / unlabeled | M_s Dice % | M_d Dice % | mean Dice % | mean 95HD | mean Dice above the paper's "
     "(95 % interval over the scans) | seeds |"
 )
+PAIRED = """
+Paired tests against *{row}*: Dice, `all`, over the scans, each its mean over the seeds that both have; Holm's
+correction is of Wilcoxon's p over these lines.
+
+"""
 PAIRED_HEAD = (
     "| row | labeled / unlabeled | difference | 95 % interval | higher on | t-test p | Wilcoxon p | Holm | seeds |"
 )
@@ -68,16 +73,19 @@ def compared(row: Row, records: Records, usual: Row, usual_records: Records) -> 
     return compare(*means), shared
 
 
-def paired_lines(rows: list[Row], done: dict[str, Records], usual: Row) -> list[str]:
-    """The paired tests of a table's rows against one of them, Holm's correction over these."""
+def paired_table(rows: list[Row], done: dict[str, Records], usual: Row) -> str:
+    """The paired tests of a table's rows against one of them, Holm's correction over these; nothing without a pair."""
     others = list(dict.fromkeys(row for row in rows if (row.key, row.output) != (usual.key, usual.output)))
     found = [(row, compared(row, done.get(row.key, {}), usual, done.get(usual.key, {}))) for row in others]
     tested = [(row, *pair) for row, pair in found if pair]
-    return [
+    lines = [
         f"| {row.label} | {row.scans} | {c.difference:+.2f} | {c.low:+.2f} to {c.high:+.2f} | {c.higher} of {c.n} | "
         f"{c.t_p:.2g} | {c.w_p:.2g} | {corrected:.2g} | {', '.join(map(str, seeds))} |"
         for (row, c, seeds), corrected in zip(tested, holm([c.w_p for _, c, _ in tested]), strict=True)
     ]
+    head = [PAIRED_HEAD, f"|{'---|' * (PAIRED_HEAD.count('|') - 1)}"]
+    title = PAIRED.format(row=f"{usual.label}, {usual.scans}")
+    return title + "".join(f"{line}\n" for line in head + lines) if lines else ""
 
 
 def beyond_line(row: Row, records: Records, usual: Records) -> str:
