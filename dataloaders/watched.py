@@ -1,11 +1,13 @@
 """Data workers that are watched: when one is killed, the error names the case it was at."""
 
+import atexit
 import os
 import re
 import signal
 import threading
 from collections.abc import Iterator
-from multiprocessing import RawArray
+from multiprocessing import RawArray, active_children
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -30,11 +32,23 @@ class Noted(Dataset[dict[str, Any]]):
         return [f"{case.name} ({case.path})" for case in cases]
 
 
+def end(workers: list[BaseProcess]) -> None:
+    """Kills those still there as the program ends.
+
+    The traceback of one worker's death holds torch's iterator, and with it the others. Python would ask them to end by
+    SIGTERM, which they leave to the main process (ignore_stop_signals), and wait for them for ever.
+    """
+    for worker in workers:
+        worker.kill()
+
+
 class WatchedLoader(DataLoader):
     """A DataLoader of `Noted` patches; a killed worker is named with its case, at the batch that is then missing."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        others = active_children()
         batches = super().__iter__()
+        atexit.register(end, [child for child in active_children() if child not in others])
         if self.num_workers and threading.current_thread() is threading.main_thread():
             # torch would raise the error wherever the program is just then, in the middle of a save too.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)

@@ -275,6 +275,8 @@ def test_17_a_killed_worker_is_named_with_its_case_and_the_run_goes_on_from_its_
 
     def struck(self, slot):
         if slot.step == 6 and slot.slot == 1:
+            while not (tmp_path / "run" / "previous.pt").exists():  # workers read ahead of the training: until its
+                time.sleep(0.01)  # second checkpoint is written, which iteration 6 cannot precede
             victim.write_text(self.volumes.cases[slot.case].name)
             kill_myself(signal.SIGKILL)
         return real(self, slot)
@@ -419,6 +421,7 @@ def test_13_resuming_on_other_volumes_is_refused(data, after_step, tmp_path):
 
 DRIVER = """
 import sys, time
+from multiprocessing import active_children
 from pathlib import Path
 import train_dtml
 from dataloaders.two_stream import Patches
@@ -433,22 +436,26 @@ def pause(iteration):
         (place / "ready").touch()
         while not (place / "go").exists():
             time.sleep(0.01)
+        if where == "killed worker":
+            active_children()[0].kill()
+        if where == "error":
+            raise ZeroDivisionError
 
 def halted(self, slot):
     pause(slot.step)
     return make(self, slot)
 
-if where == "step":
-    METHODS["dtml"].after_step = lambda self, batch, iteration: pause(iteration)
-else:
+if where == "crops":
     Patches.__getitem__ = halted
+else:
+    METHODS["dtml"].after_step = lambda self, batch, iteration: pause(iteration)
 run(train_dtml.main)
 """
 
 
 class Paused:
     """A training process, halted inside iteration `at`, in a process group of its own: after the step, or while the
-    crops are made."""
+    crops are made; after the step too where a worker is killed or an error raised as it goes on."""
 
     def __init__(self, data, place, at, *flags, where="step"):
         self.place = place
@@ -544,6 +551,15 @@ def test_15_a_second_ctrl_c_ends_a_process_at_once(data, tmp_path):
     assert returncode == 130, err
     assert "Traceback" not in err
     assert load(tmp_path / "run")["iteration"] == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault, says", [("killed worker", "was killed while it read"), ("error", "ZeroDivisionError")])
+def test_17_a_process_that_ends_by_an_error_does_end_and_leaves_no_worker(fault, says, data, tmp_path):
+    paused = Paused(data, tmp_path, 1, "--workers", "2", "--save-every", "1", where=fault)
+    returncode, err = paused.go()
+    assert returncode == 1 and says in err
+    assert load(tmp_path / "run")["iteration"] >= 1
 
 
 @pytest.mark.slow
