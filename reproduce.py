@@ -46,11 +46,14 @@ from utils.table_rows import (
     BEYOND_HEAD,
     HEAD,
     PHANTOM_HEAD,
+    RUNS_HEAD,
     Records,
     beyond_line,
     paired_table,
     phantom_line,
     row_lines,
+    ruled,
+    run_lines,
 )
 
 ABOUT = """\
@@ -61,6 +64,10 @@ The lines `paper` are quoted from the DTML paper, which took most from the metho
 not tell, the component filter and the checkpoint that they tested."""
 SMALL = """
 **Not the paper's size:** {} Compare our lines with each other only."""
+EACH = """\
+**Each run, mean ± SD over its scans**
+
+The number behind a distance is that of the scans that have one, where some predictions are empty."""
 SCALES = {
     "full": QUOTED,
     "half": QUOTED + SMALL.format("half resolution, 8 filters, 2400 iterations."),
@@ -243,7 +250,7 @@ def print_tables(o: Options, runs: list[Run], tables: Tables) -> None:
     methods = {this.key: this.method for this in runs}
     for name, (title, rows) in tables.items():
         head = PHANTOM_HEAD if phantom else BEYOND_HEAD if name == BEYOND else HEAD
-        print(f"\n**{title}**\n\n{head}\n|{'---|' * (head.count('|') - 1)}")
+        print(f"\n**{title}**\n\n{ruled(head)}")
         for row in rows:
             records = done.get(row.key, {})
             if phantom:
@@ -254,6 +261,11 @@ def print_tables(o: Options, runs: list[Run], tables: Tables) -> None:
                 print(row_lines(row, records))
         for other in (row for row in rows if row.output == "seg" and row.key in TESTED_AGAINST.get(name, [])):
             print(paired_table(rows, done, other), end="")
+    if done:
+        print(f"\n{EACH}\n\n{ruled(RUNS_HEAD)}")
+    for records in done.values():
+        for path in records.values():
+            print(run_lines(path))
 
 
 # what is missing

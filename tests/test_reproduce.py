@@ -168,6 +168,23 @@ def test_scans_without_a_distance_are_left_out_and_counted(here, capsys):
     assert ours[7] == "1337, 1338; 3 of 4 predictions empty, without a distance"
 
 
+def test_each_run_is_there_with_every_output_and_what_it_took(here, capsys):
+    scans = [(0.8, 1), (0.0, float("nan")), (0.7, 4)]
+    write_record(here / "results", "dtml-16", 1338, scans, outputs=("seg", "sdm"))
+    manifest = here / "results" / "half" / "dtml-16-seed1338" / "manifest.json"
+    measured = {"wall_s": 3600.0, "commit": "0123456789"}
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | measured))
+    reproduce.main(["--profile", "half", "--table", "1"])
+    found = cells(capsys.readouterr().out, "[dtml-16-seed1338](dtml-16-seed1338)")
+    assert [line[1:3] for line in found] == [[o, c] for o in ("seg", "sdm") for c in ("all", "largest")]
+    assert found[0][3:] == [
+        f"50.00 ± {np.std([80, 0, 70], ddof=1):.2f}", "70.00", f"25.00 ± {np.std([40, 0, 35], ddof=1):.2f}",
+        f"2.50 ± {np.std([1, 4], ddof=1):.2f} (2)", f"5.00 ± {np.std([2, 8], ddof=1):.2f} (2)",
+        "60 min, a processor, threads: 1, 0123456",
+    ]  # fmt: skip
+    assert found[1][4] == "71.00" and found[1][8] == ""
+
+
 def test_other_test_scans_are_told(here, capsys):
     write_record(here / "results", "dtml-16", 1337, [(0.8, 1), (0.9, 2)])
     write_record(here / "results", "dtml-16", 1338, [(0.8, 1), (0.9, 2)])
@@ -190,7 +207,7 @@ def test_rows_are_compared_scan_by_scan_over_the_seeds_that_both_have(here, caps
     reproduce.main(["--profile", "half", "--table", "3"])
     a, *rows = (100 * np.mean([dice[seed] for seed in seeds], axis=0) for dice in (usual, bound, other))
     w = [stats.wilcoxon(b - a).pvalue for b in rows]
-    text = capsys.readouterr().out.split("Paired tests against *V-Net, 16 / 0*")[1]
+    text = capsys.readouterr().out.split("Paired tests against *V-Net, 16 / 0*")[1].split("**Each run")[0]
     lines = [line.split(" | ") for line in text.splitlines() if line.startswith("|")][2:]
     assert [line[:2] for line in lines] == [["| V-Net", "80 / 0"], ["| DTML", "16 / 64"]]
     for line, b, p in zip(lines, rows, w, strict=True):

@@ -1,5 +1,6 @@
 """The rows of reproduce.py's tables as Markdown, from the records of a row's runs."""
 
+import csv
 import itertools
 import json
 import math
@@ -26,10 +27,16 @@ correction is of Wilcoxon's p over these lines.
 PAIRED_HEAD = (
     "| row | labeled / unlabeled | difference | 95 % interval | higher on | t-test p | Wilcoxon p | Holm | seeds |"
 )
+RUNS_HEAD = "| run | output | component | Dice % | median | Jaccard % | ASD voxel | 95HD voxel | training |"
 PHANTOM_HEAD = "| method | Dice % (all) | Dice % (largest) | iterations/s | peak memory GiB | lines of code |"
 
 
-def over_seeds(values: Iterable[float]) -> str:
+def ruled(head: str) -> str:
+    """A table's head with the line of dashes below it."""
+    return f"{head}\n|{'---|' * (head.count('|') - 1)}"
+
+
+def with_sd(values: Iterable[float]) -> str:
     """The mean, and with two numbers or more ± their sample SD."""
     mean, sd, _ = mean_and_sd(list(values))
     return "-" if math.isnan(mean) else f"{mean:.2f}" + ("" if math.isnan(sd) else f" ± {sd:.2f}")
@@ -41,7 +48,7 @@ def figures(row: Row, component: str, records: Records) -> tuple[list[str], str]
     for metric in METRICS:
         scans = [list(read_row(f"{path}:{row.output}", metric, component).values()) for path in records.values()]
         found = [mean_and_sd(values) for values in scans]
-        cells.append(over_seeds((100 if metric in ("dice", "jaccard") else 1) * mean for mean, *_ in found))
+        cells.append(with_sd((100 if metric in ("dice", "jaccard") else 1) * mean for mean, *_ in found))
         empty = sum(count for *_, count in found)
         if empty:
             left_out = f"; {empty} of {sum(map(len, scans))} predictions empty, without a distance"
@@ -83,9 +90,8 @@ def paired_table(rows: list[Row], done: dict[str, Records], usual: Row) -> str:
         f"{c.t_p:.2g} | {c.w_p:.2g} | {corrected:.2g} | {', '.join(map(str, seeds))} |"
         for (row, c, seeds), corrected in zip(tested, holm([c.w_p for _, c, _ in tested]), strict=True)
     ]
-    head = [PAIRED_HEAD, f"|{'---|' * (PAIRED_HEAD.count('|') - 1)}"]
     title = PAIRED.format(row=f"{usual.label}, {usual.scans}")
-    return title + "".join(f"{line}\n" for line in head + lines) if lines else ""
+    return title + "".join(f"{line}\n" for line in [ruled(PAIRED_HEAD), *lines]) if lines else ""
 
 
 def beyond_line(row: Row, records: Records, usual: Records) -> str:
@@ -103,11 +109,37 @@ def beyond_line(row: Row, records: Records, usual: Records) -> str:
     return f"| {row.label} | {row.scans} | {dice} | {cells[2][3]} | {above} | {', '.join(map(str, records))} |"
 
 
+def run_lines(record: Path) -> str:
+    """Every output of one run, mean ± SD over the scans, and what it took to train, on which hardware, at which commit.
+
+    A count behind a distance is that of the scans that have one, where some predictions are empty.
+    """
+    manifest = json.loads((record / MANIFEST).read_text())
+    with open(record / "cases.csv", newline="") as f:
+        outputs = dict.fromkeys(line["output"] for line in csv.DictReader(f))
+    made = f"{manifest.get('wall_s', math.nan) / 60:.0f} min, {manifest.get('device')}, threads: "
+    made += f"{manifest.get('threads')}, {str(manifest.get('commit'))[:7]}"
+    lines = []
+    for output, component in itertools.product(outputs, COMPONENTS):
+        dice, jaccard, *distances = (
+            list(read_row(f"{record}:{output}", metric, component).values()) for metric in METRICS
+        )
+        cells = [with_sd(100 * v for v in dice), f"{100 * statistics.median(dice):.2f}"]
+        cells += [with_sd(100 * v for v in jaccard)]
+        for values in distances:
+            found = sum(not math.isnan(v) for v in values)
+            cells.append(with_sd(values) + (f" ({found})" if found < len(values) else ""))
+        lines.append(f"{output} | {component} | {' | '.join(cells)} |")
+    return "\n| | ".join(
+        [f"| [{record.name}]({record.name}) | {lines[0]} {made} |", *(f"{line} |" for line in lines[1:])]
+    )
+
+
 def phantom_line(row: Row, records: Records, length: int | str) -> str:
     """Dice, cost, and the length of the method's file in lines."""
     if not records:
         return f"| {row.label} | not yet run | | | | {length} |"
     cells = [figures(row, component, records)[0][0] for component in COMPONENTS]
     manifests = [json.loads((path / MANIFEST).read_text()) for path in records.values()]
-    cells += [over_seeds(m.get(name, math.nan) for m in manifests) for name in ("iterations_per_s", "peak_memory_gib")]
+    cells += [with_sd(m.get(name, math.nan) for m in manifests) for name in ("iterations_per_s", "peak_memory_gib")]
     return f"| {row.label} | {' | '.join(cells)} | {length} |"
