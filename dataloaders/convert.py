@@ -26,6 +26,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -315,7 +316,11 @@ def write_lists(out: Path, lists: dict[str, list[str]]) -> None:
 
 
 def outcomes_of(jobs: Sequence[Job], workers: int) -> Iterator[Outcome]:
-    """What became of each job, in order; several processes if asked for."""
+    """What became of each job, in order; several processes if asked for.
+
+    Raises:
+        UserError: one of them was killed.
+    """
     if workers == 1:
         yield from map(convert_case, jobs)
         return
@@ -323,6 +328,11 @@ def outcomes_of(jobs: Sequence[Job], workers: int) -> Iterator[Outcome]:
     with ProcessPoolExecutor(min(workers, len(jobs)), context, initializer=_alone) as pool:
         try:
             yield from pool.map(convert_case, jobs)
+        except BrokenProcessPool as e:
+            raise UserError(
+                "a process that converted scans was killed, as if memory ran out. Give fewer --workers; what is done "
+                "is left alone."
+            ) from e
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

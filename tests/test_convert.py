@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import active_children
 from pathlib import Path
 
 import h5py
@@ -161,6 +163,23 @@ def test_processes_change_nothing_and_what_is_there_is_left_alone(scans, plain, 
     converted(scans, out)
     assert "0 converted, 6 already there, 0 refused" in capsys.readouterr().out
     assert before == {name: (out / name).stat().st_mtime_ns for name in before}
+
+
+def test_a_killed_process_is_told_and_the_same_command_goes_on(scans, plain, tmp_path, monkeypatch):
+    class Struck(ProcessPoolExecutor):
+        def map(self, *words):
+            outcomes = super().map(*words)
+            active_children()[0].kill()
+            return outcomes
+
+    monkeypatch.setattr(convert, "ProcessPoolExecutor", Struck)
+    with pytest.raises(UserError, match=r"was killed, as if memory ran out\. Give fewer --workers"):
+        converted(scans, tmp_path / "set", "--workers", "2")
+    monkeypatch.undo()
+    out = converted(scans, tmp_path / "set")
+    files = [path.relative_to(plain) for path in plain.rglob("*.h5")]
+    assert files and all((plain / name).read_bytes() == (out / name).read_bytes() for name in files)
+    assert not active_children()
 
 
 def test_what_was_made_from_something_else_or_in_another_way_is_refused(tmp_path):
