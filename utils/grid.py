@@ -156,7 +156,7 @@ LA_TABLES: Tables = {
 TESTED_AGAINST = {  # table: runs whose M_s (or only output) its rows are compared with, scan by scan
     "1": ["dtml-16"],
     "2": ["supervised-16"],
-    "3": ["supervised-16"],
+    "3": ["supervised-16", "dtml-16"],
     "best": ["dtml-16", "supervised-best-16"],
     "dk-uxnet": ["supervised-16"],
 }
