@@ -173,6 +173,7 @@ def test_each_run_is_there_with_every_output_and_what_it_took(here, capsys):
     write_record(here / "results", "dtml-16", 1338, scans, outputs=("seg", "sdm"))
     manifest = here / "results" / "half" / "dtml-16-seed1338" / "manifest.json"
     measured = {"wall_s": 3600.0, "commit": "0123456789"}
+    measured["resumed"] = [{"device": "a processor", "threads": n, "commit": "0123456789"} for n in (2, 1)]
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | measured))
     reproduce.main(["--profile", "half", "--table", "1"])
     found = cells(capsys.readouterr().out, "[dtml-16-seed1338](dtml-16-seed1338)")
@@ -180,7 +181,7 @@ def test_each_run_is_there_with_every_output_and_what_it_took(here, capsys):
     assert found[0][3:] == [
         f"50.00 ± {np.std([80, 0, 70], ddof=1):.2f}", "70.00", f"25.00 ± {np.std([40, 0, 35], ddof=1):.2f}",
         f"2.50 ± {np.std([1, 4], ddof=1):.2f} (2)", f"5.00 ± {np.std([2, 8], ddof=1):.2f} (2)",
-        "60 min, a processor, threads: 1, 0123456",
+        "60 min, a processor, threads: 1 and 2, 0123456",
     ]  # fmt: skip
     assert found[1][4] == "71.00" and found[1][8] == ""
 

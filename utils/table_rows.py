@@ -112,13 +112,18 @@ def beyond_line(row: Row, records: Records, usual: Records) -> str:
 def run_lines(record: Path) -> str:
     """Every output of one run, mean ± SD over the scans, and what it took to train, on which hardware, at which commit.
 
-    A count behind a distance is that of the scans that have one, where some predictions are empty.
+    A run that was resumed elsewhere or in another way names each. A count behind a distance is that of the scans that
+    have one, where some predictions are empty.
     """
     manifest = json.loads((record / MANIFEST).read_text())
     with open(record / "cases.csv", newline="") as f:
         outputs = dict.fromkeys(line["output"] for line in csv.DictReader(f))
-    made = f"{manifest.get('wall_s', math.nan) / 60:.0f} min, {manifest.get('device')}, threads: "
-    made += f"{manifest.get('threads')}, {str(manifest.get('commit'))[:7]}"
+    parts = [manifest, *manifest.get("resumed", [])]
+    device, threads, commit = (
+        " and ".join(dict.fromkeys(str(part[name])[:length] for part in parts if name in part))
+        for name, length in (("device", None), ("threads", None), ("commit", 7))
+    )
+    made = f"{manifest.get('wall_s', math.nan) / 60:.0f} min, {device}, threads: {threads}, {commit}"
     lines = []
     for output, component in itertools.product(outputs, COMPONENTS):
         dice, jaccard, *distances = (
