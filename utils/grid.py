@@ -36,7 +36,11 @@ LA_RUNS = {
     "dtml-8": "--method dtml --labeled 8",
     "best-16": "--method dtml --preset best --labeled 16",
     "best-16-0": "--method dtml --preset best --labeled 16 --unlabeled 0 --batch-size 4",  # its 4 labeled crops alone
-    "supervised-best-16": "--method supervised --labeled 16 --lr-schedule cosine --intensity 0.3",  # 4 crops too
+    # the control of best and its bound: its rate, its intensities, as many labeled crops
+    **{
+        f"supervised-best-{n}": f"--method supervised --labeled {n} --lr-schedule cosine --intensity 0.3"
+        for n in (16, 80)
+    },
     "best-8": "--method dtml --preset best --labeled 8",
     "dtml-uxnet-16": "--method dtml --backbone uxnet --labeled 16",
     "supervised-adamw-16": f"--method supervised {ADAMW} --labeled 16",
@@ -129,6 +133,7 @@ LA_TABLES: Tables = {
         Row("DTML `best`: M_d", "16 / 64", "best-16", output="sdm"),
         Row("DTML `best`: mean of both", "16 / 64", "best-16", output="mean"),
         Row("V-Net", "80 / 0", "supervised-80", "91.14 83.82 1.52 5.75"),
+        Row("V-Net, rate and intensities of `best`", "80 / 0", "supervised-best-80"),
         Row("DTML `best`: mean of both", "8 / 72", "best-8", output="mean"),
     ]),
     "dk-uxnet": ("DK-UXNet, whose paper's figures could not be read", [
