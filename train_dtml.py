@@ -185,6 +185,8 @@ def read_options(argv: list[str] | None) -> tuple[Options, Method.Options, Path,
         folder = Path(o.runs) / (o.name or f"{dataset}/" + "-".join(words))
         state = load_checkpoint(folder) if o.resume == "auto" and has_checkpoint(folder) else None
     if state is not None:
+        if state["optimizer"] is None:
+            raise UserError(f"{state['file']} holds weights to hand on, from which no training goes on. Give its run.")
         refuse_differences(given, state["options"], harmless_names([Options, kind.Options]), folder)
         o, method_options = (fill(cls, state["options"], given) for cls in (Options, kind.Options))
     return o, method_options, folder, state

@@ -18,7 +18,7 @@ OURS = {"utils", "networks", "dataloaders", "methods", "train_dtml", "test_la", 
 
 
 # Scripts by what they do. Nothing imports the first (see test_doctor.py), only a script the second.
-PROGRAMS = {"utils/doctor.py", "utils/html_report.py", "utils/pictures.py"}
+PROGRAMS = {"utils/doctor.py", "utils/html_report.py", "utils/pictures.py", "utils/share.py"}
 
 
 def modules() -> list[tuple[str, Path]]:

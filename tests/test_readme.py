@@ -9,7 +9,7 @@ import pytest
 import reproduce
 import test_la
 import train_dtml
-from utils import pictures
+from utils import pictures, share
 from utils.options import Parser, fill
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,6 +62,14 @@ def test_drawing_commands_parse():
         parser.add_dataclass(pictures.Options)
         assert figure in pictures.FIGURES and parser.parse(words)["runs"]
     assert found
+
+
+def test_sharing_commands_parse():
+    parser = Parser()
+    parser.add_argument("folders", nargs=2)
+    parser.add_dataclass(share.Options)
+    found = [c for c in COMMANDS if c.startswith("python -m utils.share")]
+    assert found and all(parser.parse(shlex.split(c)[3:]) for c in found)
 
 
 def test_reproduce_commands_name_runs_of_the_grid():
@@ -120,7 +128,7 @@ def test_flags_named_exist():
         "--logdir",
     }
     known |= {"--metric", "--picture", "--dist", "--requeue", "--max-restarts"}  # of other programs
-    for program in (test_la, pictures):
+    for program in (test_la, pictures, share):
         known |= {f"--{name.replace('_', '-')}" for name in program.Options.__dataclass_fields__}
     known |= {f"--{name}" for name in reproduce.Options.__dataclass_fields__}
     for kind in train_dtml.METHODS.values():

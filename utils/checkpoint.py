@@ -1,6 +1,7 @@
 """Checkpoints: either the old one or the new one, never half; loading one never runs code."""
 
 import errno
+import fnmatch
 import io
 import itertools
 import os
@@ -19,6 +20,7 @@ from utils.errors import UserError
 FORMAT = 1
 CONTENTS = ("options", "iteration", "seconds", "checksums", "processes", "method", "optimizer")
 LAST, PREVIOUS = "last.pt", "previous.pt"
+PIECES = "weights-*-of-*.pt"  # of python -m utils.share: each a checkpoint with some of the weights
 CHUNK = 2**20
 BARE_WEIGHTS = (
     "Bare weights, as the released codes save them, do not tell their method: test_la.py tests them with --method NAME."
@@ -104,23 +106,52 @@ def save_checkpoint(folder: Path, state: dict[str, Any], name: str = LAST) -> Pa
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Loads a checkpoint file, or the newest whole one of a run folder, onto the CPU; `file` in it tells which, `saved`
-    the time of its last change in nanoseconds.
+    """Loads onto the CPU a checkpoint file, the newest whole one of a run folder, or the weights that utils.share wrote
+    into a folder; `file` in it tells which, `saved` the time of its last change in nanoseconds.
 
     Raises:
-        UserError: missing, cut short, damaged (CRC), not a checkpoint, of another format, or holding more than
-            tensors and plain Python; the text says which.
+        UserError: missing, cut short, damaged (CRC), not a checkpoint, of another format, holding more than tensors and
+            plain Python, or not all of the pieces; the text says which.
     """
     if path.is_dir():
         found = [path / name for name in (LAST, PREVIOUS) if (path / name).exists()]
         if not found:
-            raise UserError(f"{path} holds no checkpoint {LAST}. Give a run folder of train_dtml.py or a .pt file.")
+            return _join(path, sorted(path.glob(PIECES)))
         for candidate, older in itertools.pairwise(found):
             try:
                 return load_checkpoint(candidate)
             except UserError as e:
                 print(f"warning: {e} Using {older} instead.", file=sys.stderr)
         path = found[-1]
+    elif path.is_file() and fnmatch.fnmatch(path.name, PIECES):
+        return _join(path.parent, sorted(path.parent.glob(PIECES)))
+    return _load_file(path)
+
+
+def _join(folder: Path, files: list[Path]) -> dict[str, Any]:
+    """The checkpoint whose weights lie in the files of one utils.share.
+
+    Raises:
+        UserError: as load_checkpoint.
+    """
+    if not files:
+        raise UserError(f"{folder} holds no checkpoint {LAST}. Give a run folder of train_dtml.py or a .pt file.")
+    names = {path.name for path in files}
+    if names != {f"weights-{i}-of-{len(files)}.pt" for i in range(1, len(files) + 1)}:
+        raise UserError(
+            f"{folder} holds not all pieces of its weights, only {', '.join(sorted(names))}. Copy them all."
+        )
+    states = [_load_file(path) for path in files]
+    if len({repr(state.get("whole")) for state in states}) > 1 or not all(
+        isinstance(s["method"], dict) for s in states
+    ):
+        raise UserError(f"{folder} holds pieces of different weights. Delete them and copy those of one run.")
+    weights = {name: value for state in states for name, value in state["method"].items()}
+    return {**states[0], "method": weights, "file": str(folder), "saved": max(state["saved"] for state in states)}
+
+
+def _load_file(path: Path) -> dict[str, Any]:
+    """load_checkpoint of a file."""
     state, saved = _read(path)
     if not isinstance(state, dict) or "format" not in state:
         raise UserError(f"{path} is no checkpoint of this project: it has no format number. {BARE_WEIGHTS}")
@@ -176,7 +207,7 @@ def _read(path: Path, *, older: bool = False) -> tuple[Any, int]:
         if not older or zipfile.is_zipfile(path):
             _check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-        for tensor in _tensors(state):
+        for tensor in tensors_in(state):
             # A view may claim any size (a stride of 0), and copying it would take as much memory.
             if tensor.is_meta or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
                 raise ValueError(f"a tensor claims {tensor.numel()} elements and does not hold them")
@@ -219,7 +250,7 @@ def _check_archive(path: Path) -> None:
         raise UserError(f"{path} is damaged: the checksum or the entry of {damaged} is wrong. Use an older checkpoint.")
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
     """The tensors in nested dicts, lists and tuples; what stands there many times is looked at once."""
     waiting, seen = [value], set()
     while waiting:

@@ -1,0 +1,196 @@
+"""Weights to hand on: small, whole, the same predictions, and never mistaken for a run or for other weights."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY, make_set, method_words
+
+import predict
+import test_la
+import train_dtml
+from methods import METHODS, restore
+from utils import share
+from utils.checkpoint import load_checkpoint
+from utils.errors import UserError
+
+MIB = 2**20
+WORDS = [*TINY, "--batch-size", "2", "--device", "cpu", "--iterations", "2"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """set/, and runs of DTML: tiny, and wide (7 MiB of weights)."""
+    folder = tmp_path_factory.mktemp("share")
+    data = ["--data", str(make_set(folder / "set")), "--runs", str(folder)]
+    train_dtml.main([*WORDS, *data, "--name", "tiny"])
+    train_dtml.main([*WORDS, *data, "--name", "wide", "--filters", "5"])
+    return folder
+
+
+def weights_of(where: Path) -> dict[str, torch.Tensor]:
+    return restore(load_checkpoint(where)).state_dict()
+
+
+def shared(run: Path, folder: Path, *words: str) -> list[Path]:
+    share.main([str(run), str(folder), *words])
+    return sorted(folder.iterdir())
+
+
+def test_kernels_are_rounded_to_half_precision_and_nothing_else(runs, tmp_path):
+    (file,) = shared(runs / "tiny", tmp_path / "w")
+    assert file.name == "weights-1-of-1.pt"
+    before, after = weights_of(runs / "tiny"), weights_of(tmp_path / "w")
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        assert after[name].dtype == weight.dtype
+        rounded = weight.half().float() if weight.dim() >= 2 else weight
+        assert torch.equal(after[name], rounded), name
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_exact_weights_are_those_of_the_run_bit_for_bit(runs, tmp_path):
+    shared(runs / "tiny", tmp_path / "w", "--exact")
+    before, after = weights_of(runs / "tiny"), weights_of(tmp_path / "w")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_kernel_that_half_precision_does_not_hold_stays_as_it_is():
+    for value in (torch.full((2, 2), 1e5), torch.ones(3), torch.ones(2, 2, dtype=torch.int64), "text"):
+        assert share.rounded(value) is value
+    assert share.rounded(torch.ones(2, 2)).dtype == torch.float16
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_files_are_small_and_hold_no_optimiser(exact, runs, tmp_path, capsys):
+    files = shared(runs / "wide", tmp_path / "w", "--piece-mib", "1", *(["--exact"] if exact else []))
+    numbers = sum(weight.numel() for weight in weights_of(runs / "wide").values())
+    total = sum(file.stat().st_size for file in files)
+    assert 1 < total / (numbers * (4 if exact else 2)) < 1.1
+    assert len(files) >= total / MIB
+    for file in files:
+        state = torch.load(file, weights_only=True)
+        assert state["optimizer"] is None
+        assert file.stat().st_size <= MIB or len(state["method"]) == 1
+    assert {file.name for file in files} == {f"weights-{i}-of-{len(files)}.pt" for i in range(1, len(files) + 1)}
+    said = capsys.readouterr()
+    assert said.out.count("MiB") == len(files) and str(tmp_path / "w") in said.err
+
+
+def test_any_file_of_them_stands_for_all(runs, tmp_path):
+    files = shared(runs / "wide", tmp_path / "w", "--piece-mib", "1")
+    for where in (tmp_path / "w", files[0], files[-1]):
+        assert all(
+            torch.equal(a, b) for a, b in zip(weights_of(where).values(), weights_of(files[0]).values(), strict=True)
+        )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_predicts_from_them_what_its_run_does(method, tmp_path):
+    make_set(tmp_path / "set")
+    words = [*TINY, *method_words(method), "--device", "cpu", "--iterations", "1", "--data", str(tmp_path / "set")]
+    train_dtml.main([*words, "--runs", str(tmp_path), "--name", "run"])
+    shared(tmp_path / "run", tmp_path / "w", "--exact")
+    shared(tmp_path / "run", tmp_path / "half")
+    image = torch.randn(1, 1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for output in restore(load_checkpoint(tmp_path / "run")).outputs:
+            run, exact, half = (
+                restore(load_checkpoint(tmp_path / name)).eval().predict(image, (output,))
+                for name in ("run", "w", "half")
+            )
+            assert torch.equal(run, exact)
+            steep = method == "dtml" and output in ("sdm", "mean")  # k = 1500 makes a step of m
+            assert ((run - half).abs().mean() if steep else (run - half).abs().max()) < 0.02
+
+
+def test_test_la_and_predict_take_them_and_say_what_the_run_s_say(runs, tmp_path):
+    shared(runs / "wide", tmp_path / "w", "--piece-mib", "1", "--exact")
+    scan = str(runs / "set" / "case09" / "mri_norm2.h5")
+    cases, masks = [], []
+    for i, where in enumerate((runs / "wide", tmp_path / "w")):
+        test_la.main(["--checkpoint", str(where), "--out", str(tmp_path / f"test{i}"), "--stride", "8", "8", "8"])
+        with open(tmp_path / f"test{i}" / "cases.csv", newline="") as f:
+            cases.append(list(csv.reader(f)))
+        predict.main(["--checkpoint", str(where), scan, "-o", str(tmp_path / f"out{i}"), "--device", "cpu"])
+        masks.append([path.read_bytes() for path in sorted((tmp_path / f"out{i}").rglob("*.nii.gz"))])
+    assert cases[0] == cases[1] and len(cases[0]) > 2
+    assert masks[0] == masks[1] and masks[0]
+
+
+def test_the_same_run_gives_the_same_bytes(runs, tmp_path):
+    first, second = (shared(runs / "tiny", tmp_path / name) for name in "ab")
+    assert [file.read_bytes() for file in first] == [file.read_bytes() for file in second]
+
+
+def test_no_training_goes_on_from_them(runs, tmp_path):
+    shared(runs / "tiny", tmp_path / "w")
+    with pytest.raises(UserError, match="no training goes on"):
+        train_dtml.main(["--resume", str(tmp_path / "w")])
+
+
+def test_a_run_in_the_same_folder_comes_first(runs, tmp_path):
+    shared(runs / "tiny", tmp_path / "w")
+    (tmp_path / "w" / "last.pt").write_bytes((runs / "tiny" / "last.pt").read_bytes())
+    assert load_checkpoint(tmp_path / "w")["optimizer"] is not None
+
+
+@pytest.mark.parametrize("lost", [0, 1, -1])
+def test_a_missing_piece_is_told(lost, runs, tmp_path):
+    files = shared(runs / "wide", tmp_path / "w", "--piece-mib", "1")
+    files[lost].unlink()
+    with pytest.raises(UserError, match="not all pieces"):
+        load_checkpoint(tmp_path / "w")
+    with pytest.raises(UserError, match="does not exist"):
+        load_checkpoint(files[lost])
+
+
+def test_pieces_of_two_runs_are_told(runs, tmp_path):
+    data = ["--data", str(runs / "set"), "--runs", str(tmp_path), "--name", "other", "--filters", "5", "--seed", "7"]
+    train_dtml.main([*WORDS, *data])
+    ours = shared(runs / "wide", tmp_path / "w", "--piece-mib", "1")
+    theirs = shared(tmp_path / "other", tmp_path / "v", "--piece-mib", "1")
+    ours[1].write_bytes(theirs[1].read_bytes())
+    with pytest.raises(UserError, match="different weights"):
+        load_checkpoint(tmp_path / "w")
+
+
+def test_a_damaged_piece_is_told(runs, tmp_path):
+    files = shared(runs / "wide", tmp_path / "w", "--piece-mib", "1")
+    data = bytearray(files[1].read_bytes())
+    data[len(data) // 2] ^= 1
+    files[1].write_bytes(data)
+    with pytest.raises(UserError, match=files[1].name):
+        load_checkpoint(tmp_path / "w")
+
+
+@pytest.mark.parametrize("more", [{"method": 3}, {"method": None, "whole": torch.zeros(2)}])
+def test_foreign_pieces_are_an_error_and_no_crash(more, runs, tmp_path):
+    for file in shared(runs / "wide", tmp_path / "w", "--piece-mib", "1"):
+        torch.save({**torch.load(file, weights_only=True), **more}, file)
+    with pytest.raises(UserError):
+        load_checkpoint(tmp_path / "w")
+
+
+def test_what_is_there_is_never_overwritten(runs, tmp_path):
+    with pytest.raises(UserError, match=r"last\.pt is there already"):
+        share.main([str(runs / "tiny"), str(runs / "tiny")])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        share.main([str(runs / "tiny"), str(tmp_path / "file")])
+
+
+def test_a_folder_that_cannot_be_written_is_named(runs, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write to .*file/w"):
+        share.main([str(runs / "tiny"), str(tmp_path / "file" / "w")])
+
+
+def test_a_mistyped_run_is_an_error_of_two_sentences(tmp_path):
+    words = [sys.executable, "-m", "utils.share", "runs/nothing", str(tmp_path / "w")]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "runs/nothing does not exist" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "w").exists()
