@@ -12,6 +12,7 @@ from conftest import ROOT, TINY, make_set, method_words
 import predict
 import test_la
 import train_dtml
+from dataloaders.cases import LA_SUBFOLDER
 from methods import METHODS, restore
 from utils import share
 from utils.checkpoint import load_checkpoint
@@ -173,6 +174,27 @@ def test_foreign_pieces_are_an_error_and_no_crash(more, runs, tmp_path):
         torch.save({**torch.load(file, weights_only=True), **more}, file)
     with pytest.raises(UserError):
         load_checkpoint(tmp_path / "w")
+
+
+def test_the_weights_in_the_repository_give_the_recorded_figures_on_a_real_scan(la, tmp_path):
+    """Those of `best` at half resolution, on the first scan of test.list."""
+    record = ROOT / "results" / "half" / "best-16-seed1338"
+    lists = ROOT / "data" / "splits" / "la"
+    name = (lists / "test.list").read_text().split()[0]
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / LA_SUBFOLDER).symlink_to((la / LA_SUBFOLDER).resolve())
+    (tmp_path / "set" / "train.list").write_text((lists / "train.list").read_text())
+    (tmp_path / "set" / "test.list").write_text(f"{name}\n")
+    words = ["--data", str(tmp_path / "set"), "--out", str(tmp_path / "out"), "--save", "none", "--device", "cpu"]
+    test_la.main(["--checkpoint", str(record), *words])
+    rows = []
+    for file in (record / "cases.csv", tmp_path / "out" / "cases.csv"):
+        with open(file, newline="") as f:
+            rows.append({(r["output"], r["component"]): r for r in csv.DictReader(f) if r["case"] == name})
+    recorded, found = rows
+    assert recorded.keys() == found.keys() and len(found) == 6
+    for key, row in found.items():
+        assert float(row["dice"]) == pytest.approx(float(recorded[key]["dice"]), abs=0.002), key
 
 
 def test_what_is_there_is_never_overwritten(runs, tmp_path):
