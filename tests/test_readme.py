@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
+import predict
 import reproduce
 import test_la
 import train_dtml
 from utils import pictures, share
+from utils.checkpoint import load_checkpoint
 from utils.options import Parser, fill
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,6 +54,15 @@ def test_test_commands_parse():
     parser.add_dataclass(test_la.Options)
     found = [c for c in COMMANDS if c.startswith("python test_la.py")]
     assert found and all(parser.parse(shlex.split(c)[2:]) for c in found)
+
+
+def test_predicting_commands_parse_and_their_weights_are_there():
+    parser = Parser()
+    parser.add_dataclass(predict.Options)
+    lines = [shlex.split(c)[2:] for c in COMMANDS if c.startswith("python predict.py")]
+    found = [parser.parse([word for word in line if not word.endswith(".nrrd")]) for line in lines]
+    shared = [ROOT / run for words in found for run in words["checkpoint"] if run.startswith("results/")]
+    assert shared and all(load_checkpoint(run)["iteration"] == 2400 for run in shared)
 
 
 def test_drawing_commands_parse():
@@ -128,7 +139,7 @@ def test_flags_named_exist():
         "--logdir",
     }
     known |= {"--metric", "--picture", "--dist", "--requeue", "--max-restarts"}  # of other programs
-    for program in (test_la, pictures, share):
+    for program in (test_la, predict, pictures, share):
         known |= {f"--{name.replace('_', '-')}" for name in program.Options.__dataclass_fields__}
     known |= {f"--{name}" for name in reproduce.Options.__dataclass_fields__}
     for kind in train_dtml.METHODS.values():
