@@ -88,10 +88,9 @@ def share(checkpoint: Path, folder: Path, o: Options) -> list[Path]:
 
 
 def _bytes(state: dict[str, Any]) -> bytes:
-    """A file's content. Tensors are copied, as a view would take the whole of its storage with it."""
+    """A file's content."""
     data = io.BytesIO()
-    method = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in state.get("method", {}).items()}
-    torch.save({**state, "method": method}, data)
+    torch.save(state, data)
     return data.getvalue()
 
 
