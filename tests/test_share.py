@@ -194,7 +194,7 @@ def test_the_weights_in_the_repository_give_the_recorded_figures_on_a_real_scan(
     recorded, found = rows
     assert recorded.keys() == found.keys() and len(found) == 6
     for key, row in found.items():
-        assert float(row["dice"]) == pytest.approx(float(recorded[key]["dice"]), abs=0.002), key
+        assert float(row["dice"]) == pytest.approx(float(recorded[key]["dice"]), abs=0.0005), key
 
 
 def test_what_is_there_is_never_overwritten(runs, tmp_path):
