@@ -22,7 +22,7 @@ import train_dtml
 from dataloaders.phantom import make_phantom_set
 from methods import METHODS
 from utils.errors import UserError, run
-from utils.grid import LA_RUNS, LA_TABLES, PHANTOM_RUNS, PHANTOM_TABLES, TESTS, TRAINED_AS, Row
+from utils.grid import LA_RUNS, LA_TABLES, PHANTOM_RUNS, PHANTOM_TABLES, RELEASED, TESTS, TRAINED_AS, Row
 from utils.options import Parser, fill
 
 GRIDS = {"half": (LA_RUNS, LA_TABLES), "phantom": (PHANTOM_RUNS, PHANTOM_TABLES)}
@@ -105,6 +105,10 @@ def test_the_paper_s_figures():
             if row.paper:
                 dice, jaccard, asd, hd95 = map(float, row.paper.split())
                 assert jaccard == pytest.approx(100 * dice / (200 - dice), abs=1.0) and asd < hd95
+
+
+def test_every_preset_authors_has_its_row():
+    assert set(RELEASED) == {name for name, method in METHODS.items() if "authors" in method.PRESETS}
 
 
 def test_the_phantom_bound_labels_every_scan():

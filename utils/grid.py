@@ -4,6 +4,7 @@ goes beyond them, and the tables' rows. RUNS: key of a run -> its flags; TABLES:
 from typing import Any, NamedTuple
 
 SEMI_SUPERVISED = ("dtml", "mean-teacher", "ua-mt", "tcse", "dtc", "sassnet", "asdnet", "double-unc")
+RELEASED = {"dtml": "DTML", "ua-mt": "UA-MT", "dtc": "DTC", "sassnet": "SASSNet"}  # with a preset `authors`
 ALONE = "--unlabeled 0 --consistency none"  # of DK-UXNet: the same network on labeled scans only
 ADAMW = "--optimizer adamw --lr 0.001 --weight-decay 0.01"  # DK-UXNet's
 SMALLER = "--downsample 2 --patch-size 32 32 16"
@@ -32,6 +33,7 @@ LA_RUNS = {
     "dtml-both-16": "--method dtml --sdm-loss both --labeled 16",
     "dtml-16-0": "--method dtml --labeled 16 --unlabeled 0",
     **{f"{name}-16": f"--method {name} --labeled 16" for name in SEMI_SUPERVISED},
+    **{f"{name}-authors-16": f"--method {name} --preset authors --labeled 16" for name in RELEASED},
     "supervised-8": "--method supervised --labeled 8",
     "dtml-8": "--method dtml --labeled 8",
     "best-16": "--method dtml --preset best --labeled 16",
@@ -122,6 +124,10 @@ LA_TABLES: Tables = {
         Row("DoubleUnc", "16 / 64", "double-unc-16", "89.65 81.35 2.03 7.04"),
         Row("DTML", "16 / 64", "dtml-16", "90.12 82.14 1.82 7.01"),
     ]),
+    "authors": ("The presets `authors`: as the released code sets it", [
+        Row("DTML, `paper`", "16 / 64", "dtml-16", "90.12 82.14 1.82 7.01"),
+        *(Row(f"{label}, `authors`", "16 / 64", f"{name}-authors-16") for name, label in RELEASED.items()),
+    ]),
     "best": ("The preset `best`, on the test scans", [
         Row("V-Net", "16 / 0", "supervised-16", "86.03 76.06 3.51 14.26"),
         Row("V-Net, rate and intensities of `best`", "16 / 0", "supervised-best-16"),
@@ -162,6 +168,7 @@ TESTED_AGAINST = {  # table: runs whose M_s (or only output) its rows are compar
     "1": ["dtml-16"],
     "2": ["supervised-16"],
     "3": ["supervised-16", "dtml-16"],
+    "authors": ["dtml-16"],
     "best": ["dtml-16", "supervised-best-16"],
     "dk-uxnet": ["supervised-16"],
 }
