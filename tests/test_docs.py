@@ -1,9 +1,12 @@
 """The pages of docs/: the code of the worked example runs, every flag exists, and every stated default is one."""
 
+import csv
+import json
 import os
 import re
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -213,3 +216,30 @@ def test_the_table_of_what_goes_beyond_is_the_recorded_one():
     recorded = (ROOT / "results" / "short" / "tables.md").read_text(encoding="utf-8")
     table = recorded[recorded.index("One thing done in another way") :].split("\n\n")[1]
     assert table.count("\n") > 15 and table in PAGES["findings.md"]
+
+
+LIVE_RUNS = {
+    "M_d alone": "supervised-sdm-16",
+    "DTML": "dtml-16",
+    "DTML, labeled scans alone": "dtml-16-0",
+    "DTML, L_dis + L_mask": "dtml-both-16",
+    "DTML, `authors`": "dtml-authors-16",
+    "DTML `best`": "best-16",
+}
+
+
+def test_the_table_of_lost_gradients_is_what_the_curves_and_scans_give():
+    page = PAGES["findings.md"]
+    head = "| run | seed | k | live voxels, mean % | logged iterations with none | M_d, Dice % |"
+    rows = page[page.index(head) :].split("\n\n")[0].splitlines()[2:]
+    assert len(rows) >= 9
+    for row in rows:
+        name, seed, k, *found = (cell.strip() for cell in row.strip("|").split("|"))
+        folder = ROOT / "results" / "half" / f"{LIVE_RUNS[name]}-seed{seed}"
+        assert json.loads((folder / "manifest.json").read_text())["options"]["k"] == float(k)
+        with open(folder / "scalars.csv", newline="") as f:
+            live = [float(line["live_gradient/sdm"]) for line in csv.DictReader(f)]
+        with open(folder / "cases.csv", newline="") as f:
+            lines = [line for line in csv.DictReader(f) if (line["output"], line["component"]) == ("sdm", "all")]
+        dice = statistics.mean(100 * float(line["dice"]) for line in lines)
+        assert found == [f"{100 * statistics.mean(live):.3f}", f"{live.count(0)} of {len(live)}", f"{dice:.2f}"]

@@ -7,6 +7,7 @@ SEMI_SUPERVISED = ("dtml", "mean-teacher", "ua-mt", "tcse", "dtc", "sassnet", "a
 RELEASED = {"dtml": "DTML", "ua-mt": "UA-MT", "dtc": "DTC", "sassnet": "SASSNet"}  # with a preset `authors`
 ALONE = "--unlabeled 0 --consistency none"  # of DK-UXNet: the same network on labeled scans only
 ADAMW = "--optimizer adamw --lr 0.001 --weight-decay 0.01"  # DK-UXNet's
+RECIPE = "--lr-schedule cosine --intensity 0.3"  # of the preset `best`, which any method can have
 SMALLER = "--downsample 2 --patch-size 32 32 16"
 HELD_OUT = {"scans": "held-out", "stride": [16, 16, 8], "save": "none"}
 BEYOND = {  # key: what one thing is done in another way than in the paper, its flags
@@ -38,11 +39,9 @@ LA_RUNS = {
     "dtml-8": "--method dtml --labeled 8",
     "best-16": "--method dtml --preset best --labeled 16",
     "best-16-0": "--method dtml --preset best --labeled 16 --unlabeled 0 --batch-size 4",  # its 4 labeled crops alone
-    # the control of best and its bound: its rate, its intensities, as many labeled crops
-    **{
-        f"supervised-best-{n}": f"--method supervised --labeled {n} --lr-schedule cosine --intensity 0.3"
-        for n in (16, 80)
-    },
+    # the controls of best and its bound: as many labeled crops
+    **{f"supervised-best-{n}": f"--method supervised --labeled {n} {RECIPE}" for n in (16, 80)},
+    "supervised-sdm-best-16": f"--method supervised --head sdm --k 50 --labeled 16 {RECIPE}",
     "best-8": "--method dtml --preset best --labeled 8",
     "dtml-uxnet-16": "--method dtml --backbone uxnet --labeled 16",
     "supervised-adamw-16": f"--method supervised {ADAMW} --labeled 16",
@@ -131,6 +130,7 @@ LA_TABLES: Tables = {
     "best": ("The preset `best`, on the test scans", [
         Row("V-Net", "16 / 0", "supervised-16", "86.03 76.06 3.51 14.26"),
         Row("V-Net, rate and intensities of `best`", "16 / 0", "supervised-best-16"),
+        Row("M_d only, k, rate and intensities of `best`", "16 / 0", "supervised-sdm-best-16", output="sdm"),
         Row("DTML `best`, labeled scans alone: M_s", "16 / 0", "best-16-0"),
         Row("DTML `best`, labeled scans alone: mean of both", "16 / 0", "best-16-0", output="mean"),
         Row("DTML", "16 / 64", "dtml-16", "90.12 82.14 1.82 7.01"),
