@@ -396,7 +396,7 @@ def test_the_list_tells_state_and_command(here, capsys):
     (started / "last.pt").touch()
     reproduce.main(["--list", "--profile", "half", "--rows", "dtml-16", "--threads", "2"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "dtml-16 (table 1, 2, 3, best, dk-uxnet)"
+    assert lines[0] == "dtml-16 (table 1, 2, 3, authors, best, dk-uxnet)"
     assert [line.strip() for line in lines[1::2]] == ["1337 done", "1338 started", "1339 missing"]
     assert lines[2].strip() == (
         "python train_dtml.py --method dtml --labeled 16 --profile half --seed 1337 --resume auto --runs "
