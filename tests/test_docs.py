@@ -20,6 +20,7 @@ import train_dtml
 from methods import METHODS
 from utils.errors import UserError
 from utils.options import Parser
+from utils.statistics import read_row
 
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
 ADDING, DIFFERENCES = PAGES["adding-a-method.md"], PAGES["differences.md"]
@@ -239,7 +240,45 @@ def test_the_table_of_lost_gradients_is_what_the_curves_and_scans_give():
         assert json.loads((folder / "manifest.json").read_text())["options"]["k"] == float(k)
         with open(folder / "scalars.csv", newline="") as f:
             live = [float(line["live_gradient/sdm"]) for line in csv.DictReader(f)]
-        with open(folder / "cases.csv", newline="") as f:
-            lines = [line for line in csv.DictReader(f) if (line["output"], line["component"]) == ("sdm", "all")]
-        dice = statistics.mean(100 * float(line["dice"]) for line in lines)
+        dice = 100 * statistics.mean(read_row(f"{folder}:sdm", "dice", "all").values())
         assert found == [f"{100 * statistics.mean(live):.3f}", f"{live.count(0)} of {len(live)}", f"{dice:.2f}"]
+
+
+BEST_ROWS = {  # of the page: of the table of `best` that reproduce.py prints
+    "V-Net, 16 / 0": "V-Net, 16 / 0",
+    "DTML `paper`, M_s, 16 / 64": "DTML, 16 / 64",
+    "V-Net, rate and intensities of `best`, 16 / 0": "V-Net, rate and intensities of `best`, 16 / 0",
+    "`best`: M_d, 16 / 64": "DTML `best`: M_d, 16 / 64",
+    "**`best`: mean of both**, 16 / 64": "DTML `best`: mean of both, 16 / 64",
+    "`best`: M_s, 16 / 64": "DTML `best`: M_s, 16 / 64",
+    "V-Net, 80 / 0": "V-Net, 80 / 0",
+}
+
+
+def cells_of(text, start):
+    """The rows of the first table after `start`: their cells."""
+    rows = text[text.index(start) :].split("\n\n|", 1)[1].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def test_the_table_of_best_on_the_test_scans_is_the_recorded_one():
+    recorded = (ROOT / "results" / "half" / "tables.md").read_text(encoding="utf-8")
+    recorded = recorded[recorded.index("**The preset `best`") :]
+    figures, name = {}, ""
+    for row in cells_of(recorded, "**The preset `best`"):
+        name = f"{row[0]}, {row[1]}" if row[0] else name
+        figures |= {name: row} if row[2] == "all" else {}
+    paired = {f"{row[0]}, {row[1]}": row for row in cells_of(recorded, "Paired tests against *V-Net, rate")}
+    rows = cells_of(PAGES["findings.md"], "So `best` was frozen as it is")
+    of_grid = {f"{row.label}, {row.scans}": row for row in reproduce.LA_TABLES["best"][1]}
+    assert {f"{row[0]}, {row[1]}" for row in rows} == set(BEST_ROWS)
+    for label, scans, seeds, dice, hd95, difference, higher, p in rows:
+        name = BEST_ROWS[f"{label}, {scans}"]
+        assert [dice.replace("*", ""), hd95] == [figures[name][3], figures[name][6].split(" ")[0]]
+        folders = [ROOT / "results" / "half" / f"{of_grid[name].key}-seed{seed}" for seed in (1337, 1338)]
+        scored = [read_row(f"{folder}:{of_grid[name].output}", "dice", "all") for folder in folders]
+        assert seeds == ", ".join(f"{100 * statistics.mean(found.values()):.2f}" for found in scored)
+        if difference:
+            _, _, mean, interval, on, _, wilcoxon, holm, _ = paired[name]
+            assert difference.replace("\N{MINUS SIGN}", "-") == f"{mean} ({interval})"
+            assert (higher, p) == (on, f"{wilcoxon}, {holm}")

@@ -22,7 +22,7 @@ import train_dtml
 from dataloaders.phantom import make_phantom_set
 from methods import METHODS
 from utils.errors import UserError, run
-from utils.grid import LA_RUNS, LA_TABLES, PHANTOM_RUNS, PHANTOM_TABLES, RELEASED, TESTS, TRAINED_AS, Row
+from utils.grid import AUTHORS, LA_RUNS, LA_TABLES, PHANTOM_RUNS, PHANTOM_TABLES, TESTS, TRAINED_AS, Row
 from utils.options import Parser, fill
 
 GRIDS = {"half": (LA_RUNS, LA_TABLES), "phantom": (PHANTOM_RUNS, PHANTOM_TABLES)}
@@ -108,7 +108,25 @@ def test_the_paper_s_figures():
 
 
 def test_every_preset_authors_has_its_row():
-    assert set(RELEASED) == {name for name, method in METHODS.items() if "authors" in method.PRESETS}
+    assert set(AUTHORS) == {name for name, method in METHODS.items() if "authors" in method.PRESETS}
+
+
+@pytest.mark.parametrize(
+    ("key", "with_k"),
+    {
+        "supervised-best-16": False,
+        "supervised-best-80": False,
+        "supervised-sdm-best-16": True,
+        "best-16-0": True,
+    }.items(),
+)
+def test_the_controls_of_best_have_its_rate_intensities_labeled_crops_and_k(key, with_k):
+    asked = {}
+    for name in (key, "best-16"):
+        o, method_options, *_ = train_dtml.read_options([*LA_RUNS[name].split(), "--profile", "half"])
+        crops = o.labeled_batch or o.batch_size  # no batch of supervised training has unlabeled ones
+        asked[name] = [o.lr_schedule, o.intensity, crops, method_options.k if with_k else None]
+    assert asked[key] == asked["best-16"]
 
 
 def test_the_phantom_bound_labels_every_scan():

@@ -4,7 +4,7 @@ goes beyond them, and the tables' rows. RUNS: key of a run -> its flags; TABLES:
 from typing import Any, NamedTuple
 
 SEMI_SUPERVISED = ("dtml", "mean-teacher", "ua-mt", "tcse", "dtc", "sassnet", "asdnet", "double-unc")
-RELEASED = {"dtml": "DTML", "ua-mt": "UA-MT", "dtc": "DTC", "sassnet": "SASSNet"}  # with a preset `authors`
+AUTHORS = {"dtml": "DTML", "ua-mt": "UA-MT", "dtc": "DTC", "sassnet": "SASSNet"}  # these have a preset `authors`
 ALONE = "--unlabeled 0 --consistency none"  # of DK-UXNet: the same network on labeled scans only
 ADAMW = "--optimizer adamw --lr 0.001 --weight-decay 0.01"  # DK-UXNet's
 RECIPE = "--lr-schedule cosine --intensity 0.3"  # of the preset `best`, which any method can have
@@ -34,7 +34,7 @@ LA_RUNS = {
     "dtml-both-16": "--method dtml --sdm-loss both --labeled 16",
     "dtml-16-0": "--method dtml --labeled 16 --unlabeled 0",
     **{f"{name}-16": f"--method {name} --labeled 16" for name in SEMI_SUPERVISED},
-    **{f"{name}-authors-16": f"--method {name} --preset authors --labeled 16" for name in RELEASED},
+    **{f"{name}-authors-16": f"--method {name} --preset authors --labeled 16" for name in AUTHORS},
     "supervised-8": "--method supervised --labeled 8",
     "dtml-8": "--method dtml --labeled 8",
     "best-16": "--method dtml --preset best --labeled 16",
@@ -125,7 +125,7 @@ LA_TABLES: Tables = {
     ]),
     "authors": ("The presets `authors`: as the released code sets it", [
         Row("DTML, `paper`", "16 / 64", "dtml-16", "90.12 82.14 1.82 7.01"),
-        *(Row(f"{label}, `authors`", "16 / 64", f"{name}-authors-16") for name, label in RELEASED.items()),
+        *(Row(f"{label}, `authors`", "16 / 64", f"{name}-authors-16") for name, label in AUTHORS.items()),
     ]),
     "best": ("The preset `best`, on the test scans", [
         Row("V-Net", "16 / 0", "supervised-16", "86.03 76.06 3.51 14.26"),
