@@ -223,10 +223,10 @@ LIVE_RUNS = {
     "M_d alone": "supervised-sdm-16",
     "DTML": "dtml-16",
     "DTML, labeled scans alone": "dtml-16-0",
-        "DTML, L_dis": "dtml-dis-16",
+    "DTML, L_dis": "dtml-dis-16",
     "DTML, L_dis + L_mask": "dtml-both-16",
     "DTML, `authors`": "dtml-authors-16",
-        "DTML `best`": "best-16",
+    "DTML `best`": "best-16",
     "DTML `best`, labeled scans alone": "best-16-0",
 }
 

@@ -186,6 +186,8 @@ def test_differences_are_each_scan_s_and_their_mean(tmp_path):
     bars = [line for line in axes.lines if line.get_linewidth() == 2.5]
     assert [bar.get_color() for bar in bars] == ["#0072b2", "0.25"]
     assert 2 <= bars[0].get_xdata()[0] < 13 / 3 < bars[0].get_xdata()[1] <= 6
+    (axes,) = pictures.differences([paths[0], str(tmp_path / "t*.csv")], pictures.Options()).axes  # two and three
+    assert [xy[0] for xy in axes.collections[0].get_offsets()] == pytest.approx([-2.5, 8, 1])
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from scipy import stats
 
 from utils import statistics
 from utils.errors import UserError
-from utils.statistics import compare, holm
+from utils.statistics import compare, holm, mean_over
 
 
 def row(seed: int, n: int = 20, shift: float = 0.0) -> dict[str, float]:
@@ -88,9 +88,36 @@ def test_the_command_prints_a_line_per_row_and_draws(tmp_path, capsys):
     assert f"{np.mean(list(row(1).values())) / 2:.4f}" in lines[0]
 
 
+def test_a_row_of_several_seeds_is_each_scan_s_mean_over_them(tmp_path, capsys):
+    for name, seeds in {"old": (0, 1), "new": (2, 3, 4)}.items():
+        for seed in seeds:
+            (tmp_path / f"{name}-seed{seed}").mkdir()
+            write(tmp_path / f"{name}-seed{seed}" / "cases.csv", row(seed), output="sdm")
+    statistics.main([f"{tmp_path}/old-seed*", f"{tmp_path}/new-seed*:sdm", f"{tmp_path}/new-seed3"])
+    old, new = (np.mean([list(row(seed).values()) for seed in seeds], axis=0) for seeds in ((0, 1), (2, 3, 4)))
+    shown, of_all, of_one = [line for line in capsys.readouterr().out.splitlines() if str(tmp_path) in line]
+    assert shown.endswith("old-seed* (2 runs)") and "new-seed*:sdm (3 runs) | 20 (0)" in of_all
+    assert f"| {new.mean():.4f} | {old.mean():.4f} | {(new - old).mean():+.4f} |" in of_all
+    assert f"| {stats.wilcoxon(new, old).pvalue:.3g} |" in of_all and f"| {(new > old).sum()} of 20 |" in of_all
+    assert "new-seed3 | 20 (0)" in of_one and "runs)" not in of_one
+
+
+def test_a_scan_without_a_number_in_one_seed_is_left_out():
+    a, b, c = row(0), row(1), row(2)
+    b["case3"] = math.nan
+    found = compare(c, mean_over([a, b]))
+    assert (found.n, found.left_out) == (19, 1)
+
+
+def test_seeds_of_different_scans_are_refused():
+    with pytest.raises(UserError, match="not of the same scans"):
+        mean_over([row(0), row(1, n=19)])
+
+
 @pytest.mark.parametrize(
     ("words", "text"),
     [(["a.csv"], "two rows"), (["a.csv", "none.csv"], "none.csv"), (["a.csv", "a.csv:mean"], "no output mean"),
+     (["a.csv", "b*.csv"], "nothing matches b"),
      (["a.csv", "text.csv"], "text.csv is no"), (["a.csv", "a.csv", "--metric", "hd96"], "hd96")],
 )  # fmt: skip
 def test_mistakes_are_named(tmp_path, monkeypatch, words, text):

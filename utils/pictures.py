@@ -6,8 +6,9 @@
     python -m utils.pictures differences results/half/supervised-16-seed1337 results/half/dtml-16-seed1337:seg
 
 figure2 runs the network around the slice; figure3 reads what test_la.py predicted, of the first output or of
-RUN:OUTPUT; curves reads scalars.csv; differences shows the Dice of each scan (cases.csv) above the first run's. Slices
-are shown as radiologists look at them: x to the right, y down.
+RUN:OUTPUT; curves reads scalars.csv; differences shows the Dice of each scan (cases.csv) above the first run's, a
+quoted 'RUN-seed*' being each scan's mean over all runs that match. Slices are shown as radiologists look at them: x to
+the right, y down.
 """
 
 import csv
@@ -42,7 +43,7 @@ from utils.predictions import read_prediction, read_scores
 from utils.resample import downsample_image, upsample_probability
 from utils.run_folder import MANIFEST, SCALARS, read_json
 from utils.sliding_window import sliding_window
-from utils.statistics import compare, read_row
+from utils.statistics import compare, read_mean
 
 FIGURES = ("figure2", "figure3", "curves", "differences")
 PANELS = (
@@ -215,7 +216,7 @@ def differences(paths: Sequence[str], o: Options) -> Figure:
     if o.titles and len(o.titles) != len(paths):
         raise UserError(f"--titles must give {len(paths)} names, one for each run.")
     titles = o.titles or [Path(where).name for where in paths]
-    reference, *others = ({case: 100 * v for case, v in read_row(w, "dice", "all").items()} for w in paths)
+    reference, *others = ({case: 100 * v for case, v in read_mean(w, "dice", "all").items()} for w in paths)
     found = []
     for title, other in zip(titles[1:], others, strict=True):
         c = compare(reference, other)

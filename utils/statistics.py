@@ -2,13 +2,18 @@
 
     python -m utils.statistics results/half/supervised-16-seed1337 results/half/dtml-16-seed1337:seg
 
+    python -m utils.statistics 'results/half/supervised-best-16-seed*' 'results/half/best-16-seed*:mean'
+
 compares every further row with the first. A row is a folder with cases.csv, or such a file, as test_la.py writes it;
-`:NAME` after it chooses the output (default: the file's first).
+`:NAME` after it chooses the output (default: the file's first). A path with a *, quoted, is all runs that match, such
+as a row's seeds: the value of a scan is then its mean over them.
 """
 
 import csv
 import dataclasses
+import glob
 import math
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,6 +86,41 @@ def read_row(where: str, metric: str, component: str) -> dict[str, float]:
     return values
 
 
+def runs_of(where: str) -> list[str]:
+    """The runs that a row is of: those that a path with a * matches, else the row as it is given.
+
+    Raises:
+        UserError: nothing matches.
+    """
+    if "*" not in where:
+        return [where]
+    pattern, colon, output = where.partition(":")
+    found = sorted(glob.glob(pattern))
+    if not found:
+        raise UserError(f"nothing matches {pattern}. Give folders with the cases.csv of test_la.py.")
+    return [f"{path}{colon}{output}" for path in found]
+
+
+def mean_over(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Case -> the mean of its values in several rows, those of a row's seeds.
+
+    Raises:
+        UserError: different sets of cases.
+    """
+    if any(row.keys() != rows[0].keys() for row in rows):
+        raise UserError("the runs of one row are not of the same scans. Test them alike.")
+    return {case: statistics.mean(row[case] for row in rows) for case in rows[0]}
+
+
+def read_mean(where: str, metric: str, component: str) -> dict[str, float]:
+    """As `read_row`, but of all runs of the row: each case its mean over them.
+
+    Raises:
+        UserError: as `runs_of`, `read_row` and `mean_over` do.
+    """
+    return mean_over([read_row(one, metric, component) for one in runs_of(where)])
+
+
 def compare(reference: dict[str, float], row: dict[str, float]) -> Comparison:
     """Paired comparison of two rows, case -> value; scans without a number in one of them are left out and counted.
 
@@ -145,19 +185,20 @@ def main(argv: list[str] | None = None) -> None:
     names = given["rows"]
     if len(names) < 2:
         raise UserError("give at least two rows: the first is compared with each of the others.")
-    reference, *rows = (read_row(name, o.metric, o.component) for name in names)
+    reference, *rows = (read_mean(name, o.metric, o.component) for name in names)
     found = [compare(reference, row) for row in rows]
-    print(f"{o.metric}, component {o.component}; reference {names[0]}\n")
+    titles = [f"{name} ({len(runs_of(name))} runs)" if "*" in name else name for name in names]
+    print(f"{o.metric}, component {o.component}; reference {titles[0]}\n")
     print(
         "| row | n (left out) | mean | reference | difference | 95 % interval | t-test p | Wilcoxon p | Holm | higher |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
-    for name, c, corrected in zip(names[1:], found, holm([c.w_p for c in found]), strict=True):
+    for title, c, corrected in zip(titles[1:], found, holm([c.w_p for c in found]), strict=True):
         numbers = f"{c.mean:.4f} | {c.reference:.4f} | {c.difference:+.4f} | {c.low:+.4f} to {c.high:+.4f}"
         tests = f"{c.t_p:.3g} | {c.w_p:.3g} | {corrected:.3g} | {c.higher} of {c.n}"
-        print(f"| {name} | {c.n} ({c.left_out}) | {numbers} | {tests} |")
+        print(f"| {title} | {c.n} ({c.left_out}) | {numbers} | {tests} |")
     if o.picture:
-        scatter(reference, dict(zip(names[1:], rows, strict=True)), names[0], Path(o.picture))
+        scatter(reference, dict(zip(titles[1:], rows, strict=True)), titles[0], Path(o.picture))
         print(f"picture: {o.picture}", file=sys.stderr)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from utils.grid import Row
 from utils.metrics import COMPONENTS, METRICS, mean_and_sd
 from utils.run_folder import MANIFEST
-from utils.statistics import Comparison, compare, holm, read_row
+from utils.statistics import Comparison, compare, holm, mean_over, read_row
 
 Records = dict[int, Path]  # seed: folder
 HEAD = "| row | labeled / unlabeled | | Dice % | Jaccard % | ASD voxel | 95HD voxel | seeds |"
@@ -76,8 +76,8 @@ def compared(row: Row, records: Records, usual: Row, usual_records: Records) -> 
     cases = {tuple(sorted(values)) for values in itertools.chain(*sides)}
     if len(cases) != 1 or len(*cases) < 2:
         return None
-    means = [{case: 100 * statistics.mean(of[case] for of in side) for case in side[0]} for side in sides]
-    return compare(*means), shared
+    reference, found = ({case: 100 * v for case, v in mean_over(side).items()} for side in sides)
+    return compare(reference, found), shared
 
 
 def paired_table(rows: list[Row], done: dict[str, Records], usual: Row) -> str:
