@@ -14,9 +14,10 @@ scored with and without the largest-component filter, always on the scan's own g
 import csv
 import dataclasses
 import io
+import math
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from dataloaders.cases import Case, check_all, find_cases, lists_of, read_case, read_geometry
+from dataloaders.cases import Case, CaseError, check_all, find_cases, known_spacing, lists_of, read_case, read_geometry
 from dataloaders.images import write_image
 from methods import Method
 from methods.released import RELEASED, load_trained
@@ -41,7 +42,7 @@ from utils.masks import label_map
 from utils.metrics import COMPONENTS, METRICS, largest_components, mean_and_sd, segmentation_metrics
 from utils.options import Parser, fill, option
 from utils.resample import downsample_image, upsample_probability
-from utils.run_folder import make_manifest, write_json
+from utils.run_folder import digest, make_manifest, write_json
 from utils.sliding_window import (
     WEIGHTINGS,
     flips_option,
@@ -55,6 +56,7 @@ from utils.sliding_window import (
 STRIDE = (18, 18, 4)  # of the papers, on the full grid
 MEAN = "mean"  # over the classes
 SCANS = ("test", "held-out")
+MM = ("asd_mm", "hd95_mm")
 
 
 @dataclasses.dataclass
@@ -93,6 +95,11 @@ class Options:
     threads: int = option(0, "CPU threads; 0 leaves torch's choice", minimum=0)
 
 
+def usual_stride(patch_size: Sequence[int], downsample: int) -> list[int]:
+    """The papers' stride on a grid that pools `downsample` voxels into one, no longer than the windows."""
+    return [min(max(step // downsample, 1), side) for step, side in zip(STRIDE, patch_size, strict=True)]
+
+
 def predict_scan(
     method: Method,
     image: Tensor,
@@ -118,28 +125,30 @@ def score_scan(
 ) -> list[dict[str, Any]]:
     """Output -> label map (W,H,D), and label (W,H,D): the case's rows of cases.csv, and its predictions written."""
     rows: list[dict[str, Any]] = []
-    geometry = read_geometry(case)
+    geometry, spacing = read_geometry(case), known_spacing(case)
     for output, found in maps.items():
         forms = {"all": found, "largest": largest_components(found, case.classes)}
         for component, form in forms.items():
             if component == "all" or not np.array_equal(form, found):
-                scores = class_scores(form, label, case.classes, geometry["spacing"])
+                scores = class_scores(form, label, case.classes, spacing)
             rows += [{"case": case.name, "output": output, "component": component, **score} for score in scores]
         if save != "none":
             write_image(predictions / output / f"{case.name}.nii.gz", forms[save], geometry)
     return rows
 
 
-def class_scores(found: NDArray, label: NDArray, classes: int, spacing: Sequence[float]) -> list[dict[str, Any]]:
+def class_scores(found: NDArray, label: NDArray, classes: int, spacing: Sequence[float] | None) -> list[dict[str, Any]]:
     """Metrics and voxel counts of two label maps (W,H,D); of several classes one entry for each and one for their mean.
 
-    The mean has no distance if one of its classes has none, and for voxels those of the class that has the fewest.
+    Without a spacing (mm along x, y, z) the distances in mm are not a number. The mean has no distance if one of its
+    classes has none, and for voxels those of the class that has the fewest.
     """
     scores: list[dict[str, Any]] = []
     for c in range(1, classes + 1):
         a, b = found == c, label == c
         voxels = {"voxels": int(a.sum()), "label_voxels": int(b.sum())}
-        scores.append({"class": c, **segmentation_metrics(a, b, spacing), **voxels})
+        no_mm = {} if spacing else dict.fromkeys(MM, math.nan)
+        scores.append({"class": c, **segmentation_metrics(a, b, spacing), **no_mm, **voxels})
     if classes == 1:
         return [{key: value for key, value in scores[0].items() if key != "class"}]
     columns = {key: [score[key] for score in scores] for key in scores[0] if key != "class"}
@@ -159,7 +168,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for key in dict.fromkeys(map(key_of, rows)):
         chosen = [row for row in rows if key_of(row) == key]
         cells = []
-        for name in (*METRICS, "asd_mm", "hd95_mm"):
+        for name in (*METRICS, *MM):
             scale = 100 if name in ("dice", "jaccard") else 1
             mean, sd, _ = mean_and_sd([scale * row[name] for row in chosen])
             cells.append(f"{mean:.2f} ± {sd:.2f}")
@@ -178,8 +187,8 @@ def as_csv(rows: Sequence[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def names_of(folder: Path, scans: str, trained: dict[str, Any]) -> list[str]:
-    """The names in test.list, or the held-out ones: those of train.list that this training used in no way.
+def names_of(folder: Path, scans: str, seen: Container[str]) -> list[str]:
+    """The names in test.list, or the held-out ones: those of train.list that are not among the ones `seen` in training.
 
     Raises:
         UserError: bad lists, or a training that used every scan.
@@ -187,23 +196,29 @@ def names_of(folder: Path, scans: str, trained: dict[str, Any]) -> list[str]:
     train, test = lists_of(folder)
     if scans == "test":
         return test
-    used = len(train) if trained["unlabeled"] is None else trained["labeled"] + trained["unlabeled"]
-    if used >= len(train):
+    held_out = [name for name in train if name not in seen]
+    if not held_out:
         raise UserError(
             f"--scans held-out: the training used all {len(train)} scans of {folder}/train.list. Train with fewer "
             "--unlabeled, and the last of the list are held out."
         )
-    return train[used:]
+    return held_out
 
 
-def open_cases(folder: Path, names: Sequence[str], classes: int) -> tuple[list[Case], list[tuple[int, ...]]]:
-    """The cases and their shapes, each read once so that bad ones are named before any prediction."""
+def open_cases(
+    folder: Path, names: Sequence[str], classes: int, seen: Container[str]
+) -> tuple[list[Case], list[tuple[int, ...]]]:
+    """The cases and their shapes, each read once so that bad ones are named before any prediction, and those whose
+    checksum, whatever their name, is among the ones `seen` in training."""
     cases, problems = find_cases(folder, names, labeled=True, classes=classes)
     shapes: list[tuple[int, ...]] = []
 
     def check(case: Case) -> None:
-        image, _ = read_case(case)
+        image, label = read_case(case)
+        assert label is not None
         read_geometry(case)
+        if digest(image) in seen or digest(image, label) in seen:
+            raise CaseError("is a scan that this checkpoint was trained on")
         shapes.append(image.shape)
 
     check_all(cases, check, problems)
@@ -235,14 +250,13 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--output {' '.join(unknown)} is none that {state['file']} gives: {' '.join(known)}.")
     downsample, classes = trained["downsample"], method.options.classes
     patch_size = tuple(o.patch_size or trained["patch_size"])
-    steps = (max(step // downsample, 1) for step in STRIDE)
-    stride = tuple(o.stride or (min(step, side) for step, side in zip(steps, patch_size, strict=True)))
+    stride = tuple(o.stride or usual_stride(patch_size, downsample))
     refuse_window(patch_size, stride, method.side_multiple)
     if state["iteration"] < trained["iterations"] and RANK == 0:
         done = f"{state['iteration']} of {trained['iterations']} iterations"
         print(f"warning: {path} is not finished: {done}.", file=sys.stderr)
-    folder = Path(o.data or trained["data"])
-    cases, shapes = open_cases(folder, names_of(folder, o.scans, trained), classes)
+    folder, seen = Path(o.data or trained["data"]), state["checksums"]  # none of bare weights
+    cases, shapes = open_cases(folder, names_of(folder, o.scans, seen), classes, set(seen.values()))
     count = sum(len(windows([-(-side // downsample) for side in shape], patch_size, stride)) for shape in shapes)
     # Several released files lie in one folder.
     usual = path.with_name(f"{path.stem}-test") if o.method else (path if path.is_dir() else path.parent) / o.scans
@@ -301,6 +315,8 @@ def main(argv: list[str] | None = None) -> None:
         "has Dice 0 and no distance; the last column counts them.\n"
     )
     print(means)
+    if all(math.isnan(row["asd_mm"]) for row in rows) and not all(math.isnan(row["asd"]) for row in rows):
+        print(f"No distance in mm: the files of {folder} do not tell their spacing.\n")
     print(f"per case: {out / 'cases.csv'}", file=sys.stderr)
     if o.report:
         print(f"report: {write_report(out, str(folder))}", file=sys.stderr)

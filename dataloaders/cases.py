@@ -222,6 +222,14 @@ def read_geometry(case: Case, spacing: tuple[float, float, float] = (1.0, 1.0, 1
     return {name: tuple(map(float, values)) for name, values in found.items()}
 
 
+def known_spacing(case: Case) -> tuple[float, ...] | None:
+    """mm along x, y, z, where the file's attributes tell it or the scan is one of LA; else None."""
+    try:
+        return read_geometry(case, (math.nan, math.nan, math.nan))["spacing"]
+    except CaseError:
+        return None
+
+
 def check_all(cases: Sequence[Case], check: Callable[[Case], object], known: Sequence[str]) -> None:
     """Calls `check` once for every case, which may raise CaseError; shows progress on a terminal.
 

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dataloaders.cases import LA_FOLDER, PHANTOM_FOLDER, Case, CaseError, find_cases, lists_of, read_geometry
+from dataloaders.cases import LA_FOLDER, PHANTOM_FOLDER, Case, find_cases, known_spacing, lists_of
 from dataloaders.phantom import make_phantom_set
 from utils.distributed import RANK
 from utils.errors import UserError
@@ -70,9 +70,7 @@ def training_cases(
 def median_spacing(cases: Sequence[Case]) -> list[float] | None:
     """Median spacing (mm along x, y, z) of the labeled cases, to which predict.py resamples a scan; None if a file does
     not tell its own."""
-    try:
-        nan = float("nan")
-        spacings = [read_geometry(case, (nan, nan, nan))["spacing"] for case in cases if case.labeled]
-    except CaseError:
+    spacings = [known_spacing(case) for case in cases if case.labeled]
+    if None in spacings:
         return None
-    return [float(statistics.median(along)) for along in zip(*spacings, strict=True)]
+    return [float(statistics.median(along)) for along in zip(*filter(None, spacings), strict=True)]

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import pytest
 from conftest import TINY, make_set
@@ -38,6 +39,29 @@ def test_a_run_that_used_every_scan_has_none(trained):
         test_la.main(["--checkpoint", str(trained / "all"), "--scans", "held-out", "--threads", "1"])
 
 
+def test_a_list_in_another_order_brings_no_scan_of_the_training_back(trained, tmp_path):
+    shutil.copytree(trained / "set", tmp_path / "set")
+    lines = (tmp_path / "set" / "train.list").read_text().split()
+    (tmp_path / "set" / "train.list").write_text("\n".join(lines[::-1]) + "\n")
+    words = ["--checkpoint", str(trained / "run"), "--data", str(tmp_path / "set"), "--out", str(tmp_path / "out")]
+    test_la.main([*words, "--scans", "held-out", "--threads", "1"])
+    with open(tmp_path / "out" / "cases.csv", newline="") as f:
+        assert {row["case"] for row in csv.DictReader(f)} == set(lines[6:])
+
+
+@pytest.mark.parametrize("place", [0, 5], ids=["labeled", "unlabeled"])
+def test_a_scan_of_the_training_is_not_tested_under_another_name(trained, tmp_path, place):
+    shutil.copytree(trained / "set", tmp_path / "set")
+    seen = (tmp_path / "set" / "train.list").read_text().split()[place]
+    shutil.copytree(tmp_path / "set" / seen, tmp_path / "set" / "twin")
+    with open(tmp_path / "set" / "test.list", "a") as f:
+        f.write("twin\n")
+    words = ["--checkpoint", str(trained / "run"), "--data", str(tmp_path / "set"), "--out", str(tmp_path / "out")]
+    with pytest.raises(UserError, match=r"twin: .*is a scan that this checkpoint was trained on"):
+        test_la.main([*words, "--threads", "1"])
+    assert not (tmp_path / "out").exists()
+
+
 def test_bare_weights_have_none():
     with pytest.raises(UserError, match="bare weights do not tell"):
         test_la.main(["--checkpoint", "x.pth", "--method", "dtc", "--scans", "held-out"])
@@ -47,6 +71,7 @@ def test_bare_weights_have_none():
     ("words", "message"),
     [
         (["--sdm-of", "scan"], "--sdm-of scan does nothing here"),
+        (["--optimizer", "adamw", "--momentum", "0.5"], "--momentum does nothing with --optimizer adamw"),
         (["--lr-schedule", "cosine", "--lr-steps", "2"], "--lr-steps does nothing"),
         (["--lr-schedule", "cosine", "--lr-gamma", "0.5"], "--lr-gamma does nothing"),
         (["--mix", "1", "--unlabeled", "0"], "needs unlabeled scans"),

@@ -121,6 +121,19 @@ def test_rows_are_what_medpy_says_of_the_saved_predictions(component, trained, t
                 assert float(row[name]) == pytest.approx(value, abs=1e-6), name
 
 
+def test_files_without_a_spacing_give_no_distance_in_mm(trained, tmp_path, capsys):
+    shutil.copytree(trained.parent / "set", tmp_path / "set")
+    known = score(trained, tmp_path / "known")
+    assert "No distance in mm" not in capsys.readouterr().out
+    for case in CASES:
+        with h5py.File(tmp_path / "set" / case / "mri_norm2.h5", "a") as f:
+            del f.attrs["spacing"]
+    rows = score(trained, tmp_path / "out", "--data", str(tmp_path / "set"))
+    assert "No distance in mm: the files of" in capsys.readouterr().out
+    for row, usual in zip(rows, known, strict=True):
+        assert row == usual | {"asd_mm": "nan", "hd95_mm": "nan"}
+
+
 def test_outputs_are_different_predictions(trained, tmp_path):
     score(trained, tmp_path)
     masks = [saved_mask(tmp_path, output, "case08") for output in OUTPUTS]
