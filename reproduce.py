@@ -34,7 +34,7 @@ from submitit.core.utils import UncompletedJobError
 
 from dataloaders.cases import LA_FOLDER, PHANTOM_FOLDER, ROOT, lists_of
 from methods import METHODS
-from test_la import COMPONENTS
+from test_la import COMPONENTS, usual_stride
 from train_dtml import PROFILES, read_options
 from utils.checkpoint import fsync_folder, write_whole
 from utils.errors import Stopped, StopSignal, UserError, run
@@ -179,12 +179,15 @@ def other_options(this: Run, manifest: Path) -> list[str]:
 def unfit(this: Run, record: Path) -> list[str]:
     """Why a record does not count: other options, not the last iteration, an output that is not there."""
     problems = other_options(this, record / MANIFEST)
-    last = json.loads((record / MANIFEST).read_text())["options"]["iterations"]
-    found = json.loads((record / TEST).read_text())
+    trained = json.loads((record / MANIFEST).read_text())["options"]
+    found, last = json.loads((record / TEST).read_text()), trained["iterations"]
     problems += [f"tested at iteration {found['iteration']} of {last}"] if found["iteration"] != last else []
-    usual, how = {"scans": "test", "flips": 1}, TESTS.get(this.key, {})
-    asked = usual | {name: how[name] for name in ("scans", "flips", "stride") if name in how}
-    then = {name: found.get(name, usual.get(name)) for name in asked}
+    windows = {
+        "patch_size": trained["patch_size"], "stride": usual_stride(trained["patch_size"], trained["downsample"])
+    }  # fmt: skip
+    usual = {"scans": "test", "flips": 1, "weighting": "uniform", "precision": "fp32", **windows}
+    then = usual | found  # early records do not tell all of it
+    asked = {name: TESTS.get(this.key, {}).get(name, value) for name, value in usual.items()}
     problems += [f"tested with --{name} {then[name]}" for name in asked if then[name] != asked[name]]
     for output in this.outputs:
         for component in COMPONENTS:
@@ -371,13 +374,13 @@ def make_missing(o: Options, runs: list[Run]) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Job(submitit.helpers.Checkpointable):
-    """A run for submitit, which queues it again when its time is over; it goes on from its checkpoint."""
+    """Runs of one folder, for submitit, which queues them again when time is over; they go on from its checkpoint."""
 
-    this: Run
+    runs: list[Run]
 
     def __call__(self) -> str:
         with StopSignal() as stop:
-            return make(self.this, stop)
+            return "; ".join(filter(None, (make(this, stop) for this in self.runs)))
 
 
 def submit(o: Options, runs: list[Run]) -> list[str]:
@@ -391,19 +394,23 @@ def submit(o: Options, runs: list[Run]) -> list[str]:
     except (RuntimeError, NameError, AssertionError, ValueError, OSError) as e:
         raise UserError(f"--submit {o.submit} {shlex.join(o.slurm)}: {e} Mend --slurm, or use --missing.") from e
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])  # jobs import this code
-    missing = [this for this in runs if state(this) != "done"]
+    missing: dict[Path, list[Run]] = {}
+    for this in runs:
+        if state(this) != "done":
+            missing.setdefault(this.folder, []).append(this)
+    names = [" ".join(this.record.name for this in those) for those in missing.values()]
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # so that at Ctrl-C submitit lets local jobs save
-    jobs = [executor.submit(Job(this)) for this in missing]
+    jobs = [executor.submit(Job(those)) for those in missing.values()]
     signal.signal(signal.SIGINT, before)
     failed = []
-    for this, job in zip(missing, jobs, strict=True):
-        print(f"job {job.job_id}: {this.record.name}", file=sys.stdout if o.submit == "slurm" else sys.stderr)
-    for this, job in zip(missing, jobs, strict=True) if o.submit == "local" else ():
+    for name, job in zip(names, jobs, strict=True):
+        print(f"job {job.job_id}: {name}", file=sys.stdout if o.submit == "slurm" else sys.stderr)
+    for name, job in zip(names, jobs, strict=True) if o.submit == "local" else ():
         try:
             problem = job.result()
         except UncompletedJobError:
             problem = f"its job broke off, see {job.paths.stderr}"
-        failed += [f"{this.record.name}: {problem}"] if problem else []
+        failed += [f"{name}: {problem}"] if problem else []
     return failed
 
 

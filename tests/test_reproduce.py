@@ -22,8 +22,19 @@ import train_dtml
 from dataloaders.phantom import make_phantom_set
 from methods import METHODS
 from utils.errors import UserError, run
-from utils.grid import AUTHORS, LA_RUNS, LA_TABLES, PHANTOM_RUNS, PHANTOM_TABLES, TESTS, TRAINED_AS, Row
+from utils.grid import (
+    AUTHORS,
+    LA_RUNS,
+    LA_TABLES,
+    PHANTOM_RUNS,
+    PHANTOM_TABLES,
+    TESTED_AGAINST,
+    TESTS,
+    TRAINED_AS,
+    Row,
+)
 from utils.options import Parser, fill
+from utils.table_rows import paired_table
 
 GRIDS = {"half": (LA_RUNS, LA_TABLES), "phantom": (PHANTOM_RUNS, PHANTOM_TABLES)}
 PAPER = ["90.12", "82.14", "1.82", "7.01"]
@@ -105,6 +116,22 @@ def test_the_paper_s_figures():
             if row.paper:
                 dice, jaccard, asd, hd95 = map(float, row.paper.split())
                 assert jaccard == pytest.approx(100 * dice / (200 - dice), abs=1.0) and asd < hd95
+
+
+@pytest.mark.parametrize(
+    ("table", "reference", "others"),
+    [("dk-uxnet", "supervised-8", {"8 / 0", "8 / 72"}), ("dk-uxnet", "supervised-16", {"16 / 0", "16 / 64"}),
+     ("best", "supervised-best-16", {"16 / 0", "16 / 64", "80 / 0"})],
+)  # fmt: skip
+def test_rows_are_tested_against_one_of_as_many_labels_and_the_bound_against_all(here, table, reference, others):
+    rows = LA_TABLES[table][1]
+    for key in {row.key for row in rows}:
+        write_record(here / "results", key, 1337, [(0.8, 1), (0.9, 2), (0.7, 1)])
+    done = {row.key: {1337: here / "results" / "half" / f"{row.key}-seed1337"} for row in rows}
+    (usual,) = (row for row in rows if row.key == reference)
+    lines = paired_table(rows, done, usual).split("\n\n")[-1].splitlines()[2:]
+    assert {line.split(" | ")[1] for line in lines} == others and reference in TESTED_AGAINST[table]
+    assert len(lines) == sum(row.scans in others for row in rows) - 1
 
 
 def test_every_preset_authors_has_its_row():
@@ -308,6 +335,20 @@ def test_differences_are_of_the_seeds_that_both_have(here, capsys):
 def test_a_record_that_was_tested_in_another_way_is_left_out(here, capsys, tested):
     write_beyond(here / "results", "beyond-mix", (0.7, 0.8), tested=tested, outputs=SIX[:3])
     reproduce.main(["--profile", "half", "--table", "beyond", "--rows", "beyond-mix"])
+    out, err = capsys.readouterr()
+    assert "not yet run" in out and f"tested with --{next(iter(tested))}" in err
+
+
+@pytest.mark.parametrize(
+    "tested",
+    [{"scans": "held-out"}, {"flips": 8}, {"stride": [18, 18, 4]}, {"weighting": "gaussian"}, {"precision": "bf16"},
+     {"patch_size": [64, 64, 64]}],
+)  # fmt: skip
+def test_so_is_a_record_of_the_paper_s_tables(here, capsys, tested):
+    write_record(here / "results", "dtml-16", 1337, [(0.8, 1), (0.9, 2)])
+    path = here / "results" / "half" / "dtml-16-seed1337" / "test.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | tested))
+    reproduce.main(["--profile", "half", "--table", "1", "--rows", "dtml-16"])
     out, err = capsys.readouterr()
     assert "not yet run" in out and f"tested with --{next(iter(tested))}" in err
 
@@ -602,11 +643,20 @@ def test_slurm_jobs_are_submitted_and_not_waited_for(stage, here, monkeypatch, c
     out = capfd.readouterr().out
     assert [line.split(": ")[1] for line in out.splitlines()] == ["dtml-16-seed1338", "dtml-16-seed1339"]
     batch = (here / "batch").read_text()
+    words = ["--profile", "half", "--table", "beyond", "--rows", "beyond-paper", "beyond-flips", "--seeds", "1337"]
+    reproduce.main([*words, "--submit", "slurm", "--slurm", "gpus_per_node=1"])
+    out = capfd.readouterr().out
+    assert [line.split(": ")[1] for line in out.splitlines()] == ["beyond-paper-seed1337 beyond-flips-seed1337"]
     assert "--gpus-per-node=1" in batch and "--partition=long" in batch and "--time=1440" in batch
     assert stage.calls() == [] and stage.records() == ["dtml-16-seed1337"]
 
 
 # the real thing
+
+
+def test_a_job_makes_all_runs_of_its_folder(monkeypatch):
+    monkeypatch.setattr(reproduce, "make", lambda this, stop: {"a": "", "b": "broken", "c": "worse"}[this])
+    assert reproduce.Job(["a", "b", "a", "c"])() == "broken; worse" and reproduce.Job(["a"])() == ""
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@ goes beyond them, and the tables' rows. RUNS: key of a run -> its flags; TABLES:
 
 from typing import Any, NamedTuple
 
+ALL_LABELED = 80  # scans of LA's train.list
 SEMI_SUPERVISED = ("dtml", "mean-teacher", "ua-mt", "tcse", "dtc", "sassnet", "asdnet", "double-unc")
 AUTHORS = {"dtml": "DTML", "ua-mt": "UA-MT", "dtc": "DTC", "sassnet": "SASSNet"}  # these have a preset `authors`
 ALONE = "--unlabeled 0 --consistency none"  # of DK-UXNet: the same network on labeled scans only
@@ -170,7 +171,7 @@ TESTED_AGAINST = {  # table: runs whose M_s (or only output) its rows are compar
     "3": ["supervised-16", "dtml-16"],
     "authors": ["dtml-16"],
     "best": ["dtml-16", "supervised-best-16"],
-    "dk-uxnet": ["supervised-16"],
+    "dk-uxnet": ["supervised-8", "supervised-16"],
 }
 PHANTOM_TABLES: Tables = {
     "methods": ("Methods on the phantom set", [

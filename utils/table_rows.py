@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
-from utils.grid import Row
+from utils.grid import ALL_LABELED, Row
 from utils.metrics import COMPONENTS, METRICS, mean_and_sd
 from utils.run_folder import MANIFEST
 from utils.statistics import Comparison, compare, holm, mean_over, read_row
@@ -80,9 +80,17 @@ def compared(row: Row, records: Records, usual: Row, usual_records: Records) -> 
     return compare(reference, found), shared
 
 
+def labeled_of(row: Row) -> str:
+    """Its number of labeled scans."""
+    return row.scans.split(" / ")[0]
+
+
 def paired_table(rows: list[Row], done: dict[str, Records], usual: Row) -> str:
-    """The paired tests of a table's rows against one of them, Holm's correction over these; nothing without a pair."""
-    others = list(dict.fromkeys(row for row in rows if (row.key, row.output) != (usual.key, usual.output)))
+    """The paired tests of a table's rows, of as many labeled scans or of all, against one of them, Holm's correction
+    over these; nothing without a pair."""
+    labels = {labeled_of(usual), str(ALL_LABELED)}
+    others = [row for row in rows if (row.key, row.output) != (usual.key, usual.output) and labeled_of(row) in labels]
+    others = list(dict.fromkeys(others))
     found = [(row, compared(row, done.get(row.key, {}), usual, done.get(usual.key, {}))) for row in others]
     tested = [(row, *pair) for row, pair in found if pair]
     lines = [
