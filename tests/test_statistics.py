@@ -63,6 +63,9 @@ def test_scans_without_a_number_are_left_out_and_counted():
 def test_equal_rows_and_constant_differences_give_no_nonsense():
     same = compare(row(0), row(0))
     assert same.w_p == 1 and (same.difference, same.low, same.high) == (0, 0, 0)
+    above = compare({f"case{i}": i / 16 for i in range(12)}, {f"case{i}": i / 16 + 0.5 for i in range(12)})
+    assert (above.difference, above.low, above.high, above.higher) == (0.5, 0.5, 0.5, 12)
+    assert math.isnan(above.t_p) and above.w_p == pytest.approx(2 / 2**12)
     with pytest.raises(UserError, match="too few"):
         compare({"a": 1.0, "b": math.nan}, {"a": 0.5, "b": 0.5})
 
@@ -89,10 +92,10 @@ def test_the_command_prints_a_line_per_row_and_draws(tmp_path, capsys):
 
 
 def test_a_row_of_several_seeds_is_each_scan_s_mean_over_them(tmp_path, capsys):
-    for name, seeds in {"old": (0, 1), "new": (2, 3, 4)}.items():
-        for seed in seeds:
+    for name, seeds in {"old": (0, 1), "new": (2, 3, 4, "4.20261122-131415", "4.20261122-131415.1")}.items():
+        for seed in seeds:  # the last two are what --fresh moved aside
             (tmp_path / f"{name}-seed{seed}").mkdir()
-            write(tmp_path / f"{name}-seed{seed}" / "cases.csv", row(seed), output="sdm")
+            write(tmp_path / f"{name}-seed{seed}" / "cases.csv", row(seed if seed in range(5) else 9), output="sdm")
     statistics.main([f"{tmp_path}/old-seed*", f"{tmp_path}/new-seed*:sdm", f"{tmp_path}/new-seed3"])
     old, new = (np.mean([list(row(seed).values()) for seed in seeds], axis=0) for seeds in ((0, 1), (2, 3, 4)))
     shown, of_all, of_one = [line for line in capsys.readouterr().out.splitlines() if str(tmp_path) in line]

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from utils.errors import UserError
 from utils.run_lock import LOCK
 
 OPTIONS, MANIFEST, SCALARS = "options.txt", "manifest.json", "scalars.csv"
+MOVED_ASIDE = re.compile(r"\.\d{8}-\d{6}(\.\d+)?(?=/|$)")  # what --fresh adds to the name of an old run folder
 PACKAGES = ("torch", "numpy", "h5py", "scipy", "medpy", "scikit-image", "tensorboard")
 
 

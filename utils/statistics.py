@@ -26,6 +26,7 @@ from scipy import stats
 from utils.errors import UserError, run
 from utils.metrics import COMPONENTS, METRICS
 from utils.options import Parser, fill, option
+from utils.run_folder import MOVED_ASIDE
 
 
 @dataclasses.dataclass
@@ -87,7 +88,8 @@ def read_row(where: str, metric: str, component: str) -> dict[str, float]:
 
 
 def runs_of(where: str) -> list[str]:
-    """The runs that a row is of: those that a path with a * matches, else the row as it is given.
+    """The runs that a row is of: those that a path with a * matches, but for what --fresh moved aside; else the row as
+    it is given.
 
     Raises:
         UserError: nothing matches.
@@ -95,7 +97,7 @@ def runs_of(where: str) -> list[str]:
     if "*" not in where:
         return [where]
     pattern, colon, output = where.partition(":")
-    found = sorted(glob.glob(pattern))
+    found = sorted(path for path in glob.glob(pattern) if not MOVED_ASIDE.search(path))
     if not found:
         raise UserError(f"nothing matches {pattern}. Give folders with the cases.csv of test_la.py.")
     return [f"{path}{colon}{output}" for path in found]
