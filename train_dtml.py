@@ -216,6 +216,8 @@ def settle(given: dict[str, Any], kind: type[Method]) -> tuple[Options, Method.O
             if value not in (None, usual):
                 raise UserError(f"--lr-{flag} does nothing with --lr-schedule cosine. Leave one of them out.")
         o.lr_steps = []
+    if o.optimizer != "sgd" and given.get("momentum") not in (None, Options.momentum):
+        raise UserError(f"--momentum does nothing with --optimizer {o.optimizer}. Leave one of them out.")
     o.lr_steps = default_lr_steps(o.iterations) if o.lr_steps is None else o.lr_steps
     return o, fill(kind.Options, *layers)
 

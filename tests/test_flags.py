@@ -159,7 +159,7 @@ SHARED = {
     "lr_steps": [("--lr-steps 2", ""), ("--lr-steps", "")],
     "lr_gamma": [("--lr-gamma 0.5", "")],
     "momentum": [("--momentum 0.5", "")],
-    "weight_decay": [("--weight-decay 0.01", "")],
+    "weight_decay": [("--weight-decay 0.01", ""), ("--weight-decay 0.3", "--optimizer adamw")],
     "seed": [("--seed 2", "")],
 }
 TEACHER = {
