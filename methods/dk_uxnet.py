@@ -11,7 +11,8 @@ those of a k-means layer's own assignment and of the label pooled to its map.
 
 Our interpretation: the paper's equations could not be read and its released code has no semi-supervised loop, so the
 consistency follows another repository of its author. Preset `released` is that evidence, except that no unlabeled
-scan's label is read; `repaired` mends what kept it from learning. The README's table tells what each repair changes.
+scan's label is read, that a batch holds both labeled and unlabeled crops, and the number of iterations; `repaired`
+mends what kept it from learning. The README's table tells what each repair changes.
 """
 
 from dataclasses import dataclass

@@ -73,7 +73,7 @@ class Backbone(nn.Module):
 def set_precision(method: nn.Module, precision: str, *, training: bool) -> bool:
     """Sets that of every backbone in a method; whether it is then that of any.
 
-    In training a network with a head 'sdm' stays in float32: m = sigmoid(-1500 z) has its gradient where |z| < 0.003,
+    In training a network with a head 'sdm' stays in float32: m = sigmoid(-1500 z) has its gradient where |z| < 0.005,
     and what tf32 or bf16 round in the trunk moves z by more, so that it would be the gradient of other voxels. Without
     a gradient only voxels at the very border feel it.
     """

@@ -1,6 +1,7 @@
 """The sliding window: counts, identity and plus-one predictors, weighting, half resolution."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -105,6 +106,9 @@ def test_gaussian_weights_are_symmetric_and_highest_in_the_middle():
     weights = gaussian_weights((8, 6, 4))
     assert torch.allclose(weights, weights.flip(0, 1, 2))
     assert weights.max() == weights[3, 2, 1] and weights.min() >= 1e-3
+    r2 = (0.5**2 - 2.5**2) / 1**2  # an SD of 8/8 voxels along x: 2.5 and 0.5 voxels from the middle
+    assert weights[1, 2, 1] / weights[3, 2, 1] == pytest.approx(math.exp(r2 / 2))
+    assert gaussian_weights((8, 8, 8))[0, 0, 0] == pytest.approx(1e-3)
 
 
 @pytest.mark.la

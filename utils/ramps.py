@@ -15,8 +15,8 @@ def ramp_up(iteration: int, iterations: int, shape: str = "gaussian") -> float:
     gaussian  exp(-5 (1 - t/T)^2), Laine & Aila (2017), what DTML cites
     steps     the same at 40 plateaus, as the released codes of UA-MT, DTC and DTML compute it
     literal   exp(-5 (1 - t/T)), as printed in the DTML paper, without the square
-    epochs    1/20, 1/4, 1/2, 1 from iterations 0, 200, 800, 1600 on, whatever T is: 5, 20 and 40 epochs of the code
-              that DK-UXNet's preset `released` follows
+    epochs    1/20, 1/4, 1/2, 1 from the start and after iterations 200, 800, 1600, whatever T is: 5, 20 and 40
+              epochs of the code that DK-UXNet's preset `released` follows
     """
     if shape == "epochs":
         return (0.05, 0.25, 0.5, 1.0)[sum(iteration > t for t in EPOCHS)]
