@@ -56,6 +56,7 @@ from utils.run_folder import (
     make_manifest,
     make_run_folder,
     named_disk_errors,
+    read_json,
     refuse_changed,
     refuse_existing,
     start_manifest,
@@ -229,6 +230,11 @@ def rate(iteration: int, o: Options) -> float:
     return learning_rate(iteration, o.lr, o.lr_steps or [], o.lr_gamma)
 
 
+def speed(iterations: int, seconds: float) -> dict[str, float]:
+    """What the manifest tells of a whole run, its earlier sessions included."""
+    return {"wall_s": round(seconds, 1), "iterations_per_s": round(iterations / seconds, 4)}
+
+
 def choose_arithmetic(method: Method, o: Options, device: torch.device) -> None:
     """--precision, --recompute and --compile.
 
@@ -292,6 +298,9 @@ def main(argv: list[str] | None = None) -> None:
         return
     if state is not None and state["iteration"] >= o.iterations:
         print(f"{folder} is already done: {state['iteration']} of {o.iterations} iterations.", file=sys.stderr)
+        manifest = read_json(folder / MANIFEST)
+        if RANK == 0 and manifest and "wall_s" not in manifest:  # it was killed after its last checkpoint
+            write_json(folder / MANIFEST, {**manifest, **speed(o.iterations, state["seconds"])})
         return
     cases, problems, labeled_batch = training_cases(
         Path(o.data), labeled=o.labeled, unlabeled=o.unlabeled, batch_size=o.batch_size,
@@ -406,8 +415,7 @@ def main(argv: list[str] | None = None) -> None:
         if report:
             wall = time.monotonic() - began
             measured: dict[str, Any] = {
-                "wall_s": round(wall, 1),
-                "iterations_per_s": round(o.iterations / wall, 4),
+                **speed(o.iterations, wall),
                 "peak_memory_gib": round(peak_memory_gib(device), 2),
                 "time_shares": {name: round(share, 4) for name, share in clock.all_shares().items()},
             }

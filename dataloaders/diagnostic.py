@@ -6,25 +6,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from dataloaders.augmentation import draw_augmentation
-from dataloaders.two_stream import Patches, Slot, TwoStreamBatchSampler, collate
+from dataloaders.two_stream import Patches, TwoStreamBatchSampler, collate
 from utils.checkpoint import save_checkpoint
 from utils.errors import Diverged, UserError
 
 
 def batch_of(patches: Patches, sampler: TwoStreamBatchSampler, iteration: int) -> tuple[dict, list[dict[str, Any]]]:
     """The batch of an iteration, made again, and for each crop case, slot, start, size, turns and flip."""
-    step = iteration * sampler.ranks + sampler.rank
-    slots = [Slot(step, slot, case) for slot, case in enumerate(sampler.cases(step))]
-    boxes = []
-    for slot in slots:
-        generator = np.random.default_rng([patches.seed, 1, slot.step, slot.slot])
-        for _ in range(1 + patches.other):
-            shape = patches.volumes.shapes[slot.case]
-            draw = draw_augmentation(generator, shape, patches.patch_size, patches.augment)
-            boxes.append({"case": patches.volumes.cases[slot.case].name, "slot": slot.slot, **dataclasses.asdict(draw)})
+    slots = sampler.slots(iteration)
+    boxes = [
+        {"case": patches.volumes.cases[slot.case].name, "slot": slot.slot, **dataclasses.asdict(draw)}
+        for slot in slots
+        for draw in patches.draws(slot)[0]
+    ]
     return collate([patches[slot] for slot in slots]), boxes
 
 

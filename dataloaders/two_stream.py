@@ -74,10 +74,13 @@ class TwoStreamBatchSampler(Sampler[list[Slot]]):
         second = order[place * self.unlabeled_batch :][: self.unlabeled_batch]
         return first.tolist() + (self.labeled + second).tolist()
 
+    def slots(self, iteration: int) -> list[Slot]:
+        """This process's batch of an iteration."""
+        step = iteration * self.ranks + self.rank
+        return [Slot(step, slot, case) for slot, case in enumerate(self.cases(step))]
+
     def __iter__(self) -> Iterator[list[Slot]]:
-        for iteration in range(self.start, self.iterations):
-            step = iteration * self.ranks + self.rank
-            yield [Slot(step, slot, case) for slot, case in enumerate(self.cases(step))]
+        return map(self.slots, range(self.start, self.iterations))
 
 
 class Patches(Dataset[dict[str, Any]]):
@@ -104,10 +107,15 @@ class Patches(Dataset[dict[str, Any]]):
         self.sdm, self.other, self.intensity, self.sdm_of = sdm, other, intensity, sdm_of
         self._distances: dict[int, Tensor] = {}
 
-    def __getitem__(self, slot: Slot) -> dict[str, Any]:
+    def draws(self, slot: Slot) -> tuple[list[Draw], np.random.Generator]:
+        """Where the crop of a slot lies and how it is turned, with `other` the second one's too; and what draws on."""
         shape = self.volumes.shapes[slot.case]
         generator = np.random.default_rng([self.seed, 1, slot.step, slot.slot])
         draws = [draw_augmentation(generator, shape, self.patch_size, self.augment) for _ in range(1 + self.other)]
+        return draws, generator
+
+    def __getitem__(self, slot: Slot) -> dict[str, Any]:
+        draws, generator = self.draws(slot)
         item, *others = (self.crop(slot.case, draw) for draw in draws)
         for crop in (item, *others) if self.intensity else ():
             crop["image"] = random_intensities(crop["image"], generator, self.intensity)

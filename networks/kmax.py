@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from networks.batch_norm import BatchNorm3d
 from networks.uxnet import Depthwise
 
 HEADS = 8  # of the self-attention
@@ -76,7 +77,7 @@ class AssignmentPredictor(nn.Module):
         embedding = query_channels // 2
         self.depthwise = Depthwise(channels, 5, bias=False)
         nn.init.xavier_uniform_(self.depthwise.weight)
-        self.norm = nn.BatchNorm3d(channels, momentum=momentum, eps=EPSILON)
+        self.norm = BatchNorm3d(channels, momentum=momentum, eps=EPSILON)
         self.wide = project(channels, query_channels, momentum)
         self.last = nn.Conv1d(query_channels, embedding, 1)
         truncated_(self.last.weight, 0.01)

@@ -1,6 +1,7 @@
 """A run that was stopped, killed or resumed equals one that was not, bit for bit."""
 
 import csv
+import json
 import os
 import random
 import shutil
@@ -20,6 +21,7 @@ from dataloaders import volumes
 from dataloaders.two_stream import Patches
 from methods import METHODS
 from utils import checkpoint
+from utils.checkpoint import load_checkpoint
 from utils.devices import seed_iteration
 from utils.errors import Stopped, UserError, run
 
@@ -405,6 +407,20 @@ def test_14_resuming_a_finished_run_leaves_it_alone(data, after_step, tmp_path, 
     train(data, tmp_path / "run", "--resume", "auto")
     assert "already done" in capsys.readouterr().err
     assert before == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (tmp_path / "run").iterdir()}
+
+
+def test_14_a_run_killed_after_its_last_checkpoint_is_told_its_speed(data, tmp_path):
+    train(data, tmp_path / "run")
+    path = tmp_path / "run" / "manifest.json"
+    whole = json.loads(path.read_text())
+    left = {key: value for key, value in whole.items() if key not in ("wall_s", "iterations_per_s", "time_shares")}
+    path.write_text(json.dumps(left))
+    train(data, tmp_path / "run", "--resume", "auto")
+    found = json.loads(path.read_text())
+    seconds = load_checkpoint(tmp_path / "run")["seconds"]
+    assert found["wall_s"] == round(seconds, 1) and 0.5 * whole["wall_s"] - 0.1 <= found["wall_s"] <= whole["wall_s"]
+    assert found["iterations_per_s"] == round(found["options"]["iterations"] / seconds, 4)
+    assert {key: found[key] for key in left} == left
 
 
 def test_13_resuming_on_other_volumes_is_refused(data, after_step, tmp_path):
