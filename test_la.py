@@ -8,7 +8,8 @@
 
 The checkpoint knows its method, its data and its patch; no other flag is needed. Bare weights know nothing: they are
 tested as in the papers, on data/la, with windows of 112x112x80 voxels. Every output of the method is
-scored with and without the largest-component filter, always on the scan's own grid.
+scored with and without the largest-component filter, always on the scan's own grid. A scan that the checkpoint was
+trained on is refused, whatever the lists call it.
 """
 
 import csv
