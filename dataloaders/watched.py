@@ -2,11 +2,11 @@
 
 import atexit
 import os
-import re
 import signal
 import threading
 from collections.abc import Iterator
 from multiprocessing import RawArray, active_children
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -48,7 +48,8 @@ class WatchedLoader(DataLoader):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         others = active_children()
         batches = super().__iter__()
-        atexit.register(end, [child for child in active_children() if child not in others])
+        workers = [child for child in active_children() if child not in others]
+        atexit.register(end, workers)
         if self.num_workers and threading.current_thread() is threading.main_thread():
             # torch would raise the error wherever the program is just then, in the middle of a save too.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -57,13 +58,15 @@ class WatchedLoader(DataLoader):
                 batch = next(batches)
             except StopIteration:
                 return
-            except RuntimeError as e:
-                dead = re.search(r"worker \(pid\(s\) ([\d, ]+)\)", str(e))
-                if dead is None:
+            except (RuntimeError, OSError, EOFError) as e:
+                wait([worker.sentinel for worker in workers], timeout=1)  # its pipe breaks before its end is seen
+                dead = [worker.pid for worker in workers if not worker.is_alive() and worker.pid is not None]
+                if not dead:
                     raise
-                at = self.dataset.cases_of(list(map(int, dead[1].split(","))))  # type: ignore[attr-defined]
+                at = self.dataset.cases_of(dead)  # type: ignore[attr-defined]
                 raise RuntimeError(
-                    f"the data worker {dead[1]} was killed while it read {', '.join(at) or 'its first case'}. The last "
-                    "checkpoint is intact: go on with --resume, with fewer --workers if the memory ran out."
+                    f"the data worker {', '.join(map(str, dead))} was killed while it read "
+                    f"{', '.join(at) or 'its first case'}. The last checkpoint is intact: go on with --resume, with "
+                    "fewer --workers if the memory ran out."
                 ) from e
             yield batch
