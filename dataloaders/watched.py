@@ -25,7 +25,7 @@ class Noted(Dataset[dict[str, Any]]):
             self.notes[2 * worker.id], self.notes[2 * worker.id + 1] = os.getpid(), slot.case
         return self.patches[slot]
 
-    def cases_of(self, pids: list[int]) -> list[str]:
+    def cases_of(self, pids: list[int | None]) -> list[str]:
         """What the workers of these process numbers read last, as NAME (FILE)."""
         notes = dict(zip(self.notes[::2], self.notes[1::2], strict=True))
         cases = [self.patches.volumes.cases[notes[pid]] for pid in pids if pid in notes]
@@ -59,8 +59,9 @@ class WatchedLoader(DataLoader):
             except StopIteration:
                 return
             except (RuntimeError, OSError, EOFError) as e:
-                wait([worker.sentinel for worker in workers], timeout=1)  # its pipe breaks before its end is seen
-                dead = [worker.pid for worker in workers if not worker.is_alive() and worker.pid is not None]
+                # Its socket breaks before its end is seen, and its sentinel is ready before is_alive() turns False.
+                ended = wait([worker.sentinel for worker in workers], timeout=1)
+                dead = [worker.pid for worker in workers if worker.sentinel in ended]
                 if not dead:
                     raise
                 at = self.dataset.cases_of(dead)  # type: ignore[attr-defined]
