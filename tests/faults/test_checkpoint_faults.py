@@ -15,6 +15,7 @@ import time
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py  # noqa: F401  (its C library must be loaded before a fork)
 import numpy as np
@@ -25,6 +26,7 @@ from conftest import TINY, flat, method_words
 import train_dtml
 from methods import METHODS, restore
 from methods.adversary import Adversary
+from methods.finite import Watch
 from utils import checkpoint
 from utils.checkpoint import LAST, PREVIOUS, load_checkpoint, save_checkpoint, write_whole
 from utils.errors import Diverged, Stopped, UserError, run
@@ -613,6 +615,26 @@ def test_18_what_is_not_finite_never_reaches_the_weights(method, how, k, tiny_se
         assert saved["iteration"] == k
         assert all(torch.equal(saved["method"][name], weight) for name, weight in before["weights"].items())
         assert all_finite(saved)
+
+
+@pytest.mark.parametrize(("save_every", "kept"), [(1, 4), (2, 4), (3, 3)])  # iteration 4 is followed by a save or not
+def test_18_on_a_gpu_the_late_answer_is_read_before_anything_is_saved(
+    save_every, kept, tiny_set, tmp_path, spoil, monkeypatch
+):
+    def late(optimizer, device):
+        watch = Watch(optimizer, device)
+        watch.late = True
+        return watch
+
+    monkeypatch.setattr(train_dtml, "Watch", late)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: None, synchronize=lambda: None))
+    before = spoil(4, nan_loss)
+    with pytest.raises(Diverged, match="at iteration 4 the loss seg"):
+        train(tiny_set, tmp_path / "run", "--save-every", str(save_every))
+    after = dict(before["method"].named_parameters())
+    assert all(torch.equal(after[name], weight) for name, weight in before["weights"].items())
+    saved = load(tmp_path / "run" / LAST)
+    assert saved["iteration"] == kept and all_finite(saved)
 
 
 def nan_of_critic(critic, loss):
