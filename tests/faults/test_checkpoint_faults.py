@@ -248,6 +248,7 @@ def files(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's writing thread
 @pytest.mark.parametrize("size", ["4k", "16k", "200k", "700k"])  # from the first file to the second checkpoint
 def test_03_a_run_on_a_disk_that_fills_up_ends_with_a_word_and_goes_on_once_there_is_room(size, tiny_set, tmp_path):
     with small_disk(tmp_path / "disk", size) as disk:
