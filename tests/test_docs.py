@@ -20,7 +20,7 @@ import train_dtml
 from methods import METHODS
 from utils.errors import UserError
 from utils.options import Parser
-from utils.statistics import read_row
+from utils.statistics import compare, read_row
 
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
 ADDING, DIFFERENCES = PAGES["adding-a-method.md"], PAGES["differences.md"]
@@ -286,3 +286,31 @@ def test_the_table_of_best_on_the_test_scans_is_the_recorded_one():
             _, _, mean, interval, on, _, wilcoxon, holm, _ = paired[name]
             assert difference.replace("\N{MINUS SIGN}", "-") == f"{mean} ({interval})"
             assert (higher, p) == (on, f"{wilcoxon}, {holm}")
+
+
+def unlabeled_rows(seeds):
+    """The table of `best` without and with the 64 unlabeled scans, over these seeds."""
+    rows = [
+        [f"16 / 0, seeds {', '.join(map(str, seeds))}"],
+        ["16 / 64, the same seeds"],
+        ["difference (95 % interval)"],
+        ["higher on, Wilcoxon p"],
+    ]
+    for output in ("seg", "sdm", "mean"):
+        found = []
+        for key in ("best-16-0", "best-16"):
+            runs = [read_row(f"{ROOT}/results/half/{key}-seed{seed}:{output}", "dice", "all") for seed in seeds]
+            rows[len(found)].append(", ".join(f"{100 * statistics.mean(run.values()):.2f}" for run in runs))
+            found.append({case: statistics.mean(run[case] for run in runs) for case in runs[0]})
+        c = compare(*found)
+        interval = f"{100 * c.difference:+.2f} ({100 * c.low:+.2f} to {100 * c.high:+.2f})"
+        rows[2].append(interval.replace("-", "\N{MINUS SIGN}"))
+        rows[3].append(f"{c.higher} of {c.n}, {c.w_p:.2g}")
+    return rows
+
+
+def test_the_table_of_the_unlabeled_scans_is_what_the_records_give():
+    seeds = sorted(int(path.name[-4:]) for path in (ROOT / "results" / "half").glob("best-16-0-seed*"))
+    assert cells_of(PAGES["findings.md"], "**What the unlabeled scans add**") == [
+        [cell.strip() for cell in row] for row in unlabeled_rows(seeds)
+    ]
