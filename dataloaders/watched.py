@@ -33,13 +33,15 @@ class Noted(Dataset[dict[str, Any]]):
 
 
 def end(workers: list[BaseProcess]) -> None:
-    """Kills those still there as the program ends.
+    """Kills those still there, as the loader fails or the program ends.
 
     The traceback of one worker's death holds torch's iterator, and with it the others. Python would ask them to end by
     SIGTERM, which they leave to the main process (ignore_stop_signals), and wait for them for ever.
     """
     for worker in workers:
         worker.kill()
+    for worker in workers:
+        worker.join()
 
 
 class WatchedLoader(DataLoader):
@@ -62,6 +64,7 @@ class WatchedLoader(DataLoader):
                 # Its socket breaks before its end is seen, and its sentinel is ready before is_alive() turns False.
                 ended = wait([worker.sentinel for worker in workers], timeout=1)
                 dead = [worker.pid for worker in workers if worker.sentinel in ended]
+                end(workers)
                 if not dead:
                     raise
                 at = self.dataset.cases_of(dead)  # type: ignore[attr-defined]

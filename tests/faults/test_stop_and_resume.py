@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from multiprocessing import active_children
 
 import numpy as np
 import pytest
@@ -300,7 +301,7 @@ def test_17_a_killed_worker_is_named_with_its_case_and_the_run_goes_on_from_its_
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_17_a_worker_whose_pipe_breaks_before_its_end_is_seen_is_named_all_the_same(data, tmp_path, monkeypatch):
     """Its batches pass through a socket of its own, which a kill closes a moment before the process is gone."""
-    real, pid = _MultiProcessingDataLoaderIter._try_get_data, tmp_path / "pid"
+    real, pid, others = _MultiProcessingDataLoaderIter._try_get_data, tmp_path / "pid", set(active_children())
 
     def broken(batches, *timeout):
         if not (tmp_path / "run" / "last.pt").exists():
@@ -314,16 +315,20 @@ def test_17_a_worker_whose_pipe_breaks_before_its_end_is_seen_is_named_all_the_s
     with pytest.raises(RuntimeError, match=r"data worker \d+ was killed while it read case0\d .*mri_norm2.h5") as error:
         train(data, tmp_path / "run", "--workers", "2", "--save-every", "2")
     assert f"worker {pid.read_text()} was" in str(error.value)
+    assert others.issuperset(active_children())  # though the error holds the loader
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_17_an_error_of_the_pipe_while_all_workers_live_is_told_as_it_is(data, tmp_path, monkeypatch):
+    others = set(active_children())
+
     def broken(batches, *timeout):
         raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
 
     monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_try_get_data", broken)
-    with pytest.raises(ConnectionResetError):
+    with pytest.raises(ConnectionResetError) as error:
         train(data, tmp_path / "run", "--workers", "2")
+    assert error.tb and others.issuperset(active_children())
 
 
 def test_42_a_run_that_moved_to_another_computer_with_another_clock_goes_on(
