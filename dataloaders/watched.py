@@ -61,7 +61,7 @@ class WatchedLoader(DataLoader):
             except StopIteration:
                 return
             except (RuntimeError, OSError, EOFError) as e:
-                # Its socket breaks before its end is seen, and its sentinel is ready before is_alive() turns False.
+                # A killed worker's socket breaks first; then its sentinel is ready, and only then is is_alive() False.
                 ended = wait([worker.sentinel for worker in workers], timeout=1)
                 dead = [worker.pid for worker in workers if worker.sentinel in ended]
                 end(workers)

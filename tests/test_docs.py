@@ -20,7 +20,7 @@ import train_dtml
 from methods import METHODS
 from utils.errors import UserError
 from utils.options import Parser
-from utils.statistics import compare, read_row
+from utils.statistics import compare, mean_over, read_row
 
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
 ADDING, DIFFERENCES = PAGES["adding-a-method.md"], PAGES["differences.md"]
@@ -301,7 +301,7 @@ def unlabeled_rows(seeds):
         for key in ("best-16-0", "best-16"):
             runs = [read_row(f"{ROOT}/results/half/{key}-seed{seed}:{output}", "dice", "all") for seed in seeds]
             rows[len(found)].append(", ".join(f"{100 * statistics.mean(run.values()):.2f}" for run in runs))
-            found.append({case: statistics.mean(run[case] for run in runs) for case in runs[0]})
+            found.append(mean_over(runs))
         c = compare(*found)
         interval = f"{100 * c.difference:+.2f} ({100 * c.low:+.2f} to {100 * c.high:+.2f})"
         rows[2].append(interval.replace("-", "\N{MINUS SIGN}"))
@@ -311,6 +311,4 @@ def unlabeled_rows(seeds):
 
 def test_the_table_of_the_unlabeled_scans_is_what_the_records_give():
     seeds = sorted(int(path.name[-4:]) for path in (ROOT / "results" / "half").glob("best-16-0-seed*"))
-    assert cells_of(PAGES["findings.md"], "**What the unlabeled scans add**") == [
-        [cell.strip() for cell in row] for row in unlabeled_rows(seeds)
-    ]
+    assert cells_of(PAGES["findings.md"], "**What the unlabeled scans add**") == unlabeled_rows(seeds)
