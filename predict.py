@@ -41,6 +41,7 @@ from dataloaders.images import (
     scan_name,
     write_image,
 )
+from dataloaders.normalization import normalized
 from methods import Method
 from methods.released import RELEASED, load_trained
 from networks.backbone import PRECISIONS, set_precision
@@ -128,6 +129,8 @@ class Model:
     outputs: list[str]
     """Of each method, the one that is taken."""
     downsample: int
+    normalize: str
+    """What training did to each volume, see dataloaders/normalization.py."""
     patch_size: tuple[int, ...]
     spacing: tuple[float, ...] | None
     """mm along x, y, z, or None for the scan's own."""
@@ -157,8 +160,8 @@ def load_model(o: Options, device: torch.device) -> Model:
         if state["iteration"] < state["options"]["iterations"]:
             done = f"{state['iteration']} of {state['options']['iterations']} iterations"
             print(f"warning: {state['file']} is not finished: {done}.", file=sys.stderr)
-    for name in ("downsample", "classes"):
-        found = {options.get(name, 1) for options in trained}
+    for name, usual in (("downsample", 1), ("classes", 1), ("normalize", "none")):
+        found = {options.get(name, usual) for options in trained}
         if len(found) > 1:
             raise UserError(
                 f"the checkpoints differ in --{name}: {', '.join(map(str, sorted(found)))}. Average like with like."
@@ -181,7 +184,10 @@ def load_model(o: Options, device: torch.device) -> Model:
         set_precision(method, o.precision, training=False)
     taken = [o.output or known[0] for known in outputs]
     classes = trained[0].get("classes", 1)
-    return Model(list(methods), taken, trained[0]["downsample"], sizes.pop(), spacing or None, classes, o.flips)
+    return Model(
+        list(methods), taken, trained[0]["downsample"], trained[0].get("normalize", "none"), sizes.pop(),
+        spacing or None, classes, o.flips,
+    )  # fmt: skip
 
 
 def probability(model: Model, image: Tensor, predict: Callable[[Tensor], Tensor], **window: Any) -> NDArray[np.float32]:
@@ -228,6 +234,7 @@ def predict_scan(model: Model, path: Path, o: Options, device: torch.device, win
     size, grid = grid_of_spacing(shape, geometry, model.spacing)
     if grid is not geometry:
         image = resample(image, geometry, size, grid, o.interpolation)
+    image = normalized(image, model.normalize)
     coarse = [-(-side // model.downsample) for side in size]
     count = len(windows(coarse, window["patch_size"], window["stride"]))
     with tqdm(total=count, desc=scan_name(path), unit="window", disable=not sys.stderr.isatty()) as bar:

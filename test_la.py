@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from dataloaders.cases import Case, CaseError, check_all, find_cases, known_spacing, lists_of, read_case, read_geometry
 from dataloaders.images import write_image
+from dataloaders.normalization import normalized
 from methods import Method
 from methods.released import RELEASED, load_trained
 from networks.backbone import PRECISIONS, set_precision
@@ -250,6 +251,7 @@ def main(argv: list[str] | None = None) -> None:
     if unknown:
         raise UserError(f"--output {' '.join(unknown)} is none that {state['file']} gives: {' '.join(known)}.")
     downsample, classes = trained["downsample"], method.options.classes
+    normalize = trained.get("normalize", "none")  # which early checkpoints do not tell
     patch_size = tuple(o.patch_size or trained["patch_size"])
     stride = tuple(o.stride or usual_stride(patch_size, downsample))
     refuse_window(patch_size, stride, method.side_multiple)
@@ -286,7 +288,7 @@ def main(argv: list[str] | None = None) -> None:
             upcoming = reader.submit(read_case, mine[i + 1]) if i + 1 < len(mine) else None
             assert label is not None
             p = predict_scan(
-                method, torch.from_numpy(image).to(device), outputs, downsample=downsample,
+                method, torch.from_numpy(normalized(image, normalize)).to(device), outputs, downsample=downsample,
                 patch_size=patch_size, stride=stride, weighting=o.weighting, batch_size=o.batch_size, flips=o.flips,
             )  # fmt: skip
             maps = {name: label_map(part).cpu().numpy() for name, part in zip(outputs, p.split(classes), strict=True)}
@@ -305,7 +307,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = {"patch_size": patch_size, "stride": stride, "windows": count, "weighting": o.weighting,
                 "flips": o.flips, "precision": o.precision, "scans": o.scans}  # fmt: skip
     more = {"checkpoint": str(path), "iteration": state["iteration"], "downsample": downsample,
-            "data": str(folder), "saved": o.save}  # fmt: skip
+            "normalize": normalize, "data": str(folder), "saved": o.save}  # fmt: skip
     if o.method:
         more |= {"method": o.method, "released": state["released"]}
     write_json(out / "test.json", make_manifest(device, **settings, **more))

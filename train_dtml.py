@@ -26,6 +26,7 @@ from dataloaders.augmentation import AUGMENTATIONS
 from dataloaders.cases import LA_FOLDER, PHANTOM_FOLDER
 from dataloaders.diagnostic import kept_for_diagnosis
 from dataloaders.findings import warnings_of
+from dataloaders.normalization import NORMALIZATIONS
 from dataloaders.training import median_spacing, training_cases
 from dataloaders.two_stream import SDM_OF, Patches, TwoStreamBatchSampler, make_loader
 from dataloaders.volumes import CACHES, Volumes
@@ -104,6 +105,13 @@ class Options:
     unlabeled: int | None = option(None, "so many others without label (default all; 0: none)", group="data", type=int)
     downsample: int = option(1, "pool this many voxels along each axis into one", group="data", minimum=1)
     patch_size: list[int] = option([112, 112, 80], "voxels of a crop along x, y, z", group="data", nargs=3, minimum=1)
+    normalize: str = option(
+        "none",
+        "scan: each volume is clipped to its 0.5 and 99.5 percentiles, then scaled to zero mean and unit variance, in "
+        "tests and predictions too",
+        group="data",
+        choices=NORMALIZATIONS,
+    )
     augment: str = option("d4", "turns and flips of a crop", group="data", choices=AUGMENTATIONS)
     intensity: float = option(0.0, "random gamma, contrast and brightness of a crop, up to so much; 0: none",
                               group="data", minimum=0, maximum=2)  # fmt: skip
@@ -316,7 +324,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--sdm-of scan does nothing here: no loss of this run needs distance maps. Leave it out.")
     volumes = Volumes(
         cases, cache=o.cache, folder=Path(o.cache_folder or Path(o.data, ".cache")), downsample=o.downsample,
-        device=device, problems=problems,
+        normalize=o.normalize, device=device, problems=problems,
     )  # fmt: skip
     method.to(device)
     choose_arithmetic(method, o, device)
@@ -361,7 +369,9 @@ def main(argv: list[str] | None = None) -> None:
         kept_for_diagnosis(folder, patches, sampler, contents),
     ):
         if report:
-            for line in warnings_of(volumes.facts, patch_size=o.patch_size, downsample=o.downsample):
+            for line in warnings_of(
+                volumes.facts, patch_size=o.patch_size, downsample=o.downsample, normalize=o.normalize
+            ):
                 report.say(line)
             replay = {name: value for name, value in everything.items() if name not in NOT_REPLAYED}
             write_whole(folder / OPTIONS, as_flags(replay).encode())

@@ -1,5 +1,6 @@
 """What was found out about a case, kept beside the data: that its file is sound, and its volumes as plain arrays."""
 
+import dataclasses
 import io
 import json
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataloaders.cases import Case
+from dataloaders.normalization import Scaling, normalized, scaling_of
 from utils.checkpoint import write_whole
 from utils.distributed import RANK
 from utils.errors import UserError
@@ -26,8 +28,10 @@ class Kept:
     """Of the case itself, before pooling."""
     checksum: str
     """Of the case itself: its image and, if it is labeled, its label."""
+    scaling: Scaling | None = None
+    """What --normalize does to the image, if that is read crop by crop."""
     image: NDArray[np.float32] | None = None
-    """(W,H,D), pooled, if the cache holds arrays."""
+    """(W,H,D), scaled and pooled, if the cache holds arrays."""
     label: NDArray[np.uint8] | None = None
     """(W,H,D), pooled, if it does and the case is labeled."""
 
@@ -41,8 +45,8 @@ class Checks:
     Without a folder, or where it cannot be written, the entries last as long as this object.
     """
 
-    def __init__(self, folder: Path | None):
-        self.folder = folder
+    def __init__(self, folder: Path | None, normalize: str = "none"):
+        self.folder, self.normalize = folder, normalize
         self._entries: dict[str, dict[str, Any]] = {}
         self._sources: dict[str, list[int]] = {}
 
@@ -72,6 +76,7 @@ class Checks:
             "image": digest(image),
             "both": None if label is None else digest(image, label),
             "classes": 1 if label is None else max(int(label.max()), 1),
+            "scaling": scaling_of(image, self.normalize),
         }
         if self.folder is not None:
             try:
@@ -88,7 +93,8 @@ class Checks:
         return self.folder / f"{case.name}.{what}"
 
     def _kept(self, case: Case, entry: dict[str, Any]) -> Kept:
-        return Kept(tuple(entry["shape"]), entry["both" if case.labeled else "image"])
+        scaling = None if self.normalize == "none" else Scaling(*entry["scaling"])
+        return Kept(tuple(entry["shape"]), entry["both" if case.labeled else "image"], scaling)
 
     def _write(self, case: Case, image: NDArray, label: NDArray | None) -> None:
         """Writes what the entry needs besides itself."""
@@ -110,8 +116,8 @@ class DiskCache(Checks):
     label (True) what is kept.
     """
 
-    def __init__(self, folder: Path, pool: Callable[[NDArray, bool], NDArray]):
-        super().__init__(folder)
+    def __init__(self, folder: Path, pool: Callable[[NDArray, bool], NDArray], normalize: str = "none"):
+        super().__init__(folder, normalize)
         self.pool = pool
 
     def _kept(self, case: Case, entry: dict[str, Any]) -> Kept:
@@ -119,10 +125,10 @@ class DiskCache(Checks):
         image = np.load(self._path(case, "image.npy"), mmap_mode="c")
         label = np.load(self._path(case, "label.npy"), mmap_mode="c") if case.labeled else None
         found = super()._kept(case, entry)
-        return Kept(found.shape, found.checksum, image, label)
+        return dataclasses.replace(found, scaling=None, image=image, label=label)
 
     def _write(self, case: Case, image: NDArray, label: NDArray | None) -> None:
-        write_whole(self._path(case, "image.npy"), _npy(self.pool(image, False)))
+        write_whole(self._path(case, "image.npy"), _npy(self.pool(normalized(image, self.normalize), False)))
         if label is not None:
             write_whole(self._path(case, "label.npy"), _npy(self.pool(label, True)))
 

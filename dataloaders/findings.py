@@ -88,16 +88,19 @@ def with_spacing(facts: Facts) -> Facts:
         return facts
 
 
-def findings_of(facts: Sequence[Facts], *, patch_size: Sequence[int] = (), downsample: int = 1) -> list[Finding]:
+def findings_of(
+    facts: Sequence[Facts], *, patch_size: Sequence[int] = (), downsample: int = 1, normalize: str = "none"
+) -> list[Finding]:
     """Warnings and notes about intensities, spacing, sizes and empty labels; none for a set like LA.
 
     Args:
         facts: of the cases that are read together.
         patch_size: voxels of a crop along x, y, z; () leaves the sizes out.
         downsample: the pooling before the crop.
+        normalize: what is done to each volume, after which its own intensities do not matter.
     """
     return [
-        *_intensities(facts),
+        *(_intensities(facts) if normalize == "none" else []),
         *_spacings(facts),
         *(_small(facts, patch_size, downsample) if patch_size else []),
         *_labels(facts),
@@ -236,10 +239,10 @@ def _image_digest(x: Facts) -> str:
         return x.case.name
 
 
-def warnings_of(facts: Sequence[Facts], *, patch_size: Sequence[int], downsample: int) -> list[str]:
+def warnings_of(facts: Sequence[Facts], *, patch_size: Sequence[int], downsample: int, normalize: str) -> list[str]:
     """Lines for the start of a training, from volumes that it has read; no other label and no test case is opened."""
     facts = [with_spacing(x) for x in facts]
-    found = findings_of(facts, patch_size=patch_size, downsample=downsample) + duplicates(facts)
+    found = findings_of(facts, patch_size=patch_size, downsample=downsample, normalize=normalize) + duplicates(facts)
     return [f"warning: {finding}" for finding in found if finding.level == "warning"]
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from dataloaders.cases import Case, CaseError, check_all, read_case
 from dataloaders.disk_cache import Checks, DiskCache
 from dataloaders.findings import Facts, facts_of
+from dataloaders.normalization import Scaling, normalized
 from utils.distributed import RANK, RANKS
 from utils.errors import UserError
 from utils.resample import downsample_image, downsample_label
@@ -28,6 +29,7 @@ class Volumes:
         cache: 'device' keeps all volumes on `device`, 'ram' in memory, 'disk' as plain arrays in `folder`, 'none'
             reads each crop from its file; 'auto' is the device if it is a GPU with room for them, else memory.
         downsample: pools each factor^3 voxels into one, see utils/resample.py.
+        normalize: how each whole volume is scaled before it is pooled, see dataloaders/normalization.py.
         folder: of the arrays on disk ('disk'), or of what the check of each file found ('none'); what an earlier run
             left there is not decoded again.
         problems: what is known to be wrong before reading, reported with the rest.
@@ -42,6 +44,7 @@ class Volumes:
         *,
         cache: str = "auto",
         downsample: int = 1,
+        normalize: str = "none",
         device: torch.device | None = None,
         folder: Path | None = None,
         problems: Sequence[str] = (),
@@ -52,6 +55,7 @@ class Volumes:
         self.facts: list[Facts] = []  # of the cases read now; what an earlier run left is not read
         self._images: list[Tensor] = []
         self._labels: list[Tensor | None] = []
+        self._scalings: list[Scaling | None] = []  # of volumes that are read crop by crop
         keep = cache in ("auto", "device", "ram")
 
         def pool(volume: NDArray, is_label: bool) -> NDArray:
@@ -59,10 +63,11 @@ class Volumes:
             return down(torch.from_numpy(volume), downsample).numpy()
 
         known: Checks | None = None
+        scaled = "" if normalize == "none" else f"-{normalize}"
         if cache == "disk":
-            known = DiskCache((folder or Path()) / f"downsample{downsample}", pool)
+            known = DiskCache((folder or Path()) / f"downsample{downsample}{scaled}", pool, normalize)
         elif cache == "none":
-            known = Checks(folder and folder / "checked")
+            known = Checks(folder and folder / f"checked{scaled}", normalize)
 
         def check(case: Case) -> None:
             kept = known.find(case) if known else None
@@ -76,7 +81,7 @@ class Volumes:
                 known.add(case, image, label)
                 return
             self._note(case, image.shape, digest(image) if label is None else digest(image, label))
-            self._keep(pool(image, False), None if label is None else pool(label, True))
+            self._keep(pool(normalized(image, normalize), False), None if label is None else pool(label, True))
 
         # Each process begins elsewhere, and leaves out what another one has remembered meanwhile.
         turn = RANK * len(cases) // RANKS if known else 0
@@ -87,6 +92,7 @@ class Volumes:
                 if kept is None:
                     raise UserError(f"{case.path} is changing while it is read. Start again when it is whole.")
                 self._note(case, kept.shape, kept.checksum)
+                self._scalings.append(kept.scaling)
                 if kept.image is not None:
                     self._keep(kept.image, kept.label)
         self.on_device = False
@@ -118,6 +124,8 @@ class Volumes:
         case, f = self.cases[index], self.downsample
         fine = tuple(slice(s.start * f, s.stop * f) for s in box)
         with h5py.File(case.path, "r") as file:
-            image = torch.from_numpy(file["image"][fine].astype(np.float32, copy=False))
+            values = file["image"][fine].astype(np.float32, copy=False)
             label = torch.from_numpy(file["label"][fine].astype(np.uint8, copy=False)) if case.labeled else None
+        scaling = self._scalings[index]
+        image = torch.from_numpy(values if scaling is None else scaling(values))
         return downsample_image(image, f), None if label is None else downsample_label(label, f)

@@ -84,7 +84,7 @@ def volumes(folder, /, labeled=4, **options) -> Volumes:
 
 
 def patches(folder, /, size=(16, 12, 8), **options) -> Patches:
-    kept = {k: options.pop(k) for k in ("cache", "folder", "downsample") if k in options}
+    kept = {k: options.pop(k) for k in ("cache", "folder", "downsample", "normalize") if k in options}
     return Patches(volumes(folder, **kept), patch_size=size, **{"augment": "d4", "seed": 5, "sdm": False, **options})
 
 

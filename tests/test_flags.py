@@ -147,6 +147,7 @@ SHARED = {
     "downsample": [("--downsample 2", "")],
     "patch_size": [("--patch-size 16 32 16", ""), ("--patch-size 32 16 16", "--patch-size 16 32 16")],
     "augment": [("--augment none", ""), ("--augment mirror", ""), ("--augment mirror", "--augment none")],
+    "normalize": [("--normalize scan", "")],
     "intensity": [("--intensity 0.3", ""), ("--intensity 0.3", "--intensity 0.1")],
     "sdm_of": [("--sdm-of scan", "--sdm-loss both")],
     "iterations": [("--iterations 4", "")],

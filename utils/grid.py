@@ -9,6 +9,7 @@ AUTHORS = {"dtml": "DTML", "ua-mt": "UA-MT", "dtc": "DTC", "sassnet": "SASSNet"}
 ALONE = "--unlabeled 0 --consistency none"  # of DK-UXNet: the same network on labeled scans only
 ADAMW = "--optimizer adamw --lr 0.001 --weight-decay 0.01"  # DK-UXNet's
 RECIPE = "--lr-schedule cosine --intensity 0.3"  # of the preset `best`, which any method can have
+NORMALIZED = "--normalize scan"
 SMALLER = "--downsample 2 --patch-size 32 32 16"
 HELD_OUT = {"scans": "held-out", "stride": [16, 16, 8], "save": "none"}
 BEYOND = {  # key: what one thing is done in another way than in the paper, its flags
@@ -42,6 +43,7 @@ LA_RUNS = {
     "best-16-0": "--method dtml --preset best --labeled 16 --unlabeled 0 --batch-size 4",  # its 4 labeled crops alone
     # the controls of best and its bound: as many labeled crops
     **{f"supervised-best-{n}": f"--method supervised --labeled {n} {RECIPE}" for n in (16, 80)},
+    **{f"supervised-normalized-{n}": f"--method supervised --labeled {n} {RECIPE} {NORMALIZED}" for n in (8, 16, 80)},
     "supervised-sdm-best-16": f"--method supervised --head sdm --k 50 --labeled 16 {RECIPE}",
     "best-8": "--method dtml --preset best --labeled 8",
     "dtml-uxnet-16": "--method dtml --backbone uxnet --labeled 16",
@@ -142,6 +144,10 @@ LA_TABLES: Tables = {
         Row("V-Net", "80 / 0", "supervised-80", "91.14 83.82 1.52 5.75"),
         Row("V-Net, rate and intensities of `best`", "80 / 0", "supervised-best-80"),
         Row("DTML `best`: mean of both", "8 / 72", "best-8", output="mean"),
+    ]),
+    "normalized": ("`--normalize scan`, on the test scans", [
+        *(Row("V-Net, rate and intensities of `best`", f"{n} / 0", f"supervised-best-{n}") for n in (16, 80)),
+        *(Row("the same, normalized", f"{n} / 0", f"supervised-normalized-{n}") for n in (8, 16, 80)),
     ]),
     "dk-uxnet": ("DK-UXNet, whose paper's figures could not be read", [
         Row("V-Net", "8 / 0", "supervised-8"),

@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from dataloaders.cases import MOST_CLASSES, Case, CaseError, case_file, lists_of, read_case, read_geometry
+from dataloaders.normalization import normalized
 from methods import restore
 from utils.checkpoint import load_checkpoint, write_whole
 from utils.errors import UserError, run
@@ -117,7 +118,8 @@ def figure2(paths: Sequence[str], o: Options) -> Figure:
     for name in o.cases or lists_of(folder)[1][:3]:
         image, label, spacing, z = read_scan(find_case(folder, name), o.slice)
         x, y = around(label[..., z] > 0)
-        maps = maps_of_slice(method, image, z, trained["patch_size"], trained["downsample"])
+        scaled = normalized(image, trained.get("normalize", "none"))
+        maps = maps_of_slice(method, scaled, z, trained["patch_size"], trained["downsample"])
         shown = {key: maps[key][x, y] for key in sorted(maps, key="pqmz".find, reverse=True)}
         rows.append(MapsRow(name, image[x, y, z], label[x, y, z], shown, spacing))
     return draw_maps(rows)
