@@ -35,7 +35,7 @@ from dataloaders.cases import (
     find_cases,
     lists_of,
     read_case,
-    read_geometry,
+    told_geometry,
 )
 from dataloaders.findings import (
     GIB,
@@ -96,7 +96,7 @@ def look(case: Case) -> Look:
     """Reads a case once; `case.labeled` tells whether its label may be opened."""
     try:
         image, label = read_case(case)
-        read_geometry(case)  # an error here, where training would not mind
+        told_geometry(case)  # an error here, where training would not mind
         with h5py.File(case.path, "r") as f:
             has_label = "label" in f
     except CaseError as e:
@@ -182,19 +182,21 @@ def _classes(looks: Sequence[Look], classes: int, groups: dict[str, Sequence[str
 def _sizes(looks: Sequence[Look]) -> list[Finding]:
     """Objects much larger or smaller than the others of their class, and labels with more object than background."""
     found = []
-    ml: dict[int, dict[str, float]] = defaultdict(dict)
+    sizes: dict[int, dict[str, float]] = defaultdict(dict)
+    unit = "ml" if all(x.facts.spacing for x in looks if x.facts) else "voxels"
     for x in looks:
         if x.facts and x.facts.voxels:
-            for c, volume in volumes_ml(x.facts).items():
-                ml[c][x.name] = volume
+            for c, size in (volumes_ml(x.facts) if unit == "ml" else x.facts.voxels).items():
+                sizes[c][x.name] = size
             if 2 * sum(x.facts.voxels.values()) > np.prod(x.facts.shape):
                 text = "more object than background. See whether the label is inverted."
                 found.append(Finding("warning", (x.name,), text))
-    for c, volumes in ml.items():
-        usual = float(np.median(list(volumes.values())))
-        for name, volume in volumes.items():
-            if not usual / DIFFERENT <= volume <= usual * DIFFERENT:
-                text = f"class {c} has {volume:.3g} ml, where {usual:.3g} ml are usual. See its label and its spacing."
+    for c, named in sizes.items():
+        usual = float(np.median(list(named.values())))
+        for name, size in named.items():
+            if not usual / DIFFERENT <= size <= usual * DIFFERENT:
+                text = f"class {c} has {size:.3g} {unit}, where {usual:.3g} {unit} are usual. "
+                text += "See its label and its spacing."
                 found.append(Finding("warning", (name,), text))
     return found
 

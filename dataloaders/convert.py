@@ -12,7 +12,8 @@ What --source may be:
     FOLDER/NAME/lgemri.nrrd and FOLDER/NAME/laendo.nrrd           the challenge's folders
     FILE.csv with the columns image and, if wanted, label, split (train, test), name; paths are from the CSV's folder
 
-Each scan is normalised to zero mean and unit variance over all its voxels, then resampled, then cropped. --out gets
+The axes of each scan are brought to RAS, those of the challenge's folders stay as the published LA set has them. It is
+normalised to zero mean and unit variance over all its voxels, then resampled, then cropped. --out gets
 NAME/mri_norm2.h5, train.list, the labeled cases first, and test.list. What is there already is left alone, so the same
 command goes on where it was stopped; what was made from another file or with other options is refused.
 """
@@ -37,7 +38,7 @@ from numpy.typing import NDArray
 from skimage.filters import threshold_otsu
 from tqdm import tqdm
 
-from dataloaders.cases import FILE_NAME, CaseError, read_list
+from dataloaders.cases import FILE_NAME, UNTOLD, CaseError, read_list
 from dataloaders.images import (
     INTERPOLATORS,
     Geometry,
@@ -49,6 +50,7 @@ from dataloaders.images import (
     resample,
     same_grid,
 )
+from dataloaders.orientation import RAS, orientation_of, turn_to
 from dataloaders.sources import Source, choose_split, find_sources
 from utils.checkpoint import write_whole
 from utils.errors import UserError, ignore_stop_signals, run
@@ -67,7 +69,7 @@ class Options:
     source: str = option("", "folder of the scans, or a CSV that lists them", group="what")
     out: str = option("", "folder of the data set", group="what")
     spacing: list[float] | None = option(
-        None, "mm along x, y, z to resample to (default each scan's own)", type=float, nargs=3, minimum=1e-3
+        None, "mm along the axes of RAS to resample to (default each scan's own)", type=float, nargs=3, minimum=1e-3
     )
     interpolation: str = option("linear", "of the intensities", choices=[k for k in INTERPOLATORS if k != "nearest"])
     labels: list[int] | None = option(
@@ -111,11 +113,15 @@ class Job:
     interpolation: str
     labels: tuple[int, ...] | None
     seed: int
+    orientation: str | None = RAS
+    """What the axes are brought to; None leaves them as they are stored."""
 
     @property
     def settings(self) -> str:
         """What decides, beside the files, what the case holds."""
-        kept = {key: getattr(self, key) for key in ("crop", "spacing", "interpolation", "labels", "seed")}
+        kept = {
+            key: getattr(self, key) for key in ("crop", "spacing", "interpolation", "labels", "seed", "orientation")
+        }
         return json.dumps({"version": VERSION, **kept})
 
 
@@ -142,7 +148,7 @@ def convert_case(job: Job) -> Outcome:
         values = () if label is None else tuple(int(v) for v in np.unique(label) if v)
         about |= {**sources, "settings": job.settings, "values": np.array(values, np.int64)}
         write_case(job.path, image, label, about)
-        return Outcome(job.scan.name, "converted", values=values, orientation=_orientation(about["direction"]))
+        return Outcome(job.scan.name, "converted", values=values, orientation=_orientation(about))
     except CaseError as e:
         return Outcome(job.scan.name, "refused", str(e))
 
@@ -172,11 +178,11 @@ def _refuse_other(job: Job, sources: dict[str, str]) -> dict[str, Any]:
             f"{job.path} was made from something else or in another way ({'; '.join(differ)}). Move it away, or choose "
             "another --out"
         )
-    return {"values": tuple(map(int, about["values"])), "orientation": _orientation(about["direction"])}
+    return {"values": tuple(map(int, about["values"])), "orientation": _orientation(about)}
 
 
-def _orientation(direction: Sequence[float]) -> str:
-    return sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines([float(v) for v in direction])
+def _orientation(about: dict[str, Any]) -> str:
+    return orientation_of(about["direction"]) if "direction" in about else "unknown"
 
 
 def make_case(job: Job) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None, dict[str, Any]]:
@@ -185,26 +191,42 @@ def make_case(job: Job) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None, 
     Raises:
         CaseError: what is wrong with the scan or its label, or that there is none to crop around.
     """
-    source, geometry = _of(job.scan.image, read_image)
+    stored, stored_geometry = _of(job.scan.image, read_image)
+    turn = turn_to(job.orientation, stored_geometry.get("direction"))
+    source, told = turn(stored), turn.geometry(stored_geometry, stored.shape)
+    geometry = {**UNTOLD, **told}
     label: NDArray | None = None
     if job.scan.label is not None:
-        found, label_geometry = _of(job.scan.label, read_label)
+        found, label_told = _of(job.scan.label, read_label)
+        turn = turn_to(job.orientation, label_told.get("direction"))
+        shown = f"{_told(found.shape, label_told)} where the scan has {_told(stored.shape, stored_geometry)}"
+        found, label_geometry = turn(found), {**UNTOLD, **turn.geometry(label_told, found.shape)}
         if not same_grid(source.shape, geometry, found.shape, label_geometry):
             raise CaseError(
-                f"{job.scan.label} lies on another grid than {job.scan.image}: {_told(found.shape, label_geometry)} "
-                f"where the scan has {_told(source.shape, geometry)}. Resample the label onto the scan"
+                f"{job.scan.label} lies on another grid than {job.scan.image}: {shown}. "
+                "Resample the label onto the scan"
             )
         label = map_labels(found, job.labels)
     image, mean, sd = normalise(source)
+    if job.spacing is not None and "spacing" not in told:
+        raise CaseError(
+            f"{job.scan.image} does not tell the size of its voxels. Write it into the file, or leave out --spacing"
+        )
     shape, grid = grid_of_spacing(source.shape, geometry, job.spacing)
-    about: dict[str, Any] = {f"source_{key}": value for key, value in geometry.items()}
-    about |= {"source_size": source.shape, "mean": mean, "sd": sd}
+    about: dict[str, Any] = {f"source_{key}": value for key, value in stored_geometry.items()}
+    about |= {"source_size": stored.shape, "mean": mean, "sd": sd}
     if grid is not geometry:
-        image = resample(image, geometry, shape, grid, job.interpolation)
-        label = None if label is None else resample(label, geometry, shape, grid, "nearest")
+        here = {
+            **UNTOLD,
+            "spacing": geometry["spacing"],
+        }  # not the place in mm, whose rounding hangs on how it is stored
+        there = grid_of_spacing(source.shape, here, job.spacing)[1]
+        image = resample(image, here, shape, there, job.interpolation)
+        label = None if label is None else resample(label, here, shape, there, "nearest")
     box, margins = crop_box(image, label, job)
     corner = [s.start for s in box]
-    about |= {"crop": job.crop, "crop_corner": corner, "crop_margins": margins, **moved(grid, corner)}
+    kept = {key: value for key, value in moved(grid, corner).items() if key in told}
+    about |= {"crop": job.crop, "crop_corner": corner, "crop_margins": margins, **kept}
     if (image := image[box]).min() == image.max():
         raise CaseError("is constant within the crop")
     return image, None if label is None else label[box], about
@@ -359,6 +381,8 @@ def summary(outcomes: Iterable[Outcome], lists: dict[str, list[str]], labeled: s
     if len(orientations) > 1:
         shown = ", ".join(f"{code} in {n} cases" for code, n in sorted(orientations.items()))
         lines.append(f"orientations differ: {shown}. A network sees the axes as they are stored; is this meant?")
+    elif "unknown" in orientations:
+        lines.append("no file tells where its axes point; they are kept as they are stored")
     return "\n".join(lines)
 
 
@@ -385,7 +409,11 @@ def main(argv: list[str] | None = None) -> None:
     spacing = None if o.spacing is None else tuple(o.spacing)
     labels = None if o.labels is None else tuple(o.labels)
     jobs = [
-        Job(scan, out / scan.name / FILE_NAME, crop, spacing, o.interpolation, labels, o.seed) for scan in scans
+        Job(
+            scan, out / scan.name / FILE_NAME, crop, spacing, o.interpolation, labels, o.seed,
+            orientation=None if challenge else RAS,  # the published LA files have the challenge's own axes
+        )
+        for scan in scans
     ]  # fmt: skip
     outcomes = list(tqdm(outcomes_of(jobs, o.workers), total=len(jobs), unit="scan", disable=not sys.stderr.isatty()))
     refused = {outcome.name: outcome.why for outcome in outcomes if outcome.status == "refused"}

@@ -10,7 +10,8 @@ import torch
 from conftest import make_set, write_case
 
 from dataloaders.augmentation import Draw, draw_augmentation, turn_and_flip
-from dataloaders.cases import Case, find_cases, lists_of, read_case, read_geometry
+from dataloaders.cases import Case, CaseError, find_cases, known_spacing, lists_of, read_case, read_geometry
+from dataloaders.orientation import known_orientation
 from dataloaders.two_stream import Patches, Slot, TwoStreamBatchSampler, collate, make_loader
 from dataloaders.volumes import Volumes
 from utils.errors import UserError
@@ -310,9 +311,58 @@ def test_geometry_comes_from_the_attributes(tmp_path):
     geometry = read_geometry(Case("a", tmp_path / "a.h5", labeled=False))
     assert geometry["spacing"] == (0.5, 0.6, 2) and geometry["origin"] == (1, 2, 3)
     assert geometry["direction"] == (1, 0, 0, 0, 1, 0, 0, 0, 1)
-    la = tmp_path / "2018LA_Seg_Training Set" / "b" / "mri_norm2.h5"
-    write_case(la, image, None)
-    assert read_geometry(Case("b", la, labeled=False))["spacing"] == (0.625,) * 3
+    assert known_spacing(Case("a", tmp_path / "a.h5", labeled=False)) == (0.5, 0.6, 2)
+    assert known_orientation(Case("a", tmp_path / "a.h5", labeled=False)) is None
+
+
+PUBLISHED = "06SR5RBREL16DQ6M8LWS"
+LAYOUTS = ("2018LA_Seg_Training Set/{}/mri_norm2.h5", "{}/mri_norm2.h5", "{}.h5")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["patient1", "site2/patient1"])
+def test_the_spacing_is_what_file_or_set_declare_and_else_unknown(layout, name, tmp_path):
+    """Whatever the folder is called."""
+    image = np.random.default_rng(0).random((4, 5, 6), np.float32)
+    write_case(tmp_path / "data" / layout.format(name), image, None)
+    (case,), _ = find_cases(tmp_path / "data", [name], labeled=False)
+    assert known_spacing(case) is None
+    (tmp_path / "data" / "spacing.txt").write_text(" 0.5, 0.6\n2.0 \n".replace(",", ""))
+    assert known_spacing(case) == (0.5, 0.6, 2.0) == read_geometry(case)["spacing"]
+    write_case(case.path, image, None, spacing=(1.0, 2.0, 3.0))
+    assert known_spacing(case) == (1.0, 2.0, 3.0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_published_scans_have_their_published_spacing_in_every_layout(layout, tmp_path):
+    write_case(tmp_path / layout.format(PUBLISHED), np.random.default_rng(0).random((4, 5, 6), np.float32), None)
+    (case,), _ = find_cases(tmp_path, [PUBLISHED], labeled=False)
+    assert known_spacing(case) == (0.625, 0.625, 0.625)
+    (tmp_path / "spacing.txt").write_text("1 1 1")
+    assert known_spacing(case) == (1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("text", ["", "1 1", "1 1 0", "1 1 -1", "1 1 nan", "1 1 inf", "1 1 mm", "1 1 1 1", "1,1,1"])
+def test_a_spacing_file_that_holds_no_three_lengths_is_named(text, tmp_path):
+    write_case(tmp_path / "a.h5", np.random.default_rng(0).random((4, 5, 6), np.float32), None)
+    (tmp_path / "spacing.txt").write_text(text)
+    with pytest.raises(CaseError, match=r"whose .*spacing\.txt holds .* where the mm along x, y and z must stand"):
+        read_geometry(Case("a", tmp_path / "a.h5", labeled=False))
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        (np.diag([2.0, 1, 1]), "no unit vectors but 2, 1, 1 long"),
+        (np.diag([1.0, 1, 0]), "no unit vectors but 1, 1, 0 long"),
+        ([[1.0, 0, 0], [0, 1, 0.6], [0, 0, 0.8]], "y and z are at 53.13 degrees, as with a tilted gantry"),
+    ],
+)
+def test_a_direction_that_is_none_is_refused(axes, message, tmp_path):
+    image = np.random.default_rng(0).random((4, 5, 6), np.float32)
+    write_case(tmp_path / "a.h5", image, None, direction=np.ravel(axes))
+    with pytest.raises(CaseError, match=message):
+        read_geometry(Case("a", tmp_path / "a.h5", labeled=False))
 
 
 def test_a_patch_turned_a_quarter_takes_its_box_with_sides_swapped():

@@ -20,7 +20,7 @@ import predict
 import test_la
 import train_dtml
 from dataloaders import convert
-from dataloaders.cases import LA_SUBFOLDER, Case
+from dataloaders.cases import LA_SUBFOLDER, Case, lists_of
 from dataloaders.images import read_image, read_label, to_physical
 from dataloaders.training import median_spacing
 from methods import METHODS
@@ -360,7 +360,9 @@ def test_a_checkpoint_tells_the_median_spacing_of_its_labeled_cases(tmp_path):
     in_la = [dataclasses.replace(case, path=tmp_path / LA_SUBFOLDER / case.path.name) for case in cases]
     for case in in_la:
         write_case(case.path, np.random.random((4, 4, 4)), None)
-    assert median_spacing(in_la) == [0.625] * 3
+    assert median_spacing(in_la) is None  # a folder's name declares nothing, the names of the published scans do
+    published = [dataclasses.replace(c, name=n) for c, n in zip(in_la, lists_of(tmp_path)[0], strict=False)]
+    assert median_spacing(published) == [0.625] * 3
 
 
 # -- memory --
