@@ -214,7 +214,7 @@ def to_physical(geometry: Geometry, index: Sequence[float] | NDArray) -> NDArray
     return np.asarray(index, float) @ axes.T + geometry["origin"]
 
 
-def moved(geometry: Geometry, corner: Sequence[float]) -> Geometry:
+def moved(geometry: Geometry, corner: Sequence[float] | NDArray) -> Geometry:
     """The geometry of a part of the array that begins at voxel `corner`."""
     return {**geometry, "origin": tuple(map(float, to_physical(geometry, corner)))}
 
