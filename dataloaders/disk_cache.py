@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataloaders.cases import Case
+from dataloaders.likeness import DIGITS
 from dataloaders.normalization import Scaling, normalized, scaling_of
 from utils.checkpoint import write_whole
 from utils.distributed import RANK
@@ -30,6 +31,8 @@ class Kept:
     """Of the case itself, before pooling."""
     checksum: str
     """Of the case itself: its image and, if it is labeled, its label."""
+    fingerprint: str
+    """Of its image, see dataloaders/likeness.py."""
     scaling: Scaling | None = None
     """What --normalize does to the image, if that is read crop by crop."""
     image: NDArray[np.float32] | None = None
@@ -69,7 +72,7 @@ class Checks:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def add(self, case: Case, image: NDArray, label: NDArray | None) -> None:
+    def add(self, case: Case, image: NDArray, label: NDArray | None, fingerprint: str) -> None:
         """Makes the entry of a case that `find` has just not found, from its image and label (W,H,D).
 
         Raises:
@@ -78,7 +81,7 @@ class Checks:
         entry = {
             "source": self._sources[case.name],
             "shape": image.shape,
-            "image": digest(image),
+            "fingerprint": fingerprint,
             "both": None if label is None else digest(image, label),
             "classes": 1 if label is None else max(int(label.max()), 1),
             "scaling": scaling_of(image, self.normalize),
@@ -100,7 +103,8 @@ class Checks:
 
     def _kept(self, case: Case, entry: dict[str, Any]) -> Kept:
         scaling = None if self.normalize == "none" else Scaling(*entry["scaling"])
-        return Kept(tuple(entry["shape"]), entry["both" if case.labeled else "image"], scaling)
+        mark = entry["fingerprint"]
+        return Kept(tuple(entry["shape"]), entry["both"] if case.labeled else mark[:DIGITS], mark, scaling)
 
     def _write(self, case: Case, image: NDArray, label: NDArray | None) -> None:
         """Writes what the entry needs besides itself."""
