@@ -30,6 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dataloaders.cases import Case, CaseError, check_all, find_cases, known_spacing, lists_of, read_case, read_geometry
+from dataloaders.class_names import class_names
 from dataloaders.images import write_image
 from dataloaders.likeness import DIGITS, alike, fingerprint
 from dataloaders.normalization import normalized
@@ -267,6 +268,7 @@ def main(argv: list[str] | None = None) -> None:
     folder, seen = Path(o.data or trained["data"]), state["checksums"]  # none of bare weights
     cases, shapes = open_cases(folder, names_of(folder, o.scans, seen), classes, seen, state.get("images", {}))
     count = sum(len(windows([-(-side // downsample) for side in shape], patch_size, stride)) for shape in shapes)
+    names = {c: name for c, name in class_names(folder).items() if c <= classes}
     # Several released files lie in one folder.
     usual = path.with_name(f"{path.stem}-test") if o.method else (path if path.is_dir() else path.parent) / o.scans
     out = Path(o.out) if o.out else usual
@@ -314,6 +316,8 @@ def main(argv: list[str] | None = None) -> None:
                 "flips": o.flips, "precision": o.precision, "scans": o.scans}  # fmt: skip
     more = {"checkpoint": str(path), "iteration": state["iteration"], "downsample": downsample,
             "normalize": normalize, "data": str(folder), "saved": o.save}  # fmt: skip
+    if names:
+        more["class_names"] = names
     if o.method:
         more |= {"method": o.method, "released": state["released"]}
     write_json(out / "test.json", make_manifest(device, **settings, **more))
@@ -324,6 +328,8 @@ def main(argv: list[str] | None = None) -> None:
         "has Dice 0 and no distance; the last column counts them.\n"
     )
     print(means)
+    if names:
+        print(f"Classes: {', '.join(f'{c} {name}' for c, name in names.items())}.\n")
     if all(math.isnan(row["asd_mm"]) for row in rows) and not all(math.isnan(row["asd"]) for row in rows):
         print(f"No distance in mm: the files of {folder} do not tell their spacing.\n")
     print(f"per case: {out / 'cases.csv'}", file=sys.stderr)
