@@ -358,7 +358,7 @@ def main(argv: list[str] | None = None) -> None:
     def contents(done: int) -> dict[str, Any]:
         return {
             "options": everything, "iteration": done, "seconds": time.monotonic() - began,
-            "checksums": volumes.checksums, "processes": RANKS, "spacing": spacing,
+            "checksums": volumes.checksums, "images": volumes.fingerprints, "processes": RANKS, "spacing": spacing,
             "orientation": orientation,
             "method": method.state_dict(), "optimizer": optimizer.state_dict(),
         }  # fmt: skip

@@ -81,7 +81,7 @@ class Look:
     problem: str = ""
     facts: Facts | None = None
     image: str = ""
-    """Digest of the image."""
+    """Fingerprint of the image."""
     label: str = ""
     """Digest of the label, '' if it is empty or was not opened."""
     has_label: bool = False
@@ -102,7 +102,7 @@ def look(case: Case) -> Look:
     except CaseError as e:
         return Look(case.name, f"{case.path} {e}")
     facts = with_spacing(facts_of(case, image, label))
-    found = Look(case.name, facts=facts, image=digest(image), has_label=has_label)
+    found = Look(case.name, facts=facts, image=facts.fingerprint, has_label=has_label)
     if label is None or not facts.voxels:
         return found
     faces = [np.unique(label.take((0, -1), axis=axis)) for axis in range(3)]
@@ -121,10 +121,9 @@ def findings_of_looks(
 ) -> list[Finding]:
     """What the cases tell beyond the intensities, spacing and sizes that training looks at too."""
     good = [x for x in looks if x.facts is not None]
-    by_name = {x.name: x for x in good}
     mend = "Mend the file or take the case out of the lists."
     found = [Finding("error", (x.name,), f"{x.problem}. {mend}") for x in looks if x.problem]
-    found += duplicates([x.facts for x in good if x.facts], test, lambda facts: by_name[facts.case.name].image)
+    found += duplicates([x.facts for x in good if x.facts], test)
     found += _same_labels(good)
     found += _classes(good, classes, {"labeled training": labeled, "test": test})
     found += _sizes(good)

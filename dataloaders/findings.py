@@ -8,15 +8,15 @@ and the largest value over the scans (on 22 November 2026, by a reading of every
 import dataclasses
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataloaders.cases import SPACING_FILE, Case, CaseError, known_spacing, published, read_case
+from dataloaders.cases import SPACING_FILE, Case, known_spacing, published
+from dataloaders.likeness import DIGITS, fingerprint, groups
 from dataloaders.orientation import known_orientation
-from utils.run_folder import digest
 
 LEVELS = ("error", "warning", "note")
 LA_SIDES = ((148, 132, 88), (244, 160, 88))
@@ -64,6 +64,8 @@ class Facts:
     """Of the intensities of about SAMPLE voxels, evenly spread."""
     voxels: dict[int, int] | None
     """Class -> voxels, background left out; None if the label was not opened."""
+    fingerprint: str
+    """Of the image, see dataloaders/likeness.py."""
     orientation: str | None = None
     """Where the axes point, see dataloaders/orientation.py; None if it was not read, or the file does not tell it."""
 
@@ -80,7 +82,7 @@ def facts_of(case: Case, image: NDArray[np.float32], label: NDArray[np.uint8] | 
         counts = {c: int(np.count_nonzero(label == c)) for c in range(1, int(label.max()) + 1)}
         voxels = {c: n for c, n in counts.items() if n}
     mean, sd = float(sample.mean(dtype=np.float64)), float(sample.std(dtype=np.float64))
-    return Facts(case, image.shape, None, mean, sd, float(low), float(high), voxels)
+    return Facts(case, image.shape, None, mean, sd, float(low), float(high), voxels, fingerprint(image))
 
 
 def with_spacing(facts: Facts) -> Facts:
@@ -217,52 +219,24 @@ def _labels(facts: Sequence[Facts]) -> list[Finding]:
     return [Finding("warning", empty, text)]
 
 
-def duplicates(
-    facts: Sequence[Facts], test: Sequence[str] = (), digest_of: Callable[[Facts], Hashable] | None = None
-) -> list[Finding]:
-    """The same image under two names: an error if one of them is a test case and another one is not, else a warning.
+def duplicates(facts: Sequence[Facts], test: Sequence[str] = ()) -> list[Finding]:
+    """The same image under two names, be it turned or rounded: an error if one of them is a test case and another one
+    is not, else a warning.
 
     Args:
         facts: of cases of both lists.
         test: the names of the test cases.
-        digest_of: facts -> what is equal exactly for equal images; without it images of equal facts are read again.
     """
-
-    def alike(x: Facts) -> Hashable:
-        return x.shape, x.mean, x.sd, x.p1, x.p99
-
-    groups: dict[Hashable, list[Facts]] = defaultdict(list)
-    for same in _grouped(facts, digest_of or alike):
-        for x in same:
-            groups[digest_of(x) if digest_of else _image_digest(x)].append(x)
     found = []
-    for group in groups.values():
-        names = tuple(x.case.name for x in group)
+    for group in groups([x.fingerprint for x in facts]):
+        names = tuple(facts[i].case.name for i in group)
+        equal = len({facts[i].fingerprint[:DIGITS] for i in group}) == 1
         leak = 0 < len(set(names) & set(test)) < len(names)
-        text = (
-            "the same image under several names, to train on and to test on: figures of such a test mean nothing. "
-            if leak
-            else "the same image under several names, which then counts as often. "
-        )
-        if len(group) > 1:
-            found.append(Finding("error" if leak else "warning", names, text + "Keep one of them in the lists."))
+        same = "the same image" if equal else "the same image, but for its direction, scale or rounding,"
+        so = "to train on and to test on: figures of such a test mean nothing" if leak else "which then counts as often"
+        text = f"{same} under several names, {so}. Keep one of them in the lists."
+        found.append(Finding("error" if leak else "warning", names, text))
     return found
-
-
-def _grouped(facts: Sequence[Facts], key: Callable[[Facts], Hashable]) -> list[list[Facts]]:
-    """The groups of two or more with the same key."""
-    groups: dict[Hashable, list[Facts]] = defaultdict(list)
-    for x in facts:
-        groups[key(x)].append(x)
-    return [group for group in groups.values() if len(group) > 1]
-
-
-def _image_digest(x: Facts) -> str:
-    """Of the image alone; the label is not opened. A file that is gone by now is like no other."""
-    try:
-        return digest(read_case(dataclasses.replace(x.case, labeled=False))[0])
-    except CaseError:
-        return x.case.name
 
 
 def warnings_of(facts: Sequence[Facts], *, patch_size: Sequence[int], downsample: int, normalize: str) -> list[str]:

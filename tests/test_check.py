@@ -1,6 +1,7 @@
 """python -m dataloaders.check: each thing that it finds is shown by a set that has it, and clean sets have none."""
 
 import contextlib
+import dataclasses
 import re
 import shutil
 import subprocess
@@ -155,6 +156,18 @@ def test_a_test_image_among_the_training_images_is_a_leak(tiny_set, capsys):
     lines, _ = run_check(tiny_set, capsys)
     (line,) = (line for line in lines if line.startswith("error:"))
     assert "case06, case09: the same image" in line and "to train on and to test on" in line
+
+
+@pytest.mark.parametrize(
+    "twin",
+    [lambda x: x[::-1].transpose(1, 0, 2), lambda x: 300 * x + 4, lambda x: x.astype(np.float16)],
+    ids=["turned", "scaled", "rounded"],
+)
+def test_a_test_image_that_was_changed_is_a_leak_all_the_same(twin, tiny_set, capsys):
+    change(tiny_set, "case06", image=twin(volumes(tiny_set, "case09")[0]))
+    lines, _ = run_check(tiny_set, capsys)
+    (line,) = (line for line in lines if line.startswith("error:"))
+    assert "case06, case09: the same image, but for its direction, scale or rounding, under several names, to" in line
 
 
 # -- warnings --
@@ -381,14 +394,13 @@ def test_training_tells_what_it_sees_and_a_clean_set_is_silent(tiny_set, tmp_pat
 
 
 def test_equal_facts_of_different_images_are_no_duplicates(tiny_set):
-    """The candidates are read again: a mirrored image has nearly the facts of the image, here made the same."""
+    """The fingerprint of the image decides: here all other facts were made the same."""
     cases = [Case(name, case_file(tiny_set, name), False) for name in ("case00", "case01")]
     facts = facts_of(cases[0], *read_case(cases[0]))
-    other = findings.Facts(
-        cases[1], *(getattr(facts, n) for n in ("shape", "spacing", "mean", "sd", "p1", "p99", "voxels"))
-    )
+    other = dataclasses.replace(facts, case=cases[1], fingerprint=facts_of(cases[1], *read_case(cases[1])).fingerprint)
     assert duplicates([facts, other]) == []
     shutil.copy(cases[0].path, cases[1].path)
+    other = dataclasses.replace(other, fingerprint=facts_of(cases[1], *read_case(cases[1])).fingerprint)
     assert len(duplicates([facts, other])) == 1
 
 

@@ -1,6 +1,7 @@
 """Crops, augmentation, caches and case files."""
 
 import os
+import shutil
 from pathlib import Path
 
 import h5py
@@ -102,6 +103,12 @@ def test_reading_crops_from_disk_equals_memory(tiny_set, downsample, cache, tmp_
         assert "label" not in a or torch.equal(a["label"], b["label"])
 
 
+def kept(folder: Path, name: str, what: str) -> Path:
+    """The one file of a cache that belongs to a case."""
+    (path,) = folder.glob(f"{name}-*.{what}")
+    return path
+
+
 @pytest.fixture
 def opened(monkeypatch):
     """Names of the cases whose h5 files are opened."""
@@ -124,7 +131,7 @@ def test_the_disk_cache_is_decoded_once_and_again_only_where_the_source_or_the_e
     assert volumes(data, cache="disk", folder=cache).checksums == first.checksums and opened == []
 
     write_case(data / train[1] / "mri_norm2.h5", *read_case(Case(train[2], data / train[2] / "mri_norm2.h5", True)))
-    image, label, entry = (cache / "downsample1" / f"{train[i]}.{what}" for i, what in
+    image, label, entry = (kept(cache / "downsample1", train[i], what) for i, what in
                            ((3, "image.npy"), (2, "label.npy"), (5, "json")))  # fmt: skip
     short = image.read_bytes()[:-100]
     image.unlink()  # `first` holds on to it
@@ -137,6 +144,88 @@ def test_the_disk_cache_is_decoded_once_and_again_only_where_the_source_or_the_e
     assert again.checksums == {**first.checksums, train[1]: first.checksums[train[2]]}
     assert torch.equal(again.read(3, (slice(None),) * 3)[0], first.read(3, (slice(None),) * 3)[0])
     assert not list(cache.rglob(".*"))
+
+
+def twin_sets(folder: Path) -> tuple[Path, Path]:
+    """Two sets whose files have the same names, sizes and times of change, and other voxels."""
+    a, b = make_set(folder / "a"), make_set(folder / "b")
+    for first in a.rglob("*.h5"):
+        second = b / first.relative_to(a)
+        with h5py.File(second, "r+") as f:
+            f["image"][()] *= -2
+            if "label" in f:
+                f["label"][()] = 1 - f["label"][()]
+        for path in (first, second):
+            os.utime(path, ns=(0, 10**18))
+        assert first.stat().st_size == second.stat().st_size and first.stat().st_mtime_ns == second.stat().st_mtime_ns
+    return a, b
+
+
+def assert_read(found: Volumes, expected: Volumes) -> None:
+    """Voxels, shapes and checksums of all cases."""
+    assert (found.checksums, found.shapes) == (expected.checksums, expected.shapes)
+    for i, shape in enumerate(expected.shapes):
+        whole = tuple(slice(0, side) for side in shape)
+        for one, other in zip(found.read(i, whole), expected.read(i, whole), strict=True):
+            assert (one is None and other is None) or torch.equal(one, other)
+
+
+@pytest.mark.parametrize("cache", ["disk", "none"])
+@pytest.mark.parametrize("downsample", [1, 2])
+def test_two_sets_in_one_cache_folder_keep_to_their_own_data(cache, downsample, tmp_path, opened):
+    sets = twin_sets(tmp_path)
+    own = {data: volumes(data, cache="ram", downsample=downsample) for data in sets}
+    assert own[sets[0]].checksums != own[sets[1]].checksums
+    for again in (False, True):
+        for data in sets:
+            opened.clear()
+            found = volumes(data, cache=cache, folder=tmp_path / "cache", downsample=downsample)
+            assert opened == ([] if again else lists_of(data)[0])
+            assert_read(found, own[data])
+
+
+@pytest.mark.parametrize("cache", ["disk", "none"])
+@pytest.mark.parametrize("how", ["swapped", "written over", "put in its place", "linked in its place", "symbolic link"])
+def test_another_file_in_the_place_of_the_first_is_read_anew(how, cache, tmp_path):
+    """Whatever the way, it has the name, the size and the time of the first one."""
+    a, b = twin_sets(tmp_path)
+    if how == "symbolic link":
+        (tmp_path / "now").symlink_to(a)
+        a = tmp_path / "now"
+    volumes(a, cache=cache, folder=tmp_path / "cache")
+    if how == "swapped":
+        a.rename(tmp_path / "c")
+        b.rename(a)
+    elif how == "symbolic link":
+        a.unlink()
+        a.symlink_to(b)
+    else:
+        for path in a.rglob("*.h5"):
+            other, times = b / path.relative_to(a), (0, path.stat().st_mtime_ns)
+            if how == "written over":
+                path.write_bytes(other.read_bytes())
+            elif how == "put in its place":
+                shutil.copy(other, path.with_suffix(".new"))
+                os.replace(path.with_suffix(".new"), path)
+            else:
+                path.unlink()
+                os.link(other, path)
+            os.utime(path, ns=times)
+    assert_read(volumes(a, cache=cache, folder=tmp_path / "cache"), volumes(a, cache="ram"))
+
+
+@pytest.mark.parametrize("cache", ["disk", "none"])
+def test_a_set_that_is_moved_with_its_cache_is_not_decoded_again(cache, tmp_path, opened):
+    data = make_set(tmp_path / "here" / "set")
+    first = volumes(data, cache=cache, folder=data / ".cache")
+    there = (tmp_path / "here").rename(tmp_path / "there") / "set"
+    opened.clear()
+    found = volumes(there, cache=cache, folder=there / ".cache")
+    assert opened == []
+    (tmp_path / "link").symlink_to(there)
+    assert volumes(tmp_path / "link", cache=cache, folder=tmp_path / "link" / ".cache").checksums == first.checksums
+    assert opened == []
+    assert_read(found, volumes(there, cache="ram"))
 
 
 def test_what_a_run_does_to_its_crops_stays_out_of_the_disk_cache(tiny_set, tmp_path):
@@ -161,7 +250,7 @@ def test_a_check_is_remembered_while_the_source_is_the_same(tmp_path, opened):
     opened.clear()
     first = volumes(data, cache="none", folder=cache)
     assert opened == train
-    assert {path.relative_to(cache) for path in cache.rglob("*.*")} == {Path("checked", f"{x}.json") for x in train}
+    assert set(cache.rglob("*.*")) == {kept(cache / "checked", name, "json") for name in train}
     opened.clear()
     again = volumes(data, cache="none", folder=cache)
     assert opened == [] and (again.checksums, again.shapes) == (first.checksums, first.shapes)
@@ -175,7 +264,7 @@ def test_a_check_is_remembered_while_the_source_is_the_same(tmp_path, opened):
     image, label = read_case(Case("", data / train[2] / "mri_norm2.h5", True))
     write_case(data / train[1] / "mri_norm2.h5", image, label)
     os.utime(data / train[3] / "mri_norm2.h5", ns=(0, 1))
-    (cache / "checked" / f"{train[5]}.json").write_text("[]")
+    kept(cache / "checked", train[5], "json").write_text("[]")
     opened.clear()
     again = volumes(data, cache="none", folder=cache)
     assert opened == [train[i] for i in (1, 3, 5)] and not list(cache.rglob(".*"))
@@ -225,7 +314,7 @@ def test_processes_share_out_the_check(tiny_set, tmp_path, opened, monkeypatch):
     second = volumes(tiny_set, cache="none", folder=tmp_path)
     assert opened == [*train[4:], *train[:4]]
     for name in train[:3]:
-        (tmp_path / "checked" / f"{name}.json").unlink()
+        kept(tmp_path / "checked", name, "json").unlink()
     opened.clear()
     monkeypatch.setattr("dataloaders.volumes.RANK", 0)
     first = volumes(tiny_set, cache="none", folder=tmp_path)
