@@ -511,7 +511,7 @@ def test_lists_made_by_hand_for_cases_that_were_not_converted_here_are_kept(tmp_
 @pytest.fixture
 def hippocampus(tmp_path) -> Path:
     """A few of the Decathlon's hippocampus scans in its layout, if the set is there."""
-    tar = Path(os.environ.get("HIPPOCAMPUS_TAR", ROOT.parent / "shared" / "hippocampus" / "hippocampus.tar"))
+    tar = Path(os.environ.get("HIPPOCAMPUS_DATA", ROOT.parent / "shared" / "hippocampus")) / "hippocampus.tar"
     if not tar.is_file():
         pytest.skip("the hippocampus scans are not there")
     with tarfile.open(tar) as archive:
