@@ -167,6 +167,7 @@ def other_options(this: Run, manifest: Path) -> list[str]:
     options = json.loads(manifest.read_text())["options"]
     asked: tuple[Any, ...] = read_options(this.settings)[:2]
     fields = [(part, f) for part in asked for f in dataclasses.fields(part) if not f.metadata["harmless"]]
+    fields = [(part, f) for part, f in fields if f.name != "preset"]  # its name may change; what it sets is compared
     now = {f.name: getattr(part, f.name) for part, f in fields}
     then = {f.name: options.get(f.name, default_of(f)) for _, f in fields}
     for side in (now, then):  # None and what it stands for are the same

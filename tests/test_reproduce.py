@@ -121,7 +121,7 @@ def test_the_paper_s_figures():
 @pytest.mark.parametrize(
     ("table", "reference", "others"),
     [("dk-uxnet", "supervised-8", {"8 / 0", "8 / 72"}), ("dk-uxnet", "supervised-16", {"16 / 0", "16 / 64"}),
-     ("best", "supervised-best-16", {"16 / 0", "16 / 64", "80 / 0"})],
+     ("tuned", "supervised-tuned-16", {"16 / 0", "16 / 64", "80 / 0"})],
 )  # fmt: skip
 def test_rows_are_tested_against_one_of_as_many_labels_and_the_bound_against_all(here, table, reference, others):
     rows = LA_TABLES[table][1]
@@ -141,19 +141,19 @@ def test_every_preset_authors_has_its_row():
 @pytest.mark.parametrize(
     ("key", "with_k"),
     {
-        "supervised-best-16": False,
-        "supervised-best-80": False,
-        "supervised-sdm-best-16": True,
-        "best-16-0": True,
+        "supervised-tuned-16": False,
+        "supervised-tuned-80": False,
+        "supervised-sdm-tuned-16": True,
+        "tuned-16-0": True,
     }.items(),
 )
-def test_the_controls_of_best_have_its_rate_intensities_labeled_crops_and_k(key, with_k):
+def test_the_controls_of_tuned_have_its_rate_intensities_labeled_crops_and_k(key, with_k):
     asked = {}
-    for name in (key, "best-16"):
+    for name in (key, "tuned-16"):
         o, method_options, *_ = train_dtml.read_options([*LA_RUNS[name].split(), "--profile", "half"])
         crops = o.labeled_batch or o.batch_size  # no batch of supervised training has unlabeled ones
         asked[name] = [o.lr_schedule, o.intensity, crops, method_options.k if with_k else None]
-    assert asked[key] == asked["best-16"]
+    assert asked[key] == asked["tuned-16"]
 
 
 def test_the_phantom_bound_labels_every_scan():
@@ -425,6 +425,15 @@ def test_what_cannot_change_a_result_and_options_of_later_do_not_matter(here, ca
     assert "1337 done" in capsys.readouterr().out
 
 
+def test_a_preset_s_name_does_not_matter_but_what_it_sets_does(here, capsys):
+    """Records of `tuned` from when it was called `best`."""
+    write_record(here / "results", "tuned-16", 1337, [(0.8, 1), (0.9, 2)], change={"preset": "best"})
+    write_record(here / "results", "tuned-16", 1338, [(0.8, 1), (0.9, 2)], change={"preset": "best", "k": 1500.0})
+    reproduce.main(["--profile", "half", "--rows", "tuned-16", "--list"])
+    text = capsys.readouterr().out
+    assert "1337 done" in text and "1338 other options: --k 50.0 here, 1500.0 in the record\n" in text
+
+
 # the command line
 
 
@@ -455,7 +464,7 @@ def test_the_list_tells_state_and_command(here, capsys):
     (started / "last.pt").touch()
     reproduce.main(["--list", "--profile", "half", "--rows", "dtml-16", "--threads", "2"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "dtml-16 (table 1, 2, 3, authors, best, dk-uxnet)"
+    assert lines[0] == "dtml-16 (table 1, 2, 3, authors, tuned, dk-uxnet)"
     assert [line.strip() for line in lines[1::2]] == ["1337 done", "1338 started", "1339 missing"]
     assert lines[2].strip() == (
         "python train_dtml.py --method dtml --labeled 16 --profile half --seed 1337 --resume auto --runs "

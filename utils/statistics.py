@@ -1,7 +1,7 @@
 """Whether two rows of a table differ: paired tests over the scans that both were tested on.
 
     python -m utils.statistics results/half/supervised-16-seed1337 results/half/dtml-16-seed1337:seg
-    python -m utils.statistics 'results/half/supervised-best-16-seed*' 'results/half/best-16-seed*:mean'
+    python -m utils.statistics 'results/half/supervised-tuned-16-seed*' 'results/half/tuned-16-seed*:mean'
 
 compares every further row with the first. A row is a folder with cases.csv, or such a file, as test_la.py writes it;
 `:NAME` after it chooses the output (default: the file's first). A path with a *, quoted, is all runs that match, such
