@@ -172,12 +172,13 @@ LA_TABLES: Tables = {
         *(Row(label, "16 / 48", f"beyond-{key}") for key, (label, _) in BEYOND.items() if key != "paper"),
     ]),
 }  # fmt: skip
-TESTED_AGAINST = {  # table: runs whose M_s (or only output) its rows are compared with, scan by scan
+COMPARED_WITH = {  # table: runs whose M_s (or only output) its rows of as many labels are compared with
     "1": ["dtml-16"],
     "2": ["supervised-16"],
     "3": ["supervised-16", "dtml-16"],
     "authors": ["dtml-16"],
-    "tuned": ["dtml-16", "supervised-tuned-16"],
+    "tuned": ["dtml-16", "supervised-tuned-16", "supervised-tuned-8"],
+    "normalized": ["supervised-tuned-8", "supervised-tuned-16", "supervised-tuned-80"],
     "dk-uxnet": ["supervised-8", "supervised-16"],
 }
 PHANTOM_TABLES: Tables = {
