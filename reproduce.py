@@ -288,7 +288,7 @@ def print_tables(o: Options, runs: list[Run], tables: Tables) -> None:
                 print(row_lines(row, records))
     compared = comparisons(tables, done)
     if compared:
-        print(f"\n{COMPARED}{comparison_tables(compared)}", end="")
+        print(f"\n{COMPARED}\n{comparison_tables(compared)}", end="")
     if done:
         print(f"\n{EACH}\n\n{ruled(RUNS_HEAD)}")
     for records in done.values():

@@ -4,8 +4,8 @@
     python -m utils.statistics 'results/half/supervised-tuned-16-seed*' 'results/half/tuned-16-seed*:mean'
 
 compares every further row with the first. A row is a folder with cases.csv, or such a file, as test_la.py writes it;
-`:NAME` after it chooses the output (default: the file's first). A path with a *, quoted, is all runs that match: the
-seeds of a row.
+`:NAME` after it chooses the output (default: the file's first). A pattern, quoted, is all runs that match: the seeds of
+a row.
 
 What is said of a method is of its runs: the difference is that of the means over runs and scans, its interval from
 resampled runs and scans, and a p there only with five runs on each side. A test of scans is of two runs alone.
@@ -38,7 +38,7 @@ DISTANCES = (*METRICS[2:], *MM)
 LEAST_SCANS = 6  # for an interval or a p: fewer cannot show anything at 5 %
 LEAST_RUNS = 5  # on each side for a p: of 4 against 4 the smallest is 0.03, of 3 against 3 it is 0.1
 LEVEL = 0.95
-RESAMPLES = 9999
+RESAMPLES = 10_000  # twice
 SPLITS = 200_000  # of runs into two sides, that are gone through at most
 OVER = {  # whether there are two runs and more of the reference, of the row: what an interval is over
     (1, 1): "scans only, one run each",
@@ -145,13 +145,14 @@ def rows_of(where: str, component: str) -> list[dict[str, Any]]:
 
 
 def read_runs(where: str, metric: str, component: str) -> dict[Any, dict[str, float]]:
-    """The runs of a row: those that a path with a * matches, but for what --fresh moved aside; else the one given.
+    """The runs of a row: those that a pattern matches, but for what --fresh moved aside; else the one given.
 
     Raises:
         UserError: nothing matches, two runs of one seed do, or as `read_row`.
     """
-    pattern, colon, output = where.partition(":") if "*" in where else (where, "", "")
-    found = sorted(path for path in glob.glob(pattern) if not MOVED_ASIDE.search(path)) if "*" in where else [where]
+    many = glob.has_magic(where) and not Path(where).exists()
+    pattern, colon, output = where.partition(":") if many else (where, "", "")
+    found = sorted(path for path in glob.glob(pattern) if not MOVED_ASIDE.search(path)) if many else [where]
     if not found:
         raise UserError(f"nothing matches {pattern}. Give folders with the cases.csv of test_la.py.")
     runs: dict[Any, dict[str, float]] = {}
@@ -241,26 +242,33 @@ def interval(reference: NDArray, row: NDArray, resamples: int = RESAMPLES) -> tu
     Source: Owen, The pigeonhole bootstrap, Annals of Applied Statistics 2007; Hesterberg, What teachers should know
     about the bootstrap, The American Statistician 2015, on narrowness in small samples.
     """
-    rng = np.random.default_rng(0)
     difference = row.mean(0) - reference.mean(0)
-    middle, drawn, parts = difference.mean(), 0.0, [(difference.var(ddof=1) / difference.size, difference.size - 1)]
-    shares = rng.multinomial(difference.size, np.full(difference.size, 1 / difference.size), resamples)
-    shares = shares / difference.size
-    for sign, runs in ((-1, reference), (1, row)):
-        k = len(runs)
-        if k > 1:
-            chosen = rng.multinomial(k, np.full(k, 1 / k), resamples) / k
-            drawn = drawn + sign * stretch(k) * ((chosen @ (runs - runs.mean(0))) * shares).sum(1)
-            parts.append((runs.mean(1).var(ddof=1) / k, k - 1))
-    drawn = drawn + stretch(difference.size) * (shares @ difference - middle)
+    n, middle = difference.size, difference.mean()
+    shares = resample(n, resamples, 2) / n
+    scans = stretch(n) * (shares @ difference - middle)
+    parts, drawn = [(difference.var(ddof=1) / n, n - 1)], []
+    for streams in ((0, 1), (1, 0)):  # both, so that exchanged sides turn the interval round and nothing else
+        total = scans
+        for sign, runs, stream in zip((-1, 1), (reference, row), streams, strict=True):
+            k = len(runs)
+            if k > 1:
+                chosen = resample(k, resamples, stream) / k
+                total = total + sign * stretch(k) * ((chosen @ (runs - runs.mean(0))) * shares).sum(1)
+        drawn.append(total)
+    parts += [(runs.mean(1).var(ddof=1) / len(runs), len(runs) - 1) for runs in (reference, row) if len(runs) > 1]
     variance = sum(part for part, _ in parts)
     if variance == 0:
         return float(middle), float(middle)
     freedom = variance**2 / sum(part**2 / df for part, df in parts)
     tail = (1 - LEVEL) / 2
     wider = stats.t.ppf(tail, freedom) / stats.norm.ppf(tail)
-    low, high = middle + wider * np.quantile(drawn, [tail, 1 - tail])
+    low, high = middle + wider * np.quantile(np.concatenate(drawn), [tail, 1 - tail])
     return float(low), float(high)
+
+
+def resample(k: int, resamples: int, stream: int) -> NDArray[np.int64]:
+    """How often each of k is drawn when k are (resamples, k), the same for the same stream."""
+    return np.random.default_rng([0, stream]).multinomial(k, np.full(k, 1 / k), resamples)
 
 
 def stretch(k: int) -> float:
