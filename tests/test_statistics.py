@@ -76,6 +76,24 @@ def test_many_runs_and_scans_give_the_interval_of_the_normal_law():
     assert interval(a, b) == pytest.approx(expected, abs=0.05 * variance**0.5 * 4)
 
 
+def test_two_runs_a_side_by_hand():
+    """Means of 0 and 2 on both sides, alike on all scans. One draw in 16 takes the lower run twice here and the higher
+    twice there: 2 apart, by sqrt(2) as two draws vary by half of what they should. Each mean has the variance 1, with
+    1 degree of freedom, and so their difference 2."""
+    runs = np.repeat([[0.0], [2.0]], 8, axis=1)
+    end = 2 * 2**0.5 * stats.t.ppf(0.975, 2) / stats.norm.ppf(0.975)
+    assert interval(runs, runs + 5) == pytest.approx((5 - end, 5 + end))
+
+
+def test_six_scans_by_hand():
+    """Differences 1 and five times 0: of six draws r are the 1 with a binomial law, whose ends are 0 and 3."""
+    a = np.zeros((1, 6))
+    b = np.array([[1.0, 0, 0, 0, 0, 0]])
+    assert [int(stats.binom.ppf(p, 6, 1 / 6)) for p in (0.025, 0.975)] == [0, 3]
+    factor = (6 / 5) ** 0.5 * stats.t.ppf(0.975, 5) / stats.norm.ppf(0.975)
+    assert interval(a, b) == pytest.approx((1 / 6 - factor / 6, 1 / 6 + factor * 2 / 6))
+
+
 def test_scans_are_the_same_on_both_sides():
     """What is hard for both is no difference: an interval of unpaired scans would be 50 times as wide."""
     scans = np.random.default_rng(0).normal(0, 50, 20)
