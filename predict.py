@@ -5,10 +5,11 @@
     python predict.py --checkpoint best_model.pth --method dtc scan.nii.gz -o out      weights of a released code
     python predict.py --checkpoint RUN1 RUN2 RUN3 scan.nrrd -o predictions --flips 8 --probabilities float32
 
-A scan is NIfTI (.nii, .nii.gz), NRRD, MetaImage or an h5 case. It is normalised to zero mean and unit variance over all
-its voxels, as `python -m dataloaders.convert` does it, resampled to the spacing of the training cases, predicted in
-windows, and brought back: the segmentation has the scan's own format, size, spacing, origin and direction (an h5 case
-is taken as normalised, and its segmentation is NIfTI). The last table on stdout tells each class's volume.
+A scan is NIfTI (.nii, .nii.gz), NRRD, MetaImage or an h5 case. Its axes are brought to the orientation of the training
+cases; it is normalised to zero mean and unit variance over all its voxels, as `python -m dataloaders.convert` does it,
+resampled to the spacing of the training cases, predicted in windows, and brought back: the segmentation has the scan's
+own format, size, spacing, origin and direction, and a NIfTI the scan's own header (an h5 case is taken as normalised,
+and its segmentation is NIfTI). The last table on stdout tells each class's volume.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from dataloaders.cases import CaseError
+from dataloaders.cases import UNTOLD, CaseError
 from dataloaders.images import (
     INTERPOLATORS,
     WRITTEN_AS,
@@ -42,6 +43,7 @@ from dataloaders.images import (
     write_image,
 )
 from dataloaders.normalization import normalized
+from dataloaders.orientation import turn_to
 from methods import Method
 from methods.released import RELEASED, load_trained
 from networks.backbone import PRECISIONS, set_precision
@@ -89,7 +91,7 @@ class Options:
     )
     spacing: list[float] | None = option(
         None,
-        "mm along x, y, z to predict at (default the median of the training cases, or else the scan's own)",
+        "mm along the training cases' axes to predict at (default their median, or else the scan's own)",
         group="what",
         type=float,
         nargs=3,
@@ -134,6 +136,8 @@ class Model:
     patch_size: tuple[int, ...]
     spacing: tuple[float, ...] | None
     """mm along x, y, z, or None for the scan's own."""
+    orientation: str | None
+    """Where the axes of the training cases point, or None if their files do not tell: axes are taken as stored."""
     classes: int
     flips: int
 
@@ -177,6 +181,19 @@ def load_model(o: Options, device: torch.device) -> Model:
         print(
             "warning: the checkpoint does not tell the spacing it was trained on; scans keep theirs.", file=sys.stderr
         )
+    orientations = {state.get("orientation") for state in states}
+    if len(orientations) > 1:
+        shown = ", ".join(sorted(code or "unknown" for code in orientations))
+        raise UserError(
+            f"the checkpoints were trained on scans of different orientations: {shown}. Average like with like."
+        )
+    (orientation,) = orientations
+    if orientation is None:
+        print(
+            "warning: the checkpoint does not tell where the axes of its training scans point; those of a scan are "
+            "taken as they are stored.",
+            file=sys.stderr,
+        )
     for method, known, options in zip(methods, outputs, trained, strict=True):
         if o.output and o.output not in known:
             raise UserError(f"--output {o.output} is none of {options['method']}'s: {' '.join(known)}.")
@@ -186,7 +203,7 @@ def load_model(o: Options, device: torch.device) -> Model:
     classes = trained[0].get("classes", 1)
     return Model(
         list(methods), taken, trained[0]["downsample"], trained[0].get("normalize", "none"), sizes.pop(),
-        spacing or None, classes, o.flips,
+        spacing or None, orientation, classes, o.flips,
     )  # fmt: skip
 
 
@@ -222,16 +239,22 @@ def onto_scan(
 
 
 def predict_scan(model: Model, path: Path, o: Options, device: torch.device, window: dict[str, Any]) -> dict[str, Any]:
-    """Path -> label (W,H,D) uint8, probability (C,W,H,D) of the kind asked for or None, and geometry of the scan.
+    """Path -> label (W,H,D) uint8, probabilities (W,H,D) of the kind asked for or None, and the told geometry.
 
     Raises:
         CaseError: a scan that cannot be read or is constant.
     """
-    source, geometry = read_image(path)
+    source, told = read_image(path)
+    tell_unknown(path, told, model)
+    turn = turn_to(model.orientation, told.get("direction"))
+    source = turn(source)
     shape = source.shape
     image = source if ending_of(path) == ".h5" else normalise(source)[0]
     del source
-    size, grid = grid_of_spacing(shape, geometry, model.spacing)
+    # Without the place in mm, whose rounding hangs on how the scan is stored; its header brings the result there.
+    spacing = turn.geometry(told, shape).get("spacing")
+    geometry = {**UNTOLD, "spacing": spacing or UNTOLD["spacing"]}
+    size, grid = grid_of_spacing(shape, geometry, model.spacing if spacing else None)
     if grid is not geometry:
         image = resample(image, geometry, size, grid, o.interpolation)
     image = normalized(image, model.normalize)
@@ -255,7 +278,22 @@ def predict_scan(model: Model, path: Path, o: Options, device: torch.device, win
             kept[:, here] = slab if kept.dtype == np.float32 else np.rint(255 * slab)
     if o.largest_component:
         label = largest_components(label, model.classes)
-    return {"label": label, "probability": kept, "geometry": geometry}
+    back = turn.back
+    return {
+        "label": back(label),
+        "probability": None if kept is None else [back(p) for p in kept],
+        "geometry": told,
+    }
+
+
+def tell_unknown(path: Path, told: Geometry, model: Model) -> None:
+    """A line on stderr for what the scan's file does not tell, and the checkpoint would have brought it to."""
+    if model.orientation and "direction" not in told:
+        text = "does not tell where its axes point; they are taken as they are stored, as if they were"
+        print(f"warning: {path} {text} {model.orientation}.", file=sys.stderr)
+    if "spacing" not in told:
+        text = "does not tell the size of its voxels: it is not resampled, and has no volume in ml"
+        print(f"warning: {path} {text}.", file=sys.stderr)
 
 
 def results_of(path: Path, out: Path, probabilities: str, classes: int) -> list[Path]:
@@ -288,7 +326,10 @@ def refuse_scans(scans: list[Path], o: Options, classes: int) -> None:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: a line per scan and class."""
     lines = ["| scan | class | voxels | ml |", "|---|---|---|---|"]
-    return "\n".join(lines + [f"| {r['scan']} | {r['class']} | {r['voxels']} | {r['ml']:.3f} |" for r in rows]) + "\n"
+    for r in rows:
+        ml = "unknown" if r["ml"] == "" else f"{r['ml']:.3f}"
+        lines.append(f"| {r['scan']} | {r['class']} | {r['voxels']} | {ml} |")
+    return "\n".join(lines) + "\n"
 
 
 @enough_memory("Lower --batch-size or --patch-size.")
@@ -336,11 +377,11 @@ def main(argv: list[str] | None = None) -> None:
         label, geometry = found["label"], found["geometry"]
         volumes = [label, *(() if found["probability"] is None else found["probability"])]
         for file, volume in zip(results_of(path, Path(o.out), o.probabilities, model.classes), volumes, strict=True):
-            write_image(file, volume, geometry)
+            write_image(file, volume, geometry, like=path)
         counts = np.bincount(label.ravel(), minlength=model.classes + 1)
         for number in range(1, model.classes + 1):
             voxels = int(counts[number])
-            ml = voxels * math.prod(geometry["spacing"]) / 1000
+            ml = voxels * math.prod(geometry["spacing"]) / 1000 if "spacing" in geometry else ""
             rows.append({"scan": scan_name(path), "class": number, "voxels": voxels, "ml": ml})
         print(f"{path}: {time.monotonic() - began:.1f} s", file=sys.stderr)
 

@@ -9,7 +9,7 @@
 The checkpoint knows its method, its data and its patch; no other flag is needed. Bare weights know nothing: they are
 tested as in the papers, on data/la, with windows of 112x112x80 voxels. Every output of the method is
 scored with and without the largest-component filter, always on the scan's own grid. A scan that the checkpoint was
-trained on is refused, whatever the lists call it.
+trained on is refused, whatever the lists call it, and be its image turned, scaled or rounded.
 """
 
 import csv
@@ -18,7 +18,7 @@ import io
 import math
 import sys
 from collections import deque
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dataloaders.cases import Case, CaseError, check_all, find_cases, known_spacing, lists_of, read_case, read_geometry
+from dataloaders.class_names import class_names
 from dataloaders.images import write_image
+from dataloaders.likeness import DIGITS, alike, fingerprint
 from dataloaders.normalization import normalized
 from methods import Method
 from methods.released import RELEASED, load_trained
@@ -227,10 +229,12 @@ def names_of(folder: Path, scans: str, seen: Container[str]) -> list[str]:
 
 
 def open_cases(
-    folder: Path, names: Sequence[str], classes: int, seen: Container[str]
+    folder: Path, names: Sequence[str], classes: int, seen: Mapping[str, str], images: Mapping[str, str]
 ) -> tuple[list[Case], list[tuple[int, ...]]]:
-    """The cases and their shapes, each read once so that bad ones are named before any prediction, and those whose
-    checksum, whatever their name, is among the ones `seen` in training."""
+    """The cases and their shapes, each read once so that bad ones are named before any prediction, and those that were
+    trained on: whose checksum is among the ones `seen` in training, or whose image is like one of the `images`, the
+    fingerprints of those, both by name. Early checkpoints have no `images`."""
+    marks = {**{checksum: name for name, checksum in seen.items()}, **{x[:DIGITS]: name for name, x in images.items()}}
     cases, problems = find_cases(folder, names, labeled=True, classes=classes)
     shapes: list[tuple[int, ...]] = []
 
@@ -238,8 +242,11 @@ def open_cases(
         image, label = read_case(case)
         assert label is not None
         read_geometry(case)
-        if digest(image) in seen or digest(image, label) in seen:
-            raise CaseError("is a scan that this checkpoint was trained on")
+        mark = fingerprint(image)
+        found = [name for name, same in zip(images, alike(mark, list(images.values())), strict=True) if same]
+        found += [marks[x] for x in (mark[:DIGITS], digest(image, label)) if x in marks]
+        if found:
+            raise CaseError(f"is a scan that this checkpoint was trained on, there called {found[0]}")
         shapes.append(image.shape)
 
     check_all(cases, check, problems)
@@ -278,8 +285,9 @@ def main(argv: list[str] | None = None) -> None:
         done = f"{state['iteration']} of {trained['iterations']} iterations"
         print(f"warning: {path} is not finished: {done}.", file=sys.stderr)
     folder, seen = Path(o.data or trained["data"]), state["checksums"]  # none of bare weights
-    cases, shapes = open_cases(folder, names_of(folder, o.scans, seen), classes, set(seen.values()))
+    cases, shapes = open_cases(folder, names_of(folder, o.scans, seen), classes, seen, state.get("images", {}))
     count = sum(len(windows([-(-side // downsample) for side in shape], patch_size, stride)) for shape in shapes)
+    names = {c: name for c, name in class_names(folder).items() if c <= classes}
     # Several released files lie in one folder.
     usual = path.with_name(f"{path.stem}-test") if o.method else (path if path.is_dir() else path.parent) / o.scans
     out = Path(o.out) if o.out else usual
@@ -327,12 +335,16 @@ def main(argv: list[str] | None = None) -> None:
                 "flips": o.flips, "precision": o.precision, "scans": o.scans}  # fmt: skip
     more = {"checkpoint": str(path), "iteration": state["iteration"], "downsample": downsample,
             "normalize": normalize, "data": str(folder), "saved": o.save}  # fmt: skip
+    if names:
+        more["class_names"] = names
     if o.method:
         more |= {"method": o.method, "released": state["released"]}
     write_json(out / "test.json", make_manifest(device, **settings, **more))
     size, step = ("x".join(map(str, v)) for v in (patch_size, stride))
     print(f"{folder}: {len(cases)} {o.scans} scans, {count} windows of {size}, stride {step}.\n")
     print(means)
+    if names:
+        print(f"Classes: {', '.join(f'{c} {name}' for c, name in names.items())}.\n")
     if all(math.isnan(row["asd_mm"]) for row in rows) and not all(math.isnan(row["asd"]) for row in rows):
         print(f"No distance in mm: the files of {folder} do not tell their spacing.\n")
     print(f"per case: {out / 'cases.csv'}", file=sys.stderr)

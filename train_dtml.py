@@ -27,6 +27,7 @@ from dataloaders.cases import LA_FOLDER, PHANTOM_FOLDER
 from dataloaders.diagnostic import kept_for_diagnosis
 from dataloaders.findings import warnings_of
 from dataloaders.normalization import NORMALIZATIONS
+from dataloaders.orientation import common_orientation
 from dataloaders.training import median_spacing, training_cases
 from dataloaders.two_stream import SDM_OF, Patches, TwoStreamBatchSampler, make_loader
 from dataloaders.volumes import CACHES, Volumes
@@ -351,13 +352,14 @@ def main(argv: list[str] | None = None) -> None:
         o.labeled, len(cases) - o.labeled, batch_size=o.batch_size, labeled_batch=labeled_batch,
         seed=o.seed, start=start, iterations=o.iterations, rank=RANK, ranks=RANKS,
     )  # fmt: skip
-    spacing = median_spacing(cases)
+    spacing, orientation = median_spacing(cases), common_orientation(cases)
     everything = {**dataclasses.asdict(o), **dataclasses.asdict(method_options)}
 
     def contents(done: int) -> dict[str, Any]:
         return {
             "options": everything, "iteration": done, "seconds": time.monotonic() - began,
-            "checksums": volumes.checksums, "processes": RANKS, "spacing": spacing,
+            "checksums": volumes.checksums, "images": volumes.fingerprints, "processes": RANKS, "spacing": spacing,
+            "orientation": orientation,
             "method": method.state_dict(), "optimizer": optimizer.state_dict(),
         }  # fmt: skip
 

@@ -6,9 +6,13 @@ Layout of a data set, that of the left-atrium (LA) code bases:
     FOLDER/2018LA_Seg_Training Set/CASE/mri_norm2.h5   or   FOLDER/CASE/mri_norm2.h5   or   FOLDER/CASE.h5
 
 A case file holds `image` float (W,H,D), normalised, and `label` (W,H,D) of 0 and 1 (or 0..C), which an unlabeled case
-may lack; the attribute `spacing` (mm along x, y, z) is optional.
+may lack. Its geometry is ITK's, in the LPS frame (mm to the patient's left, back and head), in optional attributes:
+`spacing` of the voxels along the array's axes in mm, `origin` the place of the middle of voxel (0,0,0), `direction` 9
+cosines row by row, whose columns are the array's axes. FOLDER/spacing.txt, three numbers, tells the spacing of all
+cases whose own file does not. Nothing else is guessed: a case that neither tells has no spacing in mm.
 """
 
+import functools
 import math
 import sys
 from collections import Counter
@@ -30,10 +34,21 @@ LA_FOLDER = Path("data/la")
 PHANTOM_FOLDER = Path("data/phantom")
 LA_SPLITS = ROOT / "data" / "splits" / "la"
 LA_SUBFOLDER = "2018LA_Seg_Training Set"
-LA_SPACING = (0.625, 0.625, 0.625)
+LA_SPACING = (0.625, 0.625, 0.625)  # mm, of the cases that the published lists name
+SPACING_FILE = "spacing.txt"
 FILE_NAME = "mri_norm2.h5"
 MOST_CLASSES = 254
 MOST_BYTES = 2**31  # of one image or label: 2048 slices of 512x512 in float32
+SQUARE = 1e-3  # what unit vectors at right angles may lack: a voxel in a thousand
+
+Geometry = dict[str, tuple[float, ...]]
+"""spacing (3), origin (3) and direction (9), or those of them that a file tells."""
+UNTOLD: Geometry = {
+    "spacing": (1.0, 1.0, 1.0),
+    "origin": (0.0, 0.0, 0.0),
+    "direction": (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0),
+}
+"""What stands for that which a file does not tell, where a picture or a file must have something."""
 
 
 class CaseError(Exception):
@@ -195,37 +210,96 @@ def _header(f: h5py.File, name: str) -> h5py.Dataset:
     return dataset
 
 
-def read_geometry(case: Case, spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)) -> dict[str, tuple[float, ...]]:
-    """spacing (mm along x, y, z), origin (mm) and direction (9 cosines, row by row), for a NIfTI of the case.
+def told_geometry(case: Case) -> Geometry:
+    """Of spacing, origin and direction those that are known: the file's attributes, or the spacing its set declares.
 
-    What the file's attributes do not tell is 0.625 mm for LA, else `spacing`; origin 0; axes along x, y, z.
+    A set declares it by its spacing.txt, or by naming its cases as the published LA lists do: 0.625 mm.
 
     Raises:
-        CaseError: attributes that are not as many finite numbers, or a spacing that is not above 0.
+        CaseError: attributes that are not as many finite numbers, a spacing that is not above 0, a direction that is no
+            rotation or mirrored one, a spacing.txt that holds anything but three lengths.
     """
-    known = {
-        "spacing": LA_SPACING if LA_SUBFOLDER in case.path.parts else spacing,
-        "origin": (0.0, 0.0, 0.0),
-        "direction": (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0),
-    }
     try:
         with h5py.File(case.path, "r") as f:
-            found = {name: np.ravel(f.attrs.get(name, default)) for name, default in known.items()}
+            found = {name: np.ravel(f.attrs[name]) for name in UNTOLD if name in f.attrs}
     except Exception as e:  # as in read_case
         raise CaseError(f"has attributes that cannot be read ({e})") from e
     for name, values in found.items():
-        count = len(known[name])
+        count = len(UNTOLD[name])
         if values.dtype.kind not in "fiu" or len(values) != count or not np.isfinite(values).all():
             raise CaseError(f"has the attribute {name} {values.tolist()} where {count} finite numbers must stand")
-    if (found["spacing"] <= 0).any():
-        raise CaseError(f"has the spacing {found['spacing'].tolist()}, which must be above 0 mm")
-    return {name: tuple(map(float, values)) for name, values in found.items()}
+    told = {name: tuple(map(float, values)) for name, values in found.items()}
+    if min(told.get("spacing", (1.0,))) <= 0:
+        raise CaseError(f"has the spacing {list(told['spacing'])}, which must be above 0 mm")
+    if "direction" in told:
+        refuse_direction(told["direction"])
+    spacing = told.get("spacing") or _declared_spacing(case) or (LA_SPACING if published(case) else None)
+    return {**told, "spacing": spacing} if spacing else told
+
+
+def refuse_direction(direction: Sequence[float]) -> None:
+    """Raises CaseError unless the columns of the 9 cosines are unit vectors at right angles."""
+    axes = np.reshape(direction, (3, 3))
+    if not np.isfinite(axes).all():
+        raise CaseError(f"has a direction of {axes.ravel().tolist()}, which are not 9 numbers. Mend its header")
+    lengths = np.linalg.norm(axes, axis=0)
+    if np.abs(lengths - 1).max() > SQUARE:
+        shown = ", ".join(f"{length:g}" for length in lengths)
+        raise CaseError(
+            f"has a direction whose columns are no unit vectors but {shown} long, so that the size of its voxels is "
+            "not certain. Mend its header"
+        )
+    cosines = axes.T @ axes - np.eye(3)
+    i, j = np.unravel_index(np.abs(cosines).argmax(), (3, 3))
+    if abs(cosines[i, j]) > SQUARE:
+        angle = math.degrees(math.acos(np.clip(cosines[i, j], -1, 1)))
+        raise CaseError(
+            f"has axes that are not at right angles: {'xyz'[min(i, j)]} and {'xyz'[max(i, j)]} are at {angle:.4g} "
+            "degrees, as with a tilted gantry. Resample it onto a grid of right angles"
+        )
+
+
+def _declared_spacing(case: Case) -> tuple[float, ...] | None:
+    """What the spacing.txt of the case's set tells, if there is one."""
+    levels = len(Path(case.name).parts) - (case.path.name != FILE_NAME)
+    folder = case.path.parents[levels] if levels < len(case.path.parents) else case.path.parent
+    file = (folder.parent if folder.name == LA_SUBFOLDER else folder) / SPACING_FILE
+    try:
+        words = read_text(file).split()
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as e:
+        raise CaseError(f"belongs to a set whose {file} cannot be read ({e})") from e
+    try:
+        x, y, z = map(float, words)
+    except ValueError:
+        x = y = z = math.nan
+    if not all(0 < mm < math.inf for mm in (x, y, z)):
+        raise CaseError(
+            f"belongs to a set whose {file} holds {' '.join(words)[:60]!r}, where the mm along x, y and z must stand"
+        )
+    return x, y, z
+
+
+def published(case: Case) -> bool:
+    """Whether it is called as one of the published LA scans are, by 20 letters and digits that nothing else has."""
+    return case.name in _la_names()
+
+
+@functools.cache
+def _la_names() -> frozenset[str]:
+    return frozenset(name for split in ("train", "test") for name in read_list(LA_SPLITS / f"{split}.list"))
+
+
+def read_geometry(case: Case) -> Geometry:
+    """`told_geometry`, and what it lacks from UNTOLD: for what needs some geometry, as a NIfTI of the case does."""
+    return {**UNTOLD, **told_geometry(case)}
 
 
 def known_spacing(case: Case) -> tuple[float, ...] | None:
-    """mm along x, y, z, where the file's attributes tell it or the scan is one of LA; else None."""
+    """mm along x, y, z, where the case's file or its set tells it; else None."""
     try:
-        return read_geometry(case, (math.nan, math.nan, math.nan))["spacing"]
+        return told_geometry(case).get("spacing")
     except CaseError:
         return None
 

@@ -35,7 +35,7 @@ from dataloaders.cases import (
     find_cases,
     lists_of,
     read_case,
-    read_geometry,
+    told_geometry,
 )
 from dataloaders.findings import (
     GIB,
@@ -81,7 +81,7 @@ class Look:
     problem: str = ""
     facts: Facts | None = None
     image: str = ""
-    """Digest of the image."""
+    """Fingerprint of the image."""
     label: str = ""
     """Digest of the label, '' if it is empty or was not opened."""
     has_label: bool = False
@@ -96,13 +96,13 @@ def look(case: Case) -> Look:
     """Reads a case once; `case.labeled` tells whether its label may be opened."""
     try:
         image, label = read_case(case)
-        read_geometry(case)  # an error here, where training would not mind
+        told_geometry(case)  # an error here, where training would not mind
         with h5py.File(case.path, "r") as f:
             has_label = "label" in f
     except CaseError as e:
         return Look(case.name, f"{case.path} {e}")
     facts = with_spacing(facts_of(case, image, label))
-    found = Look(case.name, facts=facts, image=digest(image), has_label=has_label)
+    found = Look(case.name, facts=facts, image=facts.fingerprint, has_label=has_label)
     if label is None or not facts.voxels:
         return found
     faces = [np.unique(label.take((0, -1), axis=axis)) for axis in range(3)]
@@ -121,10 +121,9 @@ def findings_of_looks(
 ) -> list[Finding]:
     """What the cases tell beyond the intensities, spacing and sizes that training looks at too."""
     good = [x for x in looks if x.facts is not None]
-    by_name = {x.name: x for x in good}
     mend = "Mend the file or take the case out of the lists."
     found = [Finding("error", (x.name,), f"{x.problem}. {mend}") for x in looks if x.problem]
-    found += duplicates([x.facts for x in good if x.facts], test, lambda facts: by_name[facts.case.name].image)
+    found += duplicates([x.facts for x in good if x.facts], test)
     found += _same_labels(good)
     found += _classes(good, classes, {"labeled training": labeled, "test": test})
     found += _sizes(good)
@@ -182,19 +181,21 @@ def _classes(looks: Sequence[Look], classes: int, groups: dict[str, Sequence[str
 def _sizes(looks: Sequence[Look]) -> list[Finding]:
     """Objects much larger or smaller than the others of their class, and labels with more object than background."""
     found = []
-    ml: dict[int, dict[str, float]] = defaultdict(dict)
+    sizes: dict[int, dict[str, float]] = defaultdict(dict)
+    unit = "ml" if all(x.facts.spacing for x in looks if x.facts) else "voxels"
     for x in looks:
         if x.facts and x.facts.voxels:
-            for c, volume in volumes_ml(x.facts).items():
-                ml[c][x.name] = volume
+            for c, size in (volumes_ml(x.facts) if unit == "ml" else x.facts.voxels).items():
+                sizes[c][x.name] = size
             if 2 * sum(x.facts.voxels.values()) > np.prod(x.facts.shape):
                 text = "more object than background. See whether the label is inverted."
                 found.append(Finding("warning", (x.name,), text))
-    for c, volumes in ml.items():
-        usual = float(np.median(list(volumes.values())))
-        for name, volume in volumes.items():
-            if not usual / DIFFERENT <= volume <= usual * DIFFERENT:
-                text = f"class {c} has {volume:.3g} ml, where {usual:.3g} ml are usual. See its label and its spacing."
+    for c, named in sizes.items():
+        usual = float(np.median(list(named.values())))
+        for name, size in named.items():
+            if not usual / DIFFERENT <= size <= usual * DIFFERENT:
+                text = f"class {c} has {size:.3g} {unit}, where {usual:.3g} {unit} are usual. "
+                text += "See its label and its spacing."
                 found.append(Finding("warning", (name,), text))
     return found
 

@@ -1,8 +1,10 @@
 """What was found out about a case, kept beside the data: that its file is sound, and its volumes as plain arrays."""
 
 import dataclasses
+import hashlib
 import io
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataloaders.cases import Case
+from dataloaders.likeness import DIGITS
 from dataloaders.normalization import Scaling, normalized, scaling_of
 from utils.checkpoint import write_whole
 from utils.distributed import RANK
@@ -28,6 +31,8 @@ class Kept:
     """Of the case itself, before pooling."""
     checksum: str
     """Of the case itself: its image and, if it is labeled, its label."""
+    fingerprint: str
+    """Of its image, see dataloaders/likeness.py."""
     scaling: Scaling | None = None
     """What --normalize does to the image, if that is read crop by crop."""
     image: NDArray[np.float32] | None = None
@@ -37,10 +42,13 @@ class Kept:
 
 
 class Checks:
-    """CASE.json below a folder: a case whose file was read, found sound and need not be decoded again to know it.
+    """CASE-KEY.json below a folder: a case whose file was read, found sound and need not be decoded again to know it.
 
-    An entry counts while its source has the size and the time of change that it had before it was read; that of a
-    case without label does not count once the case is labeled, nor one with more classes than now are asked for.
+    KEY stands for the place of the case's file, links followed, seen from the folder: sets that share a folder do not
+    meet in it, and a set that is moved together with the folder keeps its entries. An entry counts while that file has
+    the inode, the size and the times of change that it had before it was read, of which the last (ctime) cannot be set
+    by hand; that of a case without label does not count once the case is labeled, nor one with more classes than now
+    are asked for.
 
     Without a folder, or where it cannot be written, the entries last as long as this object.
     """
@@ -64,7 +72,7 @@ class Checks:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def add(self, case: Case, image: NDArray, label: NDArray | None) -> None:
+    def add(self, case: Case, image: NDArray, label: NDArray | None, fingerprint: str) -> None:
         """Makes the entry of a case that `find` has just not found, from its image and label (W,H,D).
 
         Raises:
@@ -73,7 +81,7 @@ class Checks:
         entry = {
             "source": self._sources[case.name],
             "shape": image.shape,
-            "image": digest(image),
+            "fingerprint": fingerprint,
             "both": None if label is None else digest(image, label),
             "classes": 1 if label is None else max(int(label.max()), 1),
             "scaling": scaling_of(image, self.normalize),
@@ -90,11 +98,13 @@ class Checks:
     def _path(self, case: Case, what: str) -> Path:
         if self.folder is None:
             raise FileNotFoundError
-        return self.folder / f"{case.name}.{what}"
+        place = os.path.relpath(case.path.resolve(), self.folder.resolve())
+        return self.folder / f"{case.name}-{hashlib.sha256(os.fsencode(place)).hexdigest()[:16]}.{what}"
 
     def _kept(self, case: Case, entry: dict[str, Any]) -> Kept:
         scaling = None if self.normalize == "none" else Scaling(*entry["scaling"])
-        return Kept(tuple(entry["shape"]), entry["both" if case.labeled else "image"], scaling)
+        mark = entry["fingerprint"]
+        return Kept(tuple(entry["shape"]), entry["both"] if case.labeled else mark[:DIGITS], mark, scaling)
 
     def _write(self, case: Case, image: NDArray, label: NDArray | None) -> None:
         """Writes what the entry needs besides itself."""
@@ -110,7 +120,7 @@ class Checks:
 
 
 class DiskCache(Checks):
-    """CASE.image.npy and CASE.label.npy too: the volumes, decoded once for all runs to come and mapped into memory.
+    """CASE-KEY.image.npy and .label.npy too: the volumes, decoded once for all runs to come and mapped into memory.
 
     The label of a case that is not labeled is neither written nor read. `pool` makes of an image (False) and of a
     label (True) what is kept.
@@ -146,5 +156,6 @@ def _npy(array: NDArray) -> bytes:
 
 
 def _source(case: Case) -> list[int]:
+    """What a file that took the place of another one, or new content in the same file, changes."""
     stat = case.path.stat()
-    return [stat.st_size, stat.st_mtime_ns]
+    return [stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]

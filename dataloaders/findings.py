@@ -7,15 +7,16 @@ and the largest value over the scans (on 22 November 2026, by a reading of every
 
 import dataclasses
 import math
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataloaders.cases import Case, CaseError, read_case, read_geometry
-from utils.run_folder import digest
+from dataloaders.cases import SPACING_FILE, Case, known_spacing, published
+from dataloaders.likeness import DIGITS, fingerprint, groups
+from dataloaders.orientation import known_orientation
 
 LEVELS = ("error", "warning", "note")
 LA_SIDES = ((148, 132, 88), (244, 160, 88))
@@ -55,7 +56,7 @@ class Facts:
     case: Case
     shape: tuple[int, ...]
     spacing: tuple[float, ...] | None
-    """mm along x, y, z; None if it was not read, or the file's attributes are no geometry."""
+    """mm along x, y, z; None if it was not read, or neither the file nor the set tells it."""
     mean: float
     sd: float
     p1: float
@@ -63,6 +64,10 @@ class Facts:
     """Of the intensities of about SAMPLE voxels, evenly spread."""
     voxels: dict[int, int] | None
     """Class -> voxels, background left out; None if the label was not opened."""
+    fingerprint: str
+    """Of the image, see dataloaders/likeness.py."""
+    orientation: str | None = None
+    """Where the axes point, see dataloaders/orientation.py; None if it was not read, or the file does not tell it."""
 
 
 def facts_of(case: Case, image: NDArray[np.float32], label: NDArray[np.uint8] | None) -> Facts:
@@ -77,21 +82,19 @@ def facts_of(case: Case, image: NDArray[np.float32], label: NDArray[np.uint8] | 
         counts = {c: int(np.count_nonzero(label == c)) for c in range(1, int(label.max()) + 1)}
         voxels = {c: n for c, n in counts.items() if n}
     mean, sd = float(sample.mean(dtype=np.float64)), float(sample.std(dtype=np.float64))
-    return Facts(case, image.shape, None, mean, sd, float(low), float(high), voxels)
+    return Facts(case, image.shape, None, mean, sd, float(low), float(high), voxels, fingerprint(image))
 
 
 def with_spacing(facts: Facts) -> Facts:
-    """With the spacing that the file tells; opens it, and reads no volume."""
-    try:
-        return dataclasses.replace(facts, spacing=read_geometry(facts.case)["spacing"])
-    except CaseError:
-        return facts
+    """With spacing and orientation as they are told; opens the file, and reads no volume."""
+    case = facts.case
+    return dataclasses.replace(facts, spacing=known_spacing(case), orientation=known_orientation(case))
 
 
 def findings_of(
     facts: Sequence[Facts], *, patch_size: Sequence[int] = (), downsample: int = 1, normalize: str = "none"
 ) -> list[Finding]:
-    """Warnings and notes about intensities, spacing, sizes and empty labels; none for a set like LA.
+    """Warnings and notes about intensities, spacing, orientation, sizes and empty labels; none for a set like LA.
 
     Args:
         facts: of the cases that are read together.
@@ -102,6 +105,7 @@ def findings_of(
     return [
         *(_intensities(facts) if normalize == "none" else []),
         *_spacings(facts),
+        *_orientations(facts),
         *(_small(facts, patch_size, downsample) if patch_size else []),
         *_labels(facts),
     ]
@@ -138,14 +142,19 @@ def _intensities(facts: Sequence[Facts]) -> list[Finding]:
 
 
 def _spacings(facts: Sequence[Facts]) -> list[Finding]:
+    found = []
+    unknown = tuple(x.case.name for x in facts if not x.spacing)
+    if unknown:
+        text = "neither the file nor the set tells the size of a voxel, so that nothing is known in mm. Write it into "
+        more = f"the files (attribute spacing) or, the mm along x, y and z, into {SPACING_FILE} beside the lists."
+        found.append(Finding("warning", () if len(unknown) == len(facts) else unknown, text + more))
     facts = [x for x in facts if x.spacing]
     if not facts:
-        return []
+        return found
     spacings = np.array([x.spacing for x in facts])
     middle = np.median(spacings, axis=0)
     other = np.abs(spacings / middle - 1).max(axis=1) > 0.01
     target = " ".join(f"{mm:.3g}" for mm in middle)
-    found = []
     if other.any():
         ranges = " x ".join(_range(mm) for mm in spacings.T)
         found.append(
@@ -159,6 +168,25 @@ def _spacings(facts: Sequence[Facts]) -> list[Finding]:
     if middle.max() > 2.5 * middle.min():
         text = f"voxels are {target} mm, {middle.max() / middle.min():.1f} times as long along one axis. "
         found.append(Finding("note", (), text + "Take fewer of them along that axis in --patch-size, or resample."))
+    return found
+
+
+def _orientations(facts: Sequence[Facts]) -> list[Finding]:
+    """Of published LA scans it is known that they do not tell it, and that their axes are alike."""
+    facts = [x for x in facts if x.orientation or not published(x.case)]
+    found = []
+    unknown = tuple(x.case.name for x in facts if not x.orientation)
+    if unknown:
+        text = "the file does not tell where its axes point. A network learns them as they are stored, and predict.py "
+        more = "takes those of a new scan as they are stored too. Convert it from files that tell it, if you can."
+        found.append(Finding("warning", () if len(unknown) == len(facts) else unknown, text + more))
+    known = Counter(x.orientation for x in facts if x.orientation)
+    if len(known) > 1:
+        (usual, _), *others = known.most_common()
+        names = tuple(x.case.name for x in facts if x.orientation not in (None, usual))
+        text = f"the axes point to {', '.join(str(code) for code, _ in others)}, those of the other cases to {usual}. "
+        more = "A network sees axes as they are stored: convert all scans again, which brings them to one orientation."
+        found.append(Finding("warning", names, text + more))
     return found
 
 
@@ -191,52 +219,24 @@ def _labels(facts: Sequence[Facts]) -> list[Finding]:
     return [Finding("warning", empty, text)]
 
 
-def duplicates(
-    facts: Sequence[Facts], test: Sequence[str] = (), digest_of: Callable[[Facts], Hashable] | None = None
-) -> list[Finding]:
-    """The same image under two names: an error if one of them is a test case and another one is not, else a warning.
+def duplicates(facts: Sequence[Facts], test: Sequence[str] = ()) -> list[Finding]:
+    """The same image under two names, be it turned or rounded: an error if one of them is a test case and another one
+    is not, else a warning.
 
     Args:
         facts: of cases of both lists.
         test: the names of the test cases.
-        digest_of: facts -> what is equal exactly for equal images; without it images of equal facts are read again.
     """
-
-    def alike(x: Facts) -> Hashable:
-        return x.shape, x.mean, x.sd, x.p1, x.p99
-
-    groups: dict[Hashable, list[Facts]] = defaultdict(list)
-    for same in _grouped(facts, digest_of or alike):
-        for x in same:
-            groups[digest_of(x) if digest_of else _image_digest(x)].append(x)
     found = []
-    for group in groups.values():
-        names = tuple(x.case.name for x in group)
+    for group in groups([x.fingerprint for x in facts]):
+        names = tuple(facts[i].case.name for i in group)
+        equal = len({facts[i].fingerprint[:DIGITS] for i in group}) == 1
         leak = 0 < len(set(names) & set(test)) < len(names)
-        text = (
-            "the same image under several names, to train on and to test on: figures of such a test mean nothing. "
-            if leak
-            else "the same image under several names, which then counts as often. "
-        )
-        if len(group) > 1:
-            found.append(Finding("error" if leak else "warning", names, text + "Keep one of them in the lists."))
+        same = "the same image" if equal else "the same image, but for its direction, scale or rounding,"
+        so = "to train on and to test on: figures of such a test mean nothing" if leak else "which then counts as often"
+        text = f"{same} under several names, {so}. Keep one of them in the lists."
+        found.append(Finding("error" if leak else "warning", names, text))
     return found
-
-
-def _grouped(facts: Sequence[Facts], key: Callable[[Facts], Hashable]) -> list[list[Facts]]:
-    """The groups of two or more with the same key."""
-    groups: dict[Hashable, list[Facts]] = defaultdict(list)
-    for x in facts:
-        groups[key(x)].append(x)
-    return [group for group in groups.values() if len(group) > 1]
-
-
-def _image_digest(x: Facts) -> str:
-    """Of the image alone; the label is not opened. A file that is gone by now is like no other."""
-    try:
-        return digest(read_case(dataclasses.replace(x.case, labeled=False))[0])
-    except CaseError:
-        return x.case.name
 
 
 def warnings_of(facts: Sequence[Facts], *, patch_size: Sequence[int], downsample: int, normalize: str) -> list[str]:

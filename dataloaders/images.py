@@ -3,13 +3,11 @@
 An array is (W,H,D), along x, y, z of the file. Its geometry is ITK's, in the LPS frame (mm to the patient's left, back
 and head): `spacing` of the voxels along the array's axes, `origin` the place of the middle of voxel (0,0,0),
 `direction` 9 cosines row by row, whose columns are the array's axes. Voxel i lies at
-origin + direction @ (spacing * i).
+origin + direction @ (spacing * i). What a file does not tell its geometry lacks.
 """
 
-import gzip
 import os
-import struct
-import zlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +17,19 @@ import SimpleITK as sitk
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter1d
 
-from dataloaders.cases import FILE_NAME, MOST_BYTES, Case, CaseError, read_case, read_geometry
+from dataloaders.cases import (
+    FILE_NAME,
+    MOST_BYTES,
+    UNTOLD,
+    Case,
+    CaseError,
+    Geometry,
+    read_case,
+    refuse_direction,
+    told_geometry,
+)
+from dataloaders.nifti import read_nifti, write_nifti
 from utils.errors import UserError
-
-Geometry = dict[str, tuple[float, ...]]
-"""spacing (3), origin (3) and direction (9)."""
 
 WRITTEN_AS = {".nii.gz": ".nii.gz", ".nii": ".nii", ".nrrd": ".nrrd", ".mha": ".mha", ".mhd": ".mha", ".h5": ".nii.gz"}
 """Ending of a scan that can be read -> ending of what is written for it."""
@@ -32,7 +38,9 @@ SAME_SPACING = 1e-3
 """Relative difference of spacings below which nothing is resampled."""
 SAME_PLACE = 0.1
 """Voxels that the corners of two grids may lie apart and still be called the same."""
-CHUNK = 2**20
+INWARDS = 1e-6
+HEADER = 2**16  # bytes in which the text of a header ends
+MM = {"", "?", "mm", "millimeter", "millimeters", "millimetre", "millimetres"}
 
 sitk.ProcessObject.SetGlobalWarningDisplay(False)  # what matters is raised; the rest would break the progress bar
 
@@ -48,30 +56,32 @@ def scan_name(path: Path) -> str:
 
 
 def read_image(path: Path) -> tuple[NDArray[np.float32], Geometry]:
-    """A scan as float32 (W,H,D), its intensities as they are in the file, and its geometry.
+    """A scan as float32 (W,H,D), its intensities as they are in the file, and what the file tells of its geometry.
 
     Raises:
         CaseError: missing, no scan, cut short, not three-dimensional numbers, larger than 2 GiB in float32,
-            intensities that are not finite (in a NIfTI ITK reads those as 0); for an h5 case what `read_case` raises.
+            intensities that are not finite, voxels of no certain size, axes that are not at right angles; for an h5
+            case what `read_case` and `told_geometry` raise.
     """
     if ending_of(path) == ".h5":
         case = Case(scan_name(path), path, labeled=False)
-        return read_case(case)[0], read_geometry(case)
-    picture = _read(path)
-    image = _array(picture, np.float32)
+        return read_case(case)[0], told_geometry(case)
+    found, geometry = _read(path)
+    with np.errstate(over="ignore"):  # what float32 does not hold is refused too
+        image = np.ascontiguousarray(found, np.float32)
     if not np.isfinite(image.sum(dtype=np.float64)):
         raise CaseError("holds intensities that are not a number or infinite")
-    return image, _geometry(picture)
+    return image, geometry
 
 
 def read_label(path: Path) -> tuple[NDArray[np.integer], Geometry]:
-    """A label map as integers (W,H,D), its values as they are in the file, and its geometry.
+    """A label map as integers (W,H,D), its values as they are in the file, and what the file tells of its geometry.
 
     Raises:
         CaseError: as for `read_image`, and values that are negative or no integers.
     """
-    picture = _read(path)
-    label = _array(picture)
+    found, geometry = _read(path)
+    label = np.ascontiguousarray(found, found.dtype.newbyteorder("="))
     if label.dtype.kind == "f":
         wrong = label[~(label == np.rint(label))]
         if wrong.size or np.abs(label).max() >= 2**31:
@@ -79,15 +89,17 @@ def read_label(path: Path) -> tuple[NDArray[np.integer], Geometry]:
         label = label.astype(np.int32)
     if label.min() < 0:
         raise CaseError(f"holds {label.min()}, and labels are 0 or above")
-    return label, _geometry(picture)
+    return label, geometry
 
 
-def _read(path: Path) -> sitk.Image:
-    """The file's image; what its header claims is looked at before any of its voxels."""
+def _read(path: Path) -> tuple[NDArray[Any], Geometry]:
+    """The file's voxels (W,H,D) and geometry; what its header claims is looked at before any of its voxels."""
     if not path.is_file():
         raise CaseError("does not exist" if not path.exists() else "is no file")
     if not ending_of(path):
         raise CaseError(f"is no format that is read here: {', '.join(WRITTEN_AS)}")
+    if ".nii" in ending_of(path):
+        return read_nifti(path)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     try:
@@ -99,41 +111,41 @@ def _read(path: Path) -> sitk.Image:
             raise CaseError(f"has voxels of {sitk.GetPixelIDValueAsString(kind)}, where one number must stand")
         if 4 * int(np.prod(size, dtype=object)) > MOST_BYTES:
             raise CaseError(f"claims {size} voxels, more than {MOST_BYTES / 2**30:g} GiB in float32")
-        if ".nii" in ending_of(path):
-            _refuse_cut_nifti(path)
         reader.SetExtractSize([*size[:3], *[0] * (len(size) - 3)])
-        return reader.Execute()
+        picture = reader.Execute()
     except RuntimeError as e:
+        if "determinant" in str(e):
+            raise CaseError("has a direction of determinant 0: its axes span no volume. Mend its header") from e
         raise CaseError(f"is no whole scan ({_reason(e)})") from e
+    refuse_direction(picture.GetDirection())
+    geometry = {"spacing": picture.GetSpacing(), "origin": picture.GetOrigin(), "direction": picture.GetDirection()}
+    return _array(picture), {name: values for name, values in geometry.items() if name in _told_by(path, picture)}
 
 
-def _refuse_cut_nifti(path: Path) -> None:
-    """Raises CaseError for a NIfTI that is shorter than its header says, or whose gzip checksum is wrong: ITK would
-    fill up with zeros without a word."""
-    try:
-        with gzip.open(path) if path.name.lower().endswith(".gz") else open(path, "rb") as f:
-            header = f.read(540)
-            order = "<" if header[0] or header[1] else ">"
-            if struct.unpack_from(order + "i", header)[0] == 540:  # NIfTI-2
-                bits, sides = (
-                    struct.unpack_from(order + "h", header, 14)[0],
-                    struct.unpack_from(order + "8q", header, 16),
-                )
-                offset = struct.unpack_from(order + "q", header, 168)[0]
-            else:
-                sides, bits = (
-                    struct.unpack_from(order + "8h", header, 40),
-                    struct.unpack_from(order + "h", header, 72)[0],
-                )
-                offset = int(struct.unpack_from(order + "f", header, 108)[0])
-            voxels = int(np.prod([max(side, 1) for side in sides[1 : 1 + sides[0]]], dtype=object))
-            found, expected = len(header), offset + voxels * bits // 8
-            while found <= expected + CHUNK and (piece := f.read(CHUNK)):  # to the end, where the checksum stands
-                found += len(piece)
-    except (OSError, EOFError, zlib.error, struct.error, IndexError) as e:
-        raise CaseError(f"is cut short or damaged ({e})") from e
-    if found < expected:
-        raise CaseError(f"is cut short: {found} bytes where its header tells of {expected}")
+def _told_by(path: Path, picture: sitk.Image) -> set[str]:
+    """Which of spacing, origin and direction the header of a NRRD or MetaImage tells; ITK makes up the rest.
+
+    Raises:
+        CaseError: it tells lengths that are not in mm.
+    """
+    with open(path, "rb") as f:
+        text = f.read(HEADER).decode("latin-1").replace("\r", "")
+    if ending_of(path) == ".nrrd":
+        lines = re.findall(r"^([\w ]+):=?(.*)$", text.partition("\n\n")[0], re.MULTILINE)
+        fields = {name.strip().lower(): value.strip() for name, value in lines}
+        units = re.findall(r'"(.*?)"', fields.get("space units", "") + fields.get("units", ""))
+        frame = "NRRD_space" in picture.GetMetaDataKeys() and picture.GetMetaData("NRRD_space").split("-")[0]
+        spacing = "space directions" in fields or "spacings" in fields
+        direction = "space directions" in fields and frame in ("left", "right")  # ITK has brought it to its own
+    else:
+        fields = dict(re.findall(r"^(\w+) *= *(.*?) *$", text.partition("ElementDataFile")[0], re.MULTILINE))
+        units = [fields.get("DistanceUnits", "")]
+        spacing = "ElementSpacing" in fields or "ElementSize" in fields
+        direction = not {"TransformMatrix", "Rotation", "Orientation"}.isdisjoint(fields)
+    strange = [unit for unit in units if unit.lower() not in MM]
+    if strange:
+        raise CaseError(f"tells its lengths in {strange[0]}, which programs read in different ways. Write them in mm")
+    return {name for name, told in (("spacing", spacing), ("origin", direction), ("direction", direction)) if told}
 
 
 def _reason(e: RuntimeError) -> str:
@@ -142,26 +154,23 @@ def _reason(e: RuntimeError) -> str:
     return lines[-1].removeprefix("ITK ERROR: ") if lines else "no reason given"
 
 
-def _geometry(picture: sitk.Image) -> Geometry:
-    return {"spacing": picture.GetSpacing(), "origin": picture.GetOrigin(), "direction": picture.GetDirection()}
-
-
 def _array(picture: sitk.Image, dtype: Any = None) -> NDArray[Any]:
     """A copy, as the view dies with the picture; SimpleITK's arrays are z, y, x."""
     return np.array(sitk.GetArrayViewFromImage(picture).transpose(2, 1, 0), dtype=dtype, order="C", copy=True)
 
 
 def _picture(array: NDArray[Any], geometry: Geometry) -> sitk.Image:
+    whole = {**UNTOLD, **geometry}
     picture = sitk.GetImageFromArray(array.transpose(2, 1, 0))
-    picture.SetSpacing(geometry["spacing"])
-    picture.SetOrigin(geometry["origin"])
-    picture.SetDirection(geometry["direction"])
+    picture.SetSpacing(whole["spacing"])
+    picture.SetOrigin(whole["origin"])
+    picture.SetDirection(whole["direction"])
     return picture
 
 
-def write_image(path: Path, array: NDArray[Any], geometry: Geometry) -> None:
+def write_image(path: Path, array: NDArray[Any], geometry: Geometry, like: Path | None = None) -> None:
     """Writes an array (W,H,D) of numbers as the format of the path's ending, compressed but for .nii; whole or not at
-    all: under another name first, which is renamed.
+    all: under another name first, which is renamed. A NIfTI gets the header of `like`, if that is a NIfTI too.
 
     Raises:
         UserError: the folder or the file cannot be written.
@@ -169,9 +178,10 @@ def write_image(path: Path, array: NDArray[Any], geometry: Geometry) -> None:
     partial = path.with_name(f".{os.getpid()}.partial.{path.name}")  # ITK goes by the ending
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        sitk.WriteImage(_picture(array, geometry), str(partial), useCompression=True)
         if ".nii" in ending_of(path):
-            _refuse_cut_nifti(partial)  # ITK does not tell that a disk is full
+            write_nifti(partial, array, geometry, like if like and ".nii" in ending_of(like) else None)
+        else:
+            sitk.WriteImage(_picture(array, geometry), str(partial), useCompression=True)
         with open(partial, "rb") as f:
             os.fsync(f.fileno())
         os.replace(partial, path)
@@ -204,7 +214,7 @@ def to_physical(geometry: Geometry, index: Sequence[float] | NDArray) -> NDArray
     return np.asarray(index, float) @ axes.T + geometry["origin"]
 
 
-def moved(geometry: Geometry, corner: Sequence[float]) -> Geometry:
+def moved(geometry: Geometry, corner: Sequence[float] | NDArray) -> Geometry:
     """The geometry of a part of the array that begins at voxel `corner`."""
     return {**geometry, "origin": tuple(map(float, to_physical(geometry, corner)))}
 
@@ -253,6 +263,9 @@ def resample(
     """
     if how != "nearest" and smooth:
         array = anti_alias(array, np.array(onto["spacing"]) / geometry["spacing"])
+    if how == "nearest":  # midway between two voxels the inner one counts: always the upper one would shift labels
+        inner = tuple(mm * (1 - INWARDS) for mm in onto["spacing"])
+        onto = {**moved(onto, INWARDS * (np.array(shape) - 1) / 2), "spacing": inner}
     resampler = sitk.ResampleImageFilter()
     resampler.SetSize([int(side) for side in shape])
     resampler.SetOutputSpacing(onto["spacing"])

@@ -8,8 +8,10 @@ from dataloaders.findings import LA, LA_SIDES, Facts, memory_gib
 
 
 def volumes_ml(facts: Facts) -> dict[int, float]:
-    """Class -> its size in ml."""
-    return {c: n * float(np.prod(facts.spacing or (1, 1, 1))) / 1000 for c, n in (facts.voxels or {}).items()}
+    """Class -> its size in ml; {} without a spacing."""
+    if facts.spacing is None:
+        return {}
+    return {c: n * float(np.prod(facts.spacing)) / 1000 for c, n in (facts.voxels or {}).items()}
 
 
 def table(groups: dict[str, list[Facts]], classes: int) -> str:
@@ -37,7 +39,7 @@ def table(groups: dict[str, list[Facts]], classes: int) -> str:
         cells += [span(getattr(x, name) for x in group) for name in ("mean", "sd", "p1", "p99")]
         for c in range(1, classes + 1):
             cells += [span(100 * x.voxels[c] / np.prod(x.shape) for x in sized if x.voxels and c in x.voxels)]
-            cells += [span(volumes_ml(x)[c] for x in sized if x.voxels and c in x.voxels)]
+            cells += [span(volumes_ml(x)[c] for x in sized if c in volumes_ml(x))]
         return [*cells, f"{memory_gib(group):.3g}"]
 
     rows = ["cases", "sides, voxels", "spacing, mm", "mean", "standard deviation", "1st percentile", "99th percentile"]

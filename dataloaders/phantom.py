@@ -150,7 +150,8 @@ def make_phantom_set(folder: Path, *, seed: int = 2021, train: int = 40, test: i
     """Write `train` + `test` phantoms to `folder` as the LA set lies; a set that is there already is left alone.
 
     `folder/train.list` and `folder/test.list` name the cases, a line each; `folder/<case>/mri_norm2.h5` holds `image`
-    float32 (W,H,D), `label` uint8 (W,H,D) and the attribute `spacing` in mm. The folder appears whole or not at all.
+    float32 (W,H,D), `label` uint8 (W,H,D) and the attributes `spacing` in mm and `direction`. The folder appears whole
+    or not at all.
     """
     folder = Path(folder)
     lists = (folder / "train.list", folder / "test.list")
@@ -169,6 +170,7 @@ def make_phantom_set(folder: Path, *, seed: int = 2021, train: int = 40, test: i
                 file.create_dataset("image", data=image, compression="gzip")
                 file.create_dataset("label", data=label, compression="gzip")
                 file.attrs["spacing"] = SPACING
+                file.attrs["direction"] = np.eye(3).ravel()
         for path, part in zip(lists, (names[:train], names[train:]), strict=True):
             (partial / path.name).write_text("".join(f"{name}\n" for name in part))
         try:

@@ -2,20 +2,26 @@
 
 import csv
 import hashlib
-import sys
+import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from dataloaders.cases import LA_SPLITS, read_list
-from dataloaders.images import ending_of, scan_name
+from dataloaders.class_names import DATASET, names_in, read_dataset
+from dataloaders.growing import Before
+from dataloaders.images import WRITTEN_AS, ending_of, scan_name
 from utils.errors import UserError
 from utils.text import read_text
 
 TEST_SHARE = 0.2
 COLUMNS = ("image", "label", "split", "name")
-NNUNET = {"imagesTr": ("labelsTr", "train"), "imagesTs": ("labelsTs", "test")}
+IMAGES_TS = ("unlabeled", "leave")
+FOLDERS = ("images", "labels", "imagesTr", "labelsTr", "imagesTs", "labelsTs")
+NOTES = (".json", ".txt", ".csv", ".tsv", ".md", ".xml", ".yaml", ".yml", ".log")  # of files that tell of a scan
+LABEL_OF = re.compile(r"(.+)[-_. ](seg|segmentation|labels?|masks?|gt|roi|manual)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -28,71 +34,206 @@ class Source:
     split: str = ""
 
 
-def find_sources(source: Path) -> tuple[list[Source], bool]:
-    """The scans in any of the layouts, and whether they are the challenge's.
+@dataclass(frozen=True)
+class Found:
+    """What a source holds."""
+
+    scans: list[Source]
+    challenge: bool = False
+    """Whether these are the folders of the 2018 atrial challenge."""
+    unread: list[Path] = field(default_factory=list)
+    """Files and folders where scans or labels stand, that are none which is read."""
+    left_out: list[str] = field(default_factory=list)
+    """Scans of imagesTs without label that are left out."""
+    names: dict[int, str] = field(default_factory=dict)
+    """Value of a label -> name of its class, from dataset.json."""
+    absent: list[str] = field(default_factory=list)
+    """Training scans, or their labels, that dataset.json lists and that are not there."""
+
+
+def find_sources(source: Path, images_ts: str = "") -> Found:
+    """The scans in any of the layouts.
+
+    Args:
+        images_ts: what to do with the scans of imagesTs that have no label: 'unlabeled' trains on them, 'leave' leaves
+            them out; '' is 'leave' where labelsTs has labels of others of them, else 'unlabeled'.
 
     Raises:
-        UserError: no such folder or file, no layout that is known, labels without scan, names that occur twice.
+        UserError: no such folder or file, no layout that is known, labels without scan, a label that cannot be read,
+            names that occur twice, an `images_ts` without any such scan, a dataset.json that tells something else.
     """
     if source.is_file():
-        return _distinct(read_manifest(source), source), False
+        if images_ts:
+            raise UserError("--images-ts is given, but a CSV has no imagesTs. Leave it out.")
+        return Found(_distinct(read_manifest(source), source))
     if not source.is_dir():
         raise UserError(f"--source {source} does not exist. Give a folder of scans or a CSV that lists them.")
-    challenge = _in_case_folders(source, "lgemri", "laendo")
-    if challenge:
-        return _distinct(challenge, source), True
-    found = _in_two_folders(source / "images", source / "labels", "")
-    for images, (labels, split) in NNUNET.items():
-        more = _in_two_folders(source / images, source / labels, split)
-        without = [scan.name for scan in more if split == "test" and scan.label is None]
-        if without:
-            print(
-                f"left out: {len(without)} scans of {images} without label; predict.py is for those.", file=sys.stderr
-            )
-        found += [scan for scan in more if scan.name not in without]
-    found += _in_case_folders(source, "image", "label")
-    if not found:
+    unread = _loose(source)
+    scans = _in_case_folders(source, "lgemri", "laendo", unread)
+    challenge, left_out = bool(scans), []
+    if not challenge:
+        scans = _in_two_folders(source / "images", source / "labels", unread)
+        training, tested, others = _in_nnunet_folders(source, unread)
+        take = images_ts or ("leave" if tested else "unlabeled")
+        scans += training + tested + (others if take == "unlabeled" else [])
+        left_out = [scan.name for scan in others if take == "leave"]
+        if images_ts and not others:
+            raise UserError(f"--images-ts is given, but {source} has no scans without label in imagesTs. Leave it out.")
+        scans += _in_case_folders(source, "image", "label", unread)
+    if not scans:
         raise UserError(
             f"{source} holds no scans in a known layout: images/ and labels/, imagesTr/ and labelsTr/, "
             "NAME/image.nii.gz and NAME/label.nii.gz, or NAME/lgemri.nrrd. Arrange them so, or list them in a CSV; see "
-            "--help."
+            f"--help.{' Not read: ' + shown(unread, source) + '.' if unread else ''}"
         )
-    return _distinct(found, source), False
+    told = read_dataset(source / DATASET)
+    absent = _absent(told, scans, left_out)
+    return Found(_distinct(scans, source), challenge, unread, left_out, names_in(told, source / DATASET), absent)
+
+
+def shown(paths: Sequence[Path], folder: Path) -> str:
+    """A few of the paths, from a folder, and how many more there are."""
+    some = ", ".join(f"{path.relative_to(folder)}{'/' if path.is_dir() else ''}" for path in paths[:5])
+    return some + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
+
+
+# -- folders --
+
+
+def _there(folder: Path) -> list[Path]:
+    """What a folder holds, in order; hidden files, as macOS puts one beside each file of an archive, are none."""
+    return [p for p in sorted(folder.iterdir()) if not p.name.startswith(".")] if folder.is_dir() else []
+
+
+def _is_scan(path: Path) -> bool:
+    return ending_of(path) not in ("", ".h5")
 
 
 def _scans_in(folder: Path) -> dict[str, Path]:
-    """Name -> file of the scans in a folder; hidden files are none."""
+    """Name -> file of the scans in a folder."""
     found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if ending_of(path) not in ("", ".h5") and not path.name.startswith("."):
-            if scan_name(path) in found:
-                raise UserError(f"{found[scan_name(path)]} and {path} have one name. Keep one of them.")
-            found[scan_name(path)] = path
+    for path in filter(_is_scan, _there(folder)):
+        if scan_name(path) in found:
+            raise UserError(f"{found[scan_name(path)]} and {path} have one name. Keep one of them.")
+        found[scan_name(path)] = path
     return found
 
 
-def _in_two_folders(images: Path, labels: Path, split: str) -> list[Source]:
-    scans, known = _scans_in(images), _scans_in(labels)
-    if any(name.endswith("_0001") for name in scans) and any(name.endswith("_0000") for name in scans):
-        raise UserError(
-            f"{images} holds scans of several channels (_0001), and one is read here. Keep the _0000 alone."
+def _unread_in(folder: Path) -> list[Path]:
+    """What else a folder holds, but the voxels of a .mhd."""
+    there = _there(folder)
+    headers = {path.stem for path in there if path.suffix.lower() == ".mhd"}
+    return [p for p in there if not _is_scan(p) and not (p.suffix.lower() in (".raw", ".zraw") and p.stem in headers)]
+
+
+def _loose(source: Path) -> list[Path]:
+    """Scans beside the folders of a layout, and folders with scans that belong to none."""
+    cases = ({"image"}, {"lgemri"})
+    return [
+        path
+        for path in _there(source)
+        if (path.is_file() and _is_scan(path))
+        or (
+            path.is_dir()
+            and path.name not in FOLDERS
+            and any(map(_is_scan, _there(path)))
+            and not any(name <= {scan_name(p) for p in _there(path) if _is_scan(p)} for name in cases)
         )
-    if scans and all(name.endswith("_0000") for name in scans):
-        scans = {name.removesuffix("_0000"): path for name, path in scans.items()}
-    _refuse_orphans([known[name] for name in known if name not in scans], images)
+    ]
+
+
+def _in_two_folders(
+    images: Path, labels: Path, unread: list[Path], split: str = "", literal: bool = False
+) -> list[Source]:
+    """The scans of two folders; `unread` gains what stands there besides.
+
+    Names that end in _0000, as nnU-Net's scans do, lose that, unless labels have such names too or `literal` is set.
+    """
+    scans, known = _scans_in(images), _scans_in(labels)
+    others = _unread_in(images)
+    unread += [*others, *_unread_in(labels)]
+    if not literal and not scans.keys() & known.keys():
+        if any(name.endswith("_0001") for name in scans) and any(name.endswith("_0000") for name in scans):
+            raise UserError(
+                f"{images} holds scans of several channels (_0001), and one is read here. Keep the _0000 alone."
+            )
+        if scans and all(name.endswith("_0000") for name in scans):
+            scans = {name.removesuffix("_0000"): path for name, path in scans.items()}
+    _refuse_orphans([known[name] for name in known if name not in scans], images, others)
+    for name, path in scans.items():
+        if (match := LABEL_OF.fullmatch(name)) and match[1] in scans:
+            raise UserError(
+                f"{path} looks like the label of {match[1]}, and stands among the scans. Move it to {labels} under "
+                "that scan's name, or elsewhere."
+            )
+    _refuse_unread_labels(_unread_in(labels), {name: known.get(name) for name in scans})
     return [Source(name, path, known.get(name), split) for name, path in scans.items()]
 
 
-def _in_case_folders(source: Path, image: str, label: str) -> list[Source]:
-    inside = {folder.name: _scans_in(folder) for folder in sorted(source.iterdir()) if folder.is_dir()}
+def _in_nnunet_folders(source: Path, unread: list[Path]) -> tuple[list[Source], list[Source], list[Source]]:
+    """The scans of imagesTr, and those of imagesTs with and without label; the latter are training scans."""
+    images, labels = source / "imagesTr", source / "labelsTr"
+    literal = bool(_scans_in(images).keys() & _scans_in(labels).keys())
+    training = _in_two_folders(images, labels, unread)
+    more = _in_two_folders(source / "imagesTs", source / "labelsTs", unread, literal=literal)
+    tested = [replace(scan, split="test") for scan in more if scan.label is not None]
+    split = "train" if tested else ""
+    others = [replace(scan, split=split) for scan in more if scan.label is None]
+    return [replace(scan, split=split) for scan in training], tested, others
+
+
+def _in_case_folders(source: Path, image: str, label: str, unread: list[Path]) -> list[Source]:
+    folders = [folder for folder in _there(source) if folder.is_dir() and folder.name not in FOLDERS]
+    inside = {folder.name: _scans_in(folder) for folder in folders}
     _refuse_orphans([scans[label] for scans in inside.values() if label in scans and image not in scans], source)
+    for folder in folders:
+        others = [p for p in _unread_in(folder) if p.name.split(".")[0] in (image, label)]
+        unread += others
+        if image in inside[folder.name]:
+            _refuse_unread_labels(others, {label: inside[folder.name].get(label)})
     return [Source(name, scans[image], scans.get(label)) for name, scans in inside.items() if image in scans]
 
 
-def _refuse_orphans(labels: Sequence[Path], where: Path) -> None:
+def _refuse_orphans(labels: Sequence[Path], where: Path, unread: Sequence[Path] = ()) -> None:
     if labels:
-        shown = ", ".join(map(str, labels[:5]))
-        raise UserError(f"{len(labels)} labels have no scan in {where}: {shown}. Add the scans or remove the labels.")
+        some = ", ".join(map(str, labels[:5]))
+        there = f" Not read there: {shown(unread, where)}." if unread else ""
+        raise UserError(
+            f"{len(labels)} labels have no scan in {where}: {some}. Add the scans or remove the labels.{there}"
+        )
+
+
+def _refuse_unread_labels(unread: Sequence[Path], labels: dict[str, Path | None]) -> None:
+    """Refuses a file that is called as a scan is, so that this scan's label would be missing, or another file.
+
+    Args:
+        unread: what cannot be read where labels stand.
+        labels: name of a scan -> its label, if it has one that can be read.
+    """
+    for path in unread:
+        called = path.name.lower()
+        for name, label in labels.items():
+            same = called == name.lower() or called.startswith(f"{name.lower()}.")
+            if same and not (label is not None and path.suffix.lower() in NOTES):
+                raise UserError(
+                    f"{path} looks like the label of {name}, and is no format that is read here: "
+                    f"{', '.join(e for e in WRITTEN_AS if e != '.h5')}. Convert it to one of them, or move it away."
+                )
+
+
+# -- dataset.json, a CSV, and the split --
+
+
+def _absent(told: dict[str, Any], scans: Sequence[Source], left_out: Sequence[str]) -> list[str]:
+    """Names of the Decathlon's list of training scans that are not there, or whose label is not."""
+    there = {scan.name: scan.label is not None for scan in scans} | dict.fromkeys(left_out, False)
+    found, entries = [], told.get("training", [])
+    for entry in entries if isinstance(entries, list) else ():
+        if isinstance(entry, dict) and isinstance(entry.get("image"), str):
+            name = scan_name(Path(entry["image"]))
+            if not there.get(name, there.get(name.removesuffix("_0000"), False)):
+                found.append(name)
+    return found
 
 
 def read_manifest(path: Path) -> list[Source]:
@@ -135,18 +276,32 @@ def _distinct(found: list[Source], where: Path) -> list[Source]:
 
 
 def choose_split(
-    scans: Sequence[Source], *, challenge: bool, share: float | None, seed: int
+    scans: Sequence[Source], *, challenge: bool, share: float | None, seed: int, before: Before | None = None
 ) -> tuple[list[str], list[str]]:
-    """Names for train.list, the labeled ones first, and for test.list.
+    """Names for train.list, the labeled ones first, and for test.list; of a set that grows, the new ones alone.
+
+    An old training case never becomes a test case, nor the other way round: where a share is to be tested on, as many
+    of the new labeled cases are chosen as bring the whole set nearest to it.
 
     Raises:
-        UserError: a --test-share beside a source that tells its split, or too few labeled cases.
+        UserError: a --test-share beside a source that tells its split, a source that tells another split than the
+            lists, or too few labeled cases.
     """
+    before = before or Before()
+    known = {*before.train, *before.test, *before.taken_out}
     order = [scan.name for scan in scans]
-    labeled = {scan.name for scan in scans if scan.label is not None}
+    labeled = {scan.name for scan in scans if scan.label is not None} - before.taken_out
     if any(scan.split for scan in scans):
         if share is not None:
             raise UserError("--test-share is given, but the source tells what to test on. Leave one of them out.")
+        for split, names in (("train", before.test), ("test", before.train)):
+            wrong = [scan.name for scan in scans if scan.split == split and scan.name in set(names)]
+            if wrong:
+                old = "test" if split == "train" else "train"
+                raise UserError(
+                    f"{', '.join(wrong[:5])} stands in {old}.list and is a {split} case of the source. A case never "
+                    "goes from one list to the other. Choose another --out."
+                )
         test = {scan.name for scan in scans if scan.split == "test"}
     else:
         published = [read_list(LA_SPLITS / f"{split}.list") for split in ("train", "test")]
@@ -154,13 +309,20 @@ def choose_split(
             order = [name for names in published for name in names if name in set(order)]
             test = set(order) & set(published[1])
         else:
-            ranked = sorted(labeled, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
-            count = round((TEST_SHARE if share is None else share) * len(ranked))
-            test = set(ranked[: min(max(count, 1), len(ranked) - 1)])
-    if not test or not labeled - test:
+            ranked = sorted(labeled - known, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
+            count = count_to_test(len(labeled | before.labeled), share) - len(before.test)
+            test = set(ranked[: max(count, 0)])
+    test, new = test - known, [name for name in order if name not in known]
+    to_train = {*labeled, *before.labeled} - test - set(before.test)
+    if not (test or before.test) or not to_train:
         raise UserError(
-            f"{len(labeled - test)} labeled cases to train on and {len(test)} to test on: at least one of each is "
-            "needed. Add labeled scans, or change the split."
+            f"{len(to_train)} labeled cases to train on and {len(test) + len(before.test)} to test on: at least one of "
+            "each is needed. Add labeled scans, or change the split."
         )
-    train = sorted((name for name in order if name not in test), key=lambda name: name not in labeled)
-    return train, [name for name in order if name in test]
+    train = sorted((name for name in new if name not in test), key=lambda name: name not in labeled)
+    return train, [name for name in new if name in test]
+
+
+def count_to_test(labeled: int, share: float | None) -> int:
+    """How many of so many labeled cases are tested on."""
+    return min(max(round((TEST_SHARE if share is None else share) * labeled), 1), max(labeled - 1, 0))

@@ -12,6 +12,7 @@ from torch import Tensor
 from dataloaders.cases import Case, CaseError, check_all, read_case
 from dataloaders.disk_cache import Checks, DiskCache
 from dataloaders.findings import Facts, facts_of
+from dataloaders.likeness import DIGITS
 from dataloaders.normalization import Scaling, normalized
 from utils.distributed import RANK, RANKS
 from utils.errors import UserError
@@ -52,6 +53,7 @@ class Volumes:
         self.cases, self.downsample = list(cases), downsample
         self.shapes: list[tuple[int, ...]] = []
         self.checksums: dict[str, str] = {}
+        self.fingerprints: dict[str, str] = {}  # of the images alone
         self.facts: list[Facts] = []  # of the cases read now; what an earlier run left is not read
         self._images: list[Tensor] = []
         self._labels: list[Tensor | None] = []
@@ -74,13 +76,15 @@ class Volumes:
             if kept is not None and min(kept.shape) >= downsample:
                 return
             image, label = read_case(case)
-            self.facts.append(facts_of(case, image, label))
+            facts = facts_of(case, image, label)
+            self.facts.append(facts)
             if min(image.shape) < downsample:
                 raise CaseError(f"has {image.shape} voxels, too few for --downsample {downsample}")
             if known:
-                known.add(case, image, label)
+                known.add(case, image, label, facts.fingerprint)
                 return
-            self._note(case, image.shape, digest(image) if label is None else digest(image, label))
+            checksum = facts.fingerprint[:DIGITS] if label is None else digest(image, label)
+            self._note(case, image.shape, checksum, facts.fingerprint)
             self._keep(pool(normalized(image, normalize), False), None if label is None else pool(label, True))
 
         # Each process begins elsewhere, and leaves out what another one has remembered meanwhile.
@@ -91,7 +95,7 @@ class Volumes:
                 kept = known.find(case)
                 if kept is None:
                     raise UserError(f"{case.path} is changing while it is read. Start again when it is whole.")
-                self._note(case, kept.shape, kept.checksum)
+                self._note(case, kept.shape, kept.checksum, kept.fingerprint)
                 self._scalings.append(kept.scaling)
                 if kept.image is not None:
                     self._keep(kept.image, kept.label)
@@ -102,8 +106,9 @@ class Volumes:
             self.on_device = device.type != "cpu"
         self.kind = ("device" if self.on_device else "ram") if keep else cache
 
-    def _note(self, case: Case, shape: Sequence[int], checksum: str) -> None:
+    def _note(self, case: Case, shape: Sequence[int], checksum: str, fingerprint: str) -> None:
         self.checksums[case.name] = checksum
+        self.fingerprints[case.name] = fingerprint
         self.shapes.append(tuple(-(-side // self.downsample) for side in shape))
 
     def _keep(self, image: NDArray, label: NDArray | None) -> None:

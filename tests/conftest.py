@@ -10,6 +10,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+GEOMETRY = {"spacing": (1.0, 1.0, 2.0), "direction": (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)}
 # A training run of seconds: patches of 16^3, two filters.
 TINY = ["--patch-size", "16", "16", "16", "--filters", "2", "--labeled", "4", "--threads", "1", "--picture-every", "0"]
 
@@ -34,7 +35,7 @@ def make_set(folder: Path, train: int = 8, test: int = 2, labeled: int = 4, shap
         label = (((grid - centre) ** 2).sum(axis=0) < rng.uniform(4, 6) ** 2).astype(np.uint8)
         image = (label + 0.3 * rng.standard_normal(shape)).astype(np.float32)
         hidden = labeled <= i < train
-        write_case(folder / name / "mri_norm2.h5", image, None if hidden else label, spacing=(1.0, 1.0, 2.0))
+        write_case(folder / name / "mri_norm2.h5", image, None if hidden else label, **GEOMETRY)
     (folder / "train.list").write_text("\n".join(names[:train]) + "\n")
     (folder / "test.list").write_text("\n".join(names[train:]) + "\n")
     return folder

@@ -38,6 +38,13 @@ def write(path: Path, array: np.ndarray, geometry: Geometry = OBLIQUE) -> Path:
     return path
 
 
+def turned(array: np.ndarray, geometry: Geometry, orientation: str = "RAS") -> tuple[np.ndarray, Geometry]:
+    """An array and its geometry with axes along the patient's, by SimpleITK's own code."""
+    picture = sitk.DICOMOrient(picture_of(array, geometry), orientation)
+    found = {"spacing": picture.GetSpacing(), "origin": picture.GetOrigin(), "direction": picture.GetDirection()}
+    return sitk.GetArrayFromImage(picture).transpose(2, 1, 0), found
+
+
 def ball(shape: tuple[int, int, int], geometry: Geometry, centre: np.ndarray, radius: float) -> np.ndarray:
     """uint8 (W,H,D), 1 within `radius` mm of a place in mm."""
     index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1)

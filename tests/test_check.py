@@ -1,6 +1,7 @@
 """python -m dataloaders.check: each thing that it finds is shown by a set that has it, and clean sets have none."""
 
 import contextlib
+import dataclasses
 import re
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, make_set, write_case
+from conftest import GEOMETRY, ROOT, TINY, make_set, write_case
 from scipy import ndimage
 
 import train_dtml
@@ -37,15 +38,15 @@ def volumes(folder: Path, name: str) -> tuple[np.ndarray, np.ndarray | None]:
         return f["image"][()], f["label"][()] if "label" in f else None
 
 
-def change(folder: Path, name: str, image=None, label=None, spacing=(1.0, 1.0, 2.0)) -> None:
-    """Writes a case anew, with other volumes (W,H,D) where given."""
+def change(folder: Path, name: str, image=None, label=None, **geometry: object) -> None:
+    """Writes a case anew, with other volumes (W,H,D) or geometry where given."""
     old = volumes(folder, name)
     new = (old[0] if image is None else image, old[1] if label is None else label)
-    write_case(folder / name / "mri_norm2.h5", *new, spacing=spacing)
+    write_case(folder / name / "mri_norm2.h5", *new, **{**GEOMETRY, **geometry})
 
 
 def drop_label(folder: Path, name: str) -> None:
-    write_case(folder / name / "mri_norm2.h5", volumes(folder, name)[0], None, spacing=(1.0, 1.0, 2.0))
+    write_case(folder / name / "mri_norm2.h5", volumes(folder, name)[0], None, **GEOMETRY)
 
 
 # -- clean sets --
@@ -157,6 +158,18 @@ def test_a_test_image_among_the_training_images_is_a_leak(tiny_set, capsys):
     assert "case06, case09: the same image" in line and "to train on and to test on" in line
 
 
+@pytest.mark.parametrize(
+    "twin",
+    [lambda x: x[::-1].transpose(1, 0, 2), lambda x: 300 * x + 4, lambda x: x.astype(np.float16)],
+    ids=["turned", "scaled", "rounded"],
+)
+def test_a_test_image_that_was_changed_is_a_leak_all_the_same(twin, tiny_set, capsys):
+    change(tiny_set, "case06", image=twin(volumes(tiny_set, "case09")[0]))
+    lines, _ = run_check(tiny_set, capsys)
+    (line,) = (line for line in lines if line.startswith("error:"))
+    assert "case06, case09: the same image, but for its direction, scale or rounding, under several names, to" in line
+
+
 # -- warnings --
 
 
@@ -192,6 +205,42 @@ def test_spacings_that_differ(tiny_set, capsys):
     line = warned(tiny_set, capsys)
     assert line.startswith("case03: voxels of another size than 1 1 2 mm") and "1 x 1 x 2 to 3 mm" in line
     assert line.endswith("python -m dataloaders.convert --spacing 1 1 2.")
+
+
+def test_orientations_that_differ_or_are_not_told(tiny_set, tmp_path, capsys):
+    change(tiny_set, "case03", direction=(-1.0, 0, 0, 0, -1, 0, 0, 0, 1))
+    line = warned(tiny_set, capsys)
+    assert line.startswith("case03: the axes point to RAS, those of the other cases to LPS. ")
+    assert sum("point to RAS" in line for line in log_of(tiny_set, tmp_path / "mixed")) == 1
+    for name, spoilt in (("case03", GEOMETRY["direction"]), ("case09", None)):
+        image, label = volumes(tiny_set, name)
+        told = {"direction": spoilt} if spoilt else {}
+        write_case(tiny_set / name / "mri_norm2.h5", image, label, spacing=(1.0, 1.0, 2.0), **told)
+    assert warned(tiny_set, capsys).startswith("case09: the file does not tell where its axes point. ")
+    for i in range(10):
+        name = f"case{i:02d}"
+        write_case(tiny_set / name / "mri_norm2.h5", *volumes(tiny_set, name), spacing=(1.0, 1.0, 2.0))
+    assert warned(tiny_set, capsys).startswith("all cases: the file does not tell where its axes point. ")
+    assert sum("where its axes point" in line for line in log_of(tiny_set, tmp_path / "unknown")) == 1
+
+
+def test_a_spacing_that_nobody_tells_is_no_size_in_ml(tiny_set, capsys):
+    for i in range(10):
+        name = f"case{i:02d}"
+        path = tiny_set / name / "mri_norm2.h5"
+        write_case(path, *volumes(tiny_set, name), direction=GEOMETRY["direction"])
+    line = warned(tiny_set, capsys)
+    assert line.startswith("all cases: neither the file nor the set tells the size of a voxel")
+    _, rest = run_check(tiny_set, capsys)
+    assert "| class 1, ml |  |  |  |" in rest and "| spacing, mm |  |  |  |" in rest
+    label = np.zeros((24, 22, 18), np.uint8)
+    label[10:12, 10:12, 9] = 1
+    write_case(tiny_set / "case02" / "mri_norm2.h5", volumes(tiny_set, "case02")[0], label)
+    lines, _ = run_check(tiny_set, capsys)
+    assert any(re.search(r"case02: class 1 has 4 voxels, where \d+ voxels are usual", line) for line in lines)
+    (tiny_set / "spacing.txt").write_text("1 1 2\n")
+    lines, rest = run_check(tiny_set, capsys)
+    assert not any("size of a voxel" in line for line in lines) and "| spacing, mm | 1 x 1 x 2 |" in rest
 
 
 def test_two_training_cases_with_one_image(tiny_set, capsys):
@@ -345,14 +394,13 @@ def test_training_tells_what_it_sees_and_a_clean_set_is_silent(tiny_set, tmp_pat
 
 
 def test_equal_facts_of_different_images_are_no_duplicates(tiny_set):
-    """The candidates are read again: a mirrored image has nearly the facts of the image, here made the same."""
+    """The fingerprint of the image decides: here all other facts were made the same."""
     cases = [Case(name, case_file(tiny_set, name), False) for name in ("case00", "case01")]
     facts = facts_of(cases[0], *read_case(cases[0]))
-    other = findings.Facts(
-        cases[1], *(getattr(facts, n) for n in ("shape", "spacing", "mean", "sd", "p1", "p99", "voxels"))
-    )
+    other = dataclasses.replace(facts, case=cases[1], fingerprint=facts_of(cases[1], *read_case(cases[1])).fingerprint)
     assert duplicates([facts, other]) == []
     shutil.copy(cases[0].path, cases[1].path)
+    other = dataclasses.replace(other, fingerprint=facts_of(cases[1], *read_case(cases[1])).fingerprint)
     assert len(duplicates([facts, other])) == 1
 
 

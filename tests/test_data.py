@@ -1,6 +1,7 @@
 """Crops, augmentation, caches and case files."""
 
 import os
+import shutil
 from pathlib import Path
 
 import h5py
@@ -10,7 +11,8 @@ import torch
 from conftest import make_set, write_case
 
 from dataloaders.augmentation import Draw, draw_augmentation, turn_and_flip
-from dataloaders.cases import Case, find_cases, lists_of, read_case, read_geometry
+from dataloaders.cases import Case, CaseError, find_cases, known_spacing, lists_of, read_case, read_geometry
+from dataloaders.orientation import known_orientation
 from dataloaders.two_stream import Patches, Slot, TwoStreamBatchSampler, collate, make_loader
 from dataloaders.volumes import Volumes
 from utils.errors import UserError
@@ -101,6 +103,12 @@ def test_reading_crops_from_disk_equals_memory(tiny_set, downsample, cache, tmp_
         assert "label" not in a or torch.equal(a["label"], b["label"])
 
 
+def kept(folder: Path, name: str, what: str) -> Path:
+    """The one file of a cache that belongs to a case."""
+    (path,) = folder.glob(f"{name}-*.{what}")
+    return path
+
+
 @pytest.fixture
 def opened(monkeypatch):
     """Names of the cases whose h5 files are opened."""
@@ -123,7 +131,7 @@ def test_the_disk_cache_is_decoded_once_and_again_only_where_the_source_or_the_e
     assert volumes(data, cache="disk", folder=cache).checksums == first.checksums and opened == []
 
     write_case(data / train[1] / "mri_norm2.h5", *read_case(Case(train[2], data / train[2] / "mri_norm2.h5", True)))
-    image, label, entry = (cache / "downsample1" / f"{train[i]}.{what}" for i, what in
+    image, label, entry = (kept(cache / "downsample1", train[i], what) for i, what in
                            ((3, "image.npy"), (2, "label.npy"), (5, "json")))  # fmt: skip
     short = image.read_bytes()[:-100]
     image.unlink()  # `first` holds on to it
@@ -136,6 +144,88 @@ def test_the_disk_cache_is_decoded_once_and_again_only_where_the_source_or_the_e
     assert again.checksums == {**first.checksums, train[1]: first.checksums[train[2]]}
     assert torch.equal(again.read(3, (slice(None),) * 3)[0], first.read(3, (slice(None),) * 3)[0])
     assert not list(cache.rglob(".*"))
+
+
+def twin_sets(folder: Path) -> tuple[Path, Path]:
+    """Two sets whose files have the same names, sizes and times of change, and other voxels."""
+    a, b = make_set(folder / "a"), make_set(folder / "b")
+    for first in a.rglob("*.h5"):
+        second = b / first.relative_to(a)
+        with h5py.File(second, "r+") as f:
+            f["image"][()] *= -2
+            if "label" in f:
+                f["label"][()] = 1 - f["label"][()]
+        for path in (first, second):
+            os.utime(path, ns=(0, 10**18))
+        assert first.stat().st_size == second.stat().st_size and first.stat().st_mtime_ns == second.stat().st_mtime_ns
+    return a, b
+
+
+def assert_read(found: Volumes, expected: Volumes) -> None:
+    """Voxels, shapes and checksums of all cases."""
+    assert (found.checksums, found.shapes) == (expected.checksums, expected.shapes)
+    for i, shape in enumerate(expected.shapes):
+        whole = tuple(slice(0, side) for side in shape)
+        for one, other in zip(found.read(i, whole), expected.read(i, whole), strict=True):
+            assert (one is None and other is None) or torch.equal(one, other)
+
+
+@pytest.mark.parametrize("cache", ["disk", "none"])
+@pytest.mark.parametrize("downsample", [1, 2])
+def test_two_sets_in_one_cache_folder_keep_to_their_own_data(cache, downsample, tmp_path, opened):
+    sets = twin_sets(tmp_path)
+    own = {data: volumes(data, cache="ram", downsample=downsample) for data in sets}
+    assert own[sets[0]].checksums != own[sets[1]].checksums
+    for again in (False, True):
+        for data in sets:
+            opened.clear()
+            found = volumes(data, cache=cache, folder=tmp_path / "cache", downsample=downsample)
+            assert opened == ([] if again else lists_of(data)[0])
+            assert_read(found, own[data])
+
+
+@pytest.mark.parametrize("cache", ["disk", "none"])
+@pytest.mark.parametrize("how", ["swapped", "written over", "put in its place", "linked in its place", "symbolic link"])
+def test_another_file_in_the_place_of_the_first_is_read_anew(how, cache, tmp_path):
+    """Whatever the way, it has the name, the size and the time of the first one."""
+    a, b = twin_sets(tmp_path)
+    if how == "symbolic link":
+        (tmp_path / "now").symlink_to(a)
+        a = tmp_path / "now"
+    volumes(a, cache=cache, folder=tmp_path / "cache")
+    if how == "swapped":
+        a.rename(tmp_path / "c")
+        b.rename(a)
+    elif how == "symbolic link":
+        a.unlink()
+        a.symlink_to(b)
+    else:
+        for path in a.rglob("*.h5"):
+            other, times = b / path.relative_to(a), (0, path.stat().st_mtime_ns)
+            if how == "written over":
+                path.write_bytes(other.read_bytes())
+            elif how == "put in its place":
+                shutil.copy(other, path.with_suffix(".new"))
+                os.replace(path.with_suffix(".new"), path)
+            else:
+                path.unlink()
+                os.link(other, path)
+            os.utime(path, ns=times)
+    assert_read(volumes(a, cache=cache, folder=tmp_path / "cache"), volumes(a, cache="ram"))
+
+
+@pytest.mark.parametrize("cache", ["disk", "none"])
+def test_a_set_that_is_moved_with_its_cache_is_not_decoded_again(cache, tmp_path, opened):
+    data = make_set(tmp_path / "here" / "set")
+    first = volumes(data, cache=cache, folder=data / ".cache")
+    there = (tmp_path / "here").rename(tmp_path / "there") / "set"
+    opened.clear()
+    found = volumes(there, cache=cache, folder=there / ".cache")
+    assert opened == []
+    (tmp_path / "link").symlink_to(there)
+    assert volumes(tmp_path / "link", cache=cache, folder=tmp_path / "link" / ".cache").checksums == first.checksums
+    assert opened == []
+    assert_read(found, volumes(there, cache="ram"))
 
 
 def test_what_a_run_does_to_its_crops_stays_out_of_the_disk_cache(tiny_set, tmp_path):
@@ -160,7 +250,7 @@ def test_a_check_is_remembered_while_the_source_is_the_same(tmp_path, opened):
     opened.clear()
     first = volumes(data, cache="none", folder=cache)
     assert opened == train
-    assert {path.relative_to(cache) for path in cache.rglob("*.*")} == {Path("checked", f"{x}.json") for x in train}
+    assert set(cache.rglob("*.*")) == {kept(cache / "checked", name, "json") for name in train}
     opened.clear()
     again = volumes(data, cache="none", folder=cache)
     assert opened == [] and (again.checksums, again.shapes) == (first.checksums, first.shapes)
@@ -174,7 +264,7 @@ def test_a_check_is_remembered_while_the_source_is_the_same(tmp_path, opened):
     image, label = read_case(Case("", data / train[2] / "mri_norm2.h5", True))
     write_case(data / train[1] / "mri_norm2.h5", image, label)
     os.utime(data / train[3] / "mri_norm2.h5", ns=(0, 1))
-    (cache / "checked" / f"{train[5]}.json").write_text("[]")
+    kept(cache / "checked", train[5], "json").write_text("[]")
     opened.clear()
     again = volumes(data, cache="none", folder=cache)
     assert opened == [train[i] for i in (1, 3, 5)] and not list(cache.rglob(".*"))
@@ -224,7 +314,7 @@ def test_processes_share_out_the_check(tiny_set, tmp_path, opened, monkeypatch):
     second = volumes(tiny_set, cache="none", folder=tmp_path)
     assert opened == [*train[4:], *train[:4]]
     for name in train[:3]:
-        (tmp_path / "checked" / f"{name}.json").unlink()
+        kept(tmp_path / "checked", name, "json").unlink()
     opened.clear()
     monkeypatch.setattr("dataloaders.volumes.RANK", 0)
     first = volumes(tiny_set, cache="none", folder=tmp_path)
@@ -310,9 +400,58 @@ def test_geometry_comes_from_the_attributes(tmp_path):
     geometry = read_geometry(Case("a", tmp_path / "a.h5", labeled=False))
     assert geometry["spacing"] == (0.5, 0.6, 2) and geometry["origin"] == (1, 2, 3)
     assert geometry["direction"] == (1, 0, 0, 0, 1, 0, 0, 0, 1)
-    la = tmp_path / "2018LA_Seg_Training Set" / "b" / "mri_norm2.h5"
-    write_case(la, image, None)
-    assert read_geometry(Case("b", la, labeled=False))["spacing"] == (0.625,) * 3
+    assert known_spacing(Case("a", tmp_path / "a.h5", labeled=False)) == (0.5, 0.6, 2)
+    assert known_orientation(Case("a", tmp_path / "a.h5", labeled=False)) is None
+
+
+PUBLISHED = "06SR5RBREL16DQ6M8LWS"
+LAYOUTS = ("2018LA_Seg_Training Set/{}/mri_norm2.h5", "{}/mri_norm2.h5", "{}.h5")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["patient1", "site2/patient1"])
+def test_the_spacing_is_what_file_or_set_declare_and_else_unknown(layout, name, tmp_path):
+    """Whatever the folder is called."""
+    image = np.random.default_rng(0).random((4, 5, 6), np.float32)
+    write_case(tmp_path / "data" / layout.format(name), image, None)
+    (case,), _ = find_cases(tmp_path / "data", [name], labeled=False)
+    assert known_spacing(case) is None
+    (tmp_path / "data" / "spacing.txt").write_text(" 0.5, 0.6\n2.0 \n".replace(",", ""))
+    assert known_spacing(case) == (0.5, 0.6, 2.0) == read_geometry(case)["spacing"]
+    write_case(case.path, image, None, spacing=(1.0, 2.0, 3.0))
+    assert known_spacing(case) == (1.0, 2.0, 3.0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_published_scans_have_their_published_spacing_in_every_layout(layout, tmp_path):
+    write_case(tmp_path / layout.format(PUBLISHED), np.random.default_rng(0).random((4, 5, 6), np.float32), None)
+    (case,), _ = find_cases(tmp_path, [PUBLISHED], labeled=False)
+    assert known_spacing(case) == (0.625, 0.625, 0.625)
+    (tmp_path / "spacing.txt").write_text("1 1 1")
+    assert known_spacing(case) == (1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("text", ["", "1 1", "1 1 0", "1 1 -1", "1 1 nan", "1 1 inf", "1 1 mm", "1 1 1 1", "1,1,1"])
+def test_a_spacing_file_that_holds_no_three_lengths_is_named(text, tmp_path):
+    write_case(tmp_path / "a.h5", np.random.default_rng(0).random((4, 5, 6), np.float32), None)
+    (tmp_path / "spacing.txt").write_text(text)
+    with pytest.raises(CaseError, match=r"whose .*spacing\.txt holds .* where the mm along x, y and z must stand"):
+        read_geometry(Case("a", tmp_path / "a.h5", labeled=False))
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        (np.diag([2.0, 1, 1]), "no unit vectors but 2, 1, 1 long"),
+        (np.diag([1.0, 1, 0]), "no unit vectors but 1, 1, 0 long"),
+        ([[1.0, 0, 0], [0, 1, 0.6], [0, 0, 0.8]], "y and z are at 53.13 degrees, as with a tilted gantry"),
+    ],
+)
+def test_a_direction_that_is_none_is_refused(axes, message, tmp_path):
+    image = np.random.default_rng(0).random((4, 5, 6), np.float32)
+    write_case(tmp_path / "a.h5", image, None, direction=np.ravel(axes))
+    with pytest.raises(CaseError, match=message):
+        read_geometry(Case("a", tmp_path / "a.h5", labeled=False))
 
 
 def test_a_patch_turned_a_quarter_takes_its_box_with_sides_swapped():

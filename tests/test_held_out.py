@@ -4,11 +4,15 @@ import csv
 import json
 import shutil
 
+import numpy as np
 import pytest
-from conftest import TINY, make_set
+from conftest import TINY, make_set, write_case
 
 import test_la
 import train_dtml
+from dataloaders.cases import Case, case_file, read_case
+from utils import share
+from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import UserError
 
 
@@ -60,6 +64,87 @@ def test_a_scan_of_the_training_is_not_tested_under_another_name(trained, tmp_pa
     with pytest.raises(UserError, match=r"twin: .*is a scan that this checkpoint was trained on"):
         test_la.main([*words, "--threads", "1"])
     assert not (tmp_path / "out").exists()
+
+
+def voxel(array):
+    """The array with one voxel changed, 0 and 1 exchanged."""
+    array = array.copy()
+    array[3, 4, 5] = 1 - array[3, 4, 5]
+    return array
+
+
+CHANGED = {
+    "a voxel of the label": lambda image, label: (image, voxel(label)),
+    "another label": lambda image, label: (image, 1 - label),
+    "float64": lambda image, label: (image.astype(np.float64), voxel(label)),
+    "float16": lambda image, label: (image.astype(np.float16), voxel(label)),
+    "a voxel of the image": lambda image, label: (voxel(image), voxel(label)),
+    "turned": lambda image, label: (image[::-1].transpose(2, 0, 1), voxel(label)[::-1].transpose(2, 0, 1)),
+    "scaled": lambda image, label: (40 * image + 200, voxel(label)),
+}
+
+
+def put(data, name, image, label):
+    """A set of which one training case's image and label are also a test case, called twin."""
+    write_case(data / "twin" / "mri_norm2.h5", image, label)
+    (data / "test.list").write_text((data / "test.list").read_text() + "twin\n")
+
+
+@pytest.mark.parametrize("place", [0, 5], ids=["labeled", "unlabeled"])
+@pytest.mark.parametrize("how", CHANGED)
+def test_a_scan_of_the_training_is_known_by_its_image(trained, tmp_path, how, place):
+    """Whatever became of its label, or of the file that the image stands in."""
+    shutil.copytree(trained / "set", tmp_path / "set")
+    name = (tmp_path / "set" / "train.list").read_text().split()[place]
+    put(tmp_path / "set", name, *CHANGED[how](*read_case(Case(name, case_file(tmp_path / "set", name), True))))
+    words = ["--checkpoint", str(trained / "run"), "--data", str(tmp_path / "set"), "--out", str(tmp_path / "out")]
+    message = rf"^1 case is(?s:.*)twin: .*is a scan that this checkpoint was trained on, there called {name}"
+    with pytest.raises(UserError, match=message):
+        test_la.main([*words, "--threads", "1"])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("cache", ["none", "disk"])
+def test_images_are_kept_where_the_volumes_are_not_decoded_again(trained, tmp_path, cache):
+    """The checkpoint of a run that found its cases in the cache knows their images too; so do shared weights."""
+    words = ["--data", str(trained / "set"), "--cache", cache, "--cache-folder", str(tmp_path / "cache"), *TINY]
+    for name in ("first", "second"):
+        train_dtml.main([*words, "--runs", str(tmp_path), "--unlabeled", "2", "--name", name, "--iterations", "1"])
+    share.main([str(tmp_path / "second"), str(tmp_path / "weights")])
+    expected = load_checkpoint(trained / "run")["images"]
+    assert len(expected) == 6
+    for name in ("first", "second", "weights"):
+        assert load_checkpoint(tmp_path / name)["images"] == expected
+
+
+def test_an_early_checkpoint_still_refuses_the_very_scan(trained, tmp_path):
+    """It holds no fingerprint of its images, but digests of image and label together."""
+    shutil.copytree(trained / "set", tmp_path / "set")
+    state = load_checkpoint(trained / "run")
+    early = {key: value for key, value in state.items() if key not in ("images", "file", "saved", "format")}
+    save_checkpoint(tmp_path, early)
+    words = ["--checkpoint", str(tmp_path), "--data", str(tmp_path / "set"), "--out", str(tmp_path / "out")]
+    test_la.main([*words, "--threads", "1"])
+    name = (tmp_path / "set" / "train.list").read_text().split()[0]
+    put(tmp_path / "set", name, *read_case(Case(name, case_file(tmp_path / "set", name), True)))
+    with pytest.raises(UserError, match=rf"twin: .*trained on, there called {name}"):
+        test_la.main([*words, "--threads", "1"])
+
+
+def test_a_run_does_not_go_on_with_another_label(tmp_path):
+    """Images that are equal are not enough for that."""
+    data = make_set(tmp_path / "set", labeled=8)
+    words = ["--data", str(data), "--runs", str(tmp_path), *TINY, "--name", "run"]
+    train_dtml.main([*words, "--iterations", "2"])
+    state = load_checkpoint(tmp_path / "run")
+    save_checkpoint(
+        tmp_path / "run", {k: v for k, v in {**state, "iteration": 1}.items() if k not in ("file", "saved")}
+    )
+    path = case_file(data, "case00")
+    image, label = read_case(Case("case00", path, True))
+    write_case(path, image, voxel(label), spacing=(1.0, 1.0, 2.0))
+    with pytest.raises(UserError, match=r"are not those .* began with"):
+        train_dtml.main([*words, "--iterations", "2", "--resume", "auto"])
 
 
 def test_bare_weights_have_none():

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -20,7 +21,7 @@ import predict
 import test_la
 import train_dtml
 from dataloaders import convert
-from dataloaders.cases import LA_SUBFOLDER, Case
+from dataloaders.cases import LA_SUBFOLDER, Case, lists_of
 from dataloaders.images import read_image, read_label, to_physical
 from dataloaders.training import median_spacing
 from methods import METHODS
@@ -144,6 +145,59 @@ def test_half_resolution_runs_predict_on_the_scan_s_grid(tmp_path):
     out = predicted(run, [data / "case08" / "mri_norm2.h5"], tmp_path / "out", *stride)
     mine, theirs = out / "case08.nii.gz", tmp_path / "tested" / "predictions" / "seg" / "case08.nii.gz"
     assert read_label(mine)[0].shape == (40, 37, 35) and (read_label(mine)[0] == read_label(theirs)[0]).all()
+
+
+def test_a_nifti_s_prediction_has_the_scan_s_own_header(world, tmp_path, capfd):
+    """Both forms, which differ, and all that any viewer may go by; said once for each scan."""
+    image = nibabel.load(scan(world))
+    sform = image.affine.copy()
+    sform[:3, 3] += 40
+    header = image.header.copy()
+    header.set_sform(sform, 4)
+    header["descrip"], header["pixdim"][4], header["cal_max"] = b"of a scanner", 2.5, 500
+    paths = [tmp_path / "one.nii.gz", tmp_path / "two.nii"]
+    for path in paths:
+        nibabel.save(nibabel.Nifti1Image(image.get_fdata(dtype=np.float32), None, header), path)
+    out = predicted(world / "runs" / "dtml", paths, tmp_path / "out", "--probabilities", "float32")
+    err = capfd.readouterr().err
+    for path in paths:
+        assert err.count(f"{path}: its sform and its qform lie up to 69.3 mm apart. The sform (code 4) counts") == 1
+        for file in out.glob(f"{path.name.partition('.')[0]}*"):
+            before, after = nibabel.load(path).header, nibabel.load(file).header
+            for name in ("pixdim", "sform_code", "qform_code", "srow_x", "srow_y", "srow_z", "quatern_b", "quatern_c",
+                         "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z", "xyzt_units", "descrip"):  # fmt: skip
+                assert before[name].tobytes() == after[name].tobytes(), name
+            assert after["cal_max"] == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data, header: data.__setitem__((3, 2, 1), np.nan), "not a number or infinite|holds nan, and labels"),
+        (lambda data, header: data.__setitem__((3, 2, 1), -np.inf), "not a number or infinite|holds inf, and labels"),
+        (
+            lambda data, header: header.__setitem__("srow_x", 2 * header["srow_x"]),
+            "contradicts itself: its sform makes",
+        ),
+        (lambda data, header: header.__setitem__("xyzt_units", 3), "tells its lengths in microns"),
+    ],
+)
+def test_a_nifti_that_is_wrong_is_refused_by_convert_and_predict(change, message, world, tmp_path):
+    for folder in ("images", "labels"):
+        made = tmp_path / folder
+        make_scans(made / "scans", labeled=3, unlabeled=0)
+        path = made / "scans" / folder / "patient0.nii.gz"
+        image = nibabel.load(path)
+        data, header = image.get_fdata(), image.header.copy()
+        header.set_data_dtype(np.float64)
+        change(data, header)
+        nibabel.save(nibabel.Nifti1Image(data, None, header), path)
+        with pytest.raises(UserError, match=rf"1 of 3 scans were refused.*\n  patient0: .*{folder}/.*({message})"):
+            convert.main(["--source", str(made / "scans"), "--out", str(made / "set")])
+        if folder == "images":
+            with pytest.raises(UserError, match=rf"1 of 1 scans were not predicted.*\n.*({message})"):
+                predicted(world / "runs" / "dtml", [path], made / "out")
+            assert not (made / "out").exists()
 
 
 # -- what is predicted --
@@ -360,7 +414,9 @@ def test_a_checkpoint_tells_the_median_spacing_of_its_labeled_cases(tmp_path):
     in_la = [dataclasses.replace(case, path=tmp_path / LA_SUBFOLDER / case.path.name) for case in cases]
     for case in in_la:
         write_case(case.path, np.random.random((4, 4, 4)), None)
-    assert median_spacing(in_la) == [0.625] * 3
+    assert median_spacing(in_la) is None  # a folder's name declares nothing, the names of the published scans do
+    published = [dataclasses.replace(c, name=n) for c, n in zip(in_la, lists_of(tmp_path)[0], strict=False)]
+    assert median_spacing(published) == [0.625] * 3
 
 
 # -- memory --

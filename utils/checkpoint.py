@@ -163,8 +163,12 @@ def _load_file(path: Path) -> dict[str, Any]:
     missing = [name for name in CONTENTS if name not in state]
     if missing:
         raise UserError(f"{path} is no whole checkpoint: it lacks {', '.join(missing)}. Use an older one.")
-    kinds: dict[str, Any] = {"options": dict, "iteration": int, "seconds": (int, float), "checksums": dict}
+    kinds: dict[str, Any] = {"options": dict, "iteration": int, "seconds": (int, float)}
     wrong = [name for name, kind in kinds.items() if not isinstance(state[name], kind)]
+    for name in ("checksums", "images"):  # early checkpoints have no images
+        values = state.get(name, {})
+        if not isinstance(values, dict) or not all(isinstance(value, str) for value in values.values()):
+            wrong.append(name)
     if wrong or not isinstance(state["options"].get("method"), str):
         raise UserError(
             f"{path} is no whole checkpoint: {', '.join(wrong) or 'its method'} is amiss. Use an older one."

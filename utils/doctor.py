@@ -54,7 +54,7 @@ def versions() -> dict[str, Any]:
     if _git("status", "--porcelain", "--untracked-files=no"):
         found["code"] += ", with uncommitted changes"
     found |= {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
-    for name in (*PACKAGES, "SimpleITK", "edt", "submitit"):
+    for name in (*PACKAGES, "SimpleITK", "nibabel", "edt", "submitit"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -22,7 +22,9 @@ from utils.checkpoint import load_checkpoint, tensors_in, write_whole
 from utils.errors import UserError, run
 from utils.options import Parser, fill, option
 
-KEPT = ("format", "options", "iteration", "seconds", "checksums", "processes", "spacing")  # of a checkpoint
+KEPT = (  # of a checkpoint
+    "format", "options", "iteration", "seconds", "checksums", "images", "processes", "spacing", "orientation"
+)  # fmt: skip
 OVERHEAD = 512  # bytes beside each tensor's own, of the archive: at most
 
 

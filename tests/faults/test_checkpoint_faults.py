@@ -483,7 +483,10 @@ def test_07_a_checkpoint_that_asks_for_a_huge_network_is_refused_within_bounded_
 WRONG_KINDS = [{"options": []}, {"options": {}}, {"options": {"method": []}}, {"iteration": "8"}, {"seconds": None}]
 
 
-@pytest.mark.parametrize("wrong", [*WRONG_KINDS, {"format": torch.zeros(2)}, {"checksums": [1]}], ids=str)
+WRONG_KINDS += [{"checksums": [1]}, {"checksums": {"a": []}}, {"images": []}, {"images": {"a": 1}}]
+
+
+@pytest.mark.parametrize("wrong", [*WRONG_KINDS, {"format": torch.zeros(2)}], ids=str)
 def test_07_contents_of_another_kind_are_refused(wrong, tmp_path):
     torch.save({**state(0, format=checkpoint.FORMAT), **wrong}, tmp_path / "wrong.pt")
     with pytest.raises(UserError, match=r"wrong\.pt"):

@@ -71,7 +71,6 @@ def test_39_intensities_that_are_no_numbers_are_refused(value, tmp_path):
     array[3, 2, 1] = value
     with pytest.raises(CaseError, match="not a number or infinite"):
         read_image(write(tmp_path / "a.nrrd", array))
-    assert read_image(write(tmp_path / "a.nii.gz", array))[0][3, 2, 1] == 0  # so does ITK read them in a NIfTI
 
 
 def test_39_what_is_missing_or_no_scan_is_named(tmp_path):

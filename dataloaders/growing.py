@@ -1,0 +1,86 @@
+"""The lists of a set that grows: what they hold, what is added to them where, and what is written beside them."""
+
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import h5py
+
+from dataloaders.cases import case_file, lists_of, read_list
+from dataloaders.class_names import DATASET
+from utils.checkpoint import write_whole
+from utils.run_folder import read_json, write_json
+
+SPLITS = ("train", "test")
+
+
+@dataclass(frozen=True)
+class Before:
+    """The lists of a set that is to grow, both empty for a new one."""
+
+    train: list[str] = field(default_factory=list)
+    test: list[str] = field(default_factory=list)
+    labeled: frozenset[str] = frozenset()
+    """Those of them that have a label."""
+    taken_out: frozenset[str] = frozenset()
+    """What was once in the lists, and was taken out by hand."""
+
+
+def read_before(out: Path) -> Before:
+    """The lists that a set has, none if it is new; where one of them is missing, its cases count as new.
+
+    Raises:
+        UserError: lists that cannot be read, or that both name a case.
+    """
+    paths = [out / f"{split}.list" for split in SPLITS]
+    if all(path.exists() for path in paths):
+        train, test = lists_of(out)
+        taken_out = frozenset(listed_in(out).keys() - {*train, *test})
+    else:
+        train, test = (read_list(path) if path.exists() else [] for path in paths)
+        taken_out = frozenset()
+    return Before(train, test, labeled_of(out, [*train, *test]), taken_out)
+
+
+def labeled_of(out: Path, names: Sequence[str]) -> frozenset[str]:
+    """The cases that are there and have a label."""
+
+    def has_label(path: Path | None) -> bool:
+        try:
+            with h5py.File(path, "r") as f:
+                return "label" in f
+        except Exception:  # as in read_case; such a file is told of where it is read
+            return False
+
+    return frozenset(name for name in names if has_label(case_file(out, name)))
+
+
+def listed_in(out: Path) -> dict[str, bool]:
+    """Every case that was ever in the lists -> whether it had a label then."""
+    listed = read_json(out / DATASET).get("listed")
+    return listed if isinstance(listed, dict) else {}
+
+
+def grown(
+    before: Before, train: Sequence[str], test: Sequence[str], *, labeled: Container[str], listed: dict[str, bool]
+) -> dict[str, list[str]]:
+    """The lists with the new cases of `train` and `test`.
+
+    The old lines stay in their order. New labeled cases follow the labeled ones that train.list begins with, and so do
+    those that got a label since they were `listed`: what the first N were, if those were labeled, they still are.
+    """
+    late = [x for x in before.train if x in labeled and not listed.get(x, x in before.labeled)]
+    old = [name for name in before.train if name not in late]
+    first = next((i for i, name in enumerate(old) if name not in labeled), len(old))
+    new = [name for name in train if name in labeled]
+    others = [name for name in train if name not in labeled]
+    return {"train": [*old[:first], *late, *new, *old[first:], *others], "test": [*before.test, *test]}
+
+
+def write_set(out: Path, lists: dict[str, list[str]], labeled: Container[str], names: dict[int, str]) -> None:
+    """Writes train.list and test.list, then dataset.json with the names of the classes and every case ever listed."""
+    for split in SPLITS:
+        write_whole(out / f"{split}.list", "".join(f"{name}\n" for name in lists[split]).encode())
+    labels = {"labels": {0: "background", **names}} if names else {}
+    listed = listed_in(out) | {name: name in labeled for split in SPLITS for name in lists[split]}
+    write_json(out / DATASET, {**labels, "listed": listed})

@@ -1,0 +1,241 @@
+"""NIfTI files: voxels as they are, headers that contradict themselves, and results under a scan's own header.
+
+A header tells the size of its voxels in pixdim and where they lie in up to two forms, each with a code: 0 says that the
+form is not used. The sform counts where its code is above 0, else the qform, as in nibabel, FSL and most viewers.
+"""
+
+import gzip
+import math
+import sys
+import zlib
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from nibabel.nifti1 import Nifti1Header
+from nibabel.nifti2 import Nifti2Header
+from nibabel.quaternions import quat2mat
+from nibabel.spatialimages import HeaderDataError
+from nibabel.wrapstruct import WrapStructError
+from numpy.typing import NDArray
+
+from dataloaders.cases import MOST_BYTES, UNTOLD, CaseError, Geometry, refuse_direction
+from dataloaders.orientation import TO_RAS
+
+CHUNK = 2**20
+LENGTHS = 0.01  # relative difference of voxel lengths above which a header contradicts itself
+ROUNDING = 1e-5  # relative, of numbers of 32 bits
+PLACES = 0.1  # voxels that both forms may lie apart
+SOME = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))  # corners of a box that tell where it lies
+Header = Nifti1Header | Nifti2Header  # the second is one of the first
+
+
+def read_nifti(path: Path) -> tuple[NDArray[Any], Geometry]:
+    """The voxels (W,H,D) as the file has them, scaled as it says, and what it tells of spacing, origin and direction.
+
+    Of a file without sform and qform that is the spacing. Says on stderr if both forms are there and differ.
+
+    Raises:
+        CaseError: cut short or damaged, no three-dimensional numbers, larger than 2 GiB in float32; lengths of voxels
+            that are not above 0 or contradict each other, that are not in mm, axes that are not at right angles, a
+            scaling that is no number.
+    """
+    try:
+        with _opened(path) as f:
+            header = _read_header(f)
+            shape, dtype = _shape(header), header.get_data_dtype().newbyteorder(header.endianness)
+            told = _told(path, header, shape)
+            array = _voxels(f, header, math.prod(shape) * dtype.itemsize).view(dtype)
+    except (HeaderDataError, WrapStructError, gzip.BadGzipFile) as e:
+        raise CaseError(f"is no whole scan ({e})") from e
+    except (OSError, EOFError, zlib.error) as e:
+        raise CaseError(f"is cut short or damaged ({e})") from e
+    array = array.reshape(shape, order="F")
+    slope, inter = float(header["scl_slope"]), float(header["scl_inter"])
+    if slope and not (math.isfinite(slope) and math.isfinite(inter)):
+        raise CaseError(
+            f"has a scl_slope of {slope:g} and a scl_inter of {inter:g}, which is no scaling. Mend its header"
+        )
+    if slope not in (0, 1) or (slope and inter):
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused later
+            array = (array.astype(np.float64) * slope + inter).astype(np.float32)
+    return array, told
+
+
+def _opened(path: Path) -> IO[bytes]:
+    return gzip.open(path) if path.name.lower().endswith(".gz") else open(path, "rb")  # type: ignore[return-value]
+
+
+def _read_header(f: IO[bytes]) -> Header:
+    """Of NIfTI-1 or -2 in either byte order."""
+    block = f.read(348)
+    kind: type[Header] = Nifti2Header if block[:4] in (b"\x1c\x02\0\0", b"\0\0\x02\x1c") else Nifti1Header
+    block += f.read(kind.template_dtype.itemsize - 348)
+    if len(block) < kind.template_dtype.itemsize:
+        raise CaseError(f"is cut short: {len(block)} bytes, fewer than a header has")
+    header = kind(block, check=False)
+    if bytes(header["magic"])[:3] in (b"ni1", b"ni2"):
+        raise CaseError("is the header of a pair of files, .hdr and .img. Save the scan as one .nii file")
+    if bytes(header["magic"])[:3] not in (b"n+1", b"n+2"):
+        raise CaseError("is no whole scan (its header is not that of a NIfTI)")
+    return header
+
+
+def _shape(header: Header) -> tuple[int, int, int]:
+    """Three sides, of a scan whose size and kind of voxels can be read."""
+    shape = tuple(map(int, header["dim"][1 : 1 + min(max(int(header["dim"][0]), 0), 7)]))
+    try:
+        dtype = header.get_data_dtype()
+    except KeyError as e:
+        raise CaseError(f"has voxels of a kind that the standard does not know, datatype {e}") from e
+    if len(shape) == 5 and shape[3] == 1 and shape[4] > 1:
+        kind = {"f": "float", "i": "integer", "u": "unsigned integer"}.get(dtype.kind, dtype.name)
+        raise CaseError(f"has voxels of vector of {8 * dtype.itemsize}-bit {kind}, where one number must stand")
+    if len(shape) < 3 or any(side > 1 for side in shape[3:]):
+        raise CaseError(f"has {len(shape)} dimensions, {shape}, where a scan has three")
+    if min(shape[:3]) < 1:
+        raise CaseError(f"has {shape[:3]} voxels, and so none")
+    if dtype.kind not in "iuf":
+        raise CaseError(f"has voxels of {header.get_value_label('datatype')}, where one number must stand")
+    if 4 * math.prod(shape[:3]) > MOST_BYTES:
+        raise CaseError(f"claims {shape[:3]} voxels, more than {MOST_BYTES / 2**30:g} GiB in float32")
+    return shape[:3]  # type: ignore[return-value]
+
+
+def _voxels(f: IO[bytes], header: Header, size: int) -> NDArray[np.uint8]:
+    """The bytes of the voxels, read to the end of the file: there stands the checksum of a packed one."""
+    found = len(header.binaryblock)
+    begin = float(header["vox_offset"]) or header.single_vox_offset
+    if not found <= begin <= MOST_BYTES:
+        raise CaseError(f"has voxels that begin at byte {begin:g}, where they cannot")
+    offset = int(begin)
+    data = np.empty(size, np.uint8)
+    while found < offset + size + CHUNK and (piece := f.read(min(CHUNK, offset - found) if found < offset else CHUNK)):
+        if found >= offset:
+            part = data[found - offset :][: len(piece)]
+            part[:] = np.frombuffer(piece, np.uint8, len(part))
+        found += len(piece)
+    if found < offset + size:
+        raise CaseError(f"is cut short: {found} bytes where its header tells of {offset + size}")
+    return data
+
+
+def _told(path: Path, header: Header, shape: tuple[int, ...]) -> Geometry:
+    """What the header says of the geometry, in ITK's frame, if it does not contradict itself."""
+    unit = {1: "metres", 3: "microns"}.get(int(header["xyzt_units"]) & 7)
+    if unit:
+        raise CaseError(f"tells its lengths in {unit}, which programs read in different ways. Write them in mm")
+    pixdim = header["pixdim"][1:4].astype(float)
+    if not (np.isfinite(pixdim).all() and (pixdim > 0).all()):
+        raise CaseError(f"has voxels of {_by(pixdim)} mm (pixdim), which must be above 0. Mend its header")
+    forms = {
+        name: matrix for name, matrix in (("sform", _sform(header)), ("qform", _qform(header))) if matrix is not None
+    }
+    if not forms:
+        return {"spacing": tuple(map(float, pixdim))}
+    for name, matrix in forms.items():
+        if not np.isfinite(matrix).all():
+            raise CaseError(f"has a {name} that is not all numbers. Mend its header")
+        lengths = np.linalg.norm(matrix[:, :3], axis=0)
+        if np.abs(lengths / pixdim - 1).max() > LENGTHS:
+            raise CaseError(
+                f"contradicts itself: its {name} makes voxels of {_by(lengths)} mm, its pixdim"
+                f"{' and qform' if 'qform' in forms else ''} of {_by(pixdim)} mm. Mend the one that is wrong"
+            )
+    name, matrix = next(iter(forms.items()))
+    lengths = np.linalg.norm(matrix[:, :3], axis=0)
+    spacing = pixdim if np.allclose(lengths, pixdim, rtol=ROUNDING, atol=0) else lengths
+    direction = tuple(map(float, (TO_RAS @ matrix[:, :3] / lengths).ravel() + 0.0))  # no -0.0
+    refuse_direction(direction)
+    if len(forms) == 2:
+        _tell_of_two(path, header, forms, shape, pixdim)
+    origin = tuple(map(float, TO_RAS @ matrix[:, 3] + 0.0))
+    return {"spacing": tuple(map(float, spacing)), "origin": origin, "direction": direction}
+
+
+def _sform(header: Header) -> NDArray[np.float64] | None:
+    """Its three rows, RAS, if its code says that it is used."""
+    rows = np.array([header[f"srow_{axis}"] for axis in "xyz"], float)
+    return rows if int(header["sform_code"]) > 0 else None
+
+
+def _qform(header: Header) -> NDArray[np.float64] | None:
+    """The three rows that quaternion, qfac, pixdim and offset make, RAS, if its code says that it is used."""
+    if int(header["qform_code"]) <= 0:
+        return None
+    b, c, d = (float(header[f"quatern_{name}"]) for name in "bcd")
+    rest = 1 - (b * b + c * c + d * d)
+    if not rest > -LENGTHS:  # also for what is no number
+        raise CaseError(f"has a qform whose quaternion, {b:g} {c:g} {d:g}, is longer than 1. Mend its header")
+    axes = quat2mat([0.0 if rest < 1e-7 else math.sqrt(rest), b, c, d])  # as the NIfTI library of the standard does
+    axes[:, 2] *= -1 if header["pixdim"][0] < 0 else 1  # qfac
+    offset = [float(header[f"qoffset_{axis}"]) for axis in "xyz"]
+    return np.column_stack([axes * header["pixdim"][1:4].astype(float), offset])
+
+
+def _tell_of_two(
+    path: Path, header: Header, forms: dict[str, NDArray], shape: tuple[int, ...], pixdim: NDArray
+) -> None:
+    """A line on stderr if both forms put a corner of the scan in different places."""
+    corners = np.column_stack([np.array(SOME) * (np.array(shape) - 1), np.ones(4)])
+    apart = np.linalg.norm(corners @ (forms["sform"] - forms["qform"]).T, axis=1).max()
+    if apart > PLACES * pixdim.min():
+        code = int(header["sform_code"])
+        other = "" if code == 1 else ", though viewers built on ITK take the qform of such a file"
+        print(
+            f"{path}: its sform and its qform lie up to {apart:.3g} mm apart. The sform (code {code}) counts{other}.",
+            file=sys.stderr,
+        )
+
+
+def _by(lengths: NDArray) -> str:
+    return " x ".join(f"{mm:g}" for mm in lengths)
+
+
+def write_nifti(path: Path, array: NDArray[Any], geometry: Geometry, like: Path | None = None) -> None:
+    """Writes an array (W,H,D); packed if the path ends in .gz.
+
+    Args:
+        geometry: what is written as sform and qform where there is no `like`.
+        like: a NIfTI on the same grid, whose header is kept: forms, codes, pixdim, units and description. Left out is
+            what its own values meant: scaling, display range, intent and extensions.
+
+    Raises:
+        OSError: the file cannot be written, or `like` cannot be read.
+        CaseError: `like` is no NIfTI.
+    """
+    if like is None:
+        header = _header_of(geometry, array.shape)
+    else:
+        with _opened(like) as f:
+            header = _read_header(f).as_byteswapped("<")
+    header.set_data_dtype(array.dtype)
+    header["dim"] = [3, *array.shape, 1, 1, 1, 1]
+    header["vox_offset"] = header.single_vox_offset
+    header["scl_slope"], header["scl_inter"] = 1, 0
+    for name in ("cal_max", "cal_min", "intent_code", "intent_p1", "intent_p2", "intent_p3"):
+        header[name] = 0
+    header["intent_name"] = b""
+    with open(path, "wb") as file:
+        packed = (
+            gzip.GzipFile("", "wb", compresslevel=4, fileobj=file, mtime=0) if path.suffix.lower() == ".gz" else file
+        )
+        packed.write(header.binaryblock + bytes(header.single_vox_offset - len(header.binaryblock)))
+        for z in range(array.shape[2]):
+            packed.write(np.asarray(array[..., z], array.dtype.newbyteorder("<")).tobytes(order="F"))
+        if packed is not file:
+            packed.close()
+
+
+def _header_of(geometry: Geometry, shape: tuple[int, ...]) -> Header:
+    """A header for a grid of this geometry, what is not told as in UNTOLD."""
+    g = {**UNTOLD, **geometry}
+    affine = np.eye(4)
+    affine[:3, :3] = TO_RAS @ (np.reshape(g["direction"], (3, 3)) * g["spacing"])
+    affine[:3, 3] = TO_RAS @ g["origin"]
+    header = (Nifti1Header if max(shape) < 2**15 else Nifti2Header)(endianness="<")
+    header.set_sform(affine, 1)
+    header.set_qform(affine, 1)
+    header["pixdim"][1:4] = g["spacing"]
+    header.set_xyzt_units("mm")
+    return header

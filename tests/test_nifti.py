@@ -1,0 +1,438 @@
+"""NIfTI headers: what they contradict themselves in is refused or told, and a result keeps its scan's own header."""
+
+import gzip
+import itertools
+import struct
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from scans import OBLIQUE, picture_of, write
+
+from dataloaders.cases import UNTOLD, CaseError
+from dataloaders.images import read_image, read_label, to_physical, write_image
+from dataloaders.orientation import orientation_of
+from utils.errors import UserError
+
+SHAPE = (7, 6, 5)
+RNG = np.random.default_rng(0)
+ARRAY = RNG.integers(0, 200, SHAPE).astype(np.int16)
+FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])
+AFFINE = FLIP @ np.vstack(
+    [np.column_stack([np.reshape(OBLIQUE["direction"], (3, 3)) * OBLIQUE["spacing"], OBLIQUE["origin"]]), [0, 0, 0, 1]]
+)
+
+
+def nifti(path: Path, affine=AFFINE, array=ARRAY, kind=nibabel.Nifti1Image, **header) -> Path:
+    """By nibabel, both forms as the affine has them, and then header fields as given, by the names of the standard."""
+    image = kind(array, affine)
+    image.header.set_sform(affine, 1)
+    image.header.set_qform(affine, 1)
+    return with_header(image, path, **header)
+
+
+def with_header(image, path: Path, **fields) -> Path:
+    """Saves it and writes header fields into the file itself, so that nothing mends them on the way."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(image, path)
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rb") as f:
+        data = f.read()
+    header = type(image.header)(data[: image.header.sizeof_hdr], check=False)
+    for name, value in fields.items():
+        header[name] = value
+    with opened(path, "wb") as f:
+        f.write(header.binaryblock + data[image.header.sizeof_hdr :])
+    return path
+
+
+def turned_by(degrees: float) -> np.ndarray:
+    c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    return np.array([[c, -s, 0, 0], [s, c, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+
+
+def rows(affine: np.ndarray) -> dict:
+    return {f"srow_{axis}": affine[i] for i, axis in enumerate("xyz")}
+
+
+def affine_of(geometry: dict) -> np.ndarray:
+    """RAS, of what was read."""
+    axes = np.reshape(geometry["direction"], (3, 3)) * geometry["spacing"]
+    return FLIP @ np.vstack([np.column_stack([axes, geometry["origin"]]), [0, 0, 0, 1]])
+
+
+# -- what is read --
+
+
+@pytest.mark.parametrize("kind", [nibabel.Nifti1Image, nibabel.Nifti2Image])
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("number", ["uint8", "int16", ">i2", "uint32", "float32", ">f4", "float64", ">f8", "int64"])
+def test_voxels_and_places_are_those_of_nibabel(kind, ending, number, tmp_path):
+    array = RNG.integers(0, 200, SHAPE).astype(number)
+    order = "big" if number.startswith(">") else "little"
+    image = kind(array, AFFINE, kind.header_class(endianness=order), dtype=number)
+    nibabel.save(image, tmp_path / f"a{ending}")
+    found, geometry = read_image(tmp_path / f"a{ending}")
+    loaded = nibabel.load(tmp_path / f"a{ending}")
+    assert loaded.header.endianness == {"big": ">", "little": "<"}[order]
+    assert found.dtype == np.float32 and (found == loaded.get_fdata()).all() and found.flags.c_contiguous
+    np.testing.assert_allclose(affine_of(geometry), loaded.affine, atol=1e-5)
+    label, _ = read_label(tmp_path / f"a{ending}")
+    assert (label == array).all() and label.dtype.kind in "iu" and label.dtype.isnative
+
+
+@pytest.mark.parametrize(("sform_code", "qform_code"), list(itertools.product((0, 1, 2, 4), (0, 1, 2))))
+@pytest.mark.parametrize("qfac", [1.0, -1.0, 0.0])
+def test_the_form_that_counts_is_nibabel_s(sform_code, qform_code, qfac, tmp_path, capfd):
+    path = nifti(tmp_path / "a.nii", sform_code=sform_code, qform_code=qform_code, **rows(turned_by(10) @ AFFINE))
+    header = nibabel.load(path).header
+    pixdim = header["pixdim"].copy()
+    pixdim[0] = qfac
+    path = nifti(
+        tmp_path / "a.nii", sform_code=sform_code, qform_code=qform_code, **rows(turned_by(10) @ AFFINE), pixdim=pixdim
+    )
+    _, geometry = read_image(path)
+    said = capfd.readouterr().err
+    if not sform_code and not qform_code:
+        assert set(geometry) == {"spacing"} and not said
+    else:
+        np.testing.assert_allclose(affine_of(geometry), nibabel.load(path).affine, atol=1e-4)
+        assert said.count("its sform and its qform lie up to") == bool(sform_code and qform_code)
+        assert ("built on ITK" in said) == (sform_code > 1 and qform_code > 0)
+        picture = sitk.ReadImage(str(path))
+        itk = picture.TransformContinuousIndexToPhysicalPoint((1.0, 2.0, 3.0))
+        if "built on ITK" not in said:  # elsewhere ITK has the same rule
+            np.testing.assert_allclose(to_physical(geometry, (1, 2, 3)), itk, atol=1e-4)
+        else:
+            assert np.abs(to_physical(geometry, (1, 2, 3)) - itk).max() > 1
+    np.testing.assert_allclose(geometry["spacing"], OBLIQUE["spacing"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("axis", ["x", "y", "z"])
+@pytest.mark.parametrize("degrees", [0, 90, 179.9, 180, 0.05])
+def test_forms_that_say_the_same_are_silent(axis, degrees, tmp_path, capfd):
+    """A quaternion of 32 bits is least exact near half a turn."""
+    turn = np.roll(np.roll(turned_by(degrees)[:3, :3], "zxy".index(axis), 0), "zxy".index(axis), 1)
+    affine = np.eye(4)
+    affine[:3, :3], affine[:3, 3] = turn * [0.8, 1.0, 1.7], [80, -90, 30]
+    _, geometry = read_image(nifti(tmp_path / "a.nii", affine, np.ones((300, 200, 4), np.uint8)))
+    np.testing.assert_allclose(affine_of(geometry), affine, atol=1e-4)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+def test_what_differs_is_told_once_and_the_sform_counts(ending, tmp_path, capfd):
+    for shift, told in (([0, 0, 0.05], 0), ([0, 0, 3.0], 1)):
+        affine = AFFINE.copy()
+        affine[:3, 3] += shift
+        path = nifti(tmp_path / f"a{ending}", **rows(affine), sform_code=2)
+        _, geometry = read_image(path)
+        np.testing.assert_allclose(affine_of(geometry), affine, atol=1e-5)
+        err = capfd.readouterr().err
+        assert err.count("\n") == told and ("lie up to 3 mm apart. The sform (code 2) counts" in err) == bool(told)
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.98, 1.02, 3.0, 1000.0, 0.0])
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("qform_code", [0, 1])
+def test_lengths_that_contradict_each_other_are_refused(scale, axis, qform_code, tmp_path):
+    affine = AFFINE.copy()
+    affine[:, axis] *= scale
+    path = nifti(tmp_path / "a.nii.gz", **rows(affine), qform_code=qform_code)
+    made = [mm * (scale if i == axis else 1) for i, mm in enumerate(OBLIQUE["spacing"])]
+    both = "pixdim and qform" if qform_code else "pixdim"
+    for read in (read_image, read_label):
+        with pytest.raises(CaseError) as e:
+            read(path)
+        assert f"its sform makes voxels of {' x '.join(f'{mm:g}' for mm in made)} mm" in str(e.value)
+        assert f"its {both} of 0.8 x 1 x 1.7 mm" in str(e.value)
+    path = nifti(tmp_path / "b.nii.gz", **rows(affine), sform_code=0)  # a form that is not used contradicts nothing
+    assert read_image(path)[1]["spacing"] == pytest.approx(OBLIQUE["spacing"])
+
+
+def test_lengths_that_nearly_agree_are_those_of_the_form_that_counts(tmp_path):
+    _, geometry = read_image(nifti(tmp_path / "a.nii", **rows(AFFINE * [1.005, 1, 1, 1])))
+    np.testing.assert_allclose(geometry["spacing"], (0.804, 1.0, 1.7), rtol=1e-6)
+    axes = np.reshape(geometry["direction"], (3, 3))
+    np.testing.assert_allclose(axes.T @ axes, np.eye(3), atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [0, np.nan, np.inf, -1.0])
+@pytest.mark.parametrize("axis", [1, 2, 3])
+@pytest.mark.parametrize(("sform_code", "qform_code"), [(1, 0), (0, 1), (0, 0)])
+def test_a_pixdim_that_is_no_length_is_refused(value, axis, sform_code, qform_code, tmp_path):
+    pixdim = nibabel.load(nifti(tmp_path / "a.nii")).header["pixdim"].copy()
+    pixdim[axis] = value
+    path = nifti(tmp_path / "a.nii", sform_code=sform_code, qform_code=qform_code, pixdim=pixdim)
+    for read in (read_image, read_label):
+        with pytest.raises(CaseError, match=r"mm \(pixdim\), which must be above 0"):
+            read(path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (rows(np.full((4, 4), np.nan)), "has a sform that is not all numbers"),
+        ({"srow_x": (np.inf, 0, 0, 0)}, "has a sform that is not all numbers"),
+        ({"sform_code": 0, "quatern_b": np.nan}, "has a qform whose quaternion, nan"),
+        ({"sform_code": 0, "quatern_b": 1.0, "quatern_c": 1.0}, "is longer than 1"),
+        ({"qoffset_x": np.nan}, "has a qform that is not all numbers"),
+        ({"xyzt_units": 1}, "tells its lengths in metres"),
+        ({"xyzt_units": 8 + 3}, "tells its lengths in microns"),
+        ({"scl_slope": np.nan}, "has a scl_slope of nan"),
+        ({"scl_slope": np.inf}, "has a scl_slope of inf"),
+        ({"scl_inter": np.nan}, "a scl_inter of nan"),
+        ({"magic": b"ni1"}, r"is the header of a pair of files, .hdr and .img"),
+        ({"magic": b""}, "is no whole scan"),
+        ({"datatype": 9999}, "that the standard does not know, datatype 9999"),
+        ({"datatype": 128}, "has voxels of RGB, where one number must stand"),
+        ({"datatype": 32}, "has voxels of complex64, where one number must stand"),
+        ({"dim": [3, 7, -6, 5, 1, 1, 1, 1]}, "and so none"),
+        ({"dim": [3, 7, 6, 0, 1, 1, 1, 1]}, "and so none"),
+        ({"dim": [2, 7, 6, 5, 1, 1, 1, 1]}, "has 2 dimensions"),
+        ({"dim": [4, 7, 6, 1, 5, 1, 1, 1]}, "has 4 dimensions"),
+        ({"vox_offset": np.nan}, "begin at byte nan"),
+        ({"vox_offset": 1e30}, "begin at byte 1e.30"),
+        ({"vox_offset": 100}, "begin at byte 100, where they cannot"),
+    ],
+)
+def test_a_header_that_is_none_is_refused(fields, message, tmp_path):
+    path = nifti(tmp_path / "a.nii", **fields)
+    for read in (read_image, read_label):
+        with pytest.raises(CaseError, match=message):
+            read(path)
+
+
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+)
+@given(st.lists(st.tuples(st.integers(0, 351), st.integers(1, 255)), min_size=1, max_size=4))
+def test_any_damage_to_a_header_is_named_or_harmless(tmp_path, changes):
+    data = bytearray(nifti(tmp_path / "a.nii").read_bytes())
+    for place, change in changes:
+        data[place] ^= change
+    (tmp_path / "a.nii").write_bytes(data)
+    try:
+        image, geometry = read_image(tmp_path / "a.nii")
+    except CaseError:
+        return
+    assert image.ndim == 3 and np.isfinite(image).all() and min(geometry["spacing"]) > 0
+    assert all(np.isfinite(values).all() for values in geometry.values())
+
+
+@pytest.mark.parametrize("units", [0, 2, 10, 8])
+def test_lengths_in_mm_or_of_no_unit_are_mm(units, tmp_path):
+    assert read_image(nifti(tmp_path / "a.nii", xyzt_units=units))[1]["spacing"] == pytest.approx(OBLIQUE["spacing"])
+
+
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz", ".nrrd", ".mha"])
+@pytest.mark.parametrize("kind", ["float32", "float64", ">f4", ">f8"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_no_numbers_are_refused(ending, kind, value, tmp_path):
+    array = np.ones(SHAPE, kind)
+    array[3, 2, 1] = value
+    if ".nii" in ending:
+        path = nifti(tmp_path / f"a{ending}", array=array)
+    else:
+        path = write(tmp_path / f"a{ending}", array.astype(array.dtype.newbyteorder("=")))
+    with pytest.raises(CaseError, match="not a number or infinite"):
+        read_image(path)
+    with pytest.raises(CaseError, match=r"holds (nan|-?inf), and labels are integers"):
+        read_label(path)
+
+
+def test_a_number_that_float32_does_not_hold_is_refused(tmp_path):
+    array = np.ones(SHAPE)
+    array[0, 0, 0] = 1e300
+    with pytest.raises(CaseError, match="not a number or infinite"):
+        read_image(nifti(tmp_path / "a.nii", array=array))
+    with pytest.raises(CaseError, match="not a number or infinite"):
+        read_image(nifti(tmp_path / "b.nii", scl_slope=3e38))
+
+
+@pytest.mark.parametrize(("slope", "inter"), [(0.5, 3.0), (2.0, 0.0), (1.0, -7.0), (0.0, 5.0), (0.1, 0.0)])
+def test_intensities_are_scaled_as_simpleitk_scales_them(slope, inter, tmp_path):
+    path = nifti(tmp_path / "a.nii", scl_slope=slope, scl_inter=inter)
+    expected = sitk.GetArrayFromImage(sitk.ReadImage(str(path))).transpose(2, 1, 0)
+    if slope:  # of 0 the standard says no scaling; SimpleITK still adds scl_inter
+        np.testing.assert_allclose(read_image(path)[0], expected, rtol=1e-6)
+    np.testing.assert_allclose(read_image(path)[0], nibabel.load(path).get_fdata(), rtol=1e-6)
+
+
+def test_scaled_labels_are_integers(tmp_path):
+    path = nifti(tmp_path / "a.nii", array=10 * ARRAY, scl_slope=0.1)
+    assert (read_label(path)[0] == ARRAY).all()
+
+
+def test_one_volume_of_four_dimensions_is_a_scan(tmp_path):
+    image, geometry = read_image(nifti(tmp_path / "a.nii.gz", array=ARRAY[..., None]))
+    assert (image == ARRAY).all() and geometry["spacing"] == pytest.approx(OBLIQUE["spacing"])
+
+
+TILTED = AFFINE @ [[1, 0, 0, 0], [0, 1, 0.26 * 1.7, 0], [0, 0, 0.966, 0], [0, 0, 0, 1]]
+
+
+# -- other formats, in the same words --
+
+
+def meta(path: Path, **fields: str) -> Path:
+    """A MetaImage of bytes whose header has these fields."""
+    whole = {"TransformMatrix": "1 0 0 0 1 0 0 0 1", "Offset": "0 0 0", "ElementSpacing": "0.8 1 1.7", **fields}
+    lines = ["ObjectType = Image", "NDims = 3", "BinaryData = True", "BinaryDataByteOrderMSB = False"]
+    lines += [f"{name} = {value}" for name, value in whole.items() if value]
+    lines += ["DimSize = 7 6 5", "ElementType = MET_SHORT", "ElementDataFile = LOCAL", ""]
+    path.write_bytes("\n".join(lines).encode() + ARRAY.tobytes(order="F"))
+    return path
+
+
+def nrrd(path: Path, *lines: str) -> Path:
+    head = [
+        "NRRD0005",
+        "type: short",
+        "dimension: 3",
+        "sizes: 7 6 5",
+        "endian: little",
+        "encoding: raw",
+        *lines,
+        "",
+        "",
+    ]
+    path.write_bytes("\n".join(head).encode() + ARRAY.tobytes(order="F"))
+    return path
+
+
+LPS = ("space: left-posterior-superior", "space directions: (0.8,0,0) (0,1,0) (0,0,1.7)", "space origin: (1,2,3)")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda t: nifti(t / "a.nii", TILTED), "y and z are at .* tilted gantry"),
+        (lambda t: meta(t / "a.mha", TransformMatrix="1 0 0 0 1 0 0 0.27 0.963"), "y and z are at 74.34 degrees"),
+        (lambda t: meta(t / "a.mhd.mha", TransformMatrix="0.8 0 0 0 1 0 0 0 1"), "no unit vectors but 0.8, 1, 1 long"),
+        (lambda t: meta(t / "a.mha", TransformMatrix="1 0 0 0 1 0 0 0 0"), "has a direction of determinant 0"),
+        (lambda t: meta(t / "a.mha", TransformMatrix="1 0 0 0 1 0 0 0 1.02"), "no unit vectors"),
+        (lambda t: meta(t / "a.mha", DistanceUnits="um"), "tells its lengths in um"),
+        (lambda t: nrrd(t / "a.nrrd", LPS[0], "space directions: (1,0,0) (0,1,0) (0,0.5,1.7)", LPS[2]), "y and z are"),
+        (lambda t: nrrd(t / "a.nrrd", *LPS, 'space units: "cm" "cm" "cm"'), "tells its lengths in cm"),
+    ],
+)  # fmt: skip
+def test_axes_that_are_no_grid_are_refused_in_every_format(make, message, tmp_path):
+    for read in (read_image, read_label):
+        with pytest.raises(CaseError, match=message):
+            read(make(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("make", "known"),
+    [
+        (lambda t: meta(t / "a.mha"), {"spacing", "origin", "direction"}),
+        (lambda t: meta(t / "a.mha", DistanceUnits="mm"), {"spacing", "origin", "direction"}),
+        (lambda t: meta(t / "a.mha", TransformMatrix=""), {"spacing"}),
+        (lambda t: meta(t / "a.mha", ElementSpacing=""), {"origin", "direction"}),
+        (lambda t: nrrd(t / "a.nrrd", *LPS, 'space units: "mm" "mm" "mm"'), {"spacing", "origin", "direction"}),
+        (lambda t: nrrd(t / "a.nrrd", "space: scanner-xyz", *LPS[1:]), {"spacing"}),
+        (lambda t: nrrd(t / "a.nrrd", "space dimension: 3", *LPS[1:]), {"spacing"}),
+        (lambda t: nrrd(t / "a.nrrd", "spacings: 0.8 1 1.7"), {"spacing"}),
+        (lambda t: nrrd(t / "a.nrrd"), set()),
+        (lambda t: write(t / "a.nrrd", ARRAY), {"spacing", "origin", "direction"}),
+        (lambda t: write(t / "a.mha", ARRAY), {"spacing", "origin", "direction"}),
+    ],
+)
+def test_what_a_header_does_not_tell_is_not_made_up(make, known, tmp_path):
+    image, geometry = read_image(make(tmp_path))
+    assert set(geometry) == known and (image == ARRAY).all()
+    assert "spacing" not in known or geometry["spacing"] == pytest.approx((0.8, 1, 1.7))
+
+
+def test_a_nrrd_in_ras_is_turned_into_the_frame_of_all_others(tmp_path):
+    _, geometry = read_image(nrrd(tmp_path / "a.nrrd", "space: RAS", *LPS[1:]))
+    assert orientation_of(geometry["direction"]) == "RAS" and geometry["origin"] == (-1.0, -2.0, 3.0)
+
+
+# -- what is written --
+
+
+FIELDS = ("pixdim", "sform_code", "qform_code", "xyzt_units", "descrip", "aux_file", "toffset", "slice_code",
+          "dim_info", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y",
+          "srow_z")  # fmt: skip
+
+
+def raw_header(path: Path, kind=nibabel.Nifti1Image):
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
+        return kind.header_class(f.read(kind.header_class.sizeof_hdr), check=False)
+
+
+@pytest.mark.parametrize("kind", [nibabel.Nifti1Image, nibabel.Nifti2Image])
+@pytest.mark.parametrize(("sform_code", "qform_code"), [(1, 1), (2, 1), (4, 0), (0, 2), (0, 0)])
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+def test_a_result_has_the_header_of_its_scan(kind, sform_code, qform_code, ending, tmp_path):
+    """Field by field as the file has it, so that every viewer, whatever its rule, lays it on the scan."""
+    more = {
+        "sform_code": sform_code,
+        "qform_code": qform_code,
+        "descrip": b"of a scanner",
+        "toffset": 3.5,
+        "cal_max": 9,
+    }
+    pixdim = nibabel.load(nifti(tmp_path / "q.nii")).header["pixdim"].copy()
+    pixdim[[0, 4]] = 0, 2.5
+    more |= {"scl_slope": 2.0, "scl_inter": 1.0, "intent_code": 3, "xyzt_units": 10, "dim_info": 57, "pixdim": pixdim}
+    scan = nifti(tmp_path / f"a{ending}", array=ARRAY, kind=kind, **rows(turned_by(7) @ AFFINE), **more)
+    _, geometry = read_image(scan)
+    for name, values in (("l", ARRAY.astype(np.uint8)), ("p", RNG.random(SHAPE).astype(np.float32))):
+        write_image(tmp_path / f"{name}{ending}", values, geometry, like=scan)
+        before, after = (raw_header(path, kind) for path in (scan, tmp_path / f"{name}{ending}"))
+        for field in FIELDS:
+            assert before[field].tobytes() == after[field].tobytes(), field
+        assert [float(after[f]) for f in ("scl_slope", "scl_inter", "cal_max", "intent_code")] == [1, 0, 0, 0]
+        loaded = nibabel.load(tmp_path / f"{name}{ending}")
+        assert (loaded.get_fdata() == values).all() and loaded.get_data_dtype() == values.dtype
+        assert (loaded.affine == nibabel.load(scan).affine).all()
+        if kind is nibabel.Nifti1Image:
+            found, source = (sitk.ReadImage(str(p)) for p in (tmp_path / f"{name}{ending}", scan))
+            assert (sitk.GetArrayFromImage(found).transpose(2, 1, 0) == values).all()
+            for what in ("GetSpacing", "GetOrigin", "GetDirection"):
+                assert getattr(found, what)() == getattr(source, what)()
+
+
+def test_a_result_of_a_big_endian_scan_of_four_dimensions_has_three(tmp_path):
+    image = nibabel.Nifti1Image(ARRAY[..., None].astype(">i2"), AFFINE, nibabel.Nifti1Header(endianness=">"))
+    nibabel.save(image, tmp_path / "a.nii")
+    write_image(tmp_path / "b.nii", ARRAY, read_image(tmp_path / "a.nii")[1], like=tmp_path / "a.nii")
+    found = nibabel.load(tmp_path / "b.nii")
+    assert found.shape == SHAPE and (found.get_fdata() == ARRAY).all()
+    assert (found.affine == nibabel.load(tmp_path / "a.nii").affine).all()
+    np.testing.assert_allclose(sitk.ReadImage(str(tmp_path / "b.nii")).GetSpacing(), OBLIQUE["spacing"], rtol=1e-6)
+
+
+def test_without_a_scan_of_its_format_both_forms_say_the_geometry(tmp_path):
+    for geometry in (OBLIQUE, UNTOLD):
+        write_image(tmp_path / "a.nii.gz", ARRAY, geometry, like=tmp_path / "a.nrrd")
+        header = nibabel.load(tmp_path / "a.nii.gz").header
+        sform, qform = header.get_sform(), header.get_qform()
+        np.testing.assert_allclose(sform, affine_of(geometry), atol=1e-4)
+        np.testing.assert_allclose(qform, sform, atol=1e-4)
+        assert header.get_xyzt_units()[0] == "mm" and (int(header["sform_code"]), int(header["qform_code"])) == (1, 1)
+        picture, source = sitk.ReadImage(str(tmp_path / "a.nii.gz")), picture_of(ARRAY, geometry)
+        for what in ("GetSpacing", "GetOrigin", "GetDirection"):
+            np.testing.assert_allclose(getattr(picture, what)(), getattr(source, what)(), atol=1e-5)
+
+
+def test_a_side_that_nifti_1_cannot_count_is_written_as_nifti_2(tmp_path):
+    write_image(tmp_path / "a.nii", np.ones((40_000, 1, 2), np.uint8), UNTOLD)
+    assert nibabel.load(tmp_path / "a.nii").shape == (40_000, 1, 2)
+    assert read_label(tmp_path / "a.nii")[0].sum() == 80_000
+
+
+def test_a_header_that_went_away_is_named_and_nothing_is_written(tmp_path):
+    with pytest.raises(UserError, match=r"cannot write .*b\.nii"):
+        write_image(tmp_path / "b.nii", ARRAY, OBLIQUE, like=tmp_path / "gone.nii")
+    (tmp_path / "half.nii").write_bytes(struct.pack("<i", 348))
+    with pytest.raises(UserError, match=r"cannot write .*is cut short: 4 bytes"):
+        write_image(tmp_path / "b.nii", ARRAY, OBLIQUE, like=tmp_path / "half.nii")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["half.nii"]

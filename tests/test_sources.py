@@ -1,0 +1,552 @@
+"""From folders of others to a data set: the Decathlon's and nnU-Net's layouts, what is not read, and sets that grow."""
+
+import json
+import os
+import random
+import shutil
+import tarfile
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from conftest import ROOT, TINY, write_case
+from scans import OBLIQUE, ball, make_scans, write
+
+import test_la
+import train_dtml
+from dataloaders import check, convert
+from dataloaders.cases import Case, lists_of, read_case
+from dataloaders.class_names import class_names
+from dataloaders.growing import Before, grown
+from dataloaders.images import to_physical
+from dataloaders.sources import Source, choose_split, find_sources
+from utils.errors import UserError
+
+SHAPE = (30, 28, 18)
+CENTRE = to_physical(OBLIQUE, (15, 14, 9))
+DECATHLON = {"name": "Ball", "labels": {"0": "background", "1": "Anterior", "2": "Posterior"}}
+NNUNET = {
+    "channel_names": {"0": "MRI"},
+    "labels": {"background": 0, "Anterior": 1, "Posterior": 2},
+    "file_ending": ".nii.gz",
+}
+
+
+def converted(source: Path, out: Path, *words: str) -> Path:
+    convert.main(["--source", str(source), "--out", str(out), *words])
+    return out
+
+
+def add(folder: Path, name: str, *, seed: int, label: bool = True, ending: str = "", split: str = "Tr") -> None:
+    """A scan of imagesTr and, if it has one, its label of 0, 1 and 2, in labelsTr."""
+    rng = np.random.default_rng(seed)
+    inner, outer = (ball(SHAPE, OBLIQUE, CENTRE + rng.uniform(-3, 3, 3), r) for r in (5, 8))
+    image = 300 + 100.0 * inner + 10 * rng.standard_normal(SHAPE)
+    write(folder / f"images{split}" / f"{name}{ending}.nii.gz", image.astype(np.float32))
+    if label:
+        write(folder / f"labels{split}" / f"{name}.nii.gz", inner + outer)
+
+
+def decathlon(folder: Path, labeled: int = 6, unlabeled: int = 2, ending: str = "", told: dict | None = None) -> Path:
+    """The layout of the Decathlon's tars, with the files that macOS put into them."""
+    for i in range(labeled):
+        add(folder, f"ball_{i:03d}", seed=i, ending=ending)
+    for i in range(labeled, labeled + unlabeled):
+        add(folder, f"ball_{i:03d}", seed=i, ending=ending, label=False, split="Ts")
+    for path in list(folder.rglob("*.nii.gz")):
+        path.with_name(f"._{path.name}").write_bytes(b"Mac OS X")
+    (folder / "._dataset.json").write_bytes(b"Mac OS X")
+    (folder / "dataset.json").write_text(json.dumps(told or DECATHLON))
+    return folder
+
+
+def names(*numbers: int) -> list[str]:
+    return [f"ball_{i:03d}" for i in numbers]
+
+
+# -- layouts --
+
+
+@pytest.mark.parametrize(("ending", "told"), [("", DECATHLON), ("_0000", NNUNET)], ids=["Decathlon", "nnU-Net"])
+def test_images_tr_are_split_and_images_ts_are_unlabeled(ending, told, tmp_path, capsys):
+    source = decathlon(tmp_path / "Task", labeled=10, ending=ending, told=told)
+    train, test = lists_of(converted(source, tmp_path / "set"))
+    assert len(test) == 2 and train[8:] == names(10, 11) and sorted(train[:8] + test) == names(*range(10))
+    out = capsys.readouterr().out.splitlines()
+    assert out == [
+        "12 converted, 0 already there, 0 refused",
+        "train.list: 8 labeled, then 2 unlabeled; test.list: 2",
+        "label values: 1 in 10 cases, 2 in 10 cases",
+        "classes: 1 Anterior, 2 Posterior",
+        "train on all of them with --classes 2, or keep some with --labels",
+    ]
+    assert class_names(tmp_path / "set") == {1: "Anterior", 2: "Posterior"}
+    for name in test:
+        image, label = read_case(Case(name, tmp_path / "set" / name / "mri_norm2.h5", True, 2))
+        expected = sitk.GetArrayFromImage(sitk.ReadImage(str(source / "labelsTr" / f"{name}.nii.gz"))).T
+        assert (
+            np.bincount(label.ravel()).tolist() == np.bincount(expected.ravel()).tolist() and image.shape == label.shape
+        )
+
+
+def test_the_share_is_of_images_tr_and_images_ts_can_be_left(tmp_path, capsys):
+    source = decathlon(tmp_path / "Task")
+    train, test = lists_of(converted(source, tmp_path / "set", "--test-share", "0.5", "--images-ts", "leave"))
+    assert len(test) == 3 and sorted(train + test) == names(*range(6))
+    assert "left out: 2 scans of imagesTs without label" in capsys.readouterr().err
+    again = lists_of(converted(source, tmp_path / "other", "--test-share", "0.5"))
+    assert again == ([*train, *names(6, 7)], test)
+
+
+def test_labels_of_images_ts_make_them_the_test_cases(tmp_path, capsys):
+    source = decathlon(tmp_path / "Task", unlabeled=0)
+    add(source, "ball_006", seed=6, split="Ts")
+    add(source, "ball_007", seed=7, split="Ts", label=False)
+    assert lists_of(converted(source, tmp_path / "set")) == (names(*range(6)), names(6))
+    assert "left out: 1 scans of imagesTs" in capsys.readouterr().err
+    train, test = lists_of(converted(source, tmp_path / "more", "--images-ts", "unlabeled"))
+    assert (train, test) == (names(*range(6), 7), names(6))
+    with pytest.raises(UserError, match="--test-share is given, but the source tells"):
+        converted(source, tmp_path / "other", "--test-share", "0.5")
+
+
+def test_images_ts_is_refused_where_it_says_nothing(tmp_path):
+    source = decathlon(tmp_path / "Task", unlabeled=0)
+    (tmp_path / "scans.csv").write_text("image\na.nii\n")
+    for where in (source, tmp_path / "scans.csv"):
+        with pytest.raises(UserError, match=r"--images-ts is given.* Leave it out"):
+            converted(where, tmp_path / "set", "--images-ts", "leave")
+    assert not (tmp_path / "set").exists()
+
+
+def test_names_that_only_look_like_channels_stay_as_they_are(tmp_path):
+    """nnU-Net's labels lack the _0000 of their scans; where they have it, it is part of the name."""
+    for i in range(4):
+        add(tmp_path / "Task", f"scan_{i:04d}", seed=i)
+    add(tmp_path / "Task", "late_0000", seed=4, split="Ts", label=False)
+    train, test = lists_of(converted(tmp_path / "Task", tmp_path / "set"))
+    assert sorted(train[:-1] + test) == [f"scan_{i:04d}" for i in range(4)] and train[-1] == "late_0000"
+
+
+def test_class_names_reach_the_test_s_table_and_follow_the_labels_that_are_kept(tmp_path, capsys):
+    source = decathlon(tmp_path / "Task")
+    converted(source, tmp_path / "both")
+    converted(source, tmp_path / "one", "--labels", "2")
+    assert class_names(tmp_path / "one") == {1: "Posterior"} and "classes: 1 Posterior\n" in capsys.readouterr().out
+    words = ["--data", str(tmp_path / "both"), *TINY, "--classes", "2", "--iterations", "1", "--runs", str(tmp_path)]
+    train_dtml.main([*words, "--name", "run"])
+    test_la.main(["--checkpoint", str(tmp_path / "run"), "--threads", "1"])
+    assert "Classes: 1 Anterior, 2 Posterior." in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "test" / "test.json").read_text())["class_names"]["2"] == "Posterior"
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ({"0": "background", "1": "liver", "2": "tumour"}, {1: "liver", 2: "tumour"}),
+        ({"background": 0, "liver": 1, "tumour": 2}, {1: "liver", 2: "tumour"}),
+        ({"background": "0", "tumour": "2", "liver": "1"}, {1: "liver", 2: "tumour"}),
+        ({"background": 0, "whole": [1, 2, 3], "core": [2, 3], "enhancing": [3]}, {3: "enhancing"}),
+        ({"0": "", "1": " left\tatrium\n"}, {1: "left atrium"}),
+        ({}, {}),
+    ],
+)  # fmt: skip
+def test_both_forms_of_dataset_json_are_read(labels, expected, tmp_path):
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": labels}), encoding="utf-8-sig")
+    assert class_names(tmp_path) == expected and class_names(tmp_path / "nowhere") == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", r"cannot read .*dataset\.json.*Mend it or move it away"),
+        ("[1]", "holds no JSON object"),
+        ('{"labels": ["liver"]}', "neither"),
+        ('{"labels": {"liver": 1.5}}', "neither"),
+        ('{"labels": {"liver": null}}', "neither"),
+        ('{"labels": {"liver": 1, "tumour": 1}}', "two names of the label 1: liver, tumour"),
+        ('{"labels": {"background": 0, "ball": 1, "ignore": 3}}', "voxels to ignore.*--labels"),
+    ],
+)
+def test_a_dataset_json_of_another_kind_is_refused(text, message, tmp_path):
+    source = decathlon(tmp_path / "Task")
+    (source / "dataset.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        converted(source, tmp_path / "set")
+    assert not (tmp_path / "set").exists()
+
+
+def test_what_dataset_json_tells_and_the_files_do_not_is_said(tmp_path, capsys):
+    training = [
+        {"image": f"./imagesTr/{x}.nii.gz", "label": f"./labelsTr/{x}.nii.gz"} for x in names(0, 1, 2, 3, 4, 5, 9)
+    ]
+    labels = {"0": "background", "1": "Anterior", "3": "Other"}
+    source = decathlon(tmp_path / "Task", told={"labels": labels, "training": training})
+    (source / "labelsTr" / "ball_004.nii.gz").unlink()
+    converted(source, tmp_path / "set")
+    out = capsys.readouterr().out
+    assert "class 3, Other, is in no label\nclass 2 has no name in dataset.json\n" in out
+    assert "listed in dataset.json, but scan or label is not there: ball_004, ball_009\n" in out
+
+
+# -- what is not read --
+
+
+def test_what_is_not_read_is_named(tmp_path, capsys):
+    make_scans(tmp_path / "scans", ending=".mhd")
+    for name in ("images/a.img", "images/b.nii.bz2", "images/c.dcm", "labels/d.img", "images/.hidden.img", "notes.txt"):
+        (tmp_path / "scans" / name).write_bytes(b"x")
+    (tmp_path / "scans" / "images" / "series").mkdir()
+    write(tmp_path / "scans" / "loose.nii.gz", np.random.random(SHAPE))
+    write(tmp_path / "scans" / "imagesVal" / "e.nii.gz", np.random.random(SHAPE))
+    converted(tmp_path / "scans", tmp_path / "set")
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("not read"))
+    assert line == "not read: imagesVal/, loose.nii.gz, images/a.img, images/b.nii.bz2, images/c.dcm and 2 more"
+
+
+@pytest.mark.parametrize(
+    "name", ["patient1.nii.bz2", "patient1.img", "patient1.dcm", "Patient1.NII.BZ2", "patient1.nii.gz.part", "patient1",
+             "patient1.json"]
+)  # fmt: skip
+@pytest.mark.parametrize("layout", ["", "Tr"])
+def test_a_label_that_is_not_read_is_an_error(name, layout, tmp_path):
+    """Its scan would be trained on as one without label."""
+    make_scans(tmp_path / "scans")
+    if layout:
+        for kind in ("images", "labels"):
+            (tmp_path / "scans" / kind).rename(tmp_path / "scans" / f"{kind}Tr")
+    labels = tmp_path / "scans" / f"labels{layout}"
+    (labels / "patient1.nii.gz").unlink()
+    (labels / name).write_bytes(b"x")
+    with pytest.raises(UserError, match=rf"{name} looks like the label of patient1, and is no format .*Convert it"):
+        converted(tmp_path / "scans", tmp_path / "set")
+    assert not (tmp_path / "set").exists()
+
+
+def test_a_second_label_that_is_not_read_is_an_error_and_a_note_beside_it_is_none(tmp_path, capsys):
+    make_scans(tmp_path / "scans")
+    (tmp_path / "scans" / "labels" / "patient1.json").write_text("{}")
+    converted(tmp_path / "scans", tmp_path / "set")
+    assert "not read: labels/patient1.json" in capsys.readouterr().out
+    (tmp_path / "scans" / "labels" / "patient1.nii.bz2").write_text("x")
+    with pytest.raises(UserError, match="looks like the label of patient1"):
+        converted(tmp_path / "scans", tmp_path / "set")
+
+
+def test_in_case_folders_too(tmp_path, capsys):
+    for i in range(4):
+        write(tmp_path / "s" / f"p{i}" / "image.nii.gz", np.random.default_rng(i).random(SHAPE))
+        write(tmp_path / "s" / f"p{i}" / "label.nii.gz", ball(SHAPE, OBLIQUE, CENTRE, 7))
+    write(tmp_path / "s" / "p5" / "t1.nii.gz", np.random.random(SHAPE))
+    converted(tmp_path / "s", tmp_path / "set")
+    assert "not read: p5/\n" in capsys.readouterr().out
+    (tmp_path / "s" / "p2" / "label.nii.gz").rename(tmp_path / "s" / "p2" / "label.nii.bz2")
+    with pytest.raises(UserError, match=r"p2/label\.nii\.bz2 looks like the label of label"):
+        converted(tmp_path / "s", tmp_path / "other")
+
+
+@pytest.mark.parametrize("name", ["patient1_seg", "patient1-label", "patient1_GT", "patient1.mask"])
+def test_a_label_among_the_scans_is_no_scan(name, tmp_path):
+    make_scans(tmp_path / "scans")
+    (tmp_path / "scans" / "labels" / "patient1.nii.gz").rename(tmp_path / "scans" / "images" / f"{name}.nii.gz")
+    with pytest.raises(UserError, match=rf"{name}.nii.gz looks like the label of patient1, and stands among the scans"):
+        converted(tmp_path / "scans", tmp_path / "set")
+
+
+def test_scans_that_are_all_of_another_format_are_named(tmp_path):
+    (tmp_path / "scans" / "images").mkdir(parents=True)
+    (tmp_path / "scans" / "images" / "a.img").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"no scans in a known layout.* Not read: images/a\.img\."):
+        converted(tmp_path / "scans", tmp_path / "set")
+    write(tmp_path / "scans" / "labels" / "a.nii.gz", np.zeros(SHAPE, np.uint8))
+    with pytest.raises(UserError, match=r"1 labels have no scan .* Not read there: a\.img\."):
+        converted(tmp_path / "scans", tmp_path / "set")
+
+
+# -- labels --
+
+
+def test_each_value_of_labels_must_occur_somewhere(tmp_path, capsys):
+    source = decathlon(tmp_path / "Task")
+    for words, message in (
+        (["3"], "--labels 3: no label holds that. They hold 1 2"),
+        (["2", "7", "5"], "--labels 5 7: no label holds that"),
+    ):
+        with pytest.raises(UserError, match=message):
+            converted(source, tmp_path / "set", "--labels", *words)
+        assert not (tmp_path / "set").exists()
+    write(source / "labelsTr" / "ball_005.nii.gz", 5 * np.eye(30, 28, dtype=np.uint8)[:, :, None].repeat(18, 2))
+    converted(source, tmp_path / "set", "--labels", "2", "5")  # one label of all is enough
+    assert "label values: 1 in 5 cases, 2 in 1 cases" in capsys.readouterr().out
+
+
+def test_a_value_that_the_set_has_need_not_be_in_the_scans_that_are_added(tmp_path):
+    out = converted(decathlon(tmp_path / "a"), tmp_path / "set", "--labels", "1", "2")
+    add(tmp_path / "b", "late", seed=50)
+    write(tmp_path / "b" / "labelsTr" / "late.nii.gz", ball(SHAPE, OBLIQUE, CENTRE, 6))
+    converted(tmp_path / "b", out, "--labels", "1", "2")
+    assert "late" in [*lists_of(out)[0], *lists_of(out)[1]]
+
+
+STRAIGHT = {"LPS": (1.0, 0, 0, 0, 1, 0, 0, 0, 1), "RAS": (-1.0, 0, 0, 0, -1, 0, 0, 0, 1)}
+
+
+@pytest.mark.parametrize("frame", STRAIGHT)
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), OBLIQUE["spacing"]], ids=["identity", "spacing alone"])
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("label", "The label has no place of its own.*do not resample the label.*Give the label the other's affine"),
+        ("scan", "The scan has no place of its own.*do not resample the label.*Give the scan the other's affine"),
+        ("turned", "The label has no place of its own.*its axes are in another order. Save it again"),
+        ("smaller", "The label has no place of its own.*and other voxels. Do not resample it"),
+    ],
+)
+def test_a_label_without_its_scan_s_affine_is_not_to_be_resampled(what, message, spacing, frame, tmp_path):
+    make_scans(tmp_path / "scans")
+    nowhere = {"spacing": spacing, "origin": (0.0, 0.0, 0.0), "direction": STRAIGHT[frame]}
+    label = np.ones({"turned": SHAPE[::-1], "smaller": (30, 28, 9)}.get(what, SHAPE), np.uint8)
+    if what == "scan":
+        write(tmp_path / "scans" / "images" / "patient0.nii.gz", np.random.random(SHAPE), nowhere)
+    else:
+        write(tmp_path / "scans" / "labels" / "patient0.nii.gz", label, nowhere)
+    with pytest.raises(UserError, match=rf"patient0: .*lies on another grid.*{message}"):
+        converted(tmp_path / "scans", tmp_path / "set")
+
+
+# -- a set that grows --
+
+
+def test_a_set_grows_and_nothing_changes_its_place(tmp_path, capsys):
+    source = decathlon(tmp_path / "Task", labeled=10)
+    out = converted(source, tmp_path / "set")
+    train, test = lists_of(out)
+    first, rest = train[:8], train[8:]
+    by_hand = [*first[::-1], *rest[::-1]]
+    (out / "train.list").write_text("\n".join(by_hand) + "\n")
+    (out / "test.list").write_text("\n".join(test[::-1]) + "\n")
+    for i in range(20, 25):
+        add(source, f"ball_{i:03d}", seed=i)
+    add(source, "another", seed=30, label=False, split="Ts")
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.h5")}
+    capsys.readouterr()
+    converted(source, out)
+    assert "6 converted, 12 already there, 0 refused\ntrain.list: 12 labeled, then 3 unlabeled; test.list: 3" in (
+        capsys.readouterr().out
+    )
+    now, now_test = lists_of(out)
+    added = now[8:12]
+    assert now == [*first[::-1], *added, *rest[::-1], "another"] and now_test[:2] == test[::-1]
+    assert sorted([*added, now_test[2]]) == names(*range(20, 25))  # 3 of 15 is the nearest to a fifth
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    converted(source, out)
+    assert lists_of(out) == (now, now_test)
+    check.main([str(out), "--labeled", "12", "--classes", "2", "--workers", "1", "--patch-size", "16", "16", "16"])
+
+
+def test_an_unlabeled_case_that_gets_a_label_is_made_anew_and_follows_the_labeled_ones(tmp_path, capsys):
+    make_scans(tmp_path / "scans", labeled=5, unlabeled=3)
+    labels = tmp_path / "scans" / "labels"
+    shutil.copytree(labels, tmp_path / "kept")
+    make_scans(tmp_path / "all", labeled=8, unlabeled=0)
+    out = converted(tmp_path / "scans", tmp_path / "set")
+    train, test = lists_of(out)
+    image = h5py.File(out / "patient6" / "mri_norm2.h5")["image"][()]
+    shutil.copy(tmp_path / "all" / "labels" / "patient6.nii.gz", labels)
+    capsys.readouterr()
+    converted(tmp_path / "scans", out)
+    assert "0 converted, 7 already there, 0 refused, 1 made again with the label" in capsys.readouterr().out
+    assert lists_of(out) == ([*train[:4], "patient6", "patient5", "patient7"], test)  # never a test case
+    with h5py.File(out / "patient6" / "mri_norm2.h5") as f:
+        assert (f["image"][()] == image).all() and f["label"][()].sum() > 500
+    (out / "train.list").write_text(
+        "\n".join([*train[:4], "patient5", "patient6", "patient7"])
+    )  # by hand, and so it stays
+    converted(tmp_path / "scans", out)
+    assert lists_of(out)[0] == [*train[:4], "patient5", "patient6", "patient7"]
+    assert "1 of those unlabeled ones have a label" in capsys.readouterr().out
+    (labels / "patient6.nii.gz").unlink()
+    with pytest.raises(UserError, match=r"source_label: patient6\.nii\.gz before, None now"):
+        converted(tmp_path / "scans", out)
+
+
+def test_a_case_whose_source_is_gone_stays_and_another_source_adds_to_the_set(tmp_path, capsys):
+    out = converted(decathlon(tmp_path / "a"), tmp_path / "set")
+    train, test = lists_of(out)
+    for i in range(4):
+        add(tmp_path / "b", f"late_{i}", seed=60 + i)
+    capsys.readouterr()
+    converted(tmp_path / "b", out)
+    said = capsys.readouterr().out
+    assert "4 converted, 0 already there, 0 refused, 8 kept that the source does not have" in said
+    assert "label values: 1 in 10 cases, 2 in 10 cases\nclasses: 1 Anterior, 2 Posterior" in said
+    now, now_test = lists_of(out)
+    assert [x for x in now if "ball" in x] == train and now_test[:1] == test and len(now_test) == 2
+    add(tmp_path / "c", "x", seed=70)
+    with pytest.raises(
+        UserError, match=r"does not have, was made in another way \(spacing: None before, \[2.0, .* now"
+    ):
+        converted(tmp_path / "c", out, "--spacing", "2", "2", "2")
+    (tmp_path / "b" / "dataset.json").write_text(json.dumps({"labels": {"liver": 1}}))
+    with pytest.raises(UserError, match="has other classes: 1 is Anterior there, liver now"):
+        converted(tmp_path / "b", out)
+    assert lists_of(out) == (now, now_test) and not (out / "x").exists()
+
+
+def test_what_was_taken_out_of_the_lists_stays_out(tmp_path, capsys):
+    source = decathlon(tmp_path / "Task", labeled=10)
+    out = converted(source, tmp_path / "set")
+    train, test = lists_of(out)
+    (out / "train.list").write_text("\n".join([*train[:3], *train[4:]]) + "\n")
+    (out / "test.list").write_text(f"{test[1]}\n")
+    add(source, "late", seed=40)
+    converted(source, out)
+    now, now_test = lists_of(out)
+    assert f"taken out of the lists by hand, and so left out: {', '.join(sorted([train[3], test[0]]))}" in (
+        capsys.readouterr().out
+    )
+    assert {train[3], test[0]}.isdisjoint([*now, *now_test]) and "late" in [*now, *now_test]
+    for split in ("train", "test"):
+        (out / f"{split}.list").unlink()  # anew
+    converted(source, out)
+    assert sorted([*lists_of(out)[0], *lists_of(out)[1]]) == sorted([*train, *test, "late"])
+
+
+def test_cases_of_a_conversion_that_was_stopped_before_the_lists_are_added(tmp_path, monkeypatch):
+    source = decathlon(tmp_path / "Task")
+    out = converted(source, tmp_path / "set")
+    train, test = lists_of(out)
+    add(source, "late", seed=40)
+
+    def stopped(*words):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(convert, "write_set", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        converted(source, out)
+    assert (out / "late").exists() and lists_of(out) == (train, test)
+    monkeypatch.undo()
+    converted(source, out)
+    assert lists_of(out) == ([*train[:5], "late", *train[5:]], test)
+
+
+def test_a_source_that_tells_another_split_is_refused(tmp_path):
+    source = decathlon(tmp_path / "Task")
+    out = converted(source, tmp_path / "set")
+    lists = lists_of(out)
+    add(source, "ball_006", seed=6, split="Ts")  # it was an unlabeled training case, and is a test case now
+    (tested,) = lists[1]
+    with pytest.raises(
+        UserError, match=rf"{tested} stands in test\.list and is a train case of the source\. A case never"
+    ):
+        converted(source, out)
+    (source / "imagesTr" / f"{tested}.nii.gz").unlink()
+    (source / "labelsTr" / f"{tested}.nii.gz").unlink()
+    with pytest.raises(UserError, match=r"ball_006 stands in train\.list and is a test case of the source"):
+        converted(source, out)
+    assert lists_of(out) == lists
+
+
+def test_a_share_that_cannot_be_reached_is_told(tmp_path, capsys):
+    source = decathlon(tmp_path / "Task")
+    out = converted(source, tmp_path / "set")
+    lists = lists_of(out)
+    converted(source, out, "--test-share", "0.2")
+    assert "--test-share" not in capsys.readouterr().out
+    converted(source, out, "--test-share", "0.5")
+    assert "--test-share 0.5 asks for 3 test cases; no case goes from one list to the other" in capsys.readouterr().out
+    assert lists_of(out) == lists
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_however_a_set_grows_it_keeps_its_promises(seed):
+    """Random sources, again and again, with lists that are shuffled by hand between."""
+    draw = random.Random(seed)
+    before, listed, has_label = Before(), {}, {}
+    share = draw.choice([None, 0.0, 0.3, 0.5])
+    for step in range(6):
+        for i in range(draw.randint(2, 9) if step == 0 else draw.randint(0, 4)):
+            has_label[f"{draw.random()}"] = i < 2 if step == 0 and i < 3 else draw.random() < 0.6
+        for name in has_label:
+            has_label[name] |= name in before.train and draw.random() < 0.1
+        scans = [Source(x, Path(x), Path(x) if has_label[x] else None) for x in sorted(has_label, key=hash)]
+        scans = scans if step == 0 else [scan for scan in scans if draw.random() < 0.8]  # some are gone
+        train, test = choose_split(scans, challenge=False, share=share, seed=seed, before=before)
+        labeled = frozenset(name for name in has_label if has_label[name])
+        lists = grown(before, train, test, labeled=labeled, listed=listed)
+        now, now_test = lists["train"], lists["test"]
+        assert len({*now, *now_test}) == len(now) + len(now_test) and {scan.name for scan in scans} <= {*now, *now_test}
+        assert now_test[: len(before.test)] == before.test and not set(before.train) & set(now_test)
+        assert set(now_test) <= labeled and now_test
+        late = {x for x in before.train if x in labeled and not listed[x]}
+        assert [x for x in now if x in before.train and x not in late] == [x for x in before.train if x not in late]
+        first = next((i for i, x in enumerate(before.train) if not listed[x]), len(before.train))
+        assert now[:first] == before.train[:first]
+        prefix = next((i for i, x in enumerate(now) if x not in labeled), len(now))
+        assert {x for x in now if x in labeled and (x not in before.train or x in late)} <= set(now[:prefix])
+        listed |= {name: name in labeled for name in [*now, *now_test]}
+        if draw.random() < 0.5:
+            draw.shuffle(now)
+            draw.shuffle(now_test)
+        before = Before(now, now_test, frozenset(labeled & {*now, *now_test}))
+
+
+def test_lists_made_by_hand_for_cases_that_were_not_converted_here_are_kept(tmp_path):
+    out = tmp_path / "set"
+    for i in range(3):
+        image = np.random.default_rng(i).standard_normal(SHAPE).astype(np.float32)
+        write_case(out / f"own{i}.h5", image, (image > 1).astype(np.uint8))
+    (out / "train.list").write_text("own2\nown0\n")
+    (out / "test.list").write_text("own1\n")
+    converted(decathlon(tmp_path / "Task", unlabeled=1), out)
+    train, test = lists_of(out)
+    assert train[:2] == ["own2", "own0"] and train[-1] == "ball_006" and test[0] == "own1" and len(train + test) == 10
+
+
+# -- real scans --
+
+
+@pytest.fixture
+def hippocampus(tmp_path) -> Path:
+    """A few of the Decathlon's hippocampus scans in its layout, if the set is there."""
+    tar = Path(os.environ.get("HIPPOCAMPUS_TAR", ROOT.parent / "shared" / "hippocampus" / "hippocampus.tar"))
+    if not tar.is_file():
+        pytest.skip("the hippocampus scans are not there")
+    with tarfile.open(tar) as archive:
+        members = [m for m in archive.getmembers() if m.isfile()]
+        scans = sorted(Path(m.name).name for m in members if "labels" in m.name)[:10]
+        scans.append("hippocampus_118.nii.gz")  # which has no label
+        archive.extractall(tmp_path / "tar", [m for m in members if Path(m.name).name in scans], filter="data")
+    folder = tmp_path / "Task04_Hippocampus"
+    for name in ("imagesTr", "labelsTr", "imagesTs"):
+        (folder / name).mkdir(parents=True)
+    for path in (tmp_path / "tar").rglob("*.nii.gz"):
+        where = "imagesTs" if "118" in path.name else f"{path.parent.name}Tr"
+        path.rename(folder / where / path.name)
+        (folder / where / f"._{path.name}").write_bytes(b"Mac OS X")
+    labels = {"0": "background", "1": "Anterior", "2": "Posterior"}
+    training = [{"image": f"./imagesTr/{x}", "label": f"./labelsTr/{x}"} for x in scans[:10]]
+    told = {"labels": labels, "training": training, "test": ["./imagesTs/hippocampus_118.nii.gz"], "numTraining": 10}
+    (folder / "dataset.json").write_text(json.dumps(told))
+    return folder
+
+
+def test_the_decathlon_s_hippocampus_is_converted_as_it_is_published(hippocampus, tmp_path, capsys):
+    found = find_sources(hippocampus)
+    assert len(found.scans) == 11 and found.unread == [] and found.absent == []
+    train, test = lists_of(converted(hippocampus, tmp_path / "set"))
+    assert len(train) == 9 and train[-1] == "hippocampus_118" and len(test) == 2
+    said = capsys.readouterr().out
+    assert "train.list: 8 labeled, then 1 unlabeled; test.list: 2" in said
+    assert "classes: 1 Anterior, 2 Posterior\ntrain on all of them with --classes 2" in said
+    for name in train[:8] + test:
+        _, label = read_case(Case(name, tmp_path / "set" / name / "mri_norm2.h5", True, 2))
+        source = sitk.GetArrayFromImage(sitk.ReadImage(str(hippocampus / "labelsTr" / f"{name}.nii.gz")))
+        assert [int((label == c).sum()) for c in range(3)] == [int((source == c).sum()) for c in range(3)]
+    with pytest.raises(UserError, match=r"--labels 3: no label holds that\. They hold 1 2"):
+        converted(hippocampus, tmp_path / "other", "--labels", "3")
+    words = ["--labeled", "8", "--classes", "2", "--workers", "1", "--patch-size", "16", "16", "16"]
+    check.main([str(tmp_path / "set"), *words])
+    assert "0 errors" in capsys.readouterr().out
