@@ -17,6 +17,7 @@ import inspect
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -38,7 +39,7 @@ from test_la import COMPONENTS, usual_stride
 from train_dtml import PROFILES, read_options
 from utils.checkpoint import fsync_folder, write_whole
 from utils.errors import Stopped, StopSignal, UserError, run
-from utils.grid import LA_RUNS, LA_TABLES, PHANTOM_RUNS, PHANTOM_TABLES, TESTED_AGAINST, TESTS, TRAINED_AS, Tables
+from utils.grid import LA_RUNS, LA_TABLES, PHANTOM_RUNS, PHANTOM_TABLES, TESTS, TRAINED_AS, Tables
 from utils.options import Parser, as_flags, default_of, fill, option
 from utils.run_folder import MANIFEST, OPTIONS, SCALARS, has_checkpoint
 from utils.statistics import read_row
@@ -49,7 +50,8 @@ from utils.table_rows import (
     RUNS_HEAD,
     Records,
     beyond_line,
-    paired_table,
+    comparison_tables,
+    comparisons,
     phantom_line,
     row_lines,
     ruled,
@@ -57,17 +59,28 @@ from utils.table_rows import (
 )
 
 ABOUT = """\
-Profile `{profile}`, seeds {seeds}. The last iteration, always; mean over the {scans}test scans, with several seeds
-mean ± SD over the seeds. `all` is without a component filter, `largest` with it."""
+Profile `{profile}`, seeds {seeds}. The last iteration, always. A figure is the mean over the runs of a row (the last
+column: their number and seeds) of their means over the {scans}test scans; ± is the SD over the runs, shown from three
+on. `all` is without a component filter, `largest` with it. Behind a distance: how many of the scans of all runs have
+one. An empty mask has none; it scores the volume's diagonal, or nothing where `not penalised`: in records from before
+there was that score, whose distances are then too low."""
 QUOTED = """
 The lines `paper` are quoted from the DTML paper, which took most from the methods' own papers; these differ in, or do
 not tell, the component filter and the checkpoint that they tested."""
 SMALL = """
 **Not the paper's size:** {} Compare our lines with each other only."""
-EACH = """\
-**Each run, mean ± SD over its scans**
+COMPARED = """\
+**Comparisons**
 
-The number behind a distance is that of the scans that have one, where some predictions are empty."""
+Dice in points, `all`, over the seeds that both rows have. `difference`: of the means over runs and scans, with its 95 %
+interval by a hierarchical bootstrap; `over` says whether the runs are a source of its width. An interval over scans
+only is of these two runs, not of two methods. `median of the scans`: of their differences, each scan its mean over the
+seeds (Hodges-Lehmann). `higher in`: of the pairs of runs with the same seed; with five runs and more on each side also
+p of a permutation of the runs, and with Holm's correction over all lines here."""
+EACH = """\
+**Each run: mean ± SD over its scans, whose number is in the column `scans`**
+
+Behind a distance: how many of the scans have one, as above."""
 SCALES = {
     "full": QUOTED,
     "half": QUOTED + SMALL.format("half resolution, 8 filters, 2400 iterations."),
@@ -86,7 +99,8 @@ class Options:
     profile: str = option("full", "scale of the runs", choices=list(PROFILES), group="what")
     table: Sequence[str] = option([], f"only these tables: {', '.join(LA_TABLES)}", type=str, nargs="+", group="what")
     rows: Sequence[str] = option([], "only these runs: keys or names of methods", type=str, nargs="+", group="what")
-    seeds: Sequence[int] = option([], "default 1337 1338 1339; phantom 1337", type=int, nargs="+", group="what")
+    seeds: Sequence[int] = option([], "default 1337 1338 1339 (phantom 1337), and in the tables those recorded",
+                                  type=int, nargs="+", group="what")  # fmt: skip
     results: str = option("results", "where the records are", group="what")
     list: bool = option(False, "print every run, how far it is, and its command", group="do")
     missing: bool = option(False, "train and test what is missing, then print the tables", group="do")
@@ -116,6 +130,12 @@ class Run:
     outputs: list[str]
 
 
+def recorded_seeds(folder: Path, key: str) -> list[int]:
+    """The seeds of which there is a record of a row."""
+    found = [re.fullmatch(r"\d+", path.name.removeprefix(f"{key}-seed")) for path in folder.glob(f"{key}-seed*")]
+    return [int(match[0]) for match in found if match]
+
+
 def select(o: Options) -> tuple[list[Run], Tables]:
     """The runs and tables that --table, --rows and --seeds leave; runs seed by seed, in the tables' order.
 
@@ -142,8 +162,11 @@ def select(o: Options) -> tuple[list[Run], Tables]:
     place += ["--device", o.device] if o.device else []
     place += ["--threads", str(o.threads)] if o.threads else []
     runs = []
-    for seed in dict.fromkeys(o.seeds or ([1337] if phantom else [1337, 1338, 1339])):
-        for key in dict.fromkeys(row.key for row in every):
+    usual = [1337] if phantom else [1337, 1338, 1339]
+    keys = list(dict.fromkeys(row.key for row in every))
+    seeds = {key: o.seeds or {*usual, *recorded_seeds(Path(o.results, o.profile), key)} for key in keys}
+    for seed in dict.fromkeys(o.seeds or sorted({seed for those in seeds.values() for seed in those})):
+        for key in [key for key in keys if seed in seeds[key]]:
             trained = TRAINED_AS.get(key, key)
             folder = Path(o.runs) / o.profile / f"{trained}-seed{seed}"
             how = TESTS.get(key, {})
@@ -167,6 +190,7 @@ def other_options(this: Run, manifest: Path) -> list[str]:
     options = json.loads(manifest.read_text())["options"]
     asked: tuple[Any, ...] = read_options(this.settings)[:2]
     fields = [(part, f) for part in asked for f in dataclasses.fields(part) if not f.metadata["harmless"]]
+    fields = [(part, f) for part, f in fields if f.name != "preset"]  # its name may change; what it sets is compared
     now = {f.name: getattr(part, f.name) for part, f in fields}
     then = {f.name: options.get(f.name, default_of(f)) for _, f in fields}
     for side in (now, then):  # None and what it stands for are the same
@@ -262,8 +286,9 @@ def print_tables(o: Options, runs: list[Run], tables: Tables) -> None:
                 print(beyond_line(row, records, done.get(f"{BEYOND}-paper", {})))
             else:
                 print(row_lines(row, records))
-        for other in (row for row in rows if row.output == "seg" and row.key in TESTED_AGAINST.get(name, [])):
-            print(paired_table(rows, done, other), end="")
+    compared = comparisons(tables, done)
+    if compared:
+        print(f"\n{COMPARED}\n{comparison_tables(compared)}", end="")
     if done:
         print(f"\n{EACH}\n\n{ruled(RUNS_HEAD)}")
     for records in done.values():

@@ -43,7 +43,20 @@ from utils.distributed import RANK, RANKS, in_turn, process_group
 from utils.errors import UserError, run
 from utils.html_report import write_report
 from utils.masks import label_map
-from utils.metrics import COMPONENTS, METRICS, largest_components, mean_and_sd, segmentation_metrics
+from utils.metrics import (
+    COMPONENTS,
+    EMPTIES,
+    METRICS,
+    MM,
+    PENALISED,
+    distance_text,
+    distances_of,
+    empties,
+    largest_components,
+    overlap_text,
+    segmentation_metrics,
+    with_penalties,
+)
 from utils.options import Parser, fill, option
 from utils.resample import downsample_image, upsample_probability
 from utils.run_folder import digest, make_manifest, write_json
@@ -60,7 +73,12 @@ from utils.sliding_window import (
 STRIDE = (18, 18, 4)  # of the papers, on the full grid
 MEAN = "mean"  # over the classes
 SCANS = ("test", "held-out")
-MM = ("asd_mm", "hd95_mm")
+CAPTION = """\
+Mean ± SD over the scans, whose number is in a column of its own, on their own grid; two scans have no SD. ASD is from
+prediction to reference. Behind a distance: how many scans have one. Where prediction or label alone is empty there is
+none: the volume's diagonal stands for it, and the mean of the others is told too. Where both are empty nothing is
+measured. The last columns count these scans.
+"""
 
 
 @dataclasses.dataclass
@@ -135,49 +153,50 @@ def score_scan(
         for component, form in forms.items():
             if component == "all" or not np.array_equal(form, found):
                 scores = class_scores(form, label, case.classes, spacing)
-            rows += [{"case": case.name, "output": output, "component": component, **score} for score in scores]
+            shape = "x".join(map(str, label.shape))
+            where = {"case": case.name, "shape": shape, "output": output, "component": component}
+            rows += [{**where, **score} for score in scores]
         if save != "none":
             write_image(predictions / output / f"{case.name}.nii.gz", forms[save], geometry)
     return rows
 
 
 def class_scores(found: NDArray, label: NDArray, classes: int, spacing: Sequence[float] | None) -> list[dict[str, Any]]:
-    """Metrics and voxel counts of two label maps (W,H,D); of several classes one entry for each and one for their mean.
+    """Metrics, penalised distances and voxel counts of two label maps (W,H,D); of several classes one entry for each
+    and one for their mean.
 
-    Without a spacing (mm along x, y, z) the distances in mm are not a number. The mean has no distance if one of its
-    classes has none, and for voxels those of the class that has the fewest.
+    Without a spacing (mm along x, y, z) the distances in mm are not a number. The mean is over the classes that are in
+    either map: it has no distance if one of these has none, and for voxels those of the one that has the fewest.
     """
     scores: list[dict[str, Any]] = []
     for c in range(1, classes + 1):
         a, b = found == c, label == c
         voxels = {"voxels": int(a.sum()), "label_voxels": int(b.sum())}
-        no_mm = {} if spacing else dict.fromkeys(MM, math.nan)
-        scores.append({"class": c, **segmentation_metrics(a, b, spacing), **no_mm, **voxels})
+        measured = with_penalties(segmentation_metrics(a, b, spacing), label.shape, spacing)
+        in_mm = {} if spacing else dict.fromkeys([*MM, *(name + PENALISED for name in MM)], math.nan)
+        scores.append({"class": c, **measured, **in_mm, **voxels})
     if classes == 1:
         return [{key: value for key, value in scores[0].items() if key != "class"}]
-    columns = {key: [score[key] for score in scores] for key in scores[0] if key != "class"}
+    there = [score for score in scores if not math.isnan(score["dice"])] or scores
+    columns = {key: [score[key] for score in there] for key in scores[0] if key != "class"}
     mean = {key: min(values) if "voxels" in key else float(np.mean(values)) for key, values in columns.items()}
     return [*scores, {"class": MEAN, **mean}]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: mean and SD over the cases, in the papers' order of columns, a line per output, filter and class."""
+    """Markdown: mean and SD over the scans, in the papers' order of columns, a line per output, filter and class."""
     names = ["output", "component", *(["class"] if "class" in rows[0] else [])]
-    units = "Dice % | Jaccard % | ASD voxel | 95HD voxel | ASD mm | 95HD mm | cases | empty"
-    lines = [f"| {' | '.join(names)} | {units} |", "|---" * (len(names) + 8) + "|"]
+    units = "scans | Dice % | Jaccard % | ASD voxel | 95HD voxel | ASD mm | 95HD mm"
+    lines = [f"| {' | '.join([*names, units, *EMPTIES])} |", "|---" * (len(names) + 10) + "|"]
 
     def key_of(row: dict[str, Any]) -> tuple[str, ...]:
         return tuple(str(row[name]) for name in names)
 
     for key in dict.fromkeys(map(key_of, rows)):
         chosen = [row for row in rows if key_of(row) == key]
-        cells = []
-        for name in (*METRICS, *MM):
-            scale = 100 if name in ("dice", "jaccard") else 1
-            mean, sd, _ = mean_and_sd([scale * row[name] for row in chosen])
-            cells.append(f"{mean:.2f} ± {sd:.2f}")
-        empty = sum(row["voxels"] == 0 for row in chosen)
-        lines.append(f"| {' | '.join([*key, *cells, str(len(chosen)), str(empty)])} |")
+        cells = [overlap_text(chosen, name) for name in METRICS[:2]]
+        cells += [distance_text([distances_of(chosen, name)]) for name in (*METRICS[2:], *MM)]
+        lines.append(f"| {' | '.join([*key, str(len(chosen)), *cells, *map(str, empties(chosen))])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -309,7 +328,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # results
     out.mkdir(parents=True, exist_ok=True)
-    means = table(rows)
+    means = f"{CAPTION}\n{table(rows)}"
     write_whole(out / "cases.csv", as_csv(rows).encode())
     write_whole(out / "table.md", means.encode())
     settings = {"patch_size": patch_size, "stride": stride, "windows": count, "weighting": o.weighting,
@@ -322,11 +341,7 @@ def main(argv: list[str] | None = None) -> None:
         more |= {"method": o.method, "released": state["released"]}
     write_json(out / "test.json", make_manifest(device, **settings, **more))
     size, step = ("x".join(map(str, v)) for v in (patch_size, stride))
-    print(
-        f"{folder}: {len(cases)} {o.scans} scans, {count} windows of {size}, stride {step}.\n"
-        "Mean ± SD over the scans, on their own grid. ASD is from prediction to reference. An empty prediction\n"
-        "has Dice 0 and no distance; the last column counts them.\n"
-    )
+    print(f"{folder}: {len(cases)} {o.scans} scans, {count} windows of {size}, stride {step}.\n")
     print(means)
     if names:
         print(f"Classes: {', '.join(f'{c} {name}' for c, name in names.items())}.\n")

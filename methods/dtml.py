@@ -12,7 +12,7 @@ for each, Dice is the mean over them, and so is the consistency.
 
 What the paper does not have, each an option that is off by default, is measured in docs/findings.md: k that grows, a
 consistency on z itself or where p is sure, pasted crops with the pseudo-label of both networks (utils/mixing.py), and
-for the test the moving averages of both networks. The preset `best` holds what helped.
+for the test the moving averages of both networks. The preset `tuned` holds what helped.
 """
 
 from dataclasses import dataclass
@@ -52,7 +52,7 @@ class DTML(Method):
     PRESETS = {
         "paper": {},
         "authors": {"lambda_max": 1.0, "ramp": "steps", "consistency_times": 2, "augment": "mirror"},
-        "best": {"k": 50.0, "lr_schedule": "cosine", "batch_size": 6, "labeled_batch": 4, "intensity": 0.3},
+        "tuned": {"k": 50.0, "lr_schedule": "cosine", "batch_size": 6, "labeled_batch": 4, "intensity": 0.3},
     }
 
     @dataclass

@@ -54,9 +54,9 @@ def test_the_loss_sees_the_k_of_its_iteration(iteration, k):
 
 
 @pytest.mark.parametrize("profile", ["full", "half", "short", "phantom"])
-def test_the_preset_best_fits_every_profile(profile):
+def test_the_preset_tuned_fits_every_profile(profile):
     """The phantom profile has steps of its own, which the cosine leaves out."""
-    given = {"data": "set", "profile": profile, "preset": "best"}
+    given = {"data": "set", "profile": profile, "preset": "tuned"}
     o, method_options = train_dtml.settle(given, METHODS["dtml"])
     assert (o.lr_schedule, o.lr_steps, o.labeled_batch, method_options.k) == ("cosine", [], 4, 50)
 

@@ -183,7 +183,7 @@ def test_from_labels_to_tables(name, tmp_path, capsys):
         expected = np.mean(dice) if row["class"] == "mean" else dice[int(row["class"]) - 1]
         assert float(row["dice"]) == pytest.approx(expected, abs=1e-6)
     assert seen == {0, 1, 2} if name == "supervised" else {0} < seen <= {0, 1, 2}
-    assert "| output | component | class | Dice %" in printed
+    assert "| output | component | class | scans | Dice %" in printed
     assert printed.count("| mean |") >= 2 * len(outputs)
     if report:
         page = (out / "report.html").read_text()
@@ -205,11 +205,30 @@ def test_a_scan_that_lacks_a_class_has_no_mean_distance_and_is_counted():
     one, two, mean = test_la.class_scores(found, label, 2, (1.0, 1.0, 2.0))
     assert (one["dice"], two["dice"], mean["dice"]) == (1, 0, 0.5)
     assert np.isnan(two["hd95"]) and np.isnan(mean["hd95"]) and one["hd95"] == 0
+    diagonal, in_mm = 8 * 3**0.5, 8 * 6**0.5  # of 8 x 8 x 8 voxels, of 1 x 1 x 2 mm
+    assert (two["hd95_penalised"], two["asd_mm_penalised"]) == pytest.approx((diagonal, in_mm))
+    assert (mean["hd95_penalised"], mean["asd_mm_penalised"]) == pytest.approx((diagonal / 2, in_mm / 2))
     assert (mean["voxels"], mean["label_voxels"]) == (0, 8)
     rows = [{"case": "a", "output": "seg", "component": "all", **score} for score in (one, two, mean)]
     lines = test_la.table(rows).splitlines()
-    assert [line.split("|")[-2].strip() for line in lines[2:]] == ["0", "1", "1"]
+    assert [line.split("|")[-4:-1] for line in lines[2:]] == [[" 0 ", " 0 ", " 0 "], *2 * [[" 1 ", " 0 ", " 0 "]]]
     assert len({line.count("|") for line in lines}) == 1
+
+
+def test_a_class_that_is_in_neither_map_is_in_no_mean_and_counted_apart():
+    label = np.zeros((8, 8, 8), np.uint8)
+    label[1:4, 1:4, 1:4] = 1
+    found = np.roll(label, 1, axis=0)
+    one, two, mean = test_la.class_scores(found, label, 2, None)
+    assert all(np.isnan(two[name]) for name in ("dice", "jaccard", "asd", "hd95", "hd95_penalised", "asd_mm"))
+    names = ("dice", "jaccard", "asd", "hd95", "hd95_penalised", "voxels", "label_voxels")
+    assert [mean[name] for name in names] == [one[name] for name in names] and one["hd95"] == 1
+    rows = [{"case": "a", "output": "seg", "component": "all", **score} for score in (one, two, mean)]
+    lines = [[cell.strip() for cell in line.split("|")[4:-1]] for line in test_la.table(rows).splitlines()[2:]]
+    assert [line[-3:] for line in lines] == [["0", "0", "0"], ["0", "0", "1"], ["0", "0", "0"]]
+    assert lines[1][:4] == ["1", "- (0 of 1)", "- (0 of 1)", "- (0 of 1)"]
+    nothing = test_la.class_scores(np.zeros_like(label), np.zeros_like(label), 2, (1.0, 1.0, 1.0))[-1]
+    assert np.isnan(nothing["dice"]) and nothing["voxels"] == 0
 
 
 def test_one_class_has_no_class_column():

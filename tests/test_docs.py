@@ -19,8 +19,9 @@ import test_la
 import train_dtml
 from methods import METHODS
 from utils.errors import UserError
+from utils.grid import Row
 from utils.options import Parser
-from utils.statistics import compare, mean_over, read_row
+from utils.statistics import compare, read_row
 
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
 ADDING, DIFFERENCES = PAGES["adding-a-method.md"], PAGES["differences.md"]
@@ -226,8 +227,8 @@ LIVE_RUNS = {
     "DTML, L_dis": "dtml-dis-16",
     "DTML, L_dis + L_mask": "dtml-both-16",
     "DTML, `authors`": "dtml-authors-16",
-    "DTML `best`": "best-16",
-    "DTML `best`, labeled scans alone": "best-16-0",
+    "DTML `tuned`": "tuned-16",
+    "DTML `tuned`, labeled scans alone": "tuned-16-0",
 }
 
 
@@ -246,13 +247,13 @@ def test_the_table_of_lost_gradients_is_what_the_curves_and_scans_give():
         assert found == [f"{100 * statistics.mean(live):.3f}", f"{live.count(0)} of {len(live)}", f"{dice:.2f}"]
 
 
-BEST_ROWS = {  # of the page: of the table of `best` that reproduce.py prints
+TUNED_ROWS = {  # of the page: of the table of `tuned` that reproduce.py prints
     "V-Net, 16 / 0": "V-Net, 16 / 0",
     "DTML `paper`, M_s, 16 / 64": "DTML, 16 / 64",
-    "V-Net, rate and intensities of `best`, 16 / 0": "V-Net, rate and intensities of `best`, 16 / 0",
-    "`best`: M_d, 16 / 64": "DTML `best`: M_d, 16 / 64",
-    "**`best`: mean of both**, 16 / 64": "DTML `best`: mean of both, 16 / 64",
-    "`best`: M_s, 16 / 64": "DTML `best`: M_s, 16 / 64",
+    "V-Net, rate and intensities of `tuned`, 16 / 0": "V-Net, rate and intensities of `tuned`, 16 / 0",
+    "`tuned`: M_d, 16 / 64": "DTML `tuned`: M_d, 16 / 64",
+    "`tuned`: mean of both, 16 / 64": "DTML `tuned`: mean of both, 16 / 64",
+    "`tuned`: M_s, 16 / 64": "DTML `tuned`: M_s, 16 / 64",
     "V-Net, 80 / 0": "V-Net, 80 / 0",
 }
 
@@ -263,52 +264,57 @@ def cells_of(text, start):
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
 
 
-def test_the_table_of_best_on_the_test_scans_is_the_recorded_one():
-    recorded = (ROOT / "results" / "half" / "tables.md").read_text(encoding="utf-8")
-    recorded = recorded[recorded.index("**The preset `best`") :]
-    figures, name = {}, ""
-    for row in cells_of(recorded, "**The preset `best`"):
-        name = f"{row[0]}, {row[1]}" if row[0] else name
-        figures |= {name: row} if row[2] == "all" else {}
-    paired = {f"{row[0]}, {row[1]}": row for row in cells_of(recorded, "Paired tests against *V-Net, rate")}
-    rows = cells_of(PAGES["findings.md"], "So `best` was frozen as it is")
-    of_grid = {f"{row.label}, {row.scans}": row for row in reproduce.LA_TABLES["best"][1]}
-    assert {f"{row[0]}, {row[1]}" for row in rows} == set(BEST_ROWS)
-    for label, scans, seeds, dice, hd95, difference, higher, p in rows:
-        name = BEST_ROWS[f"{label}, {scans}"]
-        assert [dice.replace("*", ""), hd95] == [figures[name][3], figures[name][6].split(" ")[0]]
-        folders = [
-            ROOT / "results" / "half" / f"{of_grid[name].key}-seed{seed}" for seed in figures[name][-1].split(", ")
-        ]
-        scored = [read_row(f"{folder}:{of_grid[name].output}", "dice", "all") for folder in folders]
-        assert seeds == ", ".join(f"{100 * statistics.mean(found.values()):.2f}" for found in scored)
+def shown(c):
+    """A comparison of Dice in points, as the page has it."""
+    text = f"{100 * c.difference:+.2f} ({100 * c.low:+.2f} to {100 * c.high:+.2f})"
+    return text.replace("-", "\N{MINUS SIGN}")
+
+
+def dice_of(row, seeds):
+    """Seed -> Dice of each test scan of a row of the grid at half resolution."""
+    folder = ROOT / "results" / "half"
+    return {seed: read_row(f"{folder}/{row.key}-seed{seed}:{row.output}", "dice", "all") for seed in seeds}
+
+
+def test_the_table_of_tuned_on_the_test_scans_is_what_the_records_give():
+    rows = cells_of(PAGES["findings.md"], "So `tuned` was frozen as it is")
+    of_grid = {f"{row.label}, {row.scans}": row for row in reproduce.LA_TABLES["tuned"][1]}
+    seeds = (1337, 1338, 1339)
+    reference = dice_of(of_grid["V-Net, rate and intensities of `tuned`, 16 / 0"], seeds)
+    assert {f"{row[0]}, {row[1]}" for row in rows} == set(TUNED_ROWS)
+    for label, scans, told, dice, hd95, difference, higher in rows:
+        row = of_grid[TUNED_ROWS[f"{label}, {scans}"]]
+        found = dice_of(row, seeds)
+        means = [100 * statistics.mean(run.values()) for run in found.values()]
+        assert told == ", ".join(f"{mean:.2f}" for mean in means)
+        assert dice == f"{statistics.mean(means):.2f} ± {statistics.stdev(means):.2f}"
+        far = [read_row(f"{ROOT}/results/half/{row.key}-seed{s}:{row.output}", "hd95", "all").values() for s in seeds]
+        assert hd95 == f"{statistics.mean(map(statistics.mean, far)):.2f}"
         if difference:
-            _, _, mean, interval, on, _, wilcoxon, holm, _ = paired[name]
-            assert difference.replace("\N{MINUS SIGN}", "-") == f"{mean} ({interval})"
-            assert (higher, p) == (on, f"{wilcoxon}, {holm}")
+            c = compare(reference, found)
+            assert (difference, higher) == (shown(c), f"{c.higher} of {c.pairs}")
+        else:
+            assert found == reference
 
 
 def unlabeled_rows(seeds):
-    """The table of `best` without and with the 64 unlabeled scans, over these seeds."""
+    """The table of `tuned` without and with the 64 unlabeled scans, over these seeds."""
     rows = [
         [f"16 / 0, seeds {', '.join(map(str, seeds))}"],
         ["16 / 64, the same seeds"],
-        ["difference (95 % interval)"],
-        ["higher on, Wilcoxon p"],
+        ["difference (95 % interval over runs and scans)"],
+        ["higher in seed pairs"],
     ]
     for output in ("seg", "sdm", "mean"):
-        found = []
-        for key in ("best-16-0", "best-16"):
-            runs = [read_row(f"{ROOT}/results/half/{key}-seed{seed}:{output}", "dice", "all") for seed in seeds]
-            rows[len(found)].append(", ".join(f"{100 * statistics.mean(run.values()):.2f}" for run in runs))
-            found.append(mean_over(runs))
-        c = compare(*found)
-        interval = f"{100 * c.difference:+.2f} ({100 * c.low:+.2f} to {100 * c.high:+.2f})"
-        rows[2].append(interval.replace("-", "\N{MINUS SIGN}"))
-        rows[3].append(f"{c.higher} of {c.n}, {c.w_p:.2g}")
+        without, with_them = (dice_of(Row("", "", key, output=output), seeds) for key in ("tuned-16-0", "tuned-16"))
+        for row, runs in zip(rows, (without, with_them), strict=False):
+            row.append(", ".join(f"{100 * statistics.mean(run.values()):.2f}" for run in runs.values()))
+        c = compare(without, with_them)
+        rows[2].append(shown(c))
+        rows[3].append(f"{c.higher} of {c.pairs}")
     return rows
 
 
 def test_the_table_of_the_unlabeled_scans_is_what_the_records_give():
-    seeds = sorted(int(path.name[-4:]) for path in (ROOT / "results" / "half").glob("best-16-0-seed*"))
+    seeds = sorted(int(path.name[-4:]) for path in (ROOT / "results" / "half").glob("tuned-16-0-seed*"))
     assert cells_of(PAGES["findings.md"], "**What the unlabeled scans add**") == unlabeled_rows(seeds)

@@ -22,8 +22,9 @@ import test_la
 import train_dtml
 from dataloaders import convert
 from dataloaders.two_stream import Patches
-from methods import METHODS
+from methods import METHODS, restore
 from networks import backbone
+from utils.checkpoint import load_checkpoint
 from utils.errors import Diverged, UserError
 from utils.options import default_of
 
@@ -783,15 +784,24 @@ def test_every_preset_is_tested_here():
     assert set(PRESETS) == {method for method, kind in METHODS.items() if list(kind.PRESETS) != ["paper"]}
     for method in PRESETS:
         named = ["repaired", "released"] if method == "dk-uxnet" else ["paper", "authors"]
-        assert list(METHODS[method].PRESETS) == [*named, *(["best"] if method == "dtml" else [])]
+        assert list(METHODS[method].PRESETS) == [*named, *(["tuned"] if method == "dtml" else [])]
 
 
-def test_the_preset_best_holds_what_the_findings_say():
+def test_the_preset_tuned_holds_what_the_findings_say():
     """A line of docs/findings.md gives its flags."""
     page = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
-    flags = re.search(r"`--preset best` is `(--[^`]+)`", page)[1].split()
-    usual, best, same_flags = (settled("--data", "set", *more) for more in ([], ["--preset", "best"], flags))
-    assert {**same_flags, "preset": "best"} == best != {**usual, "preset": "best"}
+    flags = re.search(r"`--preset tuned` is `(--[^`]+)`", page)[1].split()
+    usual, tuned, same_flags = (settled("--data", "set", *more) for more in ([], ["--preset", "tuned"], flags))
+    assert {**same_flags, "preset": "tuned"} == tuned != {**usual, "preset": "tuned"}
+
+
+def test_options_of_a_run_with_the_preset_s_old_name_are_refused_and_name_the_new_one():
+    folder = ROOT / "results" / "half" / "tuned-16-seed1338"
+    assert "--preset best" in (folder / "options.txt").read_text()
+    with pytest.raises(UserError, match=r"--preset best is none of this method's\. Choose from .*\btuned\b"):
+        train_dtml.read_options([f"@{folder}/options.txt"])
+    saved, now = vars(restore(load_checkpoint(folder)).options), settled("--profile", "half", "--preset", "tuned")
+    assert {name: now[name] for name in saved} == saved
 
 
 @pytest.mark.parametrize(("name", "value"), [*PAPER.items(), ("lambda_max", 0.3)])

@@ -22,7 +22,7 @@ from skimage.draw import polygon2mask
 
 from utils import html_report
 from utils.errors import UserError
-from utils.metrics import segmentation_metrics
+from utils.metrics import segmentation_metrics, with_penalties
 from utils.run_folder import write_json
 
 SHAPE, SPACING = (40, 32, 12), (1.0, 1.0, 2.0)
@@ -49,9 +49,10 @@ def make_test(folder: Path, names: list[str], classes: int = 1, saved: str = "la
         for output in OUTPUTS:
             mask = label * ball((20 + i, 16, 6), 9 - i)
             for component in ("all", "largest"):
-                metrics = segmentation_metrics(mask, label, SPACING)
+                metrics = with_penalties(segmentation_metrics(mask, label, SPACING), SHAPE, SPACING)
                 counts = {"voxels": int((mask > 0).sum()), "label_voxels": int((label > 0).sum())}
-                rows.append({"case": name, "output": output, "component": component, **metrics, **counts})
+                where = {"case": name, "shape": "x".join(map(str, SHAPE)), "output": output, "component": component}
+                rows.append({**where, **metrics, **counts})
             if saved != "none":
                 path = folder / "run" / "test" / "predictions" / output / f"{name}.nii.gz"
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -153,12 +154,33 @@ def test_the_means_are_numpy_s_and_empty_predictions_are_counted(tmp_path):
         chosen = [row for row in rows if [row["output"], row["component"]] == line[:2]]
         dice = 100 * np.array([float(row["dice"]) for row in chosen])
         asd = np.array([float(row["asd"]) for row in chosen])
-        assert np.isnan(asd).sum() == 1 and line[-2:] == ["10", "1"]
-        for cell, values in ((line[2], dice), (line[4], asd[np.isfinite(asd)])):
+        assert np.isnan(asd).sum() == 1 and line[2] == "10" and line[-3:] == ["1", "0", "0"]
+        scored = np.where(np.isnan(asd), np.linalg.norm(SHAPE), asd)
+        told, behind = line[5].split(" (", 1)
+        assert behind == f"9 of 10; these alone {np.nanmean(asd):.2f})"
+        for cell, values in ((line[3], dice), (told, scored)):
             mean, sd = map(float, cell.split(" ± "))
             assert (mean, sd) == pytest.approx((values.mean(), values.std(ddof=1)), abs=0.0051)
     empty = next(line for line in page.tables["cases"] if line[0] == "case9")
     assert empty[3] == "0.00" and empty[5:9] == ["-"] * 4
+    bars = html_report.write_report(test).read_text(encoding="utf-8").split("every scan, the lowest Dice first")[1]
+    assert bars.index(">case9<") < bars.index('width:100.0%"></i></td><td>-<') < bars.index(">case8<")
+
+
+def test_a_scan_with_nothing_to_find_stands_last_and_is_neither_worst_nor_best(tmp_path):
+    test = make_test(tmp_path, ["case0", "case1", "case2"])
+    rows = scores(test)
+    nothing = {name: "nan" for name in rows[0] if name not in ("case", "shape", "output", "component")}
+    nothing |= {"voxels": "0", "label_voxels": "0"}
+    with open(test / "cases.csv", "w", newline="") as f:
+        writer = csv.DictWriter(f, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(row | (nothing if row["case"] == "case1" else {}) for row in rows)
+    page = parse(test)
+    assert [one["name"] for one in page.data] == ["case2", "case0"]
+    bars = [rows for name, rows in page.tables.items() if name.startswith("bars")]
+    assert all([row[0] for row in rows[1:]] == ["case2", "case0", "case1"] for rows in bars)
+    assert all(line[-3:] == ["0", "0", "1"] and "(2 of 3)" in line[3] for line in page.tables["means"][1:])
 
 
 def test_bars_stand_in_the_order_of_dice(test):

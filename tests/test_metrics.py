@@ -9,7 +9,18 @@ from scipy.ndimage import gaussian_filter, label, shift
 
 from dataloaders.cases import find_cases, lists_of, read_case
 from utils import metrics
-from utils.metrics import METRICS, largest_component, mean_and_sd, segmentation_metrics
+from utils.metrics import (
+    METRICS,
+    distance_text,
+    distances_of,
+    empties,
+    largest_component,
+    mean_and_sd,
+    mean_text,
+    overlap_text,
+    segmentation_metrics,
+    with_penalties,
+)
 
 
 def blob(seed: int, shape=(40, 36, 30)) -> np.ndarray:
@@ -87,9 +98,84 @@ def test_empty_masks_never_look_perfect():
         found = segmentation_metrics(a, b)
         assert found["dice"] == found["jaccard"] == 0 and math.isnan(found["asd"]) and math.isnan(found["hd95"])
         assert list(segmentation_metrics(a, b, (1, 1, 1))) == list(segmentation_metrics(full, full, (1, 1, 1)))
-    assert segmentation_metrics(empty, empty) == {"dice": 1, "jaccard": 1, "asd": 0, "hd95": 0}
-    assert mean_and_sd([1.0, 3.0, math.nan]) == (2.0, pytest.approx(math.sqrt(2)), 1)
-    assert math.isnan(mean_and_sd([math.nan])[0])
+    assert all(math.isnan(value) for value in segmentation_metrics(empty, empty, (1, 1, 1)).values())
+
+
+def test_an_empty_mask_scores_the_diagonal_and_two_score_nothing():
+    shape, spacing = (3, 4, 12), (2.0, 1.0, 0.5)
+    full, empty = np.ones(shape), np.zeros(shape)
+    for pair in ((empty, full), (full, empty)):
+        found = with_penalties(segmentation_metrics(*pair, spacing), shape, spacing)
+        assert found["asd_penalised"] == found["hd95_penalised"] == 13  # 3, 4, 12
+        assert found["asd_mm_penalised"] == found["hd95_mm_penalised"] == pytest.approx(math.sqrt(36 + 16 + 36))
+        assert "hd95_mm_penalised" not in with_penalties(segmentation_metrics(*pair), shape)
+    found = with_penalties(segmentation_metrics(empty, empty, spacing), shape, spacing)
+    assert all(math.isnan(value) for value in found.values())
+    a, b = blob(1), blob(2)
+    found = with_penalties(segmentation_metrics(a, b, spacing), a.shape, spacing)
+    assert all(found[f"{name}_penalised"] == found[name] for name in ("asd", "hd95", "asd_mm", "hd95_mm"))
+
+
+def test_no_mask_is_as_far_away_as_an_empty_one():
+    corner, other, empty = np.zeros((3, 9, 8, 7), bool)
+    corner[0, 0, 0] = other[-1, -1, -1] = True
+    found = [segmentation_metrics(mask, other) for mask in (corner, empty)]
+    worst, none = (with_penalties(scores, other.shape) for scores in found)
+    assert worst["hd95_penalised"] == pytest.approx(math.sqrt(8**2 + 7**2 + 6**2))
+    assert none["hd95_penalised"] > worst["hd95_penalised"]
+
+
+def test_two_numbers_have_no_sd():
+    assert mean_and_sd([1.0, 3.0, 8.0, math.nan]) == (4.0, pytest.approx(math.sqrt(13)))
+    assert mean_text([1.0, 3.0, 8.0]) == "4.00 ± 3.61"
+    for values in ([1.0, 3.0], [2.0], [2.0, math.nan]):
+        assert mean_and_sd(values)[0] == 2 and math.isnan(mean_and_sd(values)[1]) and mean_text(values) == "2.00"
+    assert math.isnan(mean_and_sd([math.nan])[0]) and mean_text([]) == "-"
+
+
+def scans_of(values, *, diagonal=None):
+    """Rows of cases.csv: None has no distance, its prediction being empty; "both" has nothing at all."""
+    rows = []
+    for value in values:
+        measured = {"dice": 0.8, "asd": value, "voxels": 5, "label_voxels": 5}
+        if value is None or value == "both":
+            measured = {"dice": 0.0 if value is None else math.nan, "asd": math.nan, "voxels": 0}
+            measured["label_voxels"] = 5 if value is None else 0
+        if diagonal:
+            measured["asd_penalised"] = diagonal if value is None else measured["asd"]
+        rows.append(measured)
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("values", "diagonal", "text"),
+    [
+        ([1.0, 2.0, 6.0], 100, "3.00 ± 2.65 (3 of 3)"),
+        ([1.0, 2.0, None], 100, "34.33 ± 56.87 (2 of 3; these alone 1.50)"),
+        ([1.0, 2.0, None], None, "1.50 (2 of 3; not penalised)"),
+        ([1.0, 2.0, "both"], 100, "1.50 (2 of 3)"),
+        ([None, None, None], 100, "100.00 ± 0.00 (0 of 3)"),
+        ([None, None], None, "- (0 of 2; not penalised)"),
+    ],
+)  # fmt: skip
+def test_a_mean_distance_tells_how_many_scans_have_one(values, diagonal, text):
+    assert distance_text([distances_of(scans_of(values, diagonal=diagonal), "asd")]) == text
+
+
+def test_over_runs_the_means_are_averaged_and_the_scans_counted():
+    runs = [[1.0, 3.0], [2.0, None], [4.0, 6.0]]
+    found = [distances_of(scans_of(run, diagonal=10), "asd") for run in runs]
+    assert distance_text(found, over_runs=True) == "4.33 ± 2.08 (5 of 6; these alone 3.00)"  # of 2, 6, 5 and of 2, 2, 5
+    early = [*found[:2], distances_of(scans_of([4.0, None]), "asd")]
+    assert distance_text(early, over_runs=True) == "2.67 ± 1.15 (4 of 6; not penalised)"  # of 2, 2, 4
+    assert distance_text(found[:1], over_runs=True) == "2.00 (2 of 2)"
+
+
+def test_scans_without_a_prediction_a_label_and_either_are_counted_apart():
+    rows = scans_of([1.0, None, "both", None], diagonal=10)
+    rows.append({"dice": 0.0, "asd": math.nan, "voxels": 5, "label_voxels": 0})
+    assert empties(rows) == (2, 1, 1)
+    assert overlap_text(rows, "dice") == "20.00 ± 40.00 (4 of 5)" and overlap_text(rows[:1], "dice") == "80.00"
 
 
 def test_shapes_must_agree():

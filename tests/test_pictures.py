@@ -173,21 +173,29 @@ def test_figure_2_shows_what_the_network_says_of_the_slice(runs):
 
 
 def test_differences_are_each_scan_s_and_their_mean(tmp_path):
-    text = "case,output,component,dice\na,seg,all,{}\nb,seg,all,{}\nc,seg,all,{}\n"
-    for name, values in {"one": (0.5, 0.6, 0.7), "two": (0.55, 0.66, 0.72), "three": (0.4, 0.7, 0.7)}.items():
-        (tmp_path / f"{name}.csv").write_text(text.format(*values))
+    dices = {"one": (0.5, 0.6, 0.7), "two": (0.55, 0.66, 0.72), "three": (0.4, 0.7, 0.7)}
+    for name, values in dices.items():
+        lines = [f"{case},seg,all,{value}" for case, value in zip("abcdef", 2 * values, strict=True)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["case,output,component,dice", *lines, ""]))
     paths = [str(tmp_path / f"{name}.csv") for name in ("one", "two", "three")]
     (axes,) = pictures.differences(paths, pictures.Options(titles=["usual", "better", "other"])).axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["better", "other"]
     assert axes.get_xlabel().startswith("Dice % above usual")
     scans = [[xy[0] for xy in dots.get_offsets()] for dots in axes.collections]
-    assert scans[0] == pytest.approx([5, 6, 2]) and scans[1] == pytest.approx([13 / 3])
-    assert scans[2] == pytest.approx([-10, 10, 0]) and scans[3] == pytest.approx([0], abs=1e-9)
+    assert scans[0] == pytest.approx([5, 6, 2, 5, 6, 2]) and scans[1] == pytest.approx([13 / 3])
+    assert scans[2] == pytest.approx([-10, 10, 0, -10, 10, 0]) and scans[3] == pytest.approx([0], abs=1e-9)
     bars = [line for line in axes.lines if line.get_linewidth() == 2.5]
     assert [bar.get_color() for bar in bars] == ["#0072b2", "0.25"]
-    assert 2 <= bars[0].get_xdata()[0] < 13 / 3 < bars[0].get_xdata()[1] <= 6
+    assert 2 <= bars[0].get_xdata()[0] < 13 / 3 < bars[0].get_xdata()[1] <= 7
+    assert axes.get_xlabel().endswith("(scans only, one run each)")
     (axes,) = pictures.differences([paths[0], str(tmp_path / "t*.csv")], pictures.Options()).axes  # two and three
-    assert [xy[0] for xy in axes.collections[0].get_offsets()] == pytest.approx([-2.5, 8, 1])
+    assert [xy[0] for xy in axes.collections[0].get_offsets()] == pytest.approx([-2.5, 8, 1, -2.5, 8, 1])
+    assert axes.get_xlabel().endswith("(scans, and the runs of the row)")
+    for name, values in dices.items():
+        lines = [f"{case},seg,all,{value}" for case, value in zip("abc", values, strict=True)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["case,output,component,dice", *lines, ""]))
+    (axes,) = pictures.differences(paths, pictures.Options(titles=["usual", "better", "other"])).axes
+    assert axes.get_xlabel().endswith("(none: too few scans)")
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def test_reproduce_commands_name_runs_of_the_grid():
     assert found and all(reproduce.select(fill(reproduce.Options, words))[0] for words in found)
 
 
-@pytest.mark.parametrize("name", ["1", "2", "3", "best"])
+@pytest.mark.parametrize("name", ["1", "2", "3", "tuned"])
 def test_the_tables_are_the_recorded_ones(name):
     title = f"**{reproduce.LA_TABLES[name][0]}**"
     page, recorded = (

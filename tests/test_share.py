@@ -177,8 +177,8 @@ def test_foreign_pieces_are_an_error_and_no_crash(more, runs, tmp_path):
 
 
 def test_the_weights_in_the_repository_give_the_recorded_figures_on_a_real_scan(la, tmp_path):
-    """Those of `best` at half resolution, on the first scan of test.list."""
-    record = ROOT / "results" / "half" / "best-16-seed1338"
+    """Those of `tuned` at half resolution, on the first scan of test.list."""
+    record = ROOT / "results" / "half" / "tuned-16-seed1338"
     lists = ROOT / "data" / "splits" / "la"
     name = (lists / "test.list").read_text().split()[0]
     (tmp_path / "set").mkdir()

@@ -1,5 +1,6 @@
-"""Paired comparisons against scipy on the same pairs, values by hand, and refusals."""
+"""Comparisons of rows: intervals that cover, p by enumeration, medians by brute force, and refusals."""
 
+import itertools
 import math
 
 import numpy as np
@@ -8,7 +9,17 @@ from scipy import stats
 
 from utils import statistics
 from utils.errors import UserError
-from utils.statistics import compare, holm, mean_over
+from utils.statistics import (
+    compare,
+    compare_scans,
+    hodges_lehmann,
+    holm,
+    interval,
+    mean_over,
+    permutation_p,
+    read_row,
+    read_runs,
+)
 
 
 def row(seed: int, n: int = 20, shift: float = 0.0) -> dict[str, float]:
@@ -24,60 +35,236 @@ def write(path, values, output="seg"):
     return path
 
 
-def test_tests_are_paired_and_two_sided():
-    a, b = row(0), row(1, shift=0.02)
-    found = compare(a, b)
-    x, y = np.array(list(a.values())), np.array(list(b.values()))
-    assert found.t_p == pytest.approx(stats.ttest_1samp(y - x, 0).pvalue)
-    assert found.w_p == pytest.approx(stats.wilcoxon(y - x).pvalue)
-    assert found.difference == pytest.approx((y - x).mean()) and found.higher == (y > x).sum()
-    assert found.low < found.difference < found.high
-    back = compare(b, a)
-    assert (back.t_p, back.w_p) == pytest.approx((found.t_p, found.w_p))
-    assert back.difference == pytest.approx(-found.difference)
+def simulated(seed, k, n, *, run_sd, scan_sd=2.0, noise=1.0, difference=1.0):
+    """Two methods of k runs on n scans, whose true difference is known."""
+    rng = np.random.default_rng(seed)
+    scans, own = rng.normal(80, 5, n), rng.normal(difference, scan_sd, n)
+    first, second = (rng.normal(0, run_sd, (k, 1)) + rng.normal(0, noise, (k, n)) for _ in range(2))
+    return scans + first, scans + own + second
 
 
-def test_the_order_of_the_cases_does_not_matter():
-    a, b = row(0), row(1)
-    assert compare(a, dict(reversed(b.items()))).t_p == pytest.approx(compare(a, b).t_p)
+# -- the interval --
 
 
-def test_the_interval_covers_the_truth_about_95_times_in_100():
-    hits = 0
-    for seed in range(60):
-        a, noise = row(seed), np.random.default_rng(1000 + seed).normal(0.01, 0.03, 20)
-        found = compare(a, {case: v + d for (case, v), d in zip(a.items(), noise, strict=True)})
-        hits += found.low <= 0.01 <= found.high
-    assert 50 <= hits <= 60
+@pytest.mark.parametrize(("k", "run_sd"), [(1, 0.0), (2, 1.0), (3, 0.0), (3, 1.0), (3, 3.0), (5, 2.0)])
+def test_the_interval_covers_the_true_difference_at_least_as_often_as_it_says(k, run_sd):
+    """Of 300: 95 % are 285, two standard errors below that 277."""
+    sides = [simulated(seed, k, 20, run_sd=run_sd) for seed in range(300)]
+    found = [interval(*pair, resamples=999) for pair in sides]
+    hits = sum(low <= 1 <= high for low, high in found)
+    assert hits >= (274 if k == 1 else 277)  # scans alone: a percentile interval of 20 is a little narrow
 
 
-def test_scans_without_a_number_are_left_out_and_counted():
-    a, b = row(0, 6), row(1, 6)
-    b["case2"] = math.nan
-    found = compare(a, b)
-    assert (found.n, found.left_out) == (5, 1)
-    pairs = [(a[c], b[c]) for c in a if c != "case2"]
-    assert found.t_p == pytest.approx(stats.ttest_rel(*zip(*pairs, strict=True)).pvalue)
+def test_an_interval_that_leaves_the_runs_out_is_too_narrow():
+    """Means over the runs resampled by scan alone, as if three runs told all: what this is not."""
+    naive = ours = 0
+    for seed in range(300):
+        a, b = simulated(seed, 3, 20, run_sd=2.0)
+        d = (b - a).mean(0)
+        means = d[np.random.default_rng(0).integers(0, 20, (999, 20))].mean(1)
+        naive += np.quantile(means, 0.025) <= 1 <= np.quantile(means, 0.975)
+        low, high = interval(a, b, resamples=999)
+        ours += low <= 1 <= high
+    assert naive < 0.6 * 300 and ours >= 277
+
+
+def test_many_runs_and_scans_give_the_interval_of_the_normal_law():
+    a, b = simulated(0, 40, 200, run_sd=1.0)
+    difference = (b - a).mean()
+    variance = a.mean(1).var(ddof=1) / 40 + b.mean(1).var(ddof=1) / 40 + (b.mean(0) - a.mean(0)).var(ddof=1) / 200
+    expected = difference - 1.96 * variance**0.5, difference + 1.96 * variance**0.5
+    assert interval(a, b) == pytest.approx(expected, abs=0.05 * variance**0.5 * 4)
+
+
+def test_two_runs_a_side_by_hand():
+    """Means of 0 and 2 on both sides, alike on all scans. One draw in 16 takes the lower run twice here and the higher
+    twice there: 2 apart, by sqrt(2) as two draws vary by half of what they should. Each mean has the variance 1, with
+    1 degree of freedom, and so their difference 2."""
+    runs = np.repeat([[0.0], [2.0]], 8, axis=1)
+    end = 2 * 2**0.5 * stats.t.ppf(0.975, 2) / stats.norm.ppf(0.975)
+    assert interval(runs, runs + 5) == pytest.approx((5 - end, 5 + end))
+
+
+def test_six_scans_by_hand():
+    """Differences 1 and five times 0: of six draws r are the 1 with a binomial law, whose ends are 0 and 3."""
+    a = np.zeros((1, 6))
+    b = np.array([[1.0, 0, 0, 0, 0, 0]])
+    assert [int(stats.binom.ppf(p, 6, 1 / 6)) for p in (0.025, 0.975)] == [0, 3]
+    factor = (6 / 5) ** 0.5 * stats.t.ppf(0.975, 5) / stats.norm.ppf(0.975)
+    assert interval(a, b) == pytest.approx((1 / 6 - factor / 6, 1 / 6 + factor * 2 / 6))
+
+
+def test_scans_are_the_same_on_both_sides():
+    """What is hard for both is no difference: an interval of unpaired scans would be 50 times as wide."""
+    scans = np.random.default_rng(0).normal(0, 50, 20)
+    a, b = (scans + np.random.default_rng(seed).normal(0, 0.1, (3, 20)) for seed in (1, 2))
+    low, high = interval(a, b)
+    assert -1 < low < high < 1
+
+
+@pytest.mark.parametrize("runs", [(3, 3), (2, 5), (1, 3), (1, 1)])
+def test_it_is_the_same_each_time_and_turns_with_its_sides(runs):
+    a, b = (side[:k] for side, k in zip(simulated(1, 5, 20, run_sd=1.0), runs, strict=True))
+    assert interval(a, b) == interval(a, b)
+    low, high = interval(b, a)
+    assert (-high, -low) == pytest.approx(interval(a, b), rel=1e-12)
+
+
+def test_one_run_of_another_method_collapsing_decides_nothing():
+    """Averaged over the runs first, a test of scans calls this certain."""
+    good = {seed: row(seed) for seed in range(3)}
+    bad = {0: row(10), 1: row(11), 2: {case: value - 0.5 for case, value in row(12).items()}}
+    a, b = (np.array(list(mean_over(side).values())) for side in (good, bad))
+    assert stats.wilcoxon(b - a).pvalue < 1e-4
+    found = compare(good, bad, most=1)
+    assert found.low < 0 < found.high and math.isnan(found.p) and found.pairs == 3
+
+
+@pytest.mark.parametrize(
+    ("runs", "over"),
+    [((1, 1), "scans only, one run each"), ((3, 2), "runs and scans"), ((1, 2), "scans, and the runs of the row"),
+     ((2, 1), "scans, and the runs of the reference")],
+)  # fmt: skip
+def test_it_says_what_it_is_over(runs, over):
+    sides = [{seed: row(100 * side + seed) for seed in range(k)} for side, k in enumerate(runs)]
+    found = compare(*sides)
+    assert (found.runs, found.over) == (runs, over) and found.low < found.difference < found.high
+    assert found.difference == pytest.approx(found.mean - found.reference)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 6])
+def test_below_six_scans_there_is_neither_interval_nor_p(n):
+    sides = [{seed: row(100 * side + seed, n) for seed in range(5)} for side in range(2)]
+    found = compare(*sides)
+    assert math.isnan(found.low) == math.isnan(found.high) == math.isnan(found.p) == (n < 6)
+    assert math.isnan(compare_scans(row(0, n), row(1, n)).p) == (n < 6) and math.isfinite(found.difference)
+
+
+def test_what_cannot_be_is_in_no_interval():
+    a, b = (
+        {seed: {f"case{i}": value for i in range(8)} for seed, value in enumerate(side)} for side in ((0, 1), (1, 0))
+    )
+    assert (compare(a, b, most=1).low, compare(a, b, most=1).high) == (-1, 1) and compare(a, b).high > 1
+
+
+# -- runs --
+
+
+def test_p_is_the_share_of_all_ways_to_deal_the_runs_out():
+    rng = np.random.default_rng(0)
+    for k, m in ((5, 5), (5, 7), (6, 5)):
+        a, b = rng.normal(0, 1, k), rng.normal(1, 1, m)
+        runs = [*a, *b]
+        ways = [
+            abs(np.mean(group) - np.mean([runs[i] for i in range(k + m) if i not in chosen]))
+            for chosen in itertools.combinations(range(k + m), k)
+            for group in [[runs[i] for i in chosen]]
+        ]
+        assert permutation_p(a, b) == pytest.approx(np.mean([way >= abs(a.mean() - b.mean()) - 1e-12 for way in ways]))
+    assert permutation_p(np.arange(5.0), np.arange(5.0) + 100) == pytest.approx(2 / math.comb(10, 5))
+    assert permutation_p(np.ones(5), np.ones(5)) == 1
+
+
+def test_very_many_runs_are_dealt_out_at_random_and_never_to_a_p_of_0():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(0, 1, 15), rng.normal(0.5, 1, 15)
+    assert permutation_p(a, b) == pytest.approx(stats.ttest_ind(a, b).pvalue, abs=0.02)
+    assert 0 < permutation_p(a, a + 100) < 1e-4
+
+
+@pytest.mark.parametrize("runs", [(4, 4), (4, 9), (9, 4), (5, 5)])
+def test_p_needs_five_runs_on_each_side(runs):
+    sides = [{seed: row(100 * side + seed) for seed in range(k)} for side, k in enumerate(runs)]
+    found = compare(*sides)
+    assert math.isnan(found.p) == (min(runs) < 5)
+    if min(runs) >= 5:
+        means = [np.array([np.mean(list(scans.values())) for scans in side.values()]) for side in sides]
+        assert found.p == permutation_p(*means)
+
+
+def test_pairs_of_runs_are_those_of_one_seed():
+    flat = {seed: dict.fromkeys(("a", "b"), value) for seed, value in {1: 0.5, 2: 0.5, 3: 0.9, 7: 0.1}.items()}
+    other = {seed: dict.fromkeys(("a", "b"), value) for seed, value in {2: 0.6, 3: 0.8, 1: 0.7, 8: 1.0}.items()}
+    found = compare(flat, other)
+    assert (found.higher, found.pairs) == (2, 3)
+    assert (compare({1: flat[1]}, {2: other[2]}).higher, compare({1: flat[1]}, {2: other[2]}).pairs) == (1, 1)
+    assert compare({1: flat[1], 2: flat[2]}, {8: other[8], 9: other[8]}).pairs == 0
+
+
+# -- scans of one pair of runs --
+
+
+def test_the_median_is_that_of_all_pairs_and_has_the_sign_of_the_test():
+    rng = np.random.default_rng(0)
+    for n in (1, 2, 6, 15):
+        for _ in range(20):
+            d = rng.normal(0.2, 1, n) * rng.choice([1, 8], n)
+            pairs = [(d[i] + d[j]) / 2 for i in range(n) for j in range(i, n)]
+            assert hodges_lehmann(d) == pytest.approx(np.median(pairs))
+            ranks = stats.rankdata(np.abs(d))
+            above = ranks[d > 0].sum() - n * (n + 1) / 4
+            assert above * hodges_lehmann(d) >= 0
+    assert hodges_lehmann(np.zeros(4)) == 0 and hodges_lehmann(np.array([0, 0, 3.0])) == 3
+
+
+def test_a_mean_and_a_median_of_other_signs_are_both_told():
+    a = row(0)
+    b = {case: value - 0.01 for case, value in a.items()} | {"case3": a["case3"] + 0.9}
+    assert compare({1: a}, {1: b}).difference > 0 > compare_scans(a, b).median
+    assert compare_scans(a, b).p == pytest.approx(stats.wilcoxon([b[case] - a[case] for case in a]).pvalue)
+    assert compare_scans(a, b).higher == 1
 
 
 def test_equal_rows_and_constant_differences_give_no_nonsense():
-    same = compare(row(0), row(0))
-    assert same.w_p == 1 and (same.difference, same.low, same.high) == (0, 0, 0)
-    above = compare({f"case{i}": i / 16 for i in range(12)}, {f"case{i}": i / 16 + 0.5 for i in range(12)})
-    assert (above.difference, above.low, above.high, above.higher) == (0.5, 0.5, 0.5, 12)
-    assert math.isnan(above.t_p) and above.w_p == pytest.approx(2 / 2**12)
-    with pytest.raises(UserError, match="too few"):
-        compare({"a": 1.0, "b": math.nan}, {"a": 0.5, "b": 0.5})
+    same, equal = compare({1: row(0)}, {1: row(0)}), compare_scans(row(0), row(0))
+    assert (same.difference, same.low, same.high) == (0, 0, 0) and (equal.p, equal.median, equal.higher) == (1, 0, 0)
+    a, b = ({f"case{i}": i / 16 + more for i in range(12)} for more in (0, 0.5))
+    above, scans = compare({1: a}, {1: b}), compare_scans(a, b)
+    assert (above.difference, above.low, above.high) == (0.5, 0.5, 0.5)
+    assert (scans.median, scans.higher, scans.p) == (0.5, 12, pytest.approx(2 / 2**12))
 
 
 def test_holm_by_hand():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.9, 0.5]) == [1.0, 1.0] and holm([0.02]) == [0.02]
+    corrected = holm([math.nan, 0.01, math.nan, 0.04])
+    assert corrected[1::2] == pytest.approx([0.02, 0.04]) and math.isnan(corrected[0]) and math.isnan(corrected[2])
+
+
+# -- scans --
+
+
+def test_the_order_of_the_cases_does_not_matter():
+    a, b = row(0), row(1)
+    assert compare({1: a}, {1: dict(reversed(b.items()))}) == compare({1: a}, {1: b})
+
+
+def test_a_scan_without_a_number_in_one_run_is_left_out_and_counted():
+    a, b, c = row(0), row(1), row(2)
+    b["case3"] = math.nan
+    found = compare({1: c}, {1: a, 2: b})
+    assert (found.n, found.left_out) == (19, 1)
+    with pytest.raises(UserError, match="no scan has a number"):
+        compare({1: {"a": 1.0, "b": math.nan}}, {1: {"a": math.nan, "b": 0.5}})
 
 
 def test_different_scans_are_refused():
     with pytest.raises(UserError, match="case19"):
-        compare(row(0), row(0, 19))
+        compare({1: row(0)}, {1: row(0, 19)})
+    with pytest.raises(UserError, match="not of the same scans"):
+        compare({1: row(0)}, {1: row(0), 2: row(1, n=19)})
+
+
+def test_a_penalised_column_of_an_early_test_is_the_distance_or_not_a_number(tmp_path):
+    lines = ["case,output,component,dice,jaccard,asd,hd95,voxels,label_voxels", "a,seg,all,0.5,0.3,2,3,9,9"]
+    (tmp_path / "cases.csv").write_text("\n".join([*lines, "b,seg,all,0,0,nan,nan,0,9", "c,seg,all,1,1,0,0,0,0\n"]))
+    found = read_row(str(tmp_path), "hd95_penalised", "all")
+    assert found["a"] == 3 and math.isnan(found["b"])
+    dice = read_row(str(tmp_path), "dice", "all")
+    assert dice["b"] == 0 and math.isnan(dice["c"]) and math.isnan(found["c"]), "both masks empty: nothing to measure"
+
+
+# -- the command --
 
 
 def test_the_command_prints_a_line_per_row_and_draws(tmp_path, capsys):
@@ -86,42 +273,57 @@ def test_the_command_prints_a_line_per_row_and_draws(tmp_path, capsys):
     write(b / "cases.csv", row(1), output="sdm")
     picture = tmp_path / "scatter.png"
     statistics.main([str(a), f"{b}:sdm", str(b), "--component", "largest", "--picture", str(picture)])
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
-    assert len(lines) == 2 and picture.read_bytes()[1:4] == b"PNG"
-    assert f"{np.mean(list(row(1).values())) / 2:.4f}" in lines[0]
+    rows, scans = capsys.readouterr().out.split("Scan by scan")
+    lines = [[line for line in part.splitlines() if line.startswith("| /")] for part in (rows, scans)]
+    assert [len(part) for part in lines] == [2, 2] and picture.read_bytes()[1:4] == b"PNG"
+    assert f"| {np.mean(list(row(1).values())) / 2:.4f} |" in lines[0][0]
+    assert "scans only, one run each | " in lines[0][0]
+    test = compare_scans({c: v / 2 for c, v in row(0).items()}, {c: v / 2 for c, v in row(1).items()})
+    assert f"| {test.median:+.4f} | {test.higher} of 20 | {test.p:.3g} | {min(1, 2 * test.p):.3g} |" in lines[1][0]
 
 
-def test_a_row_of_several_seeds_is_each_scan_s_mean_over_them(tmp_path, capsys):
+def test_a_row_of_several_seeds_is_compared_by_its_runs(tmp_path, capsys):
     for name, seeds in {"old": (0, 1), "new": (2, 3, 4, "4.20261122-131415", "4.20261122-131415.1")}.items():
         for seed in seeds:  # the last two are what --fresh moved aside
             (tmp_path / f"{name}-seed{seed}").mkdir()
             write(tmp_path / f"{name}-seed{seed}" / "cases.csv", row(seed if seed in range(5) else 9), output="sdm")
     statistics.main([f"{tmp_path}/old-seed*", f"{tmp_path}/new-seed*:sdm", f"{tmp_path}/new-seed3"])
-    old, new = (np.mean([list(row(seed).values()) for seed in seeds], axis=0) for seeds in ((0, 1), (2, 3, 4)))
-    shown, of_all, of_one = [line for line in capsys.readouterr().out.splitlines() if str(tmp_path) in line]
-    assert shown.endswith("old-seed* (2 runs)") and "new-seed*:sdm (3 runs) | 20 (0)" in of_all
-    assert f"| {new.mean():.4f} | {old.mean():.4f} | {(new - old).mean():+.4f} |" in of_all
-    assert f"| {stats.wilcoxon(new, old).pvalue:.3g} |" in of_all and f"| {(new > old).sum()} of 20 |" in of_all
-    assert "new-seed3 | 20 (0)" in of_one and "runs)" not in of_one
+    old, new = ({seed: row(seed) for seed in seeds} for seeds in ((0, 1), (2, 3, 4)))
+    out = capsys.readouterr().out
+    shown, of_all, of_one = [line for line in out.splitlines() if str(tmp_path) in line]
+    found = compare(old, new)
+    assert shown.endswith("old-seed*, runs: 2") and "new-seed*:sdm | 3 | 20 (0)" in of_all
+    assert f"| {found.difference:+.4f} | {found.low:+.4f} to {found.high:+.4f} | runs and scans | no seed" in of_all
+    assert "new-seed3 | 1 | 20 (0)" in of_one and "the runs of the reference" in of_one and "Wilcoxon" not in out
 
 
-def test_a_scan_without_a_number_in_one_seed_is_left_out():
-    a, b, c = row(0), row(1), row(2)
-    b["case3"] = math.nan
-    found = compare(c, mean_over([a, b]))
-    assert (found.n, found.left_out) == (19, 1)
+def test_five_runs_have_a_p_and_five_scans_neither(tmp_path, capsys):
+    for name, n in {"a": 20, "b": 20, "few": 5, "few_b": 5}.items():
+        for seed in range(5):
+            write(tmp_path / f"{name}-seed{seed}.csv", row(seed + 10 * len(name) * (name[-1] == "b"), n))
+    statistics.main([f"{tmp_path}/a-seed*", f"{tmp_path}/b-seed*"])
+    found = compare(*(read_runs(f"{tmp_path}/{name}-seed*", "dice", "all") for name in "ab"))
+    assert f"| {found.higher} of 5; p = {found.p:.2g}, Holm {found.p:.2g} |" in capsys.readouterr().out
+    statistics.main([f"{tmp_path}/few-seed*", f"{tmp_path}/few_b-seed*"])
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert "none: 5 scans are too few" in line and "p =" not in line
+    statistics.main([f"{tmp_path}/few-seed0.csv", f"{tmp_path}/few_b-seed0.csv"])
+    assert capsys.readouterr().out.splitlines()[-1].count("none: 5 scans are too few") == 1
 
 
-def test_seeds_of_different_scans_are_refused():
-    with pytest.raises(UserError, match="not of the same scans"):
-        mean_over([row(0), row(1, n=19)])
+def test_two_runs_of_one_seed_are_no_row(tmp_path):
+    for name in ("a-seed1.csv", "b-seed1.csv"):
+        write(tmp_path / name, row(0))
+    with pytest.raises(UserError, match="two runs of seed 1"):
+        read_runs(f"{tmp_path}/*", "dice", "all")
 
 
 @pytest.mark.parametrize(
     ("words", "text"),
     [(["a.csv"], "two rows"), (["a.csv", "none.csv"], "none.csv"), (["a.csv", "a.csv:mean"], "no output mean"),
      (["a.csv", "b*.csv"], "nothing matches b"),
-     (["a.csv", "text.csv"], "text.csv is no"), (["a.csv", "a.csv", "--metric", "hd96"], "hd96")],
+     (["a.csv", "text.csv"], "text.csv is no"), (["a.csv", "a.csv", "--metric", "hd96"], "hd96"),
+     (["a.csv", "a.csv", "--metric", "hd95_mm"], "no column hd95_mm")],
 )  # fmt: skip
 def test_mistakes_are_named(tmp_path, monkeypatch, words, text):
     monkeypatch.chdir(tmp_path)

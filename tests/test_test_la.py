@@ -131,7 +131,7 @@ def test_files_without_a_spacing_give_no_distance_in_mm(trained, tmp_path, capsy
     rows = score(trained, tmp_path / "out", "--data", str(tmp_path / "set"))
     assert "No distance in mm: the files of" in capsys.readouterr().out
     for row, usual in zip(rows, known, strict=True):
-        assert row == usual | {"asd_mm": "nan", "hd95_mm": "nan"}
+        assert row == usual | {name: "nan" for name in usual if "_mm" in name}
 
 
 def test_outputs_are_different_predictions(trained, tmp_path):
@@ -147,17 +147,16 @@ def test_table_has_the_papers_columns_and_the_means_of_the_rows(trained, tmp_pat
     table = table_in(text)
     columns = {"Dice %": "dice", "Jaccard %": "jaccard", "ASD voxel": "asd", "95HD voxel": "hd95"}
     columns |= {"ASD mm": "asd_mm", "95HD mm": "hd95_mm"}
-    assert list(table[0]) == ["output", "component", *columns, "cases", "empty"]
+    empty = ["no prediction", "no label", "neither"]
+    assert list(table[0]) == ["output", "component", "scans", *columns, *empty]
     assert [(r["output"], r["component"]) for r in table] == [(o, c) for o in OUTPUTS for c in COMPONENTS]
     for line in table:
         chosen = [row for row in rows if (row["output"], row["component"]) == (line["output"], line["component"])]
-        assert (line["cases"], line["empty"]) == ("2", "0")
+        assert line["scans"] == "2" and [line[name] for name in empty] == ["0", "0", "0"]
         for column, name in columns.items():
             values = np.array([float(row[name]) for row in chosen]) * (100 if "%" in column else 1)
-            mean, sd = map(float, line[column].split(" ± "))
-            assert mean == pytest.approx(values.mean(), abs=0.0051) and sd == pytest.approx(
-                values.std(ddof=1), abs=0.0051
-            )
+            assert line[column] == f"{values.mean():.2f}" + ("" if "%" in column else " (2 of 2)")
+    assert "\nMean ± SD over the scans" in text and "two scans have no SD" in text
 
 
 def test_stdout_is_the_result_and_stderr_the_progress(trained, tmp_path, capsys):
@@ -181,7 +180,7 @@ def test_damaged_last_checkpoint_is_warned_of_on_stderr_alone(trained, tmp_path,
 # -- empty predictions, components --
 
 
-def test_empty_prediction_counts_as_dice_0_and_has_no_distance(trained, tmp_path, capsys, fake):
+def test_empty_prediction_counts_as_dice_0_and_scores_the_diagonal(trained, tmp_path, capsys, fake):
     folder = trained.parent / "set"
     near = np.roll(label_of(folder, "case09"), 2, axis=0)
     fake(folder, {"case08": np.zeros_like(near), "case09": near})
@@ -189,25 +188,66 @@ def test_empty_prediction_counts_as_dice_0_and_has_no_distance(trained, tmp_path
     empty, full = (row for row in score(trained, tmp_path, "--output", "seg") if row["component"] == "all")
     assert (empty["case"], empty["voxels"], float(empty["dice"]), float(empty["jaccard"])) == ("case08", "0", 0.0, 0.0)
     assert {empty[name] for name in ("asd", "hd95", "asd_mm", "hd95_mm")} == {"nan"}
+    assert empty["shape"] == full["shape"] == "24x22x18"
     expected = measure(near, label_of(folder, "case09"))
     assert float(full["dice"]) == pytest.approx(expected["dice"], abs=1e-6)
     line = table_in(capsys.readouterr().out)[0]
-    assert (line["cases"], line["empty"]) == ("2", "1")
-    # The failure halves the mean Dice, and the mean distances are those of the other case.
-    means = {column: float(line[column].split(" ± ")[0]) for column in ("Dice %", "ASD voxel", "95HD mm")}
-    assert means["Dice %"] == pytest.approx(100 * expected["dice"] / 2, abs=0.0051)
-    assert means["ASD voxel"] == pytest.approx(expected["asd"], abs=0.0051)
-    assert means["95HD mm"] == pytest.approx(expected["hd95_mm"], abs=0.0051)
+    assert (line["scans"], line["no prediction"], line["no label"], line["neither"]) == ("2", "1", "0", "0")
+    diagonal, in_mm = (np.linalg.norm(sides) for sides in ((24, 22, 18), (24, 22, 36)))
+    assert line["Dice %"] == f"{100 * expected['dice'] / 2:.2f}"
+    assert line["ASD voxel"] == f"{(expected['asd'] + diagonal) / 2:.2f} (1 of 2; these alone {expected['asd']:.2f})"
+    assert line["95HD mm"] == f"{(expected['hd95_mm'] + in_mm) / 2:.2f} (1 of 2; these alone {expected['hd95_mm']:.2f})"
+    for unit, length in {"": diagonal, "_mm": in_mm}.items():
+        for name in ("asd", "hd95"):
+            assert float(empty[f"{name}{unit}_penalised"]) == pytest.approx(length, abs=1e-6)
+            assert full[f"{name}{unit}_penalised"] == full[f"{name}{unit}"]
 
 
-def test_all_empty_predictions_have_no_mean_distance(trained, tmp_path, capsys, fake):
+def test_an_empty_prediction_never_improves_a_mean(trained, tmp_path, capsys, fake):
+    """However bad the mask of a scan is: with none in its place every mean of the table is worse."""
+    folder = trained.parent / "set"
+    good = label_of(folder, "case09")
+    bad = np.zeros_like(good)
+    bad[-1, -1, -1] = bad[0, 0, 0] = 1
+    means = []
+    for i, mask in enumerate((bad, np.zeros_like(good))):
+        fake(folder, {"case08": mask, "case09": np.roll(good, 1, axis=0)})
+        score(trained, tmp_path / str(i), "--output", "seg")
+        line = table_in(capsys.readouterr().out)[0]
+        means.append(
+            {name: float(cell.split(" ")[0]) for name, cell in line.items() if name.endswith((" %", " voxel", " mm"))}
+        )
+    with_bad, with_none = means
+    assert len(with_bad) == 6
+    for name, mean in with_none.items():
+        assert mean <= with_bad[name] if "%" in name else mean > with_bad[name], name
+
+
+def test_all_empty_predictions_score_the_diagonal(trained, tmp_path, capsys, fake):
     folder = trained.parent / "set"
     fake(folder, {case: np.zeros_like(label_of(folder, case)) for case in CASES})
     capsys.readouterr()
     score(trained, tmp_path)
     for line in table_in(capsys.readouterr().out):
-        assert line["empty"] == "2" and line["Dice %"].startswith("0.00") and line["ASD voxel"].startswith("nan")
+        assert (line["no prediction"], line["Dice %"]) == ("2", "0.00")
+        assert line["ASD voxel"] == f"{np.linalg.norm((24, 22, 18)):.2f} (0 of 2)"
     assert not saved_mask(tmp_path, "seg", "case08").any()
+
+
+def test_a_scan_with_nothing_to_find_is_counted_apart(trained, tmp_path, capsys, fake):
+    folder = shutil.copytree(trained.parent / "set", tmp_path / "set")
+    nothing = np.zeros_like(label_of(folder, "case08"))
+    with h5py.File(folder / "case08" / "mri_norm2.h5", "a") as f:
+        f["label"][...] = 0
+    near = np.roll(label_of(folder, "case09"), 2, axis=0)
+    fake(folder, {"case08": nothing, "case09": near})
+    capsys.readouterr()
+    score(trained, tmp_path / "out", "--data", str(folder), "--output", "seg")
+    line = table_in(capsys.readouterr().out)[0]
+    assert (line["no prediction"], line["no label"], line["neither"]) == ("0", "0", "1")
+    expected = measure(near, label_of(folder, "case09"))
+    assert line["Dice %"] == f"{100 * expected['dice']:.2f} (1 of 2)"
+    assert line["95HD voxel"] == f"{expected['hd95']:.2f} (1 of 2)"
 
 
 def test_largest_component_alone_is_kept(trained, tmp_path, fake):

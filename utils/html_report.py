@@ -26,7 +26,7 @@ from dataloaders.cases import MOST_CLASSES, Case, CaseError, case_file, read_cas
 from utils.checkpoint import write_whole
 from utils.errors import UserError, run
 from utils.figures import colour_of, window_of
-from utils.metrics import mean_and_sd
+from utils.metrics import EMPTIES, METRICS, PENALISED, distance_text, distances_of, empties, mean_and_sd, overlap_text
 from utils.options import Parser, fill, option
 from utils.predictions import COUNTS, read_prediction, read_scores
 from utils.run_folder import MANIFEST, read_json
@@ -46,8 +46,9 @@ DEFINITIONS = (
     "as medpy's asd and as the papers of this field report it. It does not see what the prediction misses far away.",
     "<b>95HD</b>: the 95th percentile of the distances from each border to the other, both directions pooled.",
     "Both in voxels, as the papers print them, and in mm by the spacing of the scan.",
-    "A scan with an <b>empty prediction</b> has Dice and Jaccard 0 and no distance. It is counted in the last column "
-    "and left out of the means of the distances, never averaged as 0.",
+    "Where the prediction or the label alone is <b>empty</b>, Dice and Jaccard are 0 and there is no distance: in the "
+    "means the volume's diagonal stands for it. In brackets: how many scans have a distance, and their mean alone. "
+    "Where both are empty nothing is measured; such a scan is in no mean. The last columns count all three.",
     "<b>largest</b>: scored on the largest 26-connected component of the prediction alone; <b>all</b>: as predicted.",
 )
 
@@ -106,7 +107,7 @@ def write_report(test: Path, data: str = "") -> Path:
 def keys_of(rows: Sequence[dict[str, Any]]) -> list[str]:
     """The columns that tell rows of one scan apart: output, component, and what else stands before the metrics."""
     names = list(rows[0])
-    return [name for name in names[: names.index("dice")] if name != "case"]
+    return [name for name in names[: names.index("dice")] if name not in ("case", "shape")]
 
 
 def groups(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, ...], list[dict[str, Any]]]:
@@ -125,9 +126,9 @@ def shown(name: str, value: float) -> str:
 
 
 def metrics_of(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The columns of figures, without the counts."""
+    """The columns of figures, without the counts and the penalised distances."""
     names = list(rows[0])
-    return [name for name in names[names.index("dice") :] if name not in COUNTS]
+    return [name for name in names[names.index("dice") :] if name not in COUNTS and not name.endswith(PENALISED)]
 
 
 def html_table(header: Iterable[str], lines: Iterable[Sequence[str]], words: int, **attributes: str) -> str:
@@ -143,15 +144,15 @@ def html_table(header: Iterable[str], lines: Iterable[Sequence[str]], words: int
 
 
 def results_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Mean ± SD of every output and filter."""
+    """Mean ± SD over the scans, of every output and filter."""
     names, keys, lines = metrics_of(rows), keys_of(rows), []
     for key, chosen in groups(rows).items():
-        cells = []
-        for name in names:
-            mean, sd, _ = mean_and_sd([(100 if name in ("dice", "jaccard") else 1) * row[name] for row in chosen])
-            cells.append(f"{mean:.2f} ± {sd:.2f}" if math.isfinite(mean) else "-")
-        lines.append([*key, *cells, str(len(chosen)), str(sum(row["voxels"] == 0 for row in chosen))])
-    header = [*keys, *(NAMES.get(name, name) for name in names), "scans", "empty"]
+        cells = [
+            overlap_text(chosen, name) if name in METRICS[:2] else distance_text([distances_of(chosen, name)])
+            for name in names
+        ]
+        lines.append([*key, str(len(chosen)), *cells, *map(str, empties(chosen))])
+    header = [*keys, "scans", *(NAMES.get(name, name) for name in names), *EMPTIES]
     return html_table(header, lines, len(keys), id="means")
 
 
@@ -165,17 +166,17 @@ def every_table(rows: Sequence[dict[str, Any]]) -> str:
 def bars(rows: Sequence[dict[str, Any]]) -> str:
     """For each output and filter the scans by their Dice, with bars of Dice and of 95HD."""
     choices, tables = [], []
-    largest = max((row["hd95"] for row in rows if math.isfinite(row["hd95"])), default=1) or 1
+    largest = max((distance for row in rows for distance in distances_of([row], "hd95").scores), default=1) or 1
     means_first = sorted(groups(rows).items(), key=lambda group: group[0][-1] != "mean")  # of several classes
     for i, (key, chosen) in enumerate(means_first):
         name = escape(", ".join(key))
         choices.append(f'<option value="{i}">{name}</option>')
         lines = []
-        for row in sorted(chosen, key=lambda row: row["dice"]):
+        for row in sorted(chosen, key=lambda row: (math.isnan(row["dice"]), row["dice"])):
             tip = ", ".join(f"{NAMES.get(m, m)} {shown(m, row[m])}" for m in metrics_of(rows))
             cells = "".join(
                 f'<td class="bar"><i style="width:{100 * share:.1f}%"></i></td><td>{shown(metric, row[metric])}</td>'
-                for metric, share in (("dice", row["dice"]), ("hd95", np.nan_to_num(row["hd95"]) / largest))
+                for metric, share in (("dice", np.nan_to_num(row["dice"])), ("hd95", hd95_share(row, largest)))
             )
             lines.append(
                 f'<tr title="{escape(tip)}"><th scope="row" class="word">{escape(row["case"])}</th>{cells}</tr>'
@@ -192,6 +193,13 @@ def bars(rows: Sequence[dict[str, Any]]) -> str:
     return f'<h2 id="scans">Scan by scan</h2>{select}<div class="scroll">{"".join(tables)}</div>'
 
 
+def hd95_share(row: dict[str, Any], largest: float) -> float:
+    """The length of a scan's bar of 95HD, as a share: 1 where a mask alone is empty without a known penalty, 0 where
+    both are."""
+    scores = distances_of([row], "hd95").scores
+    return scores[0] / largest if scores else float(not math.isnan(row["dice"]))
+
+
 # -- scans to look through --
 
 
@@ -201,8 +209,10 @@ def worst_and_best(rows: Sequence[dict[str, Any]], output: str, component: str) 
     for row in rows:
         if (row["output"], row["component"]) == (output, component):
             found.setdefault(row["case"], []).append(row["dice"])
-    names = sorted(found, key=lambda name: np.mean(found[name]))
-    return list(dict.fromkeys([names[0], names[-1]])) if names else []
+    means = {name: mean_and_sd(dices)[0] for name, dices in found.items()}
+    names = sorted(means, key=lambda name: (math.isnan(means[name]), means[name]))
+    measured = [name for name in names if not math.isnan(means[name])] or names
+    return list(dict.fromkeys([measured[0], measured[-1]])) if names else []
 
 
 class ShownCase:

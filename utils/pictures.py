@@ -13,6 +13,7 @@ the right, y down.
 
 import csv
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,13 +39,13 @@ from utils.figures import (
     draw_maps,
     slice_of,
 )
-from utils.metrics import segmentation_metrics
+from utils.metrics import mean_and_sd, segmentation_metrics
 from utils.options import Parser, fill, option
 from utils.predictions import read_prediction, read_scores
 from utils.resample import downsample_image, upsample_probability
 from utils.run_folder import MANIFEST, SCALARS, read_json
 from utils.sliding_window import sliding_window
-from utils.statistics import compare, read_mean
+from utils.statistics import compare, mean_over, read_runs
 
 FIGURES = ("figure2", "figure3", "curves", "differences")
 PANELS = (
@@ -184,7 +185,8 @@ def typical(rows: Sequence[dict[str, Any]], output: str) -> list[str]:
     for row in rows:
         if (row["output"], row["component"]) == (output, "all"):
             found.setdefault(row["case"], []).append(row["dice"])
-    names = sorted(found, key=lambda name: np.mean(found[name]))
+    means = {name: mean for name, dices in found.items() if not math.isnan(mean := mean_and_sd(dices)[0])}
+    names = sorted(means, key=lambda name: means[name]) or list(found)  # no Dice where both masks are empty
     return list(dict.fromkeys(names[i] for i in (0, len(names) // 2, -1)))
 
 
@@ -218,12 +220,16 @@ def differences(paths: Sequence[str], o: Options) -> Figure:
     if o.titles and len(o.titles) != len(paths):
         raise UserError(f"--titles must give {len(paths)} names, one for each run.")
     titles = o.titles or [Path(where).name for where in paths]
-    reference, *others = ({case: 100 * v for case, v in read_mean(w, "dice", "all").items()} for w in paths)
-    found = []
+    reference, *others = (read_runs(where, "dice", "all") for where in paths)
+    usual, found = mean_over(reference), []
+    over: dict[str, None] = {}  # an ordered set
     for title, other in zip(titles[1:], others, strict=True):
-        c = compare(reference, other)
-        found.append((title, [other[case] - reference[case] for case in reference], (c.difference, c.low, c.high)))
-    return draw_differences(found, f"Dice % above {titles[0]}, each scan and the mean with its 95 % interval")
+        c, values = compare(reference, other, most=1), mean_over(other)
+        scans = [100 * (values[case] - usual[case]) for case in usual]
+        over["none: too few scans" if math.isnan(c.low) else c.over] = None
+        found.append((title, scans, (100 * c.difference, 100 * c.low, 100 * c.high)))
+    words = " / ".join(over)
+    return draw_differences(found, f"Dice % above {titles[0]}: each scan, the mean, its 95 % interval ({words})")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,33 +1,38 @@
 """The rows of reproduce.py's tables as Markdown, from the records of a row's runs."""
 
-import csv
+import dataclasses
 import itertools
 import json
 import math
 import statistics
-from collections.abc import Iterable
 from pathlib import Path
 
-from utils.grid import ALL_LABELED, Row
-from utils.metrics import COMPONENTS, METRICS, mean_and_sd
+from utils.grid import ALL_LABELED, COMPARED_WITH, Row, Tables
+from utils.metrics import COMPONENTS, METRICS, distance_text, distances_of, mean_and_sd, mean_text, overlap_text
+from utils.predictions import read_scores
 from utils.run_folder import MANIFEST
-from utils.statistics import Comparison, compare, holm, mean_over, read_row
+from utils.statistics import (
+    Comparison,
+    compare,
+    compare_scans,
+    holm,
+    interval_text,
+    mean_over,
+    pairs_text,
+    read_row,
+    rows_of,
+)
 
 Records = dict[int, Path]  # seed: folder
-HEAD = "| row | labeled / unlabeled | | Dice % | Jaccard % | ASD voxel | 95HD voxel | seeds |"
+HEAD = "| row | labeled / unlabeled | | Dice % | Jaccard % | ASD voxel | 95HD voxel | runs |"
 BEYOND_HEAD = (
-    "| row | labeled / unlabeled | M_s Dice % | M_d Dice % | mean Dice % | mean 95HD | mean Dice above the paper's "
-    "(95 % interval over the scans) | seeds |"
+    "| row | labeled / unlabeled | M_s Dice % | M_d Dice % | mean Dice % | mean 95HD | mean Dice above the paper's, of "
+    "the same seeds (95 % interval, what it is over) | runs |"
 )
-PAIRED = """
-Paired tests against *{row}*: Dice, `all`, over the scans, each its mean over the seeds that both have; Holm's
-correction is of Wilcoxon's p over these lines.
-
-"""
-PAIRED_HEAD = (
-    "| row | labeled / unlabeled | difference | 95 % interval | higher on | t-test p | Wilcoxon p | Holm | seeds |"
+COMPARED_HEAD = (
+    "| row | labeled / unlabeled | difference | 95 % interval | over | median of the scans | higher in | seeds |"
 )
-RUNS_HEAD = "| run | output | component | Dice % | median | Jaccard % | ASD voxel | 95HD voxel | training |"
+RUNS_HEAD = "| run | output | component | scans | Dice % | median | Jaccard % | ASD voxel | 95HD voxel | training |"
 PHANTOM_HEAD = "| method | Dice % (all) | Dice % (largest) | iterations/s | peak memory GiB | lines of code |"
 
 
@@ -36,48 +41,55 @@ def ruled(head: str) -> str:
     return f"{head}\n|{'---|' * (head.count('|') - 1)}"
 
 
-def with_sd(values: Iterable[float]) -> str:
-    """The mean, and with two numbers or more ± their sample SD."""
-    mean, sd, _ = mean_and_sd(list(values))
-    return "-" if math.isnan(mean) else f"{mean:.2f}" + ("" if math.isnan(sd) else f" ± {sd:.2f}")
+def runs_text(records: Records) -> str:
+    """How many runs, and their seeds."""
+    return f"{len(records)}: {', '.join(map(str, records))}"
 
 
-def figures(row: Row, component: str, records: Records) -> tuple[list[str], str]:
-    """The four figures of a row, over the seeds' means over the scans, and how many scans the distances leave out."""
-    cells, left_out = [], ""
-    for metric in METRICS:
-        scans = [list(read_row(f"{path}:{row.output}", metric, component).values()) for path in records.values()]
-        found = [mean_and_sd(values) for values in scans]
-        cells.append(with_sd((100 if metric in ("dice", "jaccard") else 1) * mean for mean, *_ in found))
-        empty = sum(count for *_, count in found)
-        if empty:
-            left_out = f"; {empty} of {sum(map(len, scans))} predictions empty, without a distance"
-    return cells, left_out
+def figures(row: Row, component: str, records: Records) -> list[str]:
+    """The four figures of a row: the mean over its runs of their means over the scans, with three runs and more ± the
+    SD of these, and behind a distance how many scans of all runs have one."""
+    runs = [rows_of(f"{path}:{row.output}", component) for path in records.values()]
+    cells = [mean_text([100 * mean_and_sd([scan[name] for scan in run])[0] for run in runs]) for name in METRICS[:2]]
+    return cells + [distance_text([distances_of(run, name) for run in runs], over_runs=True) for name in METRICS[2:]]
 
 
 def row_lines(row: Row, records: Records) -> str:
     """The paper's figures if it has some, then ours without and with the component filter."""
     lines = [f"paper | {' | '.join(row.paper.split())} | |"] if row.paper else []
     for component in COMPONENTS if records else ():
-        cells, left_out = figures(row, component, records)
-        lines.append(f"{component} | {' | '.join(cells)} | {', '.join(map(str, records))}{left_out} |")
+        lines.append(f"{component} | {' | '.join(figures(row, component, records))} | {runs_text(records)} |")
     lines += [] if records else ["not yet run | | | | | |"]
     return "\n| | | ".join([f"| {row.label} | {row.scans} | {lines[0]}", *lines[1:]])
 
 
-def compared(row: Row, records: Records, usual: Row, usual_records: Records) -> tuple[Comparison, list[int]] | None:
-    """A row's Dice in points, without a filter, beside the usual row's: each scan's mean over the seeds that both have,
-    and these seeds; None if there are none, or not the same two scans and more in all."""
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Two rows compared by their Dice in points, without a filter, over the seeds that both have; median: of the scans'
+    differences, each scan its mean over the seeds, by Hodges and Lehmann."""
+
+    row: Row
+    found: Comparison
+    median: float
+    seeds: list[int]
+
+
+def compared(row: Row, records: Records, usual: Row, usual_records: Records) -> Pair | None:
+    """A row beside the usual one; None if they have no seed in common, or were not tested on the same scans."""
     shared = [seed for seed in records if seed in usual_records]
-    sides = [
-        [read_row(f"{folders[seed]}:{output}", "dice", "all") for seed in shared]
+    reference, ours = (
+        {seed: points(f"{folders[seed]}:{output}") for seed in shared}
         for folders, output in ((usual_records, usual.output), (records, row.output))
-    ]
-    cases = {tuple(sorted(values)) for values in itertools.chain(*sides)}
-    if len(cases) != 1 or len(*cases) < 2:
+    )
+    if len({frozenset(scans) for scans in (*reference.values(), *ours.values())}) != 1:
         return None
-    reference, found = ({case: 100 * v for case, v in mean_over(side).items()} for side in sides)
-    return compare(reference, found), shared
+    median = compare_scans(mean_over(reference), mean_over(ours)).median
+    return Pair(row, compare(reference, ours, most=100), median, shared)
+
+
+def points(where: str) -> dict[str, float]:
+    """Case -> Dice in per cent."""
+    return {case: 100 * value for case, value in read_row(where, "dice", "all").items()}
 
 
 def labeled_of(row: Row) -> str:
@@ -85,21 +97,38 @@ def labeled_of(row: Row) -> str:
     return row.scans.split(" / ")[0]
 
 
-def paired_table(rows: list[Row], done: dict[str, Records], usual: Row) -> str:
-    """The paired tests of a table's rows, of as many labeled scans or of all, against one of them, Holm's correction
-    over these; nothing without a pair."""
-    labels = {labeled_of(usual), str(ALL_LABELED)}
-    others = [row for row in rows if (row.key, row.output) != (usual.key, usual.output) and labeled_of(row) in labels]
-    others = list(dict.fromkeys(others))
-    found = [(row, compared(row, done.get(row.key, {}), usual, done.get(usual.key, {}))) for row in others]
-    tested = [(row, *pair) for row, pair in found if pair]
-    lines = [
-        f"| {row.label} | {row.scans} | {c.difference:+.2f} | {c.low:+.2f} to {c.high:+.2f} | {c.higher} of {c.n} | "
-        f"{c.t_p:.2g} | {c.w_p:.2g} | {corrected:.2g} | {', '.join(map(str, seeds))} |"
-        for (row, c, seeds), corrected in zip(tested, holm([c.w_p for _, c, _ in tested]), strict=True)
-    ]
-    title = PAIRED.format(row=f"{usual.label}, {usual.scans}")
-    return title + "".join(f"{line}\n" for line in [ruled(PAIRED_HEAD), *lines]) if lines else ""
+def comparisons(tables: Tables, done: dict[str, Records]) -> dict[str, list[Pair]]:
+    """What the tables' rows are compared with -> the rows of as many labeled scans, or of all, beside it. Two rows are
+    compared once, however many tables they stand in, under the name of the last."""
+    last = {(row.key, row.output): row for _, rows in tables.values() for row in rows}
+    found: dict[str, list[Pair]] = {}
+    seen: set[frozenset[tuple[str, str]]] = set()
+    for name, (_, rows) in tables.items():
+        for usual in [row for row in rows if row.output == "seg" and row.key in COMPARED_WITH.get(name, [])]:
+            for row in rows:
+                names = frozenset([(row.key, row.output), (usual.key, usual.output)])
+                if len(names) < 2 or names in seen or labeled_of(row) not in (labeled_of(usual), str(ALL_LABELED)):
+                    continue
+                seen.add(names)
+                one, other = (last[side.key, side.output] for side in (usual, row))
+                pair = compared(other, done.get(other.key, {}), one, done.get(one.key, {}))
+                if pair:
+                    found.setdefault(f"{one.label}, {one.scans}", []).append(pair)
+    return found
+
+
+def comparison_tables(found: dict[str, list[Pair]]) -> str:
+    """A table for each row that others are compared with; Holm's correction is over all of them."""
+    corrected = iter(holm([pair.found.p for pairs in found.values() for pair in pairs]))
+    text = ""
+    for usual, pairs in found.items():
+        text += f"\nAgainst *{usual}*:\n\n{ruled(COMPARED_HEAD)}\n"
+        for pair, p in zip(pairs, corrected, strict=False):
+            c = pair.found
+            cells = [pair.row.label, pair.row.scans, f"{c.difference:+.2f}", interval_text(c, 2), c.over]
+            cells += [f"{pair.median:+.2f}", pairs_text(c, p), ", ".join(map(str, pair.seeds))]
+            text += f"| {' | '.join(cells)} |\n"
+    return text
 
 
 def beyond_line(row: Row, records: Records, usual: Records) -> str:
@@ -108,24 +137,23 @@ def beyond_line(row: Row, records: Records, usual: Records) -> str:
     if not records:
         return f"| {row.label} | {row.scans} | not yet run | | | | | |"
     prefix = row.output.removesuffix("seg")
-    cells = [figures(row._replace(output=prefix + name), "all", records)[0] for name in ("seg", "sdm", "mean")]
+    cells = [figures(row._replace(output=prefix + name), "all", records) for name in ("seg", "sdm", "mean")]
     above = "-"
     if records != usual or prefix:
         pair = compared(row._replace(output=f"{prefix}mean"), records, row._replace(output="mean"), usual)
-        above = f"{pair[0].difference:+.2f} ({pair[0].low:+.2f} to {pair[0].high:+.2f})" if pair else above
+        if pair:
+            above = f"{pair.found.difference:+.2f} ({interval_text(pair.found, 2)}; {pair.found.over})"
     dice = " | ".join(cell[0] for cell in cells)
-    return f"| {row.label} | {row.scans} | {dice} | {cells[2][3]} | {above} | {', '.join(map(str, records))} |"
+    return f"| {row.label} | {row.scans} | {dice} | {cells[2][3]} | {above} | {runs_text(records)} |"
 
 
 def run_lines(record: Path) -> str:
-    """Every output of one run, mean ± SD over the scans, and what it took to train, on which hardware, at which commit.
+    """Every output of one run, mean ± SD over its scans, and what it took to train, on which hardware, at which commit.
 
-    A run that was resumed elsewhere or in another way names each. A count behind a distance is that of the scans that
-    have one, where some predictions are empty.
+    A run that was resumed elsewhere or in another way names each. Behind a distance stands how many scans have one.
     """
     manifest = json.loads((record / MANIFEST).read_text())
-    with open(record / "cases.csv", newline="") as f:
-        outputs = dict.fromkeys(line["output"] for line in csv.DictReader(f))
+    outputs = dict.fromkeys(row["output"] for row in read_scores(record))
     parts = [manifest, *manifest.get("resumed", [])]
     device, threads, commit = (
         " and ".join(dict.fromkeys(str(part[name])[:length] for part in parts if name in part))
@@ -134,14 +162,10 @@ def run_lines(record: Path) -> str:
     made = f"{manifest.get('wall_s', math.nan) / 60:.0f} min, {device}, threads: {threads}, {commit}"
     lines = []
     for output, component in itertools.product(outputs, COMPONENTS):
-        dice, jaccard, *distances = (
-            list(read_row(f"{record}:{output}", metric, component).values()) for metric in METRICS
-        )
-        cells = [with_sd(100 * v for v in dice), f"{100 * statistics.median(dice):.2f}"]
-        cells += [with_sd(100 * v for v in jaccard)]
-        for values in distances:
-            found = sum(not math.isnan(v) for v in values)
-            cells.append(with_sd(values) + (f" ({found})" if found < len(values) else ""))
+        scans = rows_of(f"{record}:{output}", component)
+        dice = [100 * scan["dice"] for scan in scans if not math.isnan(scan["dice"])]
+        cells = [str(len(scans)), overlap_text(scans, "dice"), f"{statistics.median(dice):.2f}" if dice else "-"]
+        cells += [overlap_text(scans, "jaccard"), *(distance_text([distances_of(scans, m)]) for m in METRICS[2:])]
         lines.append(f"{output} | {component} | {' | '.join(cells)} |")
     return "\n| | ".join(
         [f"| [{record.name}]({record.name}) | {lines[0]} {made} |", *(f"{line} |" for line in lines[1:])]
@@ -152,7 +176,7 @@ def phantom_line(row: Row, records: Records, length: int | str) -> str:
     """Dice, cost, and the length of the method's file in lines."""
     if not records:
         return f"| {row.label} | not yet run | | | | {length} |"
-    cells = [figures(row, component, records)[0][0] for component in COMPONENTS]
+    cells = [figures(row, component, records)[0] for component in COMPONENTS]
     manifests = [json.loads((path / MANIFEST).read_text()) for path in records.values()]
-    cells += [with_sd(m.get(name, math.nan) for m in manifests) for name in ("iterations_per_s", "peak_memory_gib")]
+    cells += [mean_text([m.get(name, math.nan) for m in manifests]) for name in ("iterations_per_s", "peak_memory_gib")]
     return f"| {row.label} | {' | '.join(cells)} | {length} |"
