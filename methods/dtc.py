@@ -28,7 +28,7 @@ class DTC(TwoHeads):
     class Options(TwoHeads.Options):
         k: float = option(1500.0, "steepness of m = sigmoid(-k z)", minimum=0)
         lambda_max: float = option(1.0, "largest weight of the consistency", minimum=0)
-        ramp: str = option("gaussian", "how lambda rises", choices=RAMPS)
+        ramp: str = option("gaussian", "how lambda rises", choices=RAMPS, only_if={"lambda_max": bool})
 
     options: Options
 

@@ -734,7 +734,7 @@ def test_options_file_holds_every_option_and_paths_with_blanks(run, tmp_path):
 
 def test_later_flags_win_over_an_options_file(run, tmp_path):
     (tmp_path / "options.txt").write_text("# a comment\n--lr 0.5 --seed 7\n--name 'from file'\n")
-    o, _, folder, _ = train_dtml.read_options(["--data", "set", f"@{tmp_path / 'options.txt'}", "--lr", "0.25"])
+    o, _, folder, *_ = train_dtml.read_options(["--data", "set", f"@{tmp_path / 'options.txt'}", "--lr", "0.25"])
     assert (o.lr, o.seed, folder) == (0.25, 7, Path("runs/from file"))
     assert train_dtml.read_options(["--data", "set", "--lr", "0.25", f"@{tmp_path / 'options.txt'}"])[0].lr == 0.5
 
@@ -744,7 +744,7 @@ def test_later_flags_win_over_an_options_file(run, tmp_path):
 
 def settled(*words: str) -> dict[str, Any]:
     """All options that a command line comes to."""
-    o, method_options, _, _ = train_dtml.read_options(list(words))
+    o, method_options, *_ = train_dtml.read_options(list(words))
     return {**dataclasses.asdict(o), **dataclasses.asdict(method_options)}
 
 
