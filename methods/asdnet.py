@@ -28,7 +28,7 @@ from utils.losses import EPSILON, dice_loss, foreground_logits, hard_dice, maske
 from utils.options import Condition, option
 
 ATTENTION = ("relative", "released", "none")
-PSEUDO: Condition = {"lambda_semi": bool, "semi_start": lambda share: share < 1}
+PSEUDO: Condition = {"lambda_semi": bool, "semi_start": lambda share: share < 1, "threshold": lambda T: T < 1}
 JUDGED: list[Condition] = [{"lambda_adv": bool}, {"attention": ATTENTION[:-1]}, PSEUDO]
 cross_entropy = F.binary_cross_entropy_with_logits
 

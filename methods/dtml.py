@@ -63,7 +63,7 @@ class DTML(Method):
         softmax: bool = option(False, "p by a softmax over C+1 channels in place of C sigmoids")
         sdm_loss: str = option("mask", "supervised loss of M_d (Table 1)", choices=SDM_LOSSES)
         dis_weight: float = option(1.0, "weight of L_dis beside L_mask", minimum=0, only_if={"sdm_loss": ("both",)})
-        k: float = option(1500.0, "steepness of m = sigmoid(-k z)", minimum=0)
+        k: float = option(1500.0, "steepness of m = sigmoid(-k z)", minimum=1e-6)
         k_start: float = option(0.0, "k at the first iteration, from where it grows to --k; 0: --k always", minimum=0,
                                 only_if=[MASK, SURER, MIXES])  # fmt: skip
         lambda_max: float = option(0.1, "largest weight of the consistency", minimum=0)

@@ -29,7 +29,7 @@ class Supervised(Method):
             False, "p by a softmax over C+1 channels, as the V-Net rows of UA-MT, in place of C sigmoids",
             only_if={"head": ("seg",)},
         )  # fmt: skip
-        k: float = option(1500.0, "steepness of m = sigmoid(-k z), for the head sdm", minimum=0,
+        k: float = option(1500.0, "steepness of m = sigmoid(-k z), for the head sdm", minimum=1e-6,
                           only_if={"head": ("sdm",)})  # fmt: skip
 
     options: Options
