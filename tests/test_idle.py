@@ -83,7 +83,7 @@ TOGETHER = [  # several that switch an option off together, or leave it one thin
     ("dtml", "--lambda-max 0 --mix 1", "ramp"),
     ("dtml", "--lambda-max 0 --mix 1", "consistency"),
     *(("asdnet", f"--lambda-adv 0 --attention none {off}", name)
-      for off in ("--lambda-semi 0", "--semi-start 1", "--threshold 1", "--lambda-semi 1 --semi-start 0 --threshold 0.5")
+      for off in ("--lambda-semi 0", "--semi-start 1", "--threshold 1", "--semi-start 0 --threshold 0.46")
       for name in ("critic_lr", "critic_image")),
     ("double-unc", "--learnable --gamma 0", "feature_blocks"),
     ("dk-uxnet", "--contrast mse --lambda-max 1", "temperature"),
