@@ -40,7 +40,7 @@ from train_dtml import PROFILES, read_options
 from utils.checkpoint import fsync_folder, write_whole
 from utils.errors import Stopped, StopSignal, UserError, run
 from utils.grid import LA_RUNS, LA_TABLES, PHANTOM_RUNS, PHANTOM_TABLES, TESTS, TRAINED_AS, Tables
-from utils.options import Parser, as_flags, default_of, fill, option
+from utils.options import Parser, as_flags, default_of, fill, option, renamed
 from utils.run_folder import MANIFEST, OPTIONS, SCALARS, has_checkpoint
 from utils.statistics import read_row
 from utils.table_rows import (
@@ -187,7 +187,7 @@ def select(o: Options) -> tuple[list[Run], Tables]:
 # what is there
 def other_options(this: Run, manifest: Path) -> list[str]:
     """Where recorded options differ, in what can change the result, from what the row asks for today."""
-    options = json.loads(manifest.read_text())["options"]
+    options = renamed(json.loads(manifest.read_text())["options"])
     asked: tuple[Any, ...] = read_options(this.settings)[:2]
     fields = [(part, f) for part in asked for f in dataclasses.fields(part) if not f.metadata["harmless"]]
     fields = [(part, f) for part, f in fields if f.name != "preset"]  # its name may change; what it sets is compared

@@ -29,7 +29,6 @@ from tqdm import tqdm
 from dataloaders.cases import (
     FILE_NAME,
     MOST_CLASSES,
-    PHANTOM_FOLDER,
     Case,
     CaseError,
     find_cases,
@@ -49,6 +48,7 @@ from dataloaders.findings import (
     with_spacing,
 )
 from dataloaders.overview import table, volumes_ml
+from dataloaders.training import is_phantom, usual_labeled
 from utils.errors import UserError, run
 from utils.options import Parser, fill, option
 from utils.run_folder import digest
@@ -61,7 +61,7 @@ DIFFERENT = 10.0  # times larger or smaller than the usual object
 @dataclasses.dataclass
 class Options:
     labeled: int | None = option(
-        None, "the first N scans of train.list are labeled (default 16, or all if there are fewer)", type=int, minimum=0
+        None, "the first N scans of train.list are labeled (default as in training)", type=int, minimum=0
     )
     classes: int = option(1, "C, labels hold 0..C", minimum=1, maximum=MOST_CLASSES)
     patch_size: list[int] | None = option(
@@ -218,7 +218,7 @@ def check(folder: Path, o: Options) -> tuple[list[Finding], str]:
         UserError: a missing folder, or lists that cannot be read or name a case twice; nothing can be checked then.
     """
     train, test = lists_of(folder)
-    count = min(16, len(train)) if o.labeled is None else o.labeled
+    count = usual_labeled(folder) if o.labeled is None else o.labeled
     if count > len(train):
         raise UserError(f"--labeled {count} is more than the {len(train)} training cases of {folder}. Give fewer.")
     labeled, unlabeled = train[:count], train[count:]
@@ -232,7 +232,7 @@ def check(folder: Path, o: Options) -> tuple[list[Finding], str]:
             missing.append(Finding("error", (name,), f"{text}. Put it there or take the case out of the lists."))
     looks = list(_each(cases, o))
     good = {x.name: x.facts for x in looks if x.facts}
-    patch_size = o.patch_size or (PHANTOM_PATCH if folder == PHANTOM_FOLDER else PATCH)
+    patch_size = o.patch_size or (PHANTOM_PATCH if is_phantom(folder) else PATCH)
     groups = {
         name: [good[n] for n in names if n in good]
         for name, names in {"labeled": labeled, "unlabeled": unlabeled, "test": test}.items()

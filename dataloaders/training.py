@@ -5,10 +5,65 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dataloaders.cases import LA_FOLDER, PHANTOM_FOLDER, Case, find_cases, known_spacing, lists_of
+import h5py
+
+from dataloaders.cases import (
+    LA_FOLDER,
+    LA_SPLITS,
+    PHANTOM_FOLDER,
+    Case,
+    case_file,
+    find_cases,
+    known_spacing,
+    lists_of,
+    read_case,
+    read_list,
+)
+from dataloaders.findings import Facts
 from dataloaders.phantom import make_phantom_set
 from utils.distributed import RANK
 from utils.errors import UserError
+
+LA_LABELED, PHANTOM_LABELED = 16, 8
+
+
+def is_phantom(folder: Path) -> bool:
+    """Whether this is the phantom set, by whatever path."""
+    return folder.resolve() == PHANTOM_FOLDER.resolve()
+
+
+def has_label(path: Path | None) -> bool:
+    """Whether a case file has a label, none of whose values is read; also True of a file that cannot be opened, which
+    is told when it is read."""
+    try:
+        with h5py.File(path, "r") as f:
+            return "label" in f
+    except Exception:  # as in read_case
+        return True
+
+
+def usual_labeled(folder: Path, of_profile: int | None = None) -> int:
+    """How many cases are labeled unless --labeled says so: 16 of LA, or what the profile says, 8 of the phantom set, of
+    another set all that have a label.
+
+    Raises:
+        UserError: a missing folder, bad lists, or labels that do not come first in train.list.
+    """
+    if is_phantom(folder):
+        return PHANTOM_LABELED
+    train, _ = lists_of(folder)
+    if {*train} <= {*read_list(LA_SPLITS / "train.list"), *read_list(LA_SPLITS / "test.list")}:
+        return of_profile or LA_LABELED
+    labels = [has_label(case_file(folder, name)) for name in train]
+    first = labels.index(False) if False in labels else len(train)
+    later = sum(labels[first:])
+    if later or not first:
+        raise UserError(
+            f"{train[first]}, number {first + 1} of {folder}/train.list, has no label, and {later or 'none'} of those "
+            "after it have one. Put the labeled cases first in the list"
+            + (f", or give --labeled {first} for those before it." if first else ".")
+        )
+    return first
 
 
 def training_cases(
@@ -31,7 +86,7 @@ def training_cases(
         UserError: a missing folder, bad lists, counts out of bounds, a patch whose sides are not multiples of
             `multiple`.
     """
-    if folder == PHANTOM_FOLDER:
+    if is_phantom(folder):
         if RANK == 0:
             print(
                 f"No LA data in {LA_FOLDER}, so this is the PHANTOM SET in {folder}: made-up atria to try things out\n"
@@ -45,7 +100,10 @@ def training_cases(
         near = " ".join(str(max(multiple, round(side / multiple) * multiple)) for side in patch_size)
         raise UserError(f"--patch-size {shown} must be multiples of {multiple}. Try --patch-size {near}.")
     if not 1 <= labeled <= len(train):
-        raise UserError(f"--labeled {labeled} must lie between 1 and {len(train)}, the cases of train.list.")
+        raise UserError(
+            f"--labeled {labeled} must lie between 1 and {len(train)}, the cases of train.list. Give the number of its "
+            "first cases that have a label."
+        )
     left = len(train) - labeled
     if unlabeled is not None and not 0 <= unlabeled <= left:
         raise UserError(f"--unlabeled {unlabeled} must lie between 0 and {left}, the cases left after --labeled.")
@@ -55,7 +113,8 @@ def training_cases(
     if not 1 <= labeled_batch <= min(batch_size, labeled):
         raise UserError(
             f"{labeled_batch} labeled crops a batch are asked for, but --batch-size is {batch_size} and --labeled "
-            f"{labeled}. Label more cases, or set --labeled-batch to at most the smaller of both."
+            f"{labeled}. Label more cases, or give {'--labeled-batch' if others else '--batch-size'} "
+            f"{max(min(batch_size - bool(others), labeled), 1)}."
         )
     if (labeled_batch < batch_size) != bool(others):
         raise UserError(
@@ -63,8 +122,45 @@ def training_cases(
             "A batch has unlabeled crops exactly if there are unlabeled cases."
         )
     cases, problems = find_cases(folder, train[:labeled], labeled=True, classes=classes)
+    without = [case for case in cases if not has_label(case.path)]
+    for case in without:
+        number = train.index(case.name) + 1
+        fewer = f"give --labeled {number - 1} for those before it, or " if case == without[0] and number > 1 else ""
+        problems.append(
+            f"{case.name}: {case.path} is a labeled case without a dataset 'label', number {number} of train.list and "
+            f"one of --labeled {labeled}; {fewer}put the labeled cases first in the list"
+        )
     more, more_problems = find_cases(folder, others, labeled=False, classes=classes)
-    return cases + more, problems + more_problems, labeled_batch
+    return [case for case in cases if case not in without] + more, problems + more_problems, labeled_batch
+
+
+def refuse_classes(cases: Sequence[Case], facts: Sequence[Facts], classes: int) -> None:
+    """No label of the labeled cases holds the class of the highest number: a class too many, or the wrong cases.
+
+    Args:
+        cases: of the training; the labels of the unlabeled ones are not opened.
+        facts: of those that were just read; the labels of the others are read now.
+        classes: C of --classes.
+
+    Raises:
+        UserError: naming the largest value that a label holds.
+    """
+    if classes == 1:  # labels that are all empty are warned of
+        return
+    voxels = {x.case.name: x.voxels for x in facts}
+    largest = 0
+    for case in (case for case in cases if case.labeled):
+        found = voxels.get(case.name)
+        if found is None:
+            label = read_case(case)[1]
+            found = {int(label.max()): 1} if label is not None else {}
+        largest = max(largest, *found, 0)
+        if largest == classes:
+            return
+    raise UserError(
+        f"--classes {classes}, but the largest value in the labels of the labeled cases is {largest}. "
+        f"Give --classes {max(largest, 1)}, or label a case that shows class {classes}."
+    )
 
 
 def median_spacing(cases: Sequence[Case]) -> list[float] | None:

@@ -25,9 +25,11 @@ from methods.base import Batch, Losses, Method, labeled_part
 from networks.backbones import BACKBONES
 from networks.critics import ConfidenceNet
 from utils.losses import EPSILON, dice_loss, foreground_logits, hard_dice, masked_mean, weighted_sum
-from utils.options import option
+from utils.options import Condition, option
 
 ATTENTION = ("relative", "released", "none")
+PSEUDO: Condition = {"lambda_semi": bool, "semi_start": lambda share: share < 1, "threshold": lambda T: T < 1}
+JUDGED: list[Condition] = [{"lambda_adv": bool}, {"attention": ATTENTION[:-1]}, PSEUDO]
 cross_entropy = F.binary_cross_entropy_with_logits
 
 
@@ -40,11 +42,11 @@ class ASDNet(Method):
         softmax: bool = option(False, "two softmax channels in place of one sigmoid")
         attention: str = option("relative", "w and a, with mean 1 or as released, or neither", choices=ATTENTION)
         lambda_adv: float = option(0.05, "weight of convincing the critic", minimum=0)
-        lambda_semi: float = option(0.1, "weight of the pseudo labels", minimum=0)
-        threshold: float = option(0.2, "T, confidence above which a voxel is its own label", minimum=0, maximum=1)
-        semi_start: float = option(1 / 6, "share of the training before pseudo labels count", minimum=0, maximum=1)
-        critic_lr: float = option(1e-4, "rate of the critic's Adam", minimum=0)
-        critic_image: bool = option(False, "show the critic the image beside the segmentation")
+        lambda_semi: float = option(0.1, "weight of the pseudo labels", minimum=0, only_if=PSEUDO)
+        threshold: float = option(0.2, "T, confidence above which voxels count", minimum=0, maximum=1, only_if=PSEUDO)
+        semi_start: float = option(1 / 6, "share of the training without them", minimum=0, maximum=1, only_if=PSEUDO)
+        critic_lr: float = option(1e-4, "rate of the critic's Adam", minimum=0, only_if=JUDGED)
+        critic_image: bool = option(False, "show the critic the image beside the segmentation", only_if=JUDGED)
 
     options: Options
 

@@ -26,17 +26,19 @@ from networks.backbones import BACKBONES
 from networks.kmax import Clusters, QueryNet, group_sums
 from utils.errors import UserError
 from utils.losses import dice_ce_loss, foreground_logits, hard_dice, nt_xent, one_hot, query_loss, weighted_sum
-from utils.options import option
+from utils.options import Condition, option
 from utils.ramps import RAMPS, ramp_up
 
 ADAMW = {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.01}
 RELEASED = {
     "lr": 1e-4, "lr_steps": [], "augment": "none", "groups": [16, 4, 108], "bn_momentum": 0.01, "crops": "independent",
-    "scale": 0.1, "noise": 5.0, "qd_weight": 1 / 30, "deep_weight": 0.0, "contrast": "sum", "lambda_max": 2.0,
-    "ramp": "epochs",
+    "logit_scale": 0.1, "noise_variance": 5.0, "qd_weight": 1 / 30, "deep_weight": 0.0, "contrast": "sum",
+    "lambda_max": 2.0, "ramp": "epochs",
 }  # fmt: skip
 LEVELS = (16, 8, 4, 2)
-CROPS, CONTRASTS, CONSISTENCIES = ("shared", "independent"), ("mean", "sum", "mse"), ("both", "segc", "qdc", "none")
+CROPS, CONTRASTS, TERMS = ("shared", "independent"), ("mean", "sum", "mse"), ("both", "segc", "qdc", "none")
+KMAX: Condition = {"kmax": bool}
+AGREES: Condition = {"lambda_max": bool, "consistency_terms": TERMS[:-1]}
 
 
 class DKUXNet(Method):
@@ -49,21 +51,24 @@ class DKUXNet(Method):
         backbone: str = option("uxnet", "network below the queries", choices=list(BACKBONES))
         filters: int = option(48, "channels of the backbone's first scale", minimum=1)
         kmax: bool = option(True, "k-means decoder; without, a convolution gives S and there is no G, L_qd, L_qdc")
-        groups: list[int] = option([16, 16], "queries of each group, background first", nargs="+", minimum=1)
-        query_channels: int = option(256, "channels of a query, a multiple of 16", minimum=16)
-        levels: list[int] = option([8, 8, 4, 4], "strides of the layers' maps", nargs="+", choices=LEVELS)
-        bn_momentum: float = option(0.1, "of the decoder's batch norms; 0.01 lags too long", minimum=0, maximum=1)
-        scale: float = option(1.0, "first spread of the assignments' logits; from 0.1 G stays even long", minimum=0)
+        groups: list[int] = option([16, 16], "queries of a group, background first", nargs="+", minimum=1, only_if=KMAX)
+        query_channels: int = option(256, "channels of a query, a multiple of 16", minimum=16, only_if=KMAX)
+        levels: list[int] = option([8, 8, 4, 4], "strides of the layers", nargs="+", choices=LEVELS, only_if=KMAX)
+        bn_momentum: float = option(0.1, "of the decoder; 0.01 lags too long", minimum=0, maximum=1, only_if=KMAX)
+        logit_scale: float = option(1.0, "first spread of the assignments' logits; from 0.1 G stays even long",
+                                    minimum=0, only_if=KMAX)  # fmt: skip
         share_weights: bool = option(True, "one network sees both views, or one each")
         crops: str = option("shared", "of the two views; independent ones need not overlap", choices=CROPS)
-        noise: float = option(1.0, "largest variance of the strong view's noise", minimum=0)
-        qd_weight: float = option(0.1, "w_qd, of L_qd", minimum=0)
-        deep_weight: float = option(0.1, "w_deep; with 0 nothing trains the layers' assignment", minimum=0)
-        consistency: str = option("both", "which consistency counts", choices=CONSISTENCIES)
-        contrast: str = option("mean", "l: NT-Xent of mean or summed similarities, or mean square", choices=CONTRASTS)
-        temperature: float = option(0.5, "tau of the similarity", minimum=1e-6)
-        lambda_max: float = option(0.1, "largest weight of the consistency", minimum=0)
-        ramp: str = option("gaussian", "how lambda rises; epochs: at iterations 200, 800 and 1600", choices=RAMPS)
+        noise_variance: float = option(1.0, "largest variance of the strong view's noise", minimum=0)
+        qd_weight: float = option(0.1, "w_qd, of L_qd", minimum=0, only_if=KMAX)
+        deep_weight: float = option(0.1, "w_deep; 0 leaves the layers' assignment untrained", minimum=0, only_if=KMAX)
+        consistency_terms: str = option("both", "those of the consistency that count", choices=TERMS, only_if=AGREES)
+        contrast: str = option("mean", "l: NT-Xent of mean or summed similarities, or mean square", choices=CONTRASTS,
+                               only_if=AGREES)  # fmt: skip
+        temperature: float = option(0.5, "tau of the similarity", minimum=1e-6,
+                                    only_if={**AGREES, "contrast": ("mean", "sum")})  # fmt: skip
+        lambda_max: float = option(0.1, "largest weight of the consistency", minimum=0, only_if=AGREES)
+        ramp: str = option("gaussian", "how lambda rises; epochs: at 200, 800 and 1600", choices=RAMPS, only_if=AGREES)
 
     options: Options
 
@@ -72,11 +77,11 @@ class DKUXNet(Method):
         o = options
         if len(o.groups) < 2 or o.query_channels % 16:
             raise UserError("--groups must be two or more numbers, --query-channels a multiple of 16.")
-        if not o.kmax and o.consistency == "qdc":
-            raise UserError("--no-kmax leaves nothing of --consistency qdc, which compares G. Take segc or none.")
+        if not o.kmax and o.consistency_terms == "qdc":
+            raise UserError("--no-kmax leaves nothing of --consistency-terms qdc, which compares G. Take segc or none.")
         self.networks = nn.ModuleList(
             QueryNet(BACKBONES[o.backbone], filters=o.filters, kmax=o.kmax, queries=sum(o.groups), levels=o.levels,
-                     query_channels=o.query_channels, momentum=o.bn_momentum, scale=o.scale,
+                     query_channels=o.query_channels, momentum=o.bn_momentum, scale=o.logit_scale,
                      train_levels=o.deep_weight > 0)
             for _ in range(1 if o.share_weights else 2)
         )  # fmt: skip
@@ -96,7 +101,7 @@ class DKUXNet(Method):
     def forward(self, batch: Batch, iteration: int) -> Losses:
         o, weak = self.options, batch["image"]
         strong = batch["other_image"] if self.needs_other_crop else weak
-        sd = (o.noise * torch.rand(len(strong), 1, 1, 1, 1, device=strong.device)).sqrt()
+        sd = (o.noise_variance * torch.rand(len(strong), 1, 1, 1, 1, device=strong.device)).sqrt()
         strong = strong + sd * torch.randn_like(strong)
         if o.share_weights:
             views = self.networks[0](torch.cat([strong, weak])).split(len(strong))
@@ -124,11 +129,11 @@ class DKUXNet(Method):
         return terms
 
     def agreement(self, strong: Clusters, weak: Clusters) -> dict[str, Tensor]:
-        """L_segc and L_qdc of the two views, those that --consistency names."""
+        """L_segc and L_qdc of the two views, those that --consistency-terms names."""
         o, pairs = self.options, {}
-        if o.consistency in ("both", "segc"):
+        if o.consistency_terms in ("both", "segc"):
             pairs["segc"] = [x.logits if o.contrast == "sum" else x.logits.softmax(dim=1) for x in (strong, weak)]
-        if o.consistency in ("both", "qdc") and strong.assignment is not None and weak.assignment is not None:
+        if o.consistency_terms in ("both", "qdc") and strong.assignment is not None and weak.assignment is not None:
             pairs["qdc"] = [self.G(x) for x in (strong.assignment, weak.assignment)]
         if o.contrast == "mse":
             return {name: F.mse_loss(a, b) for name, (a, b) in pairs.items()}

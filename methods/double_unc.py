@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from methods.base import by_name
-from methods.mean_teacher import MeanTeacher
+from methods.mean_teacher import AGREES, MeanTeacher
 from utils.losses import entropy, probabilities
 from utils.options import option
 from utils.perturbation import monte_carlo
@@ -33,10 +33,11 @@ class DoubleUnc(MeanTeacher):
     @dataclass
     class Options(MeanTeacher.Options):
         filters: int = option(16, "channels of the first block of both V-Nets", minimum=2)
-        passes: int = option(8, "T, stochastic passes of the teacher", minimum=2)
-        learnable: bool = option(True, "U_s of the student, with gradient and the term gamma mean U_s")
-        gamma: float = option(1.0, "weight of mean U_s within C", minimum=0)
-        feature_blocks: str = option("decoder", "whose maps F U_f reads; none leaves U_f out", choices=list(BLOCKS))
+        passes: int = option(8, "T, stochastic passes of the teacher", minimum=2, only_if=AGREES)
+        learnable: bool = option(True, "U_s of the student, with gradient and the term gamma mean U_s", only_if=AGREES)
+        gamma: float = option(1.0, "weight of mean U_s within C", minimum=0, only_if={"learnable": bool, **AGREES})
+        feature_blocks: str = option("decoder", "whose maps F U_f reads; none leaves U_f out", choices=list(BLOCKS),
+                                     only_if=AGREES)  # fmt: skip
 
     options: Options
 

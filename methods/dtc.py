@@ -26,9 +26,9 @@ class DTC(TwoHeads):
 
     @dataclass
     class Options(TwoHeads.Options):
-        k: float = option(1500.0, "steepness of m = sigmoid(-k z)", minimum=0)
+        k: float = option(1500.0, "steepness of m = sigmoid(-k z)", minimum=1e-6)
         lambda_max: float = option(1.0, "largest weight of the consistency", minimum=0)
-        ramp: str = option("gaussian", "how lambda rises", choices=RAMPS)
+        ramp: str = option("gaussian", "how lambda rises", choices=RAMPS, only_if={"lambda_max": bool})
 
     options: Options
 

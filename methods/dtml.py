@@ -37,12 +37,14 @@ from utils.losses import (
     weighted_sum,
 )
 from utils.mixing import copy_paste
-from utils.options import option
+from utils.options import Condition, option
 from utils.ramps import RAMPS, grown, ramp_up
 
 SDM_LOSSES = ("mask", "dis", "both")
 CONSISTENCIES = ("mask", "map", "sure")
 SURE = 0.9  # of p or 1 - p
+MASK, AGREES, MIXES = {"sdm_loss": ("mask", "both")}, {"lambda_max": bool}, {"mix": bool}
+SURER: Condition = {"consistency": ("mask", "sure"), **AGREES}
 
 
 class DTML(Method):
@@ -60,18 +62,17 @@ class DTML(Method):
         filters: int = option(16, "channels of the first block of both V-Nets", minimum=1)
         softmax: bool = option(False, "p by a softmax over C+1 channels in place of C sigmoids")
         sdm_loss: str = option("mask", "supervised loss of M_d (Table 1)", choices=SDM_LOSSES)
-        dis_weight: float = option(1.0, "weight of L_dis beside L_mask, with --sdm-loss both", minimum=0)
-        k: float = option(1500.0, "steepness of m = sigmoid(-k z)", minimum=0)
-        k_start: float = option(0.0, "k at the first iteration, from where it grows to --k; 0: --k always", minimum=0)
+        dis_weight: float = option(1.0, "weight of L_dis beside L_mask", minimum=0, only_if={"sdm_loss": ("both",)})
+        k: float = option(1500.0, "steepness of m = sigmoid(-k z)", minimum=1e-6)
+        k_start: float = option(0.0, "k at the first iteration, from where it grows to --k; 0: --k always", minimum=0,
+                                only_if=[MASK, SURER, MIXES])  # fmt: skip
         lambda_max: float = option(0.1, "largest weight of the consistency", minimum=0)
-        ramp: str = option("gaussian", "how lambda rises; literal is the formula as printed", choices=RAMPS)
-        consistency_times: int = option(
-            1, "how often C counts; the released code's two backward passes make it 2", minimum=1
-        )
+        ramp: str = option("gaussian", "how lambda rises; literal: as printed", choices=RAMPS, only_if=[AGREES, MIXES])
+        consistency_times: int = option(1, "how often C counts; 2 in the released code", minimum=1, only_if=AGREES)
         consistency: str = option("mask", "p agrees with m, with (1-z)/2, or with m only where p is sure",
-                                  choices=CONSISTENCIES)  # fmt: skip
+                                  choices=CONSISTENCIES, only_if=AGREES)  # fmt: skip
         mix: float = option(0.0, "largest weight of the loss of pasted crops; 0: none", minimum=0)
-        ema_decay: float = option(0.0, "of the averages of both networks to test; 0: none", minimum=0, maximum=1)
+        ema_decay: float = option(0.0, "alpha of averages to test; 0: no average", minimum=0, maximum=1)
 
     options: Options
 
@@ -85,7 +86,7 @@ class DTML(Method):
 
     @property
     def needs_sdm(self) -> bool:
-        return self.options.sdm_loss != "mask"
+        return self.options.sdm_loss == "dis" or (self.options.sdm_loss == "both" and self.options.dis_weight > 0)
 
     @property
     def needs_unlabeled(self) -> bool:
@@ -105,7 +106,7 @@ class DTML(Method):
         terms = {"seg": seg_loss(labeled_part(logits, batch), label, o.classes)}
         if o.sdm_loss in ("mask", "both"):
             terms["mask"] = dice_loss(labeled_part(m, batch), label)
-        if o.sdm_loss in ("dis", "both"):
+        if self.needs_sdm:
             terms["dis"] = F.mse_loss(labeled_part(z, batch), batch["sdm"])
         terms["consistency"] = self.consistency(p, m, z)
         ramp = ramp_up(iteration, self.iterations, o.ramp)

@@ -18,11 +18,12 @@ from methods.base import Batch, Losses, Method, by_name, labeled_part
 from networks.backbones import BACKBONES
 from utils.ema import ema_decay, ema_update, make_teacher
 from utils.losses import consistency_loss, hard_dice, probabilities, seg_loss, weighted_sum
-from utils.options import option
+from utils.options import Condition, option
 from utils.perturbation import noisy
 from utils.ramps import RAMPS, ramp_up
 
 ITEMS = ("all", "unlabeled")
+AGREES: Condition = {"lambda_max": bool}
 
 
 class MeanTeacher(Method):
@@ -36,11 +37,14 @@ class MeanTeacher(Method):
         softmax: bool = option(
             False, "p by a softmax over C+1 channels, as the released code of UA-MT, in place of C sigmoids"
         )
-        consistency_on: str = option("all", "crops on which student and teacher must agree", choices=ITEMS)
+        consistency_on: str = option("all", "crops on which student and teacher must agree", choices=ITEMS,
+                                     only_if=AGREES)  # fmt: skip
         lambda_max: float = option(0.1, "largest weight of the consistency", minimum=0)
-        ramp: str = option("gaussian", "how lambda rises", choices=RAMPS)
-        ema_decay: float = option(0.99, "alpha, how much of the teacher stays at each step", minimum=0, maximum=1)
-        noise: float = option(0.1, "standard deviation of the teacher's input noise, clipped at twice it", minimum=0)
+        ramp: str = option("gaussian", "how lambda rises", choices=RAMPS, only_if=AGREES)
+        ema_decay: float = option(0.99, "alpha, how much of the average stays at each step; 0: no average", minimum=0,
+                                  maximum=1)  # fmt: skip
+        noise: float = option(0.1, "standard deviation of the teacher's input noise, clipped at twice it", minimum=0,
+                              only_if=AGREES)  # fmt: skip
 
     options: Options
 

@@ -31,8 +31,8 @@ class SASSNet(TwoHeads):
     @dataclass
     class Options(TwoHeads.Options):
         adversarial_max: float = option(0.01, "largest w; the authors' is 0.015 with 8 labeled scans", minimum=0)
-        ramp: str = option("gaussian", "how w rises", choices=RAMPS)
-        critic_lr: float = option(1e-4, "rate of the critic's Adam", minimum=0)
+        ramp: str = option("gaussian", "how w rises", choices=RAMPS, only_if={"adversarial_max": bool})
+        critic_lr: float = option(1e-4, "rate of the critic's Adam", minimum=0, only_if={"adversarial_max": bool})
 
     options: Options
 

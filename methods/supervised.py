@@ -26,9 +26,11 @@ class Supervised(Method):
         filters: int = option(16, "channels of the V-Net's first block", minimum=1)
         head: str = option("seg", "seg: V-Net or M_s alone; sdm: M_d alone", choices=("seg", "sdm"))
         softmax: bool = option(
-            False, "p by a softmax over C+1 channels, as the V-Net rows of UA-MT, in place of C sigmoids"
-        )
-        k: float = option(1500.0, "steepness of m = sigmoid(-k z), for the head sdm", minimum=0)
+            False, "p by a softmax over C+1 channels, as the V-Net rows of UA-MT, in place of C sigmoids",
+            only_if={"head": ("seg",)},
+        )  # fmt: skip
+        k: float = option(1500.0, "steepness of m = sigmoid(-k z), for the head sdm", minimum=1e-6,
+                          only_if={"head": ("sdm",)})  # fmt: skip
 
     options: Options
 

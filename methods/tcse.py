@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from methods.mean_teacher import MeanTeacher
+from methods.mean_teacher import AGREES, MeanTeacher
 from utils.losses import masked_mean
 from utils.options import option
 from utils.perturbation import Transformation, noisy
@@ -27,7 +27,8 @@ class TCSE(MeanTeacher):
 
     @dataclass
     class Options(MeanTeacher.Options):
-        scale: float = option(0.0, "also zoom in the plane by up to this share, such as 0.2", minimum=0, maximum=0.5)
+        scale: float = option(0.0, "also zoom in the plane by up to this share, such as 0.2", minimum=0, maximum=0.5,
+                              only_if=AGREES)  # fmt: skip
 
     options: Options
 

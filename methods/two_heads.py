@@ -34,7 +34,7 @@ class TwoHeads(Method):
 
     @property
     def needs_sdm(self) -> bool:
-        return True
+        return self.options.beta > 0
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -50,11 +50,10 @@ class TwoHeads(Method):
     ) -> Losses:
         """The supervised terms, and the one unsupervised term with its weight lambda(t)."""
         label = batch["label"]
-        terms = {
-            "seg": dice_loss(labeled_part(q, batch), label),
-            "sdm": F.mse_loss(labeled_part(z, batch), batch["sdm"]),
-            **unsupervised,
-        }
+        terms = {"seg": dice_loss(labeled_part(q, batch), label)}
+        if self.needs_sdm:
+            terms["sdm"] = F.mse_loss(labeled_part(z, batch), batch["sdm"])
+        terms |= unsupervised
         factors = {"sdm": self.options.beta, **dict.fromkeys(unsupervised, weight)}
         monitors["dice/train_seg"] = hard_dice(labeled_part(q.detach(), batch), label)
         return Losses(weighted_sum(terms, factors), terms, {"lambda": weight}, monitors)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from methods.base import by_name
-from methods.mean_teacher import ITEMS, MeanTeacher
+from methods.mean_teacher import AGREES, ITEMS, MeanTeacher
 from utils.losses import entropy, masked_mean, probabilities
 from utils.options import option
 from utils.perturbation import monte_carlo, noisy
@@ -34,8 +34,9 @@ class UAMT(MeanTeacher):
 
     @dataclass
     class Options(MeanTeacher.Options):
-        consistency_on: str = option("unlabeled", "crops on which student and teacher must agree", choices=ITEMS)
-        passes: int = option(8, "T, stochastic passes of the teacher for the uncertainty", minimum=1)
+        consistency_on: str = option("unlabeled", "crops on which student and teacher must agree", choices=ITEMS,
+                                     only_if=AGREES)  # fmt: skip
+        passes: int = option(8, "T, stochastic passes of the teacher for the uncertainty", minimum=1, only_if=AGREES)
 
     options: Options
 

@@ -244,7 +244,8 @@ def test_more_classes_than_asked_for_are_refused_whatever_is_remembered(cache, t
     train_dtml.main([*flags, "--classes", "2", "--name", "two"])
     with pytest.raises(UserError, match="holds 0, 1, 2 where only 0 and 1 may stand; --classes 2 takes them all"):
         train_dtml.main([*flags, "--name", "one"])
-    train_dtml.main([*flags, "--classes", "3", "--name", "three"])
+    with pytest.raises(UserError, match="--classes 3, but the largest value in the labels of the labeled cases is 2"):
+        train_dtml.main([*flags, "--classes", "3", "--name", "three"])
 
 
 def test_values_beyond_the_classes_are_named(tmp_path):

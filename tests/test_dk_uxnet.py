@@ -276,7 +276,7 @@ def test_nothing_trains_the_assignment_in_the_released_configuration():
 def test_unlabeled_crops_reach_the_network_through_the_consistency_alone():
     batch = make_batch()
     for consistency, moves in (("none", False), ("segc", True), ("qdc", True)):
-        method = make(consistency=consistency, qd_weight=0.0, deep_weight=0.0)
+        method = make(consistency_terms=consistency, qd_weight=0.0, deep_weight=0.0)
         image = batch["image"].clone().requires_grad_()
         losses = method({**batch, "image": image}, T - 1)
         supervised = sum(losses.terms[name] for name in ("seg", "qd"))
@@ -387,7 +387,7 @@ def test_contrast_of_a_single_crop_is_refused():
     with pytest.raises(UserError, match="--batch-size"):
         make()(batch, 0)
     assert make(contrast="mse")(batch, 0).terms.keys() >= {"segc", "qdc"}
-    assert make(consistency="none")(batch, 0).total.isfinite()
+    assert make(consistency_terms="none")(batch, 0).total.isfinite()
 
 
 @pytest.mark.parametrize("contrast", ["mean", "mse"])
@@ -414,7 +414,7 @@ def test_the_total_is_the_weighted_sum_of_its_terms():
 
 
 def test_deep_supervision_is_the_query_loss_of_each_layer_at_its_own_size():
-    method, batch = make(noise=0.0), make_batch()
+    method, batch = make(noise_variance=0.0), make_batch()
     view = method.networks[0](torch.cat([batch["image"], batch["image"]])).split(4)[1]
     label = batch["label"]
     by_hand = []
@@ -458,7 +458,7 @@ def test_one_network_sees_both_views_at_once_or_two_see_one_each():
 
 
 def test_independent_crops_carry_their_own_labels():
-    method, batch = make(crops="independent", noise=0.0), make_batch()
+    method, batch = make(crops="independent", noise_variance=0.0), make_batch()
     assert method.needs_other_crop and not make().needs_other_crop
     other = make_batch(seed=5)
     swapped = {"image": other["image"], "label": other["label"], "case": batch["case"]}
@@ -488,7 +488,7 @@ def test_outputs_are_probabilities(options):
     [
         ({"groups": [8]}, "--groups must be two"),
         ({"query_channels": 20}, "multiple of 16"),
-        ({"kmax": False, "consistency": "qdc"}, "--no-kmax"),
+        ({"kmax": False, "consistency_terms": "qdc"}, "--no-kmax"),
     ],
 )
 def test_options_that_cannot_be_built_are_a_user_s_mistake(wrong, text):

@@ -106,7 +106,7 @@ def test_what_an_authors_preset_changes_is_on_the_page(method):
         usual = next(iter(METHODS[method].PRESETS.values()))
         for option in {name for name in preset if preset[name] != usual.get(name)} - {
             "lr_steps",
-            "scale",
+            "logit_scale",
             "weight_decay",
         }:
             flag = "--" + option.replace("_", "-")

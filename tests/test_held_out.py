@@ -155,7 +155,7 @@ def test_bare_weights_have_none():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--sdm-of", "scan"], "--sdm-of scan does nothing here"),
+        (["--sdm-of", "scan"], "--sdm-of does nothing here"),
         (["--optimizer", "adamw", "--momentum", "0.5"], "--momentum does nothing with --optimizer adamw"),
         (["--lr-schedule", "cosine", "--lr-steps", "2"], "--lr-steps does nothing"),
         (["--lr-schedule", "cosine", "--lr-gamma", "0.5"], "--lr-gamma does nothing"),

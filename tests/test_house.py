@@ -87,7 +87,8 @@ def test_no_block_of_six_lines_stands_in_two_methods():
 def test_every_method_is_short_enough_to_be_read_beside_its_paper():
     # dk_uxnet: two configurations, and an option for every choice that its paper leaves open;
     # dtml: beside the paper's method what the preset `tuned` is made of
-    longest = {"dk_uxnet.py": 155, "dtml.py": 160}
+    # each option says beside which others it counts
+    longest = {"dk_uxnet.py": 160, "dtml.py": 162, "asdnet.py": 112}
     lines = {path.name: len(path.read_text().splitlines()) for path in METHOD_FILES}
     assert {name: n for name, n in lines.items() if not 30 <= n <= longest.get(name, 110)} == {}
 

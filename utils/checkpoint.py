@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from utils.errors import UserError
+from utils.options import renamed
 
 FORMAT = 1
 CONTENTS = ("options", "iteration", "seconds", "checksums", "processes", "method", "optimizer")
@@ -173,7 +174,7 @@ def _load_file(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} is no whole checkpoint: {', '.join(wrong) or 'its method'} is amiss. Use an older one."
         )
-    return {**state, "file": str(path), "saved": saved}
+    return {**state, "options": renamed(state["options"]), "file": str(path), "saved": saved}
 
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:

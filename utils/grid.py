@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 ALL_LABELED = 80  # scans of LA's train.list
 SEMI_SUPERVISED = ("dtml", "mean-teacher", "ua-mt", "tcse", "dtc", "sassnet", "asdnet", "double-unc")
 AUTHORS = {"dtml": "DTML", "ua-mt": "UA-MT", "dtc": "DTC", "sassnet": "SASSNet"}  # these have a preset `authors`
-ALONE = "--unlabeled 0 --consistency none"  # of DK-UXNet: the same network on labeled scans only
+ALONE = "--unlabeled 0 --consistency-terms none"  # of DK-UXNet: the same network on labeled scans only
 ADAMW = "--optimizer adamw --lr 0.001 --weight-decay 0.01"  # DK-UXNet's
 RECIPE = "--lr-schedule cosine --intensity 0.3"  # of the preset `tuned`, which any method can have
 NORMALIZED = "--normalize scan"
@@ -63,9 +63,9 @@ TRAINED_AS = {"beyond-flips": "beyond-paper"}  # key: that of the run whose weig
 ABLATIONS = {  # key: what the row is called, flags
     "all": ("DK-UXNet, `repaired`", ""),
     "alone": ("labeled scans alone", ALONE),
-    "no-segc": ("without L_segc", "--consistency qdc"),
-    "no-qdc": ("without L_qdc", "--consistency segc"),
-    "no-consistency": ("without either", "--consistency none"),
+    "no-segc": ("without L_segc", "--consistency-terms qdc"),
+    "no-qdc": ("without L_qdc", "--consistency-terms segc"),
+    "no-consistency": ("without either", "--consistency-terms none"),
     "no-qd": ("without L_qd", "--qd-weight 0"),
     "no-kmax": ("without the k-means decoder", "--no-kmax"),
     "vnet": ("without the UX-Net: V-Net", "--backbone vnet"),

@@ -6,13 +6,21 @@ import difflib
 import math
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Any, NoReturn
 
 from utils.errors import UserError
 from utils.text import read_text
+
+Condition = Mapping[str, tuple[Any, ...] | Callable[[Any], Any]]
+"""Name of another option -> the values of it, or the test of its value, with which an option does something."""
+
+RENAMED = {  # method: an option's name in early checkpoints and options files -> its name today
+    "dk-uxnet": {"noise": "noise_variance", "scale": "logit_scale", "consistency": "consistency_terms"},
+}
+RENAMED_PRESETS = {"dtml": {"best": "tuned"}}
 
 
 def option(
@@ -26,14 +34,18 @@ def option(
     minimum: float | None = None,
     maximum: float = math.inf,
     harmless: bool = False,
+    only_if: Condition | Sequence[Condition] = (),
 ) -> Any:
     """A dataclass field that is also a flag.
 
     `harmless` marks what may differ when a run is resumed, because it changes no result beyond rounding; `type` is
-    needed where the default is None or an empty list; numbers outside `minimum`..`maximum` are refused.
+    needed where the default is None or an empty list; numbers outside `minimum`..`maximum` are refused. Unless all that
+    `only_if` says of other options holds, or all of one condition in a list of them, the option does nothing, and
+    `refuse_idle` says so.
     """
     about = {"help": help, "group": group, "type": type, "choices": choices, "nargs": nargs}
     about |= {"minimum": minimum, "maximum": maximum, "harmless": harmless}
+    about["only_if"] = [only_if] if isinstance(only_if, Mapping) else list(only_if)
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=about)
     return field(default=default, metadata=about)
@@ -47,7 +59,8 @@ def default_of(f: dataclasses.Field) -> Any:
 class Parser(argparse.ArgumentParser):
     """Hyphenated flags (underscores accepted), no abbreviations, @FILE replays flags, typos name the nearest flag."""
 
-    def __init__(self, **kwargs: Any):
+    def __init__(self, *, renamed: Mapping[str, str] | None = None, **kwargs: Any):
+        self.renamed = renamed or {}
         super().__init__(
             allow_abbrev=False,
             formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=110),
@@ -55,17 +68,21 @@ class Parser(argparse.ArgumentParser):
             **kwargs,
         )
 
-    def expand(self, argv: Sequence[str] | None = None) -> list[str]:
-        """The words of a command line (default: the program's) with each @FILE replaced by the flags in it."""
+    def expand(
+        self, argv: Sequence[str] | None = None, read: Callable[[list[str]], list[str]] = lambda words: words
+    ) -> list[str]:
+        """The words of a command line (default: the program's) with each @FILE replaced by what `read` makes of the
+        flags in it."""
         words: list[str] = []
         for word in sys.argv[1:] if argv is None else argv:
             if not word.startswith("@"):
                 words.append(word)
                 continue
             try:
-                words += shlex.split(read_text(Path(word[1:])), comments=True)
+                found = shlex.split(read_text(Path(word[1:])), comments=True)
             except (OSError, ValueError) as e:
                 raise UserError(f"cannot read the options file {word[1:]}: {e}. Give an options.txt of a run.") from e
+            words += read([self._hyphenate(word) for word in found])
         return [self._hyphenate(word) for word in words]
 
     @staticmethod
@@ -78,6 +95,9 @@ class Parser(argparse.ArgumentParser):
         given, unknown = self.parse_known_args(self.expand(argv))
         if unknown:
             flag = next((w for w in unknown if w.startswith("-")), unknown[0]).partition("=")[0]
+            new = self.renamed.get(flag.lstrip("-").replace("-", "_"))
+            if new:
+                self.error(f"unknown argument {flag}: it is called {flag_of(new)} now.")
             names = [name.lstrip("-") for name in self._option_string_actions]  # the dashes would make all look alike
             near = difflib.get_close_matches(flag.lstrip("-"), names, n=1, cutoff=0.75)
             self.error(f"unknown argument {flag}." + (f" Did you mean --{near[0]}?" if near else " See --help."))
@@ -99,7 +119,7 @@ class Parser(argparse.ArgumentParser):
                 shown = " ".join(map(str, default)) if isinstance(default, list) else default
                 shown = f"{shown:g}" if isinstance(shown, float) else shown
                 text += f" (default {'yes' if shown is True else 'no' if shown is False else shown})"
-            flag = "--" + f.name.replace("_", "-")
+            flag = flag_of(f.name)
             if isinstance(default, bool):
                 groups[name].add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
                 continue
@@ -137,20 +157,97 @@ def fill(cls: type, *layers: dict[str, Any]) -> Any:
     return cls(**merged)
 
 
+def flag_of(name: str, value: Any = None) -> str:
+    """--name, or --no-name of a bool that is False."""
+    return ("--no-" if value is False else "--") + name.replace("_", "-")
+
+
 def as_flags(values: dict[str, Any]) -> str:
     """Lines of flags that @FILE replays; None is a default that depends on others and is left out."""
     lines = []
     for name, value in values.items():
-        flag = "--" + name.replace("_", "-")
+        flag = flag_of(name, value)
         if value is None:
             continue
         if isinstance(value, bool):
-            lines.append(flag if value else "--no-" + flag[2:])
+            lines.append(flag)
         elif isinstance(value, (list, tuple)):
             lines.append(f"{flag} " + " ".join(shlex.quote(str(v)) for v in value))
         else:
             lines.append(f"{flag} {shlex.quote(str(value))}")
     return "\n".join(lines) + "\n"
+
+
+def renamed(options: dict[str, Any]) -> dict[str, Any]:
+    """Saved options of any age, `method` among them, under the names of today."""
+    method = str(options.get("method"))
+    names, presets = RENAMED.get(method, {}), RENAMED_PRESETS.get(method, {})
+    options = {names.get(name, name): value for name, value in options.items()}
+    if options.get("preset") in presets:
+        options["preset"] = presets[options["preset"]]
+    return options
+
+
+def renamed_words(words: Sequence[str], method: str) -> list[str]:
+    """The words of an options file of any age, of a run of this method, under the names of today."""
+    names = {flag_of(old): flag_of(new) for old, new in RENAMED.get(method, {}).items()}
+    presets, found = RENAMED_PRESETS.get(method, {}), []
+    for before, word in zip(["", *words], words, strict=False):
+        flag, equals, value = word.partition("=")
+        found.append(presets.get(word, word) if before == "--preset" else names.get(flag, flag) + equals + value)
+    return found
+
+
+def options_file(chosen: dict[str, Any], everything: dict[str, Any]) -> str:
+    """The text of an options.txt: the chosen options as flags to replay, what they came to as comments."""
+    rest = {name: value for name, value in everything.items() if chosen.get(name) is None}
+    comments = "".join(f"# {line}\n" for line in as_flags(rest).splitlines())
+    return f"{as_flags(chosen)}# What follows from these; a replay settles it anew.\n{comments}"
+
+
+def obstacles(f: dataclasses.Field, value_of: Callable[[str], Any]) -> list[str]:
+    """The names whose values keep an option from doing anything, one for each condition; none if it does something."""
+
+    def holds(name: str, wanted: tuple[Any, ...] | Callable[[Any], Any]) -> bool:
+        return bool(value_of(name) in wanted if isinstance(wanted, tuple) else wanted(value_of(name)))
+
+    found: dict[str, None] = {}
+    for condition in f.metadata["only_if"]:
+        bad = [name for name, wanted in condition.items() if name != f.name and not holds(name, wanted)]
+        if not bad:
+            return []
+        found[bad[0]] = None
+    return list(found)
+
+
+def refuse_idle(
+    given: dict[str, Any],
+    classes: Iterable[type],
+    value_of: Callable[[str], Any],
+    usual: Callable[[str], Any],
+    why: Mapping[str, str],
+) -> None:
+    """Refuses a flag that changes nothing beside the others.
+
+    Args:
+        given: option -> value of the command line.
+        classes: the dataclasses of the options, whose `only_if` tells when each does something.
+        value_of: the value that a name of `only_if` has in this run.
+        usual: the value that an option would have without its flag; to give that is no mistake.
+        why: a name of `only_if` that is no option -> what it means that it does not hold.
+
+    Raises:
+        UserError: naming the flag and those beside which it does nothing.
+    """
+    for f in (f for cls in classes for f in dataclasses.fields(cls) if f.name in given):
+        names = obstacles(f, value_of)
+        if not names or given[f.name] == usual(f.name):
+            continue
+        flag = f"{flag_of(f.name, given[f.name])} does nothing"
+        if names[0] in why:
+            raise UserError(f"{flag} here: {why[names[0]]}. Leave it out.")
+        shown = " and ".join(as_flags({name: value_of(name)}).strip() for name in names)
+        raise UserError(f"{flag} with {shown}. Leave one of them out.")
 
 
 def harmless_names(classes: Iterable[type]) -> set[str]:
@@ -174,7 +271,7 @@ def refuse_differences(given: dict[str, Any], saved: dict[str, Any], harmless: s
     """Raises UserError listing each option given now that differs from the run's and could change its result."""
     differ = [name for name, value in given.items() if name not in harmless and value != saved.get(name)]
     if differ:
-        lines = [f"  --{name.replace('_', '-')}: {saved.get(name)} before, {given[name]} now" for name in differ]
+        lines = [f"  {flag_of(name)}: {saved.get(name)} before, {given[name]} now" for name in differ]
         raise UserError(
             f"the run {folder} was started with other options. Resume it without these, or start another run with "
             "--fresh or --name:\n" + "\n".join(lines)

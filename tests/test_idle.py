@@ -1,0 +1,186 @@
+"""Every option of every method, beside every other that may switch it off: it changes what is learned or predicted, or
+it is refused, and then it does nothing. The cases come from the dataclasses: a new option without one fails."""
+
+import dataclasses
+import functools
+import itertools
+import math
+import shlex
+from typing import Any
+
+import pytest
+import torch
+from test_flags import OWN, SHARED
+from test_methods import make_batch, with_sdm
+
+import train_dtml
+from methods import METHODS
+from utils.errors import UserError
+from utils.options import as_flags, default_of, fill, flag_of
+
+SMALL = {"filters": 2, "query_channels": 16, "groups": [3, 2], "levels": [8, 4]}
+ITERATIONS, LOOKED_AT = 7, (1, 4)
+
+
+@functools.cache
+def outcome(method: str, flags: str) -> dict[str, bytes]:
+    """Name -> bytes of what a tiny run with these flags learns and then predicts; of a critic no weight counts, as no
+    output comes from it, and a teacher only by its predictions."""
+    kind = METHODS[method]
+    torch.manual_seed(0)
+    trained = kind(fill(kind.Options, SMALL, parsed(method, flags)), iterations=ITERATIONS).train()
+    batch = with_sdm(make_batch())
+    batch |= {"other_image": batch["image"].flip(2), "other_label": batch["label"].flip(1)}
+    optimizer = torch.optim.SGD([p for p in trained.parameters() if p.requires_grad], lr=0.1)
+    for iteration in LOOKED_AT:
+        torch.manual_seed(iteration)
+        optimizer.zero_grad()
+        trained(batch, iteration).total.backward()
+        optimizer.step()
+        trained.after_step(batch, iteration)
+    trained.eval()
+    with torch.no_grad():
+        found = {name: trained.predict(batch["image"], (name,)) for name in trained.outputs}
+    found |= {name: x for name, x in trained.state_dict().items() if not name.startswith(("adversary.", "teacher."))}
+    return {name: x.numpy().tobytes() for name, x in found.items()}
+
+
+def parsed(method: str, flags: str) -> dict[str, Any]:
+    """Option -> value of some flags."""
+    return train_dtml.flags_of(method).parse(shlex.split(flags))
+
+
+def switches(method: str) -> list[str]:
+    """The flags that may switch another option off: whatever an `only_if` names, at its other values, and every number
+    that can be 0, at 0."""
+    fields = dataclasses.fields(METHODS[method].Options)
+    named = {name for f in fields for condition in f.metadata["only_if"] for name in condition}
+    found = []
+    for f in fields:
+        about, default = f.metadata, default_of(f)
+        values = [0.0] if about["minimum"] == 0 else []
+        if f.name in named:
+            values += about["choices"] or []
+            values += [not default] if isinstance(default, bool) else []
+            values += [about["maximum"]] if isinstance(default, float) and about["maximum"] < math.inf else []
+        found += [as_flags({f.name: value}).strip() for value in values if value != default]
+    return found
+
+
+def refusal(method: str, flags: str) -> str:
+    """What a command line is refused with; '' if it is not."""
+    try:
+        train_dtml.settle(parsed(method, flags), METHODS[method])
+    except UserError as e:
+        return str(e)
+    return ""
+
+
+TOGETHER = [  # several that switch an option off together, or leave it one thing to do
+    ("dtml", "--sdm-loss dis --consistency map", "k_start"),
+    ("dtml", "--sdm-loss dis --lambda-max 0", "k_start"),
+    ("dtml", "--sdm-loss dis --lambda-max 0 --mix 1", "k_start"),
+    ("dtml", "--lambda-max 0 --mix 1", "ramp"),
+    ("dtml", "--lambda-max 0 --mix 1", "consistency"),
+    *(("asdnet", f"--lambda-adv 0 --attention none {off}", name)
+      for off in ("--lambda-semi 0", "--semi-start 1", "--threshold 1", "--semi-start 0 --threshold 0.46")
+      for name in ("critic_lr", "critic_image")),
+    ("double-unc", "--learnable --gamma 0", "feature_blocks"),
+    ("dk-uxnet", "--contrast mse --lambda-max 1", "temperature"),
+]  # fmt: skip
+
+
+def cases() -> list[tuple[str, str, str]]:
+    """Method, a switch, and the name of another option that it may switch off."""
+    return [
+        (method, switch, name)
+        for method, own in OWN.items()
+        for switch, name in itertools.product(switches(method), own)
+        if name not in {"classes", "backbone", "filters", *parsed(method, switch)}
+    ] + TOGETHER
+
+
+@pytest.mark.parametrize(("method", "switch", "name"), cases())
+def test_option_acts_or_is_refused_and_idle(method, switch, name):
+    """Of its flags in OWN one must act if one is not refused; a flag that is refused must have done nothing."""
+    acts = []
+    for changed, beside in OWN[method][name]:
+        beside = f"{switch} {beside}"
+        if parsed(method, switch).keys() & parsed(method, f"{changed} {beside[len(switch) :]}").keys():
+            continue
+        if refusal(method, beside):
+            continue
+        text = refusal(method, f"{beside} {changed}")
+        if not text:
+            try:
+                acts.append(outcome(method, beside) != outcome(method, f"{beside} {changed}"))
+            except UserError:  # the method refuses the two by itself
+                continue
+            if acts[-1]:
+                return
+            continue
+        assert " does nothing with " in text
+        everything = parsed(method, f"{beside} {changed}")
+        (idle,) = (n for n, value in everything.items() if text.startswith(f"{flag_of(n, value)} does nothing "))
+        without = as_flags({n: value for n, value in everything.items() if n != idle})
+        assert outcome(method, " ".join(without.split())) == outcome(method, f"{beside} {changed}"), text
+    assert acts == [] or any(acts), f"--{name} does nothing with {switch} and is not refused"
+
+
+def conditions() -> list[tuple[str, dataclasses.Field]]:
+    """Method and option of each option that has conditions; those of the script once, for the first method."""
+    classes = [(method, kind.Options) for method, kind in METHODS.items()]
+    return [
+        (method, f)
+        for method, cls in [("dtml", train_dtml.Options), *classes]
+        for f in dataclasses.fields(cls)
+        if f.metadata["only_if"]
+    ]
+
+
+@pytest.mark.parametrize(("method", "f"), conditions(), ids=lambda x: getattr(x, "name", x))
+def test_conditions_name_options_or_what_a_method_says(method, f):
+    kind = METHODS[method]
+    o, method_options = train_dtml.combine({"data": "set", "method": method}, kind)
+    for name in {name for condition in f.metadata["only_if"] for name in condition}:
+        train_dtml.values_of(o, method_options, kind)(name)
+        assert name in train_dtml.WHY or hasattr(o, name) or hasattr(method_options, name)
+
+
+OFF = {  # option of the script: flags that switch it off, and its own
+    "unlabeled": ("--method supervised", "--unlabeled 2"),
+    "sdm_of": ("--method ua-mt", "--sdm-of scan"),
+    "lr_steps": ("--lr-schedule cosine", "--lr-steps 2"),
+    "lr_gamma": ("--lr-steps", "--lr-gamma 0.5"),
+    "momentum": ("--optimizer adamw", "--momentum 0.5"),
+}
+
+
+def test_every_condition_of_the_script_is_tested():
+    harmful = {
+        f.name for f in dataclasses.fields(train_dtml.Options) if f.metadata["only_if"] and not f.metadata["harmless"]
+    }
+    assert harmful == set(OFF) <= set(SHARED)
+
+
+HARMLESS_WITH = {  # option that changes no result: with which it would not even do what it is there for
+    **dict.fromkeys(
+        ["data", "cache", "workers", "recompute", "runs", "name", "resume", "fresh", "save_every", "log_every",
+         "picture_every"], "--from-diagnostic x.pt",
+    ),
+    "cache_folder": "--cache ram",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(train_dtml.Options) if f.metadata["only_if"]])
+def test_option_of_the_script_is_refused_where_it_does_nothing(name):
+    f = next(f for f in dataclasses.fields(train_dtml.Options) if f.name == name)
+    if name in OFF:
+        off, own = OFF[name]
+    else:
+        default = default_of(f)
+        other = {bool: True, int: 7, str: (f.metadata["choices"] or ["", "elsewhere"])[1]}[type(default)]
+        off, own = HARMLESS_WITH[name], as_flags({name: other})
+    method = off.split()[-1] if "--method" in off else "dtml"
+    assert not refusal(method, off)
+    assert f"{own.split()[0]} does nothing" in refusal(method, f"{off} {own}")
