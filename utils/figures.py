@@ -6,13 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 from PIL import Image
 
+from utils.drawing import Axes, Figure, FigureCanvasAgg, withStroke
 from utils.masks import box_of
 from utils.slices import COLOURS, LABEL, fixed_slice
 from utils.surfaces import Camera, camera_around, render, surface

@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from dataloaders.cases import MOST_CLASSES, Case, CaseError, case_file, lists_of, read_case, read_geometry
 from dataloaders.normalization import normalized
 from methods import restore
 from utils.checkpoint import load_checkpoint, write_whole
+from utils.drawing import Figure
 from utils.errors import UserError, run
 from utils.figures import (
     ComparedCase,

@@ -18,10 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from scipy import stats
 
+from utils.drawing import Figure, FigureCanvasAgg
 from utils.errors import UserError, run
 from utils.metrics import COMPONENTS, METRICS
 from utils.options import Parser, fill, option
@@ -189,6 +188,8 @@ def main(argv: list[str] | None = None) -> None:
     reference, *rows = (read_mean(name, o.metric, o.component) for name in names)
     found = [compare(reference, row) for row in rows]
     titles = [f"{name} ({len(runs_of(name))} runs)" if "*" in name else name for name in names]
+    if o.picture:
+        scatter(reference, dict(zip(titles[1:], rows, strict=True)), titles[0], Path(o.picture))
     print(f"{o.metric}, component {o.component}; reference {titles[0]}\n")
     print(
         "| row | n (left out) | mean | reference | difference | 95 % interval | t-test p | Wilcoxon p | Holm | higher |"
@@ -199,7 +200,6 @@ def main(argv: list[str] | None = None) -> None:
         tests = f"{c.t_p:.3g} | {c.w_p:.3g} | {corrected:.3g} | {c.higher} of {c.n}"
         print(f"| {title} | {c.n} ({c.left_out}) | {numbers} | {tests} |")
     if o.picture:
-        scatter(reference, dict(zip(titles[1:], rows, strict=True)), titles[0], Path(o.picture))
         print(f"picture: {o.picture}", file=sys.stderr)
 
 

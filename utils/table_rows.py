@@ -123,8 +123,8 @@ def run_lines(record: Path) -> str:
     A run that was resumed elsewhere or in another way names each. A count behind a distance is that of the scans that
     have one, where some predictions are empty.
     """
-    manifest = json.loads((record / MANIFEST).read_text())
-    with open(record / "cases.csv", newline="") as f:
+    manifest = json.loads((record / MANIFEST).read_text(encoding="utf-8"))
+    with open(record / "cases.csv", newline="", encoding="utf-8") as f:
         outputs = dict.fromkeys(line["output"] for line in csv.DictReader(f))
     parts = [manifest, *manifest.get("resumed", [])]
     device, threads, commit = (
@@ -153,6 +153,6 @@ def phantom_line(row: Row, records: Records, length: int | str) -> str:
     if not records:
         return f"| {row.label} | not yet run | | | | {length} |"
     cells = [figures(row, component, records)[0][0] for component in COMPONENTS]
-    manifests = [json.loads((path / MANIFEST).read_text()) for path in records.values()]
+    manifests = [json.loads((path / MANIFEST).read_text(encoding="utf-8")) for path in records.values()]
     cells += [with_sd(m.get(name, math.nan) for m in manifests) for name in ("iterations_per_s", "peak_memory_gib")]
     return f"| {row.label} | {' | '.join(cells)} | {length} |"

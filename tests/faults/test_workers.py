@@ -56,7 +56,9 @@ def hang_at(step, monkeypatch, started=None):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("step", [0, 3])
-def test_17_a_signal_while_no_batch_comes_saves_and_leaves(step, number, code, data, whole, tmp_path, monkeypatch, capsys):
+def test_17_a_signal_while_no_batch_comes_saves_and_leaves(
+    step, number, code, data, whole, tmp_path, monkeypatch, capsys
+):
     others, folder, hangs = set(active_children()), tmp_path / "run", tmp_path / "hangs"
     with monkeypatch.context() as patched:
         hang_at(step, patched, hangs)
