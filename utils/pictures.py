@@ -13,6 +13,7 @@ the right, y down.
 
 import csv
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -196,8 +197,14 @@ def name_of(folder: Path) -> str:
 
 def curves(paths: Sequence[str], o: Options) -> Figure:
     """What scalars.csv of each run holds."""
+    if o.titles and len(o.titles) != len(paths):
+        raise UserError(f"--titles must give {len(paths)} names, one for each run.")
+    names = o.titles or [Path(os.path.abspath(where)).name for where in paths]
+    names = [name if names.count(name) == 1 else where for name, where in zip(names, paths, strict=True)]
+    if len(set(names)) < len(names):
+        raise UserError("curves are drawn of different runs. Give each once, or --titles.")
     runs = {}
-    for i, where in enumerate(paths):
+    for name, where in zip(names, paths, strict=True):
         path = Path(where) / SCALARS
         try:
             with open(path, newline="", encoding="utf-8") as f:
@@ -205,7 +212,6 @@ def curves(paths: Sequence[str], o: Options) -> Figure:
             values = np.array(rows, float)
         except (OSError, ValueError) as e:
             raise UserError(f"cannot read {path}: {e}. Give run folders of train_dtml.py.") from e
-        name = o.titles[i] if len(o.titles) == len(paths) else Path(where).name
         runs[name] = dict(zip(header, values.T, strict=True))
     known = {tag for scalars in runs.values() for tag in scalars}
     return draw_curves(runs, [(title, tags) for title, tags in PANELS if known & set(tags)])
