@@ -341,7 +341,7 @@ def test_a_run_s_event_file_holds_the_mesh_of_every_picture(tmp_path):
             found[kind.content_type] = [(e.step, e.tensor_proto) for e in events.Tensors(tag)]
     kinds = plugin_data_pb2.MeshPluginData
     assert set(found) == {kinds.VERTEX, kinds.FACE, kinds.COLOR}
-    assert all([step for step, _ in one] == [2, 4] for one in found.values())
+    assert all([step for step, _ in one] == [1, 3] for one in found.values())
     from tensorboard.util.tensor_util import make_ndarray
 
     vertices, faces, colours = (make_ndarray(found[kind][-1][1])[0] for kind in (kinds.VERTEX, kinds.FACE, kinds.COLOR))
