@@ -14,6 +14,7 @@ and its segmentation is NIfTI). The last table on stdout tells each class's volu
 
 import dataclasses
 import math
+import re
 import sys
 import time
 from collections import Counter
@@ -304,6 +305,12 @@ def results_of(path: Path, out: Path, probabilities: str, classes: int) -> list[
     return [out / file for file in (name + ending, *more)]
 
 
+def stale_results(path: Path, out: Path) -> list[Path]:
+    """Probabilities that an earlier prediction of this scan left, of other classes or not asked for now."""
+    name = re.compile(rf"{re.escape(scan_name(path))}_probability(_\d+)?{re.escape(WRITTEN_AS[ending_of(path)])}")
+    return [file for file in out.iterdir() if name.fullmatch(file.name)]
+
+
 def refuse_scans(scans: list[Path], o: Options, classes: int) -> None:
     """Raises UserError for scans that are not there or have one name, and for results that are there."""
     missing = [str(path) for path in scans if not path.is_file()]
@@ -367,6 +374,9 @@ def main(argv: list[str] | None = None) -> None:
 
     rows: list[dict[str, Any]] = []
     refused: list[str] = []
+    written: set[Path] = set()
+    if o.report:
+        Path(o.report).unlink(missing_ok=True)
     for path in scans:
         began = time.monotonic()
         try:
@@ -376,8 +386,13 @@ def main(argv: list[str] | None = None) -> None:
             continue
         label, geometry = found["label"], found["geometry"]
         volumes = [label, *(() if found["probability"] is None else found["probability"])]
-        for file, volume in zip(results_of(path, Path(o.out), o.probabilities, model.classes), volumes, strict=True):
+        files = results_of(path, Path(o.out), o.probabilities, model.classes)
+        for file, volume in zip(files, volumes, strict=True):
             write_image(file, volume, geometry, like=path)
+        written |= set(files)
+        for file in stale_results(path, Path(o.out)) if o.overwrite else []:
+            if file not in written:
+                file.unlink()
         counts = np.bincount(label.ravel(), minlength=model.classes + 1)
         for number in range(1, model.classes + 1):
             voxels = int(counts[number])
@@ -385,11 +400,11 @@ def main(argv: list[str] | None = None) -> None:
             rows.append({"scan": scan_name(path), "class": number, "voxels": voxels, "ml": ml})
         print(f"{path}: {time.monotonic() - began:.1f} s", file=sys.stderr)
 
-    if rows:
-        print(table(rows))
     if rows and o.report:
         Path(o.report).parent.mkdir(parents=True, exist_ok=True)
         write_whole(Path(o.report), as_csv(rows).encode())
+    if rows:
+        print(table(rows))
     if refused:
         listing = "\n".join(f"  {line}" for line in refused)
         raise UserError(

@@ -187,7 +187,7 @@ def select(o: Options) -> tuple[list[Run], Tables]:
 # what is there
 def other_options(this: Run, manifest: Path) -> list[str]:
     """Where recorded options differ, in what can change the result, from what the row asks for today."""
-    options = renamed(json.loads(manifest.read_text())["options"])
+    options = renamed(json.loads(manifest.read_text(encoding="utf-8"))["options"])
     asked: tuple[Any, ...] = read_options(this.settings)[:2]
     fields = [(part, f) for part in asked for f in dataclasses.fields(part) if not f.metadata["harmless"]]
     fields = [(part, f) for part, f in fields if f.name != "preset"]  # its name may change; what it sets is compared
@@ -203,8 +203,8 @@ def other_options(this: Run, manifest: Path) -> list[str]:
 def unfit(this: Run, record: Path) -> list[str]:
     """Why a record does not count: other options, not the last iteration, an output that is not there."""
     problems = other_options(this, record / MANIFEST)
-    trained = json.loads((record / MANIFEST).read_text())["options"]
-    found, last = json.loads((record / TEST).read_text()), trained["iterations"]
+    trained = json.loads((record / MANIFEST).read_text(encoding="utf-8"))["options"]
+    found, last = json.loads((record / TEST).read_text(encoding="utf-8")), trained["iterations"]
     problems += [f"tested at iteration {found['iteration']} of {last}"] if found["iteration"] != last else []
     windows = {
         "patch_size": trained["patch_size"], "stride": usual_stride(trained["patch_size"], trained["downsample"])
@@ -247,7 +247,7 @@ def print_list(runs: list[Run], tables: Tables) -> None:
 def length_of(method: str) -> int | str:
     """Lines of a method's file that are not blank."""
     source = inspect.getsourcefile(METHODS[method]) if method in METHODS else None
-    return sum(bool(line.strip()) for line in Path(source).read_text().splitlines()) if source else ""
+    return sum(bool(line.strip()) for line in Path(source).read_text(encoding="utf-8").splitlines()) if source else ""
 
 
 def print_tables(o: Options, runs: list[Run], tables: Tables) -> None:
@@ -261,7 +261,7 @@ def print_tables(o: Options, runs: list[Run], tables: Tables) -> None:
             done.setdefault(this.key, {})[this.seed] = this.record
             if this.key not in TESTS:
                 scans[this.record] = len(read_row(f"{this.record}:{this.outputs[0]}", "dice", "all"))
-            manifest = json.loads((this.record / MANIFEST).read_text())
+            manifest = json.loads((this.record / MANIFEST).read_text(encoding="utf-8"))
             devices.add(f"{manifest.get('device')}, threads: {manifest.get('threads')}")
         elif this.record.exists():
             print(f"warning: {this.record} is left out; {word}", file=sys.stderr)
@@ -361,7 +361,7 @@ def make(this: Run, stop: StopSignal, deadline: float = math.inf) -> str:
     """Trains, tests and records one run, from where it is; returns what went wrong, or nothing."""
     try:
         this.folder.parent.mkdir(parents=True, exist_ok=True)
-        with open(this.folder.with_name(f".{this.folder.name}.lock"), "w") as lock:
+        with open(this.folder.with_name(f".{this.folder.name}.lock"), "w", encoding="utf-8") as lock:
             try:  # held until we and the script are gone, should we be killed and the script not
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:

@@ -58,6 +58,7 @@ from utils.metrics import (
     with_penalties,
 )
 from utils.options import Parser, fill, option
+from utils.predictions import new_test, replace_test
 from utils.resample import downsample_image, upsample_probability
 from utils.run_folder import digest, make_manifest, write_json
 from utils.sliding_window import (
@@ -307,7 +308,12 @@ def main(argv: list[str] | None = None) -> None:
                 print(f"{found[0]['case']}  " + "  ".join(f"{k} {v:.4f}" for k, v in best.items()), file=sys.stderr)
 
     mine = cases[RANK::RANKS]
-    with process_group(device), ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(o.workers) as scorers:
+    with (
+        process_group(device),
+        new_test(out) as new,
+        ThreadPoolExecutor(1) as reader,
+        ThreadPoolExecutor(o.workers) as scorers,
+    ):
         upcoming = reader.submit(read_case, mine[0]) if mine else None
         for i, case in enumerate(tqdm(mine, unit="scan", disable=RANK > 0 or not sys.stderr.isatty())):
             assert upcoming is not None
@@ -319,7 +325,7 @@ def main(argv: list[str] | None = None) -> None:
                 patch_size=patch_size, stride=stride, weighting=o.weighting, batch_size=o.batch_size, flips=o.flips,
             )  # fmt: skip
             maps = {name: label_map(part).cpu().numpy() for name, part in zip(outputs, p.split(classes), strict=True)}
-            waiting.append(scorers.submit(score_scan, case, maps, label, out / "predictions", o.save))
+            waiting.append(scorers.submit(score_scan, case, maps, label, new / "predictions", o.save))
             collect(2 * o.workers)
         collect(0)
         rows = in_turn(rows, len(COMPONENTS) * len(outputs) * (classes + (classes > 1)))
@@ -327,10 +333,10 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     # results
-    out.mkdir(parents=True, exist_ok=True)
+    new.mkdir(parents=True, exist_ok=True)
     means = f"{CAPTION}\n{table(rows)}"
-    write_whole(out / "cases.csv", as_csv(rows).encode())
-    write_whole(out / "table.md", means.encode())
+    write_whole(new / "cases.csv", as_csv(rows).encode())
+    write_whole(new / "table.md", means.encode())
     settings = {"patch_size": patch_size, "stride": stride, "windows": count, "weighting": o.weighting,
                 "flips": o.flips, "precision": o.precision, "scans": o.scans}  # fmt: skip
     more = {"checkpoint": str(path), "iteration": state["iteration"], "downsample": downsample,
@@ -339,7 +345,9 @@ def main(argv: list[str] | None = None) -> None:
         more["class_names"] = names
     if o.method:
         more |= {"method": o.method, "released": state["released"]}
-    write_json(out / "test.json", make_manifest(device, **settings, **more))
+    write_json(new / "test.json", make_manifest(device, **settings, **more))
+    replace_test(out)
+    report = write_report(out, str(folder)) if o.report else None
     size, step = ("x".join(map(str, v)) for v in (patch_size, stride))
     print(f"{folder}: {len(cases)} {o.scans} scans, {count} windows of {size}, stride {step}.\n")
     print(means)
@@ -348,8 +356,8 @@ def main(argv: list[str] | None = None) -> None:
     if all(math.isnan(row["asd_mm"]) for row in rows) and not all(math.isnan(row["asd"]) for row in rows):
         print(f"No distance in mm: the files of {folder} do not tell their spacing.\n")
     print(f"per case: {out / 'cases.csv'}", file=sys.stderr)
-    if o.report:
-        print(f"report: {write_report(out, str(folder))}", file=sys.stderr)
+    if report:
+        print(f"report: {report}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -476,9 +476,9 @@ def main(argv: list[str] | None = None) -> None:
         began = time.monotonic() - seconds
 
         # the loop
-        clock, watch = Clock(device), Watch(optimizer, device)
+        clock, watch, done, number = Clock(device), Watch(optimizer, device), start, 0
         method.train()
-        for iteration, batch in enumerate(make_loader(patches, sampler, workers=o.workers), start):
+        for iteration, batch in enumerate(make_loader(patches, sampler, workers=o.workers, stop=stop), start):
             batch = {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
             seed_iteration(o.seed, iteration, RANK)
             for group in optimizer.param_groups:
@@ -509,10 +509,18 @@ def main(argv: list[str] | None = None) -> None:
             if report and (number or saving):
                 save_checkpoint(folder, contents(done))
                 clock.lap("saving")
-            if number and done < o.iterations:
+            if number:
+                break
+        if done < o.iterations:
+            after = f"{done} of {o.iterations} iterations"
+            if number:
                 wait_for_rank_0()  # it is still saving, and torchrun ends all when one leaves
-                after = f"{done} of {o.iterations} iterations"
-                raise Stopped(number, f"saved {folder} after {after}; go on with --resume {folder}")
+            elif RANKS > 1:  # told while it waited for a batch, and the others wait for its gradients
+                raise Stopped(stop.number, f"no batch came after {after}; {folder} is as it was last saved")
+            else:
+                watch.settle()
+                save_checkpoint(folder, contents(done))
+            raise Stopped(number or stop.number, f"saved {folder} after {after}; go on with --resume {folder}")
 
         # last word
         if report:

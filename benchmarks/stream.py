@@ -93,8 +93,8 @@ def make(o: Options) -> dict[str, float]:
             write(path, {"image": image, "label": label}, LAYOUT)
         else:
             os.link(folder / f"{names[i % o.distinct]}.h5", path)
-    (folder / "train.list").write_text("\n".join(names[:-1]))
-    (folder / "test.list").write_text(names[-1])
+    (folder / "train.list").write_text("\n".join(names[:-1]), encoding="utf-8")
+    (folder / "test.list").write_text(names[-1], encoding="utf-8")
     return {"bytes": sum((folder / f"{name}.h5").stat().st_size for name in names[: o.distinct])}
 
 

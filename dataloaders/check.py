@@ -279,11 +279,15 @@ def _each(cases: Sequence[Case], o: Options) -> Iterator[Look]:
 
 @contextmanager
 def _mapped(workers: int) -> Iterator[Callable[..., Iterator[Look]]]:
-    """map, in several processes if there are to be some."""
-    if workers < 2:
+    """map, in several processes if there are to be some, and if this place lets them have semaphores."""
+    try:
+        pool = ProcessPoolExecutor(workers) if workers > 1 else None
+    except (OSError, NotImplementedError):
+        pool = None
+    if pool is None:
         yield map
         return
-    with ProcessPoolExecutor(workers) as pool:
+    with pool:
         yield pool.map
 
 

@@ -63,7 +63,7 @@ class Checks:
         try:
             source = _source(case)
             self._sources[case.name] = source
-            entry = self._entries.get(case.name) or json.loads(self._path(case, "json").read_text())
+            entry = self._entries.get(case.name) or json.loads(self._path(case, "json").read_text(encoding="utf-8"))
             if entry["source"] != source or (case.labeled and not entry["both"]):
                 return None
             if case.labeled and entry.get("classes", 1) > case.classes:

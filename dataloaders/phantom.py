@@ -20,6 +20,8 @@ import numpy as np
 from scipy import ndimage
 from skimage import measure
 
+from utils.errors import run
+
 Shape = tuple[int, int, int]
 MOST_CLASSES = 3
 SPACING = (1.0, 1.0, 1.0)
@@ -172,7 +174,7 @@ def make_phantom_set(folder: Path, *, seed: int = 2021, train: int = 40, test: i
                 file.attrs["spacing"] = SPACING
                 file.attrs["direction"] = np.eye(3).ravel()
         for path, part in zip(lists, (names[:train], names[train:]), strict=True):
-            (partial / path.name).write_text("".join(f"{name}\n" for name in part))
+            (partial / path.name).write_text("".join(f"{name}\n" for name in part), encoding="utf-8")
         try:
             partial.rename(folder)
         except OSError:
@@ -220,7 +222,7 @@ def main() -> None:
     args = parser.parse_args()
     make_phantom_set(args.dest, seed=args.seed, train=args.train, test=args.test, classes=args.classes)
     cases = []
-    for name in (args.dest / "test.list").read_text().split():
+    for name in (args.dest / "test.list").read_text(encoding="utf-8").split():
         with h5py.File(args.dest / name / "mri_norm2.h5") as file:
             cases.append((file["image"][:], file["label"][:] == 1))
     print(f"threshold: Dice {threshold_dice(cases):.3f}")
@@ -228,4 +230,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

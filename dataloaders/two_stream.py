@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from dataloaders.augmentation import Draw, draw_augmentation, random_intensities, turn_and_flip
 from dataloaders.volumes import Volumes
 from dataloaders.watched import Noted, WatchedLoader
-from utils.errors import ignore_stop_signals
+from utils.errors import StopSignal, ignore_stop_signals
 from utils.sdm import signed_distance_map
 from utils.sliding_window import pad, padding
 
@@ -176,17 +176,20 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
-def make_loader(patches: Patches, sampler: TwoStreamBatchSampler, *, workers: int) -> DataLoader:
-    """Batches in the sampler's order, the same for any number of workers.
+def make_loader(
+    patches: Patches, sampler: TwoStreamBatchSampler, *, workers: int, stop: StopSignal | None = None
+) -> DataLoader:
+    """Batches in the sampler's order, the same for any number of workers; see WatchedLoader for `stop` and errors.
 
     The private generator matters: without it each iterator draws from the global torch generator.
     """
     workers = 0 if patches.volumes.on_device else workers
     return WatchedLoader(
         Noted(patches, workers),
+        workers=workers,
+        collate=collate,
+        stop=stop,
         batch_sampler=sampler,
-        collate_fn=collate,
-        num_workers=workers,
         generator=torch.Generator(),
         worker_init_fn=ignore_stop_signals,
     )

@@ -1,23 +1,47 @@
-"""Data workers that are watched: when one is killed, the error names the case it was at."""
+"""Data workers that are watched: what keeps a batch from coming is told, and nothing waits for it for ever."""
 
 import atexit
+import math
 import os
+import pickle
+import shutil
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from multiprocessing import RawArray, active_children
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
-from typing import Any
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from utils.distributed import RANKS
+from utils.errors import StopSignal, UserError
+
+SHARED_MEMORY = Path("/dev/shm")
+LOOK_EVERY = 1  # seconds between two looks at the stop signal and the workers while no batch comes
+WARN_AFTER, GIVE_UP_AFTER = 60, 600  # seconds without a batch
+PATIENCE = 10  # seconds that one of several processes, told to stop, waits on for the batch that the others need
 
 
 class Noted(Dataset[dict[str, Any]]):
-    """The patches of a TwoStream loader, each worker noting its process and the case it is at."""
+    """The patches of a TwoStream loader, each worker noting its process and the case it is at.
+
+    Raises:
+        UserError: no shared memory for the notes.
+    """
 
     def __init__(self, patches: Any, workers: int):
-        self.patches, self.notes = patches, RawArray("l", 2 * workers)
+        self.patches = patches
+        try:
+            self.notes = RawArray("l", 2 * workers) if workers else []
+        except OSError as e:
+            raise UserError(f"the data workers cannot be started ({e}). {advice(workers)}") from e
 
     def __getitem__(self, slot: Any) -> dict[str, Any]:
         worker = get_worker_info()
@@ -44,33 +68,135 @@ def end(workers: list[BaseProcess]) -> None:
         worker.join()
 
 
+class Unsent(NamedTuple):
+    """What a worker sends in place of a batch that it could not hand over."""
+
+    why: str
+    size: int
+    """Bytes of the batch."""
+
+
+class HandOver:
+    """Collates a batch; a worker also pickles it, which puts its tensors into shared memory.
+
+    torch leaves that to a thread of the worker, where an error is printed, the batch is gone, and all wait for ever.
+    """
+
+    def __init__(self, collate: Callable[[list[Any]], dict[str, Any]]):
+        self.collate = collate
+
+    def __call__(self, items: list[Any]) -> Any:
+        batch = self.collate(items)
+        if get_worker_info() is None:
+            return batch
+        try:
+            return bytes(ForkingPickler.dumps(batch))
+        except (OSError, RuntimeError) as e:
+            size = sum(x.nbytes for x in batch.values() if isinstance(x, torch.Tensor))
+            return Unsent(str(e), size)
+
+
+def room() -> str:
+    """How much shared memory there is, in words; nothing where the system does not tell."""
+    if not SHARED_MEMORY.is_dir():
+        return ""
+    total, _, free = shutil.disk_usage(SHARED_MEMORY)
+    return f"The shared memory {SHARED_MEMORY} has {total / 2**20:.1f} MiB, {free / 2**20:.1f} of them free. "
+
+
+def advice(workers: int) -> str:
+    """What to do where workers cannot hand over batches, of which each has one ready, makes one, and one is in use."""
+    return (
+        f"{room()}--workers {workers} keep up to {2 * workers + 1} batches there. Give it more (docker run --shm-size "
+        "2g), or go on with --resume auto --workers 0."
+    )
+
+
 class WatchedLoader(DataLoader):
-    """A DataLoader of `Noted` patches; a killed worker is named with its case, at the batch that is then missing."""
+    """A DataLoader of `Noted` patches that does not wait for ever.
+
+    While no batch comes it looks at `stop` and at the workers every second; a stop signal ends the batches early.
+
+    Raises:
+        UserError: the workers cannot be started, a batch does not fit the shared memory, or none came for ten minutes.
+        RuntimeError: a worker was killed; the text names its case.
+    """
+
+    def __init__(
+        self, patches: Noted, *, workers: int, collate: Callable[..., Any], stop: StopSignal | None, **more: Any
+    ):
+        super().__init__(
+            patches, num_workers=workers, collate_fn=HandOver(collate), timeout=LOOK_EVERY if workers else 0, **more
+        )
+        self.stop = stop
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         others = active_children()
-        batches = super().__iter__()
+        try:
+            batches = super().__iter__()
+        except OSError as e:
+            raise UserError(f"the data workers cannot be started ({e}). {advice(self.num_workers)}") from e
         workers = [child for child in active_children() if child not in others]
         atexit.register(end, workers)
         if self.num_workers and threading.current_thread() is threading.main_thread():
             # torch would raise the error wherever the program is just then, in the middle of a save too.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        since, told, warned = time.monotonic(), math.inf, False
         while True:
             try:
                 batch = next(batches)
+                batch = pickle.loads(batch) if isinstance(batch, bytes) else batch
             except StopIteration:
                 return
             except (RuntimeError, OSError, EOFError) as e:
-                # A killed worker's socket breaks first; then its sentinel is ready, and only then is is_alive() False.
-                ended = wait([worker.sentinel for worker in workers], timeout=1)
-                dead = [worker.pid for worker in workers if worker.sentinel in ended]
+                if not str(e).startswith("DataLoader timed out"):
+                    killed = self._killed(workers)
+                    if killed is None:
+                        raise
+                    raise killed from e
+                now = time.monotonic()
+                told = min(told, now) if self.stop is not None and self.stop.number else told
+                if now - told >= (0 if RANKS == 1 else PATIENCE):
+                    end(workers)
+                    return
+                if now - since >= (GIVE_UP_AFTER if warned else WARN_AFTER):
+                    self._warn_or_give_up(workers, warned)
+                    warned = True
+                continue
+            if isinstance(batch, Unsent):
                 end(workers)
-                if not dead:
-                    raise
-                at = self.dataset.cases_of(dead)  # type: ignore[attr-defined]
-                raise RuntimeError(
-                    f"the data worker {', '.join(map(str, dead))} was killed while it read "
-                    f"{', '.join(at) or 'its first case'}. The last checkpoint is intact: go on with --resume, with "
-                    "fewer --workers if the memory ran out."
-                ) from e
+                size = f"{batch.size / 2**20:.1f} MiB"
+                raise UserError(
+                    f"a data worker could not hand over its batch of {size} ({batch.why}). {advice(self.num_workers)}"
+                )
             yield batch
+            since, warned = time.monotonic(), False
+
+    def _killed(self, workers: list[BaseProcess]) -> Exception | None:
+        """Ends the workers; the error that tells of one that was killed before, if one was."""
+        # A killed worker's socket breaks first; then its sentinel is ready, and only then is is_alive() False.
+        ended = wait([worker.sentinel for worker in workers], timeout=1)
+        dead = [worker for worker in workers if worker.sentinel in ended]
+        end(workers)
+        if not dead:
+            return None
+        pids = ", ".join(str(worker.pid) for worker in dead)
+        what = f"the data worker {pids} was killed while it read {self._cases_of(dead) or 'its first case'}."
+        if -signal.SIGBUS in [worker.exitcode for worker in dead]:  # shared memory that is full, or a file cut short
+            return UserError(f"{what} {advice(self.num_workers)}")
+        return RuntimeError(
+            f"{what} The last checkpoint is intact: go on with --resume, with fewer --workers if the memory ran out."
+        )
+
+    def _warn_or_give_up(self, workers: list[BaseProcess], warned: bool) -> None:
+        """Tells that no batch comes, the second time as the error."""
+        at = self._cases_of(workers) or "no case yet"
+        seconds = GIVE_UP_AFTER if warned else WARN_AFTER
+        what = f"no batch came for {seconds} s, though the data workers live, which read {at}. {room()}"
+        if warned:
+            end(workers)
+            raise UserError(f"{what}The last checkpoint is intact: go on with --resume auto, or --workers 0 too.")
+        print(f"warning: {what}If the disk is not that slow, stop and go on with --workers 0.", file=sys.stderr)
+
+    def _cases_of(self, workers: list[BaseProcess]) -> str:
+        return ", ".join(self.dataset.cases_of([worker.pid for worker in workers]))  # type: ignore[attr-defined]

@@ -72,6 +72,13 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def no_card_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch reaches no GPU the tests run on the CPU on purpose, card or not."""
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
 def la_folder() -> Path | None:
     """The real LA volumes: $LA_DATA or data/la, if they are there."""
     folder = Path(os.environ.get("LA_DATA", ROOT / "data" / "la"))

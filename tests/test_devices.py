@@ -1,11 +1,18 @@
-"""The memory that a step frees serves the next one."""
+"""Which device is taken, and that the memory that a step frees serves the next one."""
 
 import ctypes
+import os
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, TINY
+
+import train_dtml
+from utils import devices, doctor
+from utils.devices import choose_device, nvidia_card
+from utils.errors import UserError
 
 PROGRAM = """
 import resource
@@ -35,3 +42,93 @@ def test_freed_memory_is_not_cleared_anew():
     done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, check=True)
     usual, kept = map(int, done.stdout.split())
     assert kept < 1000 < usual
+
+
+# -- a card that torch does not reach --
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """A machine of ours: `machine(lists=..., files=...)` sets what nvidia-smi does there and which files there are."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(devices, "CARDS", (str(tmp_path / "dev" / "nvidia[0-9]*"),))
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/bin{os.pathsep}/usr/bin")
+
+    def build(program="", files=()):
+        (tmp_path / "dev").mkdir(exist_ok=True)
+        for name in files:
+            (tmp_path / "dev" / name).touch()
+        if program:
+            (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{program}\n")
+            (tmp_path / "nvidia-smi").chmod(0o755)
+
+    return build
+
+
+CARD = "echo 'GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1)'"
+WITHOUT = {
+    "nothing": {},
+    "only the control device": {"files": ["nvidiactl", "nvidia-uvm"]},
+    "the program without a driver": {"program": "echo 'NVIDIA-SMI could not communicate'; exit 9"},
+    "a driver without a card": {"program": "echo 'No devices were found'"},
+}
+WITH = {
+    "a device": {"files": ["nvidia0", "nvidiactl"]},
+    "another device": {"files": ["nvidia3"]},
+    "nvidia-smi lists one": {"program": CARD},
+}
+
+
+@pytest.mark.parametrize("kind", WITHOUT)
+def test_without_a_card_the_cpu_is_taken(kind, machine):
+    machine(**WITHOUT[kind])
+    assert nvidia_card() == "" and choose_device("auto") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("built_for", [None, "13.0"])
+@pytest.mark.parametrize("kind", WITH)
+def test_a_card_that_torch_does_not_reach_is_not_passed_over(kind, built_for, machine, monkeypatch, tiny_set, tmp_path):
+    machine(**WITH[kind])
+
+    def init():
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nMore.")
+
+    monkeypatch.setattr(torch.version, "cuda", built_for)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    why = "built without CUDA" if built_for is None else r"system is too old \(found version 11040\)\. Look"
+    with pytest.raises(UserError, match=rf"NVIDIA card \(.*nvidia.*{why}.*--device cpu"):
+        train_dtml.main(["--data", str(tiny_set), *TINY, "--runs", str(tmp_path / "runs")])
+    assert not (tmp_path / "runs").exists()
+    assert choose_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("value", ["", " ", "-1", "NoDevFiles"])
+def test_a_card_that_is_hidden_on_purpose_is_left_alone(value, machine, monkeypatch):
+    machine(files=["nvidia0"], program=CARD)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+    assert choose_device("auto") == torch.device("cpu")
+
+
+def test_a_card_that_is_not_among_those_asked_for_is_told(machine, monkeypatch):
+    machine(files=["nvidia0"])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    with pytest.raises(UserError, match=r"it counts no device. CUDA_VISIBLE_DEVICES is 7."):
+        choose_device("auto")
+
+
+def test_the_doctor_tells_of_it_too(machine, capsys):
+    machine(files=["nvidia0"])
+    doctor.main([])
+    assert "nvidia0, but torch does not reach it: " in capsys.readouterr().out
+
+
+def test_a_driver_that_hangs_counts_as_a_card(machine, monkeypatch):
+    machine(program="exec sleep 60")
+    run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda *words, **more: run(*words, **{**more, "timeout": 0.5}))
+    with pytest.raises(UserError, match=r"nvidia-smi does not answer\), but torch"):
+        choose_device("auto")

@@ -16,7 +16,7 @@ import test_la
 import train_dtml
 from utils import pictures
 from utils.errors import UserError
-from utils.figures import ComparedCase, around, as_png, draw_comparison
+from utils.figures import ComparedCase, around, as_png, draw_comparison, draw_curves
 from utils.slices import COLOURS, LABEL, prediction_mesh
 from utils.surfaces import Camera, Surface, camera_around, render, surface
 
@@ -198,6 +198,54 @@ def test_differences_are_each_scan_s_and_their_mean(tmp_path):
     assert axes.get_xlabel().endswith("(none: too few scans)")
 
 
+def test_a_curve_has_one_colour_in_every_run_and_no_other_has_it(tmp_path):
+    """Runs of methods that log different terms, so that the first that one draws is not the first of another."""
+    logged = {
+        "both": ["loss/seg", "loss/mask", "loss/consistency", "lambda", "dice/train_seg", "dice/train_sdm",
+                 "live_gradient/sdm"],
+        "m_d": ["loss/mask", "dice/train_sdm", "live_gradient/sdm"],
+        "m_s": ["loss/seg", "dice/train_seg"],
+        "dtc": ["loss/seg", "loss/consistency", "lambda", "dice/train_seg", "live_share/sdm"],
+        "again/m_d": ["loss/consistency", "loss/mask"],
+    }  # fmt: skip
+    values = {}
+    for i, (name, tags) in enumerate(logged.items()):
+        (tmp_path / name).mkdir(parents=True)
+        table = [[10 * k + 9, *(100 * i + 10 * k + j for j in range(len(tags)))] for k in range(4)]
+        lines = [",".join(["iteration", *tags]), *(",".join(map(str, row)) for row in table)]
+        (tmp_path / name / "scalars.csv").write_text("\n".join(lines) + "\n")
+        values[i] = {tag: [row[1 + j] for row in table] for j, tag in enumerate(tags)}
+    paths = [str(tmp_path / name) for name in logged]
+    figure = pictures.curves(paths, pictures.Options())
+    titles = [axes.get_title().replace("\n", "") for axes in figure.axes[:5]]
+    assert titles == ["both", paths[1], "m_s", "dtc", paths[4]]  # a column for each, though two have one name
+    colours = {}
+    for i, axes in enumerate(figure.axes):
+        for line in axes.lines:
+            if not line.get_label().startswith("_"):
+                tag = line.get_label()
+                assert list(line.get_ydata()) == values[i % 5].pop(tag) and list(line.get_xdata()) == [9, 19, 29, 39]
+                colours.setdefault(tag, set()).add(line.get_color())
+    assert not any(values.values())  # every curve was drawn, in its own column
+    assert all(len(found) == 1 for found in colours.values())
+    colour = {tag: found.pop() for tag, found in colours.items()}
+    for panel in (["loss/seg", "loss/mask", "loss/consistency"], ["dice/train_seg", "dice/train_sdm"],
+                  ["live_gradient/sdm", "live_share/sdm"]):  # fmt: skip
+        assert len({colour[tag] for tag in panel}) == len(panel)
+    assert colour["loss/seg"] == colour["dice/train_seg"] and colour["loss/mask"] == colour["dice/train_sdm"]
+    for axes in figure.axes[4::5]:
+        key = axes.get_legend()
+        for text, line in zip(key.get_texts(), key.get_lines(), strict=True):
+            assert line.get_color() == colour[text.get_text()]
+
+
+def test_more_curves_than_colours_are_all_drawn():
+    tags = [f"loss/{i}" for i in range(9)]
+    figure = draw_curves({"run": {"iteration": np.arange(3), **{tag: np.arange(3) for tag in tags}}}, [("loss", tags)])
+    lines = [line for line in figure.axes[0].lines if line.get_label() in tags]
+    assert len(lines) == 9 and len({line.get_color() for line in lines}) == 7
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -210,6 +258,8 @@ def test_differences_are_each_scan_s_and_their_mean(tmp_path):
         (["figure2", "{runs}/dtml", "--slice", "18"], "slices 0 to 17"),
         (["figure3", "{runs}/dtml", "--titles", "a", "b"], "--titles must give 1"),
         (["curves", "{runs}/set"], "Give run folders"),
+        (["curves", "{runs}/dtml", "--titles", "a", "b"], "--titles must give 1"),
+        (["curves", "{runs}/dtml", "{runs}/dtml"], "Give each once"),
         (["differences", "{runs}/dtml/test"], "two runs or more"),
         (["differences", "{runs}/dtml/test", "{runs}/supervised/test", "--titles", "one"], "--titles must give 2"),
         (["differences", "{runs}/dtml/test", "{runs}/dtc/test"], "cannot read"),
@@ -299,7 +349,7 @@ def test_a_run_s_event_file_holds_the_mesh_of_every_picture(tmp_path):
             found[kind.content_type] = [(e.step, e.tensor_proto) for e in events.Tensors(tag)]
     kinds = plugin_data_pb2.MeshPluginData
     assert set(found) == {kinds.VERTEX, kinds.FACE, kinds.COLOR}
-    assert all([step for step, _ in one] == [2, 4] for one in found.values())
+    assert all([step for step, _ in one] == [1, 3] for one in found.values())
     from tensorboard.util.tensor_util import make_ndarray
 
     vertices, faces, colours = (make_ndarray(found[kind][-1][1])[0] for kind in (kinds.VERTEX, kinds.FACE, kinds.COLOR))

@@ -334,6 +334,19 @@ def test_results_that_are_there_are_left_unless_told_otherwise(world, tmp_path):
     assert (out / "patient0.nii.gz").read_bytes() == kept
 
 
+def test_overwritten_results_leave_none_of_an_earlier_prediction(world, tmp_path):
+    run, out, report = world / "runs" / "dtml", tmp_path / "out", tmp_path / "volumes.csv"
+    predicted(run, [scan(world)], out, "--probabilities", "uint8", "--report", str(report))
+    for name in ("patient0_probability_2.nii.gz", "patient00_probability.nii.gz", "patient0_probability.nrrd"):
+        (out / name).write_bytes(b"")
+    predicted(run, [scan(world)], out, "--overwrite")
+    assert sorted(os.listdir(out)) == ["patient0.nii.gz", "patient00_probability.nii.gz", "patient0_probability.nrrd"]
+    flat = write(tmp_path / "flat.nii.gz", np.ones((9, 9, 9)))
+    with pytest.raises(UserError, match="1 of 1 scans were not predicted"):
+        predicted(run, [flat], out, "--overwrite", "--report", str(report))
+    assert not report.exists()
+
+
 def test_bad_scans_are_named_and_the_others_predicted(world, tmp_path):
     shutil.copy(scan(world), tmp_path / "good.nii.gz")
     (tmp_path / "cut.nii.gz").write_bytes(scan(world).read_bytes()[:999])

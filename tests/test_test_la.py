@@ -269,6 +269,60 @@ def test_predictions_are_not_saved_when_not_wanted(trained, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cases.csv", "table.md", "test.json"]
 
 
+# -- one test after another --
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_of_an_earlier_test_in_the_folder_nothing_stays_and_nothing_else_goes(trained, tmp_path):
+    """Other outputs, other scans, no report: what is there is what the last test alone would have written."""
+    score(trained, tmp_path / "alone", "--output", "seg")
+    score(trained, tmp_path / "out", "--scans", "test", "--report")
+    mine = {"notes.txt": b"mine", "predictions/seg/mine.nii.gz": b"mine", "predictions/other/case08.nii.gz": b"mine"}
+    for name, data in mine.items():
+        (tmp_path / "out" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "out" / name).write_bytes(data)
+    assert (tmp_path / "out" / "report.html").exists() and saved_mask(tmp_path / "out", "sdm", "case08").any()
+    score(trained, tmp_path / "out", "--output", "seg")
+    alone, found = files_of(tmp_path / "alone"), files_of(tmp_path / "out")
+    assert set(found) == set(alone) | set(mine)
+    for name in {**alone, **mine}:
+        if name.endswith((".csv", ".md")) or name in mine:
+            assert found[name] == {**alone, **mine}[name], name
+    np.testing.assert_array_equal(*(saved_mask(tmp_path / n, "seg", "case08") for n in ("alone", "out")))
+    score(trained, tmp_path / "out", "--save", "none")
+    assert set(files_of(tmp_path / "out")) == {"cases.csv", "table.md", "test.json", *mine}
+
+
+def test_a_test_that_ends_early_leaves_the_one_before_as_it_was(trained, tmp_path, monkeypatch):
+    score(trained, tmp_path / "out", "--report")
+    before = files_of(tmp_path / "out")
+    real, calls = test_la.predict_scan, []
+
+    def interrupted(*words, **more):
+        calls.append(words)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return torch.ones_like(real(*words, **more))
+
+    monkeypatch.setattr(test_la, "predict_scan", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        score(trained, tmp_path / "out", "--workers", "1")
+    assert files_of(tmp_path / "out") == before
+
+
+def test_names_that_lead_out_of_the_folder_delete_nothing(trained, tmp_path):
+    score(trained, tmp_path / "out")
+    (tmp_path / "mine.nii.gz").write_bytes(b"mine")
+    rows = (tmp_path / "out" / "cases.csv").read_text()
+    for name in ("../../../mine", str(tmp_path / "mine")):
+        (tmp_path / "out" / "cases.csv").write_text(rows.replace("case08", name))
+        score(trained, tmp_path / "out")
+    assert (tmp_path / "mine.nii.gz").read_bytes() == b"mine"
+
+
 # -- grids --
 
 

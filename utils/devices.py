@@ -1,8 +1,13 @@
 """Choosing a device and making its arithmetic repeatable."""
 
 import ctypes
+import errno
+import glob
 import os
+import re
 import resource
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +17,14 @@ import torch
 
 from utils.errors import UserError
 
+CARDS = ("/dev/nvidia[0-9]*", "/proc/driver/nvidia/gpus/*")  # of NVIDIA's driver on Linux
+HIDDEN = ("", "-1", "none", "void", "nodevfiles")  # what people and schedulers set where a program shall see no card
+NO_MEMORY = re.compile(  # what torch, its libraries and the system say; no class of errors tells them apart
+    "out of memory|alloc_?failed|allocation_?failed|MemoryAllocation|can('t|not) allocate memory|not enough memory|"
+    "bad_alloc|unable to find an engine|CUDNN_STATUS_NOT_SUPPORTED",
+    re.IGNORECASE,
+)
+OF_GPU = re.compile("cuda|cudnn|cublas|cusolver|cufft|cusparse|nccl|\\bhip\\b|engine", re.IGNORECASE)
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
 
 
@@ -19,10 +32,16 @@ def choose_device(name: str) -> torch.device:
     """'auto' is the GPU of this process if there is one, else the CPU; also 'cpu', 'cuda', 'cuda:1'.
 
     Raises:
-        UserError: an unknown name, or a GPU that is not there.
+        UserError: an unknown name, a GPU that is not there, or with 'auto' one that torch does not reach.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+        card = nvidia_card() if name == "cpu" else ""
+        if card:
+            raise UserError(
+                f"this computer has an NVIDIA card ({card}), but torch {torch.__version__} does not reach it: "
+                f"{why_no_cuda()} Mend that, or give --device cpu to compute on the CPU."
+            )
     try:
         device = torch.device(name)
     except RuntimeError as e:
@@ -37,6 +56,42 @@ def choose_device(name: str) -> torch.device:
     elif device.type != "cpu":
         raise UserError(f"--device {name} is not supported. Use auto, cpu, cuda or cuda:N.")
     return device
+
+
+def nvidia_card() -> str:
+    """What shows that NVIDIA's driver knows a card here; nothing if there is none, or none shall be seen.
+
+    A driver that does not answer at all counts as one that knows a card.
+    """
+    if any(os.environ.get(name, "all").strip().lower() in HIDDEN for name in
+           ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES")):  # fmt: skip
+        return ""
+    found = sorted(path for pattern in CARDS for path in glob.glob(pattern))
+    if found:
+        return found[0]
+    program = shutil.which("nvidia-smi")
+    try:
+        told = program and subprocess.run([program, "-L"], capture_output=True, timeout=20, check=True).stdout
+    except subprocess.TimeoutExpired:
+        return f"{program} does not answer"
+    except (OSError, subprocess.CalledProcessError):  # the program alone, without a driver
+        return ""
+    return f"by {program}" if told and b"GPU" in told else ""
+
+
+def why_no_cuda() -> str:
+    """Why torch sees no GPU, and what to do, as sentences."""
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA. Install the build for your driver's CUDA, see pytorch.org."
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as e:
+        why = (str(e) or type(e).__name__).splitlines()[0].rstrip(".") + "."
+    else:
+        why = "it counts no device."
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    asked = "" if visible is None else f" CUDA_VISIBLE_DEVICES is {visible}."
+    return f"{why}{asked} Look at nvidia-smi; a container needs its GPUs given (docker run --gpus all)."
 
 
 def set_arithmetic(*, deterministic: bool) -> None:
@@ -77,13 +132,15 @@ def enough_memory(advice: str) -> Iterator[None]:
     """
     try:
         yield
-    except (RuntimeError, MemoryError) as e:  # torch has no class of its own for the computer's memory
-        where = "GPU's memory" if isinstance(e, torch.OutOfMemoryError) else "memory"
-        if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(e):
-            raise UserError(
-                f"the {where} does not suffice ({(str(e) or 'none left').splitlines()[0]}). {advice}"
-            ) from e
-        raise
+    except (RuntimeError, MemoryError, OSError) as e:
+        lines = str(e).splitlines() or ["none left"]
+        said = [line.strip() for line in lines if NO_MEMORY.search(line)]  # a data worker's error begins otherwise
+        by_kind = isinstance(e, (torch.OutOfMemoryError, MemoryError)) or getattr(e, "errno", None) == errno.ENOMEM
+        if not by_kind and not (said and isinstance(e, RuntimeError)):
+            raise
+        text = (said or lines)[-1 if said else 0]
+        where = "GPU's memory" if isinstance(e, torch.OutOfMemoryError) or OF_GPU.search(text) else "memory"
+        raise UserError(f"the {where} does not suffice ({text}). {advice}") from e
 
 
 def seed_iteration(seed: int, iteration: int, rank: int = 0) -> None:

@@ -19,6 +19,7 @@ import torch
 
 from dataloaders.cases import LA_FOLDER, MOST_CLASSES, PHANTOM_FOLDER, Case, check_all, find_cases, lists_of, read_case
 from dataloaders.findings import Facts, duplicates, facts_of, findings_of, memory_gib, with_spacing
+from utils.devices import nvidia_card, why_no_cuda
 from utils.errors import UserError, run
 from utils.options import Parser, fill, option
 from utils.run_folder import PACKAGES, _git, processor
@@ -112,6 +113,9 @@ def slow(memory: float) -> list[str]:
     """What would be slow or not fit here, and what to do; `memory` is that of the volumes, in GiB."""
     cores, threads = os.cpu_count() or 1, torch.get_num_threads()
     found = []
+    card = "" if torch.cuda.is_available() else nvidia_card()
+    if card:
+        found.append(f"GPU: there is a card, {card}, but torch does not reach it: {why_no_cuda()}")
     if not torch.cuda.is_available():
         hours = FULL_STEP_S * 6000 / 3600
         found.append(f"no GPU: 6000 full-size iterations take about {hours:.0f} hours on 2 cores. Use --profile half.")

@@ -1,5 +1,7 @@
 """What can end a program, and the exit code each end has."""
 
+import codecs
+import io
 import os
 import signal
 import sys
@@ -33,10 +35,37 @@ class Stopped(Exception):
         self.exit_code = 128 + number
 
 
+PLAIN = {"±": "+-", "\N{MINUS SIGN}": "-", "\N{MULTIPLICATION SIGN}": "x"}
+
+
+def in_plain(e: UnicodeError) -> tuple[str | bytes, int]:
+    """For codecs: what a terminal's encoding does not have, in ASCII, such as +- or \\xe9."""
+    if isinstance(e, UnicodeEncodeError) and e.object[e.start] in PLAIN:
+        return PLAIN[e.object[e.start]], e.start + 1
+    return codecs.backslashreplace_errors(e)
+
+
+def print_anything() -> None:
+    """No text and no closed stream may end a program that prints: a job may run in LANG=C, or with stderr closed."""
+    codecs.register_error("in_plain", in_plain)
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:  # the next file that is opened would take its number, and get what libraries print
+            os.open(os.devnull, os.O_RDWR)
+        stream = getattr(sys, name)
+        if stream is None and number:
+            setattr(sys, name, open(number, "w", encoding="utf-8", closefd=False))
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="in_plain")
+
+
 def run(main: Callable[[], None]) -> None:
     """Runs `main`; exit code 0 done, 2 user's mistake, 3 diverged, 130 Ctrl-C, 143 SIGTERM, 1 a bug's traceback."""
     try:
+        print_anything()
         main()
+        sys.stdout.flush()
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)

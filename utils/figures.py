@@ -1,18 +1,16 @@
 """Figures for a paper: what a network says of some scans, several runs beside the label, and curves of several runs."""
 
 import io
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 from PIL import Image
 
+from utils.drawing import Axes, Figure, FigureCanvasAgg, withStroke
 from utils.masks import box_of
 from utils.slices import COLOURS, LABEL, fixed_slice
 from utils.surfaces import Camera, camera_around, render, surface
@@ -20,6 +18,9 @@ from utils.surfaces import Camera, camera_around, render, surface
 WIDTH = 7.0  # inches, of a page
 FONT: dict[str, Any] = {"family": "DejaVu Sans", "size": 8}
 TITLES = {"image": "image", "label": "label Y", "z": "map z", "m": "mask m", "p": "output p", "q": "output q"}
+CURVE_COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")  # Okabe and Ito's
+CURVES = dict(zip(("seg", "sdm", "consistency"), CURVE_COLOURS, strict=False))  # the last part of a tag
+CURVES |= {"mask": CURVES["sdm"], "dis": CURVES["sdm"], "lambda": CURVES["consistency"]}
 SURFACE_PIXELS, SURFACE_FACES = 480, 40000
 
 
@@ -213,6 +214,18 @@ def draw_surface(volume: NDArray, spacing: Sequence[float], camera: Camera, *, i
     return render(found, camera, SURFACE_PIXELS)
 
 
+def colours_of(tags: Sequence[str]) -> dict[str, str]:
+    """Tag -> its colour in a panel, whichever of the tags a run has: what is of M_s, of M_d or of both looks alike in
+    all panels, and no two tags of one panel do while there are colours."""
+    found: dict[str, str] = {}
+    for tag in tags:
+        usual = CURVES.get(tag.rpartition("/")[2].removeprefix("train_"), "")
+        others = (*CURVE_COLOURS[3:], *CURVE_COLOURS[:3])
+        unused = [colour for colour in (usual, *others) if colour and colour not in found.values()]
+        found[tag] = unused[0] if unused else CURVE_COLOURS[len(found) % len(CURVE_COLOURS)]
+    return found
+
+
 def draw_curves(runs: dict[str, dict[str, NDArray]], panels: Sequence[tuple[str, Sequence[str]]]) -> Figure:
     """Curves of several runs beside each other.
 
@@ -223,12 +236,12 @@ def draw_curves(runs: dict[str, dict[str, NDArray]], panels: Sequence[tuple[str,
     figure = Figure(figsize=(WIDTH, 1.25 * len(panels) + 0.4), layout="constrained")
     axes = figure.subplots(len(panels), len(runs), sharex="col", sharey="row", squeeze=False)
     for column, (name, scalars) in enumerate(runs.items()):
-        axes[0, column].set_title(name, **FONT)
+        axes[0, column].set_title(textwrap.fill(name, 88 // len(runs)), **FONT)
         axes[-1, column].set_xlabel("iteration", fontsize=7)
         for row, (title, tags) in enumerate(panels):
-            for tag, colour in zip(
-                [tag for tag in tags if tag in scalars], ("#d55e00", "#0072b2", "#009e73"), strict=False
-            ):
+            for tag, colour in colours_of(tags).items():
+                if tag not in scalars:
+                    continue
                 steps, values = scalars["iteration"], scalars[tag]
                 width = max(len(values) // 60, 1)
                 smooth = np.convolve(values, np.ones(width) / width, "valid")
@@ -241,9 +254,10 @@ def draw_curves(runs: dict[str, dict[str, NDArray]], panels: Sequence[tuple[str,
             if title.startswith("live"):  # from a hundredth to 0
                 axes[row, column].set_yscale("symlog", linthresh=1e-5)
                 axes[row, column].set_yticks([0, 1e-4, 1e-2], labels=["0", "0.0001", "0.01"])
-    for row, (title, _) in enumerate(panels):
+    for row, (title, tags) in enumerate(panels):
         axes[row, 0].set_ylabel(title, fontsize=7)
-        drawn = {line.get_label(): line for one in axes[row] for line in one.lines if line.get_label()[0] != "_"}
+        lines = {line.get_label(): line for one in axes[row] for line in one.lines}
+        drawn = {tag: lines[tag] for tag in tags if tag in lines}
         axes[row, -1].legend(
             drawn.values(), drawn, fontsize=6, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5)
         )

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -83,6 +84,11 @@ class Parser(argparse.ArgumentParser):
             except (OSError, ValueError) as e:
                 raise UserError(f"cannot read the options file {word[1:]}: {e}. Give an options.txt of a run.") from e
             words += read([self._hyphenate(word) for word in found])
+        for word in words:
+            if re.search("[\ud800-\udfff]", word):  # bytes that are no text here, which TensorBoard and ITK cannot take
+                raise UserError(
+                    f"{word!a} is no text in the encoding of this place. Set LC_ALL=C.UTF-8, or rename the file."
+                )
         return [self._hyphenate(word) for word in words]
 
     @staticmethod

@@ -14,19 +14,20 @@ the right, y down.
 import csv
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from dataloaders.cases import MOST_CLASSES, Case, CaseError, case_file, lists_of, read_case, read_geometry
 from dataloaders.normalization import normalized
 from methods import restore
 from utils.checkpoint import load_checkpoint, write_whole
+from utils.drawing import Figure
 from utils.errors import UserError, run
 from utils.figures import (
     ComparedCase,
@@ -198,8 +199,14 @@ def name_of(folder: Path) -> str:
 
 def curves(paths: Sequence[str], o: Options) -> Figure:
     """What scalars.csv of each run holds."""
+    if o.titles and len(o.titles) != len(paths):
+        raise UserError(f"--titles must give {len(paths)} names, one for each run.")
+    names = o.titles or [Path(os.path.abspath(where)).name for where in paths]
+    names = [name if names.count(name) == 1 else where for name, where in zip(names, paths, strict=True)]
+    if len(set(names)) < len(names):
+        raise UserError("curves are drawn of different runs. Give each once, or --titles.")
     runs = {}
-    for i, where in enumerate(paths):
+    for name, where in zip(names, paths, strict=True):
         path = Path(where) / SCALARS
         try:
             with open(path, newline="", encoding="utf-8") as f:
@@ -207,7 +214,6 @@ def curves(paths: Sequence[str], o: Options) -> Figure:
             values = np.array(rows, float)
         except (OSError, ValueError) as e:
             raise UserError(f"cannot read {path}: {e}. Give run folders of train_dtml.py.") from e
-        name = o.titles[i] if len(o.titles) == len(paths) else Path(where).name
         runs[name] = dict(zip(header, values.T, strict=True))
     known = {tag for scalars in runs.values() for tag in scalars}
     return draw_curves(runs, [(title, tags) for title, tags in PANELS if known & set(tags)])

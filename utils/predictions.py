@@ -2,6 +2,10 @@
 
 import csv
 import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +13,12 @@ import numpy as np
 import SimpleITK as sitk
 from numpy.typing import NDArray
 
+from utils.distributed import RANK, wait_for_rank_0
 from utils.errors import UserError
 
 COUNTS = ("voxels", "label_voxels")
+PARTIAL = ".partial"  # in a test folder, what the test that is running has written so far
+FILES = ("test.json", "cases.csv", "table.md", "report.html")
 
 
 def read_scores(test: Path) -> list[dict[str, Any]]:
@@ -54,3 +61,40 @@ def read_prediction(test: Path, output: str, case: str) -> NDArray[np.uint8]:
     except RuntimeError as e:
         raise UserError(f"cannot read {path}: {str(e).splitlines()[-1]}. Test the run again.") from e
     return sitk.GetArrayFromImage(picture).transpose(2, 1, 0).astype(np.uint8)  # SimpleITK's arrays are z, y, x
+
+
+@contextmanager
+def new_test(test: Path) -> Iterator[Path]:
+    """The empty folder test/.partial, for what all processes write; gone again if they fail."""
+    folder = test / PARTIAL
+    if RANK == 0:
+        shutil.rmtree(folder, ignore_errors=True)  # of a test that was killed
+    wait_for_rank_0()
+    try:
+        yield folder
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def replace_test(test: Path) -> None:
+    """Puts what a test left in test/.partial in the place of an earlier test's files, of which none stays: neither its
+    report, nor predictions of outputs or scans that are no longer tested."""
+    try:
+        rows = read_scores(test)
+    except UserError:  # none, or not ours
+        rows = []
+    folder = test / "predictions"
+    named = {folder / row["output"] / f"{row['case']}.nii.gz" for row in rows}
+    stale = [path for path in named if path.resolve().is_relative_to(folder.resolve())]
+    for path in (*(test / name for name in FILES), *stale):
+        path.unlink(missing_ok=True)
+    for path in sorted((test / PARTIAL).rglob("*"), reverse=True):  # cases.csv last
+        if path.is_file():
+            place = test / path.relative_to(test / PARTIAL)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, place)
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+    shutil.rmtree(test / PARTIAL)

@@ -27,7 +27,7 @@ class Report:
         self.log_every, self.iterations, self.start = log_every, iterations, start
         self.log = open(folder / "log.txt", "a", encoding="utf-8")  # first: it tells that a run was begun here
         self.scalars = Scalars(folder, start)
-        self.board = SummaryWriter(str(folder), purge_step=start + 1)
+        self.board = SummaryWriter(str(folder), purge_step=start)
         self.pictures = folder / "pictures"
         self.bar = tqdm(
             total=iterations,
@@ -60,8 +60,8 @@ class Report:
             self.board.add_text(name, "```\n" + json.dumps(value, indent=2) + "\n```", self.start)
 
     def iteration(self, iteration: int, losses: Any, lr: float, clock: Clock, memory: float) -> None:
-        """After an optimiser step: `losses` is methods.base.Losses, `lr` the rate of the step, `memory` the most GiB
-        so far."""
+        """After the optimiser step of an iteration, counted from 0 here, in scalars.csv and in TensorBoard: `losses` is
+        methods.base.Losses, `lr` the rate of the step, `memory` the most GiB so far."""
         self.bar.update()
         done = iteration + 1
         if done % self.log_every and done != self.iterations:
@@ -74,7 +74,7 @@ class Report:
         curves = {"loss/total": float(losses.total.detach()), **terms, **losses.weights, "lr": lr, **monitors}
         shares = {f"time/{name}": share for name, share in clock.shares().items()}
         for name, value in {**curves, "speed/iterations_per_s": speed, "memory/peak_gib": memory, **shares}.items():
-            self.board.add_scalar(name, value, done)
+            self.board.add_scalar(name, value, iteration)
         self.scalars.add(iteration, curves)
         for name in monitors:
             if name.startswith("live_gradient/") and monitors[name] == 0 and name not in self.dead:
@@ -93,14 +93,15 @@ class Report:
         else:
             self.log.write(line + "\n")
 
-    def picture(self, name: str, picture: NDArray, iteration: int) -> None:
-        """(height, width, 3) uint8 to TensorBoard and to pictures/NAME-ITERATION.png."""
-        self.board.add_image(name, picture, iteration, dataformats="HWC")
+    def picture(self, name: str, picture: NDArray, done: int) -> None:
+        """(height, width, 3) uint8 after `done` iterations to pictures/NAME-DONE.png, and to TensorBoard at the last of
+        these."""
+        self.board.add_image(name, picture, done - 1, dataformats="HWC")
         self.board.flush()
         self.pictures.mkdir(exist_ok=True)
-        Image.fromarray(picture).save(self.pictures / f"{name}-{iteration:06d}.png")
+        Image.fromarray(picture).save(self.pictures / f"{name}-{done:06d}.png")
 
-    def mesh(self, name: str, mesh: dict[str, NDArray], iteration: int) -> None:
-        """vertices (V,3) float, colours (V,3) uint8 and faces (F,3) of triangles to TensorBoard."""
+    def mesh(self, name: str, mesh: dict[str, NDArray], done: int) -> None:
+        """vertices (V,3) float, colours (V,3) uint8 and faces (F,3) of triangles to TensorBoard, as `picture`."""
         arrays = {key: values[None] for key, values in mesh.items()}
-        self.board.add_mesh(name, arrays["vertices"], arrays["colours"], arrays["faces"], global_step=iteration)
+        self.board.add_mesh(name, arrays["vertices"], arrays["colours"], arrays["faces"], global_step=done - 1)

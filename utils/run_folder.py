@@ -96,7 +96,8 @@ def has_checkpoint(folder: Path) -> bool:
 def _git(*words: str) -> str | None:
     try:
         here = Path(__file__).resolve().parent
-        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        told = subprocess.run(["git", *words], cwd=here, capture_output=True, encoding="utf-8", check=True)
+        return told.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -104,7 +105,7 @@ def _git(*words: str) -> str | None:
 def processor() -> str:
     """The processor's name as the system tells it."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
@@ -133,7 +134,7 @@ def start_manifest(folder: Path, start: int, manifest: dict[str, Any]) -> dict[s
     """
     path = folder / MANIFEST
     if start and path.exists():
-        began = json.loads(path.read_text())
+        began = json.loads(path.read_text(encoding="utf-8"))
         again = {key: manifest[key] for key in ("command", "started", "commit", "device", "threads")}
         manifest = {**began, "resumed": [*began.get("resumed", []), {"iteration": start, **again}]}
     write_json(path, manifest)
@@ -168,7 +169,7 @@ class Scalars:
         self.path = folder / SCALARS
         self.names: list[str] = []
         if self.path.exists():
-            with open(self.path, newline="") as f:
+            with open(self.path, newline="", encoding="utf-8") as f:
                 self.names, *rows = list(csv.reader(f)) or [[]]
             kept = [row for row in rows if row and int(row[0]) < start]
             text = io.StringIO()
@@ -176,7 +177,7 @@ class Scalars:
             write_whole(self.path, text.getvalue().encode())
 
     def add(self, iteration: int, values: dict[str, float]) -> None:
-        with open(self.path, "a", newline="") as f:
+        with open(self.path, "a", newline="", encoding="utf-8") as f:
             writer = csv.writer(f, lineterminator="\n")
             if not self.names:
                 self.names = ["iteration", *values]

@@ -66,7 +66,7 @@ def _refusal(folder: Path, owner: dict[str, Any]) -> UserError:
 def refuse_locked(folder: Path) -> None:
     """Raises UserError if a process that lives, or one of another computer, trains in the folder; writes nothing."""
     with contextlib.suppress(OSError):  # none, or one that `run_lock` will complain of
-        owner = _owner((folder / LOCK).read_text(errors="replace"))
+        owner = _owner((folder / LOCK).read_text(encoding="utf-8", errors="replace"))
         if owner is not None and not _is_stale(owner):
             raise _refusal(folder, owner)
 
@@ -75,7 +75,7 @@ def refuse_locked(folder: Path) -> None:
 def _alone(path: Path) -> Iterator[IO[str]]:
     """The lock file, open; nobody else looks at it meanwhile, where the file system can do that."""
     while True:
-        with open(path, "a+", errors="replace") as f:
+        with open(path, "a+", encoding="utf-8", errors="replace") as f:
             with contextlib.suppress(OSError):
                 fcntl.flock(f, fcntl.LOCK_EX)
             try:

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from utils.drawing import Figure, FigureCanvasAgg
 from utils.surfaces import surface
 
 LABEL = "#00d0a0"

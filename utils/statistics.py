@@ -23,11 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy import stats
 
+from utils.drawing import Figure, FigureCanvasAgg
 from utils.errors import UserError, run
 from utils.metrics import COMPONENTS, METRICS, MM, PENALISED
 from utils.options import Parser, fill, option
@@ -356,6 +355,9 @@ def main(argv: list[str] | None = None) -> None:
     reference, *rows = (read_runs(name, o.metric, o.component) for name in names)
     most = 1 if o.metric in METRICS[:2] else math.inf
     found = [compare(reference, row, most) for row in rows]
+    if o.picture:
+        means = {name: mean_over(row) for name, row in zip(names[1:], rows, strict=True)}
+        scatter(mean_over(reference), means, names[0], Path(o.picture))
     print(f"{o.metric}, component {o.component}; reference {names[0]}, runs: {len(reference)}\n")
     print(WHAT)
     print("| row | runs | scans (left out) | mean | reference | difference | 95 % interval | over | higher in |")
@@ -374,8 +376,6 @@ def main(argv: list[str] | None = None) -> None:
             shown = f"none: {test.n} scans are too few | " if few else f"{test.p:.3g} | {corrected:.3g}"
             print(f"| {name} | {test.n} | {test.median:+.4f} | {test.higher} of {test.n} | {shown} |")
     if o.picture:
-        means = {name: mean_over(row) for name, row in zip(names[1:], rows, strict=True)}
-        scatter(mean_over(reference), means, names[0], Path(o.picture))
         print(f"picture: {o.picture}", file=sys.stderr)
 
 

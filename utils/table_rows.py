@@ -152,7 +152,7 @@ def run_lines(record: Path) -> str:
 
     A run that was resumed elsewhere or in another way names each. Behind a distance stands how many scans have one.
     """
-    manifest = json.loads((record / MANIFEST).read_text())
+    manifest = json.loads((record / MANIFEST).read_text(encoding="utf-8"))
     outputs = dict.fromkeys(row["output"] for row in read_scores(record))
     parts = [manifest, *manifest.get("resumed", [])]
     device, threads, commit = (
@@ -177,6 +177,6 @@ def phantom_line(row: Row, records: Records, length: int | str) -> str:
     if not records:
         return f"| {row.label} | not yet run | | | | {length} |"
     cells = [figures(row, component, records)[0] for component in COMPONENTS]
-    manifests = [json.loads((path / MANIFEST).read_text()) for path in records.values()]
+    manifests = [json.loads((path / MANIFEST).read_text(encoding="utf-8")) for path in records.values()]
     cells += [mean_text([m.get(name, math.nan) for m in manifests]) for name in ("iterations_per_s", "peak_memory_gib")]
     return f"| {row.label} | {' | '.join(cells)} | {length} |"

@@ -1,5 +1,6 @@
 """Mistakes of the user: each is named in one text, before the first iteration, and leaves nothing behind."""
 
+import errno
 import os
 import pickle
 import shutil
@@ -378,6 +379,28 @@ NO_MEMORY = {
     ),
     "the computer's": (MemoryError(), "the memory does not suffice"),
     "the GPU's": (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4 GiB."), "the GPU's memory does not"),
+    "the computer's, by C++": (RuntimeError("std::bad_alloc"), r"the memory does not suffice \(std::bad_alloc"),
+    "the computer's, by the system": (OSError(errno.ENOMEM, "Cannot allocate memory"), "the memory does not suffice"),
+    "a data worker's": (
+        RuntimeError(
+            "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+            "RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+        ),
+        r"the memory does not suffice \(RuntimeError: \[enforce fail\] DefaultCPUAllocator: can't allocate memory",
+    ),
+    **{
+        text: (RuntimeError(text), "the GPU's memory does not suffice")
+        for text in (
+            "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+            "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+            "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed in a non-contiguous input.",
+            "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+            "GET was unable to find an engine to execute this computation",
+            "FIND was unable to find an engine to execute this computation",
+            "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call",
+            "NCCL Error 1: unhandled cuda error, Cuda failure 2 'out of memory'",
+        )
+    },
 }
 
 
@@ -391,12 +414,21 @@ def test_40_memory_that_does_not_suffice_is_told_in_words(kind, tiny_set, monkey
     monkeypatch.setattr(METHODS["dtml"], "forward", forward)
     with pytest.raises(UserError, match=f"{text}.* Lower --batch-size, --patch-size or --filters"):
         train(tiny_set)
+    assert list(tiny_set.parent.rglob("*.pt")) == []
 
 
 def test_40_other_errors_of_torch_are_no_lack_of_memory(tiny_set, monkeypatch):
     monkeypatch.setattr(METHODS["dtml"], "forward", lambda self, batch, iteration: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="size"):
         train(tiny_set)
+    for error in (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), OSError(errno.EIO, "out of memory")):
+
+        def forward(self, batch, iteration, error=error):
+            raise error
+
+        monkeypatch.setattr(METHODS["dtml"], "forward", forward)
+        with pytest.raises(type(error), match=str(error)[:9]):
+            train(tiny_set, "--fresh")
 
 
 def test_40_memory_that_does_not_suffice_for_testing_is_told_in_words(tiny_set, checkpoint, monkeypatch):

@@ -357,14 +357,35 @@ def test_11_a_run_may_be_stopped_many_times(data, undisturbed, after_step, tmp_p
     assert_same_run(tmp_path / "run", undisturbed())
 
 
-def test_11_the_tensorboard_curves_of_a_resumed_run_have_each_iteration_once(data, after_step, tmp_path):
-    after_step(signal_after(5))
-    with pytest.raises(Stopped):
-        train(data, tmp_path / "run")
+def crash_after(k):
+    def crash(iteration):
+        if iteration + 1 == k:
+            raise ZeroDivisionError
+
+    return crash
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize(("hook", "end"), [(signal_after(4), Stopped), (crash_after(7), ZeroDivisionError)])
+def test_11_tensorboard_and_scalars_csv_of_a_resumed_run_have_each_iteration_once_and_count_alike(
+    hook, end, every, data, after_step, tmp_path
+):
+    words = ["--save-every", "4", "--picture-every", "4", "--log-every", str(every)]
+    after_step(hook)
+    with pytest.raises(end):
+        train(data, tmp_path / "run", *words)
     after_step(None)
-    train(data, tmp_path / "run", "--resume", "auto")
+    train(data, tmp_path / "run", *words, "--resume", "auto")
     board = EventAccumulator(str(tmp_path / "run")).Reload()
-    assert [event.step for event in board.Scalars("loss/total")] == list(range(1, N + 1))
+    with open(tmp_path / "run" / "scalars.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    expected = sorted({*range(every - 1, N, every), N - 1})
+    assert [int(row["iteration"]) for row in rows] == expected
+    for tag in set(rows[0]) - {"iteration"}:
+        points = {event.step: event.value for event in board.Scalars(tag)}
+        assert list(points) == expected, tag
+        assert list(points.values()) == pytest.approx([float(row[tag]) for row in rows], rel=1e-5, abs=1e-7)
+    assert [event.step for event in board.Images("labeled")] == [3, 7, 8]  # the last iterations before each
 
 
 def test_11_randomness_outside_the_run_changes_nothing(data, undisturbed, after_step, tmp_path):

@@ -1,0 +1,147 @@
+"""Data workers that live and send nothing, as the shared memory is full or a disk hangs: no run waits for ever."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from multiprocessing import active_children
+
+import pytest
+import torch
+from conftest import ROOT, TINY, flat, make_set
+
+import train_dtml
+from dataloaders import watched
+from dataloaders.two_stream import Patches
+from utils.errors import UserError, run
+
+N = 6
+FLAGS = [*TINY, "--batch-size", "2", "--iterations", str(N), "--workers", "2", "--cache", "ram"]
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_set(tmp_path_factory.mktemp("data") / "set")
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """The folder of an undisturbed run."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    train_dtml.main([*words(data, folder), "--workers", "0"])
+    return folder
+
+
+def words(data, folder, *more):
+    return ["--data", str(data), *FLAGS, "--runs", str(folder.parent), "--name", folder.name, *more]
+
+
+def hang_at(step, monkeypatch, started=None):
+    """Every crop of this batch and later ones takes for ever, in a worker."""
+    real, main = Patches.__getitem__, os.getpid()
+
+    def hanging(self, slot):
+        if slot.step >= step and os.getpid() != main:
+            if started:
+                started.touch()
+            time.sleep(600)
+        return real(self, slot)
+
+    monkeypatch.setattr(Patches, "__getitem__", hanging)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("step", [0, 3])
+def test_17_a_signal_while_no_batch_comes_saves_and_leaves(
+    step, number, code, data, whole, tmp_path, monkeypatch, capsys
+):
+    others, folder, hangs = set(active_children()), tmp_path / "run", tmp_path / "hangs"
+    with monkeypatch.context() as patched:
+        hang_at(step, patched, hangs)
+
+        def tell():
+            while not hangs.exists():
+                time.sleep(0.05)
+            time.sleep(1)  # for the batches before it
+            os.kill(os.getpid(), number)
+
+        threading.Thread(target=tell, daemon=True).start()
+        began = time.monotonic()
+        with pytest.raises(SystemExit) as left:
+            run(lambda: train_dtml.main(words(data, folder)))
+    assert left.value.code == code and time.monotonic() - began < 30
+    assert f"stopped: saved {folder} after {step} of {N} iterations" in capsys.readouterr().err
+    assert others.issuperset(active_children())
+    train_dtml.main(words(data, folder, "--resume", "auto"))
+    a, b = (torch.load(path / "last.pt", weights_only=True) for path in (folder, whole))
+    assert flat(a["method"]) == flat(b["method"]) and flat(a["optimizer"]) == flat(b["optimizer"])
+    assert (folder / "scalars.csv").read_text() == (whole / "scalars.csv").read_text()
+
+
+def test_17_workers_that_live_and_send_nothing_are_told_of_and_then_given_up(data, tmp_path, monkeypatch, capsys):
+    others = set(active_children())
+    hang_at(3, monkeypatch)
+    monkeypatch.setattr(watched, "WARN_AFTER", 2)
+    monkeypatch.setattr(watched, "GIVE_UP_AFTER", 4)
+    with pytest.raises(UserError, match=r"no batch came for 4 s, .* read case0\d \(.*mri_norm2.h5\)") as error:
+        train_dtml.main(words(data, tmp_path / "run"))
+    assert "--workers 0" in str(error.value) and "/dev/shm has" in str(error.value)
+    assert "warning: no batch came for 2 s" in capsys.readouterr().err
+    assert others.issuperset(active_children())
+
+
+def test_17_a_batch_that_the_shared_memory_has_no_room_for_is_told_with_its_size(data, tmp_path, monkeypatch):
+    """torch asks for the room as a thread of the worker sends the batch, where nobody sees that it failed."""
+
+    def full(self, *words):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    others = set(active_children())
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", full)
+    with pytest.raises(UserError, match=r"hand over its batch of 0.0 MiB .*No space left") as error:
+        train_dtml.main(words(data, tmp_path / "run"))
+    total, _, free = shutil.disk_usage("/dev/shm")
+    assert f"/dev/shm has {total / 2**20:.1f} MiB, {free / 2**20:.1f} of them free" in str(error.value)
+    assert "--workers 0" in str(error.value) and others.issuperset(active_children())
+
+
+def test_17_a_worker_that_died_of_a_page_without_memory_blames_the_shared_memory(data, tmp_path, monkeypatch):
+    def struck(self, slot):
+        os.kill(os.getpid(), signal.SIGBUS)
+
+    monkeypatch.setattr(Patches, "__getitem__", struck)
+    with pytest.raises(UserError, match=r"was killed while it read case0\d .*/dev/shm has .*--workers 0"):
+        train_dtml.main(words(data, tmp_path / "run"))
+
+
+@pytest.mark.slow
+def test_17_a_real_shared_memory_that_is_too_small_ends_the_run_and_without_workers_it_goes_on(data, tmp_path):
+    """A private mount, so nothing else sees it; 64 KiB hold the queues and no batch of four crops of 32 x 16 x 16."""
+    if subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"], capture_output=True).returncode:
+        pytest.skip("no private mounts here")
+
+    def train(*more):
+        command = [sys.executable, "train_dtml.py", *words(data, tmp_path / "run", "--resume", "auto", *more)]
+        mounted = [
+            "unshare",
+            "-m",
+            "sh",
+            "-c",
+            'mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$@"',
+            "sh",
+            *command,
+        ]
+        return subprocess.run(mounted, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+    wide = ["--batch-size", "4", "--patch-size", "32", "16", "16"]
+    told = train(*wide)
+    assert told.returncode == 2 and "Traceback" not in told.stderr
+    # image float32 and, of the half with labels, uint8
+    assert f"its batch of {32 * 16 * 16 * (4 * 4 + 2) / 2**20:.1f} MiB" in told.stderr
+    assert "/dev/shm has 0.1 MiB" in told.stderr and "--workers 0" in told.stderr
+    done = train(*wide, "--workers", "0")
+    assert done.returncode == 0 and "done: 6 iterations" in done.stderr
