@@ -1,0 +1,165 @@
+"""What --precision promises: bf16 has every layer's gradient on every CPU."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from networks.backbones import BACKBONES
+from networks.convolution import Conv3d
+from networks.uxnet import Depthwise
+from utils.losses import seg_loss
+
+CROPS = [(16, 16, 16), (32, 32, 32), (48, 48, 32)]
+REPEATS = {CROPS[0]: 10, CROPS[1]: 3, CROPS[2]: 1}
+LAYOUTS = [torch.channels_last_3d, torch.contiguous_format]
+
+
+def litter():
+    """Fills memory that is then free with not-a-number: who reads what nobody wrote finds it."""
+    return [torch.full((n,), torch.nan) for n in (1003, 10003, 100003, 1000003)]
+
+
+def cosine(a, b):
+    """Of two tensors, in float64; 1 of two that are 0, not-a-number where one is not finite."""
+    a, b = a.detach().flatten().double(), b.detach().flatten().double()
+    if not a.any() and not b.any():
+        return 1.0
+    return float(a @ b / (a.norm() * b.norm()).clamp(min=1e-300))
+
+
+def make_crops(shape):
+    """Four noisy balls and their labels."""
+    torch.manual_seed(1)
+    grid = torch.stack(torch.meshgrid(*[torch.linspace(-1, 1, side) for side in shape], indexing="ij"))
+    label = torch.stack([((grid - c) ** 2).sum(dim=0) < 0.3 for c in (0, 0.2, -0.2, 0.1)]).to(torch.uint8)
+    return (label + 0.3 * torch.randn(label.shape))[:, None], label
+
+
+def make_network(backbone, **options):
+    torch.manual_seed(0)
+    return BACKBONES[backbone](heads={"seg": 1}, filters=4, dropout=False, **options)
+
+
+def gradients(network, image, label, precision):
+    network.precision = precision
+    network.zero_grad()
+    litter()
+    seg_loss(network(image)["seg"], label).backward()
+    return {name: p.grad.clone() for name, p in network.named_parameters()}
+
+
+# -- bf16 --
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layer", "sides"),
+    [
+        (lambda: Conv3d(1, 8, 3, padding=1), (1, 2, 3, 4)),
+        (lambda: Conv3d(4, 6, 3, padding=1), (1, 2, 3, 4)),
+        (lambda: Conv3d(16, 16, 3, padding=1, bias=False), (1, 2, 3, 4)),
+        (lambda: Conv3d(5, 7, 1), (1, 2, 3)),
+        (lambda: Conv3d(8, 16, 2, stride=2), (2, 3, 4)),
+        (lambda: nn.ConvTranspose3d(16, 8, 2, stride=2), (1, 2, 3)),
+        (lambda: Depthwise(4, 5, bias=False), (2, 4, 5)),
+        (lambda: Depthwise(4, 7), (2, 6, 7)),
+        (lambda: Conv3d(1, 4, 7, stride=2, padding=3), (7, 8)),
+    ],
+)
+def test_a_convolution_in_bf16_is_that_of_the_rounded_numbers(layer, sides, layout):
+    torch.manual_seed(0)
+    for shape in itertools.product(sides, repeat=3):
+        conv = layer()
+        x = torch.randn(2, conv.in_channels, *shape).to(memory_format=layout)
+        low, exact = x.clone().requires_grad_(), x.bfloat16().double().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = conv(low)
+        assert y.dtype == torch.bfloat16
+        g = torch.randn(y.shape).bfloat16()
+        litter()
+        y.backward(g)
+        found = [y, low.grad, *(p.grad for p in conv.parameters())]
+        conv.zero_grad()
+        conv.bfloat16().double()
+        z = conv(exact)
+        z.backward(g.double())
+        expected = [z, exact.grad, *(p.grad for p in conv.parameters())]
+        for a, b in zip(found, expected, strict=True):
+            assert cosine(a, b) > 0.9999, shape
+            assert float(a.detach().double().norm() / b.detach().norm()) == pytest.approx(1, abs=0.01), shape
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # of the first layer: the scan has no gradient
+@pytest.mark.parametrize("crop", CROPS)
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_in_bf16_the_gradients_of_every_layer_are_those_of_what_entered_it(backbone, crop):
+    """In float64: weight, bias and input of each convolution, as one batch goes there and back."""
+    network, (image, label) = make_network(backbone).train(), make_crops(crop)
+    entered = {}
+    for name, module in network.named_modules():
+        if isinstance(module, (nn.Conv3d, nn.ConvTranspose3d)):
+            module.register_forward_hook(lambda m, x, y, name=name: entered.update({name: [x[0].detach().clone()]}))
+            module.register_full_backward_hook(
+                lambda m, of_x, of_y, name=name: entered[name].extend((of_x[0], of_y[0].clone()))
+            )
+    for _ in range(REPEATS[crop]):
+        gradients(network, image, label, "bf16")
+        assert len(entered) > 25
+        for name, (x, of_x, of_y) in entered.items():
+            m = network.get_submodule(name)
+            rounded = (lambda t: t.double()) if "heads" in name or "last" in name else (lambda t: t.bfloat16().double())
+            x, w = rounded(x).requires_grad_(), rounded(m.weight.detach()).requires_grad_()
+            if isinstance(m, nn.ConvTranspose3d):
+                y = F.conv_transpose3d(x, w, stride=m.stride)
+            else:
+                y = F.conv3d(x, w, stride=m.stride, padding=m.padding, groups=m.groups)
+            of_w, exact = torch.autograd.grad(y, [w, x], of_y.double())
+            assert cosine(m.weight.grad, of_w) > 0.999, name
+            assert m.bias is None or cosine(m.bias.grad, of_y.double().sum(dim=(0, 2, 3, 4))) > 0.999, name
+            assert of_x is None or cosine(of_x, exact) > 0.999, name
+
+
+class Rounded(torch.autograd.Function):
+    """To bfloat16 and back, the map and its gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.bfloat16().float()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.bfloat16().float()
+
+
+def rounded_by_hand(network):
+    """What bf16 is, in float32 arithmetic: weights, every layer's output and its gradient, rounded."""
+    network = copy.deepcopy(network)
+    for name, module in network.named_modules():
+        if not list(module.children()) and "heads" not in name and "last" not in name:
+            module.register_forward_hook(lambda m, x, y: Rounded.apply(y))
+            for p in module.parameters():
+                p.data = p.data.bfloat16().float()
+    return network
+
+
+@pytest.mark.parametrize("crop", CROPS)
+@pytest.mark.parametrize(("backbone", "mode"), [("vnet", "train"), ("vnet", "eval"), ("uxnet", "train")])
+def test_in_bf16_the_gradients_of_a_network_are_near_those_of_float32(backbone, mode, crop):
+    """Those that are more than noise: that bf16's rounding, done by hand in float32 arithmetic, does not turn.
+
+    With the statistics of the batch most of the V-Net's first gradients are noise in this sense, with the running ones
+    hardly any is.
+    """
+    network, (image, label) = make_network(backbone).train(mode == "train"), make_crops(crop)
+    plain = gradients(network, image, label, "fp32")
+    by_hand = gradients(rounded_by_hand(network), image.bfloat16().float(), label, "fp32")
+    sound = [name for name, g in plain.items() if g.any() and cosine(by_hand[name], g) > 0.98]
+    assert len(sound) > {"vnet train": 5, "vnet eval": 110, "uxnet train": 60}[f"{backbone} {mode}"]
+    for _ in range(REPEATS[crop]):
+        low = gradients(network, image, label, "bf16")
+        assert all(g.isfinite().all() for g in low.values())
+        assert {name: c for name in sound if not (c := cosine(low[name], plain[name])) > 0.9} == {}
