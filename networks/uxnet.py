@@ -135,5 +135,5 @@ class UXNet(Backbone):
             found.append(x)
         return found
 
-    def read(self, features: list[Tensor]) -> dict[str, Tensor]:
-        return super().read([self.last(features[-1])])
+    def outputs(self, x: Tensor) -> list[Tensor]:
+        return super().outputs(self.last(x))

@@ -1,17 +1,25 @@
-"""What --precision promises: bf16 has every layer's gradient on every CPU."""
+"""What --precision promises: bf16 has every layer's gradient on every CPU; tf32 is where it belongs, nowhere else."""
 
 import copy
 import itertools
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import TINY, make_set, method_words
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import train_dtml
+from methods import METHODS
+from networks.backbone import Backbone, set_precision, set_recompute
 from networks.backbones import BACKBONES
 from networks.convolution import Conv3d
 from networks.uxnet import Depthwise
+from utils.devices import seed_iteration
 from utils.losses import seg_loss
+from utils.options import fill
 
 CROPS = [(16, 16, 16), (32, 32, 32), (48, 48, 32)]
 REPEATS = {CROPS[0]: 10, CROPS[1]: 3, CROPS[2]: 1}
@@ -163,3 +171,164 @@ def test_in_bf16_the_gradients_of_a_network_are_near_those_of_float32(backbone, 
         low = gradients(network, image, label, "bf16")
         assert all(g.isfinite().all() for g in low.values())
         assert {name: c for name in sound if not (c := cosine(low[name], plain[name])) > 0.9} == {}
+
+
+# -- tf32 --
+
+
+class Watch(TorchDispatchMode):
+    """Notes the flag that each convolution finds, on its way there and on its way back, by the name of its weight."""
+
+    CONVOLUTIONS = {torch.ops.aten.convolution.default: 1, torch.ops.aten.convolution_backward.default: 2}
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+        """(weight's address, there or back, flag), in order."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        place = self.CONVOLUTIONS.get(function)
+        if place is not None:
+            way = "there" if place == 1 else "back"
+            self.seen.append((args[place].data_ptr(), way, torch.backends.cudnn.allow_tf32))
+        return function(*args, **(kwargs or {}))
+
+    def take(self, method):
+        """(name of the weight, way) -> the set of its flags; forgotten then."""
+        names, found = {p.data_ptr(): name for name, p in method.named_parameters()}, {}
+        for address, way, flag in self.seen:
+            found.setdefault((names[address], way), set()).add(flag)
+        self.seen.clear()
+        return found
+
+
+def own_flag(method, name, precision):
+    """Whether a weight is of a convolution that --precision tf32 is about: one in the maps of a network without map."""
+    for prefix, network in method.named_modules():
+        if isinstance(network, Backbone) and name.startswith(f"{prefix}."):
+            part = name.removeprefix(f"{prefix}.").split(".")[0]
+            return precision == "tf32" and "sdm" not in network.heads and part not in ("heads", "last")
+    return False
+
+
+def make_method(name, **options):
+    torch.manual_seed(0)
+    kind, small = METHODS[name], {"filters": 2, "query_channels": 16, "passes": 2, "feature_blocks": "bottom"}
+    return kind(fill(kind.Options, {**small, **options}), iterations=4).train()
+
+
+def make_batch(method):
+    """Two labeled crops and, where the method learns from them, two others."""
+    image, label = make_crops((16, 16, 16))
+    labeled = 2 if method.uses_unlabeled else 4
+    batch = {"image": image, "label": label[:labeled], "case": list("abcd")}
+    batch["sdm"] = torch.rand(labeled, method.options.classes, 16, 16, 16)
+    return batch | {"other_image": image.flip(0), "other_label": label.flip(0)[:labeled]}
+
+
+CASES = {
+    **{name: (name, {}) for name in METHODS},
+    "dtml, mixed and averaged": ("dtml", {"mix": 1.0, "ema_decay": 0.9}),
+    "dtml, uxnet": ("dtml", {"backbone": "uxnet"}),
+    "dk-uxnet, a convolution": ("dk-uxnet", {"kmax": False, "consistency": "segc"}),
+    "dk-uxnet, two V-Nets": ("dk-uxnet", {"share_weights": False, "backbone": "vnet"}),
+}
+
+
+@pytest.mark.parametrize(("recompute", "outside"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
+@pytest.mark.parametrize("case", CASES)
+def test_every_part_finds_its_own_tf32_flag_in_every_iteration_and_leaves_none(
+    case, precision, recompute, outside, monkeypatch
+):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", outside)
+    name, options = CASES[case]
+    method, seen = make_method(name, **options), []
+    set_precision(method, precision, training=True)
+    set_recompute(method, recompute)
+    weights = [p for p in method.parameters() if p.requires_grad]
+    optimizer, batch, watch = torch.optim.SGD(weights, lr=0.01), make_batch(method), Watch()
+    for iteration in range(3):
+        seed_iteration(1, iteration)
+        with watch:
+            losses = method(batch, iteration)
+            assert torch.backends.cudnn.allow_tf32 == outside
+            optimizer.zero_grad()
+            losses.total.backward()
+            assert torch.backends.cudnn.allow_tf32 == outside
+            optimizer.step()
+            method.after_step(batch, iteration)
+        assert torch.backends.cudnn.allow_tf32 == outside
+        seen.append(watch.take(method))
+    assert seen[0] == seen[1] == seen[2]
+    assert len({weight for weight, way in seen[0] if way == "back"}) >= 20
+    for (weight, way), flags in seen[0].items():
+        network = [p for p, m in method.named_modules() if isinstance(m, Backbone) and weight.startswith(f"{p}.")]
+        assert flags == {own_flag(method, weight, precision) if network else outside}, (weight, way)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_in_tf32_all_gradients_are_those_of_float32_where_the_flag_means_nothing(case, recompute, monkeypatch):
+    """On a CPU, bit for bit: the way is another one, the numbers are the same."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    found = []
+    for precision in ("fp32", "tf32"):
+        name, options = CASES[case]
+        method = make_method(name, **options)
+        set_precision(method, precision, training=True)
+        set_recompute(method, recompute)
+        seed_iteration(1, 1)
+        losses = method(make_batch(method), 1)
+        losses.total.backward()
+        grads = {n: p.grad for n, p in method.named_parameters() if p.grad is not None}
+        found.append({"total": losses.total, **grads, **dict(method.named_buffers())})
+    assert found[0].keys() == found[1].keys()
+    assert [n for n in found[0] if not torch.equal(found[0][n], found[1][n])] == []
+
+
+def test_a_network_in_tf32_holds_no_map_after_its_backward(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    network, kept = make_network("vnet").train(), []
+    network.precision = "tf32"
+    maps = network.maps
+
+    def note(image):
+        found = maps(image)
+        kept.extend(weakref.ref(x) for x in found)
+        return found
+
+    network.maps = note
+    total = network(torch.randn(2, 1, 16, 16, 16))["seg"].square().mean()
+    assert all(x() is not None for x in kept)
+    total.backward()
+    assert len(kept) == 5 and all(x() is None for x in kept)
+
+
+@pytest.mark.parametrize("method", ["asdnet", "dk-uxnet"])
+def test_a_resumed_run_finds_the_same_tf32_flags_as_an_undisturbed_one(method, tmp_path, monkeypatch):
+    """Seen in train_dtml.py itself, which is made to believe in a GPU's arithmetic."""
+    monkeypatch.setattr(train_dtml, "refuse_precision", lambda precision, device: None)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    steps, methods = [], []
+    choose, after = train_dtml.choose_arithmetic, METHODS[method].after_step
+
+    def note(self, batch, iteration):
+        after(self, batch, iteration)
+        steps.append((iteration, watch.take(self), torch.backends.cudnn.allow_tf32))
+
+    monkeypatch.setattr(train_dtml, "choose_arithmetic", lambda m, o, d: (methods.append(m), choose(m, o, d))[1])
+    monkeypatch.setattr(METHODS[method], "after_step", note)
+    words = ["--data", str(make_set(tmp_path / "set")), "--runs", str(tmp_path / "runs"), "--name", "run", *TINY]
+    words += ["--device", "cpu", "--precision", "tf32", "--iterations", "4", "--save-every", "2", *method_words(method)]
+    with Watch() as watch:
+        train_dtml.main(words)
+    whole, steps[:] = list(steps), []
+    run = tmp_path / "runs" / "run"
+    (run / "previous.pt").replace(run / "last.pt")
+    with Watch() as watch:
+        train_dtml.main([*words, "--resume", "auto"])
+    assert [i for i, *_ in whole] == [0, 1, 2, 3] and [i for i, *_ in steps] == [2, 3]
+    assert all(seen == whole[0][1] and not left for _, seen, left in [*whole, *steps])
+    for (weight, _), flags in whole[0][1].items():
+        assert flags == {own_flag(methods[0], weight, "tf32")}, weight
