@@ -1,4 +1,7 @@
-"""What --precision promises: bf16 has every layer's gradient on every CPU; tf32 is where it belongs, nowhere else."""
+"""What --precision promises: bf16 has every layer's gradient on every CPU; tf32 is where it belongs, nowhere else.
+
+And --deterministic: no operation that a GPU then refuses.
+"""
 
 import copy
 import itertools
@@ -332,3 +335,67 @@ def test_a_resumed_run_finds_the_same_tf32_flags_as_an_undisturbed_one(method, t
     assert all(seen == whole[0][1] and not left for _, seen, left in [*whole, *steps])
     for (weight, _), flags in whole[0][1].items():
         assert flags == {own_flag(methods[0], weight, "tf32")}, weight
+
+
+# -- deterministic --
+
+REFUSED = {  # by a GPU under torch.use_deterministic_algorithms, as its documentation (2.13) names them
+    "avg_pool3d_backward", "_adaptive_avg_pool2d_backward", "_adaptive_avg_pool3d_backward",
+    "adaptive_avg_pool3d_backward", "adaptive_max_pool2d_backward", "fractional_max_pool2d_backward",
+    "fractional_max_pool3d_backward", "max_unpool2d", "max_unpool3d", "upsample_linear1d_backward",
+    "upsample_bilinear2d_backward", "upsample_bicubic2d_backward", "upsample_trilinear3d_backward",
+    "reflection_pad1d_backward", "reflection_pad2d_backward", "reflection_pad3d_backward", "nll_loss_forward",
+    "nll_loss_backward", "nll_loss2d_forward", "nll_loss2d_backward", "_ctc_loss_backward", "_embedding_bag_backward",
+    "put_", "histc", "bincount", "median", "nanmedian", "grid_sampler_2d_backward", "grid_sampler_3d_backward",
+    "cumsum", "cumsum_", "scatter_reduce", "scatter_reduce_",
+}  # fmt: skip
+
+
+class Operations(TorchDispatchMode):
+    """Notes the names of all operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+SOFTMAX = {
+    f"{name}, softmax of {classes + 1}": (name, {"softmax": True, "classes": classes})
+    for name, kind in METHODS.items()
+    for classes in ((1, 2) if kind.multiclass else (1,))
+    if hasattr(kind.Options, "softmax")
+}
+PRESETS = {f"{m}, {preset}": (m, kind.PRESETS[preset]) for m, kind in METHODS.items() for preset in kind.PRESETS}
+OTHERS = {
+    "tcse, zoomed": ("tcse", {"scale": 0.2}),
+    "dk-uxnet, squares": ("dk-uxnet", {"contrast": "mse"}),
+    "dtml, both losses": ("dtml", {"sdm_loss": "both"}),
+    "double-unc, all blocks": ("double-unc", {"feature_blocks": "decoder"}),
+}
+
+
+@pytest.mark.parametrize("case", ALL := {**CASES, **SOFTMAX, **PRESETS, **OTHERS})
+def test_no_operation_of_a_method_is_one_that_a_gpu_refuses_to_repeat(case):
+    name, options = ALL[case]
+    method = make_method(name, **options)
+    batch = make_batch(method)
+    with Operations() as operations:
+        method(batch, 1).total.backward()
+        method.after_step(batch, 1)
+        with torch.no_grad():
+            method.predict(batch["image"], method.outputs)
+            method.maps(batch["image"])
+    assert {"convolution", "convolution_backward"} <= operations.names
+    assert operations.names & REFUSED == set()
+
+
+def test_the_names_of_what_a_gpu_refuses_are_torchs():
+    assert [name for name in REFUSED if not hasattr(torch.ops.aten, name)] == []
+    logits = torch.randn(2, 3, 4, 4, 4, requires_grad=True)
+    with Operations() as operations:
+        F.cross_entropy(logits, torch.zeros(2, 4, 4, 4, dtype=torch.long)).backward()
+    assert operations.names & REFUSED == {"nll_loss2d_forward", "nll_loss2d_backward"}
