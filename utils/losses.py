@@ -94,8 +94,13 @@ def masked_mean(x: Tensor, weight: Tensor) -> Tensor:
     return (weight * x).sum() / weight.sum().clamp(min=1)
 
 
-def entropy(p: Tensor) -> Tensor:
-    """-p ln p - (1-p) ln(1-p) of each voxel, in [0, ln 2]; p is kept 1e-6 from 0 and 1, where the gradient is 0."""
+def entropy(p: Tensor, epsilon: float = 0.0) -> Tensor:
+    """-p ln p - (1-p) ln(1-p) of each voxel, in [0, ln 2]; p is kept 1e-6 from 0 and 1, where the gradient is 0.
+
+    With an epsilon -p ln(p + epsilon) - (1-p) ln(1-p + epsilon), down to -epsilon, as the released code of UA-MT.
+    """
+    if epsilon:
+        return -(p * (p + epsilon).log() + (1 - p) * (1 - p + epsilon).log())
     p = p.clamp(1e-6, 1 - 1e-6)
     return -(p * p.log() + (1 - p) * (1 - p).log())
 
