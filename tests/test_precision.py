@@ -25,7 +25,7 @@ from utils.losses import seg_loss
 from utils.options import fill
 
 CROPS = [(16, 16, 16), (32, 32, 32), (48, 48, 32)]
-REPEATS = {CROPS[0]: 10, CROPS[1]: 3, CROPS[2]: 1}
+REPEATS = {CROPS[0]: 10, CROPS[1]: 2, CROPS[2]: 1}
 LAYOUTS = [torch.channels_last_3d, torch.contiguous_format]
 
 
@@ -130,7 +130,9 @@ def test_in_bf16_the_gradients_of_every_layer_are_those_of_what_entered_it(backb
                 y = F.conv3d(x, w, stride=m.stride, padding=m.padding, groups=m.groups)
             of_w, exact = torch.autograd.grad(y, [w, x], of_y.double())
             assert cosine(m.weight.grad, of_w) > 0.999, name
-            assert m.bias is None or cosine(m.bias.grad, of_y.double().sum(dim=(0, 2, 3, 4))) > 0.999, name
+            if m.bias is not None:  # sums that may cancel, as before a batch norm
+                sums, sizes = (t.double().sum(dim=(0, 2, 3, 4)) for t in (of_y, of_y.abs()))
+                assert ((m.bias.grad - sums).abs() <= 1e-4 * sizes).all(), name
             assert of_x is None or cosine(of_x, exact) > 0.999, name
 
 
