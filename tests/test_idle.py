@@ -4,7 +4,6 @@ it is refused, and then it does nothing. The cases come from the dataclasses: a 
 import dataclasses
 import functools
 import itertools
-import math
 import shlex
 from typing import Any
 
@@ -51,18 +50,17 @@ def parsed(method: str, flags: str) -> dict[str, Any]:
 
 
 def switches(method: str) -> list[str]:
-    """The flags that may switch another option off: whatever an `only_if` names, at its other values, and every number
-    that can be 0, at 0."""
-    fields = dataclasses.fields(METHODS[method].Options)
-    named = {name for f in fields for condition in f.metadata["only_if"] for name in condition}
+    """The flags that may switch another option off: every other choice, every bool turned round, every number that can
+    be 0, at 0, and every share at 1."""
     found = []
-    for f in fields:
+    for f in dataclasses.fields(METHODS[method].Options):
         about, default = f.metadata, default_of(f)
-        values = [0.0] if about["minimum"] == 0 else []
-        if f.name in named:
-            values += about["choices"] or []
-            values += [not default] if isinstance(default, bool) else []
-            values += [about["maximum"]] if isinstance(default, float) and about["maximum"] < math.inf else []
+        if f.name in ("backbone", "ramp") or isinstance(default, list):  # none of which is ever off
+            continue
+        values = list(about["choices"] or [])
+        values += [not default] if isinstance(default, bool) else []
+        values += [0.0] if about["minimum"] == 0 else []
+        values += [1.0] if (about["minimum"], about["maximum"]) == (0, 1) else []
         found += [as_flags({f.name: value}).strip() for value in values if value != default]
     return found
 
