@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.autograd.graph import Node
 from torch.utils.checkpoint import checkpoint
 
 from networks.batch_norm import BatchNorm3d
@@ -51,7 +51,7 @@ class Backbone(nn.Module):
         if self.precision in HALVES:
             with torch.autocast(image.device.type, HALVES[self.precision]):
                 return [x.float() for x in self.maps(image)]
-        return there_and_back(self, self.maps, image, allow_tf32=self.precision == "tf32")
+        return there_and_back(self.maps, image, allow_tf32=self.precision == "tf32")
 
     def outputs(self, x: Tensor) -> list[Tensor]:
         """What each head makes of the last map."""
@@ -60,7 +60,7 @@ class Backbone(nn.Module):
 
     def read(self, features: list[Tensor]) -> dict[str, Tensor]:
         """The maps of `features` -> head name -> (N,channels,W,H,D)."""
-        found = there_and_back(self, self.outputs, features[-1], allow_tf32=False)
+        found = there_and_back(self.outputs, features[-1], allow_tf32=False)
         return dict(zip(self.heads, found, strict=True))
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
@@ -112,50 +112,51 @@ def tf32(allow: bool) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before
 
 
-def there_and_back(
-    network: nn.Module, part: Callable[[Tensor], list[Tensor]], x: Tensor, *, allow_tf32: bool
-) -> list[Tensor]:
+def there_and_back(part: Callable[[Tensor], list[Tensor]], x: Tensor, *, allow_tf32: bool) -> list[Tensor]:
     """part(x), it and its gradients computed with tf32 or without; what surrounds them keeps what it has.
 
-    Where the surroundings have the same there is nothing to do.
+    Where the surroundings have the same there is nothing to do. Else each step of the way back sets the flag when it
+    begins and puts back what it found when it ends: no gradient arrives at the image, so that nothing would tell when
+    the way back of a whole network has ended.
     """
     if torch.backends.cudnn.allow_tf32 == allow_tf32:
         return part(x)
-    if torch.is_grad_enabled():
-        weights = [p for p in network.parameters() if p.requires_grad]
-        return list(_ThereAndBack.apply(allow_tf32, part, x, *weights))
     with tf32(allow_tf32):
-        return part(x)
+        found = part(x)
+    for step in steps_back(found, x):
+        hold_tf32(step, allow_tf32)
+    return found
 
 
-class _ThereAndBack(torch.autograd.Function):
-    """A part of a network as one step of autograd: its backward is that of a graph of its own, within one flag.
+def hold_tf32(step: Node, allow: bool) -> None:
+    """Whether a GPU's convolutions may round in a step of the way back; after it they may what they could before."""
+    before: list[bool] = []
 
-    A flag set by a hook on the way back would stay for what comes after it: no gradient arrives at the image, so that
-    nothing tells when a network's backward has ended.
-    """
+    def begin(*_: Any) -> None:
+        before.append(torch.backends.cudnn.allow_tf32)
+        torch.backends.cudnn.allow_tf32 = allow
 
-    @staticmethod
-    def forward(ctx: Any, allow_tf32: bool, part: Callable[..., list[Tensor]], x: Tensor, *weights: Tensor) -> Any:
-        ctx.set_materialize_grads(False)
-        x = x.detach().requires_grad_(x.requires_grad)
-        with torch.enable_grad(), tf32(allow_tf32):
-            found = part(x)
-        ctx.allow_tf32, ctx.weights = allow_tf32, weights
-        ctx.save_for_backward(x, *found)  # with the graph that they hang on, until torch lets go of this step
-        return tuple(y.detach() for y in found)
+    def end(*_: Any) -> None:
+        torch.backends.cudnn.allow_tf32 = before.pop()
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
-        x, *found = ctx.saved_tensors
-        ends = [(y, grad) for y, grad in zip(found, grads, strict=True) if grad is not None]
-        leaves = [x, *ctx.weights] if x.requires_grad else ctx.weights
-        with tf32(ctx.allow_tf32):
-            of = torch.autograd.grad(
-                [y for y, _ in ends], leaves, [grad for _, grad in ends], retain_graph=True, allow_unused=True
-            )
-        return None, None, *(of if x.requires_grad else (None, *of))
+    step.register_prehook(begin)
+    step.register_hook(end)
+
+
+def steps_back(found: list[Tensor], x: Tensor) -> list[Node]:
+    """The steps of autograd from what was made of x back to x and to the weights, without these."""
+    steps: list[Node] = []
+    seen = {x.grad_fn}
+    waiting = [y.grad_fn for y in found]
+    while waiting:
+        step = waiting.pop()
+        if step is not None and step not in seen:
+            seen.add(step)
+            before = [node for node, _ in step.next_functions]
+            waiting += before
+            if before:  # a weight has none, and would keep what is hooked to it
+                steps.append(step)
+    return steps
 
 
 @contextmanager

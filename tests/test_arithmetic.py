@@ -121,12 +121,15 @@ def test_recomputing_on_the_layout_of_a_gpu_leaves_the_statistics_alone_too():
         assert torch.equal(a, b)
 
 
-def test_compiled_networks_have_the_same_losses_and_gradients(monkeypatch):
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_compiled_networks_have_the_same_losses_and_gradients(precision, monkeypatch):
     """With torch's plainest backend: what its C++ one makes takes minutes to build on a CPU."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     batch, found = make_batch(), []
     for compiled in (False, True):
         method = make("supervised")
+        set_precision(method, precision, training=True)
         if compiled:
             compile_networks(method)
         found.append((*gradients(method, batch), set(method.state_dict())))

@@ -761,8 +761,8 @@ AUTHORS = {"lambda_max": 1.0, "ramp": "steps", "consistency_times": 2, "augment"
 PRESETS = {  # method: what its two presets come to
     "dtml": (PAPER, AUTHORS),
     "ua-mt": (
-        {"softmax": False, "ramp": "gaussian", "augment": "d4"},
-        {"softmax": True, "ramp": "steps", "augment": "mirror"},
+        {"softmax": False, "ramp": "gaussian", "augment": "d4", "entropy_epsilon": 0.0},
+        {"softmax": True, "ramp": "steps", "augment": "mirror", "entropy_epsilon": 1e-6},
     ),
     "dtc": ({"ramp": "gaussian", "augment": "d4"}, {"ramp": "steps", "augment": "mirror"}),
     "sassnet": ({"ramp": "gaussian", "augment": "d4"}, {"ramp": "steps", "augment": "mirror"}),

@@ -5,7 +5,6 @@ And --deterministic: no operation that a GPU then refuses.
 
 import copy
 import itertools
-import weakref
 
 import pytest
 import torch
@@ -132,7 +131,7 @@ def test_in_bf16_the_gradients_of_every_layer_are_those_of_what_entered_it(backb
             assert cosine(m.weight.grad, of_w) > 0.999, name
             if m.bias is not None:  # sums that may cancel, as before a batch norm
                 sums, sizes = (t.double().sum(dim=(0, 2, 3, 4)) for t in (of_y, of_y.abs()))
-                assert ((m.bias.grad - sums).abs() <= 1e-4 * sizes).all(), name
+                assert ((m.bias.grad - sums).abs() <= 2**-8 * sizes).all(), name
             assert of_x is None or cosine(of_x, exact) > 0.999, name
 
 
@@ -235,7 +234,7 @@ CASES = {
     **{name: (name, {}) for name in METHODS},
     "dtml, mixed and averaged": ("dtml", {"mix": 1.0, "ema_decay": 0.9}),
     "dtml, uxnet": ("dtml", {"backbone": "uxnet"}),
-    "dk-uxnet, a convolution": ("dk-uxnet", {"kmax": False, "consistency": "segc"}),
+    "dk-uxnet, a convolution": ("dk-uxnet", {"kmax": False, "consistency_terms": "segc"}),
     "dk-uxnet, two V-Nets": ("dk-uxnet", {"share_weights": False, "backbone": "vnet"}),
 }
 
@@ -290,24 +289,6 @@ def test_in_tf32_all_gradients_are_those_of_float32_where_the_flag_means_nothing
         found.append({"total": losses.total, **grads, **dict(method.named_buffers())})
     assert found[0].keys() == found[1].keys()
     assert [n for n in found[0] if not torch.equal(found[0][n], found[1][n])] == []
-
-
-def test_a_network_in_tf32_holds_no_map_after_its_backward(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    network, kept = make_network("vnet").train(), []
-    network.precision = "tf32"
-    maps = network.maps
-
-    def note(image):
-        found = maps(image)
-        kept.extend(weakref.ref(x) for x in found)
-        return found
-
-    network.maps = note
-    total = network(torch.randn(2, 1, 16, 16, 16))["seg"].square().mean()
-    assert all(x() is not None for x in kept)
-    total.backward()
-    assert len(kept) == 5 and all(x() is None for x in kept)
 
 
 @pytest.mark.parametrize("method", ["asdnet", "dk-uxnet"])
