@@ -198,11 +198,8 @@ STOP_EVERY = 10  # iterations between two questions to the other GPUs whether so
 LONG = {"options", "checksums"}  # of the manifest, not repeated in TensorBoard
 
 
-def read_options(
-    argv: list[str] | None,
-) -> tuple[Options, Method.Options, Path, dict[str, Any] | None, dict[str, Any]]:
-    """The command line -> options of the run and of its method, its folder, the checkpoint to go on from, and what was
-    chosen on the command line."""
+def read_options(argv: list[str] | None) -> tuple[Options, Method.Options, Path, dict[str, Any] | None]:
+    """The command line -> options of the run and of its method, its folder, and the checkpoint to go on from."""
     first = Parser(add_help=False)
     first.add_argument("--method", choices=list(METHODS))
     first.add_argument("--resume")
@@ -237,7 +234,7 @@ def read_options(
         refuse_differences(given, saved, harmless_names([Options, kind.Options]), folder)
         o, method_options = (fill(cls, saved, given) for cls in (Options, kind.Options))
         refuse_idle(given, [Options], values_of(o, method_options, kind), saved.get, WHY)
-    return o, method_options, folder, state, {"method": name, "data": o.data} | given
+    return o, method_options, folder, state
 
 
 def flags_of(method: str) -> Parser:
@@ -376,7 +373,9 @@ def show(
 
 @enough_memory("Lower --batch-size, --patch-size or --filters, or keep the volumes out of it with --cache disk.")
 def main(argv: list[str] | None = None) -> None:
-    o, method_options, folder, state, given = read_options(argv)
+    words = Parser(add_help=False).expand(argv, chosen_words)
+    o, method_options, folder, state = read_options(words)
+    given = {"method": o.method, "data": o.data} | flags_of(o.method).parse(words)
     if not o.from_diagnostic:
         refuse_locked(folder)
     if state is None and not o.fresh and not (o.resume == "auto" and was_begun(folder)):

@@ -13,12 +13,12 @@ evaluation mode. w rises to 0.01 with 16 labeled scans there, to 0.015 with 8.
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from methods.adversary import Adversary, judged_output
 from methods.base import Batch, Losses
 from methods.two_heads import TwoHeads
 from networks.critics import MapCritic
+from utils.losses import cross_entropy
 from utils.options import option
 from utils.ramps import RAMPS, ramp_up
 
@@ -50,7 +50,7 @@ class SASSNet(TwoHeads):
         o, image, labeled = self.options, batch["image"], len(batch["label"])
         q, z = self.heads(image)
         opinion = self.adversary(z[labeled:], image[labeled:])
-        adversarial = F.cross_entropy(opinion, torch.ones(len(opinion), dtype=torch.long, device=opinion.device))
+        adversarial = cross_entropy(opinion, torch.ones(len(opinion), dtype=torch.long, device=opinion.device))
         w = o.adversarial_max * ramp_up(iteration, self.iterations, o.ramp)
         taken_for_labeled = opinion.detach().softmax(dim=1)[:, 1].mean()
         return self.losses(q, z, batch, {"adversarial": adversarial}, w, **{"critic/fooled": taken_for_labeled})
@@ -59,4 +59,4 @@ class SASSNet(TwoHeads):
         image, labeled = batch["image"], len(batch["label"])
         z = judged_output(self.network, image)["sdm"]
         origin = (torch.arange(len(image), device=image.device) < labeled).long()
-        self.adversary.step(lambda critic: F.cross_entropy(critic(z, image), origin), batch, iteration)
+        self.adversary.step(lambda critic: cross_entropy(critic(z, image), origin), batch, iteration)

@@ -30,13 +30,17 @@ from utils.ramps import ramp_up
 class UAMT(MeanTeacher):
     """Mean teacher with the consistency masked by the teacher's uncertainty."""
 
-    PRESETS = {"paper": {}, "authors": {"softmax": True, "ramp": "steps", "augment": "mirror"}}
+    PRESETS = {"paper": {}, "authors": {"softmax": True, "ramp": "steps", "augment": "mirror", "entropy_epsilon": 1e-6}}
 
     @dataclass
     class Options(MeanTeacher.Options):
         consistency_on: str = option("unlabeled", "crops on which student and teacher must agree", choices=ITEMS,
                                      only_if=AGREES)  # fmt: skip
         passes: int = option(8, "T, stochastic passes of the teacher for the uncertainty", minimum=1, only_if=AGREES)
+        entropy_epsilon: float = option(
+            0.0, "e of U = - sum_c pbar_c ln(pbar_c + e), 1e-6 as released; 0: none, pbar is kept 1e-6 from 0 and 1",
+            minimum=0, only_if=AGREES,
+        )  # fmt: skip
 
     options: Options
 
@@ -49,7 +53,7 @@ class UAMT(MeanTeacher):
         """U of image (N,1,W,H,D), the entropy of the mean of T passes, (N,C,W,H,D) in [0, ln 2]."""
         passes = monte_carlo(self.teacher, image, passes=self.options.passes, noise=self.options.noise)
         found = [probabilities(x["seg"], self.options.classes).unflatten(0, (-1, len(image))) for x in passes]
-        return entropy(torch.cat(found).mean(dim=0))
+        return entropy(torch.cat(found).mean(dim=0), self.options.entropy_epsilon)
 
     def threshold(self, iteration: int) -> float:
         """H(t): the uncertainty below which a voxel counts."""

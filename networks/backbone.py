@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from networks.batch_norm import BatchNorm3d
@@ -49,15 +51,17 @@ class Backbone(nn.Module):
         if self.precision in HALVES:
             with torch.autocast(image.device.type, HALVES[self.precision]):
                 return [x.float() for x in self.maps(image)]
-        with tf32(self.precision == "tf32"):
-            maps = self.maps(image)
-        return [on_the_way_back(x, allow_tf32=self.precision == "tf32") for x in maps]
+        return there_and_back(self, self.maps, image, allow_tf32=self.precision == "tf32")
+
+    def outputs(self, x: Tensor) -> list[Tensor]:
+        """What each head makes of the last map."""
+        x = self.dropout(x)
+        return [head(x) for head in self.heads.values()]
 
     def read(self, features: list[Tensor]) -> dict[str, Tensor]:
         """The maps of `features` -> head name -> (N,channels,W,H,D)."""
-        x = self.dropout(features[-1])
-        with tf32(False):
-            return {name: on_the_way_back(head(x), allow_tf32=False) for name, head in self.heads.items()}
+        found = there_and_back(self, self.outputs, features[-1], allow_tf32=False)
+        return dict(zip(self.heads, found, strict=True))
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         """image (N,in_channels,W,H,D) -> head name -> (N,channels,W,H,D)."""
@@ -108,18 +112,50 @@ def tf32(allow: bool) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before
 
 
-def on_the_way_back(x: Tensor, *, allow_tf32: bool) -> Tensor:
-    """x; once its gradient is there, the gradients of what made it are computed in tf32 or not.
+def there_and_back(
+    network: nn.Module, part: Callable[[Tensor], list[Tensor]], x: Tensor, *, allow_tf32: bool
+) -> list[Tensor]:
+    """part(x), it and its gradients computed with tf32 or without; what surrounds them keeps what it has.
 
-    Networks go back one after the other, the one that was computed last first, so that each finds its own choice.
+    Where the surroundings have the same there is nothing to do.
+    """
+    if torch.backends.cudnn.allow_tf32 == allow_tf32:
+        return part(x)
+    if torch.is_grad_enabled():
+        weights = [p for p in network.parameters() if p.requires_grad]
+        return list(_ThereAndBack.apply(allow_tf32, part, x, *weights))
+    with tf32(allow_tf32):
+        return part(x)
+
+
+class _ThereAndBack(torch.autograd.Function):
+    """A part of a network as one step of autograd: its backward is that of a graph of its own, within one flag.
+
+    A flag set by a hook on the way back would stay for what comes after it: no gradient arrives at the image, so that
+    nothing tells when a network's backward has ended.
     """
 
-    def choose(grad: Tensor) -> None:
-        torch.backends.cudnn.allow_tf32 = allow_tf32
+    @staticmethod
+    def forward(ctx: Any, allow_tf32: bool, part: Callable[..., list[Tensor]], x: Tensor, *weights: Tensor) -> Any:
+        ctx.set_materialize_grads(False)
+        x = x.detach().requires_grad_(x.requires_grad)
+        with torch.enable_grad(), tf32(allow_tf32):
+            found = part(x)
+        ctx.allow_tf32, ctx.weights = allow_tf32, weights
+        ctx.save_for_backward(x, *found)  # with the graph that they hang on, until torch lets go of this step
+        return tuple(y.detach() for y in found)
 
-    if x.requires_grad:
-        x.register_hook(choose)
-    return x
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        x, *found = ctx.saved_tensors
+        ends = [(y, grad) for y, grad in zip(found, grads, strict=True) if grad is not None]
+        leaves = [x, *ctx.weights] if x.requires_grad else ctx.weights
+        with tf32(ctx.allow_tf32):
+            of = torch.autograd.grad(
+                [y for y, _ in ends], leaves, [grad for _, grad in ends], retain_graph=True, allow_unused=True
+            )
+        return None, None, *(of if x.requires_grad else (None, *of))
 
 
 @contextmanager

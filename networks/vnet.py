@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from networks.backbone import Backbone
 from networks.batch_norm import BatchNorm3d
+from networks.convolution import Conv3d
 
 
 class Convs(nn.Sequential):
@@ -17,7 +18,7 @@ class Convs(nn.Sequential):
         layers: list[nn.Module] = []
         for i in range(count):
             layers += [
-                nn.Conv3d(channels_in if i == 0 else channels_out, channels_out, 3, padding=1),
+                Conv3d(channels_in if i == 0 else channels_out, channels_out, 3, padding=1),
                 BatchNorm3d(channels_out),
                 nn.ReLU(inplace=True),
             ]
@@ -28,9 +29,7 @@ class Down(nn.Sequential):
     """Conv3d 2x2x2 stride 2 -> BatchNorm3d -> ReLU: halves every side and doubles the channels."""
 
     def __init__(self, channels: int):
-        super().__init__(
-            nn.Conv3d(channels, 2 * channels, 2, stride=2), BatchNorm3d(2 * channels), nn.ReLU(inplace=True)
-        )
+        super().__init__(Conv3d(channels, 2 * channels, 2, stride=2), BatchNorm3d(2 * channels), nn.ReLU(inplace=True))
 
 
 class Up(nn.Sequential):

@@ -213,6 +213,7 @@ OWN = {
         **TEACHER,
         "consistency_on": [("--consistency-on all", "")],
         "passes": [("--passes 7", ""), ("--passes 1", "--passes 2")],
+        "entropy_epsilon": [("--entropy-epsilon 0.5", "")],
     },
     "tcse": {
         **TEACHER,

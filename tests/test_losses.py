@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from methods.dtml import DTML
 from methods.supervised import Supervised
-from utils.losses import consistency_loss, dice_loss, hard_dice, live_share, sdm_to_mask, seg_loss
+from utils.losses import consistency_loss, cross_entropy, dice_loss, hard_dice, live_share, sdm_to_mask, seg_loss
 from utils.ramps import default_lr_steps, learning_rate, ramp_up
 
 
@@ -31,6 +31,30 @@ def test_seg_loss_is_half_cross_entropy_and_half_dice():
     assert seg_loss(logits, label).item() == pytest.approx(
         (0.5 * (cross_entropy + dice_loss(p, label))).item(), rel=1e-5
     )
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize("shape", [(4, 2), (7, 5), (2, 2, 8, 6, 5), (3, 4, 5, 7, 3), (1, 255, 3, 2, 1)])
+def test_cross_entropy_is_torchs_with_the_same_gradient(shape, layout):
+    if len(shape) == 2:
+        layout = torch.contiguous_format
+    for dtype, tolerance in ((torch.float64, 2e-15), (torch.float32, 1e-6)):
+        x = (10 * torch.randn(shape, dtype=dtype)).to(memory_format=layout)
+        label = torch.randint(shape[1], (shape[0], *shape[2:]), dtype=torch.uint8)
+        ours, torchs = (x.clone().requires_grad_() for _ in range(2))
+        value, expected = cross_entropy(ours, label), F.cross_entropy(torchs, label.long())
+        assert value.item() == pytest.approx(expected.item(), rel=tolerance)
+        (0.3 * value).backward()
+        (0.3 * expected).backward()
+        assert torch.equal(ours.grad, torchs.grad)
+
+
+def test_cross_entropy_of_what_cannot_be_is_finite_and_a_label_beyond_is_refused():
+    x = torch.tensor([[1.0, -torch.inf, 2.0]], requires_grad=True)
+    cross_entropy(x, torch.tensor([2])).backward()
+    assert x.grad.isfinite().all() and x.grad[0, 1] == 0
+    with pytest.raises(RuntimeError, match="num_classes"):
+        cross_entropy(torch.randn(1, 3), torch.tensor([3]))
 
 
 def test_mask_of_a_map_is_high_inside_where_the_map_is_negative():

@@ -107,6 +107,8 @@ def test_entropy_is_that_of_a_coin():
     p = torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0], dtype=torch.float64)
     coin = [-sum(q * math.log(q) for q in (x, 1 - x) if q) for x in p.tolist()]
     torch.testing.assert_close(entropy(p), torch.tensor(coin, dtype=torch.float64), atol=2e-5, rtol=0)
+    shifted = [-sum(q * math.log(q + 1e-3) for q in (x, 1 - x)) for x in p.tolist()]
+    torch.testing.assert_close(entropy(p, 1e-3), torch.tensor(shifted, dtype=torch.float64), atol=1e-15, rtol=0)
     assert entropy(torch.rand(10000)).min() >= 0 and entropy(torch.rand(10000)).max() <= math.log(2) + 1e-7
 
 
@@ -131,6 +133,59 @@ def test_ua_mt_counts_certain_voxels_alone(monkeypatch):
     uncertain[:] = math.log(2)
     assert method.consistency(p, batch["image"][2:], 10)[0] == 0
     assert masked_mean(p, torch.zeros_like(p)) == 0
+
+
+def test_the_preset_authors_of_ua_mt_is_the_released_loss(monkeypatch):
+    """In float64, of the logits that student and teacher gave: two channels, mean over both, p log(p + 1e-6)."""
+    kind = METHODS["ua-mt"]
+    torch.manual_seed(0)
+    method = kind(fill(kind.Options, {"filters": 2}, kind.PRESETS["authors"]), iterations=6000).double().train()
+    method.student.heads["seg"][0].weight.data *= 40  # some voxels are certain, some are not
+    ema_update(method.teacher, method.student, 0)
+    batch, seen = make_batch(), {"student": [], "teacher": []}
+    batch["image"] = batch["image"].double()
+    for name, found in seen.items():
+        getattr(method, name).register_forward_hook(lambda m, x, y, found=found: found.append(y["seg"]))
+
+    def released(threshold):
+        (logits,), (target, *passes) = seen["student"], seen["teacher"]
+        assert len(passes) == 4 and all(len(two) == 4 for two in passes)
+        mean = sum(two.softmax(dim=1).view(2, 2, 2, 16, 16, 16).sum(dim=0) for two in passes) / 8
+        U = -(mean * torch.log(mean + 1e-6)).sum(dim=1, keepdim=True)
+        mask = U.lt(threshold).double()
+        distance = (logits[2:].softmax(dim=1) - target.softmax(dim=1)) ** 2
+        consistency = (mask * distance).sum() / (2 * mask.sum() + 1e-16)
+        p, y = logits[:2].softmax(dim=1)[:, 1], batch["label"].double()
+        dice = 1 - (2 * (p * y).sum() + 1e-5) / ((p * p).sum() + (y * y).sum() + 1e-5)
+        supervised = 0.5 * (torch.nn.functional.cross_entropy(logits[:2], batch["label"].long()) + dice)
+        weight = 0.1 * math.exp(-5 * (1 - (3123 // 150) / 40) ** 2)
+        return supervised + weight * consistency, U, mask
+
+    def compare(threshold):
+        monkeypatch.setattr(method, "threshold", lambda iteration: threshold)
+        seen["student"].clear(), seen["teacher"].clear()
+        torch.manual_seed(3)
+        losses = method(batch, 3123)
+        wanted, U, mask = released(threshold)
+        return losses, wanted, U, mask
+
+    usual = (0.75 + 0.25 * math.exp(-5 * (1 - 3123 / 6000) ** 2)) * math.log(2)
+    assert method.threshold(3123) == pytest.approx(usual, rel=1e-14)
+    U = compare(usual)[2]
+    nearest = U.flatten()[(U - usual).abs().argmin()].item()
+    for threshold in (usual, nearest + 1e-6):  # above its own entropy, and 1e-6 below that without an epsilon
+        losses, wanted, _, mask = compare(threshold)
+        assert 0.1 < mask.mean() < 0.9 and losses.monitors["certain_share"].item() == mask.mean().item()
+        assert losses.total.item() == pytest.approx(wanted.item(), rel=2e-15)
+        weights = list(method.student.parameters())
+        found, expected = (
+            torch.cat([g.flatten() for g in torch.autograd.grad(x, weights, retain_graph=True)])
+            for x in (losses.total, wanted)
+        )
+        assert (found - expected).norm() < 1e-12 * expected.norm()
+    method.options.entropy_epsilon = 0.0
+    losses, _, _, mask = compare(nearest + 1e-6)
+    assert losses.monitors["certain_share"].item() < mask.mean().item()
 
 
 def test_the_mean_teachers_target_has_no_gradient():

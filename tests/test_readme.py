@@ -28,7 +28,7 @@ TRAINING = [c for c in COMMANDS if c.startswith("python train_dtml.py")]
 def test_training_commands_parse_and_name_their_own_folders(command, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data" / "la").mkdir(parents=True)
-    options, _, folder, state, _ = train_dtml.read_options(shlex.split(command)[2:])
+    options, _, folder, state = train_dtml.read_options(shlex.split(command)[2:])
     assert state is None and folder.parts[:1] == ("runs",) and f"seed{options.seed}" in folder.name
 
 

@@ -34,10 +34,23 @@ def seg_loss(logits: Tensor, label: Tensor, classes: int = 1) -> Tensor:
     """L_seg = 1/2 (cross-entropy + Dice) of p = probabilities(logits, classes)."""
     p = probabilities(logits, classes)
     if exclusive(logits, classes):
-        return 0.5 * (F.cross_entropy(logits, label.long()) + dice_loss(p, label))
+        return 0.5 * (cross_entropy(logits, label) + dice_loss(p, label))
     x = foreground_logits(logits) if classes == 1 else logits
     y = torch.cat([y for _, y in by_class(x, label)], dim=1)
     return 0.5 * (F.binary_cross_entropy_with_logits(x, y) + dice_loss(p, label))
+
+
+def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
+    """- mean ln softmax(logits)[label]: logits (N,K) and label (N), or (N,K,W,H,D) and (N,W,H,D), of 0 to K-1.
+
+    F.cross_entropy with the same gradient bit for bit, but of operations alone that a GPU repeats exactly: those of
+    torch's own (2.13) on maps it refuses under torch.use_deterministic_algorithms.
+
+    Raises:
+        RuntimeError: on a CPU for a label outside of 0 to K-1.
+    """
+    chosen = F.one_hot(label.long(), logits.shape[1]).movedim(-1, 1) == 1
+    return -torch.where(chosen, logits.log_softmax(dim=1), 0).sum(dim=1).mean()
 
 
 def exclusive(logits: Tensor, classes: int) -> bool:
@@ -81,8 +94,13 @@ def masked_mean(x: Tensor, weight: Tensor) -> Tensor:
     return (weight * x).sum() / weight.sum().clamp(min=1)
 
 
-def entropy(p: Tensor) -> Tensor:
-    """-p ln p - (1-p) ln(1-p) of each voxel, in [0, ln 2]; p is kept 1e-6 from 0 and 1, where the gradient is 0."""
+def entropy(p: Tensor, epsilon: float = 0.0) -> Tensor:
+    """-p ln p - (1-p) ln(1-p) of each voxel, in [0, ln 2]; p is kept 1e-6 from 0 and 1, where the gradient is 0.
+
+    With an epsilon -p ln(p + epsilon) - (1-p) ln(1-p + epsilon), down to -epsilon, as the released code of UA-MT.
+    """
+    if epsilon:
+        return -(p * (p + epsilon).log() + (1 - p) * (1 - p + epsilon).log())
     p = p.clamp(1e-6, 1 - 1e-6)
     return -(p * p.log() + (1 - p) * (1 - p).log())
 
@@ -117,7 +135,7 @@ def dice_ce_loss(logits: Tensor, label: Tensor) -> Tensor:
     p = logits.softmax(dim=1)
     y = one_hot(label, logits.shape[1]).to(p.dtype)
     overlap, total = (x.flatten(2).sum(dim=2) for x in (p * y, p + y))
-    return F.cross_entropy(logits, label.long()) + (1 - (2 * overlap + EPSILON) / (total + EPSILON)).mean()
+    return cross_entropy(logits, label) + (1 - (2 * overlap + EPSILON) / (total + EPSILON)).mean()
 
 
 def one_hot(label: Tensor, classes: int) -> Tensor:
@@ -143,5 +161,5 @@ def nt_xent(a: Tensor, b: Tensor, *, temperature: float, over: str = "mean") -> 
     ab, aa, bb = (scale * x @ y.T for x, y in ((a, b), (a, a), (b, b)))
     positive = torch.arange(len(a), device=a.device)
     rows = [torch.cat([cross, same.masked_fill(self_pair, -torch.inf)], 1) for cross, same in ((ab, aa), (ab.T, bb))]
-    loss = torch.stack([F.cross_entropy(row, positive) for row in rows]).mean()
+    loss = torch.stack([cross_entropy(row, positive) for row in rows]).mean()
     return loss if over == "mean" else loss / voxels

@@ -1,0 +1,403 @@
+"""What --precision promises: bf16 has every layer's gradient on every CPU; tf32 is where it belongs, nowhere else.
+
+And --deterministic: no operation that a GPU then refuses.
+"""
+
+import copy
+import itertools
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY, make_set, method_words
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import train_dtml
+from methods import METHODS
+from networks.backbone import Backbone, set_precision, set_recompute
+from networks.backbones import BACKBONES
+from networks.convolution import Conv3d
+from networks.uxnet import Depthwise
+from utils.devices import seed_iteration
+from utils.losses import seg_loss
+from utils.options import fill
+
+CROPS = [(16, 16, 16), (32, 32, 32), (48, 48, 32)]
+REPEATS = {CROPS[0]: 10, CROPS[1]: 2, CROPS[2]: 1}
+LAYOUTS = [torch.channels_last_3d, torch.contiguous_format]
+
+
+def litter():
+    """Fills memory that is then free with not-a-number: who reads what nobody wrote finds it."""
+    return [torch.full((n,), torch.nan) for n in (1003, 10003, 100003, 1000003)]
+
+
+def cosine(a, b):
+    """Of two tensors, in float64; 1 of two that are 0, not-a-number where one is not finite."""
+    a, b = a.detach().flatten().double(), b.detach().flatten().double()
+    if not a.any() and not b.any():
+        return 1.0
+    return float(a @ b / (a.norm() * b.norm()).clamp(min=1e-300))
+
+
+def make_crops(shape):
+    """Four noisy balls and their labels."""
+    torch.manual_seed(1)
+    grid = torch.stack(torch.meshgrid(*[torch.linspace(-1, 1, side) for side in shape], indexing="ij"))
+    label = torch.stack([((grid - c) ** 2).sum(dim=0) < 0.3 for c in (0, 0.2, -0.2, 0.1)]).to(torch.uint8)
+    return (label + 0.3 * torch.randn(label.shape))[:, None], label
+
+
+def make_network(backbone, **options):
+    torch.manual_seed(0)
+    return BACKBONES[backbone](heads={"seg": 1}, filters=4, dropout=False, **options)
+
+
+def gradients(network, image, label, precision):
+    network.precision = precision
+    network.zero_grad()
+    litter()
+    seg_loss(network(image)["seg"], label).backward()
+    return {name: p.grad.clone() for name, p in network.named_parameters()}
+
+
+# -- bf16 --
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layer", "sides"),
+    [
+        (lambda: Conv3d(1, 8, 3, padding=1), (1, 2, 3, 4)),
+        (lambda: Conv3d(4, 6, 3, padding=1), (1, 2, 3, 4)),
+        (lambda: Conv3d(16, 16, 3, padding=1, bias=False), (1, 2, 3, 4)),
+        (lambda: Conv3d(5, 7, 1), (1, 2, 3)),
+        (lambda: Conv3d(8, 16, 2, stride=2), (2, 3, 4)),
+        (lambda: nn.ConvTranspose3d(16, 8, 2, stride=2), (1, 2, 3)),
+        (lambda: Depthwise(4, 5, bias=False), (2, 4, 5)),
+        (lambda: Depthwise(4, 7), (2, 6, 7)),
+        (lambda: Conv3d(1, 4, 7, stride=2, padding=3), (7, 8)),
+    ],
+)
+def test_a_convolution_in_bf16_is_that_of_the_rounded_numbers(layer, sides, layout):
+    torch.manual_seed(0)
+    for shape in itertools.product(sides, repeat=3):
+        conv = layer()
+        x = torch.randn(2, conv.in_channels, *shape).to(memory_format=layout)
+        low, exact = x.clone().requires_grad_(), x.bfloat16().double().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = conv(low)
+        assert y.dtype == torch.bfloat16
+        g = torch.randn(y.shape).bfloat16()
+        litter()
+        y.backward(g)
+        found = [y, low.grad, *(p.grad for p in conv.parameters())]
+        conv.zero_grad()
+        conv.bfloat16().double()
+        z = conv(exact)
+        z.backward(g.double())
+        expected = [z, exact.grad, *(p.grad for p in conv.parameters())]
+        for a, b in zip(found, expected, strict=True):
+            assert cosine(a, b) > 0.9999, shape
+            assert float(a.detach().double().norm() / b.detach().norm()) == pytest.approx(1, abs=0.01), shape
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # of the first layer: the scan has no gradient
+@pytest.mark.parametrize("crop", CROPS)
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_in_bf16_the_gradients_of_every_layer_are_those_of_what_entered_it(backbone, crop):
+    """In float64: weight, bias and input of each convolution, as one batch goes there and back."""
+    network, (image, label) = make_network(backbone).train(), make_crops(crop)
+    entered = {}
+    for name, module in network.named_modules():
+        if isinstance(module, (nn.Conv3d, nn.ConvTranspose3d)):
+            module.register_forward_hook(lambda m, x, y, name=name: entered.update({name: [x[0].detach().clone()]}))
+            module.register_full_backward_hook(
+                lambda m, of_x, of_y, name=name: entered[name].extend((of_x[0], of_y[0].clone()))
+            )
+    for _ in range(REPEATS[crop]):
+        gradients(network, image, label, "bf16")
+        assert len(entered) > 25
+        for name, (x, of_x, of_y) in entered.items():
+            m = network.get_submodule(name)
+            rounded = (lambda t: t.double()) if "heads" in name or "last" in name else (lambda t: t.bfloat16().double())
+            x, w = rounded(x).requires_grad_(), rounded(m.weight.detach()).requires_grad_()
+            if isinstance(m, nn.ConvTranspose3d):
+                y = F.conv_transpose3d(x, w, stride=m.stride)
+            else:
+                y = F.conv3d(x, w, stride=m.stride, padding=m.padding, groups=m.groups)
+            of_w, exact = torch.autograd.grad(y, [w, x], of_y.double())
+            assert cosine(m.weight.grad, of_w) > 0.999, name
+            if m.bias is not None:  # sums that may cancel, as before a batch norm
+                sums, sizes = (t.double().sum(dim=(0, 2, 3, 4)) for t in (of_y, of_y.abs()))
+                assert ((m.bias.grad - sums).abs() <= 1e-4 * sizes).all(), name
+            assert of_x is None or cosine(of_x, exact) > 0.999, name
+
+
+class Rounded(torch.autograd.Function):
+    """To bfloat16 and back, the map and its gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.bfloat16().float()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.bfloat16().float()
+
+
+def rounded_by_hand(network):
+    """What bf16 is, in float32 arithmetic: weights, every layer's output and its gradient, rounded."""
+    network = copy.deepcopy(network)
+    for name, module in network.named_modules():
+        if not list(module.children()) and "heads" not in name and "last" not in name:
+            module.register_forward_hook(lambda m, x, y: Rounded.apply(y))
+            for p in module.parameters():
+                p.data = p.data.bfloat16().float()
+    return network
+
+
+@pytest.mark.parametrize("crop", CROPS)
+@pytest.mark.parametrize(("backbone", "mode"), [("vnet", "train"), ("vnet", "eval"), ("uxnet", "train")])
+def test_in_bf16_the_gradients_of_a_network_are_near_those_of_float32(backbone, mode, crop):
+    """Those that are more than noise: that bf16's rounding, done by hand in float32 arithmetic, does not turn.
+
+    With the statistics of the batch most of the V-Net's first gradients are noise in this sense, with the running ones
+    hardly any is.
+    """
+    network, (image, label) = make_network(backbone).train(mode == "train"), make_crops(crop)
+    plain = gradients(network, image, label, "fp32")
+    by_hand = gradients(rounded_by_hand(network), image.bfloat16().float(), label, "fp32")
+    sound = [name for name, g in plain.items() if g.any() and cosine(by_hand[name], g) > 0.98]
+    assert len(sound) > {"vnet train": 5, "vnet eval": 110, "uxnet train": 60}[f"{backbone} {mode}"]
+    for _ in range(REPEATS[crop]):
+        low = gradients(network, image, label, "bf16")
+        assert all(g.isfinite().all() for g in low.values())
+        assert {name: c for name in sound if not (c := cosine(low[name], plain[name])) > 0.9} == {}
+
+
+# -- tf32 --
+
+
+class Watch(TorchDispatchMode):
+    """Notes the flag that each convolution finds, on its way there and on its way back, by the name of its weight."""
+
+    CONVOLUTIONS = {torch.ops.aten.convolution.default: 1, torch.ops.aten.convolution_backward.default: 2}
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+        """(weight's address, there or back, flag), in order."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        place = self.CONVOLUTIONS.get(function)
+        if place is not None:
+            way = "there" if place == 1 else "back"
+            self.seen.append((args[place].data_ptr(), way, torch.backends.cudnn.allow_tf32))
+        return function(*args, **(kwargs or {}))
+
+    def take(self, method):
+        """(name of the weight, way) -> the set of its flags; forgotten then."""
+        names, found = {p.data_ptr(): name for name, p in method.named_parameters()}, {}
+        for address, way, flag in self.seen:
+            found.setdefault((names[address], way), set()).add(flag)
+        self.seen.clear()
+        return found
+
+
+def own_flag(method, name, precision):
+    """Whether a weight is of a convolution that --precision tf32 is about: one in the maps of a network without map."""
+    for prefix, network in method.named_modules():
+        if isinstance(network, Backbone) and name.startswith(f"{prefix}."):
+            part = name.removeprefix(f"{prefix}.").split(".")[0]
+            return precision == "tf32" and "sdm" not in network.heads and part not in ("heads", "last")
+    return False
+
+
+def make_method(name, **options):
+    torch.manual_seed(0)
+    kind, small = METHODS[name], {"filters": 2, "query_channels": 16, "passes": 2, "feature_blocks": "bottom"}
+    return kind(fill(kind.Options, {**small, **options}), iterations=4).train()
+
+
+def make_batch(method):
+    """Two labeled crops and, where the method learns from them, two others."""
+    image, label = make_crops((16, 16, 16))
+    labeled = 2 if method.uses_unlabeled else 4
+    batch = {"image": image, "label": label[:labeled], "case": list("abcd")}
+    batch["sdm"] = torch.rand(labeled, method.options.classes, 16, 16, 16)
+    return batch | {"other_image": image.flip(0), "other_label": label.flip(0)[:labeled]}
+
+
+CASES = {
+    **{name: (name, {}) for name in METHODS},
+    "dtml, mixed and averaged": ("dtml", {"mix": 1.0, "ema_decay": 0.9}),
+    "dtml, uxnet": ("dtml", {"backbone": "uxnet"}),
+    "dk-uxnet, a convolution": ("dk-uxnet", {"kmax": False, "consistency": "segc"}),
+    "dk-uxnet, two V-Nets": ("dk-uxnet", {"share_weights": False, "backbone": "vnet"}),
+}
+
+
+@pytest.mark.parametrize(("recompute", "outside"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
+@pytest.mark.parametrize("case", CASES)
+def test_every_part_finds_its_own_tf32_flag_in_every_iteration_and_leaves_none(
+    case, precision, recompute, outside, monkeypatch
+):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", outside)
+    name, options = CASES[case]
+    method, seen = make_method(name, **options), []
+    set_precision(method, precision, training=True)
+    set_recompute(method, recompute)
+    weights = [p for p in method.parameters() if p.requires_grad]
+    optimizer, batch, watch = torch.optim.SGD(weights, lr=0.01), make_batch(method), Watch()
+    for iteration in range(3):
+        seed_iteration(1, iteration)
+        with watch:
+            losses = method(batch, iteration)
+            assert torch.backends.cudnn.allow_tf32 == outside
+            optimizer.zero_grad()
+            losses.total.backward()
+            assert torch.backends.cudnn.allow_tf32 == outside
+            optimizer.step()
+            method.after_step(batch, iteration)
+        assert torch.backends.cudnn.allow_tf32 == outside
+        seen.append(watch.take(method))
+    assert seen[0] == seen[1] == seen[2]
+    assert len({weight for weight, way in seen[0] if way == "back"}) >= 20
+    for (weight, way), flags in seen[0].items():
+        network = [p for p, m in method.named_modules() if isinstance(m, Backbone) and weight.startswith(f"{p}.")]
+        assert flags == {own_flag(method, weight, precision) if network else outside}, (weight, way)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_in_tf32_all_gradients_are_those_of_float32_where_the_flag_means_nothing(case, recompute, monkeypatch):
+    """On a CPU, bit for bit: the way is another one, the numbers are the same."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    found = []
+    for precision in ("fp32", "tf32"):
+        name, options = CASES[case]
+        method = make_method(name, **options)
+        set_precision(method, precision, training=True)
+        set_recompute(method, recompute)
+        seed_iteration(1, 1)
+        losses = method(make_batch(method), 1)
+        losses.total.backward()
+        grads = {n: p.grad for n, p in method.named_parameters() if p.grad is not None}
+        found.append({"total": losses.total, **grads, **dict(method.named_buffers())})
+    assert found[0].keys() == found[1].keys()
+    assert [n for n in found[0] if not torch.equal(found[0][n], found[1][n])] == []
+
+
+def test_a_network_in_tf32_holds_no_map_after_its_backward(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    network, kept = make_network("vnet").train(), []
+    network.precision = "tf32"
+    maps = network.maps
+
+    def note(image):
+        found = maps(image)
+        kept.extend(weakref.ref(x) for x in found)
+        return found
+
+    network.maps = note
+    total = network(torch.randn(2, 1, 16, 16, 16))["seg"].square().mean()
+    assert all(x() is not None for x in kept)
+    total.backward()
+    assert len(kept) == 5 and all(x() is None for x in kept)
+
+
+@pytest.mark.parametrize("method", ["asdnet", "dk-uxnet"])
+def test_a_resumed_run_finds_the_same_tf32_flags_as_an_undisturbed_one(method, tmp_path, monkeypatch):
+    """Seen in train_dtml.py itself, which is made to believe in a GPU's arithmetic."""
+    monkeypatch.setattr(train_dtml, "refuse_precision", lambda precision, device: None)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    steps, methods = [], []
+    choose, after = train_dtml.choose_arithmetic, METHODS[method].after_step
+
+    def note(self, batch, iteration):
+        after(self, batch, iteration)
+        steps.append((iteration, watch.take(self), torch.backends.cudnn.allow_tf32))
+
+    monkeypatch.setattr(train_dtml, "choose_arithmetic", lambda m, o, d: (methods.append(m), choose(m, o, d))[1])
+    monkeypatch.setattr(METHODS[method], "after_step", note)
+    words = ["--data", str(make_set(tmp_path / "set")), "--runs", str(tmp_path / "runs"), "--name", "run", *TINY]
+    words += ["--device", "cpu", "--precision", "tf32", "--iterations", "4", "--save-every", "2", *method_words(method)]
+    with Watch() as watch:
+        train_dtml.main(words)
+    whole, steps[:] = list(steps), []
+    run = tmp_path / "runs" / "run"
+    (run / "previous.pt").replace(run / "last.pt")
+    with Watch() as watch:
+        train_dtml.main([*words, "--resume", "auto"])
+    assert [i for i, *_ in whole] == [0, 1, 2, 3] and [i for i, *_ in steps] == [2, 3]
+    assert all(seen == whole[0][1] and not left for _, seen, left in [*whole, *steps])
+    for (weight, _), flags in whole[0][1].items():
+        assert flags == {own_flag(methods[0], weight, "tf32")}, weight
+
+
+# -- deterministic --
+
+REFUSED = {  # by a GPU under torch.use_deterministic_algorithms, as its documentation (2.13) names them
+    "avg_pool3d_backward", "_adaptive_avg_pool2d_backward", "_adaptive_avg_pool3d_backward",
+    "adaptive_avg_pool3d_backward", "adaptive_max_pool2d_backward", "fractional_max_pool2d_backward",
+    "fractional_max_pool3d_backward", "max_unpool2d", "max_unpool3d", "upsample_linear1d_backward",
+    "upsample_bilinear2d_backward", "upsample_bicubic2d_backward", "upsample_trilinear3d_backward",
+    "reflection_pad1d_backward", "reflection_pad2d_backward", "reflection_pad3d_backward", "nll_loss_forward",
+    "nll_loss_backward", "nll_loss2d_forward", "nll_loss2d_backward", "_ctc_loss_backward", "_embedding_bag_backward",
+    "put_", "histc", "bincount", "median", "nanmedian", "grid_sampler_2d_backward", "grid_sampler_3d_backward",
+    "cumsum", "cumsum_", "scatter_reduce", "scatter_reduce_",
+}  # fmt: skip
+
+
+class Operations(TorchDispatchMode):
+    """Notes the names of all operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+SOFTMAX = {
+    f"{name}, softmax of {classes + 1}": (name, {"softmax": True, "classes": classes})
+    for name, kind in METHODS.items()
+    for classes in ((1, 2) if kind.multiclass else (1,))
+    if hasattr(kind.Options, "softmax")
+}
+PRESETS = {f"{m}, {preset}": (m, kind.PRESETS[preset]) for m, kind in METHODS.items() for preset in kind.PRESETS}
+OTHERS = {
+    "tcse, zoomed": ("tcse", {"scale": 0.2}),
+    "dk-uxnet, squares": ("dk-uxnet", {"contrast": "mse"}),
+    "dtml, both losses": ("dtml", {"sdm_loss": "both"}),
+    "double-unc, all blocks": ("double-unc", {"feature_blocks": "decoder"}),
+}
+
+
+@pytest.mark.parametrize("case", ALL := {**CASES, **SOFTMAX, **PRESETS, **OTHERS})
+def test_no_operation_of_a_method_is_one_that_a_gpu_refuses_to_repeat(case):
+    name, options = ALL[case]
+    method = make_method(name, **options)
+    batch = make_batch(method)
+    with Operations() as operations:
+        method(batch, 1).total.backward()
+        method.after_step(batch, 1)
+        with torch.no_grad():
+            method.predict(batch["image"], method.outputs)
+            method.maps(batch["image"])
+    assert {"convolution", "convolution_backward"} <= operations.names
+    assert operations.names & REFUSED == set()
+
+
+def test_the_names_of_what_a_gpu_refuses_are_torchs():
+    assert [name for name in REFUSED if not hasattr(torch.ops.aten, name)] == []
+    logits = torch.randn(2, 3, 4, 4, 4, requires_grad=True)
+    with Operations() as operations:
+        F.cross_entropy(logits, torch.zeros(2, 4, 4, 4, dtype=torch.long)).backward()
+    assert operations.names & REFUSED == {"nll_loss2d_forward", "nll_loss2d_backward"}
