@@ -223,7 +223,8 @@ def test_the_commands_of_the_page_parse(monkeypatch, tmp_path):
             parsers[script].add_dataclass(options)
     parsers["train_dtml.py"]._option_string_actions["--method"].choices = None  # entropy is none of them yet
     blocks = re.findall(r"```bash\n(.*?)```", ADDING, re.S)
-    commands = [shlex.split(line)[1:] for block in blocks for line in block.splitlines()]
+    lines = [line for block in blocks for line in block.splitlines()]
+    commands = [shlex.split(line)[1:] for line in lines if line.startswith("python ") and ".py " in line]
     assert len(commands) >= 5
     for script, *words in commands:
         assert parsers[script].parse([word for word in words if word != "--help"])
