@@ -171,7 +171,7 @@ class Options:
                              harmless=True, only_if=TRAINS)  # fmt: skip
     device: str = option("auto", "auto, cpu, cuda or cuda:N", harmless=True)
     threads: int = option(0, "CPU threads; 0 leaves torch's choice", harmless=True, minimum=0)
-    deterministic: bool = option(False, "bit-exact repeats on a GPU too, at some cost", harmless=True)
+    deterministic: bool = option(False, "operations that repeat exactly on a GPU too, at some cost", harmless=True)
     runs: str = option("runs", "where run folders go", harmless=True, only_if=ANEW)
     name: str = option("", "run folder below --runs (default from what varies)", harmless=True, only_if=ANEW)
     resume: str = option("", "auto: go on with this run if it exists; or a run folder or checkpoint", harmless=True,

@@ -26,9 +26,9 @@ def test_every_method_is_timed(name, monkeypatch):
     found = bench.measure(name, bench.Options(iterations=1, device="cpu"))
     assert found["seconds"] > 0 and 0.1 < found["memory"] < 100
     assert 0 < found["trained"] <= found["all"]
-    assert (found["trained"] < found["all"]) == (
-        name not in ("dtml", "supervised", "dtc", "dk-uxnet")
-    )  # teachers and critics
+    options = train_dtml.read_options(["--method", name, "--profile", "phantom"])[1]
+    parts = dict(METHODS[name](options, iterations=9).named_children())
+    assert (found["trained"] < found["all"]) == bool({"teacher", "adversary"} & set(parts))
 
 
 def test_times_ratios_and_peaks_of_forms_side_by_side():

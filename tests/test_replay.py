@@ -62,10 +62,21 @@ def test_old_options_file_is_the_run_of_its_manifest(file):
     assert of_later == {name: usual[name] for name in of_later}
 
 
-def test_there_are_old_options_files_of_every_method():
-    assert len(FILES) > 75 and {
-        json.loads(f.with_name("manifest.json").read_text())["options"]["method"] for f in FILES
-    } == {*METHODS}
+def test_there_are_old_options_files_of_every_method_that_there_was():
+    names = [
+        "supervised",
+        "dtml",
+        "mean-teacher",
+        "ua-mt",
+        "tcse",
+        "double-unc",
+        "dtc",
+        "sassnet",
+        "asdnet",
+        "dk-uxnet",
+    ]
+    found = {json.loads(f.with_name("manifest.json").read_text())["options"]["method"] for f in FILES}
+    assert len(FILES) > 75 and {*names} <= found <= {*METHODS}
 
 
 OLD = ROOT / "results" / "half" / "dtml-16-seed1337" / "options.txt"

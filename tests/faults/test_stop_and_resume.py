@@ -50,6 +50,8 @@ KINDS = {
     "dtml, AdamW on UX-Net": ["--backbone", "uxnet", "--optimizer", "adamw", "--lr", "0.001"],
 }
 
+KINDS |= {m: method_words(m) for m in METHODS if not any(m in (kind.split(",")[0], *KINDS[kind]) for kind in KINDS)}
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
