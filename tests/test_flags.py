@@ -28,6 +28,9 @@ from utils.checkpoint import load_checkpoint
 from utils.errors import Diverged, UserError
 from utils.options import default_of
 
+OPENED = 4 * 8 + 2 * 4
+"""h5 files that a run on the set opens at its start: all 8 for the volumes and, thrice, for where they lie in mm; the 4
+labeled ones to see that they have a label, and for their spacing."""
 BASE = [*TINY, "--device", "cpu", "--iterations", "3", "--log-every", "1"]
 
 
@@ -374,7 +377,7 @@ def kept_in(folder: str) -> int:
 
 HARMLESS: dict[str, tuple[str, Callable[[Trained], Any], Any]] = {
     # option: flags, what to look at, what to see there
-    "cache": ("--cache none --cache-folder checks", lambda r: r.opened, 2 * 8 + 2 * 4 + 3 * 4),
+    "cache": ("--cache none --cache-folder checks", lambda r: r.opened, OPENED + 3 * 4),
     "cache_folder": ("--cache disk --cache-folder kept", lambda r: kept_in(flag_of(r, "--cache-folder")), 8),
     "workers": ("--workers 2", lambda r: (len(r.processes), os.getpid() in r.processes), (2, False)),
     "recompute": ("--recompute", lambda r: r.recomputed, 3 * 2 * 17),  # iterations, networks, blocks
@@ -419,7 +422,7 @@ def test_caches_give_the_same_result(words, run, tmp_path):
     words = f"--cache {words}".format(tmp=tmp_path)
     other = train(tmp_path / "runs", "--data", "set", *BASE, *words.split())
     assert same(other.weights, run().weights)
-    assert (other.opened == 2 * 8 + 2 * 4) == ("--workers" in words or "none" not in words)
+    assert (other.opened == OPENED) == ("--workers" in words or "none" not in words)
 
 
 @pytest.mark.parametrize("words", ["--cache none", "--workers 2"])
