@@ -269,7 +269,7 @@ OWN = {
         "filters": [("--filters 3", "")],
         "kmax": [("--no-kmax", "")],
         "groups": [("--groups 2 3", ""), ("--groups 2 3 2", "--groups 2 3")],
-        "query_channels": [("--query-channels 32", "")],
+        "query_channels": [("--query-channels 48", "")],  # no profile has it
         "levels": [("--levels 16 8 4", ""), ("--levels 8", "")],
         "bn_momentum": [("--bn-momentum 0.01", "")],
         "logit_scale": [("--logit-scale 0.1", "")],
