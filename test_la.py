@@ -75,10 +75,10 @@ STRIDE = (18, 18, 4)  # of the papers, on the full grid
 MEAN = "mean"  # over the classes
 SCANS = ("test", "held-out")
 CAPTION = """\
-Mean ± SD over the scans, whose number is in a column of its own, on their own grid; two scans have no SD. ASD is from
-prediction to reference. Behind a distance: how many scans have one. Where prediction or label alone is empty there is
-none: the volume's diagonal stands for it, and the mean of the others is told too. Where both are empty nothing is
-measured. The last columns count these scans.
+Mean ± SD over the scans, each on its own grid; fewer than three scans have no SD. ASD is from prediction to reference.
+In brackets: how many scans have a distance. A scan with only the prediction or only the label empty has none: the
+diagonal of its volume counts instead, and `these alone` is the mean of the others. Where both are empty the scan is
+not measured. The last three columns count such scans.
 """
 
 
