@@ -16,6 +16,21 @@ from utils.clock import Clock
 from utils.run_folder import Scalars
 
 
+def put_events_in_order(folder: Path) -> None:
+    """Rename event files of TensorBoard that a new one would not sort after.
+
+    TensorBoard reads the event files of a folder by name, which begins with the second they were opened in, and drops
+    what stands before a file's first step. A run resumed within that second, or on a machine whose clock is behind,
+    would lose its new curve.
+    """
+    files = sorted(folder.glob("events.out.tfevents.[0-9]*.*"))
+    now = int(time.time())
+    for i, path in enumerate(files):
+        *head, second, rest = path.name.split(".", 4)
+        before = min(int(second), now - len(files) + i)  # in the order they have
+        path.rename(folder / ".".join([*head, f"{before:010d}", rest]))
+
+
 class Report:
     """Log of one run, in its folder and on stderr.
 
@@ -27,6 +42,7 @@ class Report:
         self.log_every, self.iterations, self.start = log_every, iterations, start
         self.log = open(folder / "log.txt", "a", encoding="utf-8")  # first: it tells that a run was begun here
         self.scalars = Scalars(folder, start)
+        put_events_in_order(folder)
         self.board = SummaryWriter(str(folder), purge_step=start)
         self.pictures = folder / "pictures"
         self.bar = tqdm(

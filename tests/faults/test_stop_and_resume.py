@@ -12,12 +12,14 @@ import sys
 import threading
 import time
 from multiprocessing import active_children
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, flat, make_set, method_words
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 import train_dtml
@@ -28,6 +30,7 @@ from utils import checkpoint
 from utils.checkpoint import load_checkpoint
 from utils.devices import seed_iteration
 from utils.errors import Stopped, UserError, run
+from utils.report import Report
 
 N = 9
 FLAGS = [*TINY, "--batch-size", "2", "--iterations", str(N), "--log-every", "1"]
@@ -365,6 +368,26 @@ def crash_after(k):
             raise ZeroDivisionError
 
     return crash
+
+
+@pytest.mark.parametrize("behind", [0, 3600])
+def test_11_curves_of_a_run_resumed_at_once_or_where_the_clock_is_behind_are_whole(behind, tmp_path, monkeypatch):
+    # TensorBoard names a file by second, host, process and count: the 10th of a process sorts before its 9th.
+    seconds = iter([time.time(), time.time() - behind, time.time() - 2 * behind])
+    for i, start in enumerate([0, 4, 6]):
+        now = next(seconds)
+        with monkeypatch.context() as clock:
+            clock.setattr(time, "time", lambda now=now: now)
+            clock.setattr(event_file_writer, "_global_uid", SimpleNamespace(get=lambda i=i: 9 + i))
+            with Report(tmp_path, start=start, iterations=8, log_every=1) as report:
+                for step in range(start, start + 4):
+                    report.board.add_scalar("lr", i, step)
+    board = EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in board.Scalars("lr")] == [
+        *((step, 0) for step in range(4)),
+        *((step, 1) for step in (4, 5)),
+        *((step, 2) for step in range(6, 10)),
+    ]
 
 
 @pytest.mark.parametrize("every", [1, 2])
