@@ -35,7 +35,7 @@ from dataloaders.two_stream import SDM_OF, Patches, TwoStreamBatchSampler, make_
 from dataloaders.volumes import CACHES, Volumes
 from methods import METHODS, Method, Watch, restore
 from methods.replay import replay_batch
-from networks.backbone import PRECISIONS, compile_networks, set_precision, set_recompute
+from networks.backbone import PRECISIONS, STEEPEST, compile_networks, set_precision, set_recompute
 from utils.checkpoint import fit_optimizer, load_checkpoint, save_checkpoint, write_whole
 from utils.clock import Clock
 from utils.devices import (
@@ -164,7 +164,7 @@ class Options:
     weight_decay: float = option(1e-4, "decay of the weights", group="training", minimum=0)
     seed: int = option(1337, "of weights, batches and dropout", group="training", minimum=0, maximum=2**63 - 1)
 
-    precision: str = option("fp32", "of the convolutions; networks with a distance head stay in fp32",
+    precision: str = option("fp32", "of the convolutions; networks with a distance head and k > 50 stay in fp32",
                             choices=PRECISIONS)  # fmt: skip
     compile: bool = option(False, "torch.compile the networks, which takes minutes at the start")
     recompute: bool = option(False, "less memory for a quarter more time: keep few maps for the way back",
@@ -342,7 +342,7 @@ def choose_arithmetic(method: Method, o: Options, device: torch.device) -> None:
     if not set_precision(method, o.precision, training=True):
         raise UserError(
             f"--precision {o.precision} changes nothing for --method {o.method}: its networks have a distance head and "
-            "stay in fp32. Leave it out."
+            f"stay in fp32 for k > {STEEPEST:g}. Leave it out, or lower --k."
         )
     set_recompute(method, o.recompute)
     if o.compile:

@@ -1,5 +1,6 @@
 """What the backbones share: five maps, heads that read the last of them, and how both are computed."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -14,6 +15,7 @@ from networks.heads import DROPOUT, make_heads, refuse_sides
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 """Those to train in; to test in there is fp16 too."""
+STEEPEST = 50.0  # k of m = sigmoid(-k z) up to which a network with a head 'sdm' is trained in tf32 or bf16
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -75,16 +77,17 @@ class Backbone(nn.Module):
 
 
 def set_precision(method: nn.Module, precision: str, *, training: bool) -> bool:
-    """Sets that of every backbone in a method; whether it is then that of any.
+    """Set the precision of every backbone in a method. Returns whether any backbone has it then.
 
-    In training a network with a head 'sdm' stays in float32: m = sigmoid(-1500 z) has its gradient where |z| < 0.005,
-    and what tf32 or bf16 round in the trunk moves z by more, so that it would be the gradient of other voxels. Without
-    a gradient only voxels at the very border feel it.
+    In training a network with a head 'sdm' stays in float32 if k > STEEPEST: m = sigmoid(-k z) has its gradient where
+    |z| < 8/k, and tf32 and bf16 round z by more than that at k = 1500, so that the gradient would be that of other
+    voxels. Without a gradient only voxels at the very border feel it.
     """
-    found = [network for network in method.modules() if isinstance(network, Backbone)]
-    for network in found:
-        network.precision = "fp32" if training and "sdm" in network.heads else precision
-    return any(network.precision == precision for network in found)
+    networks = [network for network in method.modules() if isinstance(network, Backbone)]
+    steep = training and getattr(getattr(method, "options", None), "k", math.inf) > STEEPEST
+    for network in networks:
+        network.precision = "fp32" if steep and "sdm" in network.heads else precision
+    return any(network.precision == precision for network in networks)
 
 
 def set_recompute(method: nn.Module, recompute: bool) -> None:

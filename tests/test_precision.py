@@ -5,6 +5,7 @@ And --deterministic: no operation that a GPU then refuses.
 
 import copy
 import itertools
+import math
 
 import pytest
 import torch
@@ -207,11 +208,13 @@ class Watch(TorchDispatchMode):
 
 
 def own_flag(method, name, precision):
-    """Whether a weight is of a convolution that --precision tf32 is about: one in the maps of a network without map."""
+    """Whether a weight is of a convolution that --precision tf32 is about: one in the maps of a network that is not
+    kept in float32 by a distance head and a large k."""
+    steep = getattr(method.options, "k", math.inf) > 50
     for prefix, network in method.named_modules():
         if isinstance(network, Backbone) and name.startswith(f"{prefix}."):
             part = name.removeprefix(f"{prefix}.").split(".")[0]
-            return precision == "tf32" and "sdm" not in network.heads and part not in ("heads", "last")
+            return precision == "tf32" and not (steep and "sdm" in network.heads) and part not in ("heads", "last")
     return False
 
 
@@ -233,10 +236,22 @@ def make_batch(method):
 CASES = {
     **{name: (name, {}) for name in METHODS},
     "dtml, mixed and averaged": ("dtml", {"mix": 1.0, "ema_decay": 0.9}),
+    "dtml, k of 50": ("dtml", {"k": 50.0}),
     "dtml, uxnet": ("dtml", {"backbone": "uxnet"}),
     "dk-uxnet, a convolution": ("dk-uxnet", {"kmax": False, "consistency_terms": "segc"}),
     "dk-uxnet, two V-Nets": ("dk-uxnet", {"share_weights": False, "backbone": "vnet"}),
 }
+
+
+@pytest.mark.parametrize(("k", "training", "kept"), [(50, True, False), (51, True, True), (1500, False, False)])
+@pytest.mark.parametrize("name", ["dtml", "dtc"])
+def test_a_network_with_a_distance_head_is_trained_in_low_precision_up_to_k_of_50(name, k, training, kept):
+    method = make_method(name, k=float(k))
+    some = set_precision(method, "bf16", training=training)
+    networks = {m: "sdm" in m.heads for m in method.modules() if isinstance(m, Backbone)}
+    assert any(networks.values())
+    assert [m.precision for m in networks] == ["fp32" if kept and sdm else "bf16" for sdm in networks.values()]
+    assert some == any(m.precision == "bf16" for m in networks)
 
 
 @pytest.mark.parametrize(("recompute", "outside"), [(False, False), (True, False), (False, True)])
