@@ -340,9 +340,10 @@ def choose_arithmetic(method: Method, o: Options, device: torch.device) -> None:
     if o.compile and o.recompute:
         raise UserError("--compile decides by itself what it keeps for the way back. Leave out --recompute.")
     if not set_precision(method, o.precision, training=True):
+        lower = f", or lower --k to {STEEPEST:g}" if hasattr(method.options, "k") else ""
         raise UserError(
             f"--precision {o.precision} changes nothing for --method {o.method}: its networks have a distance head and "
-            f"stay in fp32 for k > {STEEPEST:g}. Leave it out, or lower --k."
+            f"stay in fp32. Leave it out{lower}."
         )
     set_recompute(method, o.recompute)
     if o.compile:

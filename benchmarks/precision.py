@@ -24,7 +24,7 @@ from dataloaders.two_stream import Patches, Slot, collate
 from dataloaders.volumes import Volumes
 from methods import restore
 from methods.dtml import DTML
-from networks.backbone import Backbone, set_precision
+from networks.backbone import Backbone
 from train_dtml import PROFILES, read_options
 from utils.checkpoint import load_checkpoint
 from utils.devices import choose_device, set_arithmetic
@@ -123,8 +123,8 @@ MODES: dict[str, Callable[[DTML], Any]] = {
     "tf32 in both": lambda method: in_tf32(method.M_s, method.M_d),
     "bf16 in both": lambda method: in_bf16(method.M_s, method.M_d),
     "bf16 in both, last blocks fp32": lambda method: in_bf16_but_the_last_block(method.M_s, method.M_d),
-    "--precision tf32: M_d in fp32": lambda method: in_tf32(method.M_s),
-    "--precision bf16: M_d in fp32": lambda method: set_precision(method, "bf16", training=True),
+    "tf32 in M_s alone": lambda method: in_tf32(method.M_s),
+    "bf16 in M_s alone": lambda method: in_bf16(method.M_s),
 }
 
 

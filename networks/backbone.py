@@ -79,12 +79,12 @@ class Backbone(nn.Module):
 def set_precision(method: nn.Module, precision: str, *, training: bool) -> bool:
     """Set the precision of every backbone in a method. Returns whether any backbone has it then.
 
-    In training a network with a head 'sdm' stays in float32 if k > STEEPEST: m = sigmoid(-k z) has its gradient where
-    |z| < 8/k, and tf32 and bf16 round z by more than that at k = 1500, so that the gradient would be that of other
-    voxels. Without a gradient only voxels at the very border feel it.
+    In training a network with a head 'sdm' stays in float32 if k > STEEPEST, or if its method has no k. The gradient of
+    m = sigmoid(-k z) is in the voxels where |z| is a few 1/k. At k = 1500 tf32 and bf16 move z by more than that, so
+    the gradient would be that of other voxels (benchmarks/README.md, "Precision"). Testing needs no gradient.
     """
     networks = [network for network in method.modules() if isinstance(network, Backbone)]
-    steep = training and getattr(getattr(method, "options", None), "k", math.inf) > STEEPEST
+    steep = training and getattr(method.options, "k", math.inf) > STEEPEST
     for network in networks:
         network.precision = "fp32" if steep and "sdm" in network.heads else precision
     return any(network.precision == precision for network in networks)

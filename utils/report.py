@@ -17,11 +17,11 @@ from utils.run_folder import Scalars
 
 
 def put_events_in_order(folder: Path) -> None:
-    """Rename event files of TensorBoard that a new one would not sort after.
+    """Rename the event files of earlier sessions where one opened now would not sort after them.
 
-    TensorBoard reads the event files of a folder by name, which begins with the second they were opened in, and drops
-    what stands before a file's first step. A run resumed within that second, or on a machine whose clock is behind,
-    would lose its new curve.
+    TensorBoard reads the files of a folder by name: events.out.tfevents.SECOND.HOST.PID.COUNT. A file that begins at an
+    earlier iteration than the file before it is taken for a restart, and every point from there on is dropped. COUNT is
+    not padded with zeros, so 10 sorts before 9 within a second; and another machine's clock may be behind.
     """
     files = sorted(folder.glob("events.out.tfevents.[0-9]*.*"))
     now = int(time.time())

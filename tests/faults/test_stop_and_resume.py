@@ -372,13 +372,12 @@ def crash_after(k):
 
 @pytest.mark.parametrize("behind", [0, 3600])
 def test_11_curves_of_a_run_resumed_at_once_or_where_the_clock_is_behind_are_whole(behind, tmp_path, monkeypatch):
-    # TensorBoard names a file by second, host, process and count: the 10th of a process sorts before its 9th.
-    seconds = iter([time.time(), time.time() - behind, time.time() - 2 * behind])
+    first = time.time()
     for i, start in enumerate([0, 4, 6]):
-        now = next(seconds)
+        now = first - i * behind
         with monkeypatch.context() as clock:
             clock.setattr(time, "time", lambda now=now: now)
-            clock.setattr(event_file_writer, "_global_uid", SimpleNamespace(get=lambda i=i: 9 + i))
+            clock.setattr(event_file_writer, "_global_uid", SimpleNamespace(get=lambda i=i: 9 + i))  # 10 sorts before 9
             with Report(tmp_path, start=start, iterations=8, log_every=1) as report:
                 for step in range(start, start + 4):
                     report.board.add_scalar("lr", i, step)
