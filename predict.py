@@ -6,7 +6,7 @@
     python predict.py --checkpoint RUN1 RUN2 RUN3 scan.nrrd -o predictions --flips 8 --probabilities float32
 
 A scan is NIfTI (.nii, .nii.gz), NRRD, MetaImage or an h5 case. Its axes are brought to the orientation of the training
-cases; it is normalised to zero mean and unit variance over all its voxels, as `python -m dataloaders.convert` does it,
+cases; it is normalised to zero mean and unit variance over all its voxels, as `python -m tools.convert` does it,
 resampled to the spacing of the training cases, predicted in windows, and brought back: the segmentation has the scan's
 own format, size, spacing, origin and direction, and a NIfTI the scan's own header (an h5 case is taken as normalised,
 and its segmentation is NIfTI). The last table on stdout tells each class's volume.
@@ -45,18 +45,9 @@ from dataloaders.images import (
 )
 from dataloaders.normalization import normalized
 from dataloaders.orientation import turn_to
-from methods import Method
-from methods.released import RELEASED, load_trained
-from networks.backbone import PRECISIONS, set_precision
-from test_la import as_csv
-from utils.checkpoint import write_whole
-from utils.devices import choose_device, enough_memory, keep_freed_memory, refuse_precision, set_arithmetic
-from utils.errors import UserError, run
-from utils.masks import label_map
-from utils.metrics import largest_components
-from utils.options import Parser, fill, option
-from utils.resample import downsample_image, upsample_probability
-from utils.sliding_window import (
+from evaluation.metrics import largest_components
+from evaluation.scores import as_csv
+from evaluation.sliding_window import (
     WEIGHTINGS,
     flips_option,
     mean_of_flips,
@@ -65,6 +56,15 @@ from utils.sliding_window import (
     three_voxels,
     windows,
 )
+from methods import Method
+from methods.released import RELEASED, load_trained
+from networks.backbone import PRECISIONS, set_precision
+from utils.checkpoint import write_whole
+from utils.devices import choose_device, enough_memory, keep_freed_memory, refuse_precision, set_arithmetic
+from utils.errors import UserError, run
+from utils.masks import label_map
+from utils.options import Parser, fill, option
+from utils.resample import downsample_image, upsample_probability
 
 SLAB = 64  # voxels along x that are brought back to the scan's grid at a time
 

@@ -12,9 +12,7 @@ scored with and without the largest-component filter, always on the scan's own g
 trained on is refused, whatever the lists call it, and be its image turned, scaled or rounded.
 """
 
-import csv
 import dataclasses
-import io
 import math
 import sys
 from collections import deque
@@ -26,7 +24,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from tqdm import tqdm
 
 from dataloaders.cases import Case, CaseError, check_all, find_cases, known_spacing, lists_of, read_case, read_geometry
@@ -34,52 +31,33 @@ from dataloaders.class_names import class_names
 from dataloaders.images import write_image
 from dataloaders.likeness import DIGITS, alike, fingerprint
 from dataloaders.normalization import normalized
-from methods import Method
+from evaluation.metrics import (
+    COMPONENTS,
+    largest_components,
+)
+from evaluation.predictions import new_test, replace_test
+from evaluation.scores import CAPTION, as_csv, class_scores, table
+from evaluation.sliding_window import (
+    WEIGHTINGS,
+    flips_option,
+    predict_scan,
+    refuse_window,
+    three_voxels,
+    usual_stride,
+    windows,
+)
 from methods.released import RELEASED, load_trained
 from networks.backbone import PRECISIONS, set_precision
+from tools.report_page import write_report
 from utils.checkpoint import write_whole
 from utils.devices import choose_device, enough_memory, keep_freed_memory, refuse_precision, set_arithmetic
 from utils.distributed import RANK, RANKS, in_turn, process_group
 from utils.errors import UserError, run
-from utils.html_report import write_report
 from utils.masks import label_map
-from utils.metrics import (
-    COMPONENTS,
-    EMPTIES,
-    METRICS,
-    MM,
-    PENALISED,
-    distance_text,
-    distances_of,
-    empties,
-    largest_components,
-    overlap_text,
-    segmentation_metrics,
-    with_penalties,
-)
 from utils.options import Parser, fill, option
-from utils.predictions import new_test, replace_test
-from utils.resample import downsample_image, upsample_probability
 from utils.run_folder import digest, make_manifest, write_json
-from utils.sliding_window import (
-    WEIGHTINGS,
-    flips_option,
-    mean_of_flips,
-    refuse_window,
-    sliding_window,
-    three_voxels,
-    windows,
-)
 
-STRIDE = (18, 18, 4)  # of the papers, on the full grid
-MEAN = "mean"  # over the classes
 SCANS = ("test", "held-out")
-CAPTION = """\
-Mean ± SD over the scans, each on its own grid; fewer than three scans have no SD. ASD is from prediction to reference.
-In brackets: how many scans have a distance. A scan with only the prediction or only the label empty has none: the
-diagonal of its volume counts instead, and `these alone` is the mean of the others. Where both are empty the scan is
-not measured. The last three columns count such scans.
-"""
 
 
 @dataclasses.dataclass
@@ -118,31 +96,6 @@ class Options:
     threads: int = option(0, "CPU threads; 0 leaves torch's choice", minimum=0)
 
 
-def usual_stride(patch_size: Sequence[int], downsample: int) -> list[int]:
-    """The papers' stride on a grid that pools `downsample` voxels into one, no longer than the windows."""
-    return [min(max(step // downsample, 1), side) for step, side in zip(STRIDE, patch_size, strict=True)]
-
-
-def predict_scan(
-    method: Method,
-    image: Tensor,
-    outputs: tuple[str, ...],
-    *,
-    downsample: int,
-    weighting: str,
-    flips: int = 1,
-    **window: Any,
-) -> Tensor:
-    """image (W,H,D) on its own grid -> foreground probabilities on that grid, C channels for each output."""
-    p = sliding_window(
-        lambda patches: mean_of_flips(lambda turned: method.predict(turned, outputs), patches, flips),
-        downsample_image(image, downsample),
-        weighting=weighting,
-        **window,
-    )
-    return upsample_probability(p, downsample, tuple(image.shape))
-
-
 def score_scan(
     case: Case, maps: dict[str, NDArray[np.uint8]], label: NDArray, predictions: Path, save: str
 ) -> list[dict[str, Any]]:
@@ -160,55 +113,6 @@ def score_scan(
         if save != "none":
             write_image(predictions / output / f"{case.name}.nii.gz", forms[save], geometry)
     return rows
-
-
-def class_scores(found: NDArray, label: NDArray, classes: int, spacing: Sequence[float] | None) -> list[dict[str, Any]]:
-    """Metrics, penalised distances and voxel counts of two label maps (W,H,D); of several classes one entry for each
-    and one for their mean.
-
-    Without a spacing (mm along x, y, z) the distances in mm are not a number. The mean is over the classes that are in
-    either map: it has no distance if one of these has none, and for voxels those of the one that has the fewest.
-    """
-    scores: list[dict[str, Any]] = []
-    for c in range(1, classes + 1):
-        a, b = found == c, label == c
-        voxels = {"voxels": int(a.sum()), "label_voxels": int(b.sum())}
-        measured = with_penalties(segmentation_metrics(a, b, spacing), label.shape, spacing)
-        in_mm = {} if spacing else dict.fromkeys([*MM, *(name + PENALISED for name in MM)], math.nan)
-        scores.append({"class": c, **measured, **in_mm, **voxels})
-    if classes == 1:
-        return [{key: value for key, value in scores[0].items() if key != "class"}]
-    there = [score for score in scores if not math.isnan(score["dice"])] or scores
-    columns = {key: [score[key] for score in there] for key in scores[0] if key != "class"}
-    mean = {key: min(values) if "voxels" in key else float(np.mean(values)) for key, values in columns.items()}
-    return [*scores, {"class": MEAN, **mean}]
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: mean and SD over the scans, in the papers' order of columns, a line per output, filter and class."""
-    names = ["output", "component", *(["class"] if "class" in rows[0] else [])]
-    units = "scans | Dice % | Jaccard % | ASD voxel | 95HD voxel | ASD mm | 95HD mm"
-    lines = [f"| {' | '.join([*names, units, *EMPTIES])} |", "|---" * (len(names) + 10) + "|"]
-
-    def key_of(row: dict[str, Any]) -> tuple[str, ...]:
-        return tuple(str(row[name]) for name in names)
-
-    for key in dict.fromkeys(map(key_of, rows)):
-        chosen = [row for row in rows if key_of(row) == key]
-        cells = [overlap_text(chosen, name) for name in METRICS[:2]]
-        cells += [distance_text([distances_of(chosen, name)]) for name in (*METRICS[2:], *MM)]
-        lines.append(f"| {' | '.join([*key, str(len(chosen)), *cells, *map(str, empties(chosen))])} |")
-    return "\n".join(lines) + "\n"
-
-
-def as_csv(rows: Sequence[dict[str, Any]]) -> str:
-    """A line per case, output, filter and, if there are several, class; Dice and Jaccard in [0,1]."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({k: f"{v:.6f}" if isinstance(v, float) else v for k, v in row.items()})
-    return text.getvalue()
 
 
 def names_of(folder: Path, scans: str, seen: Container[str]) -> list[str]:

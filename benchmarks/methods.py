@@ -17,7 +17,7 @@ import torch
 
 from methods import METHODS
 from networks.vnet import parameter_count
-from train_dtml import OPTIMIZERS, PROFILES, read_options
+from settings import OPTIMIZERS, PROFILES, read_options
 from utils.devices import choose_device, keep_freed_memory, peak_memory_gib, seed_iteration, set_arithmetic
 from utils.errors import run
 from utils.options import Parser, fill, option

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter, shift
 
 from benchmarks.timing import scans, side_by_side, table
+from evaluation.metrics import segmentation_metrics
 from utils.errors import run
-from utils.metrics import segmentation_metrics
 from utils.options import Parser, fill, option
 
 Pair = tuple[NDArray[np.bool_], NDArray[np.bool_]]

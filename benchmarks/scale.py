@@ -31,7 +31,7 @@ from dataloaders.two_stream import Patches, TwoStreamBatchSampler, make_loader
 from dataloaders.volumes import Volumes
 from methods import check_finite
 from methods.dtml import DTML
-from train_dtml import OPTIMIZERS, read_options
+from settings import OPTIMIZERS, read_options
 from utils import distributed
 from utils.clock import Clock
 from utils.devices import seed_iteration, set_arithmetic

@@ -16,10 +16,10 @@ from scipy.ndimage import distance_transform_edt
 from skimage.segmentation import find_boundaries
 
 from benchmarks.timing import scans, side_by_side, table
+from losses.sdm import signed_distance_map
 from utils.errors import run
 from utils.masks import box_of
 from utils.options import Parser, fill, option
-from utils.sdm import signed_distance_map
 
 
 @dataclasses.dataclass

@@ -26,16 +26,16 @@ from dataloaders.cases import LA_FOLDER, PHANTOM_FOLDER, find_cases, lists_of
 from dataloaders.phantom import make_phantom_set
 from dataloaders.two_stream import Patches, TwoStreamBatchSampler, collate
 from dataloaders.volumes import Volumes
+from losses.sdm import signed_distance_map
+from losses.terms import consistency_loss, dice_loss, sdm_to_mask, seg_loss
 from methods import check_finite
 from methods.dtml import DTML
 from networks.vnet import VNet
-from train_dtml import OPTIMIZERS, read_options
+from settings import OPTIMIZERS, read_options
 from utils.clock import Clock
 from utils.devices import choose_device, keep_freed_memory, peak_memory_gib, set_arithmetic
 from utils.errors import run
-from utils.losses import consistency_loss, dice_loss, sdm_to_mask, seg_loss
 from utils.options import Parser, fill, option
-from utils.sdm import signed_distance_map
 
 PARTS = ("data", "forward and backward", "step")
 

@@ -18,16 +18,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.timing import scans, side_by_side, table
+from evaluation.metrics import segmentation_metrics
+from evaluation.sliding_window import STRIDE, WEIGHTINGS, predict_scan, sliding_window, window_starts, windows
 from methods import METHODS, restore
-from test_la import STRIDE, predict_scan
-from train_dtml import PROFILES, read_options
+from settings import PROFILES, read_options
 from utils.checkpoint import load_checkpoint
 from utils.devices import choose_device, keep_freed_memory, set_arithmetic
 from utils.errors import run
-from utils.metrics import segmentation_metrics
 from utils.options import Parser, fill, option
 from utils.resample import downsample_image
-from utils.sliding_window import WEIGHTINGS, sliding_window, window_starts, windows
 
 
 @dataclasses.dataclass

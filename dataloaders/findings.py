@@ -162,7 +162,7 @@ def _spacings(facts: Sequence[Facts]) -> list[Finding]:
                 "warning",
                 tuple(x.case.name for x, yes in zip(facts, other, strict=True) if yes),
                 f"voxels of another size than {target} mm; in the set they are {ranges} mm. A network sees voxels, not "
-                f"mm: resample all cases with python -m dataloaders.convert --spacing {target}.",
+                f"mm: resample all cases with python -m tools.convert --spacing {target}.",
             )
         )
     if middle.max() > 2.5 * middle.min():

@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from dataloaders.augmentation import Draw, draw_augmentation, random_intensities, turn_and_flip
 from dataloaders.volumes import Volumes
 from dataloaders.watched import Noted, WatchedLoader
+from losses.sdm import signed_distance_map
 from utils.errors import StopSignal, ignore_stop_signals
-from utils.sdm import signed_distance_map
-from utils.sliding_window import pad, padding
+from utils.resample import pad, padding
 
 SDM_OF = ("crop", "scan")
 

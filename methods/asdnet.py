@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from losses.terms import EPSILON, dice_loss, foreground_logits, hard_dice, masked_mean, weighted_sum
 from methods.adversary import Adversary, judged_output
 from methods.base import Batch, Losses, Method, labeled_part
 from networks.backbones import BACKBONES
 from networks.critics import ConfidenceNet
-from utils.losses import EPSILON, dice_loss, foreground_logits, hard_dice, masked_mean, weighted_sum
 from utils.options import Condition, option
 
 ATTENTION = ("relative", "released", "none")

@@ -21,13 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from losses.ramps import RAMPS, ramp_up
+from losses.terms import dice_ce_loss, foreground_logits, hard_dice, nt_xent, one_hot, query_loss, weighted_sum
 from methods.base import Batch, Losses, Method, labeled_part
 from networks.backbones import BACKBONES
 from networks.kmax import Clusters, QueryNet, group_sums
 from utils.errors import UserError
-from utils.losses import dice_ce_loss, foreground_logits, hard_dice, nt_xent, one_hot, query_loss, weighted_sum
 from utils.options import Condition, option
-from utils.ramps import RAMPS, ramp_up
 
 ADAMW = {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.01}
 RELEASED = {

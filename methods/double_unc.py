@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from losses.perturbation import monte_carlo
+from losses.terms import entropy, probabilities
 from methods.base import by_name
 from methods.mean_teacher import AGREES, MeanTeacher
-from utils.losses import entropy, probabilities
 from utils.options import option
-from utils.perturbation import monte_carlo
 
 BLOCKS = {"decoder": slice(1, None), "bottom": slice(0, 1), "none": slice(0, 0)}
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from losses.ramps import RAMPS, ramp_up
+from losses.terms import consistency_loss, live_share, sdm_to_mask
 from methods.base import Batch, Losses, by_name
 from methods.two_heads import TwoHeads
-from utils.losses import consistency_loss, live_share, sdm_to_mask
 from utils.options import option
-from utils.ramps import RAMPS, ramp_up
 
 
 class DTC(TwoHeads):

@@ -11,7 +11,7 @@ counts the consistency twice: `consistency_times` 2 in the preset `authors`. Wit
 for each, Dice is the mean over them, and so is the consistency.
 
 What the paper does not have, each an option that is off by default, is measured in docs/findings.md: k that grows, a
-consistency on z itself or where p is sure, pasted crops with the pseudo-label of both networks (utils/mixing.py), and
+consistency on z itself or where p is sure, pasted crops with the pseudo-label of both networks (losses/mixing.py), and
 for the test the moving averages of both networks. The preset `tuned` holds what helped.
 """
 
@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from methods.base import Batch, Losses, Method, by_name, labeled_part
-from networks.backbones import BACKBONES
-from utils.ema import ema_decay, ema_update, make_teacher
-from utils.losses import (
+from losses.ema import ema_decay, ema_update, make_teacher
+from losses.mixing import copy_paste
+from losses.ramps import RAMPS, grown, ramp_up
+from losses.terms import (
     consistency_loss,
     dice_loss,
     hard_dice,
@@ -36,9 +36,9 @@ from utils.losses import (
     seg_loss,
     weighted_sum,
 )
-from utils.mixing import copy_paste
+from methods.base import Batch, Losses, Method, by_name, labeled_part
+from networks.backbones import BACKBONES
 from utils.options import Condition, option
-from utils.ramps import RAMPS, grown, ramp_up
 
 SDM_LOSSES = ("mask", "dis", "both")
 CONSISTENCIES = ("mask", "map", "sure")

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from losses.ema import ema_decay, ema_update, make_teacher
+from losses.perturbation import noisy
+from losses.ramps import RAMPS, ramp_up
+from losses.terms import consistency_loss, hard_dice, probabilities, seg_loss, weighted_sum
 from methods.base import Batch, Losses, Method, by_name, labeled_part
 from networks.backbones import BACKBONES
-from utils.ema import ema_decay, ema_update, make_teacher
-from utils.losses import consistency_loss, hard_dice, probabilities, seg_loss, weighted_sum
 from utils.options import Condition, option
-from utils.perturbation import noisy
-from utils.ramps import RAMPS, ramp_up
 
 ITEMS = ("all", "unlabeled")
 AGREES: Condition = {"lambda_max": bool}

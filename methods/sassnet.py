@@ -14,13 +14,13 @@ from dataclasses import dataclass
 
 import torch
 
+from losses.ramps import RAMPS, ramp_up
+from losses.terms import cross_entropy
 from methods.adversary import Adversary, judged_output
 from methods.base import Batch, Losses
 from methods.two_heads import TwoHeads
 from networks.critics import MapCritic
-from utils.losses import cross_entropy
 from utils.options import option
-from utils.ramps import RAMPS, ramp_up
 
 
 class SASSNet(TwoHeads):

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from losses.terms import dice_loss, hard_dice, live_share, probabilities, sdm_to_mask, seg_loss
 from methods.base import Batch, Losses, Method, by_name, labeled_part
 from networks.backbones import BACKBONES
-from utils.losses import dice_loss, hard_dice, live_share, probabilities, sdm_to_mask, seg_loss
 from utils.options import option
 
 

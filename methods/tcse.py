@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from losses.perturbation import Transformation, noisy
+from losses.terms import masked_mean
 from methods.mean_teacher import AGREES, MeanTeacher
-from utils.losses import masked_mean
 from utils.options import option
-from utils.perturbation import Transformation, noisy
 
 
 class TCSE(MeanTeacher):

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from losses.terms import dice_loss, hard_dice, probabilities, weighted_sum
 from methods.base import Batch, Losses, Method, by_name, labeled_part
 from networks.backbones import BACKBONES
-from utils.losses import dice_loss, hard_dice, probabilities, weighted_sum
 from utils.options import option
 
 

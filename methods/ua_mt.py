@@ -19,12 +19,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from losses.perturbation import monte_carlo, noisy
+from losses.ramps import ramp_up
+from losses.terms import entropy, masked_mean, probabilities
 from methods.base import by_name
 from methods.mean_teacher import AGREES, ITEMS, MeanTeacher
-from utils.losses import entropy, masked_mean, probabilities
 from utils.options import option
-from utils.perturbation import monte_carlo, noisy
-from utils.ramps import ramp_up
 
 
 class UAMT(MeanTeacher):

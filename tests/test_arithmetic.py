@@ -7,6 +7,7 @@ import torch
 from conftest import TINY, make_set
 from torch import nn
 
+import settings
 import train_dtml
 from methods import METHODS, Losses, Watch
 from networks.backbone import Backbone, compile_networks, set_precision, set_recompute
@@ -171,8 +172,8 @@ class Event:
 def test_on_a_gpu_the_answer_comes_an_iteration_later_and_the_weights_stay(name, monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     network, batch = nn.Linear(3, 1), {"case": ["a", "b"]}
-    options = train_dtml.Options(lr=0.1)
-    optimizer = train_dtml.OPTIMIZERS[name](list(network.parameters()), options)
+    options = settings.Options(lr=0.1)
+    optimizer = settings.OPTIMIZERS[name](list(network.parameters()), options)
     watch = Watch(optimizer, torch.device("cuda"))
 
     def step(iteration, factor):
@@ -206,7 +207,7 @@ def test_on_a_gpu_the_answer_comes_an_iteration_later_and_the_weights_stay(name,
 def test_a_training_step_never_makes_the_host_wait():
     device = torch.device("cuda")
     method = make().to(device)
-    optimizer = train_dtml.OPTIMIZERS["sgd"](list(method.parameters()), train_dtml.Options())
+    optimizer = settings.OPTIMIZERS["sgd"](list(method.parameters()), settings.Options())
     watch, batch = Watch(optimizer, device), {k: v.to(device) if k != "case" else v for k, v in make_batch().items()}
     for iteration in range(4):
         torch.cuda.set_sync_debug_mode("error" if iteration else "default")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY, make_set
 
+import settings
 import train_dtml
 from benchmarks import data, metrics, precision, scale, sdm, step, stream, window
 from benchmarks import methods as bench
@@ -22,11 +23,11 @@ from utils.errors import UserError
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_is_timed(name, monkeypatch):
     tiny = {"patch_size": [32, 32, 32], "filters": 2, "query_channels": 16, "iterations": 9}
-    monkeypatch.setitem(train_dtml.PROFILES, "phantom", tiny)
+    monkeypatch.setitem(settings.PROFILES, "phantom", tiny)
     found = bench.measure(name, bench.Options(iterations=1, device="cpu"))
     assert found["seconds"] > 0 and 0.1 < found["memory"] < 100
     assert 0 < found["trained"] <= found["all"]
-    options = train_dtml.read_options(["--method", name, "--profile", "phantom"])[1]
+    options = settings.read_options(["--method", name, "--profile", "phantom"])[1]
     parts = dict(METHODS[name](options, iterations=9).named_children())
     assert (found["trained"] < found["all"]) == bool({"teacher", "adversary"} & set(parts))
 
@@ -60,7 +61,7 @@ PARTS = {  # module: words, rows of its tables, the heads of further tables amon
 def test_the_tables_of_single_parts(part, small_scans, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(make_set(tmp_path / "set", labeled=8).parent)
     if part is precision:
-        monkeypatch.setitem(train_dtml.PROFILES, "phantom", {"patch_size": [16, 16, 16], "filters": 2})
+        monkeypatch.setitem(settings.PROFILES, "phantom", {"patch_size": [16, 16, 16], "filters": 2})
     if part in (precision, window):
         train_dtml.main(["--data", "set", "--runs", ".", "--name", "run", *TINY, "--iterations", "1"])
         capsys.readouterr()

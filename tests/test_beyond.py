@@ -10,16 +10,16 @@ from scipy.ndimage import distance_transform_edt
 from test_data import patches, volumes
 from test_methods import make, make_batch
 
-import train_dtml
+import settings
 from dataloaders.augmentation import draw_augmentation, random_intensities, turn_and_flip
 from dataloaders.cases import lists_of
 from dataloaders.two_stream import Slot
+from evaluation.sliding_window import FLIPS, mean_of_flips
+from losses.ema import ema_decay
+from losses.mixing import copy_paste, random_box
+from losses.ramps import cosine_rate, grown
+from losses.terms import dice_loss, sdm_to_mask, seg_loss
 from methods import METHODS
-from utils.ema import ema_decay
-from utils.losses import dice_loss, sdm_to_mask, seg_loss
-from utils.mixing import copy_paste, random_box
-from utils.ramps import cosine_rate, grown
-from utils.sliding_window import FLIPS, mean_of_flips
 
 T = 60  # iterations of `make`
 
@@ -57,7 +57,7 @@ def test_the_loss_sees_the_k_of_its_iteration(iteration, k):
 def test_the_preset_tuned_fits_every_profile(profile):
     """The phantom profile has steps of its own, which the cosine leaves out."""
     given = {"data": "set", "profile": profile, "preset": "tuned"}
-    o, method_options = train_dtml.settle(given, METHODS["dtml"])
+    o, method_options = settings.settle(given, METHODS["dtml"])
     assert (o.lr_schedule, o.lr_steps, o.labeled_batch, method_options.k) == ("cosine", [], 4, 50)
 
 

@@ -1,4 +1,4 @@
-"""python -m dataloaders.check: each thing that it finds is shown by a set that has it, and clean sets have none."""
+"""python -m tools.check: each thing that it finds is shown by a set that has it, and clean sets have none."""
 
 import contextlib
 import dataclasses
@@ -14,12 +14,14 @@ import pytest
 from conftest import GEOMETRY, ROOT, TINY, make_set, write_case
 from scipy import ndimage
 
+import settings
 import train_dtml
-from dataloaders import check, findings
+from dataloaders import findings
 from dataloaders.cases import Case, case_file, find_cases, lists_of, read_case
 from dataloaders.findings import duplicates, facts_of, warnings_of, with_spacing
-from dataloaders.overview import volumes_ml
 from dataloaders.phantom import make_phantom_set
+from tools import check
+from tools.overview import volumes_ml
 from utils.errors import UserError
 
 CHECK = ["--labeled", "4", "--patch-size", "16", "16", "16", "--workers", "1"]
@@ -132,7 +134,7 @@ def test_every_bad_file_is_named_at_once(tiny_set, capsys):
 
 def test_errors_end_the_program_with_2_and_warnings_with_0(tiny_set):
     def code() -> tuple[int, str]:
-        words = [sys.executable, "-m", "dataloaders.check", str(tiny_set), *CHECK, "--workers", "2"]
+        words = [sys.executable, "-m", "tools.check", str(tiny_set), *CHECK, "--workers", "2"]
         done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
         assert "Traceback" not in done.stderr
         return done.returncode, done.stdout
@@ -204,7 +206,7 @@ def test_spacings_that_differ(tiny_set, capsys):
     change(tiny_set, "case03", spacing=(1.0, 1.0, 3.0))
     line = warned(tiny_set, capsys)
     assert line.startswith("case03: voxels of another size than 1 1 2 mm") and "1 x 1 x 2 to 3 mm" in line
-    assert line.endswith("python -m dataloaders.convert --spacing 1 1 2.")
+    assert line.endswith("python -m tools.convert --spacing 1 1 2.")
 
 
 def test_orientations_that_differ_or_are_not_told(tiny_set, tmp_path, capsys):
@@ -405,5 +407,5 @@ def test_equal_facts_of_different_images_are_no_duplicates(tiny_set):
 
 
 def test_the_patches_of_the_profiles_are_the_defaults():
-    assert train_dtml.Options().patch_size == check.PATCH
-    assert train_dtml.PROFILES["phantom"]["patch_size"] == check.PHANTOM_PATCH
+    assert settings.Options().patch_size == check.PATCH
+    assert settings.PROFILES["phantom"]["patch_size"] == check.PHANTOM_PATCH

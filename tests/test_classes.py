@@ -18,17 +18,18 @@ import test_la
 import train_dtml
 from dataloaders.cases import Case, CaseError, read_case
 from dataloaders.phantom import case_shape, phantom
+from evaluation import scores
+from evaluation.metrics import largest_components
+from evaluation.statistics import read_row
+from losses.sdm import signed_distance_map
+from losses.terms import dice_loss, hard_dice, probabilities, seg_loss
 from methods import METHODS
 from networks.backbone import Backbone
 from networks.critics import MapCritic
 from utils.errors import UserError
-from utils.losses import dice_loss, hard_dice, probabilities, seg_loss
 from utils.masks import label_map
-from utils.metrics import largest_components
 from utils.options import fill
 from utils.resample import downsample_label
-from utils.sdm import signed_distance_map
-from utils.statistics import read_row
 
 SEVERAL = [name for name, kind in METHODS.items() if kind.multiclass]
 SHAPE = (24, 22, 18)
@@ -202,7 +203,7 @@ def test_a_scan_that_lacks_a_class_has_no_mean_distance_and_is_counted():
     label = np.zeros((8, 8, 8), np.uint8)
     label[1:4, 1:4, 1:4], label[5:7, 5:7, 5:7] = 1, 2
     found = np.where(label == 1, label, 0)
-    one, two, mean = test_la.class_scores(found, label, 2, (1.0, 1.0, 2.0))
+    one, two, mean = scores.class_scores(found, label, 2, (1.0, 1.0, 2.0))
     assert (one["dice"], two["dice"], mean["dice"]) == (1, 0, 0.5)
     assert np.isnan(two["hd95"]) and np.isnan(mean["hd95"]) and one["hd95"] == 0
     diagonal, in_mm = 8 * 3**0.5, 8 * 6**0.5  # of 8 x 8 x 8 voxels, of 1 x 1 x 2 mm
@@ -210,7 +211,7 @@ def test_a_scan_that_lacks_a_class_has_no_mean_distance_and_is_counted():
     assert (mean["hd95_penalised"], mean["asd_mm_penalised"]) == pytest.approx((diagonal / 2, in_mm / 2))
     assert (mean["voxels"], mean["label_voxels"]) == (0, 8)
     rows = [{"case": "a", "output": "seg", "component": "all", **score} for score in (one, two, mean)]
-    lines = test_la.table(rows).splitlines()
+    lines = scores.table(rows).splitlines()
     assert [line.split("|")[-4:-1] for line in lines[2:]] == [[" 0 ", " 0 ", " 0 "], *2 * [[" 1 ", " 0 ", " 0 "]]]
     assert len({line.count("|") for line in lines}) == 1
 
@@ -219,21 +220,21 @@ def test_a_class_that_is_in_neither_map_is_in_no_mean_and_counted_apart():
     label = np.zeros((8, 8, 8), np.uint8)
     label[1:4, 1:4, 1:4] = 1
     found = np.roll(label, 1, axis=0)
-    one, two, mean = test_la.class_scores(found, label, 2, None)
+    one, two, mean = scores.class_scores(found, label, 2, None)
     assert all(np.isnan(two[name]) for name in ("dice", "jaccard", "asd", "hd95", "hd95_penalised", "asd_mm"))
     names = ("dice", "jaccard", "asd", "hd95", "hd95_penalised", "voxels", "label_voxels")
     assert [mean[name] for name in names] == [one[name] for name in names] and one["hd95"] == 1
     rows = [{"case": "a", "output": "seg", "component": "all", **score} for score in (one, two, mean)]
-    lines = [[cell.strip() for cell in line.split("|")[4:-1]] for line in test_la.table(rows).splitlines()[2:]]
+    lines = [[cell.strip() for cell in line.split("|")[4:-1]] for line in scores.table(rows).splitlines()[2:]]
     assert [line[-3:] for line in lines] == [["0", "0", "0"], ["0", "0", "1"], ["0", "0", "0"]]
     assert lines[1][:4] == ["1", "- (0 of 1)", "- (0 of 1)", "- (0 of 1)"]
-    nothing = test_la.class_scores(np.zeros_like(label), np.zeros_like(label), 2, (1.0, 1.0, 1.0))[-1]
+    nothing = scores.class_scores(np.zeros_like(label), np.zeros_like(label), 2, (1.0, 1.0, 1.0))[-1]
     assert np.isnan(nothing["dice"]) and nothing["voxels"] == 0
 
 
 def test_one_class_has_no_class_column():
     label = np.ones((4, 4, 4), np.uint8)
-    (score,) = test_la.class_scores(label, label, 1, (1.0, 1.0, 1.0))
+    (score,) = scores.class_scores(label, label, 1, (1.0, 1.0, 1.0))
     assert "class" not in score and score["dice"] == 1
 
 

@@ -14,11 +14,11 @@ from conftest import TINY
 from scans import OBLIQUE, ball, make_scans, turned, write
 
 import train_dtml
-from dataloaders import convert
 from dataloaders.cases import Case, find_cases, lists_of, read_case, read_geometry
-from dataloaders.convert import MARGINS, SMALLEST, Job, crop_box, map_labels
 from dataloaders.images import read_image, to_physical
-from dataloaders.sources import Source, choose_split
+from tools import convert
+from tools.convert import MARGINS, SMALLEST, Job, crop_box, map_labels
+from tools.sources import Source, choose_split
 from utils.errors import UserError
 
 SHAPE = (30, 28, 18)

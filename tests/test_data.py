@@ -15,8 +15,8 @@ from dataloaders.cases import Case, CaseError, find_cases, known_spacing, lists_
 from dataloaders.orientation import known_orientation
 from dataloaders.two_stream import Patches, Slot, TwoStreamBatchSampler, collate, make_loader
 from dataloaders.volumes import Volumes
+from losses.sdm import signed_distance_map
 from utils.errors import UserError
-from utils.sdm import signed_distance_map
 
 
 def orbit(kind: str) -> set[tuple[float, ...]]:

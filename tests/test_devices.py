@@ -10,7 +10,8 @@ import torch
 from conftest import ROOT, TINY
 
 import train_dtml
-from utils import devices, doctor
+from tools import doctor
+from utils import devices
 from utils.devices import choose_device, nvidia_card
 from utils.errors import UserError
 

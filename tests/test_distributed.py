@@ -281,7 +281,7 @@ def after_step(self, batch, iteration):
         Path("killed").touch()
         os.kill(os.getpid(), signal.SIGKILL)
 
-train_dtml.METHODS["dtml"].after_step = after_step
+METHODS["dtml"].after_step = after_step
 train_dtml.main(sys.argv[1:])
 """
 

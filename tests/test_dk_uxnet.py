@@ -8,15 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from losses.ramps import ramp_up
+from losses.terms import dice_ce_loss, nt_xent, one_hot, query_loss
 from methods import METHODS
 from networks.backbones import BACKBONES
 from networks.kmax import KMaXDecoder, KMeansLayer, QueryNet, group_sums, hard_assignment
 from networks.uxnet import InstanceNorm, UXBlock, UXNet
 from networks.vnet import parameter_count
 from utils.errors import UserError
-from utils.losses import dice_ce_loss, nt_xent, one_hot, query_loss
 from utils.options import fill
-from utils.ramps import ramp_up
 
 T = 100
 SMALL = {"filters": 4, "query_channels": 16, "groups": [4, 4], "levels": [8, 4]}

@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TINY, make_set
 
-import reproduce
+import settings
 import test_la
-import train_dtml
+from evaluation.statistics import compare, read_row
 from methods import METHODS
+from tools import reproduce
+from tools.grid import Row
 from utils.errors import UserError
-from utils.grid import Row
 from utils.options import Parser
-from utils.statistics import compare, read_row
 
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
 OURS = ("methods", "networks", "dataloaders", "utils", "tests", "docs", "results", "benchmarks", "data", ".ci")
@@ -63,7 +63,7 @@ def flags_in(text: str) -> list[str]:
 def parsed(method: str, words: str) -> dict:
     """Option -> value of a flag as written; {} if it stands there without its value."""
     parser = Parser()
-    parser.add_dataclass(train_dtml.Options)
+    parser.add_dataclass(settings.Options)
     parser.add_dataclass(METHODS[method].Options)
     try:
         return parser.parse(shlex.split(words))
@@ -75,7 +75,7 @@ def parsed(method: str, words: str) -> dict:
 
 def default(method: str, name: str):
     """The value of an option of the method or of the script when nothing is given."""
-    settled = train_dtml.settle({"data": "set", "method": method}, METHODS[method])
+    settled = settings.settle({"data": "set", "method": method}, METHODS[method])
     return next(getattr(options, name) for options in settled if hasattr(options, name))
 
 
@@ -211,7 +211,7 @@ def test_the_worked_example_is_taken_in_by_the_tests_and_passes_them(copy):
 def test_the_commands_of_the_page_parse(monkeypatch, tmp_path):
     parsers = {}
     for script, classes in {
-        "train_dtml.py": [train_dtml.Options],
+        "train_dtml.py": [settings.Options],
         "test_la.py": [test_la.Options],
         "reproduce.py": [reproduce.Options],
     }.items():

@@ -1,4 +1,4 @@
-"""The report of python -m utils.doctor: true, harmless to show, and without a traceback whatever the set is like."""
+"""The report of python -m tools.doctor: true, harmless to show, and without a traceback whatever the set is like."""
 
 import ast
 import socket
@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, make_set, write_case
 
-from utils import doctor
+from tools import doctor
 from utils.errors import UserError
 
 

@@ -18,12 +18,13 @@ from conftest import ROOT, TINY, flat, make_set, method_words
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import predict
+import settings
 import test_la
 import train_dtml
-from dataloaders import convert
 from dataloaders.two_stream import Patches
 from methods import METHODS, restore
 from networks import backbone
+from tools import convert
 from utils.checkpoint import load_checkpoint
 from utils.errors import Diverged, UserError
 from utils.options import default_of
@@ -312,7 +313,7 @@ def test_flag_changes_the_result(method, changed, beside, run):
 @EACH
 def test_flag_changes_the_name_of_the_run(method, changed, beside, run):
     folders = [
-        train_dtml.read_options(["--data", "set", *BASE, *words_of(method, *flags)])[2]
+        settings.read_options(["--data", "set", *BASE, *words_of(method, *flags)])[2]
         for flags in ((beside,), (beside, changed))
     ]
     assert folders[0] != folders[1]
@@ -434,7 +435,7 @@ def test_caches_give_the_same_result_at_half_resolution(words, run):
 @pytest.mark.parametrize("name", [name for name in HARMLESS if name not in ("runs", "name")])
 def test_harmless_flag_leaves_the_default_name(name):
     words = ["--data", "set", *BASE]
-    usual, other = (train_dtml.read_options([*words, *more.split()])[2] for more in ("", HARMLESS[name][0]))
+    usual, other = (settings.read_options([*words, *more.split()])[2] for more in ("", HARMLESS[name][0]))
     assert usual == other
 
 
@@ -631,18 +632,18 @@ def names(cls: type) -> set[str]:
 
 
 def test_every_flag_is_tested_here():
-    assert {*SHARED, *HARMLESS, *ELSEWHERE} == names(train_dtml.Options)
+    assert {*SHARED, *HARMLESS, *ELSEWHERE} == names(settings.Options)
     assert {method: set(own) for method, own in OWN.items()} == {m: names(c.Options) for m, c in METHODS.items()}
     of_bare_weights = {"method", "sdm_weights"}  # see test_released.py
     assert set(TEST_FLAGS) | of_bare_weights | {"scans"} == names(test_la.Options)  # see test_held_out.py
-    classes = [train_dtml.Options, *(kind.Options for kind in METHODS.values())]
+    classes = [settings.Options, *(kind.Options for kind in METHODS.values())]
     marked = {f.name for cls in classes for f in dataclasses.fields(cls) if f.metadata["harmless"]}
     assert marked | {"compile"} == {*HARMLESS, *ELSEWHERE, "data"}  # a set may move; its checksums tell another one
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_options_of_script_and_method_have_different_names(method):
-    assert not names(train_dtml.Options) & names(METHODS[method].Options)
+    assert not names(settings.Options) & names(METHODS[method].Options)
 
 
 def help_of(main: Callable[[list[str]], None], argv: list[str], capsys: pytest.CaptureFixture) -> dict[str, str]:
@@ -670,7 +671,7 @@ def test_help_lists_every_option_with_its_default(script, capsys):
         classes, shown = [OTHERS[script].Options], help_of(OTHERS[script].main, [], capsys)
         shown.pop("-o", None)  # of predict.py, the same as --out
     else:
-        classes = [train_dtml.Options, METHODS[script].Options]
+        classes = [settings.Options, METHODS[script].Options]
         shown = help_of(train_dtml.main, ["--method", script], capsys)
     fields = [f for cls in classes for f in dataclasses.fields(cls)]
     assert set(shown) == {"-h", *("--" + f.name.replace("_", "-") for f in fields)}
@@ -729,7 +730,7 @@ def test_options_file_replays_a_run_under_another_name(words, run, tmp_path):
 @pytest.mark.parametrize("words", ["", "--lr-steps 2", "--preset authors --profile half", "--method supervised"])
 def test_options_file_names_the_same_run(words, run):
     first = run(*words.split())
-    assert train_dtml.read_options([f"@{first.folder / 'options.txt'}"])[2] == first.folder
+    assert settings.read_options([f"@{first.folder / 'options.txt'}"])[2] == first.folder
     with pytest.raises(UserError, match="exists already"):
         train_dtml.main([f"@{first.folder / 'options.txt'}"])
 
@@ -737,7 +738,7 @@ def test_options_file_names_the_same_run(words, run):
 def test_options_file_holds_every_option_and_paths_with_blanks(run, tmp_path):
     (tmp_path / "my set").symlink_to(Path("set").resolve())
     first = train(tmp_path / "my runs", "--data", str(tmp_path / "my set"), *BASE)
-    known = names(train_dtml.Options) | names(METHODS["dtml"].Options)
+    known = names(settings.Options) | names(METHODS["dtml"].Options)
     flags = {word.removeprefix("--no-").removeprefix("--") for word in first.options if word.startswith("--")}
     assert {name.replace("_", "-") for name in known} - flags == {
         "resume", "from-diagnostic", "fresh", "unlabeled", "labeled-batch"
@@ -748,9 +749,9 @@ def test_options_file_holds_every_option_and_paths_with_blanks(run, tmp_path):
 
 def test_later_flags_win_over_an_options_file(run, tmp_path):
     (tmp_path / "options.txt").write_text("# a comment\n--lr 0.5 --seed 7\n--name 'from file'\n")
-    o, _, folder, *_ = train_dtml.read_options(["--data", "set", f"@{tmp_path / 'options.txt'}", "--lr", "0.25"])
+    o, _, folder, *_ = settings.read_options(["--data", "set", f"@{tmp_path / 'options.txt'}", "--lr", "0.25"])
     assert (o.lr, o.seed, folder) == (0.25, 7, Path("runs/from file"))
-    assert train_dtml.read_options(["--data", "set", "--lr", "0.25", f"@{tmp_path / 'options.txt'}"])[0].lr == 0.5
+    assert settings.read_options(["--data", "set", "--lr", "0.25", f"@{tmp_path / 'options.txt'}"])[0].lr == 0.5
 
 
 # -- presets, profiles, names --
@@ -758,7 +759,7 @@ def test_later_flags_win_over_an_options_file(run, tmp_path):
 
 def settled(*words: str) -> dict[str, Any]:
     """All options that a command line comes to."""
-    o, method_options, *_ = train_dtml.read_options(list(words))
+    o, method_options, *_ = settings.read_options(list(words))
     return {**dataclasses.asdict(o), **dataclasses.asdict(method_options)}
 
 
@@ -812,11 +813,11 @@ def test_the_preset_tuned_holds_what_the_findings_say():
 def test_options_of_a_run_with_the_preset_s_old_name_are_those_of_the_new_one():
     folder = ROOT / "results" / "half" / "tuned-16-seed1338"
     assert "--preset best" in (folder / "options.txt").read_text()
-    o, method_options, *_ = train_dtml.read_options([f"@{folder}/options.txt"])
+    o, method_options, *_ = settings.read_options([f"@{folder}/options.txt"])
     saved, now = vars(restore(load_checkpoint(folder)).options), settled("--profile", "half", "--preset", "tuned")
     assert o.preset == "tuned" and {name: now[name] for name in saved} == saved == vars(method_options)
     with pytest.raises(UserError, match=r"--preset best is none of this method's\. Choose from .*\btuned\b"):
-        train_dtml.read_options(["--preset", "best"])
+        settings.read_options(["--preset", "best"])
 
 
 @pytest.mark.parametrize(("name", "value"), [*PAPER.items(), ("lambda_max", 0.3)])
@@ -882,4 +883,4 @@ def test_without_la_the_phantom_set_is_taken(tmp_path, monkeypatch):
     ],
 )
 def test_run_folder_is_named_after_what_varies(words, name):
-    assert train_dtml.read_options(["--data", "set", *words.split()])[2] == Path("runs") / name
+    assert settings.read_options(["--data", "set", *words.split()])[2] == Path("runs") / name

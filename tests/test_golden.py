@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 
+from losses.sdm import signed_distance_map
 from methods import METHODS, check_finite
 from utils.devices import seed_iteration
 from utils.options import fill
-from utils.sdm import signed_distance_map
 
 FILE = Path(__file__).parent / "golden" / "first_losses.json"
 ITERATIONS, SIDE, SEED = 3, 16, 1  # with this seed no network is dead

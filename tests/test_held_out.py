@@ -11,7 +11,7 @@ from conftest import TINY, make_set, write_case
 import test_la
 import train_dtml
 from dataloaders.cases import Case, case_file, read_case
-from utils import share
+from tools import share
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import UserError
 

@@ -17,8 +17,8 @@ from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 import predict
 import test_la
 import train_dtml
-from dataloaders import check, convert
 from dataloaders.cases import lists_of
+from tools import check, convert
 from utils.checkpoint import load_checkpoint
 
 ORIENTATIONS = ("RAS", "LPS", "LPI", "PIR", "SRP", "ASL")

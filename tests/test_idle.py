@@ -12,7 +12,7 @@ import torch
 from test_flags import OWN, SHARED
 from test_methods import make_batch, with_sdm
 
-import train_dtml
+import settings
 from methods import METHODS
 from utils.errors import UserError
 from utils.options import as_flags, default_of, fill, flag_of
@@ -46,7 +46,7 @@ def outcome(method: str, flags: str) -> dict[str, bytes]:
 
 def parsed(method: str, flags: str) -> dict[str, Any]:
     """Option -> value of some flags."""
-    return train_dtml.flags_of(method).parse(shlex.split(flags))
+    return settings.flags_of(method).parse(shlex.split(flags))
 
 
 def switches(method: str) -> list[str]:
@@ -68,7 +68,7 @@ def switches(method: str) -> list[str]:
 def refusal(method: str, flags: str) -> str:
     """What a command line is refused with; '' if it is not."""
     try:
-        train_dtml.settle(parsed(method, flags), METHODS[method])
+        settings.settle(parsed(method, flags), METHODS[method])
     except UserError as e:
         return str(e)
     return ""
@@ -130,7 +130,7 @@ def conditions() -> list[tuple[str, dataclasses.Field]]:
     classes = [(method, kind.Options) for method, kind in METHODS.items()]
     return [
         (method, f)
-        for method, cls in [("dtml", train_dtml.Options), *classes]
+        for method, cls in [("dtml", settings.Options), *classes]
         for f in dataclasses.fields(cls)
         if f.metadata["only_if"]
     ]
@@ -139,10 +139,10 @@ def conditions() -> list[tuple[str, dataclasses.Field]]:
 @pytest.mark.parametrize(("method", "f"), conditions(), ids=lambda x: getattr(x, "name", x))
 def test_conditions_name_options_or_what_a_method_says(method, f):
     kind = METHODS[method]
-    o, method_options = train_dtml.combine({"data": "set", "method": method}, kind)
+    o, method_options = settings.combine({"data": "set", "method": method}, kind)
     for name in {name for condition in f.metadata["only_if"] for name in condition}:
-        train_dtml.values_of(o, method_options, kind)(name)
-        assert name in train_dtml.WHY or hasattr(o, name) or hasattr(method_options, name)
+        settings.values_of(o, method_options, kind)(name)
+        assert name in settings.WHY or hasattr(o, name) or hasattr(method_options, name)
 
 
 OFF = {  # option of the script: flags that switch it off, and its own
@@ -156,7 +156,7 @@ OFF = {  # option of the script: flags that switch it off, and its own
 
 def test_every_condition_of_the_script_is_tested():
     harmful = {
-        f.name for f in dataclasses.fields(train_dtml.Options) if f.metadata["only_if"] and not f.metadata["harmless"]
+        f.name for f in dataclasses.fields(settings.Options) if f.metadata["only_if"] and not f.metadata["harmless"]
     }
     assert harmful == set(OFF) <= set(SHARED)
 
@@ -170,9 +170,9 @@ HARMLESS_WITH = {  # option that changes no result: with which it would not even
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(train_dtml.Options) if f.metadata["only_if"]])
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(settings.Options) if f.metadata["only_if"]])
 def test_option_of_the_script_is_refused_where_it_does_nothing(name):
-    f = next(f for f in dataclasses.fields(train_dtml.Options) if f.name == name)
+    f = next(f for f in dataclasses.fields(settings.Options) if f.name == name)
     if name in OFF:
         off, own = OFF[name]
     else:

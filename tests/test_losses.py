@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from losses.ramps import default_lr_steps, learning_rate, ramp_up
+from losses.terms import consistency_loss, cross_entropy, dice_loss, hard_dice, live_share, sdm_to_mask, seg_loss
 from methods.dtml import DTML
 from methods.supervised import Supervised
-from utils.losses import consistency_loss, cross_entropy, dice_loss, hard_dice, live_share, sdm_to_mask, seg_loss
-from utils.ramps import default_lr_steps, learning_rate, ramp_up
 
 
 def test_dice_loss_by_hand_sums_over_the_whole_batch():

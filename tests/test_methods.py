@@ -8,15 +8,15 @@ import pytest
 import torch
 from conftest import flat
 
+from losses.ema import ema_decay, ema_update, make_teacher
+from losses.perturbation import Transformation, monte_carlo, noisy
+from losses.sdm import signed_distance_map
+from losses.terms import entropy, masked_mean
 from methods import METHODS
 from methods.ua_mt import UAMT
 from networks.critics import ConfidenceNet, MapCritic
 from networks.vnet import VNet, parameter_count
-from utils.ema import ema_decay, ema_update, make_teacher
-from utils.losses import entropy, masked_mean
 from utils.options import fill
-from utils.perturbation import Transformation, monte_carlo, noisy
-from utils.sdm import signed_distance_map
 
 T = 60
 

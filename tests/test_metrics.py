@@ -8,8 +8,8 @@ from medpy.metric import binary
 from scipy.ndimage import gaussian_filter, label, shift
 
 from dataloaders.cases import find_cases, lists_of, read_case
-from utils import metrics
-from utils.metrics import (
+from evaluation import metrics
+from evaluation.metrics import (
     METRICS,
     distance_text,
     distances_of,

@@ -16,10 +16,10 @@ from scipy.spatial.transform import Rotation
 
 import predict
 import train_dtml
-from dataloaders import convert
 from dataloaders.cases import Case
 from dataloaders.images import read_image, read_label, to_physical
 from dataloaders.orientation import Turn, common_orientation, orientation_of, turn_to
+from tools import convert
 from utils.checkpoint import load_checkpoint
 
 CODES = ["".join(c) for axes in itertools.permutations(("RL", "AP", "SI")) for c in itertools.product(*axes)]

@@ -31,7 +31,7 @@ def test_the_commands_of_the_page_lead_from_scans_to_segmentations(tmp_path, mon
         words = [found for word in words for found in (sorted(glob.glob(word)) if "*" in word else [word])]
         import_module(module).main([*words, *(SMALL if module == "train_dtml" else [])])
         done.append(module)
-    assert done == ["dataloaders.convert", "dataloaders.check", "train_dtml", "test_la", "predict"]
+    assert done == ["tools.convert", "tools.check", "train_dtml", "test_la", "predict"]
     assert len((tmp_path / "predictions" / "volumes.csv").read_text().splitlines()) == 3
     for path in (tmp_path / "new").iterdir():
         (image, geometry), (label, found) = read_image(path), read_label(tmp_path / "predictions" / path.name)
@@ -43,7 +43,7 @@ def test_the_commands_of_the_page_lead_from_scans_to_segmentations(tmp_path, mon
 def test_flags_named_are_those_of_a_command(flag):
     names = {
         name
-        for module in ("dataloaders.convert", "dataloaders.check", "train_dtml", "test_la", "predict")
+        for module in ("tools.convert", "tools.check", "train_dtml", "test_la", "predict")
         for name in import_module(module).Options.__dataclass_fields__
     }
     assert flag[2:].replace("-", "_") in names | {"help", "classes"}  # of the methods

@@ -14,11 +14,11 @@ from tensorboard.plugins.mesh import plugin_data_pb2
 
 import test_la
 import train_dtml
-from utils import pictures
+from evaluation.figures import ComparedCase, around, as_png, draw_comparison, draw_curves
+from evaluation.slices import COLOURS, LABEL, prediction_mesh
+from evaluation.surfaces import Camera, Surface, camera_around, render, surface
+from tools import pictures
 from utils.errors import UserError
-from utils.figures import ComparedCase, around, as_png, draw_comparison, draw_curves
-from utils.slices import COLOURS, LABEL, prediction_mesh
-from utils.surfaces import Camera, Surface, camera_around, render, surface
 
 ORANGE, GREEN = COLOURS[0], LABEL
 

@@ -15,13 +15,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_dtml
+from losses.terms import seg_loss
 from methods import METHODS
 from networks.backbone import Backbone, set_precision, set_recompute
 from networks.backbones import BACKBONES
 from networks.convolution import Conv3d
 from networks.uxnet import Depthwise
 from utils.devices import seed_iteration
-from utils.losses import seg_loss
 from utils.options import fill
 
 CROPS = [(16, 16, 16), (32, 32, 32), (48, 48, 32)]

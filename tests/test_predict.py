@@ -20,11 +20,11 @@ from scipy import ndimage
 import predict
 import test_la
 import train_dtml
-from dataloaders import convert
 from dataloaders.cases import LA_SUBFOLDER, Case, lists_of
 from dataloaders.images import read_image, read_label, to_physical
 from dataloaders.training import median_spacing
 from methods import METHODS
+from tools import convert
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 import predict
-import reproduce
+import settings
 import test_la
-import train_dtml
-from utils import pictures, share
+from methods import METHODS
+from tools import pictures, reproduce, share
 from utils.checkpoint import load_checkpoint
 from utils.options import Parser, fill
 
@@ -28,14 +28,14 @@ TRAINING = [c for c in COMMANDS if c.startswith("python train_dtml.py")]
 def test_training_commands_parse_and_name_their_own_folders(command, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data" / "la").mkdir(parents=True)
-    options, _, folder, state = train_dtml.read_options(shlex.split(command)[2:])
+    options, _, folder, state = settings.read_options(shlex.split(command)[2:])
     assert state is None and folder.parts[:1] == ("runs",) and f"seed{options.seed}" in folder.name
 
 
 def test_every_training_command_has_a_run_folder_of_its_own(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data" / "la").mkdir(parents=True)
-    folders = [train_dtml.read_options(shlex.split(command)[2:])[2] for command in TRAINING]
+    folders = [settings.read_options(shlex.split(command)[2:])[2] for command in TRAINING]
     assert len(TRAINING) >= 6 and len(set(folders)) == len(folders)
 
 
@@ -46,7 +46,7 @@ def test_the_first_command_tests_the_folder_that_it_trains(monkeypatch, tmp_path
     assert steps[-2] == "python train_dtml.py"
     tested = shlex.split(steps[-1])
     assert tested[:2] == ["python", "test_la.py"]
-    assert Path(tested[tested.index("--checkpoint") + 1]) == train_dtml.read_options([])[2]
+    assert Path(tested[tested.index("--checkpoint") + 1]) == settings.read_options([])[2]
 
 
 def test_test_commands_parse():
@@ -66,7 +66,7 @@ def test_predicting_commands_parse_and_their_weights_are_there():
 
 
 def test_drawing_commands_parse():
-    found = [shlex.split(c)[3:] for c in COMMANDS if c.startswith("python -m utils.pictures")]
+    found = [shlex.split(c)[3:] for c in COMMANDS if c.startswith("python -m tools.pictures")]
     for figure, *words in found:
         parser = Parser()
         parser.add_argument("runs", nargs="+")
@@ -79,14 +79,14 @@ def test_sharing_commands_parse():
     parser = Parser()
     parser.add_argument("folders", nargs=2)
     parser.add_dataclass(share.Options)
-    found = [c for c in COMMANDS if c.startswith("python -m utils.share")]
+    found = [c for c in COMMANDS if c.startswith("python -m tools.share")]
     assert found and all(parser.parse(shlex.split(c)[3:]) for c in found)
 
 
 def test_reproduce_commands_name_runs_of_the_grid():
     parser = Parser()
     parser.add_dataclass(reproduce.Options)
-    found = [parser.parse(shlex.split(c)[2:]) for c in COMMANDS if c.startswith("python reproduce.py")]
+    found = [parser.parse(shlex.split(c)[2:]) for c in COMMANDS if c.startswith("python -m tools.reproduce")]
     assert found and all(reproduce.select(fill(reproduce.Options, words))[0] for words in found)
 
 
@@ -130,7 +130,7 @@ def test_files_named_exist(name):
 
 def test_flags_named_exist():
     parser = Parser()
-    parser.add_dataclass(train_dtml.Options)
+    parser.add_dataclass(settings.Options)
     known = set(parser._option_string_actions) | {
         "--checkpoint",
         "--weighting",
@@ -142,7 +142,7 @@ def test_flags_named_exist():
     for program in (test_la, predict, pictures, share):
         known |= {f"--{name.replace('_', '-')}" for name in program.Options.__dataclass_fields__}
     known |= {f"--{name}" for name in reproduce.Options.__dataclass_fields__}
-    for kind in train_dtml.METHODS.values():
+    for kind in METHODS.values():
         for name, f in kind.Options.__dataclass_fields__.items():
             known |= {f"--{no}{name.replace('_', '-')}" for no in (["", "no-"] if f.type is bool else [""])}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known

@@ -13,21 +13,22 @@ import pytest
 import torch
 from conftest import ROOT, TINY, la_folder, make_set, method_words, write_case
 
+import settings
 import train_dtml
 from dataloaders.cases import LA_SPLITS, PHANTOM_FOLDER
 from dataloaders.training import is_phantom, usual_labeled
+from losses.perturbation import noisy
 from methods import METHODS, restore
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError, run
 from utils.options import RENAMED, option, refuse_idle, renamed
-from utils.perturbation import noisy
 
 FILES = sorted((ROOT / "results").glob("*/*/options.txt"))
 
 
 def settled(*words: str) -> dict[str, Any]:
     """Option -> value of all that a command line comes to."""
-    o, method_options, *_ = train_dtml.read_options(list(words))
+    o, method_options, *_ = settings.read_options(list(words))
     return {**dataclasses.asdict(o), **dataclasses.asdict(method_options)}
 
 
@@ -52,7 +53,7 @@ def train(*words: str) -> Path:
 def test_old_options_file_is_the_run_of_its_manifest(file):
     """All that can change the result; None and what it stands for are the same, and options of later have defaults."""
     then = renamed(json.loads(file.with_name("manifest.json").read_text())["options"])
-    o, method_options, *_ = train_dtml.read_options([f"@{file}"])
+    o, method_options, *_ = settings.read_options([f"@{file}"])
     fields = [(part, f) for part in (o, method_options) for f in dataclasses.fields(part)]
     now = {f.name: getattr(part, f.name) for part, f in fields if not f.metadata["harmless"]}
     assert {name: now[name] for name in then if name in now} == {name: then[name] for name in then if name in now}
@@ -186,7 +187,7 @@ def test_old_options_of_a_checkpoint_are_filled_in_under_their_names_of_today(in
 @pytest.mark.parametrize(("old", "new"), RENAMED["dk-uxnet"].items())
 def test_a_flag_of_yesterday_names_that_of_today(old, new):
     with pytest.raises(UserError, match=f"unknown argument --{old}: it is called --{new.replace('_', '-')} now"):
-        train_dtml.read_options(["--method", "dk-uxnet", f"--{old}", "1"])
+        settings.read_options(["--method", "dk-uxnet", f"--{old}", "1"])
 
 
 def test_an_option_of_several_methods_has_one_meaning():
@@ -258,7 +259,7 @@ def test_ema_decay_is_the_same_average_everywhere(method, inside):
 def test_an_absolute_path_is_the_relative_one(inside):
     relative, absolute = ["--data", "set", "--labeled", "4"], ["--data", str(inside / "set"), "--labeled", "4"]
     for more in ([], ["--profile", "half"], ["--preset", "authors"]):
-        one, other = (train_dtml.read_options([*words, *more]) for words in (relative, absolute))
+        one, other = (settings.read_options([*words, *more]) for words in (relative, absolute))
         assert one[2] == other[2]
         assert dataclasses.replace(one[0], data="") == dataclasses.replace(other[0], data="") and one[1] == other[1]
     folder = train("--data", "set", "--name", "run", "--save-every", "6")
@@ -306,7 +307,7 @@ def test_sixteen_of_la_are_labeled_by_default(inside, tmp_path):
     for folder in (inside / "plain", la_like(inside / "own", names), la_like(inside / "fewer", names[5:])):
         assert usual_labeled(folder) == settled("--data", str(folder))["labeled"] == 16
         assert settled("--data", str(folder), "--profile", "short")["labeled"] == 16
-        assert train_dtml.read_options(["--data", str(folder)])[2] == Path("runs", folder.name, "dtml-16-seed1337")
+        assert settings.read_options(["--data", str(folder)])[2] == Path("runs", folder.name, "dtml-16-seed1337")
 
 
 @pytest.mark.skipif(la_folder() is None, reason="the LA volumes are not there")

@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY
 
-import reproduce
+import settings
 import test_la
 import train_dtml
 from dataloaders.phantom import make_phantom_set
+from evaluation.statistics import compare, hodges_lehmann
 from methods import METHODS
-from utils.errors import UserError, run
-from utils.grid import (
+from tools import reproduce
+from tools.grid import (
     AUTHORS,
     COMPARED_WITH,
     LA_RUNS,
@@ -32,9 +33,9 @@ from utils.grid import (
     TRAINED_AS,
     Row,
 )
+from tools.table_rows import comparison_tables, comparisons
+from utils.errors import UserError, run
 from utils.options import Parser, fill
-from utils.statistics import compare, hodges_lehmann
-from utils.table_rows import comparison_tables, comparisons
 
 GRIDS = {"half": (LA_RUNS, LA_TABLES), "phantom": (PHANTOM_RUNS, PHANTOM_TABLES)}
 PAPER = ["90.12", "82.14", "1.82", "7.01"]
@@ -49,7 +50,7 @@ def cells(text, label):
 
 
 def options_of(words):
-    o, method_options, *_ = train_dtml.read_options(words)
+    o, method_options, *_ = settings.read_options(words)
     return {**dataclasses.asdict(o), **dataclasses.asdict(method_options)}
 
 
@@ -102,7 +103,7 @@ def test_the_flags_parse_and_the_row_s_output_and_scans_are_the_run_s(profile):
         name = words[words.index("--method") + 1]
         if name not in METHODS:
             continue
-        o, method_options, *_ = train_dtml.read_options([*words, "--profile", profile, "--filters", "2"])
+        o, method_options, *_ = settings.read_options([*words, "--profile", profile, "--filters", "2"])
         assert row.output in METHODS[name](method_options, iterations=1).outputs
         unlabeled = (40 if profile == "phantom" else 80) - o.labeled if o.unlabeled is None else o.unlabeled
         assert row.scans == f"{o.labeled} / {unlabeled}"
@@ -174,7 +175,7 @@ def test_every_preset_authors_has_its_row():
 def test_the_controls_of_tuned_have_its_rate_intensities_labeled_crops_and_k(key, with_k):
     asked = {}
     for name in (key, "tuned-16"):
-        o, method_options, *_ = train_dtml.read_options([*LA_RUNS[name].split(), "--profile", "half"])
+        o, method_options, *_ = settings.read_options([*LA_RUNS[name].split(), "--profile", "half"])
         crops = o.labeled_batch or o.batch_size  # no batch of supervised training has unlabeled ones
         asked[name] = [o.lr_schedule, o.intensity, crops, method_options.k if with_k else None]
     assert asked[key] == asked["tuned-16"]
@@ -545,7 +546,7 @@ def test_the_list_tells_state_and_command(here, capsys):
         "python train_dtml.py --method dtml --labeled 16 --profile half --seed 1337 --resume auto --runs "
         "runs/reproduce/half --name dtml-16-seed1337 --data data/la --threads 2"
     )
-    assert train_dtml.read_options(lines[6].split()[2:])[2] == started.with_name("dtml-16-seed1339").relative_to(here)
+    assert settings.read_options(lines[6].split()[2:])[2] == started.with_name("dtml-16-seed1339").relative_to(here)
 
 
 # runs, with stand-ins for the two scripts

@@ -5,7 +5,7 @@ import pytest
 from scipy.ndimage import binary_erosion, distance_transform_edt, gaussian_filter
 from skimage.segmentation import find_boundaries
 
-from utils.sdm import signed_distance_map
+from losses.sdm import signed_distance_map
 
 
 def by_definition(mask: np.ndarray) -> np.ndarray:

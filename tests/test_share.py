@@ -14,7 +14,7 @@ import test_la
 import train_dtml
 from dataloaders.cases import LA_SUBFOLDER
 from methods import METHODS, restore
-from utils import share
+from tools import share
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
 
@@ -212,7 +212,7 @@ def test_a_folder_that_cannot_be_written_is_named(runs, tmp_path):
 
 
 def test_a_mistyped_run_is_an_error_of_two_sentences(tmp_path):
-    words = [sys.executable, "-m", "utils.share", "runs/nothing", str(tmp_path / "w")]
+    words = [sys.executable, "-m", "tools.share", "runs/nothing", str(tmp_path / "w")]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "runs/nothing does not exist" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "w").exists()

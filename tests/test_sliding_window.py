@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dataloaders.cases import find_cases, lists_of, read_case
-from utils.resample import downsample_image, downsample_label, upsample_probability
-from utils.sliding_window import gaussian_weights, padding, sliding_slabs, sliding_window, window_starts, windows
+from evaluation.sliding_window import gaussian_weights, sliding_slabs, sliding_window, window_starts, windows
+from utils.resample import downsample_image, downsample_label, padding, upsample_probability
 
 PATCH, STRIDE = (112, 112, 80), (18, 18, 4)
 # Test cases of LA have these sizes; 1128 windows in all.

@@ -16,12 +16,12 @@ from scans import OBLIQUE, ball, make_scans, write
 
 import test_la
 import train_dtml
-from dataloaders import check, convert
 from dataloaders.cases import Case, lists_of, read_case
 from dataloaders.class_names import class_names
-from dataloaders.growing import Before, grown
 from dataloaders.images import to_physical
-from dataloaders.sources import Source, choose_split, find_sources
+from tools import check, convert
+from tools.growing import Before, grown
+from tools.sources import Source, choose_split, find_sources
 from utils.errors import UserError
 
 SHAPE = (30, 28, 18)

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from utils import statistics
-from utils.errors import UserError
-from utils.statistics import (
+from evaluation import statistics
+from evaluation.statistics import (
     compare,
     compare_scans,
     hodges_lehmann,
@@ -20,6 +19,7 @@ from utils.statistics import (
     read_row,
     read_runs,
 )
+from utils.errors import UserError
 
 
 def row(seed: int, n: int = 20, shift: float = 0.0) -> dict[str, float]:

@@ -298,7 +298,7 @@ def test_of_an_earlier_test_in_the_folder_nothing_stays_and_nothing_else_goes(tr
 def test_a_test_that_ends_early_leaves_the_one_before_as_it_was(trained, tmp_path, monkeypatch):
     score(trained, tmp_path / "out", "--report")
     before = files_of(tmp_path / "out")
-    real, calls = test_la.predict_scan, []
+    real, calls = predict_scan, []
 
     def interrupted(*words, **more):
         calls.append(words)
@@ -373,11 +373,11 @@ def test_half_resolution_moves_nothing(axis, shape):
     sides = [n if i == axis else 1 for i, n in enumerate(shape)]
     rising = torch.linspace(0, 1, shape[axis], dtype=torch.float64).float().reshape(sides).expand(*shape).contiguous()
     window = {"patch_size": (16, 16, 16), "stride": (8, 8, 8), "weighting": "uniform", "batch_size": 2}
-    found = test_la.predict_scan(echo, rising, ("seg",), downsample=2, **window)
+    found = predict_scan(echo, rising, ("seg",), downsample=2, **window)
     assert found.shape == (1, *shape)
     inner = slice(2, shape[axis] - 4)
     torch.testing.assert_close(found[0].movedim(axis, 0)[inner], rising.movedim(axis, 0)[inner], rtol=0, atol=1e-5)
-    same = test_la.predict_scan(echo, rising, ("seg",), downsample=1, **window)
+    same = predict_scan(echo, rising, ("seg",), downsample=1, **window)
     torch.testing.assert_close(same[0], rising, rtol=0, atol=1e-6)
 
 
@@ -400,7 +400,7 @@ def scan(trained) -> torch.Tensor:
 def predict(method, scan, outputs=OUTPUTS, **more) -> torch.Tensor:
     """Probabilities as the script predicts them."""
     window = {"patch_size": (16, 16, 16), "stride": (8, 8, 8), "weighting": "uniform", "batch_size": 4, "downsample": 1}
-    return test_la.predict_scan(method, scan, outputs, **{**window, **more})
+    return predict_scan(method, scan, outputs, **{**window, **more})
 
 
 def test_mean_is_the_mean_of_both_probabilities(method, scan):

@@ -1,1 +1,1 @@
-"""Parts that know nothing of each other's papers: losses, ramps, distances, metrics, windows, checkpoints, options."""
+"""What every part needs: checkpoints, options, run folder, report, lock, processes, devices, errors, masks."""

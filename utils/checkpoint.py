@@ -21,7 +21,7 @@ from utils.options import renamed
 FORMAT = 1
 CONTENTS = ("options", "iteration", "seconds", "checksums", "processes", "method", "optimizer")
 LAST, PREVIOUS = "last.pt", "previous.pt"
-PIECES = "weights-*-of-*.pt"  # of python -m utils.share: each a checkpoint with some of the weights
+PIECES = "weights-*-of-*.pt"  # of python -m tools.share: each a checkpoint with some of the weights
 CHUNK = 2**20
 BARE_WEIGHTS = (
     "Bare weights, as the released codes save them, do not tell their method: test_la.py tests them with --method NAME."
@@ -107,7 +107,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any], name: str = LAST) -> Pa
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Loads onto the CPU a checkpoint file, the newest whole one of a run folder, or the weights that utils.share wrote
+    """Loads onto the CPU a checkpoint file, the newest whole one of a run folder, or the weights that tools.share wrote
     into a folder; `file` in it tells which, `saved` the time of its last change in nanoseconds.
 
     Raises:
@@ -130,7 +130,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _join(folder: Path, files: list[Path]) -> dict[str, Any]:
-    """The checkpoint whose weights lie in the files of one utils.share.
+    """The checkpoint whose weights lie in the files of one tools.share.
 
     Raises:
         UserError: as load_checkpoint.

@@ -1,4 +1,7 @@
-"""Half resolution for machines without a GPU: pooled on the way in, interpolated on the way out."""
+"""Volumes on another grid: half resolution for machines without a GPU, pooled on the way in and interpolated on the way
+out, and zeros around a volume that is smaller than a patch."""
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -35,3 +38,14 @@ def upsample_probability(p: Tensor, factor: int, shape: tuple[int, ...]) -> Tens
     size = [factor * s for s in p.shape[1:]]
     full = F.interpolate(p[None], size=size, mode="trilinear", align_corners=False)[0]
     return full[:, : shape[0], : shape[1], : shape[2]]
+
+
+def padding(shape: Sequence[int], patch_size: Sequence[int]) -> list[tuple[int, int]]:
+    """Zeros before and after each axis that make a volume at least as large as the patch, the smaller half first."""
+    missing = [max(p - s, 0) for s, p in zip(shape, patch_size, strict=True)]
+    return [(m // 2, m - m // 2) for m in missing]
+
+
+def pad(volume: Tensor, margins: Sequence[tuple[int, int]]) -> Tensor:
+    """(..., W,H,D) with zeros added as `padding` says."""
+    return F.pad(volume, [m for pair in reversed(margins) for m in pair]) if any(map(any, margins)) else volume

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY, flat, make_set, method_words, write_case
 
+import settings
 import test_la
 import train_dtml
 from methods import METHODS
@@ -355,7 +356,7 @@ def test_33_method_that_needs_unlabeled_scans_is_refused_without(words, method, 
     "method", [m for m, kind in METHODS.items() if kind.uses_unlabeled and m not in NEED_UNLABELED]
 )
 def test_33_method_that_needs_none_trains_without_unlabeled_scans(method, tiny_set):
-    options = train_dtml.read_options(flags(tiny_set, *method_words(method)))[1]
+    options = settings.read_options(flags(tiny_set, *method_words(method)))[1]
     if METHODS[method](options, iterations=1).needs_unlabeled:  # one that is not yet in the list
         refuse(
             flags(tiny_set, *method_words(method), "--unlabeled", "0"),
@@ -466,7 +467,7 @@ def test_35_run_folder_that_cannot_be_made_is_named(words, tiny_set, monkeypatch
 def test_35_default_run_folder_lies_below_runs(data, tiny_set, monkeypatch):
     (tiny_set / "sub").mkdir()
     monkeypatch.chdir(tiny_set)
-    _, _, folder, _ = train_dtml.read_options(["--data", data, "--runs", "runs"])
+    _, _, folder, _ = settings.read_options(["--data", data, "--runs", "runs"])
     assert folder.resolve().parent == tiny_set / "runs" / "set"
 
 

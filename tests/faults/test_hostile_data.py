@@ -15,6 +15,7 @@ from test_checkpoint_faults import bounded_memory
 
 import train_dtml
 from dataloaders.cases import Case, CaseError, case_file, find_cases, lists_of, read_case, read_geometry, read_list
+from settings import read_options
 from utils.errors import UserError
 from utils.options import Parser
 
@@ -194,7 +195,7 @@ def test_34_any_words_are_options_or_a_user_s_mistake(tmp_path, words):
     if "--help" in words or "-h" in words:
         return
     try:
-        options, _, folder, state = train_dtml.read_options(["--data", str(tmp_path), "--runs", str(tmp_path), *words])
+        options, _, folder, state = read_options(["--data", str(tmp_path), "--runs", str(tmp_path), *words])
     except UserError as e:
         assert str(e)[-1] in ".?" or "\n" in str(e)
         return

@@ -1,9 +1,9 @@
 """Draws figures for a paper from run folders: the DTML paper's Figures 2 and 3, curves, and differences.
 
-    python -m utils.pictures figure2 runs/la/dtml-16-seed1337             image, label, z, m and p of three scans
-    python -m utils.pictures figure3 runs/la/supervised-16-seed1337 runs/la/dtml-16-seed1337:seg --titles V-Net DTML
-    python -m utils.pictures curves results/half/dtml-16-seed1337 results/half/dtml-authors-16-seed1337
-    python -m utils.pictures differences results/half/supervised-16-seed1337 results/half/dtml-16-seed1337:seg
+    python -m tools.pictures figure2 runs/la/dtml-16-seed1337             image, label, z, m and p of three scans
+    python -m tools.pictures figure3 runs/la/supervised-16-seed1337 runs/la/dtml-16-seed1337:seg --titles V-Net DTML
+    python -m tools.pictures curves results/half/dtml-16-seed1337 results/half/dtml-authors-16-seed1337
+    python -m tools.pictures differences results/half/supervised-16-seed1337 results/half/dtml-16-seed1337:seg
 
 figure2 runs the network around the slice; figure3 reads what test_la.py predicted, of the first output or of
 RUN:OUTPUT; curves reads scalars.csv; differences shows the Dice of each scan (cases.csv) above the first run's, a
@@ -25,11 +25,8 @@ from numpy.typing import NDArray
 
 from dataloaders.cases import MOST_CLASSES, Case, CaseError, case_file, lists_of, read_case, read_geometry
 from dataloaders.normalization import normalized
-from methods import restore
-from utils.checkpoint import load_checkpoint, write_whole
-from utils.drawing import Figure
-from utils.errors import UserError, run
-from utils.figures import (
+from evaluation.drawing import Figure
+from evaluation.figures import (
     ComparedCase,
     MapsRow,
     around,
@@ -40,13 +37,16 @@ from utils.figures import (
     draw_maps,
     slice_of,
 )
-from utils.metrics import mean_and_sd, segmentation_metrics
+from evaluation.metrics import mean_and_sd, segmentation_metrics
+from evaluation.predictions import read_prediction, read_scores
+from evaluation.sliding_window import sliding_window
+from evaluation.statistics import compare, mean_over, read_runs
+from methods import restore
+from utils.checkpoint import load_checkpoint, write_whole
+from utils.errors import UserError, run
 from utils.options import Parser, fill, option
-from utils.predictions import read_prediction, read_scores
 from utils.resample import downsample_image, upsample_probability
 from utils.run_folder import MANIFEST, SCALARS, read_json
-from utils.sliding_window import sliding_window
-from utils.statistics import compare, mean_over, read_runs
 
 FIGURES = ("figure2", "figure3", "curves", "differences")
 PANELS = (
@@ -239,7 +239,7 @@ def differences(paths: Sequence[str], o: Options) -> Figure:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__, prog="utils.pictures")
+    parser = Parser(description=__doc__, prog="python -m tools.pictures")
     parser.add_argument("figure", choices=FIGURES, help="what to draw")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders; in figure3 RUN:OUTPUT names an output")
     parser.add_dataclass(Options)

@@ -1,6 +1,6 @@
 """One page about a tested run: its table, every scan's figures, the worst and the best scan to look through.
 
-    python -m utils.html_report runs/la/dtml-16-seed1337/test            of what test_la.py has written there
+    python -m tools.report_page runs/la/dtml-16-seed1337/test            of what test_la.py has written there
     python test_la.py --checkpoint runs/la/dtml-16-seed1337 --report     the same, right after the test
 
 Writes report.html into the test folder. It holds everything itself, so it opens offline and can be sent around.
@@ -23,17 +23,26 @@ from PIL import Image
 from skimage.measure import approximate_polygon, find_contours
 
 from dataloaders.cases import MOST_CLASSES, Case, CaseError, case_file, read_case, read_geometry
+from evaluation.figures import colour_of, window_of
+from evaluation.metrics import (
+    EMPTIES,
+    METRICS,
+    PENALISED,
+    distance_text,
+    distances_of,
+    empties,
+    mean_and_sd,
+    overlap_text,
+)
+from evaluation.predictions import COUNTS, read_prediction, read_scores
+from evaluation.slices import COLOURS, LABEL, fixed_slice
+from evaluation.surfaces import Camera, camera_around, render, surface
 from utils.checkpoint import write_whole
 from utils.errors import UserError, run
-from utils.figures import colour_of, window_of
-from utils.metrics import EMPTIES, METRICS, PENALISED, distance_text, distances_of, empties, mean_and_sd, overlap_text
 from utils.options import Parser, fill, option
-from utils.predictions import COUNTS, read_prediction, read_scores
 from utils.run_folder import MANIFEST, read_json
-from utils.slices import COLOURS, LABEL, fixed_slice
-from utils.surfaces import Camera, camera_around, render, surface
 
-TEMPLATE = Path(__file__).with_name("report.html")
+TEMPLATE = Path(__file__).with_name("report_page.html")
 NAMES = {"dice": "Dice %", "jaccard": "Jaccard %", "asd": "ASD voxel", "hd95": "95HD voxel", "asd_mm": "ASD mm",
          "hd95_mm": "95HD mm", "voxels": "voxels", "label_voxels": "of the label"}  # fmt: skip
 MOST_BYTES = 2_500_000  # of one scan's slices: two of them and the rest stay below 10 MB
@@ -394,7 +403,7 @@ def provenance(tested: dict[str, Any], trained: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Writes the page of one test folder."""
-    parser = Parser(description=__doc__, prog="python -m utils.html_report")
+    parser = Parser(description=__doc__, prog="python -m tools.report_page")
     parser.add_argument("test", help="folder that test_la.py wrote, RUN/test")
     parser.add_dataclass(Options)
     given = parser.parse(argv)

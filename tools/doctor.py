@@ -1,7 +1,7 @@
 """What a bug report should tell: versions, hardware, the data set, and what would be slow here.
 
-    python -m utils.doctor
-    python -m utils.doctor --data FOLDER
+    python -m tools.doctor
+    python -m tools.doctor --data FOLDER
 
 Every case is read once and checked as training does. Names of users and of folders above this one are left out.
 """
@@ -105,7 +105,7 @@ def data_set(folder: Path, every: int, classes: int = 1) -> tuple[dict[str, Any]
         found["time to read"] = f"{(time.monotonic() - began) / len(facts):.2f} s a case"
     for i, finding in enumerate(findings_of(facts) + duplicates(facts, test), 1):
         found[f"{finding.level} {i}"] = str(finding)
-    found["more"] = f"python -m dataloaders.check {hidden(folder)} looks at every label and part"
+    found["more"] = f"python -m tools.check {hidden(folder)} looks at every label and part"
     return found, memory_gib(facts) * every
 
 
@@ -140,7 +140,7 @@ def section(title: str, values: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__, prog="utils.doctor")
+    parser = Parser(description=__doc__, prog="python -m tools.doctor")
     parser.add_dataclass(Options)
     o: Options = fill(Options, parser.parse(argv))
     folder = Path(o.data or (LA_FOLDER if LA_FOLDER.is_dir() else PHANTOM_FOLDER))

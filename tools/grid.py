@@ -1,5 +1,5 @@
-"""The grid of reproduce.py: every run of Tables 1 to 3 of the DTML paper (Zhang & Zhang 2021) and of DK-UXNet, what
-goes beyond them, and the tables' rows. RUNS: key of a run -> its flags; TABLES: name -> title and rows."""
+"""The grid of tools/reproduce.py: every run of Tables 1 to 3 of the DTML paper (Zhang & Zhang 2021) and of DK-UXNet,
+and what goes beyond them. RUNS: key of a run -> its flags; TABLES: name -> title and rows."""
 
 from typing import Any, NamedTuple
 

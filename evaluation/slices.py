@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from utils.drawing import Figure, FigureCanvasAgg
-from utils.surfaces import surface
+from evaluation.drawing import Figure, FigureCanvasAgg
+from evaluation.surfaces import surface
 
 LABEL = "#00d0a0"
 COLOURS = (

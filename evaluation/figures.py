@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from utils.drawing import Axes, Figure, FigureCanvasAgg, withStroke
+from evaluation.drawing import Axes, Figure, FigureCanvasAgg, withStroke
+from evaluation.slices import COLOURS, LABEL, fixed_slice
+from evaluation.surfaces import Camera, camera_around, render, surface
 from utils.masks import box_of
-from utils.slices import COLOURS, LABEL, fixed_slice
-from utils.surfaces import Camera, camera_around, render, surface
 
 WIDTH = 7.0  # inches, of a page
 FONT: dict[str, Any] = {"family": "DejaVu Sans", "size": 8}

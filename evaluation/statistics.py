@@ -1,7 +1,7 @@
 """How far two rows of a table are apart, with the runs as a source of variation, and the scans.
 
-    python -m utils.statistics results/half/supervised-16-seed1337 results/half/dtml-16-seed1337:seg
-    python -m utils.statistics 'results/half/supervised-tuned-16-seed*' 'results/half/tuned-16-seed*:mean'
+    python -m evaluation.statistics results/half/supervised-16-seed1337 results/half/dtml-16-seed1337:seg
+    python -m evaluation.statistics 'results/half/supervised-tuned-16-seed*' 'results/half/tuned-16-seed*:mean'
 
 compares every further row with the first. A row is a folder with cases.csv, or such a file, as test_la.py writes it;
 `:NAME` after it chooses the output (default: the file's first). A pattern, quoted, is all runs that match: the seeds of
@@ -26,11 +26,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from utils.drawing import Figure, FigureCanvasAgg
+from evaluation.drawing import Figure, FigureCanvasAgg
+from evaluation.metrics import COMPONENTS, METRICS, MM, PENALISED
+from evaluation.predictions import read_scores
 from utils.errors import UserError, run
-from utils.metrics import COMPONENTS, METRICS, MM, PENALISED
 from utils.options import Parser, fill, option
-from utils.predictions import read_scores
 from utils.run_folder import MOVED_ASIDE
 
 DISTANCES = (*METRICS[2:], *MM)
@@ -344,7 +344,7 @@ def scatter(reference: Scans, rows: Mapping[str, Scans], title: str, path: Path)
 
 def main(argv: list[str] | None = None) -> None:
     """Prints a Markdown table, a line per comparison, and a second one of those of two runs alone."""
-    parser = Parser(description=__doc__, prog="python -m utils.statistics")
+    parser = Parser(description=__doc__, prog="python -m evaluation.statistics")
     parser.add_argument("rows", nargs="+", metavar="ROW", help="the reference row, then the rows to compare with it")
     parser.add_dataclass(Options)
     given = parser.parse(argv)

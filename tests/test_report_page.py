@@ -20,9 +20,9 @@ from conftest import write_case
 from PIL import Image
 from skimage.draw import polygon2mask
 
-from utils import html_report
+from evaluation.metrics import segmentation_metrics, with_penalties
+from tools import report_page
 from utils.errors import UserError
-from utils.metrics import segmentation_metrics, with_penalties
 from utils.run_folder import write_json
 
 SHAPE, SPACING = (40, 32, 12), (1.0, 1.0, 2.0)
@@ -120,7 +120,7 @@ def scores(test: Path) -> list[dict[str, str]]:
 
 
 def parse(test: Path) -> Page:
-    return Page(html_report.write_report(test).read_text(encoding="utf-8"))
+    return Page(report_page.write_report(test).read_text(encoding="utf-8"))
 
 
 @pytest.fixture
@@ -163,7 +163,7 @@ def test_the_means_are_numpy_s_and_empty_predictions_are_counted(tmp_path):
             assert (mean, sd) == pytest.approx((values.mean(), values.std(ddof=1)), abs=0.0051)
     empty = next(line for line in page.tables["cases"] if line[0] == "case9")
     assert empty[3] == "0.00" and empty[5:9] == ["-"] * 4
-    bars = html_report.write_report(test).read_text(encoding="utf-8").split("every scan, the lowest Dice first")[1]
+    bars = report_page.write_report(test).read_text(encoding="utf-8").split("every scan, the lowest Dice first")[1]
     assert bars.index(">case9<") < bars.index('width:100.0%"></i></td><td>-<') < bars.index(">case8<")
 
 
@@ -193,7 +193,7 @@ def test_bars_stand_in_the_order_of_dice(test):
 
 
 def test_it_needs_nothing_but_itself(test):
-    text = html_report.write_report(test).read_text(encoding="utf-8")
+    text = report_page.write_report(test).read_text(encoding="utf-8")
     page = Page(text)
     assert page.addresses and all(address.startswith("data:") for address in page.addresses)
     assert not re.search(r"https?:|//[a-z]+\.|@import|url\(", text)
@@ -206,7 +206,7 @@ def test_what_files_are_called_is_text_on_the_page(tmp_path):
     page = parse(test)
     assert WILD.replace("/", "_") in {x["name"] for x in page.data}
     assert page.tables["cases"][-1][0] == WILD.replace("/", "_")
-    assert page.tags.count("b") == str(html_report.DEFINITIONS).count("<b>")
+    assert page.tags.count("b") == str(report_page.DEFINITIONS).count("<b>")
     assert page.tags.count("script") == 2 and "<i>abc" in page.texts
 
 
@@ -234,7 +234,7 @@ def test_classes_have_a_contour_and_a_surface_each(tmp_path, monkeypatch):
         with h5py.File(case.path) as f:
             return f["image"][()], f["label"][()]
 
-    monkeypatch.setattr(html_report, "read_case", read)
+    monkeypatch.setattr(report_page, "read_case", read)
     page = parse(make_test(tmp_path, ["case0", "case1"], classes=2))
     for one in page.data:
         assert len(one["contours"]["label"]) == 2 and all(any(paths) for paths in one["contours"]["label"])
@@ -244,8 +244,8 @@ def test_classes_have_a_contour_and_a_surface_each(tmp_path, monkeypatch):
 
 def test_a_large_scan_stays_small_on_the_page(monkeypatch):
     noise = np.random.default_rng(0).random((300, 300, 40), np.float32)
-    monkeypatch.setattr(html_report, "MOST_BYTES", 400_000)
-    found = html_report.jpeg_slices(noise, (1, 1, 1))
+    monkeypatch.setattr(report_page, "MOST_BYTES", 400_000)
+    found = report_page.jpeg_slices(noise, (1, 1, 1))
     assert len(found) == 40 and sum(map(len, found)) * 3 / 4 < 400_000
 
 
@@ -268,7 +268,7 @@ def test_without_predictions_or_with_one_scan(tmp_path):
 def test_what_is_missing_is_named(harm: Callable[[Path], Any], says, test):
     harm(test)
     with pytest.raises(UserError, match=says):
-        html_report.main([str(test)])
+        report_page.main([str(test)])
     assert not list(test.glob("*.html"))
 
 
@@ -302,7 +302,7 @@ def browse(page: Path, folder: Path, *words: str) -> tuple[str, str]:
 
 @needs_browser
 def test_in_a_browser_the_slider_and_the_choice_work_and_nothing_is_complained_of(test, tmp_path):
-    page = html_report.write_report(test)
+    page = report_page.write_report(test)
     probed = tmp_path / "probed.html"
     probed.write_text(page.read_text(encoding="utf-8").replace("</body>", PROBE), encoding="utf-8")
     document, log = browse(probed, tmp_path, "--dump-dom", "--window-size=400,900")
@@ -327,7 +327,7 @@ def test_in_a_browser_the_slider_and_the_choice_work_and_nothing_is_complained_o
 
 @needs_browser
 def test_a_browser_draws_it_light_and_dark(test, tmp_path):
-    page = html_report.write_report(test)
+    page = report_page.write_report(test)
     means = []
     for words in ([], ["--blink-settings=preferredColorScheme=0"]):
         browse(page, tmp_path, f"--screenshot={tmp_path / 'shot.png'}", "--window-size=1000,1600", *words)

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from utils.errors import UserError
 from utils.options import option
+from utils.resample import downsample_image, pad, padding, upsample_probability
 
+STRIDE = (18, 18, 4)  # of the papers, on the full grid
 WEIGHTINGS = ("uniform", "gaussian")
 MIRRORED: list[tuple[int, tuple[int, ...]]] = [(0, ()), (0, (2,)), (0, (3,)), (0, (2, 3))]
 FLIPS = {1: MIRRORED[:1], 4: MIRRORED, 8: MIRRORED + [(1, axes) for _, axes in MIRRORED]}
@@ -46,17 +47,6 @@ def window_starts(side: int, patch: int, stride: int) -> list[int]:
         raise ValueError(f"a stride must lie between 1 and the patch's side {patch}, not {stride}")
     count = math.ceil((side - patch) / stride) + 1
     return [min(i * stride, side - patch) for i in range(count)]
-
-
-def padding(shape: Sequence[int], patch_size: Sequence[int]) -> list[tuple[int, int]]:
-    """Zeros before and after each axis that make a volume at least as large as the patch, the smaller half first."""
-    missing = [max(p - s, 0) for s, p in zip(shape, patch_size, strict=True)]
-    return [(m // 2, m - m // 2) for m in missing]
-
-
-def pad(volume: Tensor, margins: Sequence[tuple[int, int]]) -> Tensor:
-    """(..., W,H,D) with zeros added as `padding` says."""
-    return F.pad(volume, [m for pair in reversed(margins) for m in pair]) if any(map(any, margins)) else volume
 
 
 def windows(shape: Sequence[int], patch_size: Sequence[int], stride: Sequence[int]) -> list[tuple[int, int, int]]:
@@ -164,3 +154,28 @@ def _shifted(total: Tensor, by: int, axis: int) -> Tensor:
     """The same shape: what lies from `by` on along the axis comes first, zeros after it."""
     kept = total.narrow(axis, by, total.shape[axis] - by)
     return torch.cat([kept, torch.zeros_like(total.narrow(axis, 0, by))], axis)
+
+
+def usual_stride(patch_size: Sequence[int], downsample: int) -> list[int]:
+    """The papers' stride on a grid that pools `downsample` voxels into one, no longer than the windows."""
+    return [min(max(step // downsample, 1), side) for step, side in zip(STRIDE, patch_size, strict=True)]
+
+
+def predict_scan(
+    method: Any,
+    image: Tensor,
+    outputs: tuple[str, ...],
+    *,
+    downsample: int,
+    weighting: str,
+    flips: int = 1,
+    **window: Any,
+) -> Tensor:
+    """image (W,H,D) on its own grid -> foreground probabilities on that grid, C channels for each output."""
+    p = sliding_window(
+        lambda patches: mean_of_flips(lambda turned: method.predict(turned, outputs), patches, flips),
+        downsample_image(image, downsample),
+        weighting=weighting,
+        **window,
+    )
+    return upsample_probability(p, downsample, tuple(image.shape))

@@ -1,8 +1,8 @@
 """Checks a data set before training: every file of its lists, and what the volumes tell together.
 
-    python -m dataloaders.check data/la --labeled 16
-    python -m dataloaders.check FOLDER --labeled 10 --patch-size 96 96 64
-    python -m dataloaders.check FOLDER --classes 3 --all-labels
+    python -m tools.check data/la --labeled 16
+    python -m tools.check FOLDER --labeled 10 --patch-size 96 96 64
+    python -m tools.check FOLDER --classes 3 --all-labels
 
 An error must be mended before training (exit code 2), a warning is worth a look, a note is good to know; each names the
 cases and what to do. The labels of the first --labeled training cases and of the test cases are opened, those of the
@@ -47,8 +47,8 @@ from dataloaders.findings import (
     memory_gib,
     with_spacing,
 )
-from dataloaders.overview import table, volumes_ml
 from dataloaders.training import is_phantom, usual_labeled
+from tools.overview import table, volumes_ml
 from utils.errors import UserError, run
 from utils.options import Parser, fill, option
 from utils.run_folder import digest
@@ -292,7 +292,7 @@ def _mapped(workers: int) -> Iterator[Callable[..., Iterator[Look]]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__, prog="dataloaders.check")
+    parser = Parser(description=__doc__, prog="python -m tools.check")
     parser.add_argument("folder", metavar="DIR", help="folder of the data set")
     parser.add_dataclass(Options)
     given = parser.parse(argv)

@@ -11,8 +11,8 @@ from typing import Any
 
 from dataloaders.cases import LA_SPLITS, read_list
 from dataloaders.class_names import DATASET, names_in, read_dataset
-from dataloaders.growing import Before
 from dataloaders.images import WRITTEN_AS, ending_of, scan_name
+from tools.growing import Before
 from utils.errors import UserError
 from utils.text import read_text
 

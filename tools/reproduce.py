@@ -1,11 +1,11 @@
-"""Makes and prints the grid (utils/grid.py): every row of the DTML paper's Tables 1 to 3 and DK-UXNet's, and its seeds.
+"""Makes and prints the grid (tools/grid.py): every row of the DTML paper's Tables 1 to 3 and DK-UXNet's, and its seeds.
 
-    python reproduce.py                                     the tables, from what is in results/full
-    python reproduce.py --list                              every run: how far it is, and its command
-    python reproduce.py --missing                           train and test what is missing, then print the tables
-    python reproduce.py --missing --budget 60               the same for an hour; the same command goes on
-    python reproduce.py --profile half --table 3 --rows ua-mt dtc --seeds 1337
-    python reproduce.py --submit slurm --slurm gpus_per_node=1 timeout_min=240
+    python -m tools.reproduce                                     the tables, from what is in results/full
+    python -m tools.reproduce --list                              every run: how far it is, and its command
+    python -m tools.reproduce --missing                           train and test what is missing, then print the tables
+    python -m tools.reproduce --missing --budget 60               the same for an hour; the same command goes on
+    python -m tools.reproduce --profile half --table 3 --rows ua-mt dtc --seeds 1337
+    python -m tools.reproduce --submit slurm --slurm gpus_per_node=1 timeout_min=240
 
 A run is the two commands that a user would type, train_dtml.py and test_la.py; then its options, manifest, curves and
 metrics are copied to RESULTS/PROFILE/KEY-seedSEED. Such a record counts only if it fits what its row asks for today.
@@ -34,16 +34,13 @@ import torch
 from submitit.core.utils import UncompletedJobError
 
 from dataloaders.cases import LA_FOLDER, PHANTOM_FOLDER, ROOT, lists_of
+from evaluation.metrics import COMPONENTS
+from evaluation.sliding_window import usual_stride
+from evaluation.statistics import read_row
 from methods import METHODS
-from test_la import COMPONENTS, usual_stride
-from train_dtml import PROFILES, read_options
-from utils.checkpoint import fsync_folder, write_whole
-from utils.errors import Stopped, StopSignal, UserError, run
-from utils.grid import LA_RUNS, LA_TABLES, PHANTOM_RUNS, PHANTOM_TABLES, TESTS, TRAINED_AS, Tables
-from utils.options import Parser, as_flags, default_of, fill, option, renamed
-from utils.run_folder import MANIFEST, OPTIONS, SCALARS, has_checkpoint
-from utils.statistics import read_row
-from utils.table_rows import (
+from settings import PROFILES, read_options
+from tools.grid import LA_RUNS, LA_TABLES, PHANTOM_RUNS, PHANTOM_TABLES, TESTS, TRAINED_AS, Tables
+from tools.table_rows import (
     BEYOND_HEAD,
     HEAD,
     PHANTOM_HEAD,
@@ -57,6 +54,10 @@ from utils.table_rows import (
     ruled,
     run_lines,
 )
+from utils.checkpoint import fsync_folder, write_whole
+from utils.errors import Stopped, StopSignal, UserError, run
+from utils.options import Parser, as_flags, default_of, fill, option, renamed
+from utils.run_folder import MANIFEST, OPTIONS, SCALARS, has_checkpoint
 
 ABOUT = """\
 Profile `{profile}`, seeds {seeds}. The last iteration, always. A figure is the mean over the runs of a row (the last
@@ -440,7 +441,7 @@ def submit(o: Options, runs: list[Run]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__, prog="reproduce.py")
+    parser = Parser(description=__doc__, prog="python -m tools.reproduce")
     parser.add_dataclass(Options)
     o: Options = fill(Options, parser.parse(argv))
     runs, tables = select(o)

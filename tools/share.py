@@ -1,6 +1,6 @@
 """Weights to hand on: a trained run's, in files small enough for a repository.
 
-    python -m utils.share runs/la/dtml-16-seed1337 weights/dtml-16
+    python -m tools.share runs/la/dtml-16-seed1337 weights/dtml-16
     python test_la.py --checkpoint weights/dtml-16
 
 They hold what test_la.py and predict.py need and no optimiser, so no training goes on from them. Kernels are rounded
@@ -98,7 +98,7 @@ def _bytes(state: dict[str, Any]) -> bytes:
 
 def main(argv: list[str] | None = None) -> None:
     """Writes the weights, and tells how large they are."""
-    parser = Parser(description=__doc__, prog="python -m utils.share")
+    parser = Parser(description=__doc__, prog="python -m tools.share")
     parser.add_argument("run", metavar="RUN", type=Path, help="run folder or .pt file of train_dtml.py")
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="where to write the weights")
     parser.add_dataclass(Options)

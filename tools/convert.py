@@ -1,8 +1,8 @@
 """Makes a data set of h5 cases from scans in NIfTI, NRRD or MetaImage.
 
-    python -m dataloaders.convert --source scans --out data/mine --spacing 1 1 1
-    python -m dataloaders.convert --source scans.csv --out data/mine --labels 1 3 --workers 4
-    python -m dataloaders.convert --source "Training Set" --out data/la      the folders of the 2018 atrial challenge
+    python -m tools.convert --source scans --out data/mine --spacing 1 1 1
+    python -m tools.convert --source scans.csv --out data/mine --labels 1 3 --workers 4
+    python -m tools.convert --source "Training Set" --out data/la      the folders of the 2018 atrial challenge
 
 What --source may be:
 
@@ -48,7 +48,6 @@ from tqdm import tqdm
 
 from dataloaders.cases import FILE_NAME, LA_SPLITS, UNTOLD, CaseError, case_file, read_list
 from dataloaders.class_names import DATASET, class_names
-from dataloaders.growing import SPLITS, Before, grown, labeled_of, listed_in, read_before, write_set
 from dataloaders.images import (
     INTERPOLATORS,
     Geometry,
@@ -61,7 +60,8 @@ from dataloaders.images import (
     same_grid,
 )
 from dataloaders.orientation import RAS, orientation_of, turn_to
-from dataloaders.sources import IMAGES_TS, Found, Source, choose_split, count_to_test, find_sources, shown
+from tools.growing import SPLITS, Before, grown, labeled_of, listed_in, read_before, write_set
+from tools.sources import IMAGES_TS, Found, Source, choose_split, count_to_test, find_sources, shown
 from utils.errors import UserError, ignore_stop_signals, run
 from utils.masks import box_of
 from utils.options import Parser, fill, option
@@ -526,7 +526,7 @@ def remarks(found: Found, lists: dict[str, list[str]], before: Before, share: fl
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__, prog="python -m dataloaders.convert")
+    parser = Parser(description=__doc__, prog="python -m tools.convert")
     parser.add_dataclass(Options)
     o: Options = fill(Options, parser.parse(argv))
     if not o.source or not o.out:

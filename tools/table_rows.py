@@ -1,4 +1,4 @@
-"""The rows of reproduce.py's tables as Markdown, from the records of a row's runs."""
+"""The rows of tools/reproduce.py's tables as Markdown, from the records of a row's runs."""
 
 import dataclasses
 import itertools
@@ -7,11 +7,9 @@ import math
 import statistics
 from pathlib import Path
 
-from utils.grid import ALL_LABELED, COMPARED_WITH, Row, Tables
-from utils.metrics import COMPONENTS, METRICS, distance_text, distances_of, mean_and_sd, mean_text, overlap_text
-from utils.predictions import read_scores
-from utils.run_folder import MANIFEST
-from utils.statistics import (
+from evaluation.metrics import COMPONENTS, METRICS, distance_text, distances_of, mean_and_sd, mean_text, overlap_text
+from evaluation.predictions import read_scores
+from evaluation.statistics import (
     Comparison,
     compare,
     compare_scans,
@@ -22,6 +20,8 @@ from utils.statistics import (
     read_row,
     rows_of,
 )
+from tools.grid import ALL_LABELED, COMPARED_WITH, Row, Tables
+from utils.run_folder import MANIFEST
 
 Records = dict[int, Path]  # seed: folder
 HEAD = "| row | labeled / unlabeled | | Dice % | Jaccard % | ASD voxel | 95HD voxel | runs |"

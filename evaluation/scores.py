@@ -1,0 +1,80 @@
+"""Scores of a prediction, of each class and their mean, as rows, as a table and as CSV."""
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluation.metrics import (
+    EMPTIES,
+    METRICS,
+    MM,
+    PENALISED,
+    distance_text,
+    distances_of,
+    empties,
+    overlap_text,
+    segmentation_metrics,
+    with_penalties,
+)
+
+MEAN = "mean"  # over the classes
+CAPTION = """\
+Mean ± SD over the scans, each on its own grid; fewer than three scans have no SD. ASD is from prediction to reference.
+In brackets: how many scans have a distance. A scan with only the prediction or only the label empty has none: the
+diagonal of its volume counts instead, and `these alone` is the mean of the others. Where both are empty the scan is
+not measured. The last three columns count such scans.
+"""
+
+
+def class_scores(found: NDArray, label: NDArray, classes: int, spacing: Sequence[float] | None) -> list[dict[str, Any]]:
+    """Metrics, penalised distances and voxel counts of two label maps (W,H,D); of several classes one entry for each
+    and one for their mean.
+
+    Without a spacing (mm along x, y, z) the distances in mm are not a number. The mean is over the classes that are in
+    either map: it has no distance if one of these has none, and for voxels those of the one that has the fewest.
+    """
+    scores: list[dict[str, Any]] = []
+    for c in range(1, classes + 1):
+        a, b = found == c, label == c
+        voxels = {"voxels": int(a.sum()), "label_voxels": int(b.sum())}
+        measured = with_penalties(segmentation_metrics(a, b, spacing), label.shape, spacing)
+        in_mm = {} if spacing else dict.fromkeys([*MM, *(name + PENALISED for name in MM)], math.nan)
+        scores.append({"class": c, **measured, **in_mm, **voxels})
+    if classes == 1:
+        return [{key: value for key, value in scores[0].items() if key != "class"}]
+    there = [score for score in scores if not math.isnan(score["dice"])] or scores
+    columns = {key: [score[key] for score in there] for key in scores[0] if key != "class"}
+    mean = {key: min(values) if "voxels" in key else float(np.mean(values)) for key, values in columns.items()}
+    return [*scores, {"class": MEAN, **mean}]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown: mean and SD over the scans, in the papers' order of columns, a line per output, filter and class."""
+    names = ["output", "component", *(["class"] if "class" in rows[0] else [])]
+    units = "scans | Dice % | Jaccard % | ASD voxel | 95HD voxel | ASD mm | 95HD mm"
+    lines = [f"| {' | '.join([*names, units, *EMPTIES])} |", "|---" * (len(names) + 10) + "|"]
+
+    def key_of(row: dict[str, Any]) -> tuple[str, ...]:
+        return tuple(str(row[name]) for name in names)
+
+    for key in dict.fromkeys(map(key_of, rows)):
+        chosen = [row for row in rows if key_of(row) == key]
+        cells = [overlap_text(chosen, name) for name in METRICS[:2]]
+        cells += [distance_text([distances_of(chosen, name)]) for name in (*METRICS[2:], *MM)]
+        lines.append(f"| {' | '.join([*key, str(len(chosen)), *cells, *map(str, empties(chosen))])} |")
+    return "\n".join(lines) + "\n"
+
+
+def as_csv(rows: Sequence[dict[str, Any]]) -> str:
+    """A line per case, output, filter and, if there are several, class; Dice and Jaccard in [0,1]."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: f"{v:.6f}" if isinstance(v, float) else v for k, v in row.items()})
+    return text.getvalue()

@@ -1,0 +1,277 @@
+"""The options of train_dtml.py: profiles, what every method shares, and what depends on what.
+
+Defaults < profile < preset < what is given on the command line.
+"""
+
+import dataclasses
+import itertools
+import os
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dataloaders.augmentation import AUGMENTATIONS
+from dataloaders.cases import LA_FOLDER, PHANTOM_FOLDER
+from dataloaders.normalization import NORMALIZATIONS
+from dataloaders.training import is_phantom, usual_labeled
+from dataloaders.two_stream import SDM_OF
+from dataloaders.volumes import CACHES
+from losses.ramps import SCHEDULES, default_lr_steps
+from methods import METHODS, Method
+from networks.backbone import PRECISIONS
+from utils.checkpoint import load_checkpoint
+from utils.errors import UserError
+from utils.options import (
+    RENAMED,
+    Condition,
+    Parser,
+    as_flags,
+    fill,
+    flag_of,
+    harmless_names,
+    option,
+    refuse_differences,
+    refuse_idle,
+    renamed_words,
+    varied,
+)
+from utils.run_folder import (
+    has_checkpoint,
+)
+
+PROFILES: dict[str, dict[str, Any]] = {
+    "full": {},
+    "half": {"downsample": 2, "patch_size": [64, 64, 32], "filters": 8, "query_channels": 32, "iterations": 2400},
+    "short": {"downsample": 2, "patch_size": [48, 48, 32], "filters": 8, "query_channels": 32, "iterations": 600},
+    "phantom": {
+        "labeled": 8,
+        "patch_size": [48, 48, 32],
+        "filters": 8,
+        "query_channels": 32,
+        "iterations": 300,
+        "lr_steps": [220, 280],
+        "picture_every": 100,
+    },
+}
+
+OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], "Options"], torch.optim.Optimizer]] = {
+    "sgd": lambda p, o: torch.optim.SGD(p, lr=o.lr, momentum=o.momentum, weight_decay=o.weight_decay, fused=True),
+    "adamw": lambda p, o: torch.optim.AdamW(p, lr=o.lr, weight_decay=o.weight_decay, fused=True),
+}
+
+
+TRAINS: Condition = {"from_diagnostic": ("",)}
+ANEW: Condition = {"resume": ("", "auto"), **TRAINS}
+DROPS: Condition = {"lr_schedule": ("steps",)}
+
+
+@dataclasses.dataclass
+class Options:
+    """What every method shares. None means: depends on other options or on the data, settled by `read_options`."""
+
+    method: str = option("dtml", "what to train; --method NAME --help lists its own options", choices=list(METHODS))
+    preset: str = option("", "named settings of the method (default its first; most have paper and authors)")
+
+    data: str = option(
+        "", "folder of the data set (default data/la, else the phantom set)", group="data", harmless=True,
+        only_if=TRAINS,
+    )  # fmt: skip
+    profile: str = option(
+        "", "scale of the run: full (default), half, short, phantom", choices=list(PROFILES), group="data"
+    )
+    labeled: int = option(None, "the first N scans of train.list are labeled (default 16 of LA, 8 of the phantom set, "
+                          "of other sets all that have a label)", group="data", type=int)  # fmt: skip
+    unlabeled: int | None = option(None, "so many others without label (default all; 0: none)", group="data", type=int,
+                                   only_if={"uses_unlabeled": bool})  # fmt: skip
+    downsample: int = option(1, "pool this many voxels along each axis into one", group="data", minimum=1)
+    patch_size: list[int] = option([112, 112, 80], "voxels of a crop along x, y, z", group="data", nargs=3, minimum=1)
+    normalize: str = option(
+        "none",
+        "scan: each volume is clipped to its 0.5 and 99.5 percentiles, then scaled to zero mean and unit variance, in "
+        "tests and predictions too",
+        group="data",
+        choices=NORMALIZATIONS,
+    )
+    augment: str = option("d4", "turns and flips of a crop", group="data", choices=AUGMENTATIONS)
+    intensity: float = option(0.0, "random gamma, contrast and brightness of a crop, up to so much; 0: none",
+                              group="data", minimum=0, maximum=2)  # fmt: skip
+    sdm_of: str = option("crop", "distance maps of the crop, or cut out of those of the whole scan", group="data",
+                         choices=SDM_OF, only_if={"needs_sdm": bool})  # fmt: skip
+    cache: str = option("auto", "where the volumes stay", group="data", choices=CACHES, harmless=True, only_if=TRAINS)
+    cache_folder: str = option("", "of --cache disk and none (default .cache in the data folder)", group="data",
+                               harmless=True, only_if={"cache": ("disk", "none"), **TRAINS})  # fmt: skip
+    workers: int = option(0, "processes that prepare crops", group="data", harmless=True, minimum=0, only_if=TRAINS)
+
+    iterations: int = option(6000, "optimiser steps", group="training", minimum=1)
+    batch_size: int = option(4, "crops in a batch, on each process", group="training", minimum=1)
+    labeled_batch: int | None = option(None, "labeled ones (default half)", group="training", type=int, minimum=1)
+    optimizer: str = option("sgd", "SGD with momentum, or AdamW", choices=list(OPTIMIZERS), group="training")
+    lr: float = option(0.01, "learning rate", group="training", minimum=0)
+    lr_schedule: str = option("steps", "how it falls: at --lr-steps, or as a cosine to 0", group="training",
+                              choices=SCHEDULES)  # fmt: skip
+    lr_steps: list[int] | None = option(
+        None, "iterations of its drops (default 5/12 and 5/6 of all)", group="training", type=int, nargs="*", minimum=0,
+        only_if={**DROPS, "lr_gamma": lambda factor: factor != 1},
+    )  # fmt: skip
+    lr_gamma: float = option(0.1, "factor of each drop", group="training", minimum=0,
+                             only_if={**DROPS, "lr_steps": bool})  # fmt: skip
+    momentum: float = option(0.9, "of SGD", group="training", minimum=0, only_if={"optimizer": ("sgd",)})
+    weight_decay: float = option(1e-4, "decay of the weights", group="training", minimum=0)
+    seed: int = option(1337, "of weights, batches and dropout", group="training", minimum=0, maximum=2**63 - 1)
+
+    precision: str = option("fp32", "of the convolutions; networks with a distance head and k > 50 stay in fp32",
+                            choices=PRECISIONS)  # fmt: skip
+    compile: bool = option(False, "torch.compile the networks, which takes minutes at the start")
+    recompute: bool = option(False, "less memory for a quarter more time: keep few maps for the way back",
+                             harmless=True, only_if=TRAINS)  # fmt: skip
+    device: str = option("auto", "auto, cpu, cuda or cuda:N", harmless=True)
+    threads: int = option(0, "CPU threads; 0 leaves torch's choice", harmless=True, minimum=0)
+    deterministic: bool = option(False, "operations that repeat exactly on a GPU too, at some cost", harmless=True)
+    runs: str = option("runs", "where run folders go", harmless=True, only_if=ANEW)
+    name: str = option("", "run folder below --runs (default from what varies)", harmless=True, only_if=ANEW)
+    resume: str = option("", "auto: go on with this run if it exists; or a run folder or checkpoint", harmless=True,
+                         only_if=TRAINS)  # fmt: skip
+    from_diagnostic: str = option("", "run a diverged-rankR.pt's batch again: what in it is not finite", harmless=True)
+    fresh: bool = option(False, "move an existing run folder aside and start again", harmless=True,
+                         only_if={"resume": ("",), **TRAINS})  # fmt: skip
+    save_every: int = option(500, "iterations between checkpoints", harmless=True, minimum=1, only_if=TRAINS)
+    log_every: int = option(10, "iterations between points of the curves", harmless=True, minimum=1, only_if=TRAINS)
+    picture_every: int = option(500, "iterations between pictures; 0: none", harmless=True, minimum=0, only_if=TRAINS)
+
+
+NOT_REPLAYED = {"resume", "from_diagnostic", "fresh"}
+EVERY = {
+    "method", "preset", "data", "profile", "labeled", "downsample", "patch_size", "augment", "iterations", "batch_size",
+    "lr", "lr_steps", "lr_gamma", "momentum", "weight_decay", "seed",
+}  # fmt: skip
+"""An early options.txt lists all options, these among them, and not only the chosen ones."""
+WHY = {
+    "needs_sdm": "no loss of this run needs distance maps",
+    "uses_unlabeled": "this method learns from labeled scans only",
+}
+
+
+def read_options(
+    argv: list[str] | None, description: str = ""
+) -> tuple[Options, Method.Options, Path, dict[str, Any] | None]:
+    """The command line -> options of the run and of its method, its folder, and the checkpoint to go on from."""
+    first = Parser(add_help=False)
+    first.add_argument("--method", choices=list(METHODS))
+    first.add_argument("--resume")
+    first.add_argument("--from-diagnostic", dest="resume")
+    words = first.expand(argv, chosen_words)
+    known = vars(first.parse_known_args(words)[0])
+    resume = known.get("resume", "auto")
+    state = None if resume == "auto" else load_checkpoint(Path(resume))
+    name = known.get("method", state["options"]["method"] if state else Options.method)
+    if name not in METHODS:
+        raise UserError(f"{resume} was trained with the method {name}, which this code does not have.")
+    kind = METHODS[name]
+    given = flags_of(name, description).parse(words)
+    if state is not None:
+        folder = Path(resume) if Path(resume).is_dir() else Path(resume).parent
+    else:
+        o, method_options = settle(given, kind)
+        o.labeled = given["labeled"] if "labeled" in given else usual_labeled(Path(o.data), o.labeled)
+        usual = combine({key: given[key] for key in ("data", "profile", "preset") if key in given}, kind)
+        derived = combine({key: value for key, value in given.items() if key != "lr_steps"}, kind)[0].lr_steps
+        skip = ["method", "labeled", "seed", *(["lr_steps"] if o.lr_steps == derived else [])]
+        changed = varied(o, usual[0], skip) + varied(method_options, usual[1])
+        dataset = Path(os.path.abspath(o.data)).name + ("" if o.profile in ("full", "phantom") else f"-{o.profile}")
+        preset = [] if o.preset == next(iter(kind.PRESETS)) else [o.preset]
+        words = [name, *preset, str(o.labeled), *changed, f"seed{o.seed}"]
+        folder = Path(o.runs) / (o.name or f"{dataset}/" + "-".join(words))
+        state = load_checkpoint(folder) if o.resume == "auto" and has_checkpoint(folder) else None
+    if state is not None:
+        if state["optimizer"] is None:
+            raise UserError(f"{state['file']} holds weights to hand on, from which no training goes on. Give its run.")
+        saved = state["options"]
+        refuse_differences(given, saved, harmless_names([Options, kind.Options]), folder)
+        o, method_options = (fill(cls, saved, given) for cls in (Options, kind.Options))
+        refuse_idle(given, [Options], values_of(o, method_options, kind), saved.get, WHY)
+    return o, method_options, folder, state
+
+
+def flags_of(method: str, description: str = "") -> Parser:
+    """The flags of train_dtml.py and of a method."""
+    parser = Parser(description=description, prog="train_dtml.py", renamed=RENAMED.get(method))
+    parser.add_dataclass(Options)
+    parser.add_dataclass(METHODS[method].Options, title=f"method {method}")
+    return parser
+
+
+def chosen_words(words: list[str]) -> list[str]:
+    """The flags of an @FILE under the names of today; of an early options.txt only those that were chosen, so that
+    flags given beside it, as --iterations or --preset, mean what they mean without it."""
+    names = [after for word, after in itertools.pairwise(words) if word == "--method"]
+    if not names or names[-1] not in METHODS:
+        return words
+    words, kind = renamed_words(words, names[-1]), METHODS[names[-1]]
+    if not {flag_of(name) for name in EVERY} <= set(words):
+        return words
+    given = flags_of(names[-1]).parse(words)
+    chosen = {name: given[name] for name in ("method", "data", "labeled")}
+
+    def other(name: str) -> bool:
+        now = combine(chosen, kind)
+        return given[name] != next(getattr(part, name) for part in now if hasattr(part, name))
+
+    while differing := next((name for name in given if name not in chosen and other(name)), ""):
+        chosen[differing] = given[differing]
+    return shlex.split(as_flags(chosen))
+
+
+def combine(given: dict[str, Any], kind: type[Method]) -> tuple[Options, Method.Options]:
+    """Defaults < profile < preset < what is given; then what depends on other options."""
+    data = given.get("data") or str(LA_FOLDER if LA_FOLDER.is_dir() else PHANTOM_FOLDER)
+    profile = given.get("profile") or ("phantom" if is_phantom(Path(data)) else "full")
+    preset = given.get("preset") or next(iter(kind.PRESETS))
+    if preset not in kind.PRESETS:
+        raise UserError(f"--preset {preset} is none of this method's. Choose from {', '.join(kind.PRESETS)}.")
+    scale = dict(PROFILES[profile])
+    if "iterations" in given:
+        scale.pop("lr_steps", None)  # they belong to the profile's own schedule
+    if not kind.uses_unlabeled:
+        scale["unlabeled"] = 0
+    layers = (scale, kind.PRESETS[preset], given, {"data": data, "profile": profile, "preset": preset})
+    o = fill(Options, *layers)
+    if o.lr_schedule == "cosine" and "lr_steps" not in given:
+        o.lr_steps = []
+    o.lr_steps = default_lr_steps(o.iterations) if o.lr_steps is None else o.lr_steps
+    return o, fill(kind.Options, *layers)
+
+
+def settle(given: dict[str, Any], kind: type[Method]) -> tuple[Options, Method.Options]:
+    """All options from those that are given, by `combine`.
+
+    Raises:
+        UserError: a flag that does nothing beside the others, or an unknown preset.
+    """
+    o, method_options = combine(given, kind)
+
+    def usual(name: str) -> Any:
+        now = combine({key: value for key, value in given.items() if key != name}, kind)
+        return next(getattr(part, name) for part in now if hasattr(part, name))
+
+    refuse_idle(given, [Options, kind.Options], values_of(o, method_options, kind), usual, WHY)
+    never = [step for step in given.get("lr_steps") or () if step >= o.iterations]
+    if never:
+        raise UserError(f"--lr-steps {never[0]} never comes in --iterations {o.iterations}. Give steps below that.")
+    return o, method_options
+
+
+def values_of(o: Options, method_options: Method.Options, kind: type[Method]) -> Callable[[str], Any]:
+    """The value of an option, or of what a method says of itself with these options."""
+
+    def value_of(name: str) -> Any:
+        for part in (o, method_options, kind):
+            if hasattr(part, name) and not isinstance(getattr(part, name), property):
+                return getattr(part, name)
+        with torch.device("meta"):  # shapes without memory
+            return getattr(kind(method_options, iterations=o.iterations), name)
+
+    return value_of
