@@ -16,6 +16,7 @@ from medpy.metric import binary
 
 import test_la
 import train_dtml
+from evaluation.sliding_window import predict_scan
 from methods import restore
 from utils.errors import UserError
 
