@@ -149,8 +149,8 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     put(folder / "docs" / "curves.md", losses, code_after("In [curves.md]", "markdown"))
     put(folder / "tests" / "test_flags.py", "\nOWN = {", code_after("In `OWN`"))
     put(folder / "tests" / "test_methods.py", "\nUNSUPERVISED = {", code_after("in `UNSUPERVISED`"))
-    put(folder / "utils" / "grid.py", "\nLA_RUNS = {", code_after("In `LA_RUNS`"))
-    put(folder / "utils" / "grid.py", '    "3": ("Table 3: methods", [', code_after("and in table 3"))
+    put(folder / "tools" / "grid.py", "\nLA_RUNS = {", code_after("In `LA_RUNS`"))
+    put(folder / "tools" / "grid.py", '    "3": ("Table 3: methods", [', code_after("and in table 3"))
     return folder
 
 
@@ -183,7 +183,7 @@ def test_the_worked_example_trains_resumes_is_tested_and_shows_its_options(copy)
 
 
 def test_the_worked_example_is_in_the_grid(copy):
-    found = python(copy, "reproduce.py", "--list", "--rows", "entropy")
+    found = python(copy, "-m", "tools.reproduce", "--list", "--rows", "entropy")
     assert "--method entropy --labeled 16" in found and "missing" in found
 
 

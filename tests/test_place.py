@@ -57,8 +57,8 @@ def whole_way(place: Path) -> list[tuple[str, list[str]]]:
         ("tools.share", [str(run), str(place / "shared")]),
         ("tools.doctor", ["--data", str(data)]),
         ("tools.check", [str(data), "--workers", "1", "--labeled", "4"]),
-        ("reproduce", ["--profile", "half", "--table", "1"]),
-        ("reproduce", ["--list", "--rows", "dtml-16"]),
+        ("tools.reproduce", ["--profile", "half", "--table", "1"]),
+        ("tools.reproduce", ["--list", "--rows", "dtml-16"]),
         ("train_dtml", ["--help"]),
     ]  # fmt: skip
 

@@ -86,7 +86,7 @@ def test_sharing_commands_parse():
 def test_reproduce_commands_name_runs_of_the_grid():
     parser = Parser()
     parser.add_dataclass(reproduce.Options)
-    found = [parser.parse(shlex.split(c)[2:]) for c in COMMANDS if c.startswith("python -m tools.reproduce")]
+    found = [parser.parse(shlex.split(c)[3:]) for c in COMMANDS if c.startswith("python -m tools.reproduce")]
     assert found and all(reproduce.select(fill(reproduce.Options, words))[0] for words in found)
 
 
