@@ -224,7 +224,7 @@ def test_the_commands_of_the_page_parse(monkeypatch, tmp_path):
     commands = [line.removeprefix("python ").removeprefix("-m ") for line in lines if line.startswith("python ")]
     assert len(commands) >= 5
     for script, *words in map(shlex.split, commands):
-        assert script == "pytest" or parsers[script].parse([word for word in words if word != "--help"])
+        assert script == "tests.test_golden" or parsers[script].parse([word for word in words if word != "--help"])
     known = {flag for parser in parsers.values() for flag in parser._option_string_actions}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", ADDING)) <= known | {"--filters", "--lambda-max"}
 
