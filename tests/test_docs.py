@@ -24,7 +24,21 @@ from utils.errors import UserError
 from utils.options import Parser
 
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
-OURS = ("methods", "networks", "dataloaders", "utils", "tests", "docs", "results", "benchmarks", "data", ".ci")
+OURS = (
+    "methods",
+    "networks",
+    "dataloaders",
+    "utils",
+    "losses",
+    "evaluation",
+    "tools",
+    "tests",
+    "docs",
+    "results",
+    "benchmarks",
+    "data",
+    ".ci",
+)
 ADDING, DIFFERENCES = PAGES["adding-a-method.md"], PAGES["differences.md"]
 
 
