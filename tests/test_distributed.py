@@ -274,6 +274,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import train_dtml
+from methods import METHODS
 from utils.distributed import RANK
 
 def after_step(self, batch, iteration):

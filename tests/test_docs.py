@@ -279,7 +279,7 @@ def test_the_table_of_lost_gradients_is_what_the_curves_and_scans_give():
         assert found == [f"{100 * statistics.mean(live):.3f}", f"{live.count(0)} of {len(live)}", f"{dice:.2f}"]
 
 
-TUNED_ROWS = {  # of the page: of the table of `tuned` that reproduce.py prints
+TUNED_ROWS = {  # of the page: of the table of `tuned` that tools/reproduce.py prints
     "V-Net, 16 / 0": "V-Net, 16 / 0",
     "DTML `paper`, M_s, 16 / 64": "DTML, 16 / 64",
     "V-Net, rate and intensities of `tuned`, 16 / 0": "V-Net, rate and intensities of `tuned`, 16 / 0",
