@@ -17,7 +17,7 @@ import train_dtml
 from dataloaders.cases import Case, find_cases, lists_of, read_case, read_geometry
 from dataloaders.images import read_image, to_physical
 from tools import convert
-from tools.convert import MARGINS, SMALLEST, Job, crop_box, map_labels
+from tools.case_of_scan import MARGINS, SMALLEST, Job, crop_box, map_labels
 from tools.sources import Source, choose_split
 from utils.errors import UserError
 

@@ -27,50 +27,31 @@ cases at the end of test.list.
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import multiprocessing
-import os
 import sys
 from collections import Counter
 from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
 
-import h5py
 import numpy as np
 import SimpleITK as sitk
-from numpy.typing import NDArray
-from skimage.filters import threshold_otsu
 from tqdm import tqdm
 
-from dataloaders.cases import FILE_NAME, LA_SPLITS, UNTOLD, CaseError, case_file, read_list
+from dataloaders.cases import FILE_NAME, LA_SPLITS, CaseError, case_file, read_list
 from dataloaders.class_names import DATASET, class_names
 from dataloaders.images import (
     INTERPOLATORS,
-    Geometry,
-    grid_of_spacing,
-    moved,
-    normalise,
-    read_image,
     read_label,
-    resample,
-    same_grid,
 )
-from dataloaders.orientation import RAS, orientation_of, turn_to
+from dataloaders.orientation import RAS
+from tools.case_of_scan import CROPS, Job, Outcome, attributes_of, convert_case
 from tools.growing import SPLITS, Before, grown, labeled_of, listed_in, read_before, write_set
 from tools.sources import IMAGES_TS, Found, Source, choose_split, count_to_test, find_sources, shown
 from utils.errors import UserError, ignore_stop_signals, run
-from utils.masks import box_of
 from utils.options import Parser, fill, option
-
-VERSION = 1  # of what is done to a scan; written into every case
-CROPS = ("label", "label-xy", "foreground", "none")
-MARGINS = ((10, 19), (10, 19), (5, 9))  # voxels beyond the label along x, y, z, drawn for each side
-SMALLEST = (112, 112, 80)  # sides of a crop around a label, where the scan has as much
-CHUNK = 32
 
 
 @dataclasses.dataclass
@@ -117,258 +98,6 @@ class Options:
 # -- one case --
 
 
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """What a worker needs to know to make one case."""
-
-    scan: Source
-    path: Path
-    crop: str
-    spacing: tuple[float, ...] | None
-    interpolation: str
-    labels: tuple[int, ...] | None
-    seed: int
-    orientation: str | None = RAS
-    """What the axes are brought to; None leaves them as they are stored."""
-
-    @property
-    def settings(self) -> str:
-        """What decides, beside the files, what the case holds."""
-        kept = {
-            key: getattr(self, key) for key in ("crop", "spacing", "interpolation", "labels", "seed", "orientation")
-        }
-        return json.dumps({"version": VERSION, **kept})
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """What became of one scan: `status` is 'converted', 'labeled' if it was there without its label, 'there', 'kept' if
-    it was there and the source does not have it, or, for the reason `why`, 'refused'."""
-
-    name: str
-    status: str
-    why: str = ""
-    values: tuple[int, ...] = ()
-    orientation: str = ""
-
-
-def convert_case(job: Job) -> Outcome:
-    """Makes the case unless it is there; what is wrong with the scan is told, not raised."""
-    try:
-        sources = {"source_image": job.scan.image.name, "source_image_sha256": sha256(job.scan.image)}
-        if job.scan.label is not None:
-            sources |= {"source_label": job.scan.label.name, "source_label_sha256": sha256(job.scan.label)}
-        there = job.path.exists()
-        if there and (known := _refuse_other(job, sources)):
-            return Outcome(job.scan.name, "there", **known)
-        image, label, about = make_case(job)
-        values = () if label is None else tuple(int(v) for v in np.unique(label) if v)
-        about |= {**sources, "settings": job.settings, "values": np.array(values, np.int64)}
-        write_case(job.path, image, label, about)
-        status = "labeled" if there else "converted"
-        return Outcome(job.scan.name, status, values=values, orientation=_orientation(about))
-    except CaseError as e:
-        return Outcome(job.scan.name, "refused", str(e))
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    try:
-        with open(path, "rb") as f:
-            return hashlib.file_digest(f, "sha256").hexdigest()
-    except OSError as e:
-        raise CaseError(f"{path} cannot be read ({e.strerror})") from e
-
-
-def _refuse_other(job: Job, sources: dict[str, str]) -> dict[str, Any]:
-    """What is known of a case that is there; nothing if it has to be made anew, as it was made without its label.
-
-    Raises:
-        CaseError: it was not made from these sources in this way.
-    """
-    about = _about(job.path)
-    names = ("source_image", "source_image_sha256", "source_label", "source_label_sha256")
-    before = {**{name: about.get(name) for name in names}, **json.loads(about.get("settings", "{}"))}
-    now = {**{name: sources.get(name) for name in names}, **json.loads(job.settings)}
-    other = [name for name in now if before.get(name) != now[name]]
-    if other == ["source_label", "source_label_sha256"] and before["source_label"] is None:
-        return {}
-    differ = [f"{name}: {before.get(name)} before, {now[name]} now" for name in other]
-    if differ:
-        raise CaseError(
-            f"{job.path} was made from something else or in another way ({'; '.join(differ)}). Move it away, or choose "
-            "another --out"
-        )
-    return {"values": tuple(map(int, about["values"])), "orientation": _orientation(about)}
-
-
-def _about(path: Path) -> dict[str, Any]:
-    """The attributes of a case file."""
-    try:
-        with h5py.File(path, "r") as f:
-            return dict(f.attrs)
-    except Exception as e:  # as in read_case
-        raise CaseError(f"{path} is there and is no whole h5 file. Move it away") from e
-
-
-def _orientation(about: dict[str, Any]) -> str:
-    return orientation_of(about["direction"]) if "direction" in about else "unknown"
-
-
-def make_case(job: Job) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None, dict[str, Any]]:
-    """image float32 (W,H,D), label uint8 (W,H,D) or None, and the attributes: the geometry, and how they came about.
-
-    Raises:
-        CaseError: what is wrong with the scan or its label, or that there is none to crop around.
-    """
-    stored, stored_geometry = _of(job.scan.image, read_image)
-    turn = turn_to(job.orientation, stored_geometry.get("direction"))
-    source, told = turn(stored), turn.geometry(stored_geometry, stored.shape)
-    geometry = {**UNTOLD, **told}
-    label: NDArray | None = None
-    if job.scan.label is not None:
-        stored_label, label_told = _of(job.scan.label, read_label)
-        turn = turn_to(job.orientation, label_told.get("direction"))
-        where = f"{_told(stored_label.shape, label_told)} where the scan has {_told(stored.shape, stored_geometry)}"
-        found, label_geometry = turn(stored_label), {**UNTOLD, **turn.geometry(label_told, stored_label.shape)}
-        if not same_grid(source.shape, geometry, found.shape, label_geometry):
-            raise CaseError(
-                f"{job.scan.label} lies on another grid than {job.scan.image}: {where}. "
-                + _advice(stored.shape, stored_geometry, stored_label.shape, label_told)
-            )
-        label = map_labels(found, job.labels)
-    image, mean, sd = normalise(source)
-    if job.spacing is not None and "spacing" not in told:
-        raise CaseError(
-            f"{job.scan.image} does not tell the size of its voxels. Write it into the file, or leave out --spacing"
-        )
-    shape, grid = grid_of_spacing(source.shape, geometry, job.spacing)
-    about: dict[str, Any] = {f"source_{key}": value for key, value in stored_geometry.items()}
-    about |= {"source_size": stored.shape, "mean": mean, "sd": sd}
-    if grid is not geometry:
-        here = {
-            **UNTOLD,
-            "spacing": geometry["spacing"],
-        }  # not the place in mm, whose rounding hangs on how it is stored
-        there = grid_of_spacing(source.shape, here, job.spacing)[1]
-        image = resample(image, here, shape, there, job.interpolation)
-        label = None if label is None else resample(label, here, shape, there, "nearest")
-    box, margins = crop_box(image, label, job)
-    corner = [s.start for s in box]
-    kept = {key: value for key, value in moved(grid, corner).items() if key in told}
-    about |= {"crop": job.crop, "crop_corner": corner, "crop_margins": margins, **kept}
-    if (image := image[box]).min() == image.max():
-        raise CaseError("is constant within the crop")
-    return image, None if label is None else label[box], about
-
-
-def _of(path: Path, read: Any) -> Any:
-    try:
-        return read(path)
-    except CaseError as e:
-        raise CaseError(f"{path} {e}") from e
-
-
-def _told(shape: Sequence[int], geometry: Geometry) -> str:
-    parts = [f"{key} {' '.join(f'{v:g}' for v in values)}" for key, values in geometry.items()]
-    return ", ".join([f"{shape} voxels", *parts])
-
-
-def _advice(shape: Sequence[int], geometry: Geometry, label_shape: Sequence[int], label_geometry: Geometry) -> str:
-    """What to do about a label on another grid than its scan's, both as they are stored.
-
-    A label that was saved without its scan's affine has no place of its own, and resampling would move it.
-    """
-
-    def nowhere(geometry: Geometry) -> bool:
-        straight = [np.diag(axes).ravel().tolist() for axes in ((1.0, 1.0, 1.0), (-1.0, -1.0, 1.0))]  # LPS and RAS
-        return not any(geometry.get("origin", ())) and list(geometry.get("direction", straight[0])) in straight
-
-    for what, one, other in (("label", label_geometry, geometry), ("scan", geometry, label_geometry)):
-        if nowhere(one) and not nowhere(other):
-            why = f"The {what} has no place of its own, as if it was saved without its affine, "
-            if tuple(shape) == tuple(label_shape):
-                return f"{why}so do not resample the label: that would move it. Give the {what} the other's affine"
-            if sorted(shape) == sorted(label_shape):
-                return f"{why}and its axes are in another order. Save it again with the other's axes and affine"
-            return f"{why}and other voxels. Do not resample it: save it again as it lay on the other"
-    same = tuple(shape) == tuple(label_shape)
-    drawn = ", or, if it was drawn on these very voxels, give it the scan's affine" if same else ""
-    return f"Resample the label onto the scan{drawn}"
-
-
-def map_labels(label: NDArray[np.integer], labels: Sequence[int] | None) -> NDArray[np.uint8]:
-    """The given values -> 1, 2, ..., all others -> 0; without any, values stay, but where 255 is the only one, it is 1.
-
-    Raises:
-        CaseError: values above 255, or 255 beside others, where none are named.
-    """
-    if labels is not None:
-        mapped = np.zeros(label.shape, np.uint8)
-        for number, value in enumerate(labels, 1):
-            mapped[label == value] = number
-        return mapped
-    values = np.unique(label)
-    if set(values) <= {0, 255}:
-        return (label > 0).astype(np.uint8)
-    if values[-1] >= 255:
-        raise CaseError(f"has the label values {' '.join(map(str, values[:9]))}. Name those you mean by --labels")
-    return label.astype(np.uint8)
-
-
-def crop_box(
-    image: NDArray[np.float32], label: NDArray[np.uint8] | None, job: Job
-) -> tuple[tuple[slice, slice, slice], list[int]]:
-    """The box to keep, and the margins before and after x, y, z that were drawn for it."""
-    if job.crop == "none":
-        return tuple(slice(0, side) for side in image.shape), [0] * 6  # type: ignore[return-value]
-    if job.crop == "foreground":
-        return tuple(slice(s.start, s.stop) for s in box_of(image > threshold_otsu(image))), [0] * 6  # type: ignore[return-value]
-    if label is None or not label.any():
-        what = "no label" if label is None else "an empty label"
-        raise CaseError(f"has {what} to crop around. Use --crop foreground or --crop none")
-    number = int.from_bytes(hashlib.sha256(job.scan.name.encode()).digest()[:8])
-    draw = np.random.default_rng([job.seed, number])
-    margins = [int(draw.integers(low, high + 1)) for low, high in MARGINS for _ in range(2)]
-    box = []
-    for axis, s in enumerate(box_of(label > 0)):
-        side = image.shape[axis]
-        missing = max(SMALLEST[axis] - (s.stop - s.start), 0)
-        start = max(s.start - margins[2 * axis] - missing // 2, 0)
-        stop = min(s.stop + margins[2 * axis + 1] + (missing + 1) // 2, side)
-        short = max(SMALLEST[axis] - (stop - start), 0)  # the scan's edge was in the way: more at the other side
-        start, stop = max(start - short, 0), min(stop + short, side)
-        box.append(slice(0, side) if axis == 2 and job.crop == "label-xy" else slice(start, stop))
-    return tuple(box), margins  # type: ignore[return-value]
-
-
-def write_case(path: Path, image: NDArray, label: NDArray | None, about: dict[str, Any]) -> None:
-    """Writes an h5 case in compressed chunks of 32^3, whole or not at all.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with h5py.File(partial, "w") as f:
-            for name, values in (("image", image), ("label", label)):
-                if values is None:
-                    continue
-                chunks = tuple(min(CHUNK, side) for side in values.shape)
-                f.create_dataset(name, data=values, chunks=chunks, compression="gzip", shuffle=True)
-            f.attrs.update(about)
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as e:  # h5py raises either for a full disk
-        why = getattr(e, "strerror", None) or str(e)
-        raise UserError(f"cannot write {path}: {why}. Mend that; the same command then goes on.") from e
-    finally:
-        if partial.parent.is_dir():
-            partial.unlink(missing_ok=True)
-
-
 # -- the set --
 
 
@@ -388,7 +117,7 @@ def keep(out: Path, before: Before, here: Container[str], settings: str) -> list
                 f"{out} has it. Take it out, move the list away, or choose another --out."
             )
         try:
-            about = _about(path)
+            about = attributes_of(path)
         except CaseError as e:
             raise UserError(f"{e}, or take {name} out of {split}.list.") from e
         now = json.loads(settings)
