@@ -22,7 +22,7 @@ from dataloaders.findings import Facts, duplicates, facts_of, findings_of, memor
 from utils.devices import nvidia_card, why_no_cuda
 from utils.errors import UserError, run
 from utils.options import Parser, fill, option
-from utils.run_folder import PACKAGES, _git, processor
+from utils.run_folder import PACKAGES, _git, processor, version_of
 
 GIB = 2**30
 FULL_STEP_GIB, FULL_STEP_S = 9.5, 26  # of one full-size iteration on two cores, see README
@@ -57,7 +57,7 @@ def versions() -> dict[str, Any]:
     found |= {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
     for name in (*PACKAGES, "SimpleITK", "nibabel", "edt", "submitit"):
         try:
-            found[name] = metadata.version(name)
+            found[name] = version_of(name)
         except metadata.PackageNotFoundError:
             found[name] = "MISSING"
     return found

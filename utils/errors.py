@@ -65,7 +65,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         print_anything()
         main()
-        sys.stdout.flush()
+        flush_stdout()
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
@@ -79,7 +79,23 @@ def run(main: Callable[[], None]) -> None:
         print("stopped: Ctrl-C", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of our table left early, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_stdout()
+
+
+def flush_stdout() -> None:
+    """Raises UserError if what was printed cannot be written, on a full disk for instance."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as e:
+        discard_stdout()  # or Python tries again at its end, and shows a traceback
+        raise UserError(f"the standard output cannot be written: {e.strerror}. All files are written.") from e
+
+
+def discard_stdout() -> None:
+    """Whatever is in the buffer of stdout, or printed from now on, goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class StopSignal:

@@ -111,6 +111,15 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
+def version_of(package: str) -> str:
+    """The installed version; of torch with its build, such as 2.13.0+cu130, which a wheel's metadata may leave out.
+
+    Raises:
+        importlib.metadata.PackageNotFoundError: it is not installed.
+    """
+    return str(torch.__version__) if package == "torch" else metadata.version(package)
+
+
 def make_manifest(device: torch.device, **more: Any) -> dict[str, Any]:
     """What made this run: command, commit, versions and hardware, as plain JSON values."""
     return {
@@ -119,7 +128,7 @@ def make_manifest(device: torch.device, **more: Any) -> dict[str, Any]:
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "python": platform.python_version(),
-        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "packages": {name: version_of(name) for name in PACKAGES},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
