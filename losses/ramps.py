@@ -9,7 +9,7 @@ EPOCHS = (200, 800, 1600)
 STEPS = 40  # the released codes raise the weight 40 times: every 150 of 6000 iterations
 
 
-def ramp_up(iteration: int, iterations: int, shape: str = "gaussian") -> float:
+def ramp_up(iteration: float, iterations: float, shape: str = "gaussian") -> float:
     """The ramp of the consistency weight, in (0,1].
 
     gaussian  exp(-5 (1 - t/T)^2), Laine & Aila (2017), what DTML cites
@@ -46,8 +46,3 @@ def learning_rate(iteration: int, lr: float, steps: Sequence[int], gamma: float)
 def cosine_rate(iteration: int, iterations: int, lr: float) -> float:
     """lr (1 + cos(pi t/T)) / 2: from lr down to 0, Loshchilov & Hutter (2017) without restarts."""
     return lr * (1 + math.cos(math.pi * iteration / iterations)) / 2
-
-
-def grown(iteration: int, iterations: int, first: float, last: float) -> float:
-    """first (last/first)^(t/T): the same factor at every iteration, from `first` to `last`, both above 0."""
-    return first * (last / first) ** (iteration / iterations)

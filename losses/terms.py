@@ -30,27 +30,33 @@ def dice_loss(p: Tensor, label: Tensor, weight: Tensor | float = 1.0) -> Tensor:
     return torch.stack(found).mean()
 
 
-def seg_loss(logits: Tensor, label: Tensor, classes: int = 1) -> Tensor:
-    """L_seg = 1/2 (cross-entropy + Dice) of p = probabilities(logits, classes)."""
+def seg_loss(logits: Tensor, label: Tensor, classes: int = 1, weight: Tensor | None = None) -> Tensor:
+    """L_seg = 1/2 (cross-entropy + Dice) of p = probabilities(logits, classes).
+
+    A `weight` (N,1,W,H,D) in [0,1] weighs every voxel in both; the cross-entropy stays a mean over all voxels.
+    """
     p = probabilities(logits, classes)
+    dice = dice_loss(p, label, 1.0 if weight is None else weight)
     if exclusive(logits, classes):
-        return 0.5 * (cross_entropy(logits, label) + dice_loss(p, label))
+        return 0.5 * (cross_entropy(logits, label, weight) + dice)
     x = foreground_logits(logits) if classes == 1 else logits
     y = torch.cat([y for _, y in by_class(x, label)], dim=1)
-    return 0.5 * (F.binary_cross_entropy_with_logits(x, y) + dice_loss(p, label))
+    return 0.5 * (F.binary_cross_entropy_with_logits(x, y, weight) + dice)
 
 
-def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
-    """- mean ln softmax(logits)[label]: logits (N,K) and label (N), or (N,K,W,H,D) and (N,W,H,D), of 0 to K-1.
+def cross_entropy(logits: Tensor, label: Tensor, weight: Tensor | None = None) -> Tensor:
+    """- mean w ln softmax(logits)[label]: logits (N,K) and label (N), or (N,K,W,H,D) and (N,W,H,D), of 0 to K-1.
 
-    F.cross_entropy with the same gradient bit for bit, but of operations alone that a GPU repeats exactly: those of
-    torch's own (2.13) on maps it refuses under torch.use_deterministic_algorithms.
+    w is 1 or `weight` (N,1) or (N,1,W,H,D). F.cross_entropy with the same gradient bit for bit, but of operations
+    alone that a GPU repeats exactly: those of torch's own (2.13) on maps it refuses under
+    torch.use_deterministic_algorithms.
 
     Raises:
         RuntimeError: on a CPU for a label outside of 0 to K-1.
     """
     chosen = F.one_hot(label.long(), logits.shape[1]).movedim(-1, 1) == 1
-    return -torch.where(chosen, logits.log_softmax(dim=1), 0).sum(dim=1).mean()
+    voxels = -torch.where(chosen, logits.log_softmax(dim=1), 0).sum(dim=1)
+    return (voxels if weight is None else weight[:, 0] * voxels).mean()
 
 
 def exclusive(logits: Tensor, classes: int) -> bool:

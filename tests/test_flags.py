@@ -181,6 +181,7 @@ TEACHER = {
     "ema_decay": [("--ema-decay 0.3", "")],
     "noise": [("--noise 0", "")],
 }
+LEARNS = "--start 0 --full 0 --filters 8 --lr 0.3"  # enough for two networks that agree in part
 HEADS = {"filters": [("--filters 3", "")], "beta": [("--beta 1", "")]}
 OWN = {
     "dtml": {
@@ -189,17 +190,21 @@ OWN = {
         "sdm_loss": [("--sdm-loss dis", ""), ("--sdm-loss both", ""), ("--sdm-loss both", "--sdm-loss dis --k 20")],
         "dis_weight": [("--dis-weight 2", "--sdm-loss both")],
         "k": [("--k 20", "")],
-        "k_start": [("--k-start 20", ""), ("--k-start 10", "--k-start 20")],
         "lambda_max": [("--lambda-max 1", "")],
         "ramp": [("--ramp steps", ""), ("--ramp literal", ""), ("--ramp literal", "--ramp steps")],
         "consistency_times": [("--consistency-times 2", "")],
-        "consistency": [
-            ("--consistency map", ""),
-            ("--consistency sure", ""),
-            ("--consistency map", "--consistency sure"),
-        ],
-        "mix": [("--mix 1", ""), ("--mix 1", "--mix 0.5")],
-        "ema_decay": [("--ema-decay 0.3", ""), ("--ema-decay 0.6", "--ema-decay 0.3")],
+        "ramp_end": [("--ramp-end 0.5", ""), ("--ramp-end 0", "--ramp-end 0.5")],
+        "consistency_on": [("--consistency-on unlabeled", "")],
+    },
+    "dtml-plus": {
+        "filters": [("--filters 3", "")],
+        "k": [("--k 20", "")],
+        "ema_decay": [("--ema-decay 0.3", "--start 0 --full 0"), ("--ema-decay 0.6", "--ema-decay 0.3 --start 0")],
+        "pseudo_weight": [("--pseudo-weight 1", "--start 0 --full 0 --trust all")],
+        "start": [("--start 0", "--trust all")],
+        "full": [("--full 0.9", "--start 0 --trust all")],
+        "trust": [("--trust all", LEARNS), ("--trust voxel", LEARNS)],
+        "strong": [("--strong 1", "")],
     },
     "supervised": {
         "filters": [("--filters 3", "")],
@@ -338,7 +343,8 @@ def test_learning_rate_follows_its_flags(run):
         ("--lambda-max 1 --consistency-times 2", {"mask": 1, "consistency": 2}),
         ("--sdm-loss dis", {"dis": 1, "consistency": 1}),
         ("--sdm-loss both --dis-weight 2 --consistency-times 3", {"mask": 1, "dis": 2, "consistency": 3}),
-        ("--consistency map --mix 0.1", {"mask": 1, "consistency": 1, "mix": 1}),
+        ("--consistency-on unlabeled --ramp-end 0.5", {"mask": 1, "consistency": 1}),
+        ("--method dtml-plus --start 0", {"mask": 1, "pseudo_seg": 1, "pseudo_mask": 1}),
         *((f"--method {method}", {"consistency": 1}) for method in ("mean-teacher", "ua-mt", "tcse", "double-unc")),
         ("--method dtc", {"sdm": 0.3, "consistency": 1}),
         ("--method sassnet --beta 1", {"sdm": 1, "adversarial": 1}),
@@ -351,7 +357,8 @@ def test_total_is_the_sum_that_the_flags_describe(words, factors, run):
         parts = {name: row[f"loss/{name}"] * factor for name, factor in factors.items()}
         for weight in (name for name in row if name.startswith("lambda")):  # of the term that has a weight of its own
             usual = "consistency" if "consistency" in factors else list(factors)[-1]
-            parts[{"lambda_semi": "semi", "lambda_mix": "mix"}.get(weight, usual)] *= row[weight]
+            parts["semi" if weight == "lambda_semi" else usual] *= row[weight]
+        parts = {name: part * row.get("w", 1) if name.startswith("pseudo") else part for name, part in parts.items()}
         assert row["loss/total"] == pytest.approx(row["loss/seg"] + sum(parts.values()), rel=2e-5)
 
 

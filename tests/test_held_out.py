@@ -159,7 +159,7 @@ def test_bare_weights_have_none():
         (["--optimizer", "adamw", "--momentum", "0.5"], "--momentum does nothing with --optimizer adamw"),
         (["--lr-schedule", "cosine", "--lr-steps", "2"], "--lr-steps does nothing"),
         (["--lr-schedule", "cosine", "--lr-gamma", "0.5"], "--lr-gamma does nothing"),
-        (["--mix", "1", "--unlabeled", "0"], "needs unlabeled scans"),
+        (["--consistency-on", "unlabeled", "--unlabeled", "0"], "needs unlabeled scans"),
     ],
 )
 def test_flags_that_would_do_nothing_are_refused(words, message, trained):

@@ -75,11 +75,7 @@ def refusal(method: str, flags: str) -> str:
 
 
 TOGETHER = [  # several that switch an option off together, or leave it one thing to do
-    ("dtml", "--sdm-loss dis --consistency map", "k_start"),
-    ("dtml", "--sdm-loss dis --lambda-max 0", "k_start"),
-    ("dtml", "--sdm-loss dis --lambda-max 0 --mix 1", "k_start"),
-    ("dtml", "--lambda-max 0 --mix 1", "ramp"),
-    ("dtml", "--lambda-max 0 --mix 1", "consistency"),
+    ("dtml", "--lambda-max 0 --consistency-on unlabeled", "ramp_end"),
     *(("asdnet", f"--lambda-adv 0 --attention none {off}", name)
       for off in ("--lambda-semi 0", "--semi-start 1", "--threshold 1", "--semi-start 0 --threshold 0.46")
       for name in ("critic_lr", "critic_image")),

@@ -235,7 +235,7 @@ def make_batch(method):
 
 CASES = {
     **{name: (name, {}) for name in METHODS},
-    "dtml, mixed and averaged": ("dtml", {"mix": 1.0, "ema_decay": 0.9}),
+    "dtml-plus, from the start": ("dtml-plus", {"start": 0.0, "full": 0.0}),
     "dtml, k of 50": ("dtml", {"k": 50.0}),
     "dtml, uxnet": ("dtml", {"backbone": "uxnet"}),
     "dk-uxnet, a convolution": ("dk-uxnet", {"kmax": False, "consistency_terms": "segc"}),

@@ -230,11 +230,11 @@ def test_noise_variance_of_the_strong_view_is_uniform_up_to_the_flag(monkeypatch
     assert variances.max() < 3.2 and variances.mean().item() == pytest.approx(1.5, abs=0.3)
 
 
-@pytest.mark.parametrize("method", ["dtml", "mean-teacher", "ua-mt", "tcse", "double-unc"])
+@pytest.mark.parametrize("method", ["dtml-plus", "mean-teacher", "ua-mt", "tcse", "double-unc"])
 def test_ema_decay_is_the_same_average_everywhere(method, inside):
     """alpha = min(1 - 1/(t+1), d) of the weights after each step, followed from the checkpoints of every iteration."""
     words = [*method_words(method), "--data", "set", "--ema-decay", "0.6", "--save-every", "1", "--iterations", "4"]
-    pairs = {"dtml": ("ema.M_s.", "M_s.")}.get(method, ("teacher.", "student."))
+    pairs = {"dtml-plus": ("ema.M_s.", "M_s.")}.get(method, ("teacher.", "student."))
     kept = []
     with pytest.MonkeyPatch.context() as patch:
         save = train_dtml.save_checkpoint
@@ -440,8 +440,8 @@ def test_classes_above_what_the_labels_hold_are_refused(cache, tmp_path, monkeyp
         ),
         ("--sdm-loss both --dis-weight 0 --sdm-of scan", ("--sdm-of does nothing here",)),
         (
-            "--sdm-loss dis --consistency map --k-start 9",
-            ("--k-start", "--sdm-loss dis and --consistency map and --mix 0"),
+            "--lambda-max 0 --ramp-end 0.5",
+            ("--ramp-end", "--lambda-max 0"),
         ),
     ],
 )

@@ -39,7 +39,7 @@ from evaluation.sliding_window import usual_stride
 from evaluation.statistics import read_row
 from methods import METHODS
 from settings import PROFILES, read_options
-from tools.grid import LA_RUNS, LA_TABLES, PHANTOM_RUNS, PHANTOM_TABLES, TESTS, TRAINED_AS, Tables
+from tools.grid import LA_RUNS, LA_TABLES, PHANTOM_RUNS, PHANTOM_TABLES, RETIRED, TESTS, TRAINED_AS, Tables
 from tools.table_rows import (
     BEYOND_HEAD,
     HEAD,
@@ -165,7 +165,9 @@ def select(o: Options) -> tuple[list[Run], Tables]:
     runs = []
     usual = [1337] if phantom else [1337, 1338, 1339]
     keys = list(dict.fromkeys(row.key for row in every))
-    seeds = {key: o.seeds or {*usual, *recorded_seeds(Path(o.results, o.profile), key)} for key in keys}
+    recorded = {key: set(recorded_seeds(Path(o.results, o.profile), key)) for key in keys}
+    seeds = {key: set(o.seeds or [*usual, *recorded[key]]) for key in keys}
+    seeds |= {key: seeds[key] & recorded[key] for key in RETIRED & set(keys)}
     for seed in dict.fromkeys(o.seeds or sorted({seed for those in seeds.values() for seed in those})):
         for key in [key for key in keys if seed in seeds[key]]:
             trained = TRAINED_AS.get(key, key)
@@ -188,6 +190,8 @@ def select(o: Options) -> tuple[list[Run], Tables]:
 # what is there
 def other_options(this: Run, manifest: Path) -> list[str]:
     """Where recorded options differ, in what can change the result, from what the row asks for today."""
+    if this.key in RETIRED:
+        return []
     options = renamed(json.loads(manifest.read_text(encoding="utf-8"))["options"])
     asked: tuple[Any, ...] = read_options(this.settings)[:2]
     fields = [(part, f) for part in asked for f in dataclasses.fields(part) if not f.metadata["harmless"]]
@@ -242,6 +246,8 @@ def print_list(runs: list[Run], tables: Tables) -> None:
         for this in runs:
             if this.key == key:
                 print(f"  {this.seed} {state(this)}\n    python {shlex.join(this.train)}")
+                if this.key in RETIRED:
+                    print("    an option that this code no longer has")
 
 
 # the tables
