@@ -187,7 +187,7 @@ def test_scale_has_a_point_for_each_scan_without_and_with_normalization(tmp_path
     with pytest.raises(UserError, match=r"scales\.csv\. Give --data"):
         pictures.scale(paths, options)
     pictures.scale(paths, pictures.Options(titles=["8", "16"], data=str(data)))
-    assert len((tmp_path / "scales.csv").read_text().splitlines()) == len(names) + 1
+    assert len((tmp_path / "scales.csv").read_text().splitlines()) == sum(map(len, lists_of(data))) + 1
     sds = [read_case(Case(n, case_file(data, n), labeled=True))[0].astype(float).std() for n in names]
     panels = pictures.scale(paths, options).axes
     assert [axes.get_title() for axes in panels] == ["8", "16"]
@@ -198,7 +198,7 @@ def test_scale_has_a_point_for_each_scan_without_and_with_normalization(tmp_path
             x, y = np.asarray(found.get_offsets()).T
             assert x == pytest.approx(sds, abs=1e-4) and y == pytest.approx([first + i for i in range(len(names))])
     (tmp_path / "scales.csv").write_text("case,sd\nother,1.0\n")
-    with pytest.raises(UserError, match="not of the same scans"):
+    with pytest.raises(UserError, match=r"scales\.csv lacks some"):
         pictures.scale(paths, options)
 
 

@@ -253,26 +253,27 @@ def scale(paths: Sequence[str], o: Options) -> Figure:
     if len(set(titles)) != len(pairs):
         raise UserError(f"--titles must give {len(pairs)} different names, one for each pair of runs.")
     sd = scales(Path(paths[0]).parent / SCALES, Path(o.data) if o.data else None)
-    if any(row.keys() != sd.keys() for row in rows):
-        raise UserError(f"{SCALES} and the runs are not of the same scans. Remove it, and give --data.")
+    if any(row.keys() != rows[0].keys() or row.keys() - sd.keys() for row in rows):
+        raise UserError(f"the runs are not of the same scans, or {SCALES} lacks some. Remove it, and give --data.")
     panels = {
-        title: [(sd[case], 100 * plain[case], 100 * scaled[case]) for case in sd]
+        title: [(sd[case], 100 * plain[case], 100 * scaled[case]) for case in plain]
         for title, (plain, scaled) in zip(titles, pairs, strict=True)
     }
     return draw_scale(panels, ("as published", "--normalize scan"))
 
 
 def scales(path: Path, data: Path | None) -> dict[str, float]:
-    """Test scan -> SD of its intensities over all voxels, from a CSV, which is first written if it is not there.
+    """Scan -> SD of its intensities over all voxels, from a CSV, which is first written if it is not there.
 
     Raises:
         UserError: it is not there and no data set is given.
     """
     if not path.exists():
         if data is None:
-            raise UserError(f"there is no {path}. Give --data, from whose test scans it is written.")
-        images = {name: read_scan(find_case(data, name), None)[0] for name in lists_of(data)[1]}
-        lines = [f"{name},{image.std(dtype=np.float64):.4f}\n" for name, image in images.items()]
+            raise UserError(f"there is no {path}. Give --data, from whose scans it is written.")
+        train, test = lists_of(data)
+        cases = [dataclasses.replace(find_case(data, name), labeled=False) for name in (*train, *test)]
+        lines = [f"{case.name},{read_case(case)[0].std(dtype=np.float64):.4f}\n" for case in cases]
         write_whole(path, "".join(["case,sd\n", *lines]).encode())
     with open(path, newline="", encoding="utf-8") as f:
         return {row["case"]: float(row["sd"]) for row in csv.DictReader(f)}
