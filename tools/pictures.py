@@ -266,15 +266,20 @@ def scales(path: Path, data: Path | None) -> dict[str, float]:
     """Scan -> SD of its intensities over all voxels, from a CSV, which is first written if it is not there.
 
     Raises:
-        UserError: it is not there and no data set is given.
+        UserError: it is not there and no data set is given, or a case that cannot be used.
     """
     if not path.exists():
         if data is None:
             raise UserError(f"there is no {path}. Give --data, from whose scans it is written.")
         train, test = lists_of(data)
         cases = [dataclasses.replace(find_case(data, name), labeled=False) for name in (*train, *test)]
-        lines = [f"{case.name},{read_case(case)[0].std(dtype=np.float64):.4f}\n" for case in cases]
-        write_whole(path, "".join(["case,sd\n", *lines]).encode())
+        lines = ["case,sd\n"]
+        for case in cases:
+            try:
+                lines.append(f"{case.name},{read_case(case)[0].std(dtype=np.float64):.4f}\n")
+            except CaseError as e:
+                raise UserError(f"{case.name}: {case.path} {e}") from e
+        write_whole(path, "".join(lines).encode())
     with open(path, newline="", encoding="utf-8") as f:
         return {row["case"]: float(row["sd"]) for row in csv.DictReader(f)}
 
