@@ -1,14 +1,15 @@
-"""Figures for a paper: what a network says of some scans, several runs beside the label, and curves of several runs."""
+"""Figures for a paper: what a network says of some scans, several runs beside the label, curves, and Dice by scan."""
 
 import io
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from scipy import stats
 
 from evaluation.drawing import Axes, Figure, FigureCanvasAgg, withStroke
 from evaluation.slices import COLOURS, LABEL, fixed_slice
@@ -280,6 +281,26 @@ def draw_differences(rows: Sequence[tuple[str, Sequence[float], tuple[float, flo
     axes.set_xlabel(title, **FONT)
     axes.tick_params(labelsize=7)
     axes.spines[["top", "right", "left"]].set_visible(False)
+    return figure
+
+
+def draw_scale(panels: Mapping[str, Sequence[tuple[float, float, float]]], names: Sequence[str]) -> Figure:
+    """Dice against the SD of a scan's intensities, a panel for each entry of `panels`: title -> for each scan its SD,
+    its Dice without and with normalization, joined by a line. names: of these two; behind each its rank correlation."""
+    figure = Figure(figsize=(WIDTH, 3.1), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for one, (title, scans) in zip(axes, panels.items(), strict=True):
+        sd, *both = np.array(scans).T
+        one.vlines(sd, *both, color="0.75", linewidth=0.8, zorder=0)
+        for dice, name, colour in zip(both, names, ("#d55e00", "#0072b2"), strict=True):
+            label = f"{name} (rank correlation {stats.spearmanr(sd, dice).statistic:+.2f})"
+            one.scatter(sd, dice, s=14, color=colour, linewidths=0, label=label)
+        one.set_title(title, **FONT)
+        one.set_xlabel("SD of the scan's intensities, as published (no unit)", **FONT)
+        one.tick_params(labelsize=7)
+        one.spines[["top", "right"]].set_visible(False)
+        one.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    axes[0].set_ylabel("Dice of the scan, %", **FONT)
     return figure
 
 

@@ -14,6 +14,7 @@ from tensorboard.plugins.mesh import plugin_data_pb2
 
 import test_la
 import train_dtml
+from dataloaders.cases import Case, case_file, lists_of, read_case
 from evaluation.figures import ComparedCase, around, as_png, draw_comparison, draw_curves
 from evaluation.slices import COLOURS, LABEL, prediction_mesh
 from evaluation.surfaces import Camera, Surface, camera_around, render, surface
@@ -170,6 +171,35 @@ def test_figure_2_shows_what_the_network_says_of_the_slice(runs):
     assert list(found) == ["p", "m", "z"]
     for name, values in found.items():
         assert values == pytest.approx(expected[name][0, ..., 5].numpy(), abs=1e-5)
+
+
+def test_scale_has_a_point_for_each_scan_without_and_with_normalization(tmp_path):
+    """Each the mean over its runs, at the SD of the volume, which is measured once and then read."""
+    data = make_set(tmp_path / "set")
+    names = lists_of(data)[1]
+    dices = {"plain-seed1": 0.5, "plain-seed2": 0.7, "scaled-seed1": 0.9}
+    for name, dice in dices.items():
+        (tmp_path / name).mkdir()
+        lines = [f"{case},seg,all,{dice + i / 100}" for i, case in enumerate(names)]
+        (tmp_path / name / "cases.csv").write_text("\n".join(["case,output,component,dice", *lines, ""]))
+    paths = [str(tmp_path / name) for name in ("plain-seed*", "scaled-seed*")] * 2
+    options = pictures.Options(titles=["8", "16"])
+    with pytest.raises(UserError, match=r"scales\.csv\. Give --data"):
+        pictures.scale(paths, options)
+    pictures.scale(paths, pictures.Options(titles=["8", "16"], data=str(data)))
+    assert len((tmp_path / "scales.csv").read_text().splitlines()) == sum(map(len, lists_of(data))) + 1
+    sds = [read_case(Case(n, case_file(data, n), labeled=True))[0].astype(float).std() for n in names]
+    panels = pictures.scale(paths, options).axes
+    assert [axes.get_title() for axes in panels] == ["8", "16"]
+    for axes in panels:
+        lines, *dots = axes.collections
+        assert len(lines.get_segments()) == len(names) and len(dots) == 2
+        for found, first in zip(dots, (60, 90), strict=True):
+            x, y = np.asarray(found.get_offsets()).T
+            assert x == pytest.approx(sds, abs=1e-4) and y == pytest.approx([first + i for i in range(len(names))])
+    (tmp_path / "scales.csv").write_text("case,sd\nother,1.0\n")
+    with pytest.raises(UserError, match=r"scales\.csv lacks some"):
+        pictures.scale(paths, options)
 
 
 def test_differences_are_each_scan_s_and_their_mean(tmp_path):

@@ -1,14 +1,17 @@
-"""Draws figures for a paper from run folders: the DTML paper's Figures 2 and 3, curves, and differences.
+"""Draws figures for a paper from run folders: the DTML paper's Figures 2 and 3, curves, differences, and scale.
 
     python -m tools.pictures figure2 runs/la/dtml-16-seed1337             image, label, z, m and p of three scans
     python -m tools.pictures figure3 runs/la/supervised-16-seed1337 runs/la/dtml-16-seed1337:seg --titles V-Net DTML
     python -m tools.pictures curves results/half/dtml-16-seed1337 results/half/dtml-authors-16-seed1337
     python -m tools.pictures differences results/half/supervised-16-seed1337 results/half/dtml-16-seed1337:seg
+    python -m tools.pictures scale 'results/half/supervised-tuned-8-seed*' 'results/half/supervised-normalized-8-seed*'
 
 figure2 runs the network around the slice; figure3 reads what test_la.py predicted, of the first output or of
 RUN:OUTPUT; curves reads scalars.csv; differences shows the Dice of each scan (cases.csv) above the first run's, a
-quoted 'RUN-seed*' being each scan's mean over all runs that match. Slices are shown as radiologists look at them: x to
-the right, y down.
+quoted 'RUN-seed*' being each scan's mean over all runs that match; scale shows the Dice of each scan against the SD of
+its intensities, a panel for each pair of runs, without and with --normalize scan. The SDs are read from scales.csv
+beside the records; where there is none, it is written from the volumes of --data. Slices are shown as radiologists look
+at them: x to the right, y down.
 """
 
 import csv
@@ -35,6 +38,7 @@ from evaluation.figures import (
     draw_curves,
     draw_differences,
     draw_maps,
+    draw_scale,
     slice_of,
 )
 from evaluation.metrics import mean_and_sd, segmentation_metrics
@@ -48,7 +52,8 @@ from utils.options import Parser, fill, option
 from utils.resample import downsample_image, upsample_probability
 from utils.run_folder import MANIFEST, SCALARS, read_json
 
-FIGURES = ("figure2", "figure3", "curves", "differences")
+SCALES = "scales.csv"
+FIGURES = ("figure2", "figure3", "curves", "differences", "scale")
 PANELS = (
     ("Dice in training", ("dice/train_seg", "dice/train_sdm")),
     ("loss", ("loss/seg", "loss/mask", "loss/consistency")),
@@ -69,7 +74,7 @@ class Options:
         nargs="+",
     )
     slice: int | None = option(None, "z slice (default the one with most label)", type=int, minimum=0)
-    titles: list[str] = option([], "names of the runs (default method and labels)", type=str, nargs="+")
+    titles: list[str] = option([], "names of the runs or panels (default method and labels)", type=str, nargs="+")
     data: str = option("", "folder of the data set (default that of the run)")
     view: list[float] = option([160.0, 30.0], "of the surfaces: degrees around z, and from above", type=float, nargs=2)
     out: str = option("", "PNG to write (default FIGURE.png)")
@@ -238,6 +243,47 @@ def differences(paths: Sequence[str], o: Options) -> Figure:
     return draw_differences(found, f"Dice % above {titles[0]}: each scan, the mean, its 95 % interval ({words})")
 
 
+def scale(paths: Sequence[str], o: Options) -> Figure:
+    """Dice of each scan against the SD of its intensities, without and with normalization."""
+    if len(paths) % 2:
+        raise UserError("scale needs pairs of runs: one without and one with --normalize scan, and so on.")
+    rows = [mean_over(read_runs(where, "dice", "all")) for where in paths]
+    pairs = list(zip(rows[::2], rows[1::2], strict=True))
+    titles = o.titles or [Path(where).name for where in paths[::2]]
+    if len(set(titles)) != len(pairs):
+        raise UserError(f"--titles must give {len(pairs)} different names, one for each pair of runs.")
+    sd = scales(Path(paths[0]).parent / SCALES, Path(o.data) if o.data else None)
+    if any(row.keys() != rows[0].keys() or row.keys() - sd.keys() for row in rows):
+        raise UserError(f"the runs are not of the same scans, or {SCALES} lacks some. Remove it, and give --data.")
+    panels = {
+        title: [(sd[case], 100 * plain[case], 100 * scaled[case]) for case in plain]
+        for title, (plain, scaled) in zip(titles, pairs, strict=True)
+    }
+    return draw_scale(panels, ("as published", "--normalize scan"))
+
+
+def scales(path: Path, data: Path | None) -> dict[str, float]:
+    """Scan -> SD of its intensities over all voxels, from a CSV, which is first written if it is not there.
+
+    Raises:
+        UserError: it is not there and no data set is given, or a case that cannot be used.
+    """
+    if not path.exists():
+        if data is None:
+            raise UserError(f"there is no {path}. Give --data, from whose scans it is written.")
+        train, test = lists_of(data)
+        cases = [dataclasses.replace(find_case(data, name), labeled=False) for name in (*train, *test)]
+        lines = ["case,sd\n"]
+        for case in cases:
+            try:
+                lines.append(f"{case.name},{read_case(case)[0].std(dtype=np.float64):.4f}\n")
+            except CaseError as e:
+                raise UserError(f"{case.name}: {case.path} {e}") from e
+        write_whole(path, "".join(lines).encode())
+    with open(path, newline="", encoding="utf-8") as f:
+        return {row["case"]: float(row["sd"]) for row in csv.DictReader(f)}
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__, prog="python -m tools.pictures")
     parser.add_argument("figure", choices=FIGURES, help="what to draw")
@@ -250,7 +296,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{out} exists already. Choose another --out, or replace it with --overwrite.")
     if not out.parent.is_dir():
         raise UserError(f"there is no folder {out.parent} for --out. Make it, or choose another.")
-    draw = {"figure2": figure2, "figure3": figure3, "curves": curves, "differences": differences}[given["figure"]]
+    drawn = (figure2, figure3, curves, differences, scale)
+    draw = dict(zip(FIGURES, drawn, strict=True))[given["figure"]]
     write_whole(out, as_png(draw(given["runs"], o), o.dpi, palette=o.palette))
     print(out)
 

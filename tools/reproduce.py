@@ -13,7 +13,6 @@ metrics are copied to RESULTS/PROFILE/KEY-seedSEED. Such a record counts only if
 
 import dataclasses
 import fcntl
-import inspect
 import json
 import math
 import os
@@ -37,18 +36,19 @@ from dataloaders.cases import LA_FOLDER, PHANTOM_FOLDER, ROOT, lists_of
 from evaluation.metrics import COMPONENTS
 from evaluation.sliding_window import usual_stride
 from evaluation.statistics import read_row
-from methods import METHODS
 from settings import PROFILES, read_options
 from tools.grid import LA_RUNS, LA_TABLES, PHANTOM_RUNS, PHANTOM_TABLES, RETIRED, TESTS, TRAINED_AS, Tables
 from tools.table_rows import (
     BEYOND_HEAD,
     HEAD,
+    LIVE_HEAD,
     PHANTOM_HEAD,
     RUNS_HEAD,
     Records,
     beyond_line,
     comparison_tables,
     comparisons,
+    live_line,
     phantom_line,
     row_lines,
     ruled,
@@ -78,6 +78,11 @@ interval by a hierarchical bootstrap; `over` says whether the runs are a source 
 only is of these two runs, not of two methods. `median of the scans`: of their differences, each scan its mean over the
 seeds (Hodges-Lehmann). `higher in`: of the pairs of runs with the same seed; with five runs and more on each side also
 p of a permutation of the runs, and with Holm's correction over all lines here."""
+LIVE = """\
+**M_d's gradient**
+
+Voxels of m with 1e-3 < m < 1 - 1e-3, the only ones through which M_d learns: their share in the labeled crops, over all
+logged iterations, and at the lowest; how many of these iterations had none; and the Dice of M_d at the end."""
 EACH = """\
 **Each run: mean ± SD over its scans, whose number is in the column `scans`**
 
@@ -251,12 +256,6 @@ def print_list(runs: list[Run], tables: Tables) -> None:
 
 
 # the tables
-def length_of(method: str) -> int | str:
-    """Lines of a method's file that are not blank."""
-    source = inspect.getsourcefile(METHODS[method]) if method in METHODS else None
-    return sum(bool(line.strip()) for line in Path(source).read_text(encoding="utf-8").splitlines()) if source else ""
-
-
 def print_tables(o: Options, runs: list[Run], tables: Tables) -> None:
     """Markdown on stdout; on stderr what is left out, and records of other test scans."""
     done: dict[str, Records] = {}
@@ -281,14 +280,13 @@ def print_tables(o: Options, runs: list[Run], tables: Tables) -> None:
     phantom = o.profile == "phantom"
     if phantom and devices:
         print(f"Speed and memory on {'; '.join(sorted(devices))}.")
-    methods = {this.key: this.method for this in runs}
     for name, (title, rows) in tables.items():
         head = PHANTOM_HEAD if phantom else BEYOND_HEAD if name == BEYOND else HEAD
         print(f"\n**{title}**\n\n{ruled(head)}")
         for row in rows:
             records = done.get(row.key, {})
             if phantom:
-                print(phantom_line(row, records, length_of(methods[row.key])))
+                print(phantom_line(row, records))
             elif name == BEYOND:
                 print(beyond_line(row, records, done.get(f"{BEYOND}-paper", {})))
             else:
@@ -296,6 +294,9 @@ def print_tables(o: Options, runs: list[Run], tables: Tables) -> None:
     compared = comparisons(tables, done)
     if compared:
         print(f"\n{COMPARED}\n{comparison_tables(compared)}", end="")
+    live = [live_line(path) for key, records in done.items() if key not in TRAINED_AS for path in records.values()]
+    if any(live):
+        print(f"\n{LIVE}\n\n{ruled(LIVE_HEAD)}\n" + "\n".join(filter(None, live)))
     if done:
         print(f"\n{EACH}\n\n{ruled(RUNS_HEAD)}")
     for records in done.values():

@@ -1,5 +1,6 @@
 """The rows of tools/reproduce.py's tables as Markdown, from the records of a row's runs."""
 
+import csv
 import dataclasses
 import itertools
 import json
@@ -21,9 +22,10 @@ from evaluation.statistics import (
     rows_of,
 )
 from tools.grid import ALL_LABELED, COMPARED_WITH, Row, Tables
-from utils.run_folder import MANIFEST
+from utils.run_folder import MANIFEST, SCALARS
 
 Records = dict[int, Path]  # seed: folder
+LIVE = "live_gradient/sdm"  # a column of scalars.csv
 HEAD = "| row | labeled / unlabeled | | Dice % | Jaccard % | ASD voxel | 95HD voxel | runs |"
 BEYOND_HEAD = (
     "| row | labeled / unlabeled | M_s Dice % | M_d Dice % | mean Dice % | mean 95HD | mean Dice above the paper's, of "
@@ -33,7 +35,8 @@ COMPARED_HEAD = (
     "| row | labeled / unlabeled | difference | 95 % interval | over | median of the scans | higher in | seeds |"
 )
 RUNS_HEAD = "| run | output | component | scans | Dice % | median | Jaccard % | ASD voxel | 95HD voxel | training |"
-PHANTOM_HEAD = "| method | Dice % (all) | Dice % (largest) | iterations/s | peak memory GiB | lines of code |"
+LIVE_HEAD = "| run | k | live voxels, mean % | lowest % | iterations with none | M_d Dice % |"
+PHANTOM_HEAD = "| method | Dice % (all) | Dice % (largest) | iterations/s | peak memory GiB |"
 
 
 def ruled(head: str) -> str:
@@ -172,11 +175,24 @@ def run_lines(record: Path) -> str:
     )
 
 
-def phantom_line(row: Row, records: Records, length: int | str) -> str:
-    """Dice, cost, and the length of the method's file in lines."""
+def live_line(record: Path) -> str:
+    """The share of voxels through which M_d of a run learned, and its Dice; "" of a run that did not log the share."""
+    with open(record / SCALARS, newline="", encoding="utf-8") as f:
+        live = [float(row[LIVE]) for row in csv.DictReader(f) if LIVE in row]
+    if not live:
+        return ""
+    options = json.loads((record / MANIFEST).read_text(encoding="utf-8"))["options"]
+    dice = mean_text([100 * value for value in read_row(f"{record}:sdm", "dice", "all").values()])
+    cells = [f"{options['k']:g}", f"{100 * statistics.mean(live):.3f}", f"{100 * min(live):.3f}"]
+    cells += [f"{live.count(0)} of {len(live)}", dice]
+    return f"| [{record.name}]({record.name}) | {' | '.join(cells)} |"
+
+
+def phantom_line(row: Row, records: Records) -> str:
+    """Dice and cost."""
     if not records:
-        return f"| {row.label} | not yet run | | | | {length} |"
+        return f"| {row.label} | not yet run | | | |"
     cells = [figures(row, component, records)[0] for component in COMPONENTS]
     manifests = [json.loads((path / MANIFEST).read_text(encoding="utf-8")) for path in records.values()]
     cells += [mean_text([m.get(name, math.nan) for m in manifests]) for name in ("iterations_per_s", "peak_memory_gib")]
-    return f"| {row.label} | {' | '.join(cells)} | {length} |"
+    return f"| {row.label} | {' | '.join(cells)} |"
