@@ -143,7 +143,8 @@ def test_rows_are_compared_with_one_of_as_many_labels_and_the_bound_with_all(her
 
 @pytest.mark.parametrize("table", COMPARED_WITH)
 def test_what_rows_are_compared_with_is_in_their_table(table):
-    assert set(COMPARED_WITH[table]) <= {row.key for row in LA_TABLES[table][1] if row.output == "seg"}
+    rows = {f"{row.key}:{row.output}" for row in LA_TABLES[table][1]}
+    assert {where if ":" in where else f"{where}:seg" for where in COMPARED_WITH[table]} <= rows
 
 
 def test_two_rows_are_compared_once_however_many_tables_they_stand_in(here):

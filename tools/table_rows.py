@@ -107,7 +107,8 @@ def comparisons(tables: Tables, done: dict[str, Records]) -> dict[str, list[Pair
     found: dict[str, list[Pair]] = {}
     seen: set[frozenset[tuple[str, str]]] = set()
     for name, (_, rows) in tables.items():
-        for usual in [row for row in rows if row.output == "seg" and row.key in COMPARED_WITH.get(name, [])]:
+        known = {where if ":" in where else f"{where}:seg" for where in COMPARED_WITH.get(name, [])}
+        for usual in [row for row in rows if f"{row.key}:{row.output}" in known]:
             for row in rows:
                 names = frozenset([(row.key, row.output), (usual.key, usual.output)])
                 if len(names) < 2 or names in seen or labeled_of(row) not in (labeled_of(usual), str(ALL_LABELED)):
