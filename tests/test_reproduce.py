@@ -75,7 +75,7 @@ def write_run(folder, options, scans, outputs=("seg",), iteration=None, test="te
 
 def write_record(results, key, seed, scans, *, profile="half", change=(), **more):
     runs, _ = GRIDS[profile]
-    more = {"outputs": ("seg", "sdm", "mean")} | more
+    more = {"outputs": ("seg", "sdm", "mean", *(["ema_mean"] if key.startswith("plus") else []))} | more
     words = [] if key in RETIRED else runs[key].split()
     options = options_of([*words, "--profile", profile, "--seed", str(seed)]) | dict(change)
     write_run(results / profile / f"{key}-seed{seed}", options, scans, test=".", **more)
