@@ -371,7 +371,7 @@ def test_the_table_at_a_glance(here, capsys):
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()[2:]]
     rows = {(line[0], line[1]): line[2:] for line in lines}
     assert rows["V-Net, normalized", "16 / 0"] == ["80.00 ± 10.00", "4.00 ± 0.00", "3", ""]
-    alone, with_them = (rows["DTML, preset `tuned`", scans] for scans in ("16 / 0", "16 / 64"))
+    alone, with_them = (rows["DTML `tuned`, mean of both", scans] for scans in ("16 / 0", "16 / 64"))
     assert alone == ["60.00", "**2.00** (10 of 12; not penalised)", "2", ""] and err == ""
     assert with_them[:3] == ["**82.00 ± 10.00**", "6.00 ± 0.00", "3"]
     assert with_them[3].startswith("+17.00 (") and with_them[3].endswith(", 2 runs each)")

@@ -108,9 +108,9 @@ LA_TABLES: Tables = {
     GLANCE: ("Results at a glance", [
         Row("V-Net, normalized", "8 / 0", "supervised-normalized-8"),
         Row("V-Net, normalized", "16 / 0", "supervised-normalized-16"),
-        Row("DTML, preset `paper`", "16 / 64", "dtml-16", alone="dtml-16-0"),
-        Row("DTML, preset `tuned`", "16 / 0", "tuned-16-0", output="mean"),
-        Row("DTML, preset `tuned`", "16 / 64", "tuned-16", output="mean", alone="tuned-16-0"),
+        Row("DTML `paper`, M_s", "16 / 64", "dtml-16", alone="dtml-16-0"),
+        Row("DTML `tuned`, mean of both", "16 / 0", "tuned-16-0", output="mean"),
+        Row("DTML `tuned`, mean of both", "16 / 64", "tuned-16", output="mean", alone="tuned-16-0"),
         Row("V-Net, normalized", "80 / 0", "supervised-normalized-80"),
     ]),
     "1": ("Table 1: the supervised loss of M_d", [
