@@ -1,4 +1,4 @@
-"""Figures for a paper: what a network says of some scans, several runs beside the label, and curves of several runs."""
+"""Figures for a paper: what a network predicts, several runs next to the label, and curves of several runs."""
 
 import io
 import textwrap
@@ -227,7 +227,7 @@ def colours_of(tags: Sequence[str]) -> dict[str, str]:
 
 
 def draw_curves(runs: dict[str, dict[str, NDArray]], panels: Sequence[tuple[str, Sequence[str]]]) -> Figure:
-    """Curves of several runs beside each other.
+    """Curves of several runs side by side.
 
     Args:
         runs: name -> column of scalars.csv -> values; each column of curves is one run.

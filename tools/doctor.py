@@ -1,4 +1,4 @@
-"""What a bug report should tell: versions, hardware, the data set, and what would be slow here.
+"""What a bug report needs: versions, hardware, the data set, and what would be slow here.
 
     python -m tools.doctor
     python -m tools.doctor --data FOLDER

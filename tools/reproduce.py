@@ -427,7 +427,7 @@ def submit(o: Options, runs: list[Run]) -> list[str]:
         executor = submitit.AutoExecutor(folder=Path(o.runs) / "submitit", cluster=o.submit)
         executor.update_parameters(**settings)
     except (RuntimeError, NameError, AssertionError, ValueError, OSError) as e:
-        raise UserError(f"--submit {o.submit} {shlex.join(o.slurm)}: {e} Mend --slurm, or use --missing.") from e
+        raise UserError(f"--submit {o.submit} {shlex.join(o.slurm)}: {e} Fix --slurm, or use --missing.") from e
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])  # jobs import this code
     missing: dict[Path, list[Run]] = {}
     for this in runs:

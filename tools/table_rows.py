@@ -76,7 +76,7 @@ class Pair:
 
 
 def compared(row: Row, records: Records, usual: Row, usual_records: Records) -> Pair | None:
-    """A row beside the usual one; None if they have no seed in common, or were not tested on the same scans."""
+    """A row compared with the usual one; None if they have no seed in common, or were not tested on the same scans."""
     shared = [seed for seed in records if seed in usual_records]
     reference, ours = (
         {seed: points(f"{folders[seed]}:{output}") for seed in shared}
