@@ -1,4 +1,4 @@
-"""Figures for a paper: what a network predicts, several runs next to the label, and curves of several runs."""
+"""Figures for a paper: what a network says of some scans, several runs beside the label, and curves of several runs."""
 
 import io
 import textwrap
