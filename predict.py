@@ -9,7 +9,7 @@ A scan is NIfTI (.nii, .nii.gz), NRRD, MetaImage or an h5 case. Its axes are bro
 cases; it is normalised to zero mean and unit variance over all its voxels, as `python -m tools.convert` does it,
 resampled to the spacing of the training cases, predicted in windows, and brought back: the segmentation has the scan's
 own format, size, spacing, origin and direction, and a NIfTI the scan's own header (an h5 case is taken as normalised,
-and its segmentation is NIfTI). The last table on stdout tells each class's volume.
+and its segmentation is NIfTI). The last table on stdout gives each class's volume.
 """
 
 import dataclasses
@@ -81,7 +81,7 @@ class Options:
         nargs="+",
     )
     method: str = option(
-        "", "of the bare weights of a released code (default: a checkpoint knows its own)",
+        "", "method of the bare weights of a released code (default: a checkpoint knows its own)",
         group="what", choices=list(RELEASED),
     )  # fmt: skip
     out: str = option("", "folder of the segmentations; -o is the same", group="what")
@@ -99,7 +99,7 @@ class Options:
         minimum=1e-3,
     )
     interpolation: str = option(
-        "linear", "of the intensities", group="what", choices=[k for k in INTERPOLATORS if k != "nearest"]
+        "linear", "how intensities are interpolated", group="what", choices=[k for k in INTERPOLATORS if k != "nearest"]
     )
     flips: int = flips_option("what")
     patch_size: list[int] | None = three_voxels("voxels of a window along x, y, z (default that of training)")
@@ -113,13 +113,13 @@ class Options:
     largest_component: bool = option(False, "keep the largest 26-connected component of each class", group="results")
     probabilities: str = option(
         "none",
-        "write those too, NAME_probability; uint8 from 0 to 255",
+        "also write the probabilities, NAME_probability; uint8 from 0 to 255",
         group="results",
         choices=("none", "float32", "uint8"),
     )
     report: str = option("", "CSV with the volume of each class in ml (default none)", group="results")
     overwrite: bool = option(False, "replace results that are there", group="results")
-    precision: str = option("fp32", "of the convolutions", choices=(*PRECISIONS, "fp16"))
+    precision: str = option("fp32", "arithmetic of the convolutions", choices=(*PRECISIONS, "fp16"))
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     threads: int = option(0, "CPU threads; 0 leaves torch's choice", minimum=0)
 
@@ -138,7 +138,7 @@ class Model:
     spacing: tuple[float, ...] | None
     """mm along x, y, z, or None for the scan's own."""
     orientation: str | None
-    """Where the axes of the training cases point, or None if their files do not tell: axes are taken as stored."""
+    """Where the axes of the training cases point, or None if their files do not say: axes are taken as stored."""
     classes: int
     flips: int
 
@@ -180,7 +180,7 @@ def load_model(o: Options, device: torch.device) -> Model:
     (spacing,) = spacings
     if not spacing:
         print(
-            "warning: the checkpoint does not tell the spacing it was trained on; scans keep theirs.", file=sys.stderr
+            "warning: the checkpoint does not state the spacing it was trained on; scans keep theirs.", file=sys.stderr
         )
     orientations = {state.get("orientation") for state in states}
     if len(orientations) > 1:
@@ -191,7 +191,7 @@ def load_model(o: Options, device: torch.device) -> Model:
     (orientation,) = orientations
     if orientation is None:
         print(
-            "warning: the checkpoint does not tell where the axes of its training scans point; those of a scan are "
+            "warning: the checkpoint does not state where the axes of its training scans point; those of a scan are "
             "taken as they are stored.",
             file=sys.stderr,
         )
@@ -288,12 +288,12 @@ def predict_scan(model: Model, path: Path, o: Options, device: torch.device, win
 
 
 def tell_unknown(path: Path, told: Geometry, model: Model) -> None:
-    """A line on stderr for what the scan's file does not tell, and the checkpoint would have brought it to."""
+    """A line on stderr for what the scan's file does not state, and the checkpoint would have brought it to."""
     if model.orientation and "direction" not in told:
-        text = "does not tell where its axes point; they are taken as they are stored, as if they were"
+        text = "does not state where its axes point; they are taken as they are stored, as if they were"
         print(f"warning: {path} {text} {model.orientation}.", file=sys.stderr)
     if "spacing" not in told:
-        text = "does not tell the size of its voxels: it is not resampled, and has no volume in ml"
+        text = "does not state the size of its voxels: it is not resampled, and has no volume in ml"
         print(f"warning: {path} {text}.", file=sys.stderr)
 
 

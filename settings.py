@@ -85,8 +85,8 @@ class Options:
     )
     labeled: int = option(None, "the first N scans of train.list are labeled (default 16 of LA, 8 of the phantom set, "
                           "of other sets all that have a label)", group="data", type=int)  # fmt: skip
-    unlabeled: int | None = option(None, "so many others without label (default all; 0: none)", group="data", type=int,
-                                   only_if={"uses_unlabeled": bool})  # fmt: skip
+    unlabeled: int | None = option(None, "scans used without label (default all others; 0: none)", group="data",
+                                   type=int, only_if={"uses_unlabeled": bool})  # fmt: skip
     downsample: int = option(1, "pool this many voxels along each axis into one", group="data", minimum=1)
     patch_size: list[int] = option([112, 112, 80], "voxels of a crop along x, y, z", group="data", nargs=3, minimum=1)
     normalize: str = option(
@@ -97,45 +97,57 @@ class Options:
         choices=NORMALIZATIONS,
     )
     augment: str = option("d4", "turns and flips of a crop", group="data", choices=AUGMENTATIONS)
-    intensity: float = option(0.0, "random gamma, contrast and brightness of a crop, up to so much; 0: none",
-                              group="data", minimum=0, maximum=2)  # fmt: skip
+    intensity: float = option(0.0, "intensity augmentation: random gamma, contrast and brightness, up to this "
+                              "strength; 0: none", group="data", minimum=0, maximum=2)  # fmt: skip
     sdm_of: str = option("crop", "distance maps of the crop, or cut out of those of the whole scan", group="data",
                          choices=SDM_OF, only_if={"needs_sdm": bool})  # fmt: skip
-    cache: str = option("auto", "where the volumes stay", group="data", choices=CACHES, harmless=True, only_if=TRAINS)
+    cache: str = option(
+        "auto",
+        "where volumes are kept; none: read crop by crop",
+        group="data",
+        choices=CACHES,
+        harmless=True,
+        only_if=TRAINS,
+    )
     cache_folder: str = option("", "of --cache disk and none (default .cache in the data folder)", group="data",
                                harmless=True, only_if={"cache": ("disk", "none"), **TRAINS})  # fmt: skip
     workers: int = option(0, "processes that prepare crops", group="data", harmless=True, minimum=0, only_if=TRAINS)
 
     iterations: int = option(6000, "optimiser steps", group="training", minimum=1)
     batch_size: int = option(4, "crops in a batch, on each process", group="training", minimum=1)
-    labeled_batch: int | None = option(None, "labeled ones (default half)", group="training", type=int, minimum=1)
+    labeled_batch: int | None = option(
+        None, "labeled crops in a batch (default half)", group="training", type=int, minimum=1
+    )
     optimizer: str = option("sgd", "SGD with momentum, or AdamW", choices=list(OPTIMIZERS), group="training")
     lr: float = option(0.01, "learning rate", group="training", minimum=0)
-    lr_schedule: str = option("steps", "how it falls: at --lr-steps, or as a cosine to 0", group="training",
-                              choices=SCHEDULES)  # fmt: skip
+    lr_schedule: str = option("steps", "how the learning rate falls: at --lr-steps, or as a cosine to 0",
+                              group="training", choices=SCHEDULES)  # fmt: skip
     lr_steps: list[int] | None = option(
-        None, "iterations of its drops (default 5/12 and 5/6 of all)", group="training", type=int, nargs="*", minimum=0,
+        None, "iterations at which the learning rate drops (default 5/12 and 5/6 of all)", group="training", type=int,
+        nargs="*", minimum=0,
         only_if={**DROPS, "lr_gamma": lambda factor: factor != 1},
     )  # fmt: skip
-    lr_gamma: float = option(0.1, "factor of each drop", group="training", minimum=0,
+    lr_gamma: float = option(0.1, "factor of each drop of the learning rate", group="training", minimum=0,
                              only_if={**DROPS, "lr_steps": bool})  # fmt: skip
-    momentum: float = option(0.9, "of SGD", group="training", minimum=0, only_if={"optimizer": ("sgd",)})
-    weight_decay: float = option(1e-4, "decay of the weights", group="training", minimum=0)
-    seed: int = option(1337, "of weights, batches and dropout", group="training", minimum=0, maximum=2**63 - 1)
+    momentum: float = option(0.9, "momentum of SGD", group="training", minimum=0, only_if={"optimizer": ("sgd",)})
+    weight_decay: float = option(1e-4, "weight decay", group="training", minimum=0)
+    seed: int = option(1337, "seed of weights, batches and dropout", group="training", minimum=0, maximum=2**63 - 1)
 
-    precision: str = option("fp32", "of the convolutions; networks with a distance head and k > 50 stay in fp32",
-                            choices=PRECISIONS)  # fmt: skip
+    precision: str = option("fp32", "arithmetic of the convolutions; networks with a distance head and k > 50 stay in "
+                            "fp32", choices=PRECISIONS)  # fmt: skip
     compile: bool = option(False, "torch.compile the networks, which takes minutes at the start")
-    recompute: bool = option(False, "less memory for a quarter more time: keep few maps for the way back",
+    recompute: bool = option(False, "less memory, a quarter more time: recompute activations in the backward pass",
                              harmless=True, only_if=TRAINS)  # fmt: skip
     device: str = option("auto", "auto, cpu, cuda or cuda:N", harmless=True)
     threads: int = option(0, "CPU threads; 0 leaves torch's choice", harmless=True, minimum=0)
-    deterministic: bool = option(False, "operations that repeat exactly on a GPU too, at some cost", harmless=True)
+    deterministic: bool = option(False, "operations that repeat exactly on a GPU too; slower", harmless=True)
     runs: str = option("runs", "where run folders go", harmless=True, only_if=ANEW)
     name: str = option("", "run folder below --runs (default from what varies)", harmless=True, only_if=ANEW)
     resume: str = option("", "auto: go on with this run if it exists; or a run folder or checkpoint", harmless=True,
                          only_if=TRAINS)  # fmt: skip
-    from_diagnostic: str = option("", "run a diverged-rankR.pt's batch again: what in it is not finite", harmless=True)
+    from_diagnostic: str = option(
+        "", "run the batch of a diverged-rankR.pt again and report what is not finite", harmless=True
+    )
     fresh: bool = option(False, "move an existing run folder aside and start again", harmless=True,
                          only_if={"resume": ("",), **TRAINS})  # fmt: skip
     save_every: int = option(500, "iterations between checkpoints", harmless=True, minimum=1, only_if=TRAINS)
@@ -206,7 +218,7 @@ def flags_of(method: str, description: str = "") -> Parser:
 
 def chosen_words(words: list[str]) -> list[str]:
     """The flags of an @FILE under the names of today; of an early options.txt only those that were chosen, so that
-    flags given beside it, as --iterations or --preset, mean what they mean without it."""
+    other flags, as --iterations or --preset, mean what they mean without it."""
     names = [after for word, after in itertools.pairwise(words) if word == "--method"]
     if not names or names[-1] not in METHODS:
         return words
@@ -249,7 +261,7 @@ def settle(given: dict[str, Any], kind: type[Method]) -> tuple[Options, Method.O
     """All options from those that are given, by `combine`.
 
     Raises:
-        UserError: a flag that does nothing beside the others, or an unknown preset.
+        UserError: a flag that has no effect with the others, or an unknown preset.
     """
     o, method_options = combine(given, kind)
 

@@ -6,10 +6,10 @@
     python test_la.py --checkpoint best_model.pth --method dtc   bare weights, as the released codes save them
     python test_la.py --checkpoint best_model_seg.pth --sdm-weights best_model_dis.pth --method dtml
 
-The checkpoint knows its method, its data and its patch; no other flag is needed. Bare weights know nothing: they are
-tested as in the papers, on data/la, with windows of 112x112x80 voxels. Every output of the method is
+The checkpoint knows its method, its data and its patch; no other flag is needed. Bare weights carry no options: they
+are tested as in the papers, on data/la, with windows of 112x112x80 voxels. Every output of the method is
 scored with and without the largest-component filter, always on the scan's own grid. A scan that the checkpoint was
-trained on is refused, whatever the lists call it, and be its image turned, scaled or rounded.
+trained on is refused, also under another name, turned, scaled or rounded.
 """
 
 import dataclasses
@@ -67,13 +67,13 @@ class Options:
     checkpoint: str = option("", "run folder or .pt file of train_dtml.py; bare weights with --method", group="what")
     method: str = option(
         "",
-        "of the bare weights of a released code (default: a checkpoint knows its own)",
+        "method of the bare weights of a released code (default: a checkpoint knows its own)",
         group="what",
         choices=list(RELEASED),
     )
     sdm_weights: str = option("", "bare weights of M_d, with --method dtml (default: M_s alone)", group="what")
     data: str = option("", "folder of the data set (default that of the training)", group="what")
-    scans: str = option("test", "those of test.list, or those of train.list that the training left unused",
+    scans: str = option("test", "the scans of test.list, or those of train.list that the training left unused",
                         group="what", choices=SCANS)  # fmt: skip
     output: list[str] = option(
         [],
@@ -89,7 +89,7 @@ class Options:
     batch_size: int = option(4, "windows at a time", group="window", minimum=1)
     out: str = option("", "folder of the results (default RUN/SCANS, of bare weights FILE-test)")
     save: str = option("largest", "predictions to write as NIfTI", choices=(*COMPONENTS, "none"))
-    precision: str = option("fp32", "of the convolutions", choices=(*PRECISIONS, "fp16"))
+    precision: str = option("fp32", "arithmetic of the convolutions", choices=(*PRECISIONS, "fp16"))
     report: bool = option(False, "write report.html too: every figure, and the worst and best scan to look through")
     workers: int = option(2, "threads that score scans while the next is predicted", minimum=1)
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # what to test
     if o.method and o.scans != "test":
-        raise UserError(f"--scans {o.scans}: bare weights do not tell which scans they were trained on. Leave it out.")
+        raise UserError(f"--scans {o.scans}: bare weights do not state which scans they were trained on. Leave it out.")
     state, method, known = load_trained(o.checkpoint, method=o.method, sdm_weights=o.sdm_weights)
     path, trained = Path(o.checkpoint or o.sdm_weights), state["options"]
     method.to(device).eval()
@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
     if unknown:
         raise UserError(f"--output {' '.join(unknown)} is none that {state['file']} gives: {' '.join(known)}.")
     downsample, classes = trained["downsample"], method.options.classes
-    normalize = trained.get("normalize", "none")  # which early checkpoints do not tell
+    normalize = trained.get("normalize", "none")  # which early checkpoints do not state
     patch_size = tuple(o.patch_size or trained["patch_size"])
     stride = tuple(o.stride or usual_stride(patch_size, downsample))
     refuse_window(patch_size, stride, method.side_multiple)
@@ -258,7 +258,7 @@ def main(argv: list[str] | None = None) -> None:
     if names:
         print(f"Classes: {', '.join(f'{c} {name}' for c, name in names.items())}.\n")
     if all(math.isnan(row["asd_mm"]) for row in rows) and not all(math.isnan(row["asd"]) for row in rows):
-        print(f"No distance in mm: the files of {folder} do not tell their spacing.\n")
+        print(f"No distance in mm: the files of {folder} do not state their spacing.\n")
     print(f"per case: {out / 'cases.csv'}", file=sys.stderr)
     if report:
         print(f"report: {report}", file=sys.stderr)

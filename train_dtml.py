@@ -78,7 +78,7 @@ def rate(iteration: int, o: Options) -> float:
 
 
 def speed(iterations: int, seconds: float) -> dict[str, float]:
-    """What the manifest tells of a whole run, its earlier sessions included."""
+    """What the manifest reports of a whole run, its earlier sessions included."""
     return {"wall_s": round(seconds, 1), "iterations_per_s": round(iterations / seconds, 4)}
 
 

@@ -8,8 +8,8 @@ Layout of a data set, that of the left-atrium (LA) code bases:
 A case file holds `image` float (W,H,D), normalised, and `label` (W,H,D) of 0 and 1 (or 0..C), which an unlabeled case
 may lack. Its geometry is ITK's, in the LPS frame (mm to the patient's left, back and head), in optional attributes:
 `spacing` of the voxels along the array's axes in mm, `origin` the place of the middle of voxel (0,0,0), `direction` 9
-cosines row by row, whose columns are the array's axes. FOLDER/spacing.txt, three numbers, tells the spacing of all
-cases whose own file does not. Nothing else is guessed: a case that neither tells has no spacing in mm.
+cosines row by row, whose columns are the array's axes. FOLDER/spacing.txt, three numbers, states the spacing of all
+cases whose own file does not. Nothing else is guessed: a case that neither states has no spacing in mm.
 """
 
 import functools
@@ -42,13 +42,13 @@ MOST_BYTES = 2**31  # of one image or label: 2048 slices of 512x512 in float32
 SQUARE = 1e-3  # what unit vectors at right angles may lack: a voxel in a thousand
 
 Geometry = dict[str, tuple[float, ...]]
-"""spacing (3), origin (3) and direction (9), or those of them that a file tells."""
+"""spacing (3), origin (3) and direction (9), or those of them that a file states."""
 UNTOLD: Geometry = {
     "spacing": (1.0, 1.0, 1.0),
     "origin": (0.0, 0.0, 0.0),
     "direction": (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0),
 }
-"""What stands for that which a file does not tell, where a picture or a file must have something."""
+"""What stands for what a file does not state, where a picture or a file must have something."""
 
 
 class CaseError(Exception):
@@ -241,13 +241,13 @@ def refuse_direction(direction: Sequence[float]) -> None:
     """Raises CaseError unless the columns of the 9 cosines are unit vectors at right angles."""
     axes = np.reshape(direction, (3, 3))
     if not np.isfinite(axes).all():
-        raise CaseError(f"has a direction of {axes.ravel().tolist()}, which are not 9 numbers. Mend its header")
+        raise CaseError(f"has a direction of {axes.ravel().tolist()}, which are not 9 numbers. Fix its header")
     lengths = np.linalg.norm(axes, axis=0)
     if np.abs(lengths - 1).max() > SQUARE:
         shown = ", ".join(f"{length:g}" for length in lengths)
         raise CaseError(
             f"has a direction whose columns are no unit vectors but {shown} long, so that the size of its voxels is "
-            "not certain. Mend its header"
+            "not certain. Fix its header"
         )
     cosines = axes.T @ axes - np.eye(3)
     i, j = np.unravel_index(np.abs(cosines).argmax(), (3, 3))
@@ -260,7 +260,7 @@ def refuse_direction(direction: Sequence[float]) -> None:
 
 
 def _declared_spacing(case: Case) -> tuple[float, ...] | None:
-    """What the spacing.txt of the case's set tells, if there is one."""
+    """What the spacing.txt of the case's set states, if there is one."""
     levels = len(Path(case.name).parts) - (case.path.name != FILE_NAME)
     folder = case.path.parents[levels] if levels < len(case.path.parents) else case.path.parent
     file = (folder.parent if folder.name == LA_SUBFOLDER else folder) / SPACING_FILE
@@ -297,7 +297,7 @@ def read_geometry(case: Case) -> Geometry:
 
 
 def known_spacing(case: Case) -> tuple[float, ...] | None:
-    """mm along x, y, z, where the case's file or its set tells it; else None."""
+    """mm along x, y, z, where the case's file or its set states it; else None."""
     try:
         return told_geometry(case).get("spacing")
     except CaseError:
@@ -321,4 +321,4 @@ def check_all(cases: Sequence[Case], check: Callable[[Case], object], known: Seq
     if problems:
         some = "1 case is" if len(problems) == 1 else f"{len(problems)} cases are"
         listing = "\n".join(f"  {line}" for line in problems)
-        raise UserError(f"{some} not usable. Mend the files or take the names out of the lists:\n{listing}")
+        raise UserError(f"{some} not usable. Fix the files or take the names out of the lists:\n{listing}")

@@ -21,26 +21,26 @@ def read_dataset(path: Path) -> dict[str, Any]:
     try:
         told = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as e:
-        raise UserError(f"cannot read {path}: {e}. Mend it or move it away.") from e
+        raise UserError(f"cannot read {path}: {e}. Fix it or move it away.") from e
     if not isinstance(told, dict):
-        raise UserError(f"{path} holds no JSON object, as the Decathlon's and nnU-Net's do. Mend it or move it away.")
+        raise UserError(f"{path} holds no JSON object, as the Decathlon's and nnU-Net's do. Fix it or move it away.")
     return told
 
 
 def class_names(folder: Path) -> dict[int, str]:
-    """Value of a label -> name of its class, as the folder's dataset.json tells it; the background is left out.
+    """Value of a label -> name of its class, as the folder's dataset.json has it; the background is left out.
 
     Both forms are read, {"0": "background", "1": "liver"} and {"background": 0, "liver": 1}. A region of several
     values, as nnU-Net may have them, names no class.
 
     Raises:
-        UserError: a dataset.json that cannot be read or tells something else.
+        UserError: a dataset.json that cannot be read or has other content.
     """
     return names_in(read_dataset(folder / DATASET), folder / DATASET)
 
 
 def names_in(told: dict[str, Any], path: Path) -> dict[int, str]:
-    """`class_names` of what a dataset.json, at `path`, tells."""
+    """`class_names` of the content of a dataset.json, at `path`."""
     labels = told.get("labels", {})
     found: dict[int, str] = {}
     for key, value in labels.items() if isinstance(labels, dict) else [("", None)]:
@@ -54,7 +54,7 @@ def names_in(told: dict[str, Any], path: Path) -> dict[int, str]:
         else:
             raise UserError(
                 f'{path} has labels that are neither {{"1": "liver"}} nor {{"liver": 1}}: {json.dumps(labels)[:80]}. '
-                "Mend it or move it away."
+                "Fix it or move it away."
             )
         if number in found:
             raise UserError(f"{path} has two names of the label {number}: {found[number]}, {name}. Keep one of them.")

@@ -1,4 +1,4 @@
-"""What was found out about a case, kept beside the data: that its file is sound, and its volumes as plain arrays."""
+"""What was found out about a case, kept next to the data: that its file is sound, and its volumes as plain arrays."""
 
 import dataclasses
 import hashlib

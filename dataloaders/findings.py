@@ -1,4 +1,4 @@
-"""What is worth a word about the volumes of a data set that can be read: facts of each, and what they tell together.
+"""What is worth a word about the volumes of a data set that can be read: facts of each, and what they show together.
 
 The judgements are measured against the LA set, whose scans were normalised to mean 0 and standard deviation 1 before
 they were cropped around the atrium, so that the crops are brighter. LA holds what its 100 scans are like, the smallest
@@ -51,12 +51,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class Facts:
-    """What one reading of a case tells."""
+    """What one reading of a case finds."""
 
     case: Case
     shape: tuple[int, ...]
     spacing: tuple[float, ...] | None
-    """mm along x, y, z; None if it was not read, or neither the file nor the set tells it."""
+    """mm along x, y, z; None if it was not read, or neither the file nor the set states it."""
     mean: float
     sd: float
     p1: float
@@ -67,7 +67,7 @@ class Facts:
     fingerprint: str
     """Of the image, see dataloaders/likeness.py."""
     orientation: str | None = None
-    """Where the axes point, see dataloaders/orientation.py; None if it was not read, or the file does not tell it."""
+    """Where the axes point, see dataloaders/orientation.py; None if it was not read, or the file does not state it."""
 
 
 def facts_of(case: Case, image: NDArray[np.float32], label: NDArray[np.uint8] | None) -> Facts:
@@ -145,8 +145,8 @@ def _spacings(facts: Sequence[Facts]) -> list[Finding]:
     found = []
     unknown = tuple(x.case.name for x in facts if not x.spacing)
     if unknown:
-        text = "neither the file nor the set tells the size of a voxel, so that nothing is known in mm. Write it into "
-        more = f"the files (attribute spacing) or, the mm along x, y and z, into {SPACING_FILE} beside the lists."
+        text = "neither the file nor the set states the size of a voxel, so that nothing is known in mm. Write it into "
+        more = f"the files (attribute spacing) or, the mm along x, y and z, into {SPACING_FILE} next to the lists."
         found.append(Finding("warning", () if len(unknown) == len(facts) else unknown, text + more))
     facts = [x for x in facts if x.spacing]
     if not facts:
@@ -172,13 +172,13 @@ def _spacings(facts: Sequence[Facts]) -> list[Finding]:
 
 
 def _orientations(facts: Sequence[Facts]) -> list[Finding]:
-    """Of published LA scans it is known that they do not tell it, and that their axes are alike."""
+    """Of published LA scans it is known that they do not state it, and that their axes are alike."""
     facts = [x for x in facts if x.orientation or not published(x.case)]
     found = []
     unknown = tuple(x.case.name for x in facts if not x.orientation)
     if unknown:
-        text = "the file does not tell where its axes point. A network learns them as they are stored, and predict.py "
-        more = "takes those of a new scan as they are stored too. Convert it from files that tell it, if you can."
+        text = "the file does not state where its axes point. A network learns them as they are stored, and predict.py "
+        more = "takes those of a new scan as they are stored too. Convert it from files that state it, if you can."
         found.append(Finding("warning", () if len(unknown) == len(facts) else unknown, text + more))
     known = Counter(x.orientation for x in facts if x.orientation)
     if len(known) > 1:
@@ -215,7 +215,7 @@ def _labels(facts: Sequence[Facts]) -> list[Finding]:
     empty = tuple(x.case.name for x in facts if x.voxels == {})
     if not empty:
         return []
-    text = "the label is empty. If there is an object in the scan, mend the label or take the case out of the lists."
+    text = "the label is empty. If there is an object in the scan, fix the label or take the case out of the lists."
     return [Finding("warning", empty, text)]
 
 

@@ -3,7 +3,7 @@
 An array is (W,H,D), along x, y, z of the file. Its geometry is ITK's, in the LPS frame (mm to the patient's left, back
 and head): `spacing` of the voxels along the array's axes, `origin` the place of the middle of voxel (0,0,0),
 `direction` 9 cosines row by row, whose columns are the array's axes. Voxel i lies at
-origin + direction @ (spacing * i). What a file does not tell its geometry lacks.
+origin + direction @ (spacing * i). What a file does not state its geometry lacks.
 """
 
 import os
@@ -56,7 +56,7 @@ def scan_name(path: Path) -> str:
 
 
 def read_image(path: Path) -> tuple[NDArray[np.float32], Geometry]:
-    """A scan as float32 (W,H,D), its intensities as they are in the file, and what the file tells of its geometry.
+    """A scan as float32 (W,H,D), its intensities as they are in the file, and what the file states of its geometry.
 
     Raises:
         CaseError: missing, no scan, cut short, not three-dimensional numbers, larger than 2 GiB in float32,
@@ -75,7 +75,7 @@ def read_image(path: Path) -> tuple[NDArray[np.float32], Geometry]:
 
 
 def read_label(path: Path) -> tuple[NDArray[np.integer], Geometry]:
-    """A label map as integers (W,H,D), its values as they are in the file, and what the file tells of its geometry.
+    """A label map as integers (W,H,D), its values as they are in the file, and what the file states of its geometry.
 
     Raises:
         CaseError: as for `read_image`, and values that are negative or no integers.
@@ -115,7 +115,7 @@ def _read(path: Path) -> tuple[NDArray[Any], Geometry]:
         picture = reader.Execute()
     except RuntimeError as e:
         if "determinant" in str(e):
-            raise CaseError("has a direction of determinant 0: its axes span no volume. Mend its header") from e
+            raise CaseError("has a direction of determinant 0: its axes span no volume. Fix its header") from e
         raise CaseError(f"is no whole scan ({_reason(e)})") from e
     refuse_direction(picture.GetDirection())
     geometry = {"spacing": picture.GetSpacing(), "origin": picture.GetOrigin(), "direction": picture.GetDirection()}
@@ -123,10 +123,10 @@ def _read(path: Path) -> tuple[NDArray[Any], Geometry]:
 
 
 def _told_by(path: Path, picture: sitk.Image) -> set[str]:
-    """Which of spacing, origin and direction the header of a NRRD or MetaImage tells; ITK makes up the rest.
+    """Which of spacing, origin and direction the header of a NRRD or MetaImage states; ITK makes up the rest.
 
     Raises:
-        CaseError: it tells lengths that are not in mm.
+        CaseError: it states lengths that are not in mm.
     """
     with open(path, "rb") as f:
         text = f.read(HEADER).decode("latin-1").replace("\r", "")
@@ -144,7 +144,7 @@ def _told_by(path: Path, picture: sitk.Image) -> set[str]:
         direction = not {"TransformMatrix", "Rotation", "Orientation"}.isdisjoint(fields)
     strange = [unit for unit in units if unit.lower() not in MM]
     if strange:
-        raise CaseError(f"tells its lengths in {strange[0]}, which programs read in different ways. Write them in mm")
+        raise CaseError(f"states its lengths in {strange[0]}, which programs read in different ways. Write them in mm")
     return {name for name, told in (("spacing", spacing), ("origin", direction), ("direction", direction)) if told}
 
 
@@ -187,7 +187,7 @@ def write_image(path: Path, array: NDArray[Any], geometry: Geometry, like: Path 
         os.replace(partial, path)
     except (RuntimeError, OSError, CaseError) as e:
         why = _reason(e) if isinstance(e, RuntimeError) else getattr(e, "strerror", None) or str(e)
-        raise UserError(f"cannot write {path}: {why}. Mend that or choose another folder.") from e
+        raise UserError(f"cannot write {path}: {why}. Fix that or choose another folder.") from e
     finally:
         if partial.parent.is_dir():
             partial.unlink(missing_ok=True)

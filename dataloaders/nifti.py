@@ -1,6 +1,6 @@
 """NIfTI files: voxels as they are, headers that contradict themselves, and results under a scan's own header.
 
-A header tells the size of its voxels in pixdim and where they lie in up to two forms, each with a code: 0 says that the
+A header states the size of its voxels in pixdim, and their place in up to two forms, each with a code: 0 says that the
 form is not used. The sform counts where its code is above 0, else the qform, as in nibabel, FSL and most viewers.
 """
 
@@ -31,7 +31,7 @@ Header = Nifti1Header | Nifti2Header  # the second is one of the first
 
 
 def read_nifti(path: Path) -> tuple[NDArray[Any], Geometry]:
-    """The voxels (W,H,D) as the file has them, scaled as it says, and what it tells of spacing, origin and direction.
+    """The voxels (W,H,D) as the file has them, scaled as it says, and what it states of spacing, origin and direction.
 
     Of a file without sform and qform that is the spacing. Says on stderr if both forms are there and differ.
 
@@ -54,7 +54,7 @@ def read_nifti(path: Path) -> tuple[NDArray[Any], Geometry]:
     slope, inter = float(header["scl_slope"]), float(header["scl_inter"])
     if slope and not (math.isfinite(slope) and math.isfinite(inter)):
         raise CaseError(
-            f"has a scl_slope of {slope:g} and a scl_inter of {inter:g}, which is no scaling. Mend its header"
+            f"has a scl_slope of {slope:g} and a scl_inter of {inter:g}, which is no scaling. Fix its header"
         )
     if slope not in (0, 1) or (slope and inter):
         with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused later
@@ -116,7 +116,7 @@ def _voxels(f: IO[bytes], header: Header, size: int) -> NDArray[np.uint8]:
             part[:] = np.frombuffer(piece, np.uint8, len(part))
         found += len(piece)
     if found < offset + size:
-        raise CaseError(f"is cut short: {found} bytes where its header tells of {offset + size}")
+        raise CaseError(f"is cut short: {found} bytes where its header states {offset + size}")
     return data
 
 
@@ -124,10 +124,10 @@ def _told(path: Path, header: Header, shape: tuple[int, ...]) -> Geometry:
     """What the header says of the geometry, in ITK's frame, if it does not contradict itself."""
     unit = {1: "metres", 3: "microns"}.get(int(header["xyzt_units"]) & 7)
     if unit:
-        raise CaseError(f"tells its lengths in {unit}, which programs read in different ways. Write them in mm")
+        raise CaseError(f"states its lengths in {unit}, which programs read in different ways. Write them in mm")
     pixdim = header["pixdim"][1:4].astype(float)
     if not (np.isfinite(pixdim).all() and (pixdim > 0).all()):
-        raise CaseError(f"has voxels of {_by(pixdim)} mm (pixdim), which must be above 0. Mend its header")
+        raise CaseError(f"has voxels of {_by(pixdim)} mm (pixdim), which must be above 0. Fix its header")
     forms = {
         name: matrix for name, matrix in (("sform", _sform(header)), ("qform", _qform(header))) if matrix is not None
     }
@@ -135,12 +135,12 @@ def _told(path: Path, header: Header, shape: tuple[int, ...]) -> Geometry:
         return {"spacing": tuple(map(float, pixdim))}
     for name, matrix in forms.items():
         if not np.isfinite(matrix).all():
-            raise CaseError(f"has a {name} that is not all numbers. Mend its header")
+            raise CaseError(f"has a {name} that is not all numbers. Fix its header")
         lengths = np.linalg.norm(matrix[:, :3], axis=0)
         if np.abs(lengths / pixdim - 1).max() > LENGTHS:
             raise CaseError(
                 f"contradicts itself: its {name} makes voxels of {_by(lengths)} mm, its pixdim"
-                f"{' and qform' if 'qform' in forms else ''} of {_by(pixdim)} mm. Mend the one that is wrong"
+                f"{' and qform' if 'qform' in forms else ''} of {_by(pixdim)} mm. Fix the one that is wrong"
             )
     name, matrix = next(iter(forms.items()))
     lengths = np.linalg.norm(matrix[:, :3], axis=0)
@@ -166,7 +166,7 @@ def _qform(header: Header) -> NDArray[np.float64] | None:
     b, c, d = (float(header[f"quatern_{name}"]) for name in "bcd")
     rest = 1 - (b * b + c * c + d * d)
     if not rest > -LENGTHS:  # also for what is no number
-        raise CaseError(f"has a qform whose quaternion, {b:g} {c:g} {d:g}, is longer than 1. Mend its header")
+        raise CaseError(f"has a qform whose quaternion, {b:g} {c:g} {d:g}, is longer than 1. Fix its header")
     axes = quat2mat([0.0 if rest < 1e-7 else math.sqrt(rest), b, c, d])  # as the NIfTI library of the standard does
     axes[:, 2] *= -1 if header["pixdim"][0] < 0 else 1  # qfac
     offset = [float(header[f"qoffset_{axis}"]) for axis in "xyz"]

@@ -78,7 +78,7 @@ def turn_to(orientation: str | None, direction: Sequence[float] | None) -> Turn:
 
 
 def known_orientation(case: Case) -> str | None:
-    """The orientation that a case's file tells, else None."""
+    """The orientation that a case's file states, else None."""
     try:
         direction = told_geometry(case).get("direction")
     except CaseError:
@@ -87,6 +87,6 @@ def known_orientation(case: Case) -> str | None:
 
 
 def common_orientation(cases: Sequence[Case]) -> str | None:
-    """That of all cases; None if one of them does not tell it, or they differ."""
+    """That of all cases; None if one of them does not state it, or they differ."""
     found = Counter(map(known_orientation, cases))
     return next(iter(found)) if len(found) == 1 else None

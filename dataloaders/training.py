@@ -90,7 +90,7 @@ def training_cases(
         if RANK == 0:
             print(
                 f"No LA data in {LA_FOLDER}, so this is the PHANTOM SET in {folder}: made-up atria to try things out\n"
-                "with, no figures to compare with any paper. data/README.md tells where the LA data come from.",
+                "with, no figures to compare with any paper. data/README.md says where the LA data come from.",
                 file=sys.stderr,
             )
         make_phantom_set(folder)

@@ -97,7 +97,7 @@ class HandOver:
 
 
 def room() -> str:
-    """How much shared memory there is, in words; nothing where the system does not tell."""
+    """How much shared memory there is, in words; nothing where the system does not say."""
     if not SHARED_MEMORY.is_dir():
         return ""
     total, _, free = shutil.disk_usage(SHARED_MEMORY)

@@ -228,7 +228,7 @@ def colours_of(tags: Sequence[str]) -> dict[str, str]:
 
 
 def draw_curves(runs: dict[str, dict[str, NDArray]], panels: Sequence[tuple[str, Sequence[str]]]) -> Figure:
-    """Curves of several runs beside each other.
+    """Curves of several runs side by side.
 
     Args:
         runs: name -> column of scalars.csv -> values; each column of curves is one run.

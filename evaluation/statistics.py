@@ -50,7 +50,7 @@ The difference is of the means over runs and scans, its interval of resampled on
 same seed. p, with {LEAST_RUNS} runs and more on each side, is of a permutation of the runs.
 """
 WHAT_OF_SCANS = """\
-Scan by scan within one pair of runs, which tells nothing of other runs of the same kind: the median is that of Hodges
+Scan by scan within one pair of runs, which says nothing about other runs of the same kind: the median is that of Hodges
 and Lehmann, which Wilcoxon's test is of; Holm's correction is over these lines.
 """
 

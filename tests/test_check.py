@@ -218,11 +218,11 @@ def test_orientations_that_differ_or_are_not_told(tiny_set, tmp_path, capsys):
         image, label = volumes(tiny_set, name)
         told = {"direction": spoilt} if spoilt else {}
         write_case(tiny_set / name / "mri_norm2.h5", image, label, spacing=(1.0, 1.0, 2.0), **told)
-    assert warned(tiny_set, capsys).startswith("case09: the file does not tell where its axes point. ")
+    assert warned(tiny_set, capsys).startswith("case09: the file does not state where its axes point. ")
     for i in range(10):
         name = f"case{i:02d}"
         write_case(tiny_set / name / "mri_norm2.h5", *volumes(tiny_set, name), spacing=(1.0, 1.0, 2.0))
-    assert warned(tiny_set, capsys).startswith("all cases: the file does not tell where its axes point. ")
+    assert warned(tiny_set, capsys).startswith("all cases: the file does not state where its axes point. ")
     assert sum("where its axes point" in line for line in log_of(tiny_set, tmp_path / "unknown")) == 1
 
 
@@ -232,7 +232,7 @@ def test_a_spacing_that_nobody_tells_is_no_size_in_ml(tiny_set, capsys):
         path = tiny_set / name / "mri_norm2.h5"
         write_case(path, *volumes(tiny_set, name), direction=GEOMETRY["direction"])
     line = warned(tiny_set, capsys)
-    assert line.startswith("all cases: neither the file nor the set tells the size of a voxel")
+    assert line.startswith("all cases: neither the file nor the set states the size of a voxel")
     _, rest = run_check(tiny_set, capsys)
     assert "| class 1, ml |  |  |  |" in rest and "| spacing, mm |  |  |  |" in rest
     label = np.zeros((24, 22, 18), np.uint8)

@@ -246,7 +246,7 @@ def test_nnu_net_folders(tmp_path, capsys):
     out = converted(tmp_path / "nnu", tmp_path / "set")
     assert lists_of(out) == (["patient0", "patient1", "patient2", "patient4"], ["patient3"])
     assert "left out: 1 scans of" in capsys.readouterr().err
-    with pytest.raises(UserError, match="--test-share is given, but the source tells"):
+    with pytest.raises(UserError, match="--test-share is given, but the source states"):
         converted(tmp_path / "nnu", tmp_path / "other", "--test-share", "0.5")
 
 

@@ -148,7 +148,7 @@ def test_a_run_does_not_go_on_with_another_label(tmp_path):
 
 
 def test_bare_weights_have_none():
-    with pytest.raises(UserError, match="bare weights do not tell"):
+    with pytest.raises(UserError, match="bare weights do not state"):
         test_la.main(["--checkpoint", "x.pth", "--method", "dtc", "--scans", "held-out"])
 
 

@@ -181,8 +181,8 @@ def test_a_pixdim_that_is_no_length_is_refused(value, axis, sform_code, qform_co
         ({"sform_code": 0, "quatern_b": np.nan}, "has a qform whose quaternion, nan"),
         ({"sform_code": 0, "quatern_b": 1.0, "quatern_c": 1.0}, "is longer than 1"),
         ({"qoffset_x": np.nan}, "has a qform that is not all numbers"),
-        ({"xyzt_units": 1}, "tells its lengths in metres"),
-        ({"xyzt_units": 8 + 3}, "tells its lengths in microns"),
+        ({"xyzt_units": 1}, "states its lengths in metres"),
+        ({"xyzt_units": 8 + 3}, "states its lengths in microns"),
         ({"scl_slope": np.nan}, "has a scl_slope of nan"),
         ({"scl_slope": np.inf}, "has a scl_slope of inf"),
         ({"scl_inter": np.nan}, "a scl_inter of nan"),
@@ -316,9 +316,9 @@ LPS = ("space: left-posterior-superior", "space directions: (0.8,0,0) (0,1,0) (0
         (lambda t: meta(t / "a.mhd.mha", TransformMatrix="0.8 0 0 0 1 0 0 0 1"), "no unit vectors but 0.8, 1, 1 long"),
         (lambda t: meta(t / "a.mha", TransformMatrix="1 0 0 0 1 0 0 0 0"), "has a direction of determinant 0"),
         (lambda t: meta(t / "a.mha", TransformMatrix="1 0 0 0 1 0 0 0 1.02"), "no unit vectors"),
-        (lambda t: meta(t / "a.mha", DistanceUnits="um"), "tells its lengths in um"),
+        (lambda t: meta(t / "a.mha", DistanceUnits="um"), "states its lengths in um"),
         (lambda t: nrrd(t / "a.nrrd", LPS[0], "space directions: (1,0,0) (0,1,0) (0,0.5,1.7)", LPS[2]), "y and z are"),
-        (lambda t: nrrd(t / "a.nrrd", *LPS, 'space units: "cm" "cm" "cm"'), "tells its lengths in cm"),
+        (lambda t: nrrd(t / "a.nrrd", *LPS, 'space units: "cm" "cm" "cm"'), "states its lengths in cm"),
     ],
 )  # fmt: skip
 def test_axes_that_are_no_grid_are_refused_in_every_format(make, message, tmp_path):

@@ -200,7 +200,7 @@ def test_a_checkpoint_has_the_orientation_of_its_own_cases(tmp_path, patients, c
     torch.save(state, tmp_path / "old.pt")
     old = [predicted(tmp_path / "old.pt", path, tmp_path / "out")[1] for path in (straight, other, mirrored)]
     assert (old[0] == lps[0]).all() and (old[2] == old[1]).all()  # axes as they are stored, as before
-    assert "does not tell where the axes of its training scans point" in capsys.readouterr().err
+    assert "does not state where the axes of its training scans point" in capsys.readouterr().err
     with pytest.raises(predict.UserError, match=r"different orientations: LPS, unknown"):
         predict.main(["--checkpoint", str(tmp_path / "lps"), str(tmp_path / "old.pt"), str(straight), "-o", "x"])
 
@@ -231,8 +231,8 @@ def test_h5_cases_are_predicted_by_their_attributes(run, tmp_path, capsys):
         argv = ["--checkpoint", str(run), str(tmp_path / f"{name}.h5"), "-o", str(tmp_path / "out"), "--device", "cpu"]
         predict.main([*argv, "--probabilities", "float32", "--report", str(tmp_path / f"{name}.csv")])
         out, err = capsys.readouterr()
-        assert ("does not tell where its axes point" in err) == (name in ("untold", "nothing"))
-        assert ("does not tell the size of its voxels" in err) == ("| unknown |" in out) == (name == "nothing")
+        assert ("does not state where its axes point" in err) == (name in ("untold", "nothing"))
+        assert ("does not state the size of its voxels" in err) == ("| unknown |" in out) == (name == "nothing")
     stored, ras, untold, nothing = (
         read_image(tmp_path / "out" / f"{name}_probability.nii.gz")[0]
         for name in ("stored", "ras", "untold", "nothing")

@@ -18,7 +18,7 @@ from dataloaders.cases import Case, case_file, lists_of, read_case
 from evaluation.figures import ComparedCase, around, as_png, draw_comparison, draw_curves
 from evaluation.slices import COLOURS, LABEL, prediction_mesh
 from evaluation.surfaces import Camera, Surface, camera_around, render, surface
-from tools import pictures
+from tools import framework, pictures
 from utils.errors import UserError
 
 ORANGE, GREEN = COLOURS[0], LABEL
@@ -388,3 +388,8 @@ def test_a_run_s_event_file_holds_the_mesh_of_every_picture(tmp_path):
     # The label of the fixed crop, in mm: its voxels lie inside its surface, whose spacing (1,1,2) stretches z.
     assert np.ptp(green, axis=0)[2] == pytest.approx(np.ptp(green, axis=0)[0] * 2, rel=0.35)
     assert KDTree(green).query(green.mean(axis=0))[0] > 2
+
+
+def test_the_framework_is_drawn(tmp_path):
+    framework.main([str(tmp_path / "framework.png")])
+    assert Image.open(tmp_path / "framework.png").size == (1600, 700)

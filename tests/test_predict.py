@@ -179,7 +179,7 @@ def test_a_nifti_s_prediction_has_the_scan_s_own_header(world, tmp_path, capfd):
             lambda data, header: header.__setitem__("srow_x", 2 * header["srow_x"]),
             "contradicts itself: its sform makes",
         ),
-        (lambda data, header: header.__setitem__("xyzt_units", 3), "tells its lengths in microns"),
+        (lambda data, header: header.__setitem__("xyzt_units", 3), "states its lengths in microns"),
     ],
 )
 def test_a_nifti_that_is_wrong_is_refused_by_convert_and_predict(change, message, world, tmp_path):
@@ -408,7 +408,7 @@ def test_a_checkpoint_without_spacing_leaves_scans_at_theirs(world, tmp_path, ca
     del state["spacing"]
     torch.save(state, tmp_path / "old.pt")
     old = probability_of([tmp_path / "old.pt"], scan(world), tmp_path / "old")
-    assert "does not tell the spacing" in capsys.readouterr().err
+    assert "does not state the spacing" in capsys.readouterr().err
     own = probability_of([world / "runs" / "dtml"], scan(world), tmp_path / "own", "--spacing", "0.8", "1", "1.7")
     assert (old == own).all() and (
         old != probability_of([world / "runs" / "dtml"], scan(world), tmp_path / "new")

@@ -361,6 +361,26 @@ def test_the_phantom_table(here, capsys):
     assert "a processor, threads: 1" in text and cells(text, "supervised, M_d alone")[0][1] == "not yet run"
 
 
+def test_the_table_at_a_glance(here, capsys):
+    for seed, dice in {1337: 0.8, 1338: 0.7, 1339: 0.9}.items():
+        write_record(here / "results", "supervised-normalized-16", seed, [(dice, 2)] * 6)
+        write_record(here / "results", "plus-16", seed, [(dice + 0.02, 3)] * 6)
+    for seed in (1337, 1338):
+        write_record(here / "results", "plus-alone-16", seed, [(0.7, 1)] * 5 + [(0.1, float("nan"))])
+    reproduce.main(["--profile", "half", "--table", "glance"])
+    out, err = capsys.readouterr()
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()[2:]]
+    rows = {(line[0], line[1]): line[2:] for line in lines}
+    assert rows["V-Net", "16 / 0"] == ["80.00 ± 10.00", "4.00 ± 0.00", "3", ""]
+    alone, with_them = (rows["DTML+", scans] for scans in ("16 / 0", "16 / 64"))
+    assert alone == ["60.00", "**2.00** (10 of 12; not penalised)", "2", ""] and err == ""
+    assert with_them[:3] == ["**82.00 ± 10.00**", "6.00 ± 0.00", "3"]
+    assert with_them[3].startswith("+17.00 (") and with_them[3].endswith(", 2 runs each)")
+    assert rows["V-Net", "8 / 0"][0] == "not yet run" and out.count("|") == 7 * (2 + len(rows))
+    reproduce.main(["--profile", "half"])
+    assert "gain from the unlabeled scans" not in capsys.readouterr().out
+
+
 THREE = ("seg", "sdm", "mean")
 
 

@@ -108,7 +108,7 @@ def test_labels_of_images_ts_make_them_the_test_cases(tmp_path, capsys):
     assert "left out: 1 scans of imagesTs" in capsys.readouterr().err
     train, test = lists_of(converted(source, tmp_path / "more", "--images-ts", "unlabeled"))
     assert (train, test) == (names(*range(6), 7), names(6))
-    with pytest.raises(UserError, match="--test-share is given, but the source tells"):
+    with pytest.raises(UserError, match="--test-share is given, but the source states"):
         converted(source, tmp_path / "other", "--test-share", "0.5")
 
 
@@ -161,7 +161,7 @@ def test_both_forms_of_dataset_json_are_read(labels, expected, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", r"cannot read .*dataset\.json.*Mend it or move it away"),
+        ("{", r"cannot read .*dataset\.json.*Fix it or move it away"),
         ("[1]", "holds no JSON object"),
         ('{"labels": ["liver"]}', "neither"),
         ('{"labels": {"liver": 1.5}}', "neither"),

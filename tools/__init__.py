@@ -1,1 +1,1 @@
-"""Programs beside the three scripts: convert, check, reproduce, pictures, report page, share, doctor, replay."""
+"""Programs other than the three scripts: convert, check, reproduce, pictures, report page, share, doctor, replay."""

@@ -159,7 +159,7 @@ def make_case(job: Job) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None, 
     image, mean, sd = normalise(source)
     if job.spacing is not None and "spacing" not in told:
         raise CaseError(
-            f"{job.scan.image} does not tell the size of its voxels. Write it into the file, or leave out --spacing"
+            f"{job.scan.image} does not state the size of its voxels. Write it into the file, or leave out --spacing"
         )
     shape, grid = grid_of_spacing(source.shape, geometry, job.spacing)
     about: dict[str, Any] = {f"source_{key}": value for key, value in stored_geometry.items()}
@@ -282,7 +282,7 @@ def write_case(path: Path, image: NDArray, label: NDArray | None, about: dict[st
         os.replace(partial, path)
     except (OSError, RuntimeError) as e:  # h5py raises either for a full disk
         why = getattr(e, "strerror", None) or str(e)
-        raise UserError(f"cannot write {path}: {why}. Mend that; the same command then goes on.") from e
+        raise UserError(f"cannot write {path}: {why}. Fix that; the same command then goes on.") from e
     finally:
         if partial.parent.is_dir():
             partial.unlink(missing_ok=True)

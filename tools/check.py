@@ -1,10 +1,10 @@
-"""Checks a data set before training: every file of its lists, and what the volumes tell together.
+"""Checks a data set before training: every file of its lists, and what the volumes show together.
 
     python -m tools.check data/la --labeled 16
     python -m tools.check FOLDER --labeled 10 --patch-size 96 96 64
     python -m tools.check FOLDER --classes 3 --all-labels
 
-An error must be mended before training (exit code 2), a warning is worth a look, a note is good to know; each names the
+An error must be fixed before training (exit code 2), a warning is worth a look, a note is good to know; each names the
 cases and what to do. The labels of the first --labeled training cases and of the test cases are opened, those of the
 others only with --all-labels. A table at the end compares the set with LA.
 """
@@ -119,10 +119,10 @@ def _parts(mask: NDArray[np.bool_]) -> list[int]:
 def findings_of_looks(
     looks: Sequence[Look], *, classes: int, labeled: Sequence[str], test: Sequence[str]
 ) -> list[Finding]:
-    """What the cases tell beyond the intensities, spacing and sizes that training looks at too."""
+    """What the cases show beyond the intensities, spacing and sizes that training looks at too."""
     good = [x for x in looks if x.facts is not None]
-    mend = "Mend the file or take the case out of the lists."
-    found = [Finding("error", (x.name,), f"{x.problem}. {mend}") for x in looks if x.problem]
+    fix = "Fix the file or take the case out of the lists."
+    found = [Finding("error", (x.name,), f"{x.problem}. {fix}") for x in looks if x.problem]
     found += duplicates([x.facts for x in good if x.facts], test)
     found += _same_labels(good)
     found += _classes(good, classes, {"labeled training": labeled, "test": test})
@@ -304,7 +304,7 @@ def main(argv: list[str] | None = None) -> None:
     print("\n" * bool(findings) + summary)
     print("\n" + ", ".join(f"{n} {level}{'s' * (n != 1)}" for level, n in counts.items()))
     if counts["error"]:
-        raise UserError(f"{folder} cannot be trained on as it is. Mend what is called an error above.")
+        raise UserError(f"{folder} cannot be trained on as it is. Fix what is called an error above.")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ What --source may be:
 
 The axes of each scan are brought to RAS, those of the challenge's folders stay as the published LA set has them. It is
 normalised to zero mean and unit variance over all its voxels, then resampled, then cropped. --out gets
-NAME/mri_norm2.h5, train.list, the labeled cases first, test.list, and dataset.json, which tells the classes' names and
+NAME/mri_norm2.h5, train.list, the labeled cases first, test.list, and dataset.json, which holds the classes' names and
 which cases were ever listed. What is there already is left alone, so the same command goes on where it was stopped;
 what was made from another file or with other options is refused.
 
@@ -61,7 +61,9 @@ class Options:
     spacing: list[float] | None = option(
         None, "mm along the axes of RAS to resample to (default each scan's own)", type=float, nargs=3, minimum=1e-3
     )
-    interpolation: str = option("linear", "of the intensities", choices=[k for k in INTERPOLATORS if k != "nearest"])
+    interpolation: str = option(
+        "linear", "how intensities are interpolated", choices=[k for k in INTERPOLATORS if k != "nearest"]
+    )
     labels: list[int] | None = option(
         None,
         "values of the labels that become 1, 2, ..., all others 0 (default as they are; 255 alone becomes 1)",
@@ -79,7 +81,7 @@ class Options:
     )
     test_share: float | None = option(
         None,
-        "share of the labeled cases for test.list (default what the source tells, the published lists for the "
+        "share of the labeled cases for test.list (default what the source states, the published lists for the "
         "challenge's, else 0.2)",
         type=float,
         minimum=0,
@@ -142,7 +144,7 @@ def named(found: dict[int, str], labels: Sequence[int] | None, out: Path) -> dic
         classes = {c: found[value] for c, value in enumerate(labels, 1) if value in found}
     elif "ignore" in found.values():
         raise UserError(
-            f"{DATASET} tells of voxels to ignore, and every voxel is learned from here. Name the values that are "
+            f"{DATASET} names voxels to ignore, and every voxel is learned from here. Name the values that are "
             "classes by --labels; all others become background."
         )
     else:
@@ -226,7 +228,7 @@ def summary(
         told = ", ".join(f"{code} in {n} cases" for code, n in sorted(orientations.items()))
         lines.append(f"orientations differ: {told}. A network sees the axes as they are stored; is this meant?")
     elif "unknown" in orientations:
-        lines.append("no file tells where its axes point; they are kept as they are stored")
+        lines.append("no file states where its axes point; they are kept as they are stored")
     return lines
 
 

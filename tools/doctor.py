@@ -1,4 +1,4 @@
-"""What a bug report should tell: versions, hardware, the data set, and what would be slow here.
+"""What a bug report needs: versions, hardware, the data set, and what would be slow here.
 
     python -m tools.doctor
     python -m tools.doctor --data FOLDER
@@ -25,7 +25,7 @@ from utils.options import Parser, fill, option
 from utils.run_folder import PACKAGES, _git, processor, version_of
 
 GIB = 2**30
-FULL_STEP_GIB, FULL_STEP_S = 9.5, 26  # of one full-size iteration on two cores, see README
+FULL_STEP_GIB, FULL_STEP_S = 9.5, 26  # of one full-size iteration on two cores, see docs/training.md
 
 
 @dataclasses.dataclass

@@ -1,4 +1,4 @@
-"""The table of a data set: what its cases are like, beside LA."""
+"""The table of a data set: what its cases are like, compared with LA."""
 
 from collections.abc import Iterable
 

@@ -153,7 +153,7 @@ def maps_of_slice(
 
 
 def figure3(paths: Sequence[str], o: Options) -> Figure:
-    """Contours and surfaces of the predictions of several runs beside the label."""
+    """Contours and surfaces of the predictions of several runs, and of the label."""
     named = [Path(where).exists() for where in paths]
     split = [(where, "") if there else where.rpartition(":")[::2] for where, there in zip(paths, named, strict=True)]
     tests = [Path(where) / "test" for where, _ in split]

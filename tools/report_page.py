@@ -382,7 +382,7 @@ def viewer(case: ShownCase, title: str) -> str:
 
 
 def provenance(tested: dict[str, Any], trained: dict[str, Any]) -> str:
-    """What test.json and manifest.json tell, without the checksums of the volumes."""
+    """What test.json and manifest.json state, without the checksums of the volumes."""
 
     def entries(values: dict[str, Any]) -> str:
         lines = []

@@ -5,6 +5,7 @@
     python -m tools.reproduce --missing                           train and test what is missing, then print the tables
     python -m tools.reproduce --missing --budget 60               the same for an hour; the same command goes on
     python -m tools.reproduce --profile half --table 3 --rows ua-mt dtc --seeds 1337
+    python -m tools.reproduce --profile half --table glance       the README's table
     python -m tools.reproduce --submit slurm --slurm gpus_per_node=1 timeout_min=240
 
 A run is the two commands that a user would type, train_dtml.py and test_la.py; then its options, manifest, curves and
@@ -37,7 +38,7 @@ from evaluation.metrics import COMPONENTS
 from evaluation.sliding_window import usual_stride
 from evaluation.statistics import read_row
 from settings import PROFILES, read_options
-from tools.grid import LA_RUNS, LA_TABLES, PHANTOM_RUNS, PHANTOM_TABLES, RETIRED, TESTS, TRAINED_AS, Tables
+from tools.grid import GLANCE, LA_RUNS, LA_TABLES, PHANTOM_RUNS, PHANTOM_TABLES, RETIRED, TESTS, TRAINED_AS, Tables
 from tools.table_rows import (
     BEYOND_HEAD,
     HEAD,
@@ -48,6 +49,7 @@ from tools.table_rows import (
     beyond_line,
     comparison_tables,
     comparisons,
+    glance_table,
     live_line,
     phantom_line,
     row_lines,
@@ -158,12 +160,14 @@ def select(o: Options) -> tuple[list[Run], Tables]:
         if unknown:
             raise UserError(f"--{flag} {' '.join(unknown)} is not in this grid. Choose from {', '.join(known)}.")
     chosen: Tables = {}
-    for name in o.table or [
-        name for name in tables if name != BEYOND or any(Path(o.results, o.profile).glob(f"{BEYOND}-*"))
-    ]:
+    shown = [name for name in tables if name != GLANCE]
+    if not any(Path(o.results, o.profile).glob(f"{BEYOND}-*")):
+        shown = [name for name in shown if name != BEYOND]
+    for name in o.table or shown:
         rows = [row for row in tables[name][1] if not o.rows or {row.key, methods[row.key]} & set(o.rows)]
         chosen |= {name: (tables[name][0], rows)} if rows else {}
     every = [row for _, rows in chosen.values() for row in rows]
+    every += [row._replace(key=row.alone) for row in every if row.alone]
     place = ["--data", o.data or str(PHANTOM_FOLDER if phantom else LA_FOLDER)]
     place += ["--device", o.device] if o.device else []
     place += ["--threads", str(o.threads)] if o.threads else []
@@ -246,7 +250,7 @@ def state(this: Run) -> str:
 def print_list(runs: list[Run], tables: Tables) -> None:
     """Every run with its tables, and for each seed how far it is and the command that trains it."""
     for key in dict.fromkeys(this.key for this in runs):
-        where = [name for name, (_, rows) in tables.items() if any(row.key == key for row in rows)]
+        where = [name for name, (_, rows) in tables.items() if any(key in (row.key, row.alone) for row in rows)]
         print(f"{key} (table {', '.join(where)})")
         for this in runs:
             if this.key == key:
@@ -271,6 +275,11 @@ def print_tables(o: Options, runs: list[Run], tables: Tables) -> None:
             devices.add(f"{manifest.get('device')}, threads: {manifest.get('threads')}")
         elif this.record.exists():
             print(f"warning: {this.record} is left out; {word}", file=sys.stderr)
+    if GLANCE in tables:
+        print(glance_table(tables[GLANCE][1], done))
+        tables = {name: table for name, table in tables.items() if name != GLANCE}
+        if not tables:
+            return
     usual = Counter(scans.values()).most_common(1)[0][0] if scans else 0
     for path, count in scans.items():
         if count != usual:
@@ -425,7 +434,7 @@ def submit(o: Options, runs: list[Run]) -> list[str]:
         executor = submitit.AutoExecutor(folder=Path(o.runs) / "submitit", cluster=o.submit)
         executor.update_parameters(**settings)
     except (RuntimeError, NameError, AssertionError, ValueError, OSError) as e:
-        raise UserError(f"--submit {o.submit} {shlex.join(o.slurm)}: {e} Mend --slurm, or use --missing.") from e
+        raise UserError(f"--submit {o.submit} {shlex.join(o.slurm)}: {e} Fix --slurm, or use --missing.") from e
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])  # jobs import this code
     missing: dict[Path, list[Run]] = {}
     for this in runs:

@@ -97,7 +97,7 @@ def _bytes(state: dict[str, Any]) -> bytes:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Writes the weights, and tells how large they are."""
+    """Writes the weights, and reports how large they are."""
     parser = Parser(description=__doc__, prog="python -m tools.share")
     parser.add_argument("run", metavar="RUN", type=Path, help="run folder or .pt file of train_dtml.py")
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="where to write the weights")

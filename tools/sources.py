@@ -26,7 +26,7 @@ LABEL_OF = re.compile(r"(.+)[-_. ](seg|segmentation|labels?|masks?|gt|roi|manual
 
 @dataclass(frozen=True)
 class Source:
-    """A scan to convert; `split` is 'train', 'test' or, where the source does not tell, ''."""
+    """A scan to convert; `split` is 'train', 'test' or, where the source does not say, ''."""
 
     name: str
     image: Path
@@ -60,7 +60,7 @@ def find_sources(source: Path, images_ts: str = "") -> Found:
 
     Raises:
         UserError: no such folder or file, no layout that is known, labels without scan, a label that cannot be read,
-            names that occur twice, an `images_ts` without any such scan, a dataset.json that tells something else.
+            names that occur twice, an `images_ts` without any such scan, a dataset.json with other content.
     """
     if source.is_file():
         if images_ts:
@@ -284,7 +284,7 @@ def choose_split(
     of the new labeled cases are chosen as bring the whole set nearest to it.
 
     Raises:
-        UserError: a --test-share beside a source that tells its split, a source that tells another split than the
+        UserError: a --test-share for a source that states its split, a source that states another split than the
             lists, or too few labeled cases.
     """
     before = before or Before()
@@ -293,7 +293,7 @@ def choose_split(
     labeled = {scan.name for scan in scans if scan.label is not None} - before.taken_out
     if any(scan.split for scan in scans):
         if share is not None:
-            raise UserError("--test-share is given, but the source tells what to test on. Leave one of them out.")
+            raise UserError("--test-share is given, but the source states what to test on. Leave one of them out.")
         for split, names in (("train", before.test), ("test", before.train)):
             wrong = [scan.name for scan in scans if scan.split == split and scan.name in set(names)]
             if wrong:

@@ -31,6 +31,7 @@ BEYOND_HEAD = (
     "| row | labeled / unlabeled | M_s Dice % | M_d Dice % | mean Dice % | mean 95HD | mean Dice above the paper's, of "
     "the same seeds (95 % interval, what it is over) | runs |"
 )
+GLANCE_HEAD = "| method | labeled / unlabeled | Dice % | 95HD voxel | runs | gain from the unlabeled scans, Dice % |"
 COMPARED_HEAD = (
     "| row | labeled / unlabeled | difference | 95 % interval | over | median of the scans | higher in | seeds |"
 )
@@ -78,7 +79,7 @@ class Pair:
 
 
 def compared(row: Row, records: Records, usual: Row, usual_records: Records) -> Pair | None:
-    """A row beside the usual one; None if they have no seed in common, or were not tested on the same scans."""
+    """A row compared with the usual one; None if they have no seed in common, or were not tested on the same scans."""
     shared = [seed for seed in records if seed in usual_records]
     reference, ours = (
         {seed: points(f"{folders[seed]}:{output}") for seed in shared}
@@ -133,6 +134,47 @@ def comparison_tables(found: dict[str, list[Pair]]) -> str:
             cells += [f"{pair.median:+.2f}", pairs_text(c, p), ", ".join(map(str, pair.seeds))]
             text += f"| {' | '.join(cells)} |\n"
     return text
+
+
+def glance_table(rows: list[Row], done: dict[str, Records]) -> str:
+    """A line for each row; in bold the best of the rows with as many labeled scans, where there are several."""
+    cells = {row: short_figures(row, done[row.key]) for row in rows if done.get(row.key)}
+    lines = [ruled(GLANCE_HEAD)]
+    for row in rows:
+        if row not in cells:
+            lines.append(f"| {row.label} | {row.scans} | not yet run | | | |")
+            continue
+        rivals = [figures for other, figures in cells.items() if labeled_of(other) == labeled_of(row)]
+        shown = []
+        for column, best in enumerate((max, min)):
+            values = [float(figures[column].split()[0]) for figures in rivals]
+            cell = cells[row][column]
+            if len(rivals) > 1 and float(cell.split()[0]) == best(values):
+                cell, *more = cell.split(" (")
+                cell = " (".join([f"**{cell}**", *more])
+            shown.append(cell)
+        alone = row._replace(key=row.alone)
+        pair = compared(row, done[row.key], alone, done.get(row.alone, {})) if row.alone else None
+        gain = ""
+        if pair:
+            gain = f"{pair.found.difference:+.2f} ({interval_text(pair.found, 2)}, {counted(len(pair.seeds))} each)"
+        shown += [str(len(done[row.key])), gain.replace("-", "\N{MINUS SIGN}")]
+        lines.append(f"| {row.label} | {row.scans} | {' | '.join(shown)} |")
+    return "\n".join(lines).replace("|  |", "| |")
+
+
+def counted(runs: int) -> str:
+    """A number of runs in words."""
+    return f"{runs} run{'s' if runs > 1 else ''}"
+
+
+def short_figures(row: Row, records: Records) -> tuple[str, str]:
+    """Dice in per cent and 95HD of a row without a component filter: the mean over its runs, from three on ± SD. Of the
+    distances of empty predictions only a count is shown, and only if there is one."""
+    cells = figures(row, "all", records)
+    distance, _, scans = cells[3].partition(" (")
+    found, *total = scans.rstrip(")").split(" of ")
+    return cells[0], distance if [found] == total else f"{distance} ({scans}"
 
 
 def beyond_line(row: Row, records: Records, usual: Records) -> str:

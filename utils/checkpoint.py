@@ -24,7 +24,7 @@ LAST, PREVIOUS = "last.pt", "previous.pt"
 PIECES = "weights-*-of-*.pt"  # of python -m tools.share: each a checkpoint with some of the weights
 CHUNK = 2**20
 BARE_WEIGHTS = (
-    "Bare weights, as the released codes save them, do not tell their method: test_la.py tests them with --method NAME."
+    "Bare weights, as the released codes save them, do not name their method: test_la.py tests them with --method NAME."
 )
 
 
@@ -38,7 +38,7 @@ def fsync_folder(folder: Path) -> None:
 
 
 def _write_beside(path: Path, data: bytes | memoryview) -> Path:
-    """Writes a file, durably, under a temporary name beside `path`; returns that name. A failure leaves nothing."""
+    """Writes a file, durably, under a temporary name next to `path`; returns that name. A failure leaves nothing."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as f:
@@ -60,7 +60,7 @@ def _reads_back(path: Path, data: memoryview) -> bool:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file under a temporary name beside it, then renames: readers see the old one or the new one."""
+    """Writes a file under a temporary name next to it, then renames: readers see the old one or the new one."""
     partial = _write_beside(path, data)
     try:
         os.replace(partial, path)

@@ -40,7 +40,7 @@ def choose_device(name: str) -> torch.device:
         if card:
             raise UserError(
                 f"this computer has an NVIDIA card ({card}), but torch {torch.__version__} does not reach it: "
-                f"{why_no_cuda()} Mend that, or give --device cpu to compute on the CPU."
+                f"{why_no_cuda()} Fix that, or give --device cpu to compute on the CPU."
             )
     try:
         device = torch.device(name)
@@ -125,7 +125,7 @@ def keep_freed_memory() -> None:
 
 @contextmanager
 def enough_memory(advice: str) -> Iterator[None]:
-    """Memory that does not suffice, of the GPU or of the computer, is told in words, with what to do.
+    """Memory that does not suffice, of the GPU or of the computer, is reported in words, with what to do.
 
     Raises:
         UserError: in place of what torch or Python raise then.

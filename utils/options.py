@@ -233,17 +233,17 @@ def refuse_idle(
     usual: Callable[[str], Any],
     why: Mapping[str, str],
 ) -> None:
-    """Refuses a flag that changes nothing beside the others.
+    """Refuses a flag that has no effect with the others.
 
     Args:
         given: option -> value of the command line.
-        classes: the dataclasses of the options, whose `only_if` tells when each does something.
+        classes: the dataclasses of the options, whose `only_if` says when each has an effect.
         value_of: the value that a name of `only_if` has in this run.
         usual: the value that an option would have without its flag; to give that is no mistake.
         why: a name of `only_if` that is no option -> what it means that it does not hold.
 
     Raises:
-        UserError: naming the flag and those beside which it does nothing.
+        UserError: naming the flag and those with which it has no effect.
     """
     for f in (f for cls in classes for f in dataclasses.fields(cls) if f.name in given):
         names = obstacles(f, value_of)

@@ -1,4 +1,4 @@
-"""What a run tells: progress bar or log lines, TensorBoard, and the curves as text."""
+"""What a run reports: progress bar or log lines, TensorBoard, and the curves as text."""
 
 import json
 import sys

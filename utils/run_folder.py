@@ -58,7 +58,7 @@ def make_run_folder(folder: Path, *, fresh: bool) -> None:
 
 @contextlib.contextmanager
 def named_disk_errors(folder: Path) -> Iterator[None]:
-    """A disk that is full, read-only or broken where a run writes is the user's to mend.
+    """A disk that is full, read-only or broken where a run writes is the user's to fix.
 
     Raises:
         UserError: in place of an OSError of that kind.
@@ -70,7 +70,7 @@ def named_disk_errors(folder: Path) -> Iterator[None]:
         if not of_ours and e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
         raise UserError(
-            f"cannot write to {e.filename or folder}: {e.strerror or e}. Mend that, then go on with --resume {folder}."
+            f"cannot write to {e.filename or folder}: {e.strerror or e}. Fix that, then go on with --resume {folder}."
         ) from e
 
 
@@ -103,7 +103,7 @@ def _git(*words: str) -> str | None:
 
 
 def processor() -> str:
-    """The processor's name as the system tells it."""
+    """The processor's name as the system reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -156,7 +156,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What a JSON file of a run folder tells; nothing where there is none."""
+    """The content of a JSON file of a run folder; nothing where there is none."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):

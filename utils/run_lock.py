@@ -16,7 +16,7 @@ LOCK = ".lock"
 
 
 def _birth(pid: int) -> str:
-    """When the process began, in ticks since the computer did; '' where the system does not tell, or it is gone."""
+    """When the process began, in ticks since the computer did; '' where the system does not say, or it is gone."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):

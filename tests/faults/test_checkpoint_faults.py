@@ -417,7 +417,7 @@ def bounded_memory(mebibytes=64):
         return int(re.search(rf"{line}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**10
 
     if not Path("/proc/self/clear_refs").exists():
-        pytest.skip("this system does not tell the memory of a process")
+        pytest.skip("this system does not report the memory of a process")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = held("VmRSS")
     yield

@@ -61,7 +61,7 @@ def test_39_a_header_that_claims_terabytes_is_refused_before_any_voxel_is_read(t
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024
     struct.pack_into("<8h", data, 40, 3, 120, 90, 70, 1, 1, 1, 1)
     path.write_bytes(data)
-    with pytest.raises(CaseError, match=r"is cut short: .* bytes where its header tells of 3024352"):
+    with pytest.raises(CaseError, match=r"is cut short: .* bytes where its header states 3024352"):
         read_image(path)
 
 
@@ -89,7 +89,7 @@ def test_39_what_is_missing_or_no_scan_is_named(tmp_path):
 
 @pytest.mark.parametrize("ending", [".nii", ".nii.gz", ".nrrd", ".mha"])
 def test_39_a_disk_that_fills_up_leaves_the_old_file_and_says_so(ending, tmp_path):
-    """ITK itself does not tell it of a NIfTI. The limit of a file's size stands for the disk's."""
+    """ITK itself does not report it for a NIfTI. The limit of a file's size stands for the disk's."""
     path = tmp_path / f"a{ending}"
     write_image(path, np.ones(SHAPE, np.uint8), OBLIQUE)
     old = path.read_bytes()
