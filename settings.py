@@ -56,6 +56,13 @@ PROFILES: dict[str, dict[str, Any]] = {
         "lr_steps": [220, 280],
         "picture_every": 100,
     },
+    "hippocampus": {  # of the Decathlon, whole scans at full resolution
+        "data": "data/hippocampus",
+        "classes": 2,
+        "patch_size": [32, 48, 32],
+        "filters": 8,
+        "iterations": 2400,
+    },
 }
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], "Options"], torch.optim.Optimizer]] = {
@@ -81,7 +88,7 @@ class Options:
         only_if=TRAINS,
     )  # fmt: skip
     profile: str = option(
-        "", "scale of the run: full (default), half, short, phantom", choices=list(PROFILES), group="data"
+        "", "scale of the run: full (default), half, short, phantom, hippocampus", choices=list(PROFILES), group="data"
     )
     labeled: int = option(None, "the first N scans of train.list are labeled (default 16 of LA, 8 of the phantom set, "
                           "of other sets all that have a label)", group="data", type=int)  # fmt: skip
@@ -193,7 +200,8 @@ def read_options(
         derived = combine({key: value for key, value in given.items() if key != "lr_steps"}, kind)[0].lr_steps
         skip = ["method", "labeled", "seed", *(["lr_steps"] if o.lr_steps == derived else [])]
         changed = varied(o, usual[0], skip) + varied(method_options, usual[1])
-        dataset = Path(os.path.abspath(o.data)).name + ("" if o.profile in ("full", "phantom") else f"-{o.profile}")
+        dataset = Path(os.path.abspath(o.data)).name
+        dataset += "" if o.profile in ("full", "phantom", dataset) else f"-{o.profile}"
         preset = [] if o.preset == next(iter(kind.PRESETS)) else [o.preset]
         words = [name, *preset, str(o.labeled), *changed, f"seed{o.seed}"]
         folder = Path(o.runs) / (o.name or f"{dataset}/" + "-".join(words))
@@ -239,7 +247,8 @@ def chosen_words(words: list[str]) -> list[str]:
 
 def combine(given: dict[str, Any], kind: type[Method]) -> tuple[Options, Method.Options]:
     """Defaults < profile < preset < what is given; then what depends on other options."""
-    data = given.get("data") or str(LA_FOLDER if LA_FOLDER.is_dir() else PHANTOM_FOLDER)
+    usual = PROFILES.get(given.get("profile", ""), {}).get("data")
+    data = given.get("data") or usual or str(LA_FOLDER if LA_FOLDER.is_dir() else PHANTOM_FOLDER)
     profile = given.get("profile") or ("phantom" if is_phantom(Path(data)) else "full")
     preset = given.get("preset") or next(iter(kind.PRESETS))
     if preset not in kind.PRESETS:

@@ -877,6 +877,7 @@ def test_without_la_the_phantom_set_is_taken(tmp_path, monkeypatch):
         ("--preset authors", "set/dtml-authors-4-seed1337"),
         ("--preset authors --ramp gaussian", "set/dtml-authors-4-rampgaussian-seed1337"),
         ("--profile half", "set-half/dtml-4-seed1337"),
+        ("--profile hippocampus", "set-hippocampus/dtml-4-seed1337"),
         ("--profile half --filters 16", "set-half/dtml-4-filters16-seed1337"),
         ("--patch-size 32 32 16 --lr 0.02", "set/dtml-4-patchsize32x32x16-lr0.02-seed1337"),
         ("--method supervised --labeled 80", "set/supervised-80-seed1337"),
