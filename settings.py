@@ -36,6 +36,7 @@ from utils.options import (
     option,
     refuse_differences,
     refuse_idle,
+    refuse_removed,
     renamed_words,
     varied,
 )
@@ -210,6 +211,7 @@ def read_options(
         if state["optimizer"] is None:
             raise UserError(f"{state['file']} holds weights to hand on, from which no training goes on. Give its run.")
         saved = state["options"]
+        refuse_removed(saved["method"], saved)
         refuse_differences(given, saved, harmless_names([Options, kind.Options]), folder)
         o, method_options = (fill(cls, saved, given) for cls in (Options, kind.Options))
         refuse_idle(given, [Options], values_of(o, method_options, kind), saved.get, WHY)

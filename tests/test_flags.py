@@ -817,14 +817,36 @@ def test_the_preset_tuned_holds_what_the_findings_say():
     assert {**same_flags, "preset": "tuned"} == tuned != {**usual, "preset": "tuned"}
 
 
-def test_options_of_a_run_with_the_preset_s_old_name_are_those_of_the_new_one():
+def test_options_of_an_early_run_are_those_of_today():
+    """Its preset has another name now, `tuned` normalizes each scan, and options that did nothing are gone."""
     folder = ROOT / "results" / "half" / "tuned-16-seed1338"
-    assert "--preset best" in (folder / "options.txt").read_text()
+    assert (
+        "--preset best" in (folder / "options.txt").read_text() and "--k-start" in (folder / "options.txt").read_text()
+    )
     o, method_options, *_ = settings.read_options([f"@{folder}/options.txt"])
     saved, now = vars(restore(load_checkpoint(folder)).options), settled("--profile", "half", "--preset", "tuned")
-    assert o.preset == "tuned" and {name: now[name] for name in saved} == saved == vars(method_options)
+    assert (o.preset, o.normalize, now["normalize"]) == ("tuned", "none", "scan")
+    assert {name: now[name] for name in saved} == saved == vars(method_options)
     with pytest.raises(UserError, match=r"--preset best is none of this method's\. Choose from .*\btuned\b"):
         settings.read_options(["--preset", "best"])
+
+
+@pytest.mark.parametrize(("old", "new"), [("--mix 0.0", "--mix 1.0"), ("--consistency mask", "--consistency map")])
+def test_options_of_an_early_run_that_are_gone_are_refused(tmp_path, old, new):
+    text = (ROOT / "results" / "half" / "tuned-16-seed1338" / "options.txt").read_text()
+    assert old in text
+    (tmp_path / "options.txt").write_text(text.replace(old, new))
+    with pytest.raises(UserError, match=f"{new}, an option that dtml no longer has"):
+        settings.read_options([f"@{tmp_path}/options.txt"])
+
+
+def test_a_run_with_an_option_that_is_gone_does_not_go_on(tmp_path):
+    folder = train(tmp_path, "--data", "set", *BASE).folder
+    state = torch.load(folder / "last.pt", weights_only=True)
+    state["options"]["mix"] = 1.0
+    torch.save(state, folder / "last.pt")
+    with pytest.raises(UserError, match=r"this run has --mix 1\.0, an option that dtml no longer has"):
+        settings.read_options(["--resume", str(folder)])
 
 
 @pytest.mark.parametrize(("name", "value"), [*PAPER.items(), ("lambda_max", 0.3)])
