@@ -12,6 +12,7 @@ from utils.options import fill
 
 TABLE = {  # name of --method: file and class
     "dtml": "dtml.DTML",
+    "dtml-plus": "dtml_plus.DTMLPlus",
     "supervised": "supervised.Supervised",
     "mean-teacher": "mean_teacher.MeanTeacher",
     "asdnet": "asdnet.ASDNet",

@@ -30,9 +30,15 @@ def dice_loss(p: Tensor, label: Tensor, weight: Tensor | float = 1.0) -> Tensor:
     return torch.stack(found).mean()
 
 
-def seg_loss(logits: Tensor, label: Tensor, classes: int = 1) -> Tensor:
-    """L_seg = 1/2 (cross-entropy + Dice) of p = probabilities(logits, classes)."""
+def seg_loss(logits: Tensor, label: Tensor, classes: int = 1, weight: Tensor | None = None) -> Tensor:
+    """L_seg = 1/2 (cross-entropy + Dice) of p = probabilities(logits, classes); with a `weight` (N,1,W,H,D) in [0,1]
+    each voxel counts as much in both, the cross-entropy being the mean over all voxels."""
     p = probabilities(logits, classes)
+    if weight is not None:
+        x = foreground_logits(logits) if classes == 1 else logits
+        y = torch.cat([y for _, y in by_class(x, label)], dim=1)
+        cross_entropy = (weight * F.binary_cross_entropy_with_logits(x, y, reduction="none")).mean()
+        return 0.5 * (cross_entropy + dice_loss(p, label, weight))
     if exclusive(logits, classes):
         return 0.5 * (cross_entropy(logits, label) + dice_loss(p, label))
     x = foreground_logits(logits) if classes == 1 else logits

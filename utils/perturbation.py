@@ -14,6 +14,47 @@ def noisy(image: Tensor, sd: float) -> Tensor:
     return image + (sd * torch.randn_like(image)).clamp(-2 * sd, 2 * sd)
 
 
+def strong_view(image: Tensor, strength: float) -> Tensor:
+    """A crop as a quite other scanner might show it: each item of (N,1,W,H,D) with its own contrast, noise and blur.
+
+    With u the item stretched to [0,1], each drawn on its own:
+
+        gamma      u^g, g log-uniform in exp(-+strength)
+        contrast   times exp(-+strength), plus -+strength (in the image's units: standard deviations of a scan)
+        blur       for every second item a Gaussian of 0.5 to 1 voxels
+        noise      Gaussian, standard deviation uniform in 0..strength/2
+    """
+    if not strength or not len(image):
+        return image
+    shape = (len(image), 1, 1, 1, 1)
+
+    def draw(low: float, high: float) -> Tensor:
+        return torch.empty(shape).uniform_(low, high).to(image)
+
+    low, high = image.amin((1, 2, 3, 4), keepdim=True), image.amax((1, 2, 3, 4), keepdim=True)
+    u = (image - low) / (high - low).clamp(min=torch.finfo(image.dtype).tiny)
+    x = low + (high - low) * u ** draw(-strength, strength).exp()
+    x = x * draw(-strength, strength).exp() + draw(-strength, strength)
+    sigma, coin = draw(0.5, 1.0), draw(0.0, 1.0) < 0.5
+    x = torch.where(coin, blurred(x, sigma), x)
+    return x + draw(0.0, strength / 2) * torch.randn_like(x)
+
+
+def blurred(image: Tensor, sigma: Tensor) -> Tensor:
+    """Each item of (N,1,W,H,D) convolved with a Gaussian of its own sigma (N,1,1,1,1), in voxels, cut at 3 voxels; the
+    edge is repeated."""
+    offsets = torch.arange(-3, 4).to(image)
+    kernel = torch.exp(-0.5 * (offsets / sigma.view(-1, 1)) ** 2)
+    kernel = kernel / kernel.sum(dim=1, keepdim=True)  # (N,7)
+    x = image.transpose(0, 1)  # the items as channels, each with its own kernel
+    for axis in (2, 3, 4):
+        sides, pads = [1, 1, 1], [0] * 6
+        sides[axis - 2] = 7
+        pads[2 * (4 - axis)] = pads[2 * (4 - axis) + 1] = 3
+        x = F.conv3d(F.pad(x, pads, mode="replicate"), kernel.view(-1, 1, *sides), groups=len(image))
+    return x.transpose(0, 1)
+
+
 def monte_carlo(
     network: nn.Module, image: Tensor, *, passes: int, noise: float, read: Callable[[Tensor], Any] | None = None
 ) -> Iterator[Any]:

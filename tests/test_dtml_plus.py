@@ -1,0 +1,150 @@
+"""DTML+: its losses against the formulas in numpy, what gets a gradient, its schedule and its strong views."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import gaussian_filter
+
+from methods import METHODS
+from methods.dtml_plus import DTMLPlus
+from utils import perturbation
+from utils.losses import seg_loss
+
+EPS = 1e-5
+
+
+def make(iterations=10, **options) -> DTMLPlus:
+    torch.manual_seed(0)
+    method = DTMLPlus(DTMLPlus.Options(filters=2, **options), iterations=iterations).double()
+    return method.train()
+
+
+def batch(labeled=2, unlabeled=2, classes=1):
+    torch.manual_seed(1)
+    image = torch.randn(labeled + unlabeled, 1, 16, 16, 16, dtype=torch.float64)
+    label = torch.randint(0, classes + 1, (labeled, 16, 16, 16)).to(torch.uint8)
+    return {"image": image, "label": label, "case": ["x"] * (labeled + unlabeled)}
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def dice_by_hand(p, y, a):
+    return 1 - (2 * (a * p * y).sum() + EPS) / ((a * (p**2 + y)).sum() + EPS)
+
+
+def ce_by_hand(p, y, a):
+    return (a * -(y * np.log(p) + (1 - y) * np.log(1 - p))).mean()
+
+
+def test_weighted_seg_loss_is_the_formula_in_numpy():
+    torch.manual_seed(2)
+    logits, label = torch.randn(2, 1, 5, 4, 3, dtype=torch.float64), torch.randint(0, 2, (2, 5, 4, 3))
+    a = torch.rand(2, 1, 5, 4, 3, dtype=torch.float64)
+    p, y, w = sigmoid(logits.numpy()), label[:, None].numpy(), a.numpy()
+    expected = 0.5 * (ce_by_hand(p, y, w) + dice_by_hand(p, y, w))
+    assert seg_loss(logits, label, 1, a).item() == pytest.approx(expected, abs=1e-12)
+    ones = torch.ones_like(a)
+    assert seg_loss(logits, label, 1, ones).item() == pytest.approx(seg_loss(logits, label, 1).item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("trust", ["all", "voxel", "both"])
+def test_the_losses_are_the_formulas_of_the_docstring(trust):
+    method, data = make(trust=trust, start=0.0, full=0.0, strong=0.0, pseudo_weight=0.7), batch()
+    method.M_s.eval(), method.M_d.eval()  # no dropout, and no batch statistics that this test would have to copy
+    for name in ("M_s", "M_d"):  # averages that differ from their networks
+        for weight in method.ema[name].parameters():
+            weight.data += 0.1 * torch.randn_like(weight)
+    found = method(data, 3)
+    with torch.no_grad():
+        x, u = data["image"][:2], data["image"][2:]
+        p, z = (net(x)[head].numpy() for net, head in ((method.M_s, "seg"), (method.M_d, "sdm")))
+        pu, zu = (net(u)[head].numpy() for net, head in ((method.M_s, "seg"), (method.M_d, "sdm")))
+        q, s = (net(u)[head].numpy() for net, head in ((method.ema.M_s, "seg"), (method.ema.M_d, "sdm")))
+    p, m, pu, mu, q, n = sigmoid(p), sigmoid(-50 * z), sigmoid(pu), sigmoid(-50 * zu), sigmoid(q), sigmoid(-50 * s)
+    pseudo = ((q + n) / 2 > 0.5).astype(float)
+    a = np.ones_like(q) if trust == "all" else ((q > 0.5) == (n > 0.5)).astype(float)
+    for i in range(2) if trust == "both" else ():
+        one, other = q[i] > 0.5, n[i] > 0.5
+        a[i] *= 2 * (one & other).sum() / (one.sum() + other.sum())
+    y = data["label"][:, None].numpy().astype(float)
+    expected = {
+        "seg": 0.5 * (ce_by_hand(p, y, 1.0) + dice_by_hand(p, y, np.ones_like(p))),
+        "mask": dice_by_hand(m, y, np.ones_like(m)),
+        "pseudo_seg": 0.5 * (ce_by_hand(pu, pseudo, a) + dice_by_hand(pu, pseudo, a)),
+        "pseudo_mask": dice_by_hand(mu, pseudo, a),
+    }
+    assert trust == "all" or 0 < a.mean() < 1
+    for name, value in expected.items():
+        assert found.terms[name].item() == pytest.approx(value, rel=1e-6), name
+    total = expected["seg"] + expected["mask"] + 0.7 * (expected["pseudo_seg"] + expected["pseudo_mask"])
+    assert found.total.item() == pytest.approx(total, rel=1e-6)
+
+
+def test_no_gradient_reaches_the_averages_and_each_network_gets_its_own():
+    method, data = make(start=0.0, full=0.0, trust="all"), batch()
+    losses = method(data, 5)
+    losses.terms["pseudo_seg"].backward(retain_graph=True)
+    assert all(w.grad is None for w in method.ema.parameters()) and all(w.grad is None for w in method.M_d.parameters())
+    assert any(w.grad is not None and w.grad.abs().sum() > 0 for w in method.M_s.parameters())
+    before = {name: value.clone() for name, value in method.ema.state_dict().items()}
+    method(data, 6)
+    assert all(torch.equal(value, before[name]) for name, value in method.ema.state_dict().items())
+
+
+def test_the_weight_waits_rises_and_stays():
+    method = make(iterations=100, start=0.2, full=0.4)
+    found = [method.ramp(t) for t in range(100)]
+    assert found[:20] == [0.0] * 20 and found[40:] == [1.0] * 60
+    assert found[30] == pytest.approx(np.exp(-5 * 0.25)) and all(np.diff(found) >= 0)
+    assert method(batch(), 10).terms["pseudo_seg"] == 0 and method(batch(), 10).weights["w"] == 0
+
+
+def test_labels_alone_are_its_control():
+    """Without unlabeled crops, and before they count, nothing is minimised but L_seg + L_mask."""
+    method = make(start=0.0, full=0.0, strong=0.0)
+    method.M_s.eval(), method.M_d.eval()
+    data = batch()
+    alone, both = method({**data, "image": data["image"][:2]}, 5), method(data, 5)
+    assert alone.total.item() == pytest.approx((both.terms["seg"] + both.terms["mask"]).item(), abs=1e-12)
+
+
+def test_the_averages_are_used_in_evaluation_mode():
+    method = make()
+    assert not any(module.training for module in method.ema.modules()) and method.M_s.training
+    method.eval()
+    method.train()
+    assert not any(module.training for module in method.ema.modules()) and method.M_d.training
+
+
+@pytest.mark.parametrize("classes", [1, 2])
+def test_outputs_are_the_networks_their_averages_and_the_means(classes):
+    method, image = make(classes=classes).eval(), batch()["image"][:1]
+    with torch.no_grad():
+        p = {name: method.predict(image, (name,)) for name in method.outputs}
+        together = method.predict(image, method.outputs)
+    assert torch.equal(together, torch.cat(list(p.values()), dim=1)) and p["seg"].shape[1] == classes
+    for prefix in ("", "ema_"):
+        torch.testing.assert_close(p[f"{prefix}mean"], (p[f"{prefix}seg"] + p[f"{prefix}sdm"]) / 2)
+    assert METHODS["dtml-plus"] is DTMLPlus and method.outputs[0] == "ema_mean"
+
+
+def test_blur_is_scipys():
+    torch.manual_seed(3)
+    x, sigma = torch.randn(3, 1, 12, 10, 9, dtype=torch.float64), torch.tensor([0.5, 0.8, 1.0]).view(3, 1, 1, 1, 1)
+    found = perturbation.blurred(x, sigma)
+    for i in range(3):
+        expected = gaussian_filter(x[i, 0].numpy(), sigma[i].item(), mode="nearest", radius=3)
+        np.testing.assert_allclose(found[i, 0].numpy(), expected, atol=1e-7)
+
+
+def test_strong_views_differ_by_item_and_are_a_function_of_the_seed():
+    x = torch.randn(4, 1, 8, 8, 8)
+    torch.manual_seed(4)
+    one, other = perturbation.strong_view(x, 0.5), perturbation.strong_view(x, 0.5)
+    torch.manual_seed(4)
+    assert torch.equal(one, perturbation.strong_view(x, 0.5)) and not torch.equal(one, other)
+    same = perturbation.strong_view(x[:1].repeat(2, 1, 1, 1, 1), 0.5)
+    assert not torch.equal(same[0], same[1])
+    assert perturbation.strong_view(x, 0.0) is x and len(perturbation.strong_view(x[:0], 0.5)) == 0
