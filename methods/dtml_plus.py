@@ -18,6 +18,7 @@ is the mean of both averages. With several classes p and m have a channel for ea
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +94,7 @@ class DTMLPlus(Method):
         p, m = probabilities(logits, o.classes), sdm_to_mask(z, o.k)
         weight = o.pseudo_weight * self.ramp(iteration)
         terms = {"seg": seg_loss(logits[:L], label, o.classes), "mask": dice_loss(m[:L], label)}
-        monitors = {}
+        monitors: dict[str, Tensor] = {}
         if weight and len(unlabeled):
             pseudo, a, monitors = self.pseudo_label(unlabeled)
             terms["pseudo_seg"] = seg_loss(logits[L:], pseudo, o.classes, a)
@@ -122,8 +123,8 @@ class DTMLPlus(Method):
     def pseudo_label(self, image: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """image (N,1,W,H,D) -> y' (N,W,H,D) of 0..C, a (N,1,W,H,D) in [0,1], and what is worth watching."""
         o = self.options
-        p = probabilities(self.ema.M_s(image)["seg"], o.classes)
-        m = sdm_to_mask(self.ema.M_d(image)["sdm"], o.k)
+        p = probabilities(self.ema["M_s"](image)["seg"], o.classes)
+        m = sdm_to_mask(self.ema["M_d"](image)["sdm"], o.k)
         pseudo, of_p, of_m = (torch.stack([label_map(x) for x in q]) for q in ((p + m) / 2, p, m))
         agree = (of_p == of_m)[:, None].to(p.dtype)
         dice = torch.stack([hard_dice(q[None], y[None]) for q, y in zip(p, of_m, strict=True)])
@@ -138,7 +139,8 @@ class DTMLPlus(Method):
 
     def predict(self, image: Tensor, outputs: tuple[str, ...]) -> Tensor:
         found = {}
-        for prefix, networks in {"": self, "ema_": self.ema}.items():
+        both: dict[str, Any] = {"": self, "ema_": self.ema}
+        for prefix, networks in both.items():
             wanted = {name.removeprefix("ema_") for name in outputs if name.startswith("ema_") == bool(prefix)}
             if wanted & {"seg", "mean"}:
                 found[f"{prefix}seg"] = probabilities(networks.M_s(image)["seg"], self.options.classes)
