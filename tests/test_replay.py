@@ -21,7 +21,7 @@ from losses.perturbation import noisy
 from methods import METHODS, restore
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError, run
-from utils.options import RENAMED, option, refuse_idle, renamed
+from utils.options import REMOVED, RENAMED, option, refuse_idle, renamed
 
 FILES = sorted((ROOT / "results").glob("*/*/options.txt"))
 
@@ -51,8 +51,13 @@ def train(*words: str) -> Path:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda path: "/".join(path.parts[-3:-1]))
 def test_old_options_file_is_the_run_of_its_manifest(file):
-    """All that can change the result; None and what it stands for are the same, and options of later have defaults."""
+    """All that can change the result; None and what it stands for are the same, and options of later have defaults.
+    Refused if an option that is gone did something."""
     then = renamed(json.loads(file.with_name("manifest.json").read_text())["options"])
+    if any(then.get(name, idle) != idle for name, idle in REMOVED.get(then["method"], {}).items()):
+        with pytest.raises(UserError, match="no longer has"):
+            settings.read_options([f"@{file}"])
+        return
     o, method_options, *_ = settings.read_options([f"@{file}"])
     fields = [(part, f) for part in (o, method_options) for f in dataclasses.fields(part)]
     now = {f.name: getattr(part, f.name) for part, f in fields if not f.metadata["harmless"]}
