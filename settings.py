@@ -260,7 +260,10 @@ def combine(given: dict[str, Any], kind: type[Method]) -> tuple[Options, Method.
         scale.pop("lr_steps", None)  # they belong to the profile's own schedule
     if not kind.uses_unlabeled:
         scale["unlabeled"] = 0
-    layers = (scale, kind.PRESETS[preset], given, {"data": data, "profile": profile, "preset": preset})
+    named = dict(kind.PRESETS[preset])
+    if "batch_size" in given or given.get("unlabeled") == 0:
+        named.pop("labeled_batch", None)  # it belongs to the preset's own batch, of both kinds of crops
+    layers = (scale, named, given, {"data": data, "profile": profile, "preset": preset})
     o = fill(Options, *layers)
     if o.lr_schedule == "cosine" and "lr_steps" not in given:
         o.lr_steps = []
