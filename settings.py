@@ -263,6 +263,8 @@ def combine(given: dict[str, Any], kind: type[Method]) -> tuple[Options, Method.
     named = dict(kind.PRESETS[preset])
     if "batch_size" in given or given.get("unlabeled") == 0:
         named.pop("labeled_batch", None)  # it belongs to the preset's own batch, of both kinds of crops
+    if given.get("unlabeled") == 0:
+        named.pop("batch_size", None)
     layers = (scale, named, given, {"data": data, "profile": profile, "preset": preset})
     o = fill(Options, *layers)
     if o.lr_schedule == "cosine" and "lr_steps" not in given:
