@@ -202,7 +202,8 @@ class Watch(TorchDispatchMode):
         """(name of the weight, way) -> the set of its flags; forgotten then."""
         names, found = {p.data_ptr(): name for name, p in method.named_parameters()}, {}
         for address, way, flag in self.seen:
-            found.setdefault((names[address], way), set()).add(flag)
+            if address in names:  # the kernel of a blur is nobody's weight
+                found.setdefault((names[address], way), set()).add(flag)
         self.seen.clear()
         return found
 
@@ -234,7 +235,7 @@ def make_batch(method):
 
 
 CASES = {
-    **{name: (name, {}) for name in METHODS},
+    **{name: (name, {}) for name in METHODS if name != "dtml-plus"},  # its unlabeled crops count later than here
     "dtml-plus, from the start": ("dtml-plus", {"start": 0.0, "full": 0.0}),
     "dtml, k of 50": ("dtml", {"k": 50.0}),
     "dtml, uxnet": ("dtml", {"backbone": "uxnet"}),
