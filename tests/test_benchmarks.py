@@ -29,7 +29,7 @@ def test_every_method_is_timed(name, monkeypatch):
     assert 0 < found["trained"] <= found["all"]
     options = settings.read_options(["--method", name, "--profile", "phantom"])[1]
     parts = dict(METHODS[name](options, iterations=9).named_children())
-    assert (found["trained"] < found["all"]) == bool({"teacher", "adversary"} & set(parts))
+    assert (found["trained"] < found["all"]) == bool({"teacher", "ema", "adversary"} & set(parts))
 
 
 def test_times_ratios_and_peaks_of_forms_side_by_side():
