@@ -280,9 +280,9 @@ def values_of(o: Options, method_options: Method.Options, kind: type[Method]) ->
     """The value of an option, or of what a method says of itself with these options."""
 
     def value_of(name: str) -> Any:
-        for part in (o, method_options, kind):
-            if hasattr(part, name) and not isinstance(getattr(part, name), property):
-                return getattr(part, name)
+        for options in (o, method_options):
+            if hasattr(options, name):
+                return getattr(options, name)
         with torch.device("meta"):  # shapes without memory
             return getattr(kind(method_options, iterations=o.iterations), name)
 
