@@ -46,12 +46,12 @@ OVER = {  # number of runs (1, or 2 and more) of the reference and of the row ->
     (2, 2): "runs and scans",
 }
 WHAT = f"""\
-The difference is of the means over runs and scans, its interval of resampled ones. `higher in`: of the runs with the
-same seed. p, with {LEAST_RUNS} runs and more on each side, is of a permutation of the runs.
+The difference is that of the means over runs and scans; its interval comes from resampled runs and scans. `higher in`
+counts pairs of runs with the same seed. p is from a permutation of the runs, if each side has {LEAST_RUNS} or more.
 """
 WHAT_OF_SCANS = """\
-Scan by scan within one pair of runs, which says nothing about other runs of the same kind: the median is that of Hodges
-and Lehmann, which Wilcoxon's test is of; Holm's correction is over these lines.
+Two single runs compared scan by scan; this says nothing about other runs of the same kind. The median difference is the
+Hodges-Lehmann estimate, which belongs to Wilcoxon's test. Holm's correction is over these lines.
 """
 
 Scans = Mapping[str, float]  # case -> value

@@ -53,10 +53,10 @@ class Watch:
         gradients = gradients_of(network)
         bad = is_bad(losses, gradients)
         self.optimizer.found_inf = worst_of_ranks(bad.float())  # type: ignore[attr-defined]
-        answer = self.optimizer.found_inf.to("cpu", non_blocking=True)  # type: ignore[attr-defined]
+        failed = self.optimizer.found_inf.to("cpu", non_blocking=True)  # type: ignore[attr-defined]
         copied = torch.cuda.Event()
         copied.record()
-        self.unread = copied, answer, losses, gradients, batch, iteration, bad
+        self.unread = copied, failed, losses, gradients, batch, iteration, bad
 
     def settle(self) -> None:
         """Reads the pending result on a GPU; call before a checkpoint is saved.
@@ -65,9 +65,9 @@ class Watch:
             Diverged: as `check_finite`.
         """
         if self.unread is not None:
-            (copied, answer, *arguments), self.unread = self.unread, None
+            (copied, failed, *arguments), self.unread = self.unread, None
             copied.synchronize()
-            if answer:
+            if failed:
                 raise divergence(*arguments)
 
 
