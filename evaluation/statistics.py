@@ -50,7 +50,7 @@ The difference is that of the means over runs and scans; its interval comes from
 counts pairs of runs with the same seed. p is from a permutation of the runs, if each side has {LEAST_RUNS} or more.
 """
 WHAT_OF_SCANS = """\
-Two single runs compared scan by scan; this says nothing about other runs of the same kind. The median difference is the
+Scan by scan, two single runs: this says nothing about other runs of the same kind. The median difference is the
 Hodges-Lehmann estimate, which belongs to Wilcoxon's test. Holm's correction is over these lines.
 """
 
