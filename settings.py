@@ -1,6 +1,6 @@
-"""The options of train_dtml.py: profiles, what every method shares, and what depends on what.
+"""The options of train_dtml.py that all methods share, the profiles, and the dependencies between options.
 
-Defaults < profile < preset < what is given on the command line.
+Order of precedence: defaults < profile < preset < command line.
 """
 
 import dataclasses
@@ -79,9 +79,9 @@ DROPS: Condition = {"lr_schedule": ("steps",)}
 
 @dataclasses.dataclass
 class Options:
-    """What every method shares. None means: depends on other options or on the data, settled by `read_options`."""
+    """Options of all methods. None is replaced by `read_options`, depending on other options or on the data."""
 
-    method: str = option("dtml", "what to train; --method NAME --help lists its own options", choices=list(METHODS))
+    method: str = option("dtml", "method to train; --method NAME --help lists its own options", choices=list(METHODS))
     preset: str = option("", "named settings of the method (default its first; most have paper and authors)")
 
     data: str = option(
@@ -111,18 +111,18 @@ class Options:
                          choices=SDM_OF, only_if={"needs_sdm": bool})  # fmt: skip
     cache: str = option(
         "auto",
-        "where volumes are kept; none: read crop by crop",
+        "where volumes are kept; none: read each crop from its file",
         group="data",
         choices=CACHES,
         harmless=True,
         only_if=TRAINS,
     )
-    cache_folder: str = option("", "of --cache disk and none (default .cache in the data folder)", group="data",
+    cache_folder: str = option("", "folder of --cache disk and none (default .cache in the data folder)", group="data",
                                harmless=True, only_if={"cache": ("disk", "none"), **TRAINS})  # fmt: skip
     workers: int = option(0, "processes that prepare crops", group="data", harmless=True, minimum=0, only_if=TRAINS)
 
     iterations: int = option(6000, "optimiser steps", group="training", minimum=1)
-    batch_size: int = option(4, "crops in a batch, on each process", group="training", minimum=1)
+    batch_size: int = option(4, "crops in a batch of each process", group="training", minimum=1)
     labeled_batch: int | None = option(
         None, "labeled crops in a batch (default half)", group="training", type=int, minimum=1
     )
@@ -135,7 +135,7 @@ class Options:
         nargs="*", minimum=0,
         only_if={**DROPS, "lr_gamma": lambda factor: factor != 1},
     )  # fmt: skip
-    lr_gamma: float = option(0.1, "factor of each drop of the learning rate", group="training", minimum=0,
+    lr_gamma: float = option(0.1, "factor at each drop of the learning rate", group="training", minimum=0,
                              only_if={**DROPS, "lr_steps": bool})  # fmt: skip
     momentum: float = option(0.9, "momentum of SGD", group="training", minimum=0, only_if={"optimizer": ("sgd",)})
     weight_decay: float = option(1e-4, "weight decay", group="training", minimum=0)
@@ -148,10 +148,10 @@ class Options:
                              harmless=True, only_if=TRAINS)  # fmt: skip
     device: str = option("auto", "auto, cpu, cuda or cuda:N", harmless=True)
     threads: int = option(0, "CPU threads; 0 leaves torch's choice", harmless=True, minimum=0)
-    deterministic: bool = option(False, "operations that repeat exactly on a GPU too; slower", harmless=True)
-    runs: str = option("runs", "where run folders go", harmless=True, only_if=ANEW)
-    name: str = option("", "run folder below --runs (default from what varies)", harmless=True, only_if=ANEW)
-    resume: str = option("", "auto: go on with this run if it exists; or a run folder or checkpoint", harmless=True,
+    deterministic: bool = option(False, "only operations that are deterministic on a GPU; slower", harmless=True)
+    runs: str = option("runs", "parent of the run folders", harmless=True, only_if=ANEW)
+    name: str = option("", "run folder below --runs (default from the chosen options)", harmless=True, only_if=ANEW)
+    resume: str = option("", "auto: continue this run if it exists; or a run folder or checkpoint", harmless=True,
                          only_if=TRAINS)  # fmt: skip
     from_diagnostic: str = option(
         "", "run the batch of a diverged-rankR.pt again and report what is not finite", harmless=True
@@ -168,8 +168,8 @@ EVERY = {
     "method", "preset", "data", "profile", "labeled", "downsample", "patch_size", "augment", "iterations", "batch_size",
     "lr", "lr_steps", "lr_gamma", "momentum", "weight_decay", "seed",
 }  # fmt: skip
-"""An early options.txt lists all options, these among them, and not only the chosen ones."""
-WHY = {
+"""Options that every early options.txt lists: it has all options, not only the chosen ones."""
+WHY = {  # attribute of a method in `only_if` -> reason in the error message
     "needs_sdm": "no loss of this run needs distance maps",
     "uses_unlabeled": "this method learns from labeled scans only",
 }
@@ -178,128 +178,155 @@ WHY = {
 def read_options(
     argv: list[str] | None, description: str = ""
 ) -> tuple[Options, Method.Options, Path, dict[str, Any] | None]:
-    """The command line -> options of the run and of its method, its folder, and the checkpoint to go on from."""
+    """Reads the command line.
+
+    Args:
+        argv: arguments; None: those of the program.
+        description: text of --help.
+
+    Returns:
+        Options of the run, options of its method, the run folder, and the contents of the checkpoint to continue, if
+        any.
+
+    Raises:
+        UserError: for options that are not valid, have no effect, or differ from the checkpoint's; for a checkpoint
+            that cannot be loaded, or whose method is unknown.
+    """
     first = Parser(add_help=False)
     first.add_argument("--method", choices=list(METHODS))
     first.add_argument("--resume")
     first.add_argument("--from-diagnostic", dest="resume")
-    words = first.expand(argv, chosen_words)
-    known = vars(first.parse_known_args(words)[0])
-    resume = known.get("resume", "auto")
+    args = first.expand(argv, chosen_flags)
+    early = vars(first.parse_known_args(args)[0])
+    resume = early.get("resume", "auto")
     state = None if resume == "auto" else load_checkpoint(Path(resume))
-    name = known.get("method", state["options"]["method"] if state else Options.method)
+    name = early.get("method", state["options"]["method"] if state else Options.method)
     if name not in METHODS:
         raise UserError(f"{resume} was trained with the method {name}, which this code does not have.")
     kind = METHODS[name]
-    given = flags_of(name, description).parse(words)
+    flags = flags_of(name, description).parse(args)
     if state is not None:
         folder = Path(resume) if Path(resume).is_dir() else Path(resume).parent
     else:
-        o, method_options = settle(given, kind)
-        o.labeled = given["labeled"] if "labeled" in given else usual_labeled(Path(o.data), o.labeled)
-        usual = combine({key: given[key] for key in ("data", "profile", "preset") if key in given}, kind)
-        derived = combine({key: value for key, value in given.items() if key != "lr_steps"}, kind)[0].lr_steps
+        o, method_options = settle(flags, kind)
+        o.labeled = flags["labeled"] if "labeled" in flags else usual_labeled(Path(o.data), o.labeled)
+        defaults = combine({key: flags[key] for key in ("data", "profile", "preset") if key in flags}, kind)
+        derived = combine({key: value for key, value in flags.items() if key != "lr_steps"}, kind)[0].lr_steps
         skip = ["method", "labeled", "seed", *(["lr_steps"] if o.lr_steps == derived else [])]
-        changed = varied(o, usual[0], skip) + varied(method_options, usual[1])
+        changed = varied(o, defaults[0], skip) + varied(method_options, defaults[1])
         dataset = Path(os.path.abspath(o.data)).name
         dataset += "" if o.profile in ("full", "phantom", dataset) else f"-{o.profile}"
         preset = [] if o.preset == next(iter(kind.PRESETS)) else [o.preset]
-        words = [name, *preset, str(o.labeled), *changed, f"seed{o.seed}"]
-        folder = Path(o.runs) / (o.name or f"{dataset}/" + "-".join(words))
+        parts = [name, *preset, str(o.labeled), *changed, f"seed{o.seed}"]
+        folder = Path(o.runs) / (o.name or f"{dataset}/" + "-".join(parts))
         state = load_checkpoint(folder) if o.resume == "auto" and has_checkpoint(folder) else None
     if state is not None:
         if state["optimizer"] is None:
             raise UserError(f"{state['file']} holds weights to hand on, from which no training goes on. Give its run.")
         saved = state["options"]
         refuse_removed(saved["method"], saved)
-        refuse_differences(given, saved, harmless_names([Options, kind.Options]), folder)
-        o, method_options = (fill(cls, saved, given) for cls in (Options, kind.Options))
-        refuse_idle(given, [Options], values_of(o, method_options, kind), saved.get, WHY)
+        refuse_differences(flags, saved, harmless_names([Options, kind.Options]), folder)
+        o, method_options = (fill(cls, saved, flags) for cls in (Options, kind.Options))
+        refuse_idle(flags, [Options], values_of(o, method_options, kind), saved.get, WHY)
     return o, method_options, folder, state
 
 
 def flags_of(method: str, description: str = "") -> Parser:
-    """The flags of train_dtml.py and of a method."""
+    """The parser of train_dtml.py for a method."""
     parser = Parser(description=description, prog="train_dtml.py", renamed=RENAMED.get(method))
     parser.add_dataclass(Options)
     parser.add_dataclass(METHODS[method].Options, title=f"method {method}")
     return parser
 
 
-def chosen_words(words: list[str]) -> list[str]:
-    """The flags of an @FILE under the names of today; of an early options.txt only those that were chosen, so that
-    other flags, as --iterations or --preset, mean what they mean without it."""
-    names = [after for word, after in itertools.pairwise(words) if word == "--method"]
+def chosen_flags(args: list[str]) -> list[str]:
+    """Translates the arguments of an @FILE to current names, and of an early options.txt keeps only chosen options.
+
+    An early options.txt lists all options. Without the unchosen ones, further flags such as --iterations or --preset
+    have their usual effect.
+    """
+    names = [after for arg, after in itertools.pairwise(args) if arg == "--method"]
     if not names or names[-1] not in METHODS:
-        return words
-    words, kind = renamed_words(words, names[-1]), METHODS[names[-1]]
-    if not {flag_of(name) for name in EVERY} <= set(words):
-        return words
-    given = flags_of(names[-1]).parse(words)
-    chosen = {name: given[name] for name in ("method", "data", "labeled")}
+        return args
+    args, kind = renamed_words(args, names[-1]), METHODS[names[-1]]
+    if not {flag_of(name) for name in EVERY} <= set(args):
+        return args
+    flags = flags_of(names[-1]).parse(args)
+    chosen = {name: flags[name] for name in ("method", "data", "labeled")}
 
-    def other(name: str) -> bool:
-        now = combine(chosen, kind)
-        return given[name] != next(getattr(part, name) for part in now if hasattr(part, name))
+    def differs(name: str) -> bool:
+        current = combine(chosen, kind)
+        return flags[name] != next(getattr(part, name) for part in current if hasattr(part, name))
 
-    while differing := next((name for name in given if name not in chosen and other(name)), ""):
-        chosen[differing] = given[differing]
+    while differing := next((name for name in flags if name not in chosen and differs(name)), ""):
+        chosen[differing] = flags[differing]
     return shlex.split(as_flags(chosen))
 
 
-def combine(given: dict[str, Any], kind: type[Method]) -> tuple[Options, Method.Options]:
-    """Defaults < profile < preset < what is given; then what depends on other options."""
-    usual = PROFILES.get(given.get("profile", ""), {}).get("data")
-    data = given.get("data") or usual or str(LA_FOLDER if LA_FOLDER.is_dir() else PHANTOM_FOLDER)
-    profile = given.get("profile") or ("phantom" if is_phantom(Path(data)) else "full")
-    preset = given.get("preset") or next(iter(kind.PRESETS))
+def combine(flags: dict[str, Any], kind: type[Method]) -> tuple[Options, Method.Options]:
+    """Combines defaults < profile < preset < flags, and then sets what depends on other options.
+
+    Args:
+        flags: option -> value from the command line.
+        kind: class of the method.
+
+    Returns:
+        Options of the run and of its method.
+
+    Raises:
+        UserError: for an unknown preset.
+    """
+    usual = PROFILES.get(flags.get("profile", ""), {}).get("data")
+    data = flags.get("data") or usual or str(LA_FOLDER if LA_FOLDER.is_dir() else PHANTOM_FOLDER)
+    profile = flags.get("profile") or ("phantom" if is_phantom(Path(data)) else "full")
+    preset = flags.get("preset") or next(iter(kind.PRESETS))
     if preset not in kind.PRESETS:
         raise UserError(f"--preset {preset} is none of this method's. Choose from {', '.join(kind.PRESETS)}.")
     scale = dict(PROFILES[profile])
-    if "iterations" in given:
-        scale.pop("lr_steps", None)  # they belong to the profile's own schedule
+    if "iterations" in flags:
+        scale.pop("lr_steps", None)  # they fit the profile's number of iterations only
     if not kind.uses_unlabeled:
         scale["unlabeled"] = 0
     named = dict(kind.PRESETS[preset])
-    if "batch_size" in given or given.get("unlabeled") == 0:
+    if "batch_size" in flags or flags.get("unlabeled") == 0:
         named.pop("labeled_batch", None)  # it belongs to the preset's own batch, of both kinds of crops
-    if given.get("unlabeled") == 0:
+    if flags.get("unlabeled") == 0:
         named.pop("batch_size", None)
-    layers = (scale, named, given, {"data": data, "profile": profile, "preset": preset})
+    layers = (scale, named, flags, {"data": data, "profile": profile, "preset": preset})
     o = fill(Options, *layers)
-    if o.lr_schedule == "cosine" and "lr_steps" not in given:
+    if o.lr_schedule == "cosine" and "lr_steps" not in flags:
         o.lr_steps = []
     o.lr_steps = default_lr_steps(o.iterations) if o.lr_steps is None else o.lr_steps
     return o, fill(kind.Options, *layers)
 
 
-def settle(given: dict[str, Any], kind: type[Method]) -> tuple[Options, Method.Options]:
-    """All options from those that are given, by `combine`.
+def settle(flags: dict[str, Any], kind: type[Method]) -> tuple[Options, Method.Options]:
+    """`combine`, with a check that every flag has an effect.
 
     Raises:
-        UserError: a flag that has no effect with the others, or an unknown preset.
+        UserError: for a flag without effect, or an unknown preset.
     """
-    o, method_options = combine(given, kind)
+    o, method_options = combine(flags, kind)
 
-    def usual(name: str) -> Any:
-        now = combine({key: value for key, value in given.items() if key != name}, kind)
-        return next(getattr(part, name) for part in now if hasattr(part, name))
+    def without(name: str) -> Any:
+        options = combine({key: value for key, value in flags.items() if key != name}, kind)
+        return next(getattr(part, name) for part in options if hasattr(part, name))
 
-    refuse_idle(given, [Options, kind.Options], values_of(o, method_options, kind), usual, WHY)
-    never = [step for step in given.get("lr_steps") or () if step >= o.iterations]
+    refuse_idle(flags, [Options, kind.Options], values_of(o, method_options, kind), without, WHY)
+    never = [step for step in flags.get("lr_steps") or () if step >= o.iterations]
     if never:
         raise UserError(f"--lr-steps {never[0]} never comes in --iterations {o.iterations}. Give steps below that.")
     return o, method_options
 
 
 def values_of(o: Options, method_options: Method.Options, kind: type[Method]) -> Callable[[str], Any]:
-    """The value of an option, or of what a method says of itself with these options."""
+    """Returns a function: name of an option, or of an attribute of the method -> its value with these options."""
 
     def value_of(name: str) -> Any:
-        for part in (o, method_options, kind):
-            if hasattr(part, name) and not isinstance(getattr(part, name), property):
-                return getattr(part, name)
-        with torch.device("meta"):  # shapes without memory
+        for options in (o, method_options):
+            if hasattr(options, name):
+                return getattr(options, name)
+        with torch.device("meta"):  # shapes only, no memory
             return getattr(kind(method_options, iterations=o.iterations), name)
 
     return value_of

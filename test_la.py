@@ -1,15 +1,15 @@
 """Tests a checkpoint on the scans of test.list: sliding window, metrics per case, table, predictions.
 
     python test_la.py --checkpoint runs/la/dtml-16-seed1337
-    torchrun --nproc-per-node 4 test_la.py --checkpoint RUN      the scans shared out over four GPUs
+    torchrun --nproc-per-node 4 test_la.py --checkpoint RUN      the scans distributed over four GPUs
     python test_la.py --checkpoint RUN --scans held-out          on training scans that the run did not use
     python test_la.py --checkpoint best_model.pth --method dtc   bare weights, as the released codes save them
     python test_la.py --checkpoint best_model_seg.pth --sdm-weights best_model_dis.pth --method dtml
 
-The checkpoint knows its method, its data and its patch; no other flag is needed. Bare weights carry no options: they
-are tested as in the papers, on data/la, with windows of 112x112x80 voxels. Every output of the method is
-scored with and without the largest-component filter, always on the scan's own grid. A scan that the checkpoint was
-trained on is refused, also under another name, turned, scaled or rounded.
+A checkpoint states its method, data and patch size, so no other flag is needed. Bare weights have no options: they are
+tested as in the papers, on data/la, with windows of 112x112x80 voxels. Every output of the method is scored with and
+without the largest-component filter, always on the scan's own grid. A scan that the checkpoint was trained on is
+refused, also under another name, turned, scaled or rounded.
 """
 
 import dataclasses
@@ -62,7 +62,7 @@ SCANS = ("test", "held-out")
 
 @dataclasses.dataclass
 class Options:
-    """None means: as the checkpoint was trained."""
+    """Options of a test; None: as in the training."""
 
     checkpoint: str = option("", "run folder or .pt file of train_dtml.py; bare weights with --method", group="what")
     method: str = option(
@@ -99,27 +99,43 @@ class Options:
 def score_scan(
     case: Case, maps: dict[str, NDArray[np.uint8]], label: NDArray, predictions: Path, save: str
 ) -> list[dict[str, Any]]:
-    """Output -> label map (W,H,D), and label (W,H,D): the case's rows of cases.csv, and its predictions written."""
+    """Scores the predictions of a case and saves them.
+
+    Args:
+        case: the case.
+        maps: output -> predicted label map (W,H,D).
+        label: (W,H,D).
+        predictions: folder of the predictions.
+        save: one of COMPONENTS, the kind to save, or 'none'.
+
+    Returns:
+        The case's rows of cases.csv.
+    """
     rows: list[dict[str, Any]] = []
     geometry, spacing = read_geometry(case), known_spacing(case)
-    for output, found in maps.items():
-        forms = {"all": found, "largest": largest_components(found, case.classes)}
-        for component, form in forms.items():
-            if component == "all" or not np.array_equal(form, found):
-                scores = class_scores(form, label, case.classes, spacing)
+    for output, prediction in maps.items():
+        variants = {"all": prediction, "largest": largest_components(prediction, case.classes)}
+        for component, variant in variants.items():
+            if component == "all" or not np.array_equal(variant, prediction):
+                scores = class_scores(variant, label, case.classes, spacing)
             shape = "x".join(map(str, label.shape))
-            where = {"case": case.name, "shape": shape, "output": output, "component": component}
-            rows += [{**where, **score} for score in scores]
+            keys = {"case": case.name, "shape": shape, "output": output, "component": component}
+            rows += [{**keys, **score} for score in scores]
         if save != "none":
-            write_image(predictions / output / f"{case.name}.nii.gz", forms[save], geometry)
+            write_image(predictions / output / f"{case.name}.nii.gz", variants[save], geometry)
     return rows
 
 
 def names_of(folder: Path, scans: str, seen: Container[str]) -> list[str]:
-    """The names in test.list, or the held-out ones: those of train.list that are not among the ones `seen` in training.
+    """The names of the scans to test.
+
+    Args:
+        folder: the data set.
+        scans: 'test' for test.list, 'held-out' for the scans of train.list that are not in `seen`.
+        seen: names of the scans used in training.
 
     Raises:
-        UserError: bad lists, or a training that used every scan.
+        UserError: for lists that are not valid, or if no scan is held out.
     """
     train, test = lists_of(folder)
     if scans == "test":
@@ -136,9 +152,21 @@ def names_of(folder: Path, scans: str, seen: Container[str]) -> list[str]:
 def open_cases(
     folder: Path, names: Sequence[str], classes: int, seen: Mapping[str, str], images: Mapping[str, str]
 ) -> tuple[list[Case], list[tuple[int, ...]]]:
-    """The cases and their shapes, each read once so that bad ones are named before any prediction, and those that were
-    trained on: whose checksum is among the ones `seen` in training, or whose image is like one of the `images`, the
-    fingerprints of those, both by name. Early checkpoints have no `images`."""
+    """Reads all cases once, so that errors are raised before any prediction.
+
+    Args:
+        folder: the data set.
+        names: names of the cases.
+        classes: C, the largest allowed label value.
+        seen: name -> checksum of the scans used in training.
+        images: name -> fingerprint of these scans; empty for early checkpoints.
+
+    Returns:
+        The cases and their shapes.
+
+    Raises:
+        UserError: naming all unusable cases and all that were used in training.
+    """
     marks = {**{checksum: name for name, checksum in seen.items()}, **{x[:DIGITS]: name for name, x in images.items()}}
     cases, problems = find_cases(folder, names, labeled=True, classes=classes)
     shapes: list[tuple[int, ...]] = []
@@ -148,10 +176,10 @@ def open_cases(
         assert label is not None
         read_geometry(case)
         mark = fingerprint(image)
-        found = [name for name, same in zip(images, alike(mark, list(images.values())), strict=True) if same]
-        found += [marks[x] for x in (mark[:DIGITS], digest(image, label)) if x in marks]
-        if found:
-            raise CaseError(f"is a scan that this checkpoint was trained on, there called {found[0]}")
+        matches = [name for name, same in zip(images, alike(mark, list(images.values())), strict=True) if same]
+        matches += [marks[x] for x in (mark[:DIGITS], digest(image, label)) if x in marks]
+        if matches:
+            raise CaseError(f"is a scan that this checkpoint was trained on, there called {matches[0]}")
         shapes.append(image.shape)
 
     check_all(cases, check, problems)
@@ -172,44 +200,45 @@ def main(argv: list[str] | None = None) -> None:
     # what to test
     if o.method and o.scans != "test":
         raise UserError(f"--scans {o.scans}: bare weights do not state which scans they were trained on. Leave it out.")
-    state, method, known = load_trained(o.checkpoint, method=o.method, sdm_weights=o.sdm_weights)
+    state, method, available = load_trained(o.checkpoint, method=o.method, sdm_weights=o.sdm_weights)
     path, trained = Path(o.checkpoint or o.sdm_weights), state["options"]
     method.to(device).eval()
     refuse_precision(o.precision, device)
     set_precision(method, o.precision, training=False)
-    outputs = tuple(dict.fromkeys(o.output)) or known
-    unknown = [name for name in outputs if name not in known]
+    outputs = tuple(dict.fromkeys(o.output)) or available
+    unknown = [name for name in outputs if name not in available]
     if unknown:
-        raise UserError(f"--output {' '.join(unknown)} is none that {state['file']} gives: {' '.join(known)}.")
+        raise UserError(f"--output {' '.join(unknown)} is none that {state['file']} gives: {' '.join(available)}.")
     downsample, classes = trained["downsample"], method.options.classes
-    normalize = trained.get("normalize", "none")  # which early checkpoints do not state
+    normalize = trained.get("normalize", "none")  # early checkpoints do not state it
     patch_size = tuple(o.patch_size or trained["patch_size"])
     stride = tuple(o.stride or usual_stride(patch_size, downsample))
     refuse_window(patch_size, stride, method.side_multiple)
     if state["iteration"] < trained["iterations"] and RANK == 0:
         done = f"{state['iteration']} of {trained['iterations']} iterations"
         print(f"warning: {path} is not finished: {done}.", file=sys.stderr)
-    folder, seen = Path(o.data or trained["data"]), state["checksums"]  # none of bare weights
+    folder, seen = Path(o.data or trained["data"]), state["checksums"]  # empty for bare weights
     cases, shapes = open_cases(folder, names_of(folder, o.scans, seen), classes, seen, state.get("images", {}))
     count = sum(len(windows([-(-side // downsample) for side in shape], patch_size, stride)) for shape in shapes)
     names = {c: name for c, name in class_names(folder).items() if c <= classes}
-    # Several released files lie in one folder.
-    usual = path.with_name(f"{path.stem}-test") if o.method else (path if path.is_dir() else path.parent) / o.scans
-    out = Path(o.out) if o.out else usual
+    # Several released files are in one folder.
+    usual_out = path.with_name(f"{path.stem}-test") if o.method else (path if path.is_dir() else path.parent) / o.scans
+    out = Path(o.out) if o.out else usual_out
 
-    # predict, and score the scans before meanwhile
+    # predict, and score earlier scans meanwhile
     rows: list[dict[str, Any]] = []
     waiting: deque[Future[list[dict[str, Any]]]] = deque()
 
     def collect(most: int) -> None:
+        """Collects results until at most so many are pending."""
         while len(waiting) > most:
-            found = waiting.popleft().result()
-            rows.extend(found)
+            scores = waiting.popleft().result()
+            rows.extend(scores)
             if not sys.stderr.isatty():
                 best = {
-                    row["output"]: row["dice"] for row in found if row["component"] == "largest"
-                }  # the mean is last
-                print(f"{found[0]['case']}  " + "  ".join(f"{k} {v:.4f}" for k, v in best.items()), file=sys.stderr)
+                    row["output"]: row["dice"] for row in scores if row["component"] == "largest"
+                }  # the mean over the classes is last
+                print(f"{scores[0]['case']}  " + "  ".join(f"{k} {v:.4f}" for k, v in best.items()), file=sys.stderr)
 
     mine = cases[RANK::RANKS]
     with (
@@ -243,13 +272,13 @@ def main(argv: list[str] | None = None) -> None:
     write_whole(new / "table.md", means.encode())
     settings = {"patch_size": patch_size, "stride": stride, "windows": count, "weighting": o.weighting,
                 "flips": o.flips, "precision": o.precision, "scans": o.scans}  # fmt: skip
-    more = {"checkpoint": str(path), "iteration": state["iteration"], "downsample": downsample,
+    about = {"checkpoint": str(path), "iteration": state["iteration"], "downsample": downsample,
             "normalize": normalize, "data": str(folder), "saved": o.save}  # fmt: skip
     if names:
-        more["class_names"] = names
+        about["class_names"] = names
     if o.method:
-        more |= {"method": o.method, "released": state["released"]}
-    write_json(new / "test.json", make_manifest(device, **settings, **more))
+        about |= {"method": o.method, "released": state["released"]}
+    write_json(new / "test.json", make_manifest(device, **settings, **about))
     replace_test(out)
     report = write_report(out, str(folder)) if o.report else None
     size, step = ("x".join(map(str, v)) for v in (patch_size, stride))

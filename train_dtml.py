@@ -2,12 +2,12 @@
 
     python train_dtml.py                                      the phantom set, if the LA set is not under data/la
     python train_dtml.py --labeled 16                         16 of the 80 LA training scans labeled, the other 64 not
-    python train_dtml.py --preset authors --seed 2            as the released code does it
+    python train_dtml.py --preset authors --seed 2            like the released code
     python train_dtml.py --method ua-mt --labeled 16          another method; --method ua-mt --help lists its options
-    python train_dtml.py --resume auto                        go on where the same command was interrupted
+    python train_dtml.py --resume auto                        continue where the same command was interrupted
 
-The learning rate, the ramp-up, the batches and the dropout masks are functions of (seed, iteration) alone, so a run
-that was stopped and resumed equals one that was not.
+Learning rate, ramps, batches and dropout masks are functions of (seed, iteration) alone. A stopped and resumed run is
+therefore equal to an uninterrupted one.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from evaluation.slices import prediction_mesh, slice_picture
 from losses.ramps import cosine_rate, learning_rate
 from methods import METHODS, Method, Watch, restore
 from networks.backbone import STEEPEST, compile_networks, set_precision, set_recompute
-from settings import NOT_REPLAYED, OPTIMIZERS, Options, chosen_words, flags_of, read_options
+from settings import NOT_REPLAYED, OPTIMIZERS, Options, chosen_flags, flags_of, read_options
 from tools.replay import replay_batch
 from utils.checkpoint import fit_optimizer, save_checkpoint, write_whole
 from utils.clock import Clock
@@ -66,27 +66,27 @@ from utils.run_folder import (
 )
 from utils.run_lock import refuse_locked, run_lock
 
-STOP_EVERY = 10  # iterations between two questions to the other GPUs whether someone asked to stop
-LONG = {"options", "checksums"}  # of the manifest, not repeated in TensorBoard
+STOP_EVERY = 10  # iterations between checks whether any GPU's process received a stop signal
+LONG = {"options", "checksums"}  # entries of the manifest that are not copied to TensorBoard
 
 
-def rate(iteration: int, o: Options) -> float:
-    """The learning rate of an iteration."""
+def current_lr(iteration: int, o: Options) -> float:
+    """The learning rate of an iteration by --lr-schedule."""
     if o.lr_schedule == "cosine":
         return cosine_rate(iteration, o.iterations, o.lr)
     return learning_rate(iteration, o.lr, o.lr_steps or [], o.lr_gamma)
 
 
 def speed(iterations: int, seconds: float) -> dict[str, float]:
-    """What the manifest reports of a whole run, its earlier sessions included."""
+    """Entries of the manifest about a whole run, including the time before it was resumed."""
     return {"wall_s": round(seconds, 1), "iterations_per_s": round(iterations / seconds, 4)}
 
 
 def choose_arithmetic(method: Method, o: Options, device: torch.device) -> None:
-    """--precision, --recompute and --compile.
+    """Applies --precision, --recompute and --compile.
 
     Raises:
-        UserError: what this device, this method or the three together cannot do.
+        UserError: if the device or the method does not support an option, or the options exclude each other.
     """
     refuse_precision(o.precision, device)
     if o.compile and o.recompute:
@@ -107,15 +107,27 @@ def show(
     report: Report, method: Method, patches: Patches, labeled: int, spacing: Sequence[float], done: int,
     device: torch.device,
 ) -> None:  # fmt: skip
-    """One fixed slice of the first labeled and of the first unlabeled case: image, the method's maps, contours; and the
-    surfaces of prediction and label of the labeled one, with voxels of `spacing` mm."""
+    """Adds pictures to the report: a fixed slice of the first labeled and of the first unlabeled case.
+
+    A picture shows the image, the method's maps and the contours. The labeled case also gets the surfaces of prediction
+    and label.
+
+    Args:
+        report: the open report.
+        method: the method; it is in training mode afterwards.
+        patches: crops of the training.
+        labeled: number of labeled cases, the index of the first unlabeled one.
+        spacing: mm along x, y, z.
+        done: finished iterations.
+        device: device of the method.
+    """
     method.eval()
     for name, case in {"labeled": 0, "unlabeled": labeled}.items():
         if case < len(patches.volumes.cases):
             item = patches.middle(case)
-            found = {key: v[0] for key, v in method.maps(item["image"][None].to(device)).items()}
-            prediction = label_map(torch.stack(list(found.values())[: method.options.classes])).cpu().numpy()
-            maps = {key: v.cpu().numpy() for key, v in found.items()}
+            tensors = {key: v[0] for key, v in method.maps(item["image"][None].to(device)).items()}
+            prediction = label_map(torch.stack(list(tensors.values())[: method.options.classes])).cpu().numpy()
+            maps = {key: v.cpu().numpy() for key, v in tensors.items()}
             label = item["label"].cpu().numpy() if "label" in item else None
             title = f"{item['case']}, iteration {done}"
             report.picture(name, slice_picture(item["image"][0].cpu().numpy(), maps, prediction, label, title), done)
@@ -126,9 +138,9 @@ def show(
 
 @enough_memory("Lower --batch-size, --patch-size or --filters, or keep the volumes out of it with --cache disk.")
 def main(argv: list[str] | None = None) -> None:
-    words = Parser(add_help=False).expand(argv, chosen_words)
-    o, method_options, folder, state = read_options(words, __doc__)
-    given = {"method": o.method, "data": o.data} | flags_of(o.method).parse(words)
+    args = Parser(add_help=False).expand(argv, chosen_flags)
+    o, method_options, folder, state = read_options(args, __doc__)
+    flags = {"method": o.method, "data": o.data} | flags_of(o.method).parse(args)
     if not o.from_diagnostic:
         refuse_locked(folder)
     if state is None and not o.fresh and not (o.resume == "auto" and was_begun(folder)):
@@ -149,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
     if state is not None and state["iteration"] >= o.iterations:
         print(f"{folder} is already done: {state['iteration']} of {o.iterations} iterations.", file=sys.stderr)
         manifest = read_json(folder / MANIFEST)
-        if RANK == 0 and manifest and "wall_s" not in manifest:  # it was killed after its last checkpoint
+        if RANK == 0 and manifest and "wall_s" not in manifest:  # killed between its last checkpoint and the manifest
             write_json(folder / MANIFEST, {**manifest, **speed(o.iterations, state["seconds"])})
         return
     cases, problems, labeled_batch = training_cases(
@@ -170,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
         refuse_classes(cases, volumes.facts, method_options.classes)
     method.to(device)
     choose_arithmetic(method, o, device)
-    trained = [p for p in method.parameters() if p.requires_grad]  # a teacher or critic is not this optimiser's
+    trained = [p for p in method.parameters() if p.requires_grad]  # not a teacher or a critic
     optimizer = OPTIMIZERS[o.optimizer](trained, o)
     start, seconds = 0, 0.0
     if state is not None:
@@ -218,7 +230,7 @@ def main(argv: list[str] | None = None) -> None:
                 report.say(line)
             replay = {name: value for name, value in everything.items() if name not in NOT_REPLAYED}
             if start == 0 or not (folder / OPTIONS).exists():
-                chosen = {name: given.get(name) for name in replay} if start == 0 else replay
+                chosen = {name: flags.get(name) for name in replay} if start == 0 else replay
                 write_whole(folder / OPTIONS, options_file(chosen, replay).encode())
             manifest = make_manifest(device, processes=RANKS, options=replay, checksums=volumes.checksums)
             manifest = start_manifest(folder, start, manifest)
@@ -234,7 +246,7 @@ def main(argv: list[str] | None = None) -> None:
             batch = {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
             seed_iteration(o.seed, iteration, RANK)
             for group in optimizer.param_groups:
-                group["lr"] = rate(iteration, o)
+                group["lr"] = current_lr(iteration, o)
             clock.lap("data")
 
             losses = model(batch, iteration)
@@ -266,15 +278,15 @@ def main(argv: list[str] | None = None) -> None:
         if done < o.iterations:
             after = f"{done} of {o.iterations} iterations"
             if number:
-                wait_for_rank_0()  # it is still saving, and torchrun ends all when one leaves
-            elif RANKS > 1:  # told while it waited for a batch, and the others wait for its gradients
+                wait_for_rank_0()  # process 0 may still be saving, and torchrun ends all processes when one ends
+            elif RANKS > 1:  # stopped while waiting for a batch; the others wait for its gradients
                 raise Stopped(stop.number, f"no batch came after {after}; {folder} is as it was last saved")
             else:
                 watch.settle()
                 save_checkpoint(folder, contents(done))
             raise Stopped(number or stop.number, f"saved {folder} after {after}; go on with --resume {folder}")
 
-        # last word
+        # summary
         if report:
             wall = time.monotonic() - began
             measured: dict[str, Any] = {
@@ -292,8 +304,8 @@ def main(argv: list[str] | None = None) -> None:
 
 @contextmanager
 def open_report(folder: Path, o: Options, start: int, state: dict[str, Any] | None) -> Iterator[Report]:
-    """Makes the run folder, the only thing written before the first iteration, locks it, and opens its log."""
-    refuse_locked(folder)  # or --fresh would move it from under the run that is at it
+    """Context that creates the run folder, locks it and opens its report; nothing else is written before training."""
+    refuse_locked(folder)  # otherwise --fresh would move the folder of a running training
     make_run_folder(folder, fresh=o.fresh and start == 0)
     with run_lock(folder):
         refuse_changed(folder, state)

@@ -1,4 +1,4 @@
-"""A crop with its augmentation, by where the volumes stay; and how long a run waits before its first crop.
+"""Time of an augmented crop by the place of the volumes, and time until the first crop of a run.
 
     python -m benchmarks.data
 
@@ -30,7 +30,7 @@ from utils.options import Parser, fill, option
 
 @dataclasses.dataclass
 class Options:
-    """Of what, how often."""
+    """Options of the benchmark."""
 
     data: str = option(str(LA_FOLDER), "folder of the data set")
     patch_size: list[int] = option([112, 112, 80], "voxels of a crop along x, y, z", nargs=3, minimum=1)
@@ -41,7 +41,7 @@ class Options:
 
 
 def released(patches: Patches, slot: Slot) -> dict[str, Any]:
-    """Decode, turn and flip the whole volume, then crop: the same crop as `Patches` gives."""
+    """The released form: decode, turn and flip the whole volume, then crop. Returns the same crop as `Patches`."""
     case, size = patches.volumes.cases[slot.case], patches.patch_size
     with h5py.File(case.path, "r") as f:
         volumes = [f["image"][()], f["label"][()]]
@@ -49,7 +49,7 @@ def released(patches: Patches, slot: Slot) -> dict[str, Any]:
     draw = draw_augmentation(generator, volumes[0].shape, size, patches.augment)
     turned = [np.rot90(v, draw.turns, (0, 1)) for v in volumes]
     turned = [(v if draw.flip is None else np.flip(v, draw.flip)).copy() for v in turned]
-    corner = np.zeros(volumes[0].shape[:2], bool)  # where the box is after turning
+    corner = np.zeros(volumes[0].shape[:2], bool)  # position of the box after turning
     corner[draw.start[0] : draw.start[0] + draw.size[0], draw.start[1] : draw.start[1] + draw.size[1]] = True
     corner = np.rot90(corner, draw.turns)
     corner = corner if draw.flip is None else np.flip(corner, draw.flip)
@@ -63,17 +63,17 @@ Maker = Callable[[list[Slot]], list[dict[str, Any]]]
 
 
 def items_of(patches: Patches, slots: list[Slot]) -> list[dict[str, Any]]:
-    """Ours."""
+    """The form of this code."""
     return [patches[slot] for slot in slots]
 
 
 def batches_of(items: Maker, slots: list[Slot]) -> Iterator[dict[str, Any]]:
-    """Four crops at a time, as train_dtml.py's loader makes them of items."""
+    """Batches of four crops, collated as in the loader of train_dtml.py."""
     return (collate(items(slots[i : i + 4])) for i in range(0, len(slots), 4))
 
 
 def use_up(items: Maker, slots: list[Slot]) -> None:
-    """As training does it: a batch goes when the next one comes."""
+    """Iterates over the batches, each freed when the next one is made, as in training."""
     for _ in batches_of(items, slots):
         pass
 
@@ -103,15 +103,15 @@ def main(argv: list[str] | None = None) -> None:
         memory = patches["memory (ram)"]
         makers: dict[str, Maker] = {
             "h5, whole volume (released)": lambda slots: [released(memory, slot) for slot in slots],
-            **{name: partial(items_of, made) for name, made in patches.items()},
+            **{name: partial(items_of, source) for name, source in patches.items()},
         }
         timings = side_by_side({n: partial(use_up, make, slots) for n, make in makers.items()}, rounds=o.rounds)
         rows = []
         for name, t in timings.items():
             reference = batches_of(makers["h5, whole volume (released)"], slots)
-            made = batches_of(makers[name], slots)
+            batches = batches_of(makers[name], slots)
             equal = all(
-                torch.equal(a[k], b[k]) for a, b in zip(reference, made, strict=True) for k in ("image", "label")
+                torch.equal(a[k], b[k]) for a, b in zip(reference, batches, strict=True) for k in ("image", "label")
             )
             rows.append([name, 1000 * t.seconds / o.samples, o.samples / t.seconds, t.ratio, "yes" if equal else "NO"])
     finally:

@@ -1,10 +1,10 @@
-"""What an iteration of every method costs, side by side: time, memory and parameters at the size of a profile.
+"""Time, memory and parameters of one training iteration of every method, at the size of a profile.
 
     python -m benchmarks.methods --profile phantom --threads 1
 
-prints a Markdown table. Every method has a process of its own and the batch is noise with boxes for labels, so this is
-the cost of forward, backward, step and after_step alone, without data or log. The rounds visit all methods in
-turn, so that a machine that is busy for a while is so for all of them; the time is the fastest iteration of any round.
+prints a Markdown table. Every method runs in its own process, on a batch of noise with boxes as labels. The cost is
+that of forward, backward, step and after_step, without data and log. The rounds visit all methods in turn, so that
+other load on the machine affects all of them. The time is that of the fastest iteration in any round.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from utils.options import Parser, fill, option
 
 @dataclasses.dataclass
 class Options:
-    """At what size, how often."""
+    """Options of the benchmark."""
 
     profile: str = option("phantom", "scale of the run", choices=list(PROFILES))
     rounds: int = option(2, "times that each method is visited", minimum=1)
@@ -36,7 +36,7 @@ class Options:
 
 
 def measure(name: str, o: Options) -> dict[str, float]:
-    """Seconds of the fastest iteration, peak memory in GiB, trained and all parameters of one method."""
+    """Measures one method: seconds of the fastest iteration, peak memory in GiB, trained and all parameters."""
     torch.set_num_threads(o.threads)
     device = choose_device(o.device)
     set_arithmetic(deterministic=False)
@@ -78,23 +78,23 @@ def main(argv: list[str] | None = None) -> None:
     if o.one:
         print(json.dumps(measure(o.one, o)))
         return
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
     for _ in range(o.rounds):
-        for name, rounds in found.items():
-            words = [f"--{key}={value}" for key, value in {**dataclasses.asdict(o), "one": name}.items()]
+        for name, rounds in results.items():
+            argv = [f"--{key}={value}" for key, value in {**dataclasses.asdict(o), "one": name}.items()]
             done = subprocess.run(
-                [sys.executable, "-m", "benchmarks.methods", *words], stdout=subprocess.PIPE, check=True
+                [sys.executable, "-m", "benchmarks.methods", *argv], stdout=subprocess.PIPE, check=True
             )
             rounds.append(json.loads(done.stdout))
-    usual = min(r["seconds"] for r in found["supervised"])
+    reference = min(r["seconds"] for r in results["supervised"])
     print(
         "| method | iterations/s | time of an iteration, supervised = 1 | peak memory GiB | trained parameters | all |"
     )
     print("|---|---|---|---|---|---|")
-    for name, rounds in found.items():
+    for name, rounds in results.items():
         seconds, memory = min(r["seconds"] for r in rounds), max(r["memory"] for r in rounds)
         counts = f"{rounds[0]['trained']:,} | {rounds[0]['all']:,}"
-        print(f"| {name} | {1 / seconds:.2f} | {seconds / usual:.2f} | {memory:.2f} | {counts} |")
+        print(f"| {name} | {1 / seconds:.2f} | {seconds / reference:.2f} | {memory:.2f} | {counts} |")
 
 
 if __name__ == "__main__":

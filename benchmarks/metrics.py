@@ -1,9 +1,9 @@
-"""Dice, Jaccard, ASD and 95HD of a scan: medpy on whole volumes, and ours; on segmentations and on the worst masks.
+"""Dice, Jaccard, ASD and 95HD of a scan: medpy on whole volumes compared with ours, on segmentations and hard masks.
 
     python -m benchmarks.metrics
 
-The segmentations are the labels, blurred with noise and moved. Of the masks made up to be hard, noise is all border,
-and of a shell around a ball every voxel of the one is about as far from all of the other.
+The segmentations are the labels, blurred, with noise, and moved. The hard masks are noise, which consists of border
+voxels only, and shells around balls, where all distances are about equal.
 """
 
 import dataclasses
@@ -23,28 +23,28 @@ Pair = tuple[NDArray[np.bool_], NDArray[np.bool_]]
 
 @dataclasses.dataclass
 class Options:
-    """Of what, how often."""
+    """Options of the benchmark."""
 
     data: str = option("", "folder of the data set (default data/la, else phantoms)")
-    scans: int = option(6, "so many test scans", minimum=1)
+    scans: int = option(6, "number of test scans", minimum=1)
     side: int = option(96, "side of the worst masks", minimum=16)
     rounds: int = option(5, "timed repeats", minimum=1)
 
 
 def by_medpy(a: NDArray, b: NDArray) -> tuple[float, ...]:
-    """As the papers' test scripts."""
+    """medpy's metrics, as in the papers' test scripts."""
     return binary.dc(a, b), binary.jc(a, b), binary.asd(a, b), binary.hd95(a, b)
 
 
 def segmented(label: NDArray, seed: int) -> NDArray[np.bool_]:
-    """What a network might make of the scan: a rough, slightly moved label with some islands."""
+    """A label (W,H,D) -> a mask like a network's prediction: rough, slightly moved, with some islands."""
     rng = np.random.default_rng(seed)
     noise = gaussian_filter(rng.standard_normal(label.shape, dtype=np.float32), 3)
     return shift(gaussian_filter(label.astype(np.float32), 2), rng.uniform(-2, 2, 3), order=1) + 4 * noise > 0.5
 
 
 def worst(side: int) -> dict[str, Pair]:
-    """Masks on which one way of computing or another is slow."""
+    """Masks with sides of `side` voxels on which one of the algorithms is slow."""
     rng, shape = np.random.default_rng(0), (side, side, side)
     squares = ((np.indices(shape) - side / 2) ** 2).sum(0)
 

@@ -1,11 +1,11 @@
-"""How near the gradients of DTML in low precision are to those of float64, layer by layer.
+"""Gradients of DTML in low precision compared with those in float64, for each part of the networks.
 
     python -m benchmarks.precision --checkpoints runs/la/dtml-16-seed1337/previous.pt runs/la/dtml-16-seed1337/last.pt
 
-m = sigmoid(-1500 z) has its gradient only where |z| < 0.003. What a rounded trunk gets wrong about z moves that shell
-to other voxels, so that the gradient of M_d is not a little inexact but that of another surface. The table shows the
-cosine between the gradient of each part and float64's, on the same crops, without dropout: 1 is the same direction, 0
-none at all. On a CPU tf32 is emulated: what enters a convolution, forward and backward, is rounded to ten bits.
+m = sigmoid(-1500 z) has a gradient only where |z| < 0.003. Rounding errors of z move this shell to other voxels, so the
+gradient of M_d becomes that of another surface. The table shows the cosine between the gradient of each part and that
+in float64, on the same crops, without dropout: 1 is the same direction, 0 an unrelated one. On a CPU tf32 is emulated:
+the inputs of every convolution, forward and backward, are rounded to ten bits.
 """
 
 import dataclasses
@@ -36,19 +36,19 @@ PARTS = ("encoder", "bottom", "decoder", "heads")
 
 @dataclasses.dataclass
 class Options:
-    """Of which weights, on what."""
+    """Options of the benchmark."""
 
-    checkpoints: list[str] = option([], "of DTML, beside the weights of the start", type=str, nargs="+")
+    checkpoints: list[str] = option([], "of DTML, in addition to initial weights", type=str, nargs="+")
     data: str = option("", "folder of the data set (default data/la, else the phantom set)")
-    profile: str = option("short", "scale of the start and of the crops", choices=list(PROFILES))
-    seeds: int = option(4, "batches of crops, and weights of the start", minimum=1)
-    k: float = option(0.0, "steepness in place of the checkpoint's; 0: that", minimum=0)
+    profile: str = option("short", "scale of the initial weights and of the crops", choices=list(PROFILES))
+    seeds: int = option(4, "batches of crops, and initial weights", minimum=1)
+    k: float = option(0.0, "steepness; 0: that of the checkpoint", minimum=0)
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     threads: int = option(1, "CPU threads", minimum=1)
 
 
 class Rounded(torch.autograd.Function):
-    """Ten bits of mantissa, as tensor cores read float32; the gradient as it comes."""
+    """Rounds values to ten bits of mantissa, as tensor cores read float32; the gradient is not rounded."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class Rounded(torch.autograd.Function):
 
 
 class GradientRounded(torch.autograd.Function):
-    """The map as it comes; ten bits of its gradient."""
+    """Rounds the gradient to ten bits of mantissa; the values are not rounded."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -73,20 +73,20 @@ class GradientRounded(torch.autograd.Function):
 
 
 def emulate_tf32(network: nn.Module) -> None:
-    """Of the convolutions in the trunk of a network."""
+    """Emulates tf32 in all convolutions of a network but those of the heads."""
     for name, module in network.named_modules():
         if isinstance(module, (nn.Conv3d, nn.ConvTranspose3d)) and "heads" not in name:
-            how = F.conv3d if isinstance(module, nn.Conv3d) else F.conv_transpose3d
+            convolve = F.conv3d if isinstance(module, nn.Conv3d) else F.conv_transpose3d
 
-            def forward(x: Tensor, m: Any = module, how: Any = how) -> Tensor:
-                y = how(Rounded.apply(x), Rounded.apply(m.weight), None, m.stride, m.padding)
+            def forward(x: Tensor, m: Any = module, convolve: Any = convolve) -> Tensor:
+                y = convolve(Rounded.apply(x), Rounded.apply(m.weight), None, m.stride, m.padding)
                 return GradientRounded.apply(y) + m.bias.view(-1, 1, 1, 1)
 
             setattr(module, "forward", forward)  # noqa: B010
 
 
 def in_float32(block: nn.Module) -> None:
-    """Whatever the precision around it."""
+    """Makes a block compute in float32 in any surrounding precision."""
     forward = block.forward
 
     def wide(x: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ def in_float32(block: nn.Module) -> None:
 
 
 def in_tf32(*networks: Backbone) -> None:
-    """Emulated where there is no GPU."""
+    """Sets the networks to tf32, emulated without a GPU."""
     for network in networks:
         network.precision = "tf32"
         if not next(network.parameters()).is_cuda:
@@ -105,13 +105,13 @@ def in_tf32(*networks: Backbone) -> None:
 
 
 def in_bf16(*networks: Backbone) -> None:
-    """By autocast."""
+    """Sets the networks to bf16 by autocast."""
     for network in networks:
         network.precision = "bf16"
 
 
 def in_bf16_but_the_last_block(*networks: Backbone) -> None:
-    """By autocast, outside of which the last block and the head are."""
+    """Sets the networks to bf16 by autocast, except for the last block and the head."""
     in_bf16(*networks)
     for network in networks:
         *_, last = network.get_submodule("decoder").children()
@@ -129,7 +129,11 @@ MODES: dict[str, Callable[[DTML], Any]] = {
 
 
 def gradients(method: DTML, batch: dict[str, Any], mode: str) -> tuple[dict[tuple[str, str], Tensor], float]:
-    """(network, part) -> its gradient, one vector of float64; and the share of voxels at which m has a gradient."""
+    """Gradients of one iteration in a mode.
+
+    Returns:
+        (network, part) -> gradient, one float64 vector, and the share of voxels at which m has a gradient.
+    """
     method.train()
     for module in method.modules():
         if isinstance(module, nn.Dropout3d):
@@ -141,13 +145,13 @@ def gradients(method: DTML, batch: dict[str, Any], mode: str) -> tuple[dict[tupl
         MODES[mode](method)
     losses = method(batch, method.iterations - 1)
     losses.total.backward()
-    found: dict[tuple[str, str], list[Tensor]] = {}
+    vectors: dict[tuple[str, str], list[Tensor]] = {}
     for name, p in method.named_parameters():
         network, part, *_ = name.split(".")
         assert p.grad is not None
         for key in (part if part in PARTS else {"down": "encoder", "up": "decoder"}[part], "all"):
-            found.setdefault((network, key), []).append(p.grad.flatten().double())
-    return {key: torch.cat(parts) for key, parts in found.items()}, float(losses.monitors["live_gradient/sdm"])
+            vectors.setdefault((network, key), []).append(p.grad.flatten().double())
+    return {key: torch.cat(parts) for key, parts in vectors.items()}, float(losses.monitors["live_gradient/sdm"])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -162,9 +166,9 @@ def main(argv: list[str] | None = None) -> None:
         make_phantom_set(folder)
 
     states = [load_checkpoint(Path(path)) for path in o.checkpoints]
-    strangers = [str(state["file"]) for state in states if state["options"]["method"] != "dtml"]
-    if strangers:
-        raise UserError(f"--checkpoints takes those of dtml, not {', '.join(strangers)}.")
+    unfit = [str(state["file"]) for state in states if state["options"]["method"] != "dtml"]
+    if unfit:
+        raise UserError(f"--checkpoints takes those of dtml, not {', '.join(unfit)}.")
     settings, own, *_ = read_options(["--method", "dtml", "--profile", o.profile, "--data", str(folder)])
 
     def make(state: dict[str, Any] | None, seed: int) -> DTML:
@@ -194,8 +198,8 @@ def main(argv: list[str] | None = None) -> None:
         when = f"{state['iteration']} of {state['options']['iterations']}" if state else "0"
         print(f"iteration {when}: m has a gradient at {100 * sum(live) / len(live):.2g} % of the voxels")
         for mode in MODES:
-            found = [cosines[mode, (net, part)] for net in ("M_s", "M_d") for part in ("all", *PARTS)]
-            rows.append([when, mode, *(f"{sum(values) / len(values):.3f}" for values in found)])
+            columns = [cosines[mode, (net, part)] for net in ("M_s", "M_d") for part in ("all", *PARTS)]
+            rows.append([when, mode, *(f"{sum(values) / len(values):.3f}" for values in columns)])
     size = "x".join(map(str, settings.patch_size))
     print(f"\nMean cosine to float64 over {o.seeds} batches of 4 crops of {size}; on {device.type}.\n")
     heads = [f"{net} {part}" if part == "all" else part for net in ("M_s", "M_d") for part in ("all", *PARTS)]

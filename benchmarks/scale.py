@@ -1,10 +1,10 @@
-"""Training in several processes on the cores of one machine, beside one process on one core.
+"""Training in several processes on the cores of one machine, compared with one process on one core.
 
     python -m benchmarks.scale
 
-Every process has a core of its own and one thread. In turn, in one run: process 0 alone with the whole batch, while the
-others sleep; all of them, each with a whole batch (weak scaling); all of them, with shares of one batch (strong
-scaling). A step is that of train_dtml.py, crops from memory included. What GPUs would gain is a projection on paper.
+Every process has its own core and one thread. Three forms take turns in one run: process 0 alone with the whole batch,
+while the others sleep; all processes, each with a whole batch (weak scaling); all processes, with shares of one batch
+(strong scaling). A step is that of train_dtml.py, with crops from memory. The gain on GPUs is calculated, not measured.
 """
 
 import dataclasses
@@ -46,37 +46,37 @@ PARENT = os.getppid()
 
 @dataclasses.dataclass
 class Options:
-    """Of what, how often, and for which GPUs the projection is."""
+    """Options of the benchmark, and of the projection to GPUs."""
 
     data: str = option("", "folder of the data set (default data/la, else the phantom set)")
-    processes: int = option(2, "processes, each on a core of its own", minimum=2)
+    processes: int = option(2, "processes, each on its own core", minimum=2)
     batch_size: int = option(4, "crops in a whole batch", minimum=4)
     patch_size: list[int] = option([48, 48, 32], "voxels of a crop along x, y, z", nargs=3, minimum=16)
     filters: int = option(16, "channels of the first block", minimum=1)
-    rounds: int = option(5, "timed blocks of each form, after one that is not", minimum=1)
+    rounds: int = option(5, "timed blocks of each form, after an untimed one", minimum=1)
     steps: int = option(3, "steps in a block", minimum=1)
     gpus: int = option(8, "GPUs of the projection", group="projection", minimum=2)
     step_ms: list[float] = option(
-        [80.0, 42.0, 25.0], "what a step takes on one of them", group="projection", nargs="+", minimum=0.001
+        [80.0, 42.0, 25.0], "times of a step on one GPU", group="projection", nargs="+", minimum=0.001
     )
     bandwidth: list[float] = option(
-        [20.0, 200.0], "bus bandwidths between them, GB/s", group="projection", nargs="+", minimum=0.001
+        [20.0, 200.0], "bus bandwidths between GPUs, GB/s", group="projection", nargs="+", minimum=0.001
     )
 
 
 def cores() -> list[int]:
-    """The cores that this program may use.
+    """The numbers of the cores that this program may use.
 
     Raises:
-        UserError: the system cannot pin a process to a core.
+        UserError: if the system cannot pin a process to a core.
     """
     if not hasattr(os, "sched_getaffinity"):
         raise UserError("processes cannot be pinned to cores on this system. Run benchmarks.scale on Linux.")
     return sorted(os.sched_getaffinity(0))
 
 
-def launch(words: list[str], processes: int) -> None:
-    """Runs this module in so many processes; they end with this one.
+def launch(args: list[str], processes: int) -> None:
+    """Runs this module with these arguments in several processes, which end with this one.
 
     Raises:
         Stopped: after a signal.
@@ -84,16 +84,16 @@ def launch(words: list[str], processes: int) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     flags = ["--standalone", "--nproc-per-node", str(processes), "-m", "benchmarks.scale"]
     try:
-        torchrun.main([*flags, *words])
+        torchrun.main([*flags, *args])
     except SignalException as e:
         raise Stopped(e.sigval, "the processes are ended; nothing was kept") from e
-    except ChildFailedError as e:  # the process has said why
+    except ChildFailedError as e:  # the process has printed the reason
         sys.exit(max(failure.exitcode for failure in e.failures.values()))
 
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """What is done inside is done as by a single process: nothing waits for the other processes."""
+    """Context in which the code runs as a single process, without waiting for other processes."""
     distributed.RANKS = 1
     try:
         yield
@@ -102,18 +102,20 @@ def alone() -> Iterator[None]:
 
 
 def waited() -> float:
-    """Seconds for which this process's thread was ready and another program had its core."""
+    """Seconds that this thread was ready to run while another program used its core."""
     return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
 
 
 class Form:
-    """Steps of one form of training, from a data loader of its own.
+    """Training steps of one form, with its own data loader.
 
     Args:
-        method, optimizer: of the process alone, or of the replica.
-        model: the method, or what wraps it.
-        batch_size: crops of a step of each process.
-        ranks: processes that take part.
+        o: options of the benchmark.
+        method, optimizer: those of the single process, or of the replica.
+        model: the method or its wrapper.
+        batch_size: crops in a step of each process.
+        volumes: the cases.
+        ranks: number of processes that take part.
     """
 
     def __init__(
@@ -147,34 +149,37 @@ class Form:
         clock.lap("step")
 
     def block(self, steps: int) -> tuple[float, float]:
-        """Seconds that so many steps take, and the share of them for which a process waited for its core.
+        """Runs so many steps.
+
+        Returns:
+            Seconds of all steps, and the share of the time in which a process waited for its core.
 
         Raises:
-            Stopped: the program that started this process was killed.
+            Stopped: if the program that started this process was killed.
         """
         if os.getppid() != PARENT:
             raise Stopped(signal.SIGTERM, "the program that started this process is gone")
         wait_for_rank_0()
-        began, kept = time.perf_counter(), waited()
+        began, waited_before = time.perf_counter(), waited()
         self.clock.lap("between")
         with nullcontext() if self.ranks > 1 else alone():
             for _ in range(steps if self.takes_part else 0):
                 self.step()
-        mine = [time.perf_counter() - began, waited() - kept] if self.takes_part else [0.0, 0.0]
-        seconds, kept = any_rank(*mine, device=CPU)
-        return seconds, kept / seconds
+        mine = [time.perf_counter() - began, waited() - waited_before] if self.takes_part else [0.0, 0.0]
+        seconds, waiting = any_rank(*mine, device=CPU)
+        return seconds, waiting / seconds
 
 
 def on_all_ranks_equal(hexadecimal: str) -> bool:
-    """Whether all processes bring the same digits, of which there are a multiple of 4."""
-    # By any_rank and not by all_gather_object, whose last tensor gloo's thread may hold; see utils/distributed.py.
+    """Whether a hexadecimal string, with a multiple of 4 digits, is the same in all processes."""
+    # any_rank, not all_gather_object: gloo's thread may keep the last tensor of that; see utils/distributed.py.
     parts = [int(hexadecimal[i : i + 4], 16) for i in range(0, len(hexadecimal), 4)]
     largest = any_rank(*parts, *(-part for part in parts), device=CPU)
     return all(a == -b for a, b in zip(largest[: len(parts)], largest[len(parts) :], strict=True))
 
 
 def projection(o: Options, size: int, backward: float) -> str:
-    """A table of what a ring all-reduce of `size` bytes costs several GPUs; `backward` is its share of a step."""
+    """A table of the cost of a ring all-reduce of `size` bytes; `backward` is the backward pass's share of a step."""
     rows = []
     for bandwidth in o.bandwidth:
         reduce_ms = 2 * (o.gpus - 1) / o.gpus * size / bandwidth / 1e6
@@ -192,7 +197,7 @@ def projection(o: Options, size: int, backward: float) -> str:
 
 
 def measure(o: Options) -> None:
-    """What every process does; process 0 prints."""
+    """Runs the benchmark in each process; process 0 prints the results."""
     os.sched_setaffinity(0, {cores()[RANK]})  # before gloo starts its threads, which inherit it
     torch.set_num_threads(1)
     set_arithmetic(deterministic=False)
@@ -202,16 +207,16 @@ def measure(o: Options) -> None:
         multiple=DTML.side_multiple,
     )  # fmt: skip
     volumes = Volumes(cases, cache="ram", problems=problems)
-    options, read, *_ = read_options(["--method", "dtml", "--filters", str(o.filters)])
+    options, method_options, *_ = read_options(["--method", "dtml", "--filters", str(o.filters)])
     iterations = (1 + o.rounds) * o.steps
 
-    def made() -> tuple[DTML, torch.optim.Optimizer]:
+    def make() -> tuple[DTML, torch.optim.Optimizer]:
         torch.manual_seed(0)
-        method = DTML(cast(DTML.Options, read), iterations=iterations).train()
+        method = DTML(cast(DTML.Options, method_options), iterations=iterations).train()
         return method, OPTIMIZERS[options.optimizer](list(method.parameters()), options)
 
     with process_group(CPU):
-        single, (method, optimizer) = made(), made()
+        single, (method, optimizer) = make(), make()
         model = replicate(method, CPU)
         share = o.batch_size // RANKS
         forms = {
@@ -228,10 +233,10 @@ def measure(o: Options) -> None:
         names = list(forms)
         for i in range(-1, o.rounds):  # the first round is not timed
             for name in names[i % len(names) :] + names[: i % len(names)]:
-                seconds, kept = forms[name].block(o.steps)
+                seconds, waiting = forms[name].block(o.steps)
                 if i >= 0:
                     rates[name].append(o.steps * forms[name].crops / seconds)
-                    waits[name].append(kept)
+                    waits[name].append(waiting)
             wait_for_rank_0()
             began = time.perf_counter()
             dist.all_reduce(flat)

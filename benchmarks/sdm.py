@@ -1,8 +1,8 @@
-"""The signed distance map of crops: the released routine, the same by scipy on boxes, and ours.
+"""The signed distance map of crops: the released routine, scipy on boxes, and ours.
 
     python -m benchmarks.sdm --threads 2
 
-The released routine takes both distance transforms of the whole crop and looks for the boundary on its own.
+The released routine computes both distance transforms on the whole crop, and the boundary separately.
 """
 
 import dataclasses
@@ -24,17 +24,17 @@ from utils.options import Parser, fill, option
 
 @dataclasses.dataclass
 class Options:
-    """Of what, how often."""
+    """Options of the benchmark."""
 
     data: str = option("", "folder of the data set (default data/la, else phantoms)")
     patch_size: list[int] = option([112, 112, 80], "voxels of a crop along x, y, z", nargs=3, minimum=1)
-    scans: int = option(8, "so many test scans, a crop of each", minimum=1)
+    scans: int = option(8, "number of test scans, with a crop of each", minimum=1)
     rounds: int = option(7, "timed repeats", minimum=1)
     threads: int = option(2, "CPU threads", minimum=1)
 
 
 def released(mask: NDArray) -> NDArray:
-    """Whole crop, inside and outside, and the boundary."""
+    """The released routine: both transforms on the whole crop (W,H,D), and the boundary."""
     inside = mask > 0
     d_in, d_out = distance_transform_edt(inside), distance_transform_edt(~inside)
     sdm = d_out / d_out.max() - d_in / d_in.max()
@@ -43,7 +43,7 @@ def released(mask: NDArray) -> NDArray:
 
 
 def on_box(mask: NDArray) -> NDArray:
-    """As ours, by scipy."""
+    """Our algorithm with scipy's distance transform; mask (W,H,D)."""
     inside = mask > 0
     d_out, box = distance_transform_edt(~inside), box_of(inside, margin=1)
     d_in = distance_transform_edt(inside[box])
@@ -53,6 +53,7 @@ def on_box(mask: NDArray) -> NDArray:
 
 
 def on_all(form: Callable[[NDArray], NDArray], crops: list[NDArray]) -> list[NDArray]:
+    """The distance map of every crop."""
     return [form(crop) for crop in crops]
 
 
@@ -73,11 +74,13 @@ def main(argv: list[str] | None = None) -> None:
         crops.append(np.ascontiguousarray(label[*(slice(a, a + p) for a, p in zip(start, o.patch_size, strict=True))]))
     forms = {name: partial(on_all, form, crops) for name, form in FORMS.items()}
     timings = side_by_side(forms, rounds=o.rounds)
-    far = {n: max(float(np.abs(f(crop) - released(crop)).max()) for crop in crops) for n, f in FORMS.items()}
+    largest = {n: max(float(np.abs(f(crop) - released(crop)).max()) for crop in crops) for n, f in FORMS.items()}
     size = "x".join(map(str, o.patch_size))
     print(f"{len(crops)} crops of {size}, threads: {o.threads}, {o.rounds} rounds.\n")
     head = ["form", "ms a crop", "times as fast", "peak MiB", "largest difference"]
-    print(table(head, [[n, 1000 * t.seconds / len(crops), t.ratio, t.peak_mib, far[n]] for n, t in timings.items()]))
+    print(
+        table(head, [[n, 1000 * t.seconds / len(crops), t.ratio, t.peak_mib, largest[n]] for n, t in timings.items()])
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""A training step of DTML, released form and ours, on the same scans; and how far both gradients are from float64.
+"""A training step of DTML on the same scans, released form compared with ours, and errors of the gradients.
 
     python -m benchmarks.step --patch-size 48 48 32 --threads 1
 
-The released form decodes a whole h5 volume for each crop, turns it and then crops; makes a signed distance map of each
-label that no loss reads; carries both heads in both networks; goes back twice through one graph; and steps two SGDs,
-tensor by tensor. Its second pass adds the consistency to both networks once more; here its weight is halved, so that
-both forms minimise the same.
+The released form decodes a whole h5 volume for each crop, turns it and then crops it. It computes a signed distance map
+of each label, which no loss uses. Both networks have both heads. There are two backward passes through one graph, and
+two SGD optimisers without fused kernels. The second pass adds the consistency to both networks again; here its weight
+is halved, so that both forms minimise the same loss.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ PARTS = ("data", "forward and backward", "step")
 
 @dataclasses.dataclass
 class Options:
-    """Of what, how often."""
+    """Options of the benchmark."""
 
     data: str = option("", "folder of the data set (default data/la, else the phantom set)")
     patch_size: list[int] = option([48, 48, 32], "voxels of a crop along x, y, z", nargs=3, minimum=16)
@@ -54,7 +54,7 @@ class Options:
 
 
 class ReleasedNet(VNet):
-    """Two heads, of which a loss reads one, no ReLU in place, and torch's usual layout and batch norm."""
+    """The released V-Net: two heads, of which the loss uses one, no in-place ReLU, and the contiguous layout."""
 
     cpu_layout = torch.contiguous_format
 
@@ -66,7 +66,7 @@ class ReleasedNet(VNet):
 
 
 def released_backward(M_s: nn.Module, M_d: nn.Module, batch: dict[str, Any], lambda_: float) -> None:
-    """Gradients of both networks, by two passes back through one graph."""
+    """Computes the gradients of both networks by two backward passes through one graph."""
     label = batch["label"]
     logits, z = M_s(batch["image"])["seg"], M_d(batch["image"])["sdm"]
     p, m = logits.sigmoid(), sdm_to_mask(z, 1500.0)
@@ -89,8 +89,8 @@ def main(argv: list[str] | None = None) -> None:
     if folder == PHANTOM_FOLDER:
         make_phantom_set(folder)
     cases, _ = find_cases(folder, lists_of(folder)[0][:8], labeled=True)
-    options, read, *_ = read_options(["--method", "dtml", "--filters", str(o.filters)])
-    method_options = cast(DTML.Options, read)
+    options, dtml_options, *_ = read_options(["--method", "dtml", "--filters", str(o.filters)])
+    method_options = cast(DTML.Options, dtml_options)
     torch.manual_seed(0)
     method = DTML(method_options, iterations=10).to(device).train()
     optimizer = OPTIMIZERS["sgd"](list(method.parameters()), options)
@@ -121,9 +121,9 @@ def main(argv: list[str] | None = None) -> None:
         clock.lap("data")
         released_backward(*networks, batch, lambda_)
         clock.lap("forward and backward")
-        for each in optimizers:
-            each.step()
-            each.zero_grad()
+        for sgd in optimizers:
+            sgd.step()
+            sgd.zero_grad()
         clock.lap("step")
 
     def our_step(clock: Clock) -> None:
@@ -169,43 +169,46 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def distances(o: Options, method_options: DTML.Options, patches: Patches) -> list[list[Any]]:
-    """Relative L2 distance of both networks' gradients from those of float64, at the start, without dropout: root mean
-    square over some seeds of weights and crops."""
+    """Relative L2 distance of the gradients from those in float64, with initial weights and without dropout.
+
+    Returns:
+        A table row for each network, with the root mean square over the seeds for the released form and for ours.
+    """
     squares = np.mean([distance(o, method_options, patches, seed) ** 2 for seed in range(o.seeds)], axis=0)
     return [[network, *map(float, row)] for network, row in zip(("M_s", "M_d"), np.sqrt(squares), strict=True)]
 
 
 def distance(o: Options, method_options: DTML.Options, patches: Patches, seed: int) -> NDArray[np.float64]:
-    """Of one seed: [[M_s released, M_s ours], [M_d released, M_d ours]]."""
+    """The distances for one seed: [[M_s released, M_s ours], [M_d released, M_d ours]]."""
     batch = collate([patches[slot] for slot in next(iter(
         TwoStreamBatchSampler(4, 4, batch_size=4, labeled_batch=2, seed=seed, start=0, iterations=1)
     ))])  # fmt: skip
     batch["label"] = batch["label"][:2]
-    found: dict[str, list[Tensor]] = {}
+    gradients: dict[str, list[Tensor]] = {}
     for name, dtype in (("float64", torch.float64), ("released", torch.float32), ("ours", torch.float32)):
         torch.manual_seed(seed)
         method = DTML(method_options, iterations=10)
         pair: tuple[nn.Module, nn.Module] = (method.M_s, method.M_d)
         if name == "released":
             pair = ReleasedNet(o.filters), ReleasedNet(o.filters)
-            for other, ours in zip(pair, (method.M_s, method.M_d), strict=True):
-                other.load_state_dict(ours.state_dict(), strict=False)
+            for released, ours in zip(pair, (method.M_s, method.M_d), strict=True):
+                released.load_state_dict(ours.state_dict(), strict=False)
         for network in pair:
             network.to(batch["image"].device, dtype).train()
             for module in network.modules():
                 if isinstance(module, nn.Dropout3d):
                     module.p = 0.0
-        these = {**batch, "image": batch["image"].to(dtype)}
+        converted = {**batch, "image": batch["image"].to(dtype)}
         if name == "released":
-            released_backward(*pair, these, method_options.lambda_max)
+            released_backward(*pair, converted, method_options.lambda_max)
         else:
-            method(these, 9).total.backward()
-        found[name] = [
+            method(converted, 9).total.backward()
+        gradients[name] = [
             torch.cat([p.grad.flatten().double() for _, p in sorted(network.named_parameters()) if p.grad is not None])
             for network in pair
         ]
-    true = found.pop("float64")
-    return np.array([[float((g[i] - true[i]).norm() / true[i].norm()) for g in found.values()] for i in range(2)])
+    true = gradients.pop("float64")
+    return np.array([[float((g[i] - true[i]).norm() / true[i].norm()) for g in gradients.values()] for i in range(2)])
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Training's data path over a set that is larger than memory: how long it takes to start, crops a second, peak memory.
+"""Loading data of a set that is larger than memory: time to start, crops per second, and peak memory.
 
     python -m benchmarks.stream
 
-makes so many CT-size cases in a temporary folder: a few different volumes and hard links to them, so that the disk is
-not filled (nor much read: the system keeps those few files in memory). Each start is a process of its own, as a
-training run is, with --cache none: the first one checks every file, the later one finds that remembered. The last table
-compares how a file may be laid out.
+creates CT-size cases in a temporary folder: a few different volumes and hard links to them, to save space. Reads are
+therefore mostly from the system's file cache. Each start is a separate process with --cache none, like a training run:
+the first start checks every file, the later one uses the results of these checks. The last table compares layouts of
+the h5 files.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ from utils.errors import run
 from utils.options import Parser, fill, option
 
 BATCH = 4
-LAYOUTS: dict[str, dict[str, Any]] = {  # of an h5 dataset; chunks are cut to the volume
+LAYOUTS: dict[str, dict[str, Any]] = {  # of an h5 dataset; chunks are at most as large as the volume
     "contiguous, not compressed": {"chunks": None},
     "one chunk": {"chunks": (10**6, 10**6, 10**6), "compression": "gzip"},
     "h5py's choice": {"chunks": True, "compression": "gzip"},
@@ -52,7 +52,7 @@ LAYOUT = "32x32x32, shuffled"
 
 @dataclasses.dataclass
 class Options:
-    """Of what, how often."""
+    """Options of the benchmark."""
 
     volumes: int = option(1000, "cases of the set; one in ten is labeled", minimum=20)
     distinct: int = option(4, "different volumes among them", minimum=1)
@@ -60,12 +60,12 @@ class Options:
     patch_size: list[int] = option([112, 112, 80], "voxels of a crop along x, y, z", nargs=3, minimum=16)
     batches: int = option(25, f"batches of {BATCH} crops in a round", minimum=1)
     rounds: int = option(3, "timed repeats", minimum=1)
-    folder: str = option("", "where the temporary folder is made (default the system's place)")
-    one: str = option("", "do this part only, in --folder, and print JSON", choices=["make", "start"])
+    folder: str = option("", "parent of the temporary folder (default the system's)")
+    one: str = option("", "run only this part, in --folder, and print JSON", choices=["make", "start"])
 
 
 def volume(seed: int, shape: list[int]) -> tuple[NDArray[np.int16], NDArray[np.uint8]]:
-    """image and label (W,H,D): blocks of random brightness, as of organs in Hounsfield units, and noise."""
+    """Image and label (W,H,D): blocks of random brightness, like organs in Hounsfield units, and noise."""
     rng = np.random.default_rng(seed)
     coarse = rng.normal(0, 200, [side // 32 + 1 for side in shape]).astype(np.int16)
     blocks = coarse[np.ix_(*(np.arange(side) // 32 for side in shape))]
@@ -73,17 +73,17 @@ def volume(seed: int, shape: list[int]) -> tuple[NDArray[np.int16], NDArray[np.u
 
 
 def write(path: Path, arrays: dict[str, NDArray], layout: str) -> None:
-    """A case file, laid out in one of the ways."""
+    """Writes a case file in one of LAYOUTS."""
     with h5py.File(path, "w") as file:
         for name, array in arrays.items():
-            how = dict(LAYOUTS[layout])
-            if isinstance(how["chunks"], tuple):
-                how["chunks"] = tuple(map(min, how["chunks"], array.shape))
-            file.create_dataset(name, data=array, **how)
+            settings = dict(LAYOUTS[layout])
+            if isinstance(settings["chunks"], tuple):
+                settings["chunks"] = tuple(map(min, settings["chunks"], array.shape))
+            file.create_dataset(name, data=array, **settings)
 
 
 def make(o: Options) -> dict[str, float]:
-    """The set, in --folder -> bytes of its different files."""
+    """Creates the set in --folder; returns the bytes of its different files."""
     folder = Path(o.folder)
     names = [f"ct{i:05d}" for i in range(o.volumes + 1)]
     for i, name in enumerate(names):
@@ -99,7 +99,7 @@ def make(o: Options) -> dict[str, float]:
 
 
 def start(o: Options) -> dict[str, Any]:
-    """As train_dtml.py starts -> seconds to the first batch, crops a second by workers, peak memory in GiB."""
+    """Starts as train_dtml.py does; returns seconds to the first batch, crops per second, and peak memory in GiB."""
     folder, labeled = Path(o.folder), o.volumes // 10
     began = time.perf_counter()
     cases, problems, labeled_batch = training_cases(
@@ -110,7 +110,7 @@ def start(o: Options) -> dict[str, Any]:
     patches = Patches(volumes, patch_size=o.patch_size, augment="d4", seed=0, sdm=False)
 
     def batches(first: int, workers: int) -> float:
-        """Seconds for so many batches, the start of the workers included."""
+        """Seconds for the batches from number `first` on, including the start of the workers."""
         sampler = TwoStreamBatchSampler(
             labeled, len(cases) - labeled, batch_size=BATCH, labeled_batch=labeled_batch, seed=0, start=first,
             iterations=first + (o.batches if first else 1),
@@ -132,22 +132,22 @@ def start(o: Options) -> dict[str, Any]:
 
 
 def layouts(o: Options, folder: Path) -> str:
-    """A table of the speed of crops, image and label, by the layout of their file."""
+    """A table of the time of a crop (image and label) by the layout of its file."""
     image, label = volume(0, o.shape)
-    made: dict[str, Patches] = {}
+    patches: dict[str, Patches] = {}
     rows: dict[str, list[Any]] = {}
     for i, layout in enumerate(LAYOUTS):
         path = folder / f"layout{i}.h5"
         write(path, {"image": image, "label": label}, layout)
         volumes = Volumes([Case(path.stem, path, labeled=True)], cache="none")
-        made[layout] = Patches(volumes, patch_size=o.patch_size, augment="d4", seed=0, sdm=False)
+        patches[layout] = Patches(volumes, patch_size=o.patch_size, augment="d4", seed=0, sdm=False)
         with h5py.File(path) as file:
             chunks = file["image"].chunks
         rows[layout] = [layout, "x".join(map(str, chunks or ["none"])), path.stat().st_size / 2**20]
     slots = [Slot(i, 0, 0) for i in range(6)]
 
     def crops(layout: str) -> list[torch.Tensor]:
-        items = [made[layout][slot] for slot in slots]
+        items = [patches[layout][slot] for slot in slots]
         return [item[name].clone() for item in items for name in ("image", "label")]
 
     reference = crops(next(iter(LAYOUTS)))
@@ -168,11 +168,11 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(tempfile.mkdtemp(dir=o.folder or None))
 
     def part(one: str) -> dict[str, Any]:
-        words = ["--one", one, "--folder", str(folder)]
+        args = ["--one", one, "--folder", str(folder)]
         for name in ("volumes", "distinct", "shape", "patch_size", "batches", "rounds"):
             value = getattr(o, name)
-            words += ["--" + name, *map(str, value if isinstance(value, list) else [value])]
-        done = subprocess.run([sys.executable, "-m", "benchmarks.stream", *words], stdout=subprocess.PIPE, check=True)
+            args += ["--" + name, *map(str, value if isinstance(value, list) else [value])]
+        done = subprocess.run([sys.executable, "-m", "benchmarks.stream", *args], stdout=subprocess.PIPE, check=True)
         return json.loads(done.stdout)
 
     try:

@@ -1,4 +1,4 @@
-"""Several forms of one computation side by side: interleaved repeats, medians, peak memory, agreement; Markdown."""
+"""Comparison of several forms of one computation: interleaved repeats, medians, peak memory, Markdown tables."""
 
 import statistics
 import time
@@ -17,18 +17,18 @@ LA_SHAPE = (256, 208, 88)
 
 
 class Timing(NamedTuple):
-    """Of one form."""
+    """Results of one form."""
 
     seconds: float
-    """Median over the rounds."""
+    """Median of the seconds over the rounds."""
     ratio: float
-    """How often faster than the first form: median of the rounds' ratios."""
+    """Speed relative to the first form: median of the ratios of the rounds."""
     peak_mib: float
-    """Most memory that it asked Python and numpy for at a time; what a library allocates by itself is not seen."""
+    """Peak memory in MiB allocated by Python and numpy; allocations inside other libraries are not included."""
 
 
 def side_by_side(forms: Mapping[str, Callable[[], Any]], *, rounds: int) -> dict[str, Timing]:
-    """Runs every form once a round, each round beginning with another one, after a first run that is not timed."""
+    """Runs every form once per round, each round starting with another form, after one untimed run."""
     names = list(forms)
     peaks = {}
     for name in names:
@@ -53,7 +53,7 @@ def side_by_side(forms: Mapping[str, Callable[[], Any]], *, rounds: int) -> dict
 
 
 def digits(x: Any) -> str:
-    """Three digits of a float; anything else as it is."""
+    """A float with three significant digits; str(x) of anything else."""
     if not isinstance(x, float):
         return str(x)
     if x and not 1e-3 <= abs(x) < 1e9:
@@ -62,13 +62,13 @@ def digits(x: Any) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Markdown."""
+    """A Markdown table."""
     cells = [[digits(x) for x in row] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in [list(head), ["---"] * len(head), *cells])
 
 
 def scans(folder: str, count: int) -> Iterator[tuple[str, NDArray[np.float32], NDArray[np.uint8]]]:
-    """Name, image and label of the first test scans of a data set; phantoms of LA's size if there is none."""
+    """Yields name, image and label (W,H,D) of the first test scans; phantoms of LA's size without a data set."""
     if folder or LA_FOLDER.is_dir():
         where = Path(folder or LA_FOLDER)
         cases, _ = find_cases(where, lists_of(where)[1][:count], labeled=True)

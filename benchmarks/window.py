@@ -1,10 +1,10 @@
-"""Sliding windows over a scan: one at a time as the released loop does it, in batches, and fewer of them.
+"""Sliding windows over a scan: one at a time as in the released loop, in batches, and with larger strides.
 
     python -m benchmarks.window --checkpoint runs/la/dtml-16-seed1337 --threads 2
 
-The released loop runs the network twice in every window and adds up in numpy. The second table is what wider strides
-cost: the same Dice means that they may be used while trying things out; figures to compare with the papers' need the
-papers' stride. Without a checkpoint the network has random weights, and there is no second table.
+The released loop runs the network twice in every window and sums in numpy. The second table shows the Dice with larger
+strides. Those with the same Dice can be used in experiments; a comparison with the papers needs the papers' stride.
+Without a checkpoint the network has random weights, and there is no second table.
 """
 
 import dataclasses
@@ -31,15 +31,15 @@ from utils.resample import downsample_image
 
 @dataclasses.dataclass
 class Options:
-    """Of what, how often."""
+    """Options of the benchmark."""
 
     checkpoint: str = option("", "run folder or .pt file; none: random weights of a V-Net")
     profile: str = option("half", "scale of the random weights", choices=list(PROFILES))
     data: str = option("", "folder of the data set (default data/la, else phantoms)")
     scans: int = option(20, "test scans of the second table", minimum=1)
-    rounds: int = option(3, "timed repeats of the first", minimum=1)
+    rounds: int = option(3, "timed repeats of the first table", minimum=1)
     overlaps: list[float] = option(
-        [0.5, 0.4, 0.25, 0.0], "of neighbours, in the second", type=float, nargs="+", minimum=0, maximum=0.99
+        [0.5, 0.4, 0.25, 0.0], "overlaps in the second table", type=float, nargs="+", minimum=0, maximum=0.99
     )
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     threads: int = option(2, "CPU threads", minimum=1)
@@ -49,7 +49,7 @@ class Options:
 def one_at_a_time(
     predict: Callable[[Tensor], Tensor], image: Tensor, patch_size: Sequence[int], stride: Sequence[int], passes: int
 ) -> NDArray[np.float32]:
-    """The released loop, for a volume that is larger than the patch -> (W,H,D)."""
+    """The released loop on image (W,H,D), which must be larger than the patch -> (W,H,D)."""
     total, count = (np.zeros(image.shape, np.float32) for _ in range(2))
     x, y, z = (window_starts(*sizes) for sizes in zip(image.shape, patch_size, stride, strict=True))
     for corner in ((a, b, c) for a in x for b in y for c in z):
@@ -64,7 +64,7 @@ def one_at_a_time(
 def batched(
     predict: Callable[[Tensor], Tensor], image: Tensor, patch_size: Sequence[int], stride: Sequence[int], n: int
 ) -> NDArray[np.float32]:
-    """As test_la.py does it -> (W,H,D)."""
+    """The form of test_la.py, n windows at a time: image (W,H,D) -> (W,H,D)."""
     return sliding_window(predict, image, patch_size, stride, batch_size=n)[0].cpu().numpy()
 
 
@@ -98,14 +98,14 @@ def main(argv: list[str] | None = None) -> None:
     }
     for n in (1, 4, 8):
         forms[f"ours, {n} at a time"] = partial(batched, predict, volume, patch_size, stride, n)
-    found = {name: form() for name, form in forms.items()}
-    far = {name: float(np.abs(p - found["one window at a time"]).max()) for name, p in found.items()}
+    results = {name: form() for name, form in forms.items()}
+    differences = {name: float(np.abs(p - results["one window at a time"]).max()) for name, p in results.items()}
     size, step = ("x".join(map(str, v)) for v in (patch_size, stride))
     count = len(windows(volume.shape, patch_size, stride))
     print(f"{count} windows of {size}, stride {step}, on {device.type}, threads: {o.threads}, {o.rounds} rounds.\n")
     timings = side_by_side(forms, rounds=o.rounds)
     print(table(["form", "s a scan", "times as fast", "largest difference"],
-                [[name, t.seconds, t.ratio, far[name]] for name, t in timings.items()]))  # fmt: skip
+                [[name, t.seconds, t.ratio, differences[name]] for name, t in timings.items()]))  # fmt: skip
     if not o.checkpoint:
         return
 

@@ -1,1 +1,1 @@
-"""Cases on disk, two-stream batches of augmented crops, and the phantom set."""
+"""Case files, two-stream batches of augmented crops, and the phantom set."""

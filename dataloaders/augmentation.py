@@ -1,4 +1,4 @@
-"""Random crop, quarter turns and flips in the x-y plane, and random intensities."""
+"""Random crops, quarter turns and flips in the x-y plane, and intensity augmentation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,31 +8,34 @@ import torch
 from torch import Tensor
 
 AUGMENTATIONS = ("d4", "mirror", "none")
-FLIPPED = ((), (0,), (0, 1), (1,))  # axes that so many quarter turns flip, after exchanging x and y if they are odd
+FLIPPED = ((), (0,), (0, 1), (1,))  # axes to flip for 0..3 quarter turns, after the transpose of odd turns
 
 
 @dataclass(frozen=True)
 class Draw:
-    """What one sample does to its volume: take the box, turn it, flip it."""
+    """The random parameters of one crop: the box to take, its quarter turns and its flip."""
 
     start: tuple[int, int, int]
-    """First voxel of the box in the volume, after padding to the box's size."""
+    """First voxel of the box in the volume, which is padded to at least the size of the box."""
     size: tuple[int, int, int]
-    """The box before turning, so that the result has the patch's size."""
+    """Size of the box in voxels before turning; after it the crop has the size of the patch."""
     turns: int
-    """Quarter turns from x to y."""
+    """Quarter turns from x to y, 0 to 3."""
     flip: int | None
-    """The axis to flip after turning, 0 or 1."""
+    """The axis to flip after turning, 0 or 1; None: no flip."""
 
 
 def draw_augmentation(
     generator: np.random.Generator, shape: Sequence[int], patch_size: Sequence[int], kind: str = "d4"
 ) -> Draw:
-    """A random draw for a volume of this shape; every offset is equally likely, the last one included.
+    """Draws the parameters of a crop from a volume of this shape; all offsets are equally likely.
 
-    d4      all eight turns and reflections of the square, as the text of the DTML paper reads
-    mirror  a turn, then always a flip: only the four reflections, as the released codes do
-    none    the crop alone
+    d4      all eight turns and reflections of the square, as described in the DTML paper
+    mirror  a turn, then always a flip: only the four reflections, as in the released codes
+    none    no turns and flips
+
+    Raises:
+        ValueError: for another kind.
     """
     if kind not in AUGMENTATIONS:
         raise ValueError(f"augment must be one of {AUGMENTATIONS}, not {kind!r}")
@@ -48,17 +51,19 @@ def draw_augmentation(
 
 
 def turn_and_flip(volume: Tensor, draw: Draw) -> Tensor:
-    """(w,h,d) box -> patch: torch.rot90, then a flip, in one copy at most. Cropping first equals turning the whole
-    volume first, at a fraction of the cost."""
+    """Box (w,h,d) -> patch: torch.rot90, then a flip, with at most one copy.
+
+    Turning the cropped box gives the same patch as turning the whole volume before cropping, and is much cheaper.
+    """
     turned = volume.transpose(0, 1) if draw.turns % 2 else volume
     axes = [axis for axis in (0, 1) if (axis in FLIPPED[draw.turns]) != (axis == draw.flip)]
     return turned.flip(axes) if axes else turned
 
 
 def random_intensities(image: Tensor, generator: np.random.Generator, strength: float) -> Tensor:
-    """A crop as another scanner might show it: gamma, then contrast and brightness.
+    """Intensity augmentation of a crop (w,h,d) of any range: gamma, then contrast and brightness.
 
-    image (w,h,d) of any range; with u the image stretched to [0,1] and g, a, b drawn on their own:
+    With u the image scaled to [0,1] and independent random g, a, b:
 
         image'  =  a (low + (high - low) u^g) + b       g, a in [exp(-strength), exp(strength)], log-uniform
                                                         b in [-strength, strength], in standard deviations of a scan

@@ -1,15 +1,15 @@
-"""Where cases lie, what a case file must hold, and reading it.
+"""Finding, reading and checking case files.
 
-Layout of a data set, that of the left-atrium (LA) code bases:
+Layout of a data set, as in the left-atrium (LA) code bases:
 
-    FOLDER/train.list, FOLDER/test.list          one case name a line; without them the published LA lists are used
+    FOLDER/train.list, FOLDER/test.list          one case name per line; by default the published LA lists
     FOLDER/2018LA_Seg_Training Set/CASE/mri_norm2.h5   or   FOLDER/CASE/mri_norm2.h5   or   FOLDER/CASE.h5
 
-A case file holds `image` float (W,H,D), normalised, and `label` (W,H,D) of 0 and 1 (or 0..C), which an unlabeled case
-may lack. Its geometry is ITK's, in the LPS frame (mm to the patient's left, back and head), in optional attributes:
-`spacing` of the voxels along the array's axes in mm, `origin` the place of the middle of voxel (0,0,0), `direction` 9
-cosines row by row, whose columns are the array's axes. FOLDER/spacing.txt, three numbers, states the spacing of all
-cases whose own file does not. Nothing else is guessed: a case that neither states has no spacing in mm.
+A case file holds `image` float (W,H,D), normalised, and `label` (W,H,D) of 0 and 1 (or 0..C), which is optional for an
+unlabeled case. Optional attributes hold its geometry as in ITK, in the LPS frame (mm to the patient's left, back and
+head): `spacing` of the voxels along the array's axes in mm; `origin`, the position of the centre of voxel (0,0,0);
+`direction`, 9 cosines row by row, whose columns are the array's axes. FOLDER/spacing.txt, three numbers, states the
+spacing of all cases whose own file does not. Without both, a case has no spacing in mm.
 """
 
 import functools
@@ -34,30 +34,30 @@ LA_FOLDER = Path("data/la")
 PHANTOM_FOLDER = Path("data/phantom")
 LA_SPLITS = ROOT / "data" / "splits" / "la"
 LA_SUBFOLDER = "2018LA_Seg_Training Set"
-LA_SPACING = (0.625, 0.625, 0.625)  # mm, of the cases that the published lists name
+LA_SPACING = (0.625, 0.625, 0.625)  # mm, of the cases in the published lists
 SPACING_FILE = "spacing.txt"
 FILE_NAME = "mri_norm2.h5"
 MOST_CLASSES = 254
 MOST_BYTES = 2**31  # of one image or label: 2048 slices of 512x512 in float32
-SQUARE = 1e-3  # what unit vectors at right angles may lack: a voxel in a thousand
+SQUARE = 1e-3  # tolerance of unit lengths and right angles: one voxel in a thousand
 
 Geometry = dict[str, tuple[float, ...]]
-"""spacing (3), origin (3) and direction (9), or those of them that a file states."""
+"""spacing (3), origin (3) and direction (9); keys that a file does not state are missing."""
 UNTOLD: Geometry = {
     "spacing": (1.0, 1.0, 1.0),
     "origin": (0.0, 0.0, 0.0),
     "direction": (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0),
 }
-"""What stands for what a file does not state, where a picture or a file must have something."""
+"""Default geometry, for pictures and files that need values which the case file does not state."""
 
 
 class CaseError(Exception):
-    """What is wrong with one case file."""
+    """A case file cannot be used; the message continues a sentence that begins with its path."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A scan: its name, its file, whether training may open its label, and the largest value C that may stand there."""
+    """A scan: its name, its file, whether its label may be opened, and the largest allowed label value C."""
 
     name: str
     path: Path
@@ -66,16 +66,16 @@ class Case:
 
 
 def read_list(path: Path) -> list[str]:
-    """Names of a .list file, one a line; blank lines and surrounding white space are ignored.
+    """Case names of a .list file, one per line; blank lines and surrounding white space are ignored.
 
     Raises:
-        UserError: missing, unreadable, empty, or naming a case twice or a path outside the data set.
+        UserError: if the list is missing, unreadable or empty, or names a case twice or a path outside the data set.
     """
     try:
         lines = [line.strip() for line in read_text(path).splitlines()]
     except (OSError, ValueError) as e:
         raise UserError(f"cannot read the list {path}: {e}. It must be a text file with one case name a line.") from e
-    names = [Path(line).as_posix() for line in lines if line]  # ./A and A/ are A
+    names = [Path(line).as_posix() for line in lines if line]  # ./A and A/ become A
     if not names:
         raise UserError(f"the list {path} names no case. Write one case name a line.")
     twice = sorted(name for name, count in Counter(names).items() if count > 1)
@@ -91,10 +91,10 @@ def read_list(path: Path) -> list[str]:
 
 
 def lists_of(folder: Path) -> tuple[list[str], list[str]]:
-    """Names of the training and of the test cases, from the folder's own lists or else the published LA lists.
+    """Names of the training cases and of the test cases, from the folder's lists or else the published LA lists.
 
     Raises:
-        UserError: a missing folder, one list of two, bad lists, or cases in both.
+        UserError: if the folder is missing, only one list exists, a list is not valid, or a case is in both.
     """
     if not folder.is_dir():
         what = "is no folder" if folder.exists() else "does not exist"
@@ -104,25 +104,25 @@ def lists_of(folder: Path) -> tuple[list[str], list[str]]:
         raise UserError(f"{folder} has only one of train.list and test.list. Put both there, or neither to use LA's.")
     where = folder if all(own) else LA_SPLITS
     train, test = read_list(where / "train.list"), read_list(where / "test.list")
-    both = sorted(set(train) & set(test))
-    if both:
+    shared = sorted(set(train) & set(test))
+    if shared:
         raise UserError(
-            f"train.list and test.list of {where} both name {', '.join(both)}. A test case must never be trained on."
+            f"train.list and test.list of {where} both name {', '.join(shared)}. A test case must never be trained on."
         )
     return train, test
 
 
 def case_file(folder: Path, name: str) -> Path | None:
-    """The case's file in any of the three layouts, or None."""
-    options = (folder / LA_SUBFOLDER / name / FILE_NAME, folder / name / FILE_NAME, folder / f"{name}.h5")
+    """Path of the case's file in any of the three layouts, or None."""
+    paths = (folder / LA_SUBFOLDER / name / FILE_NAME, folder / name / FILE_NAME, folder / f"{name}.h5")
     try:
-        return next((path for path in options if path.is_file()), None)
-    except OSError:  # no file can have such a name
+        return next((path for path in paths if path.is_file()), None)
+    except OSError:  # not a valid file name
         return None
 
 
 def find_cases(folder: Path, names: Sequence[str], *, labeled: bool, classes: int = 1) -> tuple[list[Case], list[str]]:
-    """The cases that have a file, and a line for each that has none."""
+    """The cases that have a file, and an error line for each that has none."""
     cases, problems = [], []
     for name in names:
         path = case_file(folder, name)
@@ -134,11 +134,13 @@ def find_cases(folder: Path, names: Sequence[str], *, labeled: bool, classes: in
 
 
 def read_case(case: Case) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None]:
-    """image float32 (W,H,D) and label uint8 (W,H,D), which is None and never opened for an unlabeled case.
+    """Reads image float32 (W,H,D) and label uint8 (W,H,D).
+
+    The label of an unlabeled case is None and never opened.
 
     Raises:
-        CaseError: not h5, cut short, no `image`, no `label` where one is needed, shapes that differ or are not 3D,
-            not-a-number or infinite or constant intensities, label values other than 0 to C.
+        CaseError: if the file is not h5 or truncated, lacks `image` or a required `label`, has shapes that differ or
+            are not 3D, intensities that are constant or not finite, or label values other than 0 to C.
     """
     try:
         with h5py.File(case.path, "r") as f:
@@ -161,7 +163,7 @@ def read_case(case: Case) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None
                 label = header[()]
     except CaseError:
         raise
-    except Exception as e:  # what h5py raises for a file that is cut, or made to fool it, has no end
+    except Exception as e:  # h5py raises many kinds of errors for damaged files
         raise CaseError(f"is no whole h5 file ({e})") from e
     image = image.astype(np.float32, copy=False)
     low, high = float(image.min(initial=np.inf)), float(image.max(initial=-np.inf))
@@ -171,7 +173,7 @@ def read_case(case: Case) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None
         raise CaseError(f"'image' is constant ({low:g})")
     if label is None:
         return image, None
-    if label.dtype.kind in "bu" and label.max() <= case.classes:  # the usual case, in a hundredth of the time
+    if label.dtype.kind in "bu" and label.max() <= case.classes:  # the usual case, 100 times faster than np.unique
         return image, label.astype(np.uint8, copy=False)
     values = np.unique(label)
     if not np.isin(values, range(case.classes + 1)).all():
@@ -186,10 +188,10 @@ def read_case(case: Case) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None
 
 
 def _header(f: h5py.File, name: str) -> h5py.Dataset:
-    """The dataset of that name, none of its values read yet.
+    """The dataset of that name, without reading its values.
 
     Raises:
-        CaseError: it lies elsewhere, in another file or behind a link, or claims to be larger than any scan.
+        CaseError: if it is a link, stored in another file, or larger than 2 GiB.
     """
     link = f.get(name, getlink=True)
     if not isinstance(link, h5py.HardLink):
@@ -211,34 +213,39 @@ def _header(f: h5py.File, name: str) -> h5py.Dataset:
 
 
 def told_geometry(case: Case) -> Geometry:
-    """Of spacing, origin and direction those that are known: the file's attributes, or the spacing its set declares.
+    """The known parts of a case's geometry, from the attributes of its file.
 
-    A set declares it by its spacing.txt, or by naming its cases as the published LA lists do: 0.625 mm.
+    If the file states no spacing, the spacing is that of the set's spacing.txt, or 0.625 mm for the names of the
+    published LA lists.
 
     Raises:
-        CaseError: attributes that are not as many finite numbers, a spacing that is not above 0, a direction that is no
-            rotation or mirrored one, a spacing.txt that holds anything but three lengths.
+        CaseError: if an attribute has the wrong number of values or values that are not finite, the spacing is not
+            above 0, the direction is not orthonormal, or spacing.txt does not hold three lengths.
     """
     try:
         with h5py.File(case.path, "r") as f:
-            found = {name: np.ravel(f.attrs[name]) for name in UNTOLD if name in f.attrs}
+            attributes = {name: np.ravel(f.attrs[name]) for name in UNTOLD if name in f.attrs}
     except Exception as e:  # as in read_case
         raise CaseError(f"has attributes that cannot be read ({e})") from e
-    for name, values in found.items():
+    for name, values in attributes.items():
         count = len(UNTOLD[name])
         if values.dtype.kind not in "fiu" or len(values) != count or not np.isfinite(values).all():
             raise CaseError(f"has the attribute {name} {values.tolist()} where {count} finite numbers must stand")
-    told = {name: tuple(map(float, values)) for name, values in found.items()}
-    if min(told.get("spacing", (1.0,))) <= 0:
-        raise CaseError(f"has the spacing {list(told['spacing'])}, which must be above 0 mm")
-    if "direction" in told:
-        refuse_direction(told["direction"])
-    spacing = told.get("spacing") or _declared_spacing(case) or (LA_SPACING if published(case) else None)
-    return {**told, "spacing": spacing} if spacing else told
+    geometry = {name: tuple(map(float, values)) for name, values in attributes.items()}
+    if min(geometry.get("spacing", (1.0,))) <= 0:
+        raise CaseError(f"has the spacing {list(geometry['spacing'])}, which must be above 0 mm")
+    if "direction" in geometry:
+        refuse_direction(geometry["direction"])
+    spacing = geometry.get("spacing") or _declared_spacing(case) or (LA_SPACING if published(case) else None)
+    return {**geometry, "spacing": spacing} if spacing else geometry
 
 
 def refuse_direction(direction: Sequence[float]) -> None:
-    """Raises CaseError unless the columns of the 9 cosines are unit vectors at right angles."""
+    """Checks that the columns of the 9 cosines are unit vectors at right angles.
+
+    Raises:
+        CaseError: if they are not, within a tolerance of 1e-3.
+    """
     axes = np.reshape(direction, (3, 3))
     if not np.isfinite(axes).all():
         raise CaseError(f"has a direction of {axes.ravel().tolist()}, which are not 9 numbers. Fix its header")
@@ -260,29 +267,29 @@ def refuse_direction(direction: Sequence[float]) -> None:
 
 
 def _declared_spacing(case: Case) -> tuple[float, ...] | None:
-    """What the spacing.txt of the case's set states, if there is one."""
+    """Spacing in mm from the spacing.txt of the case's set, or None if there is none."""
     levels = len(Path(case.name).parts) - (case.path.name != FILE_NAME)
     folder = case.path.parents[levels] if levels < len(case.path.parents) else case.path.parent
     file = (folder.parent if folder.name == LA_SUBFOLDER else folder) / SPACING_FILE
     try:
-        words = read_text(file).split()
+        values = read_text(file).split()
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as e:
         raise CaseError(f"belongs to a set whose {file} cannot be read ({e})") from e
     try:
-        x, y, z = map(float, words)
+        x, y, z = map(float, values)
     except ValueError:
         x = y = z = math.nan
     if not all(0 < mm < math.inf for mm in (x, y, z)):
         raise CaseError(
-            f"belongs to a set whose {file} holds {' '.join(words)[:60]!r}, where the mm along x, y and z must stand"
+            f"belongs to a set whose {file} holds {' '.join(values)[:60]!r}, where the mm along x, y and z must stand"
         )
     return x, y, z
 
 
 def published(case: Case) -> bool:
-    """Whether it is called as one of the published LA scans are, by 20 letters and digits that nothing else has."""
+    """Whether the case has the name of a published LA scan, a unique string of 20 letters and digits."""
     return case.name in _la_names()
 
 
@@ -292,27 +299,36 @@ def _la_names() -> frozenset[str]:
 
 
 def read_geometry(case: Case) -> Geometry:
-    """`told_geometry`, and what it lacks from UNTOLD: for what needs some geometry, as a NIfTI of the case does."""
+    """The complete geometry of a case, as a NIfTI file needs it: `told_geometry`, with missing parts from UNTOLD.
+
+    Raises:
+        CaseError: as `told_geometry`.
+    """
     return {**UNTOLD, **told_geometry(case)}
 
 
 def known_spacing(case: Case) -> tuple[float, ...] | None:
-    """mm along x, y, z, where the case's file or its set states it; else None."""
+    """Spacing in mm along x, y, z; None if neither the case's file nor its set states it."""
     try:
         return told_geometry(case).get("spacing")
     except CaseError:
         return None
 
 
-def check_all(cases: Sequence[Case], check: Callable[[Case], object], known: Sequence[str]) -> None:
-    """Calls `check` once for every case, which may raise CaseError; shows progress on a terminal.
+def check_all(cases: Sequence[Case], check: Callable[[Case], object], earlier: Sequence[str]) -> None:
+    """Calls `check` for every case and collects the errors; shows progress on a terminal.
+
+    Args:
+        cases: the cases to check.
+        check: called once with each case; may raise CaseError.
+        earlier: error lines from before, reported with the others.
 
     Raises:
-        UserError: naming all bad cases at once, the `known` ones included.
+        UserError: naming all bad cases together.
     """
-    problems = list(known)
+    problems = list(earlier)
     quiet = RANK > 0 or not sys.stderr.isatty()
-    # One at a time, and so one volume in memory: two to four threads were measured to be no faster.
+    # One case at a time, so one volume in memory: two to four threads measured no faster.
     for case in tqdm(cases, "checking", leave=False, unit="scan", disable=quiet):
         try:
             check(case)

@@ -1,4 +1,4 @@
-"""dataset.json, as the Medical Segmentation Decathlon and nnU-Net have it: the names of the classes."""
+"""Class names from dataset.json, the format of the Medical Segmentation Decathlon and nnU-Net."""
 
 import json
 from pathlib import Path
@@ -11,38 +11,38 @@ DATASET = "dataset.json"
 
 
 def read_dataset(path: Path) -> dict[str, Any]:
-    """A dataset.json as the Decathlon and nnU-Net have it; nothing where there is none.
+    """Content of a dataset.json; an empty dict if the file is missing.
 
     Raises:
-        UserError: it cannot be read, or is no JSON object.
+        UserError: if the file cannot be read or does not hold a JSON object.
     """
     if not path.is_file():
         return {}
     try:
-        told = json.loads(read_text(path))
+        content = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as e:
         raise UserError(f"cannot read {path}: {e}. Fix it or move it away.") from e
-    if not isinstance(told, dict):
+    if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object, as the Decathlon's and nnU-Net's do. Fix it or move it away.")
-    return told
+    return content
 
 
 def class_names(folder: Path) -> dict[int, str]:
-    """Value of a label -> name of its class, as the folder's dataset.json has it; the background is left out.
+    """Label value -> class name, from the folder's dataset.json, without the background.
 
-    Both forms are read, {"0": "background", "1": "liver"} and {"background": 0, "liver": 1}. A region of several
-    values, as nnU-Net may have them, names no class.
+    Two forms are read: {"0": "background", "1": "liver"} and {"background": 0, "liver": 1}. Regions of several values,
+    as nnU-Net allows, are skipped.
 
     Raises:
-        UserError: a dataset.json that cannot be read or has other content.
+        UserError: if dataset.json cannot be read or has other content.
     """
     return names_in(read_dataset(folder / DATASET), folder / DATASET)
 
 
-def names_in(told: dict[str, Any], path: Path) -> dict[int, str]:
-    """`class_names` of the content of a dataset.json, at `path`."""
-    labels = told.get("labels", {})
-    found: dict[int, str] = {}
+def names_in(content: dict[str, Any], path: Path) -> dict[int, str]:
+    """`class_names` from the content of the dataset.json at `path`."""
+    labels = content.get("labels", {})
+    names: dict[int, str] = {}
     for key, value in labels.items() if isinstance(labels, dict) else [("", None)]:
         if isinstance(value, list) and len(value) > 1 and all(type(v) is int for v in value):
             continue
@@ -56,8 +56,8 @@ def names_in(told: dict[str, Any], path: Path) -> dict[int, str]:
                 f'{path} has labels that are neither {{"1": "liver"}} nor {{"liver": 1}}: {json.dumps(labels)[:80]}. '
                 "Fix it or move it away."
             )
-        if number in found:
-            raise UserError(f"{path} has two names of the label {number}: {found[number]}, {name}. Keep one of them.")
-        found[number] = name
-    plain = {number: "".join(c for c in " ".join(name.split()) if c.isprintable()) for number, name in found.items()}
+        if number in names:
+            raise UserError(f"{path} has two names of the label {number}: {names[number]}, {name}. Keep one of them.")
+        names[number] = name
+    plain = {number: "".join(c for c in " ".join(name.split()) if c.isprintable()) for number, name in names.items()}
     return {number: plain[number] for number in sorted(plain) if number > 0}

@@ -1,4 +1,4 @@
-"""What a run that diverged leaves for looking into: the batch, where its crops lie, and the weights it met."""
+"""Diagnostic files of diverged runs: the batch, the positions of its crops, and the weights."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -12,7 +12,11 @@ from utils.errors import Diverged, UserError
 
 
 def batch_of(patches: Patches, sampler: TwoStreamBatchSampler, iteration: int) -> tuple[dict, list[dict[str, Any]]]:
-    """The batch of an iteration, made again, and for each crop case, slot, start, size, turns and flip."""
+    """Makes the batch of an iteration again.
+
+    Returns:
+        The batch, and for each crop its case, slot, start, size, turns and flip.
+    """
     slots = sampler.slots(iteration)
     boxes = [
         {"case": patches.volumes.cases[slot.case].name, "slot": slot.slot, **dataclasses.asdict(draw)}
@@ -26,11 +30,18 @@ def batch_of(patches: Patches, sampler: TwoStreamBatchSampler, iteration: int) -
 def kept_for_diagnosis(
     folder: Path, patches: Patches, sampler: TwoStreamBatchSampler, contents: Callable[[int], dict[str, Any]]
 ) -> Iterator[None]:
-    """If what runs inside diverges, writes folder/diverged-rankR.pt, a checkpoint (`contents` of the iteration) that
-    holds the batch too, on each process whose loss or gradient it was.
+    """Context that writes folder/diverged-rankR.pt if the training inside diverges.
+
+    The file is a checkpoint that also holds the batch. Only processes with a loss or gradient that is not finite write
+    it.
+
+    Args:
+        folder: folder of the file.
+        patches, sampler: those of the training, to make the batch again.
+        contents: iteration -> contents of a checkpoint.
 
     Raises:
-        Diverged: again, naming the file.
+        Diverged: the original error, with the path of the file in the message.
     """
     try:
         yield
@@ -38,9 +49,9 @@ def kept_for_diagnosis(
         if e.iteration is None or not e.here:
             raise
         batch, boxes = batch_of(patches, sampler, e.iteration)
-        found = {"error": str(e), "rank": sampler.rank, "batch": batch, "boxes": boxes}
+        extra = {"error": str(e), "rank": sampler.rank, "batch": batch, "boxes": boxes}
         try:
-            path = save_checkpoint(folder, {**contents(e.iteration), **found}, name=f"diverged-rank{sampler.rank}.pt")
+            path = save_checkpoint(folder, {**contents(e.iteration), **extra}, name=f"diverged-rank{sampler.rank}.pt")
         except UserError as full:
             raise Diverged(f"{e} Its batch could not be kept: {full}", e.iteration) from e
         raise Diverged(f"{e} Look into it with --from-diagnostic {path}.", e.iteration) from e

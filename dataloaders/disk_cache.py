@@ -1,4 +1,4 @@
-"""What was found out about a case, kept next to the data: that its file is sound, and its volumes as plain arrays."""
+"""Caches on disk: results of checking the case files, and their volumes as plain arrays."""
 
 import dataclasses
 import hashlib
@@ -25,32 +25,35 @@ from utils.run_folder import digest
 
 @dataclass(frozen=True)
 class Kept:
-    """What is known of a case without opening its file."""
+    """Cached knowledge about a case, available without opening its file."""
 
     shape: tuple[int, ...]
-    """Of the case itself, before pooling."""
+    """Shape of the volume in the case file, before pooling."""
     checksum: str
-    """Of the case itself: its image and, if it is labeled, its label."""
+    """Digest of the image and, if the case is labeled, of its label."""
     fingerprint: str
-    """Of its image, see dataloaders/likeness.py."""
+    """Fingerprint of the image, see dataloaders/likeness.py."""
     scaling: Scaling | None = None
-    """What --normalize does to the image, if that is read crop by crop."""
+    """Scaling by --normalize, if the image is read crop by crop."""
     image: NDArray[np.float32] | None = None
-    """(W,H,D), scaled and pooled, if the cache holds arrays."""
+    """(W,H,D), scaled and pooled; None if the cache holds no arrays."""
     label: NDArray[np.uint8] | None = None
-    """(W,H,D), pooled, if it does and the case is labeled."""
+    """(W,H,D), pooled; None if the cache holds no arrays or the case is unlabeled."""
 
 
 class Checks:
-    """CASE-KEY.json below a folder: a case whose file was read, found sound and need not be decoded again to know it.
+    """Entries FOLDER/CASE-KEY.json for cases whose file was read and found valid, so that it need not be read again.
 
-    KEY stands for the place of the case's file, links followed, seen from the folder: sets that share a folder do not
-    meet in it, and a set that is moved together with the folder keeps its entries. An entry counts while that file has
-    the inode, the size and the times of change that it had before it was read, of which the last (ctime) cannot be set
-    by hand; that of a case without label does not count once the case is labeled, nor one with more classes than now
-    are asked for.
+    KEY is a hash of the path of the case's file, links resolved, relative to the folder. So sets that share a folder
+    have separate entries, and a set that is moved with the folder keeps its entries. An entry is valid while the file
+    has the inode, size and times of change that it had before it was read; the last of them (ctime) cannot be set by
+    hand. An entry made without label is not valid for a labeled case, nor is one with more classes than now allowed.
 
-    Without a folder, or where it cannot be written, the entries last as long as this object.
+    Without a folder, or if the folder cannot be written, the entries last as long as this object.
+
+    Args:
+        folder: folder of the entries, or None.
+        normalize: one of dataloaders.normalization.NORMALIZATIONS.
     """
 
     def __init__(self, folder: Path | None, normalize: str = "none"):
@@ -59,7 +62,7 @@ class Checks:
         self._sources: dict[str, list[int]] = {}
 
     def find(self, case: Case) -> Kept | None:
-        """The entry of a case; None if there is none that counts."""
+        """The valid entry of a case, or None."""
         try:
             source = _source(case)
             self._sources[case.name] = source
@@ -73,10 +76,15 @@ class Checks:
             return None
 
     def add(self, case: Case, image: NDArray, label: NDArray | None, fingerprint: str) -> None:
-        """Makes the entry of a case that `find` has just not found, from its image and label (W,H,D).
+        """Creates the entry of a case for which `find` has just returned None.
+
+        Args:
+            case: the case.
+            image, label: its volumes (W,H,D); no label for an unlabeled case.
+            fingerprint: fingerprint of the image.
 
         Raises:
-            UserError: the folder cannot be written to, and the arrays were to be kept there.
+            UserError: if the folder cannot be written and was to hold the arrays.
         """
         entry = {
             "source": self._sources[case.name],
@@ -90,7 +98,7 @@ class Checks:
             try:
                 self._path(case, "json").parent.mkdir(parents=True, exist_ok=True)
                 self._write(case, image, label)
-                write_whole(self._path(case, "json"), json.dumps(entry).encode())  # last: what it tells of is there
+                write_whole(self._path(case, "json"), json.dumps(entry).encode())  # last: it refers to the others
             except OSError as e:
                 self._refused(e)
         self._entries[case.name] = entry
@@ -107,7 +115,7 @@ class Checks:
         return Kept(tuple(entry["shape"]), entry["both"] if case.labeled else mark[:DIGITS], mark, scaling)
 
     def _write(self, case: Case, image: NDArray, label: NDArray | None) -> None:
-        """Writes what the entry needs besides itself."""
+        """Writes further files of the entry; none here."""
 
     def _refused(self, e: OSError) -> None:
         folder, self.folder = self.folder, None
@@ -120,10 +128,14 @@ class Checks:
 
 
 class DiskCache(Checks):
-    """CASE-KEY.image.npy and .label.npy too: the volumes, decoded once for all runs to come and mapped into memory.
+    """`Checks` with the volumes as CASE-KEY.image.npy and .label.npy, decoded once for all runs and memory-mapped.
 
-    The label of a case that is not labeled is neither written nor read. `pool` makes of an image (False) and of a
-    label (True) what is kept.
+    The label of an unlabeled case is neither written nor read.
+
+    Args:
+        folder: folder of the entries.
+        pool: (volume, is_label) -> array to keep.
+        normalize: one of dataloaders.normalization.NORMALIZATIONS.
     """
 
     def __init__(self, folder: Path, pool: Callable[[NDArray, bool], NDArray], normalize: str = "none"):
@@ -131,11 +143,11 @@ class DiskCache(Checks):
         self.pool = pool
 
     def _kept(self, case: Case, entry: dict[str, Any]) -> Kept:
-        """With its arrays mapped from disk; writing to them changes nothing there."""
+        """The entry with memory-mapped arrays; writing to them does not change the files."""
         image = np.load(self._path(case, "image.npy"), mmap_mode="c")
         label = np.load(self._path(case, "label.npy"), mmap_mode="c") if case.labeled else None
-        found = super()._kept(case, entry)
-        return dataclasses.replace(found, scaling=None, image=image, label=label)
+        kept = super()._kept(case, entry)
+        return dataclasses.replace(kept, scaling=None, image=image, label=label)
 
     def _write(self, case: Case, image: NDArray, label: NDArray | None) -> None:
         write_whole(self._path(case, "image.npy"), _npy(self.pool(normalized(image, self.normalize), False)))
@@ -156,6 +168,6 @@ def _npy(array: NDArray) -> bytes:
 
 
 def _source(case: Case) -> list[int]:
-    """What a file that took the place of another one, or new content in the same file, changes."""
+    """Inode, size and times of the case's file, of which a replaced or rewritten file changes at least one."""
     stat = case.path.stat()
     return [stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]

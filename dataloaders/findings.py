@@ -1,8 +1,8 @@
-"""What is worth a word about the volumes of a data set that can be read: facts of each, and what they show together.
+"""Warnings and notes about a data set that can be read: facts of each case, and findings from all of them.
 
-The judgements are measured against the LA set, whose scans were normalised to mean 0 and standard deviation 1 before
-they were cropped around the atrium, so that the crops are brighter. LA holds what its 100 scans are like, the smallest
-and the largest value over the scans (on 22 November 2026, by a reading of every voxel; intensities of every seventh).
+The thresholds come from the LA set. Its scans were normalised to mean 0 and standard deviation 1 before they were
+cropped around the atrium, so the crops are brighter. LA holds the smallest and the largest value over its 100 scans
+(computed on 22 November 2026 from all voxels; intensities from every seventh).
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from dataloaders.likeness import DIGITS, fingerprint, groups
 from dataloaders.orientation import known_orientation
 
 LEVELS = ("error", "warning", "note")
-LA_SIDES = ((148, 132, 88), (244, 160, 88))
+LA_SIDES = ((148, 132, 88), (244, 160, 88))  # voxels
 LA = {
     "mean": (0.05, 1.94),
     "sd": (0.31, 1.66),
@@ -28,16 +28,16 @@ LA = {
     "share": (0.035, 0.192),
     "ml": (18.6, 132.2),
 }
-"""Mean, sd and percentiles of the intensities; the atrium's share of the voxels and its size; LA_SIDES in voxels."""
-MEAN, SD = 4.0, (0.15, 3.5)  # what passes as normalised: twice as far as LA's own
-FAR = 6.0  # times the usual spread over the cases (1.48 median absolute deviations) is far from the others
-SAMPLE = 20_000  # voxels that an image's intensities are judged by
+"""Mean, sd and percentiles of the intensities; the atrium's share of the voxels and its volume in ml."""
+MEAN, SD = 4.0, (0.15, 3.5)  # limits for a normalised scan: twice as far as LA's
+FAR = 6.0  # outlier limit in units of 1.48 median absolute deviations over the cases
+SAMPLE = 20_000  # voxels of an image whose intensities are used
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing to know, of some cases or of the set (no case), and what to do about it."""
+    """A message about some cases or about the whole set (no case), with advice."""
 
     level: str
     cases: tuple[str, ...]
@@ -51,34 +51,34 @@ class Finding:
 
 @dataclass(frozen=True)
 class Facts:
-    """What one reading of a case finds."""
+    """Facts about one case, from reading it once."""
 
     case: Case
     shape: tuple[int, ...]
     spacing: tuple[float, ...] | None
-    """mm along x, y, z; None if it was not read, or neither the file nor the set states it."""
+    """mm along x, y, z; None if not read, or if neither the file nor the set states it."""
     mean: float
     sd: float
     p1: float
     p99: float
-    """Of the intensities of about SAMPLE voxels, evenly spread."""
+    """Mean, standard deviation and percentiles of the intensities of about SAMPLE evenly spread voxels."""
     voxels: dict[int, int] | None
-    """Class -> voxels, background left out; None if the label was not opened."""
+    """Class -> number of voxels, without the background; None if the label was not opened."""
     fingerprint: str
-    """Of the image, see dataloaders/likeness.py."""
+    """Fingerprint of the image, see dataloaders/likeness.py."""
     orientation: str | None = None
-    """Where the axes point, see dataloaders/orientation.py; None if it was not read, or the file does not state it."""
+    """Three letters, see dataloaders/orientation.py; None if not read, or if the file does not state it."""
 
 
 def facts_of(case: Case, image: NDArray[np.float32], label: NDArray[np.uint8] | None) -> Facts:
-    """Of the volumes that read_case gives, (W,H,D); the spacing is left to `with_spacing`."""
+    """Facts from the volumes (W,H,D) of `read_case`, without spacing and orientation (see `with_spacing`)."""
     step = max(image.size // SAMPLE, 1)
-    while math.gcd(step, image.shape[1] * image.shape[2]) > 1:  # else whole planes would be left out
+    while math.gcd(step, image.shape[1] * image.shape[2]) > 1:  # otherwise whole planes would be skipped
         step += 1
     sample = image.ravel()[::step]
     low, high = np.percentile(sample, (1, 99))
     voxels = None
-    if label is not None:  # numpy.bincount takes ten times as long for a few classes
+    if label is not None:  # ten times faster than numpy.bincount for a few classes
         counts = {c: int(np.count_nonzero(label == c)) for c in range(1, int(label.max()) + 1)}
         voxels = {c: n for c, n in counts.items() if n}
     mean, sd = float(sample.mean(dtype=np.float64)), float(sample.std(dtype=np.float64))
@@ -86,7 +86,7 @@ def facts_of(case: Case, image: NDArray[np.float32], label: NDArray[np.uint8] | 
 
 
 def with_spacing(facts: Facts) -> Facts:
-    """With spacing and orientation as they are told; opens the file, and reads no volume."""
+    """Adds spacing and orientation from the attributes of the case's file, without reading a volume."""
     case = facts.case
     return dataclasses.replace(facts, spacing=known_spacing(case), orientation=known_orientation(case))
 
@@ -94,13 +94,13 @@ def with_spacing(facts: Facts) -> Facts:
 def findings_of(
     facts: Sequence[Facts], *, patch_size: Sequence[int] = (), downsample: int = 1, normalize: str = "none"
 ) -> list[Finding]:
-    """Warnings and notes about intensities, spacing, orientation, sizes and empty labels; none for a set like LA.
+    """Warnings and notes about intensities, spacing, orientation, sizes and empty labels; none for the LA set.
 
     Args:
-        facts: of the cases that are read together.
-        patch_size: voxels of a crop along x, y, z; () leaves the sizes out.
-        downsample: the pooling before the crop.
-        normalize: what is done to each volume, after which its own intensities do not matter.
+        facts: facts of the cases, with spacing.
+        patch_size: voxels of a crop along x, y, z; () skips the check of the sizes.
+        downsample: pooling factor before the crop.
+        normalize: normalisation of each volume; unless it is 'none' the intensities are not checked.
     """
     return [
         *(_intensities(facts) if normalize == "none" else []),
@@ -116,10 +116,10 @@ def _intensities(facts: Sequence[Facts]) -> list[Finding]:
         return abs(x.mean) > MEAN or not SD[0] <= x.sd <= SD[1]
 
     strange = [x for x in facts if odd(x)]
-    found = []
+    findings = []
     if strange:
         means, sds = ([getattr(x, name) for x in strange] for name in ("mean", "sd"))
-        found.append(
+        findings.append(
             Finding(
                 "warning",
                 tuple(x.case.name for x in strange),
@@ -137,57 +137,59 @@ def _intensities(facts: Sequence[Facts]) -> list[Finding]:
         for x, value in zip(rest, values, strict=True):
             if abs(value - middle) > FAR * spread:
                 text = f"the {word} of its intensities is {value:.3g}, that of most others near {middle:.3g}. "
-                found.append(Finding("warning", (x.case.name,), text + "See whether it was normalised as they were."))
-    return found
+                findings.append(
+                    Finding("warning", (x.case.name,), text + "See whether it was normalised as they were.")
+                )
+    return findings
 
 
 def _spacings(facts: Sequence[Facts]) -> list[Finding]:
-    found = []
+    findings = []
     unknown = tuple(x.case.name for x in facts if not x.spacing)
     if unknown:
         text = "neither the file nor the set states the size of a voxel, so that nothing is known in mm. Write it into "
         more = f"the files (attribute spacing) or, the mm along x, y and z, into {SPACING_FILE} next to the lists."
-        found.append(Finding("warning", () if len(unknown) == len(facts) else unknown, text + more))
+        findings.append(Finding("warning", () if len(unknown) == len(facts) else unknown, text + more))
     facts = [x for x in facts if x.spacing]
     if not facts:
-        return found
+        return findings
     spacings = np.array([x.spacing for x in facts])
     middle = np.median(spacings, axis=0)
-    other = np.abs(spacings / middle - 1).max(axis=1) > 0.01
+    differs = np.abs(spacings / middle - 1).max(axis=1) > 0.01
     target = " ".join(f"{mm:.3g}" for mm in middle)
-    if other.any():
+    if differs.any():
         ranges = " x ".join(_range(mm) for mm in spacings.T)
-        found.append(
+        findings.append(
             Finding(
                 "warning",
-                tuple(x.case.name for x, yes in zip(facts, other, strict=True) if yes),
+                tuple(x.case.name for x, yes in zip(facts, differs, strict=True) if yes),
                 f"voxels of another size than {target} mm; in the set they are {ranges} mm. A network sees voxels, not "
                 f"mm: resample all cases with python -m tools.convert --spacing {target}.",
             )
         )
     if middle.max() > 2.5 * middle.min():
         text = f"voxels are {target} mm, {middle.max() / middle.min():.1f} times as long along one axis. "
-        found.append(Finding("note", (), text + "Take fewer of them along that axis in --patch-size, or resample."))
-    return found
+        findings.append(Finding("note", (), text + "Take fewer of them along that axis in --patch-size, or resample."))
+    return findings
 
 
 def _orientations(facts: Sequence[Facts]) -> list[Finding]:
-    """Of published LA scans it is known that they do not state it, and that their axes are alike."""
+    """Findings about orientations. Published LA scans are skipped: they state none, but all have the same axes."""
     facts = [x for x in facts if x.orientation or not published(x.case)]
-    found = []
+    findings = []
     unknown = tuple(x.case.name for x in facts if not x.orientation)
     if unknown:
         text = "the file does not state where its axes point. A network learns them as they are stored, and predict.py "
         more = "takes those of a new scan as they are stored too. Convert it from files that state it, if you can."
-        found.append(Finding("warning", () if len(unknown) == len(facts) else unknown, text + more))
-    known = Counter(x.orientation for x in facts if x.orientation)
-    if len(known) > 1:
-        (usual, _), *others = known.most_common()
+        findings.append(Finding("warning", () if len(unknown) == len(facts) else unknown, text + more))
+    counts = Counter(x.orientation for x in facts if x.orientation)
+    if len(counts) > 1:
+        (usual, _), *rare = counts.most_common()
         names = tuple(x.case.name for x in facts if x.orientation not in (None, usual))
-        text = f"the axes point to {', '.join(str(code) for code, _ in others)}, those of the other cases to {usual}. "
+        text = f"the axes point to {', '.join(str(code) for code, _ in rare)}, those of the other cases to {usual}. "
         more = "A network sees axes as they are stored: convert all scans again, which brings them to one orientation."
-        found.append(Finding("warning", names, text + more))
-    return found
+        findings.append(Finding("warning", names, text + more))
+    return findings
 
 
 def _small(facts: Sequence[Facts], patch_size: Sequence[int], downsample: int) -> list[Finding]:
@@ -220,14 +222,15 @@ def _labels(facts: Sequence[Facts]) -> list[Finding]:
 
 
 def duplicates(facts: Sequence[Facts], test: Sequence[str] = ()) -> list[Finding]:
-    """The same image under two names, be it turned or rounded: an error if one of them is a test case and another one
-    is not, else a warning.
+    """Findings about images that occur under several names, also turned or rounded.
+
+    A pair of a training case and a test case is an error, others are warnings.
 
     Args:
-        facts: of cases of both lists.
-        test: the names of the test cases.
+        facts: facts of the cases of both lists.
+        test: names of the test cases.
     """
-    found = []
+    findings = []
     for group in groups([x.fingerprint for x in facts]):
         names = tuple(facts[i].case.name for i in group)
         equal = len({facts[i].fingerprint[:DIGITS] for i in group}) == 1
@@ -235,19 +238,19 @@ def duplicates(facts: Sequence[Facts], test: Sequence[str] = ()) -> list[Finding
         same = "the same image" if equal else "the same image, but for its direction, scale or rounding,"
         so = "to train on and to test on: figures of such a test mean nothing" if leak else "which then counts as often"
         text = f"{same} under several names, {so}. Keep one of them in the lists."
-        found.append(Finding("error" if leak else "warning", names, text))
-    return found
+        findings.append(Finding("error" if leak else "warning", names, text))
+    return findings
 
 
 def warnings_of(facts: Sequence[Facts], *, patch_size: Sequence[int], downsample: int, normalize: str) -> list[str]:
-    """Lines for the start of a training, from volumes that it has read; no other label and no test case is opened."""
+    """Warning lines for the start of a training, from the facts of the volumes that it has read."""
     facts = [with_spacing(x) for x in facts]
-    found = findings_of(facts, patch_size=patch_size, downsample=downsample, normalize=normalize) + duplicates(facts)
-    return [f"warning: {finding}" for finding in found if finding.level == "warning"]
+    findings = findings_of(facts, patch_size=patch_size, downsample=downsample, normalize=normalize)
+    return [f"warning: {finding}" for finding in findings + duplicates(facts) if finding.level == "warning"]
 
 
 def memory_gib(facts: Sequence[Facts]) -> float:
-    """GiB of the volumes in memory: float32 images, and uint8 labels of all of them."""
+    """Memory of all volumes in GiB: float32 images and uint8 labels."""
     return 5 * sum(math.prod(x.shape) for x in facts) / GIB
 
 

@@ -1,9 +1,9 @@
-"""Scans as files, and from one grid to another: the one place that reads and writes NIfTI, NRRD and MetaImage.
+"""Reading and writing scans (NIfTI, NRRD, MetaImage, h5), and resampling them to another grid.
 
-An array is (W,H,D), along x, y, z of the file. Its geometry is ITK's, in the LPS frame (mm to the patient's left, back
-and head): `spacing` of the voxels along the array's axes, `origin` the place of the middle of voxel (0,0,0),
-`direction` 9 cosines row by row, whose columns are the array's axes. Voxel i lies at
-origin + direction @ (spacing * i). What a file does not state its geometry lacks.
+An array is (W,H,D), along x, y, z of the file. Its geometry is that of ITK, in the LPS frame (mm to the patient's left,
+back and head): `spacing` of the voxels along the array's axes; `origin`, the position of the centre of voxel (0,0,0);
+`direction`, 9 cosines row by row, whose columns are the array's axes. Voxel i is at
+origin + direction @ (spacing * i). Values that a file does not state are missing from its geometry.
 """
 
 import os
@@ -32,56 +32,56 @@ from dataloaders.nifti import read_nifti, write_nifti
 from utils.errors import UserError
 
 WRITTEN_AS = {".nii.gz": ".nii.gz", ".nii": ".nii", ".nrrd": ".nrrd", ".mha": ".mha", ".mhd": ".mha", ".h5": ".nii.gz"}
-"""Ending of a scan that can be read -> ending of what is written for it."""
+"""Ending of a scan that can be read -> ending of the files written for it."""
 INTERPOLATORS = {"linear": sitk.sitkLinear, "bspline": sitk.sitkBSpline, "nearest": sitk.sitkNearestNeighbor}
 SAME_SPACING = 1e-3
 """Relative difference of spacings below which nothing is resampled."""
 SAME_PLACE = 0.1
-"""Voxels that the corners of two grids may lie apart and still be called the same."""
+"""Largest distance in voxels between the corners of two grids that count as the same."""
 INWARDS = 1e-6
-HEADER = 2**16  # bytes in which the text of a header ends
+HEADER = 2**16  # bytes within which the text of a header ends
 MM = {"", "?", "mm", "millimeter", "millimeters", "millimetre", "millimetres"}
 
-sitk.ProcessObject.SetGlobalWarningDisplay(False)  # what matters is raised; the rest would break the progress bar
+sitk.ProcessObject.SetGlobalWarningDisplay(False)  # errors are raised; warnings would break the progress bar
 
 
 def ending_of(path: Path) -> str:
-    """The ending by which a scan's format is known, of those in WRITTEN_AS, or ''."""
+    """The key of WRITTEN_AS with which the file name ends, or ''."""
     return next((ending for ending in WRITTEN_AS if path.name.lower().endswith(ending)), "")
 
 
 def scan_name(path: Path) -> str:
-    """A scan's name: that of its file without the ending, or of its folder if all files are called mri_norm2.h5."""
+    """Name of a scan: the file name without its ending, or the name of the folder for mri_norm2.h5."""
     return path.parent.name if path.name == FILE_NAME else path.name[: len(path.name) - len(ending_of(path))]
 
 
 def read_image(path: Path) -> tuple[NDArray[np.float32], Geometry]:
-    """A scan as float32 (W,H,D), its intensities as they are in the file, and what the file states of its geometry.
+    """Reads a scan as float32 (W,H,D) with unchanged intensities, and the geometry that the file states.
 
     Raises:
-        CaseError: missing, no scan, cut short, not three-dimensional numbers, larger than 2 GiB in float32,
-            intensities that are not finite, voxels of no certain size, axes that are not at right angles; for an h5
-            case what `read_case` and `told_geometry` raise.
+        CaseError: if the file is missing, no scan or truncated; if its voxels are not three-dimensional numbers, need
+            more than 2 GiB in float32, or are not finite; if the size of a voxel is ambiguous or the axes are not at
+            right angles; for an h5 case as `read_case` and `told_geometry`.
     """
     if ending_of(path) == ".h5":
         case = Case(scan_name(path), path, labeled=False)
         return read_case(case)[0], told_geometry(case)
-    found, geometry = _read(path)
-    with np.errstate(over="ignore"):  # what float32 does not hold is refused too
-        image = np.ascontiguousarray(found, np.float32)
+    voxels, geometry = _read(path)
+    with np.errstate(over="ignore"):  # values beyond float32 become infinite, which the next check refuses
+        image = np.ascontiguousarray(voxels, np.float32)
     if not np.isfinite(image.sum(dtype=np.float64)):
         raise CaseError("holds intensities that are not a number or infinite")
     return image, geometry
 
 
 def read_label(path: Path) -> tuple[NDArray[np.integer], Geometry]:
-    """A label map as integers (W,H,D), its values as they are in the file, and what the file states of its geometry.
+    """Reads a label map as integers (W,H,D) with unchanged values, and the geometry that the file states.
 
     Raises:
-        CaseError: as for `read_image`, and values that are negative or no integers.
+        CaseError: as `read_image`, and for values that are negative or no integers.
     """
-    found, geometry = _read(path)
-    label = np.ascontiguousarray(found, found.dtype.newbyteorder("="))
+    voxels, geometry = _read(path)
+    label = np.ascontiguousarray(voxels, voxels.dtype.newbyteorder("="))
     if label.dtype.kind == "f":
         wrong = label[~(label == np.rint(label))]
         if wrong.size or np.abs(label).max() >= 2**31:
@@ -93,7 +93,7 @@ def read_label(path: Path) -> tuple[NDArray[np.integer], Geometry]:
 
 
 def _read(path: Path) -> tuple[NDArray[Any], Geometry]:
-    """The file's voxels (W,H,D) and geometry; what its header claims is looked at before any of its voxels."""
+    """The file's voxels (W,H,D) and geometry; the header is checked before any voxel is read."""
     if not path.is_file():
         raise CaseError("does not exist" if not path.exists() else "is no file")
     if not ending_of(path):
@@ -119,14 +119,14 @@ def _read(path: Path) -> tuple[NDArray[Any], Geometry]:
         raise CaseError(f"is no whole scan ({_reason(e)})") from e
     refuse_direction(picture.GetDirection())
     geometry = {"spacing": picture.GetSpacing(), "origin": picture.GetOrigin(), "direction": picture.GetDirection()}
-    return _array(picture), {name: values for name, values in geometry.items() if name in _told_by(path, picture)}
+    return _array(picture), {name: values for name, values in geometry.items() if name in _stated_by(path, picture)}
 
 
-def _told_by(path: Path, picture: sitk.Image) -> set[str]:
-    """Which of spacing, origin and direction the header of a NRRD or MetaImage states; ITK makes up the rest.
+def _stated_by(path: Path, picture: sitk.Image) -> set[str]:
+    """Which of spacing, origin and direction the header of a NRRD or MetaImage states; ITK fills in the others.
 
     Raises:
-        CaseError: it states lengths that are not in mm.
+        CaseError: for lengths in units other than mm.
     """
     with open(path, "rb") as f:
         text = f.read(HEADER).decode("latin-1").replace("\r", "")
@@ -136,7 +136,7 @@ def _told_by(path: Path, picture: sitk.Image) -> set[str]:
         units = re.findall(r'"(.*?)"', fields.get("space units", "") + fields.get("units", ""))
         frame = "NRRD_space" in picture.GetMetaDataKeys() and picture.GetMetaData("NRRD_space").split("-")[0]
         spacing = "space directions" in fields or "spacings" in fields
-        direction = "space directions" in fields and frame in ("left", "right")  # ITK has brought it to its own
+        direction = "space directions" in fields and frame in ("left", "right")  # ITK has converted it to LPS
     else:
         fields = dict(re.findall(r"^(\w+) *= *(.*?) *$", text.partition("ElementDataFile")[0], re.MULTILINE))
         units = [fields.get("DistanceUnits", "")]
@@ -145,37 +145,44 @@ def _told_by(path: Path, picture: sitk.Image) -> set[str]:
     strange = [unit for unit in units if unit.lower() not in MM]
     if strange:
         raise CaseError(f"states its lengths in {strange[0]}, which programs read in different ways. Write them in mm")
-    return {name for name, told in (("spacing", spacing), ("origin", direction), ("direction", direction)) if told}
+    return {name for name, stated in (("spacing", spacing), ("origin", direction), ("direction", direction)) if stated}
 
 
 def _reason(e: RuntimeError) -> str:
-    """The last line of ITK's long story that says something."""
+    """The last line of ITK's error message that is not empty."""
     lines = [line.strip() for line in str(e).splitlines() if line.strip()]
     return lines[-1].removeprefix("ITK ERROR: ") if lines else "no reason given"
 
 
 def _array(picture: sitk.Image, dtype: Any = None) -> NDArray[Any]:
-    """A copy, as the view dies with the picture; SimpleITK's arrays are z, y, x."""
+    """Array (W,H,D) of a picture. It is a copy, as a view ends with the picture. SimpleITK's order is z, y, x."""
     return np.array(sitk.GetArrayViewFromImage(picture).transpose(2, 1, 0), dtype=dtype, order="C", copy=True)
 
 
 def _picture(array: NDArray[Any], geometry: Geometry) -> sitk.Image:
-    whole = {**UNTOLD, **geometry}
+    complete = {**UNTOLD, **geometry}
     picture = sitk.GetImageFromArray(array.transpose(2, 1, 0))
-    picture.SetSpacing(whole["spacing"])
-    picture.SetOrigin(whole["origin"])
-    picture.SetDirection(whole["direction"])
+    picture.SetSpacing(complete["spacing"])
+    picture.SetOrigin(complete["origin"])
+    picture.SetDirection(complete["direction"])
     return picture
 
 
 def write_image(path: Path, array: NDArray[Any], geometry: Geometry, like: Path | None = None) -> None:
-    """Writes an array (W,H,D) of numbers as the format of the path's ending, compressed but for .nii; whole or not at
-    all: under another name first, which is renamed. A NIfTI gets the header of `like`, if that is a NIfTI too.
+    """Writes an array (W,H,D) of numbers in the format of the path's ending, compressed except for .nii.
+
+    The file is written under another name and then renamed, so it is never incomplete.
+
+    Args:
+        path: file to write; its folder is created.
+        array: (W,H,D).
+        geometry: geometry of the array.
+        like: a NIfTI whose header is kept if `path` is a NIfTI too.
 
     Raises:
-        UserError: the folder or the file cannot be written.
+        UserError: if the folder or the file cannot be written.
     """
-    partial = path.with_name(f".{os.getpid()}.partial.{path.name}")  # ITK goes by the ending
+    partial = path.with_name(f".{os.getpid()}.partial.{path.name}")  # ITK chooses the format by the ending
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if ".nii" in ending_of(path):
@@ -186,19 +193,21 @@ def write_image(path: Path, array: NDArray[Any], geometry: Geometry, like: Path 
             os.fsync(f.fileno())
         os.replace(partial, path)
     except (RuntimeError, OSError, CaseError) as e:
-        why = _reason(e) if isinstance(e, RuntimeError) else getattr(e, "strerror", None) or str(e)
-        raise UserError(f"cannot write {path}: {why}. Fix that or choose another folder.") from e
+        reason = _reason(e) if isinstance(e, RuntimeError) else getattr(e, "strerror", None) or str(e)
+        raise UserError(f"cannot write {path}: {reason}. Fix that or choose another folder.") from e
     finally:
         if partial.parent.is_dir():
             partial.unlink(missing_ok=True)
 
 
 def normalise(image: NDArray[np.float32]) -> tuple[NDArray[np.float32], float, float]:
-    """(W,H,D) -> zero mean and unit variance over all its voxels, as the LA set is published; and that mean and
-    standard deviation.
+    """Scales an image (W,H,D) to zero mean and unit variance over all voxels, as the LA set is published.
+
+    Returns:
+        The scaled image, and the mean and standard deviation before scaling.
 
     Raises:
-        CaseError: a constant scan.
+        CaseError: for a constant scan.
     """
     mean, sd = float(image.mean(dtype=np.float64)), float(image.std(dtype=np.float64))
     if sd <= 1e-6 * abs(mean) or sd == 0:
@@ -209,18 +218,18 @@ def normalise(image: NDArray[np.float32]) -> tuple[NDArray[np.float32], float, f
 
 
 def to_physical(geometry: Geometry, index: Sequence[float] | NDArray) -> NDArray[np.float64]:
-    """Indices (...,3) of voxels -> their places (...,3) in mm."""
+    """Voxel indices (...,3) -> positions (...,3) in mm."""
     axes = np.reshape(geometry["direction"], (3, 3)) * geometry["spacing"]
     return np.asarray(index, float) @ axes.T + geometry["origin"]
 
 
 def moved(geometry: Geometry, corner: Sequence[float] | NDArray) -> Geometry:
-    """The geometry of a part of the array that begins at voxel `corner`."""
+    """The geometry of the part of an array that begins at voxel `corner`."""
     return {**geometry, "origin": tuple(map(float, to_physical(geometry, corner)))}
 
 
 def same_grid(shape: Sequence[int], geometry: Geometry, other_shape: Sequence[int], other: Geometry) -> bool:
-    """Whether two arrays have one shape and their corners lie less than a tenth of a voxel apart."""
+    """Whether two grids have the same shape and corners less than a tenth of a voxel apart."""
     if tuple(shape) != tuple(other_shape):
         return False
     corners = np.array(np.meshgrid(*[(-0.5, side - 0.5) for side in shape])).reshape(3, 8).T
@@ -231,10 +240,14 @@ def same_grid(shape: Sequence[int], geometry: Geometry, other_shape: Sequence[in
 def grid_of_spacing(
     shape: Sequence[int], geometry: Geometry, spacing: Sequence[float] | None
 ) -> tuple[tuple[int, int, int], Geometry]:
-    """Shape and geometry of the grid with this spacing (mm along the array's axes) in the place of a given one.
+    """Shape and geometry of a grid with another spacing at the same place.
 
-    The axes and the middle stay; the sides differ by less than half a voxel. None, and a spacing that differs by less
-    than a thousandth, leave all as it is.
+    Axes and centre stay the same; the lengths of the sides differ by less than half a voxel. The grid is returned
+    unchanged for None, or a spacing that differs by less than a thousandth.
+
+    Args:
+        shape, geometry: the original grid.
+        spacing: mm along the array's axes, or None.
     """
     old, new = np.array(geometry["spacing"]), np.array(geometry["spacing"] if spacing is None else spacing)
     if np.allclose(old, new, rtol=SAME_SPACING, atol=0):
@@ -254,16 +267,18 @@ def resample(
     *,
     smooth: bool = True,
 ) -> NDArray[Any]:
-    """An array (W,H,D) of one geometry -> its values at the voxels of another one with the same direction, (*shape).
+    """Resamples an array (W,H,D) to another grid with the same direction.
 
     Args:
-        how: 'linear' or 'bspline' (cubic) for images, 'nearest' for labels; beyond the edge the nearest value counts.
-        smooth: whether an axis that becomes coarser by a factor f is first blurred with a standard deviation of
-            (f-1)/2 voxels, so that what lies between the new voxels is not lost; 'nearest' never is.
+        array, geometry: the original voxels and their geometry.
+        shape, onto: shape and geometry of the new grid.
+        how: 'linear' or 'bspline' (cubic) for images, 'nearest' for labels; beyond the edge the nearest value is used.
+        smooth: against aliasing, first blur each axis that becomes coarser by a factor f with a standard deviation of
+            (f-1)/2 voxels; ignored for 'nearest'.
     """
     if how != "nearest" and smooth:
         array = anti_alias(array, np.array(onto["spacing"]) / geometry["spacing"])
-    if how == "nearest":  # midway between two voxels the inner one counts: always the upper one would shift labels
+    if how == "nearest":  # midway between two voxels take the inner one; taking the upper one would shift labels
         inner = tuple(mm * (1 - INWARDS) for mm in onto["spacing"])
         onto = {**moved(onto, INWARDS * (np.array(shape) - 1) / 2), "spacing": inner}
     resampler = sitk.ResampleImageFilter()
@@ -277,7 +292,7 @@ def resample(
 
 
 def anti_alias(array: NDArray[Any], factors: NDArray[np.float64]) -> NDArray[Any]:
-    """(W,H,D) blurred along each axis that is to become coarser by this factor, as `resample` says."""
+    """Blurs an array (W,H,D) along axes that become coarser by a factor f, with sd (f-1)/2 voxels, see `resample`."""
     for axis, factor in enumerate(factors):
         if factor > 1 + SAME_SPACING:
             array = gaussian_filter1d(array, (factor - 1) / 2, axis=axis, mode="nearest")

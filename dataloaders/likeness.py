@@ -1,10 +1,10 @@
-"""Whether two images are of one scan, though one of them was rounded, scaled, turned or mirrored.
+"""Fingerprints that show whether two images come from one scan, even if one was rounded, scaled, turned or mirrored.
 
-What tells a scan from any other is its fine texture, which is mostly noise. A fingerprint holds the Laplacian at a
-grid of 8^3 voxels that lies symmetrically in the image, so that a turned image has the turned grid. Of two scans of
-Decathlon's hippocampus set (261, all pairs, all turns) the correlation of the two is below 0.25, of LA's 100 below
-0.20; of one scan in half precision it is 0.9999, in 256 steps 0.996. An image that was resampled or cropped is another
-one.
+A scan is identified by its fine texture, which is mostly noise. A fingerprint holds the Laplacian at 8^3 voxels on a
+grid that is symmetric in the image, so a turned image has the turned grid. Correlations of the fingerprints of
+different scans are below 0.25 in the Decathlon's hippocampus set (261 scans, all pairs, all turns) and below 0.20 in
+LA (100 scans). For the same scan in half precision the correlation is 0.9999, in 256 grey levels 0.996. Resampled or
+cropped images are not recognised.
 """
 
 import contextlib
@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 
 from utils.run_folder import digest
 
-GRID = 8  # voxels looked at along each axis
-DIGITS = 16  # of a digest
-ALIKE = 0.9  # correlation of the fingerprints of one scan
-LEAST = 32  # voxels of the grid that must have a texture: an image without noise is known by its digest alone
+GRID = 8  # voxels of the grid along each axis
+DIGITS = 16  # hexadecimal digits of a digest
+ALIKE = 0.9  # correlation above which two fingerprints are of one scan
+LEAST = 32  # voxels of the grid that must have texture; an image without noise is compared by its digest only
 
 
 def fingerprint(image: NDArray[np.floating]) -> str:
-    """Of an image (W,H,D): its digest, 16 hexadecimal digits, then its texture, 2 for each of the 8^3 voxels."""
+    """Fingerprint of an image (W,H,D): 16 hexadecimal digits of digest, then 2 of texture for each of 8^3 voxels."""
     indices = []
     for side in image.shape:
         half = ((np.arange(GRID // 2) + 0.5) * side / GRID).astype(int)
@@ -39,35 +39,35 @@ def fingerprint(image: NDArray[np.floating]) -> str:
     return digest(image) + np.clip(np.rint(scaled), -127, 127).astype(np.int8).tobytes().hex()
 
 
-def alike(one: str, others: Sequence[str]) -> NDArray[np.bool_]:
-    """Which of the `others` are fingerprints of the same scan as `one`."""
-    return _matches(one, _textures([one])[0], others, _textures(others))
+def alike(fingerprint: str, candidates: Sequence[str]) -> NDArray[np.bool_]:
+    """Whether each candidate (N) is a fingerprint of the same scan as `fingerprint`: bool (N)."""
+    return _matches(fingerprint, _textures([fingerprint])[0], candidates, _textures(candidates))
 
 
 def groups(fingerprints: Sequence[str]) -> list[list[int]]:
-    """The indices of two or more fingerprints of one scan, each group in order."""
+    """Groups of indices of fingerprints that are of one scan, for scans with two or more; each group is sorted."""
     textures = _textures(fingerprints)
-    first = list(range(len(fingerprints)))  # of each fingerprint's group
+    first = list(range(len(fingerprints)))  # smallest index in the group of each fingerprint
     for i, one in enumerate(fingerprints):
         for j in np.flatnonzero(_matches(one, textures[i], fingerprints[i + 1 :], textures[i + 1 :])) + i + 1:
             first = [first[i] if x == first[j] else x for x in first]
-    found = [[i for i, x in enumerate(first) if x == one] for one in dict.fromkeys(first)]
-    return [group for group in found if len(group) > 1]
+    members = [[i for i, x in enumerate(first) if x == one] for one in dict.fromkeys(first)]
+    return [group for group in members if len(group) > 1]
 
 
 def _textures(fingerprints: Sequence[str]) -> NDArray[np.float32]:
-    """(N, 8, 8, 8) of unit length; 0 for an image with too little texture, and for what is no fingerprint."""
-    found = np.zeros((len(fingerprints), GRID**3), np.float32)
+    """Textures (N,8,8,8) of unit length; 0 for an image with too little texture or an invalid fingerprint."""
+    textures = np.zeros((len(fingerprints), GRID**3), np.float32)
     for i, x in enumerate(fingerprints):
         with contextlib.suppress(ValueError):
-            found[i] = np.frombuffer(bytes.fromhex(x[DIGITS:]), np.int8)
-    found[np.count_nonzero(found, axis=1) < LEAST] = 0
-    found /= np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1)
-    return found.reshape(-1, GRID, GRID, GRID)
+            textures[i] = np.frombuffer(bytes.fromhex(x[DIGITS:]), np.int8)
+    textures[np.count_nonzero(textures, axis=1) < LEAST] = 0
+    textures /= np.maximum(np.linalg.norm(textures, axis=1, keepdims=True), 1)
+    return textures.reshape(-1, GRID, GRID, GRID)
 
 
 def _matches(
-    one: str, texture: NDArray[np.float32], others: Sequence[str], textures: NDArray[np.float32]
+    one: str, texture: NDArray[np.float32], candidates: Sequence[str], textures: NDArray[np.float32]
 ) -> NDArray[np.bool_]:
     turned = np.stack([
         texture.transpose(axes)[tuple(slice(None, None, step) for step in steps)].ravel()
@@ -75,4 +75,4 @@ def _matches(
         for steps in itertools.product((1, -1), repeat=3)
     ])  # fmt: skip
     best = np.abs(textures.reshape(-1, GRID**3) @ turned.T).max(axis=1)
-    return (best > ALIKE) | np.array([one[:DIGITS] == x[:DIGITS] for x in others], bool)
+    return (best > ALIKE) | np.array([one[:DIGITS] == x[:DIGITS] for x in candidates], bool)

@@ -1,7 +1,8 @@
-"""NIfTI files: voxels as they are, headers that contradict themselves, and results under a scan's own header.
+"""Reading NIfTI files, checking their headers for contradictions, and writing results with the header of a scan.
 
-A header states the size of its voxels in pixdim, and their place in up to two forms, each with a code: 0 says that the
-form is not used. The sform counts where its code is above 0, else the qform, as in nibabel, FSL and most viewers.
+A header states the size of its voxels in pixdim. It states their positions in up to two forms, sform and qform, each
+with a code; code 0 means that the form is not used. The sform is used if its code is above 0, otherwise the qform, as
+in nibabel, FSL and most viewers.
 """
 
 import gzip
@@ -23,28 +24,28 @@ from dataloaders.cases import MOST_BYTES, UNTOLD, CaseError, Geometry, refuse_di
 from dataloaders.orientation import TO_RAS
 
 CHUNK = 2**20
-LENGTHS = 0.01  # relative difference of voxel lengths above which a header contradicts itself
-ROUNDING = 1e-5  # relative, of numbers of 32 bits
-PLACES = 0.1  # voxels that both forms may lie apart
-SOME = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))  # corners of a box that tell where it lies
-Header = Nifti1Header | Nifti2Header  # the second is one of the first
+LENGTHS = 0.01  # largest relative difference of voxel lengths within a header
+ROUNDING = 1e-5  # relative rounding error of 32-bit numbers
+PLACES = 0.1  # largest distance of the two forms, in voxels
+SOME = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))  # corners that determine the position of a box
+Header = Nifti1Header | Nifti2Header
 
 
 def read_nifti(path: Path) -> tuple[NDArray[Any], Geometry]:
-    """The voxels (W,H,D) as the file has them, scaled as it says, and what it states of spacing, origin and direction.
+    """Reads the voxels (W,H,D), scaled by the header's slope and intercept, and the geometry that the file states.
 
-    Of a file without sform and qform that is the spacing. Says on stderr if both forms are there and differ.
+    A file without sform and qform states only the spacing. If both forms exist and differ, a line on stderr says so.
 
     Raises:
-        CaseError: cut short or damaged, no three-dimensional numbers, larger than 2 GiB in float32; lengths of voxels
-            that are not above 0 or contradict each other, that are not in mm, axes that are not at right angles, a
-            scaling that is no number.
+        CaseError: if the file is truncated or damaged, does not hold three-dimensional numbers, or needs more than
+            2 GiB in float32; if voxel lengths are not above 0, contradict each other or are not in mm; if the axes are
+            not at right angles, or the scaling is not finite.
     """
     try:
         with _opened(path) as f:
             header = _read_header(f)
             shape, dtype = _shape(header), header.get_data_dtype().newbyteorder(header.endianness)
-            told = _told(path, header, shape)
+            geometry = _geometry(path, header, shape)
             array = _voxels(f, header, math.prod(shape) * dtype.itemsize).view(dtype)
     except (HeaderDataError, WrapStructError, gzip.BadGzipFile) as e:
         raise CaseError(f"is no whole scan ({e})") from e
@@ -57,9 +58,9 @@ def read_nifti(path: Path) -> tuple[NDArray[Any], Geometry]:
             f"has a scl_slope of {slope:g} and a scl_inter of {inter:g}, which is no scaling. Fix its header"
         )
     if slope not in (0, 1) or (slope and inter):
-        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused later
+        with np.errstate(over="ignore", invalid="ignore"):  # values that are not finite are refused later
             array = (array.astype(np.float64) * slope + inter).astype(np.float32)
-    return array, told
+    return array, geometry
 
 
 def _opened(path: Path) -> IO[bytes]:
@@ -67,7 +68,7 @@ def _opened(path: Path) -> IO[bytes]:
 
 
 def _read_header(f: IO[bytes]) -> Header:
-    """Of NIfTI-1 or -2 in either byte order."""
+    """Reads the header of a NIfTI-1 or NIfTI-2 file in either byte order."""
     block = f.read(348)
     kind: type[Header] = Nifti2Header if block[:4] in (b"\x1c\x02\0\0", b"\0\0\x02\x1c") else Nifti1Header
     block += f.read(kind.template_dtype.itemsize - 348)
@@ -82,7 +83,7 @@ def _read_header(f: IO[bytes]) -> Header:
 
 
 def _shape(header: Header) -> tuple[int, int, int]:
-    """Three sides, of a scan whose size and kind of voxels can be read."""
+    """The three sides in voxels, after checks of dimensions, data type and size."""
     shape = tuple(map(int, header["dim"][1 : 1 + min(max(int(header["dim"][0]), 0), 7)]))
     try:
         dtype = header.get_data_dtype()
@@ -103,25 +104,31 @@ def _shape(header: Header) -> tuple[int, int, int]:
 
 
 def _voxels(f: IO[bytes], header: Header, size: int) -> NDArray[np.uint8]:
-    """The bytes of the voxels, read to the end of the file: there stands the checksum of a packed one."""
-    found = len(header.binaryblock)
+    """The bytes of the voxels. The file is read to its end, where a compressed file has its checksum."""
+    position = len(header.binaryblock)
     begin = float(header["vox_offset"]) or header.single_vox_offset
-    if not found <= begin <= MOST_BYTES:
+    if not position <= begin <= MOST_BYTES:
         raise CaseError(f"has voxels that begin at byte {begin:g}, where they cannot")
     offset = int(begin)
     data = np.empty(size, np.uint8)
-    while found < offset + size + CHUNK and (piece := f.read(min(CHUNK, offset - found) if found < offset else CHUNK)):
-        if found >= offset:
-            part = data[found - offset :][: len(piece)]
+    while position < offset + size + CHUNK and (
+        piece := f.read(min(CHUNK, offset - position) if position < offset else CHUNK)
+    ):
+        if position >= offset:
+            part = data[position - offset :][: len(piece)]
             part[:] = np.frombuffer(piece, np.uint8, len(part))
-        found += len(piece)
-    if found < offset + size:
-        raise CaseError(f"is cut short: {found} bytes where its header states {offset + size}")
+        position += len(piece)
+    if position < offset + size:
+        raise CaseError(f"is cut short: {position} bytes where its header states {offset + size}")
     return data
 
 
-def _told(path: Path, header: Header, shape: tuple[int, ...]) -> Geometry:
-    """What the header says of the geometry, in ITK's frame, if it does not contradict itself."""
+def _geometry(path: Path, header: Header, shape: tuple[int, ...]) -> Geometry:
+    """The geometry that the header states, in ITK's frame.
+
+    Raises:
+        CaseError: if the header contradicts itself or is not valid.
+    """
     unit = {1: "metres", 3: "microns"}.get(int(header["xyzt_units"]) & 7)
     if unit:
         raise CaseError(f"states its lengths in {unit}, which programs read in different ways. Write them in mm")
@@ -148,24 +155,24 @@ def _told(path: Path, header: Header, shape: tuple[int, ...]) -> Geometry:
     direction = tuple(map(float, (TO_RAS @ matrix[:, :3] / lengths).ravel() + 0.0))  # no -0.0
     refuse_direction(direction)
     if len(forms) == 2:
-        _tell_of_two(path, header, forms, shape, pixdim)
+        _warn_if_forms_differ(path, header, forms, shape, pixdim)
     origin = tuple(map(float, TO_RAS @ matrix[:, 3] + 0.0))
     return {"spacing": tuple(map(float, spacing)), "origin": origin, "direction": direction}
 
 
 def _sform(header: Header) -> NDArray[np.float64] | None:
-    """Its three rows, RAS, if its code says that it is used."""
+    """The three rows of the sform, RAS; None if its code is 0."""
     rows = np.array([header[f"srow_{axis}"] for axis in "xyz"], float)
     return rows if int(header["sform_code"]) > 0 else None
 
 
 def _qform(header: Header) -> NDArray[np.float64] | None:
-    """The three rows that quaternion, qfac, pixdim and offset make, RAS, if its code says that it is used."""
+    """The three rows of the qform, RAS, from quaternion, qfac, pixdim and offset; None if its code is 0."""
     if int(header["qform_code"]) <= 0:
         return None
     b, c, d = (float(header[f"quatern_{name}"]) for name in "bcd")
     rest = 1 - (b * b + c * c + d * d)
-    if not rest > -LENGTHS:  # also for what is no number
+    if not rest > -LENGTHS:  # also true for NaN
         raise CaseError(f"has a qform whose quaternion, {b:g} {c:g} {d:g}, is longer than 1. Fix its header")
     axes = quat2mat([0.0 if rest < 1e-7 else math.sqrt(rest), b, c, d])  # as the NIfTI library of the standard does
     axes[:, 2] *= -1 if header["pixdim"][0] < 0 else 1  # qfac
@@ -173,17 +180,17 @@ def _qform(header: Header) -> NDArray[np.float64] | None:
     return np.column_stack([axes * header["pixdim"][1:4].astype(float), offset])
 
 
-def _tell_of_two(
+def _warn_if_forms_differ(
     path: Path, header: Header, forms: dict[str, NDArray], shape: tuple[int, ...], pixdim: NDArray
 ) -> None:
-    """A line on stderr if both forms put a corner of the scan in different places."""
+    """Prints a line to stderr if the two forms place a corner of the scan differently."""
     corners = np.column_stack([np.array(SOME) * (np.array(shape) - 1), np.ones(4)])
     apart = np.linalg.norm(corners @ (forms["sform"] - forms["qform"]).T, axis=1).max()
     if apart > PLACES * pixdim.min():
         code = int(header["sform_code"])
-        other = "" if code == 1 else ", though viewers built on ITK take the qform of such a file"
+        hint = "" if code == 1 else ", though viewers built on ITK take the qform of such a file"
         print(
-            f"{path}: its sform and its qform lie up to {apart:.3g} mm apart. The sform (code {code}) counts{other}.",
+            f"{path}: its sform and its qform lie up to {apart:.3g} mm apart. The sform (code {code}) counts{hint}.",
             file=sys.stderr,
         )
 
@@ -193,16 +200,18 @@ def _by(lengths: NDArray) -> str:
 
 
 def write_nifti(path: Path, array: NDArray[Any], geometry: Geometry, like: Path | None = None) -> None:
-    """Writes an array (W,H,D); packed if the path ends in .gz.
+    """Writes an array (W,H,D); compressed if the path ends in .gz.
 
     Args:
-        geometry: what is written as sform and qform where there is no `like`.
-        like: a NIfTI on the same grid, whose header is kept: forms, codes, pixdim, units and description. Left out is
-            what its own values meant: scaling, display range, intent and extensions.
+        path: file to write.
+        array: (W,H,D).
+        geometry: written as sform and qform if there is no `like`.
+        like: a NIfTI on the same grid whose header is kept: forms, codes, pixdim, units and description. Scaling,
+            display range, intent and extensions are left out, since they describe its own values.
 
     Raises:
-        OSError: the file cannot be written, or `like` cannot be read.
-        CaseError: `like` is no NIfTI.
+        OSError: if the file cannot be written, or `like` cannot be read.
+        CaseError: if `like` is no NIfTI.
     """
     if like is None:
         header = _header_of(geometry, array.shape)
@@ -228,7 +237,7 @@ def write_nifti(path: Path, array: NDArray[Any], geometry: Geometry, like: Path 
 
 
 def _header_of(geometry: Geometry, shape: tuple[int, ...]) -> Header:
-    """A header for a grid of this geometry, what is not told as in UNTOLD."""
+    """A header for a grid of this geometry; missing values are those of UNTOLD."""
     g = {**UNTOLD, **geometry}
     affine = np.eye(4)
     affine[:3, :3] = TO_RAS @ (np.reshape(g["direction"], (3, 3)) * g["spacing"])

@@ -1,7 +1,7 @@
-"""--normalize: the intensities of a volume, brought to one scale by its own statistics.
+"""--normalize: scaling of the intensities of a volume by its own statistics.
 
-Not of any paper: LA's published volumes were normalised over the whole scan and cropped afterwards, so that the
-standard deviation of the crops ranges from 0.31 to 1.66, and a network meets each at another scale.
+No paper does this. LA's published volumes were normalised over the whole scan and then cropped. The standard deviations
+of the cropped volumes therefore range from 0.31 to 1.66.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ CLIPPED = (0.5, 99.5)
 
 
 class Scaling(NamedTuple):
-    """image -> (clip(image, low, high) - mean) / sd, all four those of one volume."""
+    """image -> (clip(image, low, high) - mean) / sd, with the four values of one volume."""
 
     low: float
     high: float
@@ -23,7 +23,7 @@ class Scaling(NamedTuple):
     sd: float
 
     def __call__(self, image: NDArray[np.float32]) -> NDArray[np.float32]:
-        """A volume, or a part of it, of any shape; float32."""
+        """Scales the volume or a part of it, any shape, to float32."""
         scaled = np.clip(image, np.float32(self.low), np.float32(self.high))
         scaled -= np.float32(self.mean)
         scaled /= np.float32(self.sd)
@@ -31,13 +31,13 @@ class Scaling(NamedTuple):
 
 
 def scaling_of(image: NDArray[np.float32], kind: str) -> Scaling | None:
-    """What `kind` does to a volume (W,H,D), in voxels of its own grid, before any pooling; None changes nothing.
+    """The scaling of a volume (W,H,D), from all its voxels before pooling; None for kind 'none'.
 
-    none    nothing
-    scan    clipped to its 0.5 and 99.5 percentiles, then zero mean and unit variance over all its voxels
+    none    no scaling
+    scan    clip to the 0.5 and 99.5 percentiles, then zero mean and unit variance
 
-    'scan' gives the same for image and a*image + b with a > 0, up to rounding. A volume of which all but the clipped
-    voxels are equal is not clipped.
+    'scan' gives the same result for image and a*image + b with a > 0, up to rounding. If the two percentiles are equal,
+    the volume is not clipped.
     """
     if kind == "none":
         return None
@@ -51,6 +51,6 @@ def scaling_of(image: NDArray[np.float32], kind: str) -> Scaling | None:
 
 
 def normalized(image: NDArray[np.float32], kind: str) -> NDArray[np.float32]:
-    """A whole volume (W,H,D) scaled as `kind` says."""
+    """Scales a whole volume (W,H,D), see `scaling_of`."""
     scaling = scaling_of(image, kind)
     return image if scaling is None else scaling(image)

@@ -1,8 +1,8 @@
-"""Which way the axes of a scan point, and turning scans to one orientation and back: no voxel changes its value.
+"""The orientation of a scan's axes, and turning scans to another orientation and back without interpolation.
 
-An orientation is three letters, one for each axis of the array, that tell where its indices grow to: R or L is the
-patient's right or left, A or P front or back, S or I head or feet. RAS is what nibabel calls closest canonical; LPS is
-ITK's direction of ones. An oblique axis is called by the nearest of these.
+An orientation is three letters, one for each axis of the array, for the direction of increasing indices: R or L is the
+patient's right or left, A or P front or back, S or I head or feet. RAS is nibabel's closest canonical orientation; LPS
+is ITK's identity direction. An oblique axis has the letter of the nearest direction.
 """
 
 from collections import Counter
@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from dataloaders.cases import Case, CaseError, Geometry, told_geometry
 
 RAS = "RAS"
-"""What scans are brought to; another orientation does as well, so long as it is one."""
+"""The orientation to which scans are turned; any other would do, if it is the same for all."""
 TO_RAS = np.diag([-1.0, -1.0, 1.0])  # ITK's frame is LPS
-# An axis midway between two is called by the same of them however the scan is stored, if nothing lies exactly midway.
+# A tiny rotation, so that an axis midway between two directions gets the same letter however the scan is stored.
 OFF_MIDWAY = np.eye(3) + 1e-4 * np.array([[0.0, -1.0, 1.7], [1.0, 0.0, -2.3], [-1.7, 2.3, 0.0]])
 
 
 def orientation_of(direction: Sequence[float]) -> str:
-    """9 cosines of ITK, row by row -> the orientation's three letters."""
+    """ITK's 9 cosines, row by row -> the three letters of the orientation."""
     return "".join(ornt2axcodes(_axes(direction)))
 
 
@@ -36,25 +36,25 @@ def _axes(direction: Sequence[float]) -> NDArray:
 
 @dataclass(frozen=True)
 class Turn:
-    """Permutes and mirrors the axes of an array: axis i of the result is axis order[i], backwards if steps[i] is -1."""
+    """Permutes and mirrors axes: axis i of the result is axis order[i] of the array, reversed if steps[i] is -1."""
 
     order: tuple[int, ...] = (0, 1, 2)
     steps: tuple[int, ...] = (1, 1, 1)
 
     @property
     def back(self) -> "Turn":
-        """The one that undoes it."""
+        """The inverse."""
         order = tuple(self.order.index(i) for i in range(3))
         return Turn(order, tuple(self.steps[i] for i in order))
 
     def __call__(self, array: NDArray[Any]) -> NDArray[Any]:
-        """(W,H,D) -> the turned array, contiguous; the array itself if nothing is to be done."""
+        """Array (W,H,D) -> the turned array, contiguous; the same object if nothing changes."""
         if self == Turn():
             return array
         return np.ascontiguousarray(array.transpose(self.order)[tuple(slice(None, None, s) for s in self.steps)])
 
     def geometry(self, geometry: Geometry, shape: Sequence[int]) -> Geometry:
-        """The geometry of the turned array, of one of `shape` before; what is not told stays so."""
+        """Geometry of the turned array, from the geometry and shape before; missing values stay missing."""
         turned = dict(geometry)
         if "spacing" in geometry:
             turned["spacing"] = tuple(geometry["spacing"][axis] for axis in self.order)
@@ -69,16 +69,16 @@ class Turn:
 
 
 def turn_to(orientation: str | None, direction: Sequence[float] | None) -> Turn:
-    """From 9 cosines to an orientation; nothing is turned where one of both is not known."""
+    """The turn from a direction (9 cosines) to an orientation; the identity if one of them is None."""
     if orientation is None or direction is None:
         return Turn()
-    change = ornt_transform(_axes(direction), axcodes2ornt(orientation))  # of each axis: its new place, and step
+    change = ornt_transform(_axes(direction), axcodes2ornt(orientation))  # for each axis its new position and its step
     order = np.argsort(change[:, 0])
     return Turn(tuple(map(int, order)), tuple(int(step) for step in change[order, 1]))
 
 
 def known_orientation(case: Case) -> str | None:
-    """The orientation that a case's file states, else None."""
+    """The orientation of a case, or None if its file does not state it."""
     try:
         direction = told_geometry(case).get("direction")
     except CaseError:
@@ -87,6 +87,6 @@ def known_orientation(case: Case) -> str | None:
 
 
 def common_orientation(cases: Sequence[Case]) -> str | None:
-    """That of all cases; None if one of them does not state it, or they differ."""
-    found = Counter(map(known_orientation, cases))
-    return next(iter(found)) if len(found) == 1 else None
+    """The orientation of all cases; None if they differ, or one does not state it."""
+    counts = Counter(map(known_orientation, cases))
+    return next(iter(counts)) if len(counts) == 1 else None

@@ -1,11 +1,11 @@
-"""Phantom atria: synthetic MR-like volumes in the layout of the LA set, for runs where no real data is at hand.
+"""Phantom atria: synthetic MR-like volumes in the layout of the LA set, for runs without real data.
 
     python -m dataloaders.phantom DEST [--seed 2021] [--train 40] [--test 8] [--classes 3]
 
-writes a set (or keeps the one that is there) and prints how far a global intensity threshold gets on its test cases.
-The blood of the atrium is as bright as that of a ventricle, an aorta and vessels beside it; what tells it apart is a
-thin dark wall and a smoother texture, which survive flips and quarter turns, and its size and place. Of several
-classes 1 is the atrium, 2 the blood of the ventricle and 3 the muscle around it.
+writes a set (an existing one is kept) and prints the Dice of a global intensity threshold on its test cases. The blood
+of the atrium is as bright as that of the ventricle, the aorta and the vessels. The atrium differs by a thin dark wall
+and a smoother texture, which do not change under flips and quarter turns, and by its size and position. Class 1 is the
+atrium, class 2 the blood of the ventricle, class 3 the muscle around it.
 """
 
 import argparse
@@ -28,9 +28,9 @@ SPACING = (1.0, 1.0, 1.0)
 
 
 def _smooth_field(rng: np.random.Generator, shape: Shape, scale: float) -> np.ndarray:
-    """Random field (W,H,D) float32 of zero mean and unit sd that varies over about `scale` voxels."""
+    """Random field (W,H,D) float32 of zero mean and unit sd, correlated over about `scale` voxels."""
     field = rng.standard_normal([int(n / scale) + 4 for n in shape])
-    # Gaussian bumps on a coarse lattice, one axis at a time: far cheaper than filtering noise with a wide kernel.
+    # Gaussian bumps on a coarse lattice, one axis at a time: much cheaper than filtering noise with a wide kernel.
     for axis, n in enumerate(shape):
         nodes = (np.arange(field.shape[axis]) - 1.5) * scale
         bumps = np.exp(-0.5 * ((np.arange(n)[:, None] - nodes) / (0.7 * scale)) ** 2)
@@ -39,7 +39,7 @@ def _smooth_field(rng: np.random.Generator, shape: Shape, scale: float) -> np.nd
 
 
 def _blob(rng: np.random.Generator, shape: Shape, centre: np.ndarray, radii: np.ndarray, bump: float) -> np.ndarray:
-    """Bool (W,H,D): an ellipsoid turned by up to 20 degrees in x-y, its radius varied by a field of sd `bump`."""
+    """Bool (W,H,D): an ellipsoid rotated by up to 20 degrees in x-y, its radius modulated by a field of sd `bump`."""
     x, y, z = (np.arange(n, dtype=np.float32) - c for n, c in zip(shape, centre, strict=True))
     turn = rng.uniform(-0.35, 0.35)
     u = (np.cos(turn) * x[:, None] + np.sin(turn) * y)[:, :, None] / radii[0]
@@ -49,7 +49,7 @@ def _blob(rng: np.random.Generator, shape: Shape, centre: np.ndarray, radii: np.
 
 
 def _draw_tube(mask: np.ndarray, points: np.ndarray, radii: np.ndarray) -> None:
-    """Set balls of `radii` (N,) voxels at `points` (N,3) in the bool `mask` (W,H,D), in place."""
+    """Sets balls of `radii` (N,) voxels at `points` (N,3) in the bool `mask` (W,H,D), in place."""
     for point, radius in zip(points, radii, strict=True):
         low = np.maximum(np.floor(point - radius), 0).astype(int)
         high = np.maximum(np.ceil(point + radius).astype(int) + 1, 0)
@@ -60,7 +60,7 @@ def _draw_tube(mask: np.ndarray, points: np.ndarray, radii: np.ndarray) -> None:
 
 
 def _largest(mask: np.ndarray, connectivity: int) -> np.ndarray:
-    """The largest part of the bool `mask` (W,H,D), joined over faces (1) to corners (3)."""
+    """The largest component of the bool `mask` (W,H,D); connectivity from 1 (faces) to 3 (corners)."""
     parts = measure.label(mask, connectivity=connectivity)
     return (parts == 1 + np.bincount(parts.ravel())[1:].argmax()) if mask.any() else mask
 
@@ -71,7 +71,7 @@ def _atrium(rng: np.random.Generator, shape: Shape, centre: np.ndarray) -> tuple
     radii = size * rng.uniform((0.25, 0.26, 0.26), (0.29, 0.31, 0.30))
     body = _blob(rng, shape, centre, radii, 0.09)
     label, veins, count = body.copy(), np.zeros(shape, bool), int(rng.integers(3, 6))
-    # Veins leave on the side away from the ventricle (+x), spread over a fan in x-y, above and below by turns.
+    # Veins leave on the side away from the ventricle (+x), spread over a fan in x-y, alternately up and down.
     fan = np.linspace(-1.5, 1.5, count) + rng.uniform(-0.2, 0.2, count)
     for number, angle in enumerate(fan):
         rise = rng.uniform(0.15, 0.4) * (-1) ** number
@@ -80,7 +80,7 @@ def _atrium(rng: np.random.Generator, shape: Shape, centre: np.ndarray) -> tuple
         travel = np.arange(0, 60, 0.7)[:, None]
         points = centre + way * travel + bend * travel**2
         nearest = np.clip(np.rint(points).astype(int), 0, size - 1)
-        # The label ends 5 voxels past the body, where the tube is still wide; the tube itself runs on a little.
+        # The label ends 5 voxels past the body, where the tube is still wide; the tube itself is a little longer.
         past = travel[:, 0] - travel[body[tuple(nearest.T)]].max()
         width = rng.uniform(3.2, 4.2) - 0.12 * np.maximum(past, 0)
         near, whole = (past > -4) & (past < 5), (past > -4) & (past < 5 + rng.uniform(3, 6))
@@ -91,11 +91,12 @@ def _atrium(rng: np.random.Generator, shape: Shape, centre: np.ndarray) -> tuple
 
 
 def phantom(seed: int, index: int, shape: Shape, classes: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Case `index` of the phantoms of `seed`, a pure function of its arguments.
+    """Makes case `index` of the phantoms of `seed`, a pure function of its arguments.
 
-    Returns the image, float32 (W,H,D) of zero mean and unit sd, and the label, uint8 (W,H,D) in {0, 1}: one
-    6-connected atrium that is clear of the border and, for shapes about 80 x 72 x 44, 6 to 14 % of the volume. With
-    `classes` 2 or 3 the same image with the ventricle labeled 2 and its muscle 3, where nothing lies over them.
+    Returns:
+        The image, float32 (W,H,D) of zero mean and unit sd, and the label, uint8 (W,H,D). Class 1 is one 6-connected
+        atrium that does not touch the border; for shapes about 80 x 72 x 44 it fills 6 to 14 % of the volume. With
+        `classes` 2 or 3 the image is the same, and the visible ventricle is 2 and its muscle 3.
     """
     rng = np.random.default_rng([seed, index])
     size = np.array(shape)
@@ -133,12 +134,12 @@ def phantom(seed: int, index: int, shape: Shape, classes: int = 1) -> tuple[np.n
     signal = ndimage.gaussian_filter(signal.astype(np.float32), rng.uniform(0.6, 0.9))
     noise = rng.uniform(0.06, 0.11) * rng.standard_normal((2, *shape), dtype=np.float32)
     image = np.hypot(signal + noise[0], noise[1])
-    found = label.astype(np.uint8)
+    labels = label.astype(np.uint8)
     free = ~(vessels | wall | label)
     for value, part in ((2, ventricle), (3, muscle & ~ventricle)):
         if value <= classes:
-            found[part & free] = value
-    return ((image - image.mean()) / image.std()).astype(np.float32), found
+            labels[part & free] = value
+    return ((image - image.mean()) / image.std()).astype(np.float32), labels
 
 
 def case_shape(seed: int, index: int) -> Shape:
@@ -149,11 +150,11 @@ def case_shape(seed: int, index: int) -> Shape:
 
 
 def make_phantom_set(folder: Path, *, seed: int = 2021, train: int = 40, test: int = 8, classes: int = 1) -> None:
-    """Write `train` + `test` phantoms to `folder` as the LA set lies; a set that is there already is left alone.
+    """Writes `train` + `test` phantoms to `folder` in the layout of the LA set; an existing set is left unchanged.
 
-    `folder/train.list` and `folder/test.list` name the cases, a line each; `folder/<case>/mri_norm2.h5` holds `image`
-    float32 (W,H,D), `label` uint8 (W,H,D) and the attributes `spacing` in mm and `direction`. The folder appears whole
-    or not at all.
+    `folder/train.list` and `folder/test.list` name the cases, one per line. `folder/<case>/mri_norm2.h5` holds `image`
+    float32 (W,H,D), `label` uint8 (W,H,D) and the attributes `spacing` in mm and `direction`. The set is written under
+    another name and then renamed, so it is never incomplete.
     """
     folder = Path(folder)
     lists = (folder / "train.list", folder / "test.list")
@@ -161,7 +162,7 @@ def make_phantom_set(folder: Path, *, seed: int = 2021, train: int = 40, test: i
         return
     names = [f"phantom_{index:03d}" for index in range(train + test)]
     partial = folder.with_name(folder.name + f".partial-{os.getpid()}")
-    # What an earlier, killed process with our id may have left.
+    # Left over by a killed process with the same id.
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
@@ -178,7 +179,7 @@ def make_phantom_set(folder: Path, *, seed: int = 2021, train: int = 40, test: i
         try:
             partial.rename(folder)
         except OSError:
-            # Another process was first: its set is the same as ours, which the clean-up below drops.
+            # Another process was faster. Its set is the same as ours, which is removed below.
             if not all(path.is_file() for path in lists):
                 raise
     finally:
@@ -186,38 +187,41 @@ def make_phantom_set(folder: Path, *, seed: int = 2021, train: int = 40, test: i
 
 
 def threshold_dice(cases: Iterable[tuple[np.ndarray, np.ndarray]], largest_component: bool = False) -> float:
-    """Best mean Dice, 0 to 1, that one intensity interval [lo, hi] for all `cases` (image, label) can reach.
+    """Best mean Dice in [0,1] of one intensity interval [lo, hi] over all `cases` (image, label).
 
-    The interval is searched for on these very cases, which flatters the threshold. With `largest_component` only the
-    largest 26-connected part of each thresholded volume counts.
+    The interval is optimised on the same cases, so the Dice is optimistic. With `largest_component` only the largest
+    26-connected component of each thresholded volume counts.
+
+    Raises:
+        ValueError: without cases.
     """
     cases = [(image, label > 0) for image, label in cases]
     if not cases:
         raise ValueError("threshold_dice needs at least one case")
     inside = np.concatenate([image[label] for image, label in cases])
-    # Beyond the range of the label's own intensities an interval gains nothing.
+    # A useful interval lies within the range of the label's intensities.
     lows, highs = np.quantile(inside, np.linspace(0, 0.6, 13)), np.quantile(inside, (0.6, 0.8, 0.9, 0.95, 0.99, 1))
     best = 0.0
     for low, high in itertools.product(lows, highs):
         scores = []
         for image, label in cases:
-            found = (image >= low) & (image <= high)
+            mask = (image >= low) & (image <= high)
             if largest_component:
-                found = _largest(found, connectivity=3)
-            scores.append(2 * np.count_nonzero(found & label) / (np.count_nonzero(found) + np.count_nonzero(label)))
+                mask = _largest(mask, connectivity=3)
+            scores.append(2 * np.count_nonzero(mask & label) / (np.count_nonzero(mask) + np.count_nonzero(label)))
         best = max(best, float(np.mean(scores)))
     return best
 
 
 def main() -> None:
-    """Write the set the command line asks for and print the threshold's Dice on its test cases."""
-    parser = argparse.ArgumentParser(description="Write a set of phantom atria and report how a threshold fares on it.")
-    parser.add_argument("dest", type=Path, help="folder of the set; one that is there already is kept")
+    """Writes the set of the command line and prints the threshold's Dice on its test cases."""
+    parser = argparse.ArgumentParser(description="Write a set of phantom atria and print the Dice of a threshold.")
+    parser.add_argument("dest", type=Path, help="folder of the set; an existing set is kept")
     parser.add_argument("--seed", type=int, default=2021)
     parser.add_argument("--train", type=int, default=40, help="number of training cases")
     parser.add_argument("--test", type=int, default=8, help="number of test cases")
     parser.add_argument(
-        "--classes", type=int, default=1, choices=range(1, MOST_CLASSES + 1), help="labels 0 to so many"
+        "--classes", type=int, default=1, choices=range(1, MOST_CLASSES + 1), help="number of foreground classes"
     )
     args = parser.parse_args()
     make_phantom_set(args.dest, seed=args.seed, train=args.train, test=args.test, classes=args.classes)

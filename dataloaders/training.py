@@ -1,4 +1,4 @@
-"""From the flags that describe a training set to its cases."""
+"""The cases of a training set, from the flags that describe it."""
 
 import statistics
 import sys
@@ -28,13 +28,15 @@ LA_LABELED, PHANTOM_LABELED = 16, 8
 
 
 def is_phantom(folder: Path) -> bool:
-    """Whether this is the phantom set, by whatever path."""
+    """Whether a path leads to the phantom set."""
     return folder.resolve() == PHANTOM_FOLDER.resolve()
 
 
 def has_label(path: Path | None) -> bool:
-    """Whether a case file has a label, none of whose values is read; also True of a file that cannot be opened, which
-    is told when it is read."""
+    """Whether a case file has a label; none of its values is read.
+
+    Also True for a file that cannot be opened: the error is raised when the file is read.
+    """
     try:
         with h5py.File(path, "r") as f:
             return "label" in f
@@ -43,11 +45,10 @@ def has_label(path: Path | None) -> bool:
 
 
 def usual_labeled(folder: Path, of_profile: int | None = None) -> int:
-    """How many cases are labeled unless --labeled says so: 16 of LA, or what the profile says, 8 of the phantom set, of
-    another set all that have a label.
+    """Default of --labeled: 16 for LA (or the profile's number), 8 for the phantom set, else all cases with a label.
 
     Raises:
-        UserError: a missing folder, bad lists, or labels that do not come first in train.list.
+        UserError: for a missing folder, lists that are not valid, or labels that do not come first in train.list.
     """
     if is_phantom(folder):
         return PHANTOM_LABELED
@@ -77,14 +78,25 @@ def training_cases(
     multiple: int,
     classes: int = 1,
 ) -> tuple[list[Case], list[str], int]:
-    """The first `labeled` cases of train.list, then the unlabeled ones; what is wrong so far; labeled crops a batch.
+    """Selects the training cases. The phantom set is created on first use. Only the names of test cases are read.
 
-    `unlabeled` None means all others; `labeled_batch` None means half of the batch, or all of it without unlabeled
-    cases. The phantom set is made on first use. Of the test cases only the names are read.
+    Args:
+        folder: the data set.
+        labeled: the first so many cases of train.list are labeled.
+        unlabeled: number of the following cases to use without label; None: all.
+        batch_size: crops in a batch.
+        labeled_batch: labeled crops in a batch; None: half, or all without unlabeled cases.
+        patch_size: voxels of a crop along x, y, z.
+        multiple: every side of a patch must be a multiple of this.
+        classes: C, the largest allowed label value.
+
+    Returns:
+        The labeled cases and then the unlabeled ones, an error line for each unusable case so far, and the number of
+        labeled crops in a batch.
 
     Raises:
-        UserError: a missing folder, bad lists, counts out of bounds, a patch whose sides are not multiples of
-            `multiple`.
+        UserError: for a missing folder, lists that are not valid, counts out of range, or sides that are not multiples
+            of `multiple`.
     """
     if is_phantom(folder):
         if RANK == 0:
@@ -107,18 +119,19 @@ def training_cases(
     left = len(train) - labeled
     if unlabeled is not None and not 0 <= unlabeled <= left:
         raise UserError(f"--unlabeled {unlabeled} must lie between 0 and {left}, the cases left after --labeled.")
-    others = train[labeled:] if unlabeled is None else train[labeled : labeled + unlabeled]
+    unlabeled_names = train[labeled:] if unlabeled is None else train[labeled : labeled + unlabeled]
     if labeled_batch is None:
-        labeled_batch = max(batch_size // 2, 1) if others else batch_size
+        labeled_batch = max(batch_size // 2, 1) if unlabeled_names else batch_size
     if not 1 <= labeled_batch <= min(batch_size, labeled):
         raise UserError(
             f"{labeled_batch} labeled crops a batch are asked for, but --batch-size is {batch_size} and --labeled "
-            f"{labeled}. Label more cases, or give {'--labeled-batch' if others else '--batch-size'} "
-            f"{max(min(batch_size - bool(others), labeled), 1)}."
+            f"{labeled}. Label more cases, or give {'--labeled-batch' if unlabeled_names else '--batch-size'} "
+            f"{max(min(batch_size - bool(unlabeled_names), labeled), 1)}."
         )
-    if (labeled_batch < batch_size) != bool(others):
+    if (labeled_batch < batch_size) != bool(unlabeled_names):
         raise UserError(
-            f"--labeled-batch {labeled_batch} of --batch-size {batch_size} does not fit {len(others)} unlabeled cases. "
+            f"--labeled-batch {labeled_batch} of --batch-size {batch_size} does not fit "
+            f"{len(unlabeled_names)} unlabeled cases. "
             "A batch has unlabeled crops exactly if there are unlabeled cases."
         )
     cases, problems = find_cases(folder, train[:labeled], labeled=True, classes=classes)
@@ -130,31 +143,31 @@ def training_cases(
             f"{case.name}: {case.path} is a labeled case without a dataset 'label', number {number} of train.list and "
             f"one of --labeled {labeled}; {fewer}put the labeled cases first in the list"
         )
-    more, more_problems = find_cases(folder, others, labeled=False, classes=classes)
-    return [case for case in cases if case not in without] + more, problems + more_problems, labeled_batch
+    unlabeled_cases, missing = find_cases(folder, unlabeled_names, labeled=False, classes=classes)
+    return [case for case in cases if case not in without] + unlabeled_cases, problems + missing, labeled_batch
 
 
 def refuse_classes(cases: Sequence[Case], facts: Sequence[Facts], classes: int) -> None:
-    """No label of the labeled cases holds the class of the highest number: a class too many, or the wrong cases.
+    """Checks that at least one labeled case contains the class with the highest number.
 
     Args:
-        cases: of the training; the labels of the unlabeled ones are not opened.
-        facts: of those that were just read; the labels of the others are read now.
+        cases: cases of the training; the labels of the unlabeled ones are not opened.
+        facts: facts of cases that were already read; the labels of other cases are read now.
         classes: C of --classes.
 
     Raises:
-        UserError: naming the largest value that a label holds.
+        UserError: if none does; the message names the largest value in the labels.
     """
-    if classes == 1:  # labels that are all empty are warned of
+    if classes == 1:  # empty labels cause a warning elsewhere
         return
     voxels = {x.case.name: x.voxels for x in facts}
     largest = 0
     for case in (case for case in cases if case.labeled):
-        found = voxels.get(case.name)
-        if found is None:
+        counts = voxels.get(case.name)
+        if counts is None:
             label = read_case(case)[1]
-            found = {int(label.max()): 1} if label is not None else {}
-        largest = max(largest, *found, 0)
+            counts = {int(label.max()): 1} if label is not None else {}
+        largest = max(largest, *counts, 0)
         if largest == classes:
             return
     raise UserError(
@@ -164,8 +177,10 @@ def refuse_classes(cases: Sequence[Case], facts: Sequence[Facts], classes: int) 
 
 
 def median_spacing(cases: Sequence[Case]) -> list[float] | None:
-    """Median spacing (mm along x, y, z) of the labeled cases, to which predict.py resamples a scan; None if a file does
-    not tell its own."""
+    """Median spacing (mm along x, y, z) of the labeled cases; None if the spacing of one is not known.
+
+    predict.py resamples scans to it.
+    """
     spacings = [known_spacing(case) for case in cases if case.labeled]
     if None in spacings:
         return None

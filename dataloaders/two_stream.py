@@ -1,4 +1,4 @@
-"""Two-stream batches: L labeled crops, then unlabeled ones, all of it a pure function of (seed, iteration)."""
+"""Two-stream batches: L labeled crops, then unlabeled ones, as a pure function of (seed, iteration)."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -22,21 +22,29 @@ class Slot(NamedTuple):
     """One sample of one batch."""
 
     step: int
-    """The batch's number, over all iterations and ranks."""
+    """Number of the batch, over all iterations and ranks."""
     slot: int
-    """Its place in the batch."""
+    """Position in the batch."""
     case: int
-    """Index of its volume."""
+    """Index of the case."""
 
 
 class TwoStreamBatchSampler(Sampler[list[Slot]]):
     """Batches of `labeled_batch` labeled and `batch_size - labeled_batch` unlabeled cases, labeled first.
 
-    An epoch is one pass over the labeled cases, without replacement; both streams are shuffled anew at each epoch.
-    If the labeled cases do not divide by the batch, the rest of an epoch is left out, as in the released codes.
-    Cases 0..labeled-1 are labeled, labeled..labeled+unlabeled-1 are not.
+    An epoch is one pass over the labeled cases, without replacement; both streams are shuffled at each epoch. An
+    incomplete last batch of an epoch is dropped, as in the released codes. Several processes (ranks) take the batches
+    of one sequence in turn.
 
-    Several processes (`ranks`) take the batches of the one sequence in turn.
+    Args:
+        labeled: number of labeled cases, with indices 0..labeled-1.
+        unlabeled: number of unlabeled cases, with the next indices.
+        batch_size: crops in a batch of one process.
+        labeled_batch: labeled crops in a batch, at most `labeled`.
+        seed: seed of the shuffling.
+        start: first iteration.
+        iterations: end of the training (exclusive).
+        rank, ranks: this process and the number of processes.
     """
 
     def __init__(
@@ -62,20 +70,20 @@ class TwoStreamBatchSampler(Sampler[list[Slot]]):
         return self.iterations - self.start
 
     def cases(self, step: int) -> list[int]:
-        """Case indices of one batch of the sequence."""
+        """Case indices of batch `step` of the sequence."""
         epoch, place = divmod(step, self.per_epoch)
         generator = np.random.default_rng([self.seed, 0, epoch])
         first = generator.permutation(self.labeled)[place * self.labeled_batch :][: self.labeled_batch]
         if self.unlabeled_batch == 0:
             return first.tolist()
         wanted = self.per_epoch * self.unlabeled_batch
-        passes = -(-wanted // self.unlabeled)  # few unlabeled cases are gone through several times an epoch
+        passes = -(-wanted // self.unlabeled)  # an epoch may use the unlabeled cases several times
         order = np.concatenate([generator.permutation(self.unlabeled) for _ in range(passes)])
         second = order[place * self.unlabeled_batch :][: self.unlabeled_batch]
         return first.tolist() + (self.labeled + second).tolist()
 
     def slots(self, iteration: int) -> list[Slot]:
-        """This process's batch of an iteration."""
+        """The batch of an iteration on this process."""
         step = iteration * self.ranks + self.rank
         return [Slot(step, slot, case) for slot, case in enumerate(self.cases(step))]
 
@@ -84,11 +92,20 @@ class TwoStreamBatchSampler(Sampler[list[Slot]]):
 
 
 class Patches(Dataset[dict[str, Any]]):
-    """Augmented crops: a Slot -> image (1,w,h,d) float32, case; for a labeled case label (w,h,d) uint8 and, if asked
-    for, sdm (C,w,h,d) float32; and, with `other`, other_image and other_label of a second draw.
+    """Augmented crops, indexed by a Slot.
 
-    `intensity` is the strength of `random_intensities`; `sdm_of` whether distances and their largest, by which they are
-    divided, are those of the 'crop', as in the released codes, or of the whole 'scan', of which a crop is then cut.
+    An item holds image (1,w,h,d) float32 and case (its name). A labeled case also has label (w,h,d) uint8 and, with
+    `sdm`, sdm (C,w,h,d) float32 in [-1,1].
+
+    Args:
+        volumes: the cases.
+        patch_size: voxels of a crop along x, y, z.
+        augment: one of AUGMENTATIONS.
+        seed: seed of the random crops.
+        sdm: whether to compute signed distance maps.
+        other: whether to add other_image and other_label of a second, independent crop.
+        intensity: strength of `random_intensities`; 0: none.
+        sdm_of: compute distance maps in the 'crop', as in the released codes, or in the whole 'scan' before cropping.
     """
 
     def __init__(
@@ -108,7 +125,7 @@ class Patches(Dataset[dict[str, Any]]):
         self._distances: dict[int, Tensor] = {}
 
     def draws(self, slot: Slot) -> tuple[list[Draw], np.random.Generator]:
-        """Where the crop of a slot lies and how it is turned, with `other` the second one's too; and what draws on."""
+        """Parameters of the crop of a slot, with `other` of the second crop too, and the generator after drawing."""
         shape = self.volumes.shapes[slot.case]
         generator = np.random.default_rng([self.seed, 1, slot.step, slot.slot])
         draws = [draw_augmentation(generator, shape, self.patch_size, self.augment) for _ in range(1 + self.other)]
@@ -116,23 +133,23 @@ class Patches(Dataset[dict[str, Any]]):
 
     def __getitem__(self, slot: Slot) -> dict[str, Any]:
         draws, generator = self.draws(slot)
-        item, *others = (self.crop(slot.case, draw) for draw in draws)
-        for crop in (item, *others) if self.intensity else ():
+        item, *second = (self.crop(slot.case, draw) for draw in draws)
+        for crop in (item, *second) if self.intensity else ():
             crop["image"] = random_intensities(crop["image"], generator, self.intensity)
-        for other in others:
-            item |= {f"other_{name}": other[name] for name in ("image", "label") if name in other}
+        for crop in second:
+            item |= {f"other_{name}": crop[name] for name in ("image", "label") if name in crop}
         return item
 
     def middle(self, case: int) -> dict[str, Any]:
-        """The crop at the middle of a case, as it is: the same at every call."""
+        """The crop at the centre of a case, without augmentation."""
         shape = self.volumes.shapes[case]
         start = tuple(max(side - s, 0) // 2 for side, s in zip(shape, self.patch_size, strict=True))
         return self.crop(case, Draw(start, tuple(self.patch_size), turns=0, flip=None))  # type: ignore[arg-type]
 
     def crop(self, case: int, draw: Draw) -> dict[str, Any]:
-        """The item that a draw makes of a case."""
+        """The item of a case with these parameters, without intensity augmentation."""
         shape = self.volumes.shapes[case]
-        # A volume smaller than the box is taken whole along that side, and padded with zeros on both ends.
+        # Along sides shorter than the box the whole volume is taken and padded with zeros at both ends.
         box = tuple(slice(a, min(a + s, side)) for a, s, side in zip(draw.start, draw.size, shape, strict=True))
         image, label = self.volumes.read(case, box)  # type: ignore[arg-type]
         margins = padding(image.shape, draw.size)
@@ -144,20 +161,20 @@ class Patches(Dataset[dict[str, Any]]):
             item["label"] = turn_and_flip(pad(label, margins), draw)
             if self.sdm and self.sdm_of == "scan":
                 parts = [part[box] for part in self.distances_of_scan(case)]
-                # What is padded is as far outside as can be: +1, not 0.
+                # Padding counts as background at the largest distance: +1, not 0.
                 item["sdm"] = torch.stack([turn_and_flip(1 - pad(1 - part, margins), draw) for part in parts])
             elif self.sdm:
                 item["sdm"] = self.distances_of(item["label"], case)
         return item
 
     def distances_of(self, label: Tensor, case: int) -> Tensor:
-        """(w,h,d) -> (C,w,h,d) signed distance maps."""
+        """label (w,h,d) -> signed distance maps (C,w,h,d) in [-1,1]."""
         classes = range(1, self.volumes.cases[case].classes + 1)
         distances = np.stack([signed_distance_map(label.cpu().numpy() == c) for c in classes])
         return torch.from_numpy(distances).to(label.device)
 
     def distances_of_scan(self, case: int) -> Tensor:
-        """(C,W,H,D) of a labeled case, whole; computed once."""
+        """Signed distance maps (C,W,H,D) of a whole labeled case; computed once and kept."""
         if case not in self._distances:
             whole = tuple(slice(0, side) for side in self.volumes.shapes[case])
             _, label = self.volumes.read(case, whole)  # type: ignore[arg-type]
@@ -167,21 +184,29 @@ class Patches(Dataset[dict[str, Any]]):
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """The batch of methods/base.py: what only the labeled items hold is stacked over these, which come first."""
+    """Stacks items to the batch of methods/base.py; label and sdm over the labeled items, which come first."""
     batch: dict[str, Any] = {"case": [item["case"] for item in items]}
     for name in ("image", "label", "sdm", "other_image", "other_label"):
-        found = [item[name] for item in items if name in item]
-        if found:
-            batch[name] = torch.stack(found)
+        values = [item[name] for item in items if name in item]
+        if values:
+            batch[name] = torch.stack(values)
     return batch
 
 
 def make_loader(
     patches: Patches, sampler: TwoStreamBatchSampler, *, workers: int, stop: StopSignal | None = None
 ) -> DataLoader:
-    """Batches in the sampler's order, the same for any number of workers; see WatchedLoader for `stop` and errors.
+    """A loader of batches in the sampler's order, the same for any number of workers.
 
-    The private generator matters: without it each iterator draws from the global torch generator.
+    It has a generator of its own: without one each iterator would draw from the global torch generator.
+
+    Args:
+        patches, sampler: the crops and their order.
+        workers: processes that prepare batches; 0 if the volumes are on a GPU.
+        stop: a stop signal that ends the batches early, see WatchedLoader.
+
+    Raises:
+        UserError, RuntimeError: as WatchedLoader, while batches are drawn.
     """
     workers = 0 if patches.volumes.on_device else workers
     return WatchedLoader(

@@ -1,4 +1,4 @@
-"""Volumes cached once and cropped by indexing."""
+"""Cached volumes, which are cropped by indexing."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,14 +26,15 @@ class Volumes:
     """The images and labels of some cases.
 
     Args:
-        cases: labeled or not; the label of an unlabeled case is never opened.
-        cache: 'device' keeps all volumes on `device`, 'ram' in memory, 'disk' as plain arrays in `folder`, 'none'
-            reads each crop from its file; 'auto' is the device if it is a GPU with room for them, else memory.
-        downsample: pools each factor^3 voxels into one, see utils/resample.py.
-        normalize: how each whole volume is scaled before it is pooled, see dataloaders/normalization.py.
-        folder: of the arrays on disk ('disk'), or of what the check of each file found ('none'); what an earlier run
-            left there is not decoded again.
-        problems: what is known to be wrong before reading, reported with the rest.
+        cases: labeled or unlabeled cases; the label of an unlabeled case is never opened.
+        cache: 'device' keeps all volumes on `device`, 'ram' in memory, 'disk' as plain arrays in `folder`; 'none'
+            reads each crop from its file; 'auto' is the device if it is a GPU with enough memory, else memory.
+        downsample: factor f; f^3 voxels are pooled into one, see utils/resample.py.
+        normalize: scaling of each whole volume before pooling, see dataloaders/normalization.py.
+        device: the device of the training.
+        folder: folder of the arrays ('disk') or of the results of checking the files ('none'). Entries of earlier runs
+            are used again.
+        problems: error lines from before, reported with the others.
 
     Raises:
         UserError: naming every unusable case.
@@ -53,26 +54,26 @@ class Volumes:
         self.cases, self.downsample = list(cases), downsample
         self.shapes: list[tuple[int, ...]] = []
         self.checksums: dict[str, str] = {}
-        self.fingerprints: dict[str, str] = {}  # of the images alone
-        self.facts: list[Facts] = []  # of the cases read now; what an earlier run left is not read
+        self.fingerprints: dict[str, str] = {}  # of the images
+        self.facts: list[Facts] = []  # of the cases that were read, not those from a cache
         self._images: list[Tensor] = []
         self._labels: list[Tensor | None] = []
-        self._scalings: list[Scaling | None] = []  # of volumes that are read crop by crop
+        self._scalings: list[Scaling | None] = []  # of volumes read crop by crop
         keep = cache in ("auto", "device", "ram")
 
         def pool(volume: NDArray, is_label: bool) -> NDArray:
             down = downsample_label if is_label else downsample_image
             return down(torch.from_numpy(volume), downsample).numpy()
 
-        known: Checks | None = None
+        checks: Checks | None = None
         scaled = "" if normalize == "none" else f"-{normalize}"
         if cache == "disk":
-            known = DiskCache((folder or Path()) / f"downsample{downsample}{scaled}", pool, normalize)
+            checks = DiskCache((folder or Path()) / f"downsample{downsample}{scaled}", pool, normalize)
         elif cache == "none":
-            known = Checks(folder and folder / f"checked{scaled}", normalize)
+            checks = Checks(folder and folder / f"checked{scaled}", normalize)
 
         def check(case: Case) -> None:
-            kept = known.find(case) if known else None
+            kept = checks.find(case) if checks else None
             if kept is not None and min(kept.shape) >= downsample:
                 return
             image, label = read_case(case)
@@ -80,19 +81,19 @@ class Volumes:
             self.facts.append(facts)
             if min(image.shape) < downsample:
                 raise CaseError(f"has {image.shape} voxels, too few for --downsample {downsample}")
-            if known:
-                known.add(case, image, label, facts.fingerprint)
+            if checks:
+                checks.add(case, image, label, facts.fingerprint)
                 return
             checksum = facts.fingerprint[:DIGITS] if label is None else digest(image, label)
             self._note(case, image.shape, checksum, facts.fingerprint)
             self._keep(pool(normalized(image, normalize), False), None if label is None else pool(label, True))
 
-        # Each process begins elsewhere, and leaves out what another one has remembered meanwhile.
-        turn = RANK * len(cases) // RANKS if known else 0
-        check_all([*cases[turn:], *cases[:turn]], check, problems)
-        if known:
+        # Each process begins with another case, and skips the cases that another process has checked meanwhile.
+        first = RANK * len(cases) // RANKS if checks else 0
+        check_all([*cases[first:], *cases[:first]], check, problems)
+        if checks:
             for case in cases:
-                kept = known.find(case)
+                kept = checks.find(case)
                 if kept is None:
                     raise UserError(f"{case.path} is changing while it is read. Start again when it is whole.")
                 self._note(case, kept.shape, kept.checksum, kept.fingerprint)
@@ -122,7 +123,7 @@ class Volumes:
         return need < 0.3 * torch.cuda.mem_get_info(device)[0]
 
     def read(self, index: int, box: tuple[slice, slice, slice]) -> tuple[Tensor, Tensor | None]:
-        """The image float32 and label uint8 of one case inside the box of voxels (of the downsampled grid)."""
+        """Image float32 and label uint8 (None if unlabeled) of a case in a box of voxels of the downsampled grid."""
         if self.kind != "none":
             label = self._labels[index]
             return self._images[index][box], None if label is None else label[box]

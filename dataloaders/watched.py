@@ -1,4 +1,4 @@
-"""Data workers that are watched: what keeps a batch from coming is told, and nothing waits for it for ever."""
+"""A data loader that watches its workers, reports why a batch does not come, and never waits for ever."""
 
 import atexit
 import math
@@ -24,16 +24,20 @@ from utils.distributed import RANKS
 from utils.errors import StopSignal, UserError
 
 SHARED_MEMORY = Path("/dev/shm")
-LOOK_EVERY = 1  # seconds between two looks at the stop signal and the workers while no batch comes
+LOOK_EVERY = 1  # seconds between checks of the stop signal and the workers while no batch comes
 WARN_AFTER, GIVE_UP_AFTER = 60, 600  # seconds without a batch
-PATIENCE = 10  # seconds that one of several processes, told to stop, waits on for the batch that the others need
+PATIENCE = 10  # seconds that one of several processes waits after a stop signal for a batch that the others need
 
 
 class Noted(Dataset[dict[str, Any]]):
-    """The patches of a TwoStream loader, each worker noting its process and the case it is at.
+    """Wraps patches; each worker notes its process id and the index of its current case in shared memory.
+
+    Args:
+        patches: the dataset.
+        workers: number of data workers.
 
     Raises:
-        UserError: no shared memory for the notes.
+        UserError: if there is no shared memory.
     """
 
     def __init__(self, patches: Any, workers: int):
@@ -50,17 +54,17 @@ class Noted(Dataset[dict[str, Any]]):
         return self.patches[slot]
 
     def cases_of(self, pids: list[int | None]) -> list[str]:
-        """What the workers of these process numbers read last, as NAME (FILE)."""
+        """The cases, as NAME (FILE), that the workers with these process ids read last."""
         notes = dict(zip(self.notes[::2], self.notes[1::2], strict=True))
         cases = [self.patches.volumes.cases[notes[pid]] for pid in pids if pid in notes]
         return [f"{case.name} ({case.path})" for case in cases]
 
 
 def end(workers: list[BaseProcess]) -> None:
-    """Kills those still there, as the loader fails or the program ends.
+    """Kills the remaining workers when the loader fails or the program ends.
 
-    The traceback of one worker's death holds torch's iterator, and with it the others. Python would ask them to end by
-    SIGTERM, which they leave to the main process (ignore_stop_signals), and wait for them for ever.
+    The traceback of a worker's death keeps torch's iterator alive, and with it the other workers. At exit Python would
+    send them SIGTERM, which they ignore (ignore_stop_signals), and wait for ever.
     """
     for worker in workers:
         worker.kill()
@@ -69,17 +73,17 @@ def end(workers: list[BaseProcess]) -> None:
 
 
 class Unsent(NamedTuple):
-    """What a worker sends in place of a batch that it could not hand over."""
+    """Sent by a worker in place of a batch that did not fit into shared memory."""
 
-    why: str
+    reason: str
     size: int
-    """Bytes of the batch."""
+    """Size of the batch in bytes."""
 
 
 class HandOver:
-    """Collates a batch; a worker also pickles it, which puts its tensors into shared memory.
+    """Collates a batch; in a worker it also pickles the batch, which moves its tensors into shared memory.
 
-    torch leaves that to a thread of the worker, where an error is printed, the batch is gone, and all wait for ever.
+    By default torch pickles in a thread of the worker: an error there is only printed, and the loader waits for ever.
     """
 
     def __init__(self, collate: Callable[[list[Any]], dict[str, Any]]):
@@ -97,7 +101,7 @@ class HandOver:
 
 
 def room() -> str:
-    """How much shared memory there is, in words; nothing where the system does not say."""
+    """A sentence about the free shared memory; empty if the system has no /dev/shm."""
     if not SHARED_MEMORY.is_dir():
         return ""
     total, _, free = shutil.disk_usage(SHARED_MEMORY)
@@ -105,7 +109,10 @@ def room() -> str:
 
 
 def advice(workers: int) -> str:
-    """What to do where workers cannot hand over batches, of which each has one ready, makes one, and one is in use."""
+    """Advice for full shared memory.
+
+    Each worker holds up to two batches, one ready and one in preparation; one more is in use.
+    """
     return (
         f"{room()}--workers {workers} keep up to {2 * workers + 1} batches there. Give it more (docker run --shm-size "
         "2g), or go on with --resume auto --workers 0."
@@ -115,11 +122,19 @@ def advice(workers: int) -> str:
 class WatchedLoader(DataLoader):
     """A DataLoader of `Noted` patches that does not wait for ever.
 
-    While no batch comes it looks at `stop` and at the workers every second; a stop signal ends the batches early.
+    While no batch comes it checks the stop signal and the workers every second. A stop signal ends the batches early.
+
+    Args:
+        patches: the dataset.
+        workers: number of data workers; 0: the main process.
+        collate: items -> batch.
+        stop: the stop signal, or None.
+        more: further arguments of DataLoader.
 
     Raises:
-        UserError: the workers cannot be started, a batch does not fit the shared memory, or none came for ten minutes.
-        RuntimeError: a worker was killed; the text names its case.
+        UserError: if the workers cannot be started, a batch does not fit into shared memory, or none comes for ten
+            minutes.
+        RuntimeError: if a worker was killed; the message names its case.
     """
 
     def __init__(
@@ -131,17 +146,17 @@ class WatchedLoader(DataLoader):
         self.stop = stop
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        others = active_children()
+        before = active_children()
         try:
             batches = super().__iter__()
         except OSError as e:
             raise UserError(f"the data workers cannot be started ({e}). {advice(self.num_workers)}") from e
-        workers = [child for child in active_children() if child not in others]
+        workers = [child for child in active_children() if child not in before]
         atexit.register(end, workers)
         if self.num_workers and threading.current_thread() is threading.main_thread():
-            # torch would raise the error wherever the program is just then, in the middle of a save too.
+            # torch's handler would raise the error at any point of the program, even within a save.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        since, told, warned = time.monotonic(), math.inf, False
+        since, stopped, warned = time.monotonic(), math.inf, False
         while True:
             try:
                 batch = next(batches)
@@ -155,8 +170,8 @@ class WatchedLoader(DataLoader):
                         raise
                     raise killed from e
                 now = time.monotonic()
-                told = min(told, now) if self.stop is not None and self.stop.number else told
-                if now - told >= (0 if RANKS == 1 else PATIENCE):
+                stopped = min(stopped, now) if self.stop is not None and self.stop.number else stopped
+                if now - stopped >= (0 if RANKS == 1 else PATIENCE):
                     end(workers)
                     return
                 if now - since >= (GIVE_UP_AFTER if warned else WARN_AFTER):
@@ -167,13 +182,14 @@ class WatchedLoader(DataLoader):
                 end(workers)
                 size = f"{batch.size / 2**20:.1f} MiB"
                 raise UserError(
-                    f"a data worker could not hand over its batch of {size} ({batch.why}). {advice(self.num_workers)}"
+                    f"a data worker could not hand over its batch of {size} ({batch.reason}). "
+                    f"{advice(self.num_workers)}"
                 )
             yield batch
             since, warned = time.monotonic(), False
 
     def _killed(self, workers: list[BaseProcess]) -> Exception | None:
-        """Ends the workers; the error that tells of one that was killed before, if one was."""
+        """Ends the workers, and returns an error if one of them was killed before."""
         # A killed worker's socket breaks first; then its sentinel is ready, and only then is is_alive() False.
         ended = wait([worker.sentinel for worker in workers], timeout=1)
         dead = [worker for worker in workers if worker.sentinel in ended]
@@ -189,7 +205,7 @@ class WatchedLoader(DataLoader):
         )
 
     def _warn_or_give_up(self, workers: list[BaseProcess], warned: bool) -> None:
-        """Tells that no batch comes, the second time as the error."""
+        """Warns that no batch comes; the second time it raises a UserError."""
         at = self._cases_of(workers) or "no case yet"
         seconds = GIVE_UP_AFTER if warned else WARN_AFTER
         what = f"no batch came for {seconds} s, though the data workers live, which read {at}. {room()}"

@@ -1,1 +1,1 @@
-"""What a prediction is worth: sliding window, metrics, files of a test, statistics, figures."""
+"""Evaluation of predictions: sliding window, metrics, files of a test, statistics, figures."""

@@ -1,13 +1,13 @@
-"""matplotlib without a screen. Everything that draws takes it from here, and never from pyplot.
+"""matplotlib without a screen. All drawing code imports it from here, never from pyplot.
 
-A notebook hands MPLBACKEND=module://matplotlib_inline.backend_inline on to what it starts, and matplotlib refuses to be
-imported where that module is missing. No backend is needed here: a Figure is drawn on its own canvas.
+A notebook sets MPLBACKEND=module://matplotlib_inline.backend_inline for its subprocesses, and importing matplotlib
+fails where that module is missing. No backend is needed here: a Figure has its own canvas.
 """
 
 import os
 from contextlib import suppress
 
-_asked = os.environ.pop("MPLBACKEND", None)
+_backend = os.environ.pop("MPLBACKEND", None)
 try:
     import matplotlib
     from matplotlib.axes import Axes
@@ -15,10 +15,10 @@ try:
     from matplotlib.figure import Figure
     from matplotlib.patheffects import withStroke
 finally:
-    if _asked is not None:
-        os.environ["MPLBACKEND"] = _asked
-if _asked:
-    with suppress(ValueError):  # for a notebook that imports this and then draws by itself
-        matplotlib.rcParams["backend"] = _asked
+    if _backend is not None:
+        os.environ["MPLBACKEND"] = _backend
+if _backend:
+    with suppress(ValueError):  # for a notebook that imports this and draws with pyplot
+        matplotlib.rcParams["backend"] = _backend
 
 __all__ = ["Axes", "Figure", "FigureCanvasAgg", "withStroke"]

@@ -1,8 +1,9 @@
-"""Dice, Jaccard, ASD and 95HD as medpy defines them, bit for bit, with an honest answer for empty masks.
+"""Dice, Jaccard, ASD and 95HD, equal to medpy's bit for bit, and defined results for empty masks.
 
-medpy finds the borders and the distance of every voxel of the volume, for each figure anew. Here that is done once, in
-the joint box of the masks and for the border's voxels alone: with a search tree where borders are few and near each
-other, as those of segmentations are, else (noise, a shell far around another) with scipy's distance transform.
+For each metric medpy computes the borders and the distance of every voxel of the volume. Here the distances are
+computed once, in the joint box of both masks and for border voxels only. A search tree is used if the borders have few
+voxels and are close to each other, as those of segmentations are; otherwise (noise, distant shells) scipy's distance
+transform.
 """
 
 import dataclasses
@@ -19,28 +20,38 @@ from skimage.measure import label as components
 
 from utils.masks import box_of, inner_border
 
-# The papers' column order: many logs print 95HD before ASD.
-COMPONENTS = ("all", "largest")  # of a prediction: without and with the largest-component filter
+# Columns are in the papers' order: many logs print 95HD before ASD.
+COMPONENTS = ("all", "largest")  # without and with the largest-component filter
 METRICS = ("dice", "jaccard", "asd", "hd95")
 MM = ("asd_mm", "hd95_mm")
-PENALISED = "_penalised"  # after a distance's name
+PENALISED = "_penalised"  # suffix of a distance's name
 EMPTIES = ("no prediction", "no label", "neither")
 NAN = float("nan")
-LEAST_SD = 3  # numbers
+LEAST_SD = 3  # fewest values that have a standard deviation
 NOISE, FAR, PROBES = 0.1, 10.0, 200
-"""A tree is slower than the transform if the border's voxels are more than this share of the box, or the root mean
-square of the distances, probed at so many of them, is above so many voxels."""
+"""The tree is used if the borders have less than the share NOISE of the box's voxels, and the root mean square of the
+distances, estimated from PROBES voxels, is below FAR voxels."""
 
 
 def segmentation_metrics(
     prediction: NDArray, reference: NDArray, spacing: Sequence[float] | None = None
 ) -> dict[str, float]:
-    """Metrics of two masks of one shape (W,H,D).
+    """Metrics of two masks of the same shape (W,H,D).
 
-    dice, jaccard in [0,1]; asd: mean distance from the prediction's border to the reference's, one direction as
-    medpy's asd; hd95: 95th percentile of both directions pooled; both in voxels and, as asd_mm and hd95_mm, in mm when
-    the spacing (mm along x, y, z) is given. If one mask alone is empty, Dice and Jaccard are 0 and the distances not a
-    number; `with_penalties` gives it one. Of two empty masks nothing is a number: there was nothing to find.
+    If only one mask is empty, Dice and Jaccard are 0 and the distances NaN (see `with_penalties`). If both are empty,
+    all metrics are NaN.
+
+    Args:
+        prediction, reference: (W,H,D); voxels above 0 are inside.
+        spacing: mm along x, y, z, or None.
+
+    Returns:
+        dice and jaccard in [0,1]; asd, the mean distance from the prediction's border to the reference's (one
+        direction, as medpy's asd); hd95, the 95th percentile of the distances in both directions. Distances are in
+        voxels and, with a spacing, also in mm as asd_mm and hd95_mm.
+
+    Raises:
+        ValueError: for different shapes.
     """
     a, b = np.asarray(prediction) > 0, np.asarray(reference) > 0
     if a.shape != b.shape:
@@ -49,13 +60,13 @@ def segmentation_metrics(
     if a.any() and b.any():
         box = box_of(a | b)
         a, b = a[box], b[box]
-        found = {"dice": float(binary.dc(a, b)), "jaccard": float(binary.jc(a, b))}
+        scores = {"dice": float(binary.dc(a, b)), "jaccard": float(binary.jc(a, b))}
         a, b = inner_border(a), inner_border(b)
-        there, back = (distances(*pair, list(units.values())) for pair in ((a, b), (b, a)))
-        for unit, one, other in zip(units, there, back, strict=True):
-            found[f"asd{unit}"] = float(one.mean())
-            found[f"hd95{unit}"] = float(np.percentile(np.hstack((one, other)), 95))
-        return found
+        forward, backward = (distances(*pair, list(units.values())) for pair in ((a, b), (b, a)))
+        for unit, a_to_b, b_to_a in zip(units, forward, backward, strict=True):
+            scores[f"asd{unit}"] = float(a_to_b.mean())
+            scores[f"hd95{unit}"] = float(np.percentile(np.hstack((a_to_b, b_to_a)), 95))
+        return scores
     overlap = 0.0 if a.any() or b.any() else NAN
     names = [f"{name}{unit}" for unit in units for name in METRICS[2:]]
     return {"dice": overlap, "jaccard": overlap, **dict.fromkeys(names, NAN)}
@@ -64,9 +75,15 @@ def segmentation_metrics(
 def with_penalties(
     scores: dict[str, float], shape: Sequence[int], spacing: Sequence[float] | None = None
 ) -> dict[str, float]:
-    """What `segmentation_metrics` found in a volume of this shape, and NAME_penalised for each of its distances: the
-    distance, or where one mask alone is empty the volume's diagonal, which no distance in it reaches, so that an empty
-    mask ranks behind every other."""
+    """Adds NAME_penalised for each distance NAME: the distance, or the volume's diagonal if only one mask is empty.
+
+    No distance in the volume reaches its diagonal, so an empty mask ranks last.
+
+    Args:
+        scores: result of `segmentation_metrics`.
+        shape: sides of the volume in voxels.
+        spacing: as for `segmentation_metrics`.
+    """
     sides = {"": np.asarray(shape, float)}
     if spacing is not None:
         sides["_mm"] = sides[""] * np.asarray(spacing, float)
@@ -81,24 +98,31 @@ def with_penalties(
 
 
 def distances(start: NDArray[np.bool_], goal: NDArray[np.bool_], units: Sequence[NDArray]) -> list[NDArray[np.float64]]:
-    """From every voxel of `start`, in the array's order, to the nearest of `goal`, for each of several voxel sizes.
+    """Distances from every voxel of `start`, in array order, to the nearest voxel of `goal`, for several voxel sizes.
 
-    Squares are summed axis by axis, as scipy's distance transform does it, so that the last bit is the same.
+    Squares are summed axis by axis, as in scipy's distance transform, so that results are equal to the last bit.
+
+    Args:
+        start, goal: masks (W,H,D), both with voxels inside.
+        units: voxel sizes (3,).
+
+    Returns:
+        For each voxel size the distances (n,).
     """
     points, goals = np.argwhere(start).T, np.argwhere(goal).T
-    found: dict[tuple[float, ...], NDArray] = {}  # shape of a voxel: indices of the nearest, whatever its size
+    indices: dict[tuple[float, ...], NDArray] = {}  # shape of a voxel, independent of its size -> nearest voxels
     lengths = []
     for unit in units:
         shape = tuple(unit / unit[0])
-        if shape not in found:
-            found[shape] = nearest(start, goal, points, goals, unit)
-        steps = (points - found[shape]) * unit[:, None]
+        if shape not in indices:
+            indices[shape] = nearest(start, goal, points, goals, unit)
+        steps = (points - indices[shape]) * unit[:, None]
         lengths.append(np.sqrt(np.add.reduce(steps * steps)))
     return lengths
 
 
 def nearest(start: NDArray, goal: NDArray, points: NDArray, goals: NDArray, unit: NDArray) -> NDArray[np.intp]:
-    """Indices (3,n) of the voxel of `goal` (indices `goals`) nearest to each of `start` (indices `points`)."""
+    """Indices (3,n) of the nearest voxel of `goal` (indices `goals`) for each voxel of `start` (indices `points`)."""
     if points.shape[1] + goals.shape[1] < NOISE * start.size:
         tree = KDTree(goals.T * unit)
         probes = points[:, :: -(-points.shape[1] // PROBES)]
@@ -108,58 +132,60 @@ def nearest(start: NDArray, goal: NDArray, points: NDArray, goals: NDArray, unit
 
 
 def largest_component(mask: NDArray) -> NDArray[np.bool_]:
-    """The largest 26-connected component of a mask; of equal ones the first; an empty mask stays empty."""
+    """The largest 26-connected component of a mask (W,H,D); the first of equal ones; empty for an empty mask."""
     mask = np.asarray(mask) > 0
     kept = np.zeros_like(mask)
     if mask.any():
         box = box_of(mask)
-        found = components(mask[box])
-        kept[box] = found == np.bincount(found.ravel())[1:].argmax() + 1
+        numbers = components(mask[box])
+        kept[box] = numbers == np.bincount(numbers.ravel())[1:].argmax() + 1
     return kept
 
 
-def largest_components(found: NDArray, classes: int) -> NDArray[np.uint8]:
-    """A label map of 0..classes with the largest component of each class alone."""
-    kept = np.zeros(found.shape, np.uint8)
+def largest_components(prediction: NDArray, classes: int) -> NDArray[np.uint8]:
+    """Label map (W,H,D) of 0..classes -> the same with only the largest component of each class."""
+    kept = np.zeros(prediction.shape, np.uint8)
     for c in range(1, classes + 1):
-        kept[largest_component(found == c)] = c
+        kept[largest_component(prediction == c)] = c
     return kept
 
 
 def mean_and_sd(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation of the numbers among the values; fewer than three have no SD."""
+    """Mean and sample standard deviation of the values that are not NaN; the SD of fewer than three is NaN."""
     finite = np.asarray([v for v in values if not math.isnan(v)], float)
     mean = float(finite.mean()) if finite.size else NAN
     return mean, float(finite.std(ddof=1)) if finite.size >= LEAST_SD else NAN
 
 
 def mean_text(values: Sequence[float]) -> str:
-    """The mean, with three numbers or more ± their SD; a dash without a number."""
+    """The mean, with ± SD for three or more values; a dash if all values are NaN."""
     mean, sd = mean_and_sd(values)
     return "-" if math.isnan(mean) else f"{mean:.2f}" + ("" if math.isnan(sd) else f" ± {sd:.2f}")
 
 
 def overlap_text(rows: Sequence[Mapping[str, Any]], name: str) -> str:
-    """Dice or Jaccard of several scans in per cent, and how many have one if not all do: not where both masks are
-    empty."""
+    """Mean Dice or Jaccard of several scans in per cent, and the number of scans that have one if not all do.
+
+    A scan has none if both masks are empty.
+    """
     values = [100 * row[name] for row in rows]
-    found = sum(not math.isnan(v) for v in values)
-    return mean_text(values) + (f" ({found} of {len(rows)})" if found < len(rows) else "")
+    count = sum(not math.isnan(v) for v in values)
+    return mean_text(values) + (f" ({count} of {len(rows)})" if count < len(rows) else "")
 
 
 def empties(rows: Sequence[Mapping[str, Any]]) -> tuple[int, int, int]:
-    """In how many of the scans the prediction alone is empty, the label alone, and both: the columns EMPTIES."""
-    both = sum(math.isnan(row["dice"]) for row in rows)
+    """Number of scans with only the prediction empty, only the label empty, and both empty: the columns EMPTIES."""
+    neither = sum(math.isnan(row["dice"]) for row in rows)
     alone = [row for row in rows if math.isnan(row["asd"]) and not math.isnan(row["dice"])]
-    return sum(row["voxels"] == 0 for row in alone), sum(row["label_voxels"] == 0 for row in alone), both
+    return sum(row["voxels"] == 0 for row in alone), sum(row["label_voxels"] == 0 for row in alone), neither
 
 
 @dataclasses.dataclass(frozen=True)
 class Distances:
-    """A distance of the scans of one run.
+    """The values of one distance over the scans of a run.
 
-    plain: of those that have one; scores: with the volume's diagonal for an empty mask, or as `plain` if a test from
-    before there were penalties has `unknown` ones; scans: how many there are.
+    plain: the distances of the scans that have one; scores: these and the penalties of empty masks; unknown: scans
+    without a known penalty, in files of early tests, for which `scores` equals `plain`; scans: number of scans.
     """
 
     plain: list[float]
@@ -169,7 +195,7 @@ class Distances:
 
 
 def distances_of(rows: Sequence[Mapping[str, Any]], name: str) -> Distances:
-    """A distance's column of rows of cases.csv."""
+    """The values of the distance `name` in rows of cases.csv."""
     plain, scores, unknown = [], [], 0
     for row in rows:
         value, score = row[name], row.get(name + PENALISED, row[name])
@@ -180,16 +206,20 @@ def distances_of(rows: Sequence[Mapping[str, Any]], name: str) -> Distances:
 
 
 def counts_of(run: Distances) -> tuple[int, int, int]:
-    """Scans with a distance, with a distance or a penalty, and all."""
+    """Number of scans with a distance, with a distance or a penalty, and of all scans."""
     return len(run.plain), len(run.scores), run.scans
 
 
 def distance_text(runs: Sequence[Distances], *, over_runs: bool = False) -> str:
-    """The mean of the scores ± their SD, over the scans of one run or over the means of several; in brackets how many
-    of the scans have a distance, and the mean of these alone if the others have a penalty."""
+    """Mean ± SD of the scores, then in brackets how many scans have a distance, and their mean if others are penalised.
+
+    Args:
+        runs: one run, or several with `over_runs`.
+        over_runs: mean and SD are over the means of the runs, not over the scans of the first run.
+    """
     unknown = any(run.unknown for run in runs)
     plain, scores = ([mean_and_sd(getattr(run, name))[0] for run in runs] for name in ("plain", "scores"))
-    found, scored, scans = (sum(counts) for counts in zip(*map(counts_of, runs), strict=True))
-    more = "; not penalised" if unknown else f"; these alone {mean_and_sd(plain)[0]:.2f}" if 0 < found < scored else ""
+    measured, scored, scans = (sum(counts) for counts in zip(*map(counts_of, runs), strict=True))
+    partial = f"; these alone {mean_and_sd(plain)[0]:.2f}" if 0 < measured < scored else ""
     over = (plain if unknown else scores) if over_runs else runs[0].scores
-    return f"{mean_text(over)} ({found} of {scans}{more})"
+    return f"{mean_text(over)} ({measured} of {scans}{'; not penalised' if unknown else partial})"

@@ -1,4 +1,4 @@
-"""What test_la.py left in a test folder: the metrics of every scan and the predictions."""
+"""Files of a test folder, which test_la.py writes: the metrics of every scan and the predictions."""
 
 import csv
 import math
@@ -17,16 +17,18 @@ from utils.distributed import RANK, wait_for_rank_0
 from utils.errors import UserError
 
 COUNTS = ("voxels", "label_voxels")
-PARTIAL = ".partial"  # in a test folder, what the test that is running has written so far
+PARTIAL = ".partial"  # folder in a test folder, for the files of a running test
 FILES = ("test.json", "cases.csv", "table.md", "report.html")
 
 
 def read_scores(test: Path) -> list[dict[str, Any]]:
-    """The rows of a test folder's cases.csv, or of such a file, in its order: case, output, component and so on as
-    text, metrics and counts as numbers.
+    """Reads the rows of a cases.csv in their order; metrics and counts become numbers, other columns stay text.
+
+    Args:
+        test: a test folder, or the file.
 
     Raises:
-        UserError: there is no such file, or it is no cases.csv of test_la.py.
+        UserError: if the file is missing or is no cases.csv of test_la.py.
     """
     path = test if test.suffix == ".csv" else test / "cases.csv"
     try:
@@ -36,7 +38,7 @@ def read_scores(test: Path) -> list[dict[str, Any]]:
         for row in rows:
             row.update({name: int(row[name]) if name in COUNTS else float(row[name]) for name in numbers})
             if row.get("class") != "mean" and not any(row.get(name, 1) for name in COUNTS):
-                # Both masks are empty, which early tests scored 1 and 0.
+                # Both masks are empty; early tests wrote scores of 1 and 0.
                 row.update({name: math.nan for name in numbers if name not in COUNTS})
     except OSError as e:
         raise UserError(
@@ -48,10 +50,10 @@ def read_scores(test: Path) -> list[dict[str, Any]]:
 
 
 def read_prediction(test: Path, output: str, case: str) -> NDArray[np.uint8]:
-    """The prediction (W,H,D) of one output of a run for a case: 0, or the class.
+    """Reads the predicted label map (W,H,D) of one output for a case.
 
     Raises:
-        UserError: it was not saved, or cannot be read.
+        UserError: if it was not saved or cannot be read.
     """
     path = test / "predictions" / output / f"{case}.nii.gz"
     if not path.is_file():
@@ -65,10 +67,10 @@ def read_prediction(test: Path, output: str, case: str) -> NDArray[np.uint8]:
 
 @contextmanager
 def new_test(test: Path) -> Iterator[Path]:
-    """The empty folder test/.partial, for what all processes write; gone again if they fail."""
+    """Context with the empty folder test/.partial for the files of all processes; removed if they fail."""
     folder = test / PARTIAL
     if RANK == 0:
-        shutil.rmtree(folder, ignore_errors=True)  # of a test that was killed
+        shutil.rmtree(folder, ignore_errors=True)  # left by a killed test
     wait_for_rank_0()
     try:
         yield folder
@@ -78,22 +80,24 @@ def new_test(test: Path) -> Iterator[Path]:
 
 
 def replace_test(test: Path) -> None:
-    """Puts what a test left in test/.partial in the place of an earlier test's files, of which none stays: neither its
-    report, nor predictions of outputs or scans that are no longer tested."""
+    """Moves the files of test/.partial to the test folder and removes all files of an earlier test.
+
+    Its report and its predictions of other outputs or scans are removed too.
+    """
     try:
         rows = read_scores(test)
-    except UserError:  # none, or not ours
+    except UserError:  # no file, or not one of test_la.py
         rows = []
     folder = test / "predictions"
-    named = {folder / row["output"] / f"{row['case']}.nii.gz" for row in rows}
-    stale = [path for path in named if path.resolve().is_relative_to(folder.resolve())]
+    earlier = {folder / row["output"] / f"{row['case']}.nii.gz" for row in rows}
+    stale = [path for path in earlier if path.resolve().is_relative_to(folder.resolve())]
     for path in (*(test / name for name in FILES), *stale):
         path.unlink(missing_ok=True)
     for path in sorted((test / PARTIAL).rglob("*"), reverse=True):  # cases.csv last
         if path.is_file():
-            place = test / path.relative_to(test / PARTIAL)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, place)
+            target = test / path.relative_to(test / PARTIAL)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, target)
     for path in sorted(folder.rglob("*"), reverse=True):
         if path.is_dir() and not any(path.iterdir()):
             path.rmdir()

@@ -1,4 +1,4 @@
-"""Scores of a prediction, of each class and their mean, as rows, as a table and as CSV."""
+"""Scores of a prediction for each class and their mean, as rows, Markdown table and CSV."""
 
 import csv
 import io
@@ -22,7 +22,7 @@ from evaluation.metrics import (
     with_penalties,
 )
 
-MEAN = "mean"  # over the classes
+MEAN = "mean"  # class of the mean over the classes
 CAPTION = """\
 Mean ± SD over the scans, each on its own grid; fewer than three scans have no SD. ASD is from prediction to reference.
 In brackets: how many scans have a distance. A scan with only the prediction or only the label empty has none: the
@@ -31,30 +31,37 @@ not measured. The last three columns count such scans.
 """
 
 
-def class_scores(found: NDArray, label: NDArray, classes: int, spacing: Sequence[float] | None) -> list[dict[str, Any]]:
-    """Metrics, penalised distances and voxel counts of two label maps (W,H,D); of several classes one entry for each
-    and one for their mean.
+def class_scores(
+    prediction: NDArray, label: NDArray, classes: int, spacing: Sequence[float] | None
+) -> list[dict[str, Any]]:
+    """Metrics, penalised distances and voxel counts of two label maps.
 
-    Without a spacing (mm along x, y, z) the distances in mm are not a number. The mean is over the classes that are in
-    either map: it has no distance if one of these has none, and for voxels those of the one that has the fewest.
+    Args:
+        prediction, label: (W,H,D) of 0..classes.
+        classes: C.
+        spacing: mm along x, y, z; None: distances in mm are NaN.
+
+    Returns:
+        One entry for a single class; for several an entry for each and one for their mean. The mean is over the classes
+        in either map. Its distances are NaN if one of these classes has none, and its voxel counts are the smallest.
     """
     scores: list[dict[str, Any]] = []
     for c in range(1, classes + 1):
-        a, b = found == c, label == c
+        a, b = prediction == c, label == c
         voxels = {"voxels": int(a.sum()), "label_voxels": int(b.sum())}
         measured = with_penalties(segmentation_metrics(a, b, spacing), label.shape, spacing)
         in_mm = {} if spacing else dict.fromkeys([*MM, *(name + PENALISED for name in MM)], math.nan)
         scores.append({"class": c, **measured, **in_mm, **voxels})
     if classes == 1:
         return [{key: value for key, value in scores[0].items() if key != "class"}]
-    there = [score for score in scores if not math.isnan(score["dice"])] or scores
-    columns = {key: [score[key] for score in there] for key in scores[0] if key != "class"}
+    present = [score for score in scores if not math.isnan(score["dice"])] or scores
+    columns = {key: [score[key] for score in present] for key in scores[0] if key != "class"}
     mean = {key: min(values) if "voxels" in key else float(np.mean(values)) for key, values in columns.items()}
     return [*scores, {"class": MEAN, **mean}]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: mean and SD over the scans, in the papers' order of columns, a line per output, filter and class."""
+    """Markdown table of mean and SD over the scans, a line per output, filter and class; columns as in the papers."""
     names = ["output", "component", *(["class"] if "class" in rows[0] else [])]
     units = "scans | Dice % | Jaccard % | ASD voxel | 95HD voxel | ASD mm | 95HD mm"
     lines = [f"| {' | '.join([*names, units, *EMPTIES])} |", "|---" * (len(names) + 10) + "|"]
@@ -71,7 +78,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def as_csv(rows: Sequence[dict[str, Any]]) -> str:
-    """A line per case, output, filter and, if there are several, class; Dice and Jaccard in [0,1]."""
+    """CSV with a line per case, output, filter and, if there are several, class; Dice and Jaccard in [0,1]."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()

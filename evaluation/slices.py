@@ -1,4 +1,4 @@
-"""What a run shows of a scan: a slice and its maps side by side with contours, and prediction and label as surfaces."""
+"""Pictures of a scan during training: a slice and its maps with contours, and surfaces of prediction and label."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,12 +17,12 @@ COLOURS = (
     "#fe6100",
     "#785ef0",
     "#5fd3f3",
-)  # of classes 1, 2, ..., for colour-blind eyes
+)  # of classes 1, 2, ..., distinguishable with colour blindness
 PREDICTION = COLOURS[0]
 
 
 def fixed_slice(label: NDArray | None, depth: int) -> int:
-    """The z slice to show: the one with most label, or the middle one."""
+    """The slice z with the most label voxels, or the middle one without label."""
     return depth // 2 if label is None or not label.any() else int((label > 0).sum(axis=(0, 1)).argmax())
 
 
@@ -36,12 +36,14 @@ def panels(
     """Draws one slice as a row of panels.
 
     Args:
-        image: (W,H) intensities, shown between their 1st and 99th percentile.
-        maps: name -> (W,H); 'z' or z1, z2, ... in blue (inside) to red over [-1,1], everything else in grey over [0,1].
-        contours: name -> (label map (W,H), colour), each class drawn on every panel.
+        image: (W,H) intensities, shown from their 1st to their 99th percentile.
+        maps: name -> (W,H); z or z1, z2, ... in blue (inside) to red over [-1,1], others in grey over [0,1].
+        contours: name -> (label map (W,H), colour), drawn on every panel.
+        title: text above the panels.
+        height: height of a panel in inches.
 
     Returns:
-        (height, width, 3) picture.
+        Picture (height, width, 3).
     """
     w, h = image.shape
     figure = Figure(figsize=((len(maps) + 1) * height * w / h * 1.02, height + 0.5), dpi=100, facecolor="white")
@@ -54,8 +56,8 @@ def panels(
         elif name.startswith("z"):
             look = {"cmap": "coolwarm", "vmin": -1, "vmax": 1}
         axes.imshow(values.T, interpolation="nearest", aspect="auto", **look)
-        for found, colour in contours.values():
-            for mask in (found == c for c in np.unique(found) if c > 0):
+        for classes, colour in contours.values():
+            for mask in (classes == c for c in np.unique(classes) if c > 0):
                 if not mask.all():
                     axes.contour(mask.T.astype(float), [0.5], colors=[colour], linewidths=1.2)
         axes.set_axis_off()
@@ -69,7 +71,7 @@ def panels(
 def slice_picture(
     image: NDArray, maps: dict[str, NDArray], prediction: NDArray, label: NDArray | None, title: str
 ) -> NDArray[np.uint8]:
-    """One slice of an image (W,H,D), its maps, its prediction and, where there is one, its label."""
+    """Draws one slice of an image (W,H,D), its maps, prediction and optional label, all (W,H,D)."""
     z = fixed_slice(label, image.shape[-1])
     contours = {"prediction": (prediction[..., z], PREDICTION)}
     if label is not None:
@@ -80,20 +82,26 @@ def slice_picture(
 def prediction_mesh(
     prediction: NDArray, label: NDArray, spacing: Sequence[float], most_faces: int = 6000
 ) -> dict[str, NDArray]:
-    """Surfaces of a prediction and, beside it along x, of its label, both (W,H,D) of 0 or a class: one mesh with
-    vertices (V,3) in mm, colours (V,3) uint8 and faces (F,3), of at most so many faces for each class of each.
+    """One mesh of the surfaces of a prediction and its label, next to each other along x.
 
-    Where both are empty it is one triangle without area, as TensorBoard takes no mesh of nothing.
+    Args:
+        prediction, label: label maps (W,H,D).
+        spacing: mm along x, y, z.
+        most_faces: largest number of faces of each class in each of the two.
+
+    Returns:
+        vertices (V,3) in mm, colours (V,3) uint8, faces (F,3). Without any surface the mesh is one triangle of area 0,
+        because TensorBoard does not accept an empty mesh.
     """
     vertices, colours, faces = [np.zeros((1, 3))], [np.zeros((1, 3), np.uint8)], [np.zeros((1, 3), int)]
     several = max(int(label.max()), int(prediction.max())) > 1
     for volume, shift in ((prediction, 0.0), (label, 1.05 * label.shape[0] * spacing[0])):
         for c in range(1, int(volume.max()) + 1):
-            one = surface(volume == c, spacing, most_faces)
+            mesh = surface(volume == c, spacing, most_faces)
             paint = LABEL if shift and not several else COLOURS[(c - 1) % len(COLOURS)]
-            faces.append(one.faces + sum(map(len, vertices)))
-            vertices.append(one.vertices + np.array([shift, 0, 0]))
+            faces.append(mesh.faces + sum(map(len, vertices)))
+            vertices.append(mesh.vertices + np.array([shift, 0, 0]))
             rgb = [int(paint[i : i + 2], 16) for i in (1, 3, 5)]
-            colours.append(np.tile(np.array(rgb, np.uint8), (len(one.vertices), 1)))
+            colours.append(np.tile(np.array(rgb, np.uint8), (len(mesh.vertices), 1)))
     return {"vertices": np.concatenate(vertices).astype(np.float32), "colours": np.concatenate(colours),
             "faces": np.concatenate(faces).astype(np.int32)}  # fmt: skip

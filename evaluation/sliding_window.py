@@ -12,37 +12,50 @@ from utils.errors import UserError
 from utils.options import option
 from utils.resample import downsample_image, pad, padding, upsample_probability
 
-STRIDE = (18, 18, 4)  # of the papers, on the full grid
+STRIDE = (18, 18, 4)  # stride of the papers, on the full grid
 WEIGHTINGS = ("uniform", "gaussian")
 MIRRORED: list[tuple[int, tuple[int, ...]]] = [(0, ()), (0, (2,)), (0, (3,)), (0, (2, 3))]
 FLIPS = {1: MIRRORED[:1], 4: MIRRORED, 8: MIRRORED + [(1, axes) for _, axes in MIRRORED]}
-"""How many: quarter turns from x to y, then axes of (N,1,W,H,D) to flip."""
+"""Number of transformations -> quarter turns from x to y, then axes of (N,1,W,H,D) to flip."""
 
 
 def flips_option(group: str) -> Any:
-    """The flag for the flips that `mean_of_flips` takes the mean of."""
+    """The --flips flag: the number of flips and turns for `mean_of_flips`."""
     return option(1, "flips and quarter turns in x-y to average: 4 flips, 8 with turns", group=group,
                   choices=list(FLIPS))  # fmt: skip
 
 
 def mean_of_flips(predict: Callable[[Tensor], Tensor], patches: Tensor, flips: int) -> Tensor:
-    """(N,1,w,h,d) -> (N,C,w,h,d), the mean of the predictions of so many flips and turns, each turned back."""
+    """Test-time augmentation: the mean of the predictions over flips and turns, each transformed back.
+
+    Args:
+        predict: (N,1,w,h,d) -> (N,C,w,h,d).
+        patches: (N,1,w,h,d).
+        flips: a key of FLIPS; 1 is the plain prediction.
+
+    Returns:
+        (N,C,w,h,d).
+    """
     if flips == 1:
         return predict(patches)
-    found = []
+    predictions = []
     for turns, axes in FLIPS[flips]:
         turned = patches.rot90(turns, (2, 3)).flip(axes)
-        found.append(predict(turned).float().flip(axes).rot90(-turns, (2, 3)))
-    return torch.stack(found).mean(0)
+        predictions.append(predict(turned).float().flip(axes).rot90(-turns, (2, 3)))
+    return torch.stack(predictions).mean(0)
 
 
 def three_voxels(help: str) -> Any:
-    """A flag for voxels along x, y, z of a window; None: as `help` says."""
+    """A flag for three numbers of voxels along x, y, z; default None, whose meaning `help` states."""
     return option(None, help, group="window", type=int, nargs=3, minimum=1)
 
 
 def window_starts(side: int, patch: int, stride: int) -> list[int]:
-    """First voxel of each window along one axis; the last window ends flush with the volume (side >= patch)."""
+    """First voxel of each window along one axis; the last window ends at the end of the volume (side >= patch).
+
+    Raises:
+        ValueError: for a stride outside of 1..patch.
+    """
     if not 0 < stride <= patch:
         raise ValueError(f"a stride must lie between 1 and the patch's side {patch}, not {stride}")
     count = math.ceil((side - patch) / stride) + 1
@@ -50,13 +63,17 @@ def window_starts(side: int, patch: int, stride: int) -> list[int]:
 
 
 def windows(shape: Sequence[int], patch_size: Sequence[int], stride: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Corners (x,y,z) of all windows of a volume, after padding to at least one patch."""
+    """First voxels (x,y,z) of all windows of a volume, after padding to at least one patch."""
     axes = [window_starts(max(s, p), p, d) for s, p, d in zip(shape, patch_size, stride, strict=True)]
     return list(itertools.product(*axes))  # type: ignore[arg-type]
 
 
 def refuse_window(patch_size: Sequence[int], stride: Sequence[int], multiple: int) -> None:
-    """Raises UserError for a patch that a network cannot take, or a stride that skips voxels."""
+    """Checks patch size and stride.
+
+    Raises:
+        UserError: for sides that are not multiples of `multiple`, or a stride that skips voxels.
+    """
     if any(side % multiple or side <= 0 for side in patch_size):
         raise UserError(f"--patch-size {tuple(patch_size)} must be multiples of {multiple}.")
     if not all(0 < step <= side for step, side in zip(stride, patch_size, strict=True)):
@@ -67,7 +84,7 @@ def refuse_window(patch_size: Sequence[int], stride: Sequence[int], multiple: in
 
 
 def gaussian_weights(patch_size: Sequence[int]) -> Tensor:
-    """(w,h,d) weights exp(-r^2/2) with a standard deviation of an eighth of each side, at least 1e-3 of the peak."""
+    """Weights (w,h,d): a Gaussian with a standard deviation of 1/8 of each side, at least 1e-3 of its maximum."""
     axes = [torch.exp(-0.5 * ((torch.arange(n) - (n - 1) / 2) / (n / 8)) ** 2) for n in patch_size]
     weights = axes[0][:, None, None] * axes[1][None, :, None] * axes[2][None, None, :]
     return weights.clamp(min=1e-3)
@@ -83,13 +100,14 @@ def sliding_window(
     batch_size: int = 4,
     weighting: str = "uniform",
 ) -> Tensor:
-    """Mean of the windows' predictions at every voxel.
+    """Mean of the predictions of all windows at every voxel.
 
     Args:
         predict: (N,1,w,h,d) -> (N,C,w,h,d).
-        image: (W,H,D), on the device the prediction runs on. A side below the patch's is padded with zeros.
+        image: (W,H,D), on the device of the prediction. Sides shorter than the patch are padded with zeros.
         patch_size, stride: voxels along x, y, z; the papers use 112 112 80 and 18 18 4.
-        weighting: 'uniform' as the papers, or 'gaussian', which trusts a window's middle more.
+        batch_size: windows per call of `predict`.
+        weighting: 'uniform' as in the papers, or 'gaussian' with larger weights in the middle of a window.
 
     Returns:
         (C,W,H,D) float32 on the image's device.
@@ -113,11 +131,10 @@ def sliding_slabs(
     batch_size: int = 4,
     weighting: str = "uniform",
 ) -> Iterator[tuple[int, Tensor]]:
-    """The same numbers in slabs along x, each as soon as no window to come touches it.
+    """`sliding_window` in slabs along x, each yielded as soon as it is complete; keeps one patch along x in memory.
 
     Yields:
-        first x and (C,w,H,D) float32 on the image's device, one slab after the other; no more than a patch along x is
-        kept at a time.
+        The first x of the slab, and (C,w,H,D) float32 on the image's device.
     """
     margins = padding(image.shape, patch_size)
     volume = pad(image, margins)
@@ -126,7 +143,7 @@ def sliding_slabs(
     weights = weights.to(volume.device)
     inner = [slice(before, side - after) for (before, after), side in zip(margins, volume.shape, strict=True)]
     width = patch_size[0]
-    begin = 0  # x of the first voxel in the two sums, which end where the windows that begin there do
+    begin = 0  # x of the first voxel of the two sums, which are as wide as a window
     total, weight_sum = None, volume.new_zeros((width, *volume.shape[1:]), dtype=torch.float32)
     for i in range(0, len(corners), batch_size):
         boxes = [
@@ -139,7 +156,7 @@ def sliding_slabs(
             total = maps.new_zeros(maps.shape[1], *weight_sum.shape)
         for (x, *yz), values in zip(boxes, maps, strict=True):
             done = x.start - begin
-            if done:  # windows come in the order of x
+            if done:  # windows are sorted by x
                 yield begin, (total[:, :done] / weight_sum[:done])[:, :, *inner[1:]]
                 total, weight_sum = _shifted(total, done, 1), _shifted(weight_sum, done, 0)
                 begin = x.start
@@ -151,13 +168,13 @@ def sliding_slabs(
 
 
 def _shifted(total: Tensor, by: int, axis: int) -> Tensor:
-    """The same shape: what lies from `by` on along the axis comes first, zeros after it."""
+    """Shifts values towards 0 by `by` along an axis and fills with zeros; the shape stays the same."""
     kept = total.narrow(axis, by, total.shape[axis] - by)
     return torch.cat([kept, torch.zeros_like(total.narrow(axis, 0, by))], axis)
 
 
 def usual_stride(patch_size: Sequence[int], downsample: int) -> list[int]:
-    """The papers' stride on a grid that pools `downsample` voxels into one, no longer than the windows."""
+    """The papers' stride divided by `downsample`, at most the size of the window."""
     return [min(max(step // downsample, 1), side) for step, side in zip(STRIDE, patch_size, strict=True)]
 
 
@@ -171,7 +188,19 @@ def predict_scan(
     flips: int = 1,
     **window: Any,
 ) -> Tensor:
-    """image (W,H,D) on its own grid -> foreground probabilities on that grid, C channels for each output."""
+    """Foreground probabilities of a scan on its own grid.
+
+    Args:
+        method: a method in evaluation mode, on the device of the image.
+        image: (W,H,D), normalised.
+        outputs: names of the method's outputs.
+        downsample: pooling factor before the prediction.
+        weighting, window: arguments of `sliding_window`.
+        flips: argument of `mean_of_flips`.
+
+    Returns:
+        (len(outputs)*C,W,H,D) in [0,1].
+    """
     p = sliding_window(
         lambda patches: mean_of_flips(lambda turned: method.predict(turned, outputs), patches, flips),
         downsample_image(image, downsample),

@@ -1,14 +1,14 @@
-"""How far two rows of a table are apart, with the runs as a source of variation, and the scans.
+"""Statistical comparison of the rows of a table, with runs and scans as sources of variation.
 
     python -m evaluation.statistics results/half/supervised-16-seed1337 results/half/dtml-16-seed1337:seg
     python -m evaluation.statistics 'results/half/supervised-tuned-16-seed*' 'results/half/tuned-16-seed*:mean'
 
-compares every further row with the first. A row is a folder with cases.csv, or such a file, as test_la.py writes it;
-`:NAME` after it chooses the output (default: the file's first). A pattern, quoted, is all runs that match: the seeds of
-a row.
+compares the second and all further rows with the first. A row is a cases.csv of test_la.py or its folder; `:NAME` after
+it selects the output (default: the first in the file). A quoted pattern selects all matching runs: the seeds of a row.
 
-What is said of a method is of its runs: the difference is that of the means over runs and scans, its interval from
-resampled runs and scans, and a p there only with five runs on each side. A test of scans is of two runs alone.
+Methods are compared over their runs. The difference is that of the means over runs and scans; its interval comes from
+resampled runs and scans. There is a p only with five or more runs on each side. A test over scans compares two single
+runs.
 """
 
 import dataclasses
@@ -34,33 +34,33 @@ from utils.options import Parser, fill, option
 from utils.run_folder import MOVED_ASIDE
 
 DISTANCES = (*METRICS[2:], *MM)
-LEAST_SCANS = 6  # for an interval or a p: fewer cannot show anything at 5 %
-LEAST_RUNS = 5  # on each side for a p: of 4 against 4 the smallest is 0.03, of 3 against 3 it is 0.1
+LEAST_SCANS = 6  # for an interval or a p; fewer cannot be significant at 5 %
+LEAST_RUNS = 5  # on each side for a p; the smallest p of 4 against 4 is 0.03, of 3 against 3 it is 0.1
 LEVEL = 0.95
-RESAMPLES = 10_000  # twice
-SPLITS = 200_000  # of runs into two sides, that are gone through at most
-OVER = {  # whether there are two runs and more of the reference, of the row: what an interval is over
+RESAMPLES = 10_000  # for each of two passes
+SPLITS = 200_000  # largest number of splits of the runs in a permutation test
+OVER = {  # number of runs (1, or 2 and more) of the reference and of the row -> text: what the interval covers
     (1, 1): "scans only, one run each",
     (1, 2): "scans, and the runs of the row",
     (2, 1): "scans, and the runs of the reference",
     (2, 2): "runs and scans",
 }
 WHAT = f"""\
-The difference is of the means over runs and scans, its interval of resampled ones. `higher in`: of the runs with the
-same seed. p, with {LEAST_RUNS} runs and more on each side, is of a permutation of the runs.
+The difference is that of the means over runs and scans; its interval comes from resampled runs and scans. `higher in`
+counts pairs of runs with the same seed. p is from a permutation of the runs, if each side has {LEAST_RUNS} or more.
 """
 WHAT_OF_SCANS = """\
-Scan by scan within one pair of runs, which says nothing about other runs of the same kind: the median is that of Hodges
-and Lehmann, which Wilcoxon's test is of; Holm's correction is over these lines.
+Scan by scan, two single runs: this says nothing about other runs of the same kind. The median difference is the
+Hodges-Lehmann estimate, which belongs to Wilcoxon's test. Holm's correction is over these lines.
 """
 
-Scans = Mapping[str, float]  # case: value
-Runs = Mapping[Any, Scans]  # seed, or where a path tells none the path: its scans
+Scans = Mapping[str, float]  # case -> value
+Runs = Mapping[Any, Scans]  # seed, or the path if it states no seed -> scans
 
 
 @dataclasses.dataclass
 class Options:
-    """What to compare."""
+    """Options of the comparison."""
 
     metric: str = option(
         "dice", "column of cases.csv", choices=[*METRICS, *MM, *(f"{name}{PENALISED}" for name in DISTANCES)]
@@ -71,12 +71,13 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """A row against the reference, over the n scans that have a number in every run of both.
+    """A row compared with the reference, over the n scans that have a value in every run of both.
 
-    runs: of the reference, and of the row; difference: the row's mean over runs and scans - the reference's; low, high:
-    its 95 % interval (`interval`), not a number with fewer than 6 scans; over: what that interval is over; pairs: runs
-    with the same seed; higher: of these, where the row's mean is above the reference's; p: `permutation_p`, not a
-    number with fewer than 5 runs on a side or 6 scans.
+    runs: number of runs of the reference and of the row; left_out: scans without a value; mean, reference: means of the
+    row and of the reference over runs and scans; difference: mean - reference; low, high: its 95 % interval
+    (`interval`), NaN with fewer than 6 scans; over: what the interval covers; pairs: pairs of runs with the same seed;
+    higher: pairs where the row's mean is above the reference's; p: `permutation_p`, NaN with fewer than 5 runs on a
+    side or 6 scans.
     """
 
     runs: tuple[int, int]
@@ -95,10 +96,10 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True)
 class ScanTest:
-    """One run against one other, over the n scans that both have a number for: it says nothing of other runs.
+    """Two single runs compared over the n scans that have a value in both; this says nothing about other runs.
 
-    median: the Hodges-Lehmann estimate of row - reference, whose sign is that of the test; higher: scans where the row
-    is above; p: Wilcoxon's signed-rank test, not a number with fewer than 6 scans.
+    median: Hodges-Lehmann estimate of row - reference, with the sign of the test; higher: scans where the row is
+    higher; p: Wilcoxon's signed-rank test, NaN with fewer than 6 scans.
     """
 
     n: int
@@ -107,15 +108,21 @@ class ScanTest:
     p: float
 
 
-# -- what test_la.py wrote --
+# -- reading --
 
 
 def read_row(where: str, metric: str, component: str) -> dict[str, float]:
-    """Case -> value of one run, `where` being PATH or PATH:OUTPUT. An early file has no NAME_penalised; it is NAME
-    there, not a number of an empty mask.
+    """Reads one run: case -> value.
+
+    Early files have no NAME_penalised; NAME is read instead, which is NaN for an empty mask.
+
+    Args:
+        where: PATH or PATH:OUTPUT.
+        metric: column of cases.csv.
+        component: one of COMPONENTS.
 
     Raises:
-        UserError: a missing or foreign file, an output or component that is not in it, a case twice.
+        UserError: if the file is missing or not of test_la.py, lacks the output or component, or has a case twice.
     """
     rows = rows_of(where, component)
     missing = metric.removesuffix(PENALISED)
@@ -126,7 +133,11 @@ def read_row(where: str, metric: str, component: str) -> dict[str, float]:
 
 
 def rows_of(where: str, component: str) -> list[dict[str, Any]]:
-    """The rows of one output and component, of several classes those of their mean; as `read_row`."""
+    """The rows of one output and component; with several classes the rows of their mean. Arguments as `read_row`.
+
+    Raises:
+        UserError: as `read_row`.
+    """
     name, _, output = where.partition(":") if not Path(where).exists() else (where, "", "")
     try:
         rows = [row for row in read_scores(Path(name)) if row.get("class", "mean") == "mean"]
@@ -136,28 +147,32 @@ def rows_of(where: str, component: str) -> list[dict[str, Any]]:
     except (KeyError, IndexError) as e:
         raise UserError(f"{name} is no cases.csv of test_la.py ({e!r}). Test the run again.") from e
     if not chosen:
-        known = ", ".join(dict.fromkeys(f"{row['output']} ({row['component']})" for row in rows))
-        raise UserError(f"{name} has no output {output} ({component}). It has {known}.")
+        available = ", ".join(dict.fromkeys(f"{row['output']} ({row['component']})" for row in rows))
+        raise UserError(f"{name} has no output {output} ({component}). It has {available}.")
     if len(cases) < len(chosen):
         raise UserError(f"{name} holds a case twice. Test the run again.")
     return chosen
 
 
 def read_runs(where: str, metric: str, component: str) -> dict[Any, dict[str, float]]:
-    """The runs of a row: those that a pattern matches, but for what --fresh moved aside; else the one given.
+    """Reads the runs of a row: seed (or path, if it states no seed) -> case -> value.
+
+    Args:
+        where: as for `read_row`, or a pattern, which matches all runs but those that --fresh moved aside.
+        metric, component: as for `read_row`.
 
     Raises:
-        UserError: nothing matches, two runs of one seed do, or as `read_row`.
+        UserError: if nothing matches or two runs have the same seed; else as `read_row`.
     """
-    many = glob.has_magic(where) and not Path(where).exists()
-    pattern, colon, output = where.partition(":") if many else (where, "", "")
-    found = sorted(path for path in glob.glob(pattern) if not MOVED_ASIDE.search(path)) if many else [where]
-    if not found:
+    is_pattern = glob.has_magic(where) and not Path(where).exists()
+    pattern, colon, output = where.partition(":") if is_pattern else (where, "", "")
+    paths = sorted(path for path in glob.glob(pattern) if not MOVED_ASIDE.search(path)) if is_pattern else [where]
+    if not paths:
         raise UserError(f"nothing matches {pattern}. Give folders with the cases.csv of test_la.py.")
     runs: dict[Any, dict[str, float]] = {}
-    for path in found:
-        told = re.findall(r"seed(\d+)", path)
-        seed = int(told[-1]) if told else path
+    for path in paths:
+        seeds = re.findall(r"seed(\d+)", path)
+        seed = int(seeds[-1]) if seeds else path
         if seed in runs:
             raise UserError(f"{where} matches two runs of seed {seed}. A row is the seeds of one kind of run.")
         runs[seed] = read_row(f"{path}{colon}{output}", metric, component)
@@ -165,10 +180,10 @@ def read_runs(where: str, metric: str, component: str) -> dict[Any, dict[str, fl
 
 
 def mean_over(runs: Runs) -> dict[str, float]:
-    """Case -> the mean of its values in the runs of a row.
+    """Case -> mean value over the runs of a row.
 
     Raises:
-        UserError: different sets of cases.
+        UserError: if the runs have different cases.
     """
     values = list(runs.values())
     if any(run.keys() != values[0].keys() for run in values):
@@ -180,14 +195,17 @@ def mean_over(runs: Runs) -> dict[str, float]:
 
 
 def compare(reference: Runs, row: Runs, most: float = math.inf) -> Comparison:
-    """The runs of a row against those of the reference, paired by scan; scans without a number in any run are left out
-    and counted. `most` is how far apart two values can be (Dice: 1), which an interval of two runs may exceed.
+    """Compares the runs of a row with those of the reference, paired by scan.
+
+    Args:
+        reference, row: the runs. Scans without a value in some run are left out and counted.
+        most: largest possible difference of two values (Dice: 1), to which the interval is clipped.
 
     Raises:
-        UserError: different sets of cases, or no scan to compare.
+        UserError: if the rows have different cases, or no scan has a value in both.
     """
     a, b, left_out = matrices(reference, row)
-    n, means = a.shape[1], [dict(zip(runs, found.mean(1), strict=True)) for runs, found in ((reference, a), (row, b))]
+    n, means = a.shape[1], [dict(zip(runs, values.mean(1), strict=True)) for runs, values in ((reference, a), (row, b))]
     pairs = [(means[0][seed], means[1][seed]) for seed in reference if seed in row]
     if len(reference) == len(row) == 1:
         pairs = [(a.mean(), b.mean())]
@@ -203,7 +221,7 @@ def compare(reference: Runs, row: Runs, most: float = math.inf) -> Comparison:
 
 
 def compare_scans(reference: Scans, row: Scans) -> ScanTest:
-    """One run against one other, scan by scan.
+    """Compares two single runs scan by scan.
 
     Raises:
         UserError: as `compare`.
@@ -215,28 +233,36 @@ def compare_scans(reference: Scans, row: Scans) -> ScanTest:
 
 
 def matrices(reference: Runs, row: Runs) -> tuple[NDArray[np.float64], NDArray[np.float64], int]:
-    """The values (runs, scans) of both sides, of the scans that have a number in every run, and how many have not."""
-    usual, other = mean_over(reference), mean_over(row)
-    if usual.keys() != other.keys():
-        only = sorted(usual.keys() ^ other.keys())
+    """Values (runs, scans) of reference and row for the scans with a value in every run, and the number of others.
+
+    Raises:
+        UserError: as `compare`.
+    """
+    means_a, means_b = mean_over(reference), mean_over(row)
+    if means_a.keys() != means_b.keys():
+        only = sorted(means_a.keys() ^ means_b.keys())
         raise UserError(
             f"the rows are not of the same scans: {', '.join(only[:4])} stand in one alone. Test both alike."
         )
-    shared = [case for case in usual if math.isfinite(usual[case]) and math.isfinite(other[case])]
+    shared = [case for case in means_a if math.isfinite(means_a[case]) and math.isfinite(means_b[case])]
     if not shared:
         raise UserError("no scan has a number in both rows, so there is nothing to compare.")
     a, b = (np.array([[run[case] for case in shared] for run in runs.values()]) for runs in (reference, row))
-    return a, b, len(usual) - len(shared)
+    return a, b, len(means_a) - len(shared)
 
 
 def interval(reference: NDArray, row: NDArray, resamples: int = RESAMPLES) -> tuple[float, float]:
-    """95 % interval of the mean of `row` (runs, scans) - that of `reference` (runs, the same scans), by a hierarchical
-    bootstrap: runs are drawn anew on each side, then scans, the same for both. The seed is fixed.
+    """95 % interval of mean(row) - mean(reference), by a hierarchical bootstrap with a fixed seed.
 
-    As it is that is too narrow for a few runs: k values drawn from k vary by (k - 1) / k of what they should, and their
-    own spread is badly known. So deviations of runs and of scans are stretched by sqrt(k / (k - 1)), and the
-    percentiles' distances by Student's t over the normal quantile, with the degrees of freedom of Satterthwaite (1946).
-    A side of one run has no run to draw: then the interval leaves the runs of that side out.
+    Runs are resampled on each side, and scans jointly for both sides. The plain bootstrap interval is too narrow for
+    few runs: the variance of k values drawn from k is too small by the factor (k - 1) / k, and its estimate is
+    uncertain. Deviations of runs and of scans are therefore multiplied by sqrt(k / (k - 1)). The distances of the
+    percentiles from the difference are multiplied by the ratio of Student's t quantile to the normal one, with the
+    degrees of freedom of Satterthwaite (1946). A side with a single run has no variation of runs in the interval.
+
+    Args:
+        reference, row: values (runs, scans) of the same scans.
+        resamples: resamples in each of two passes.
 
     Source: Owen, The pigeonhole bootstrap, Annals of Applied Statistics 2007; Hesterberg, What teachers should know
     about the bootstrap, The American Statistician 2015, on narrowness in small samples.
@@ -246,7 +272,7 @@ def interval(reference: NDArray, row: NDArray, resamples: int = RESAMPLES) -> tu
     shares = resample(n, resamples, 2) / n
     scans = stretch(n) * (shares @ difference - middle)
     parts, drawn = [(difference.var(ddof=1) / n, n - 1)], []
-    for streams in ((0, 1), (1, 0)):  # both, so that exchanged sides turn the interval round and nothing else
+    for streams in ((0, 1), (1, 0)):  # two passes, so that exchanging the sides only changes the sign of the interval
         total = scans
         for sign, runs, stream in zip((-1, 1), (reference, row), streams, strict=True):
             k = len(runs)
@@ -260,32 +286,37 @@ def interval(reference: NDArray, row: NDArray, resamples: int = RESAMPLES) -> tu
         return float(middle), float(middle)
     freedom = variance**2 / sum(part**2 / df for part, df in parts)
     tail = (1 - LEVEL) / 2
-    wider = stats.t.ppf(tail, freedom) / stats.norm.ppf(tail)
-    low, high = middle + wider * np.quantile(np.concatenate(drawn), [tail, 1 - tail])
+    widening = stats.t.ppf(tail, freedom) / stats.norm.ppf(tail)
+    low, high = middle + widening * np.quantile(np.concatenate(drawn), [tail, 1 - tail])
     return float(low), float(high)
 
 
 def resample(k: int, resamples: int, stream: int) -> NDArray[np.int64]:
-    """How often each of k is drawn when k are (resamples, k), the same for the same stream."""
+    """Counts (resamples, k) of each of k items in k draws with replacement; a function of the stream."""
     return np.random.default_rng([0, stream]).multinomial(k, np.full(k, 1 / k), resamples)
 
 
 def stretch(k: int) -> float:
-    """What makes up for k values that are drawn from k varying too little."""
+    """sqrt(k / (k - 1)): corrects the standard deviation of a bootstrap from k values."""
     return math.sqrt(k / (k - 1))
 
 
 def permutation_p(reference: NDArray, row: NDArray) -> float:
-    """Two-sided p of the difference of the means of two groups of runs, each run by its mean over the scans: the share
-    of all ways to deal the runs out to two such groups whose difference is as large. Of very many ways so many are
-    drawn with a fixed seed."""
+    """Two-sided permutation test of the difference of the means of two groups of runs.
+
+    p is the share of all splits of the runs into two groups of these sizes whose difference is at least as large. If
+    there are more than SPLITS splits, so many are drawn with a fixed seed.
+
+    Args:
+        reference, row: (runs,), the mean over the scans of each run.
+    """
     runs = np.concatenate([reference, row])
     k, size, total = len(reference), len(runs), runs.sum()
     if math.comb(size, k) <= SPLITS:
         groups = np.array(list(itertools.combinations(range(size), k)))
     else:
         groups = np.random.default_rng(0).permuted(np.tile(np.arange(size), (SPLITS, 1)), axis=1)[:, :k]
-        groups[0] = np.arange(k)  # that which was observed
+        groups[0] = np.arange(k)  # the observed split
     sums = runs[groups].sum(1)
     apart = np.abs((total - sums) / (size - k) - sums / k)
     observed = abs(row.mean() - reference.mean())
@@ -293,16 +324,18 @@ def permutation_p(reference: NDArray, row: NDArray) -> float:
 
 
 def hodges_lehmann(d: NDArray) -> float:
-    """The median of the means of all pairs of differences, each with itself too: above 0 just where Wilcoxon's sum of
-    positive ranks is above half of all. Differences of 0 are left out, as Wilcoxon's test leaves them."""
+    """Hodges-Lehmann estimate: the median of the means of all pairs of differences d (n,), including (i, i).
+
+    It is above 0 exactly if Wilcoxon's sum of positive ranks is above half of the total. Differences of 0 are left out,
+    as in Wilcoxon's test.
+    """
     d = d[d != 0]
     first, second = np.triu_indices(len(d))
     return float(np.median((d[first] + d[second]) / 2)) if len(d) else 0.0
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Holm's step-down correction of several p-values: each times the number of those not below it, never falling. What
-    is not a number counts for none."""
+    """Holm's step-down correction of p-values, in the same order; NaN stays NaN and does not count as a test."""
     corrected, largest = [math.nan] * len(p), 0.0
     order = sorted((i for i in range(len(p)) if not math.isnan(p[i])), key=lambda i: p[i])
     for rank, i in enumerate(order):
@@ -311,24 +344,24 @@ def holm(p: Sequence[float]) -> list[float]:
     return corrected
 
 
-# -- telling --
+# -- output --
 
 
 def interval_text(c: Comparison, digits: int) -> str:
-    """The interval, or why there is none."""
+    """The interval with so many digits, or why there is none."""
     if math.isnan(c.low):
         return f"none: {c.n} scans are too few"
     return f"{c.low:+.{digits}f} to {c.high:+.{digits}f}"
 
 
 def pairs_text(c: Comparison, corrected: float) -> str:
-    """In how many pairs of runs the row is higher, and p where there is one."""
-    found = f"{c.higher} of {c.pairs}" if c.pairs else "no seed in common"
-    return found + ("" if math.isnan(c.p) else f"; p = {c.p:.2g}, Holm {corrected:.2g}")
+    """The number of pairs of runs in which the row is higher, and p if there is one."""
+    text = f"{c.higher} of {c.pairs}" if c.pairs else "no seed in common"
+    return text + ("" if math.isnan(c.p) else f"; p = {c.p:.2g}, Holm {corrected:.2g}")
 
 
 def scatter(reference: Scans, rows: Mapping[str, Scans], title: str, path: Path) -> None:
-    """PNG of each scan's value: the reference's along x, each row's along y, and the line where both are equal."""
+    """Writes a PNG with the value of each scan: reference along x, rows along y, and the line of equal values."""
     figure = Figure(figsize=(5, 5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     everything = [v for values in (reference, *rows.values()) for v in values.values() if math.isfinite(v)]
@@ -343,18 +376,18 @@ def scatter(reference: Scans, rows: Mapping[str, Scans], title: str, path: Path)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prints a Markdown table, a line per comparison, and a second one of those of two runs alone."""
+    """Prints a Markdown table with a line per comparison, and a second table for pairs of single runs."""
     parser = Parser(description=__doc__, prog="python -m evaluation.statistics")
     parser.add_argument("rows", nargs="+", metavar="ROW", help="the reference row, then the rows to compare with it")
     parser.add_dataclass(Options)
-    given = parser.parse(argv)
-    o: Options = fill(Options, given)
-    names = given["rows"]
+    flags = parser.parse(argv)
+    o: Options = fill(Options, flags)
+    names = flags["rows"]
     if len(names) < 2:
         raise UserError("give at least two rows: the first is compared with each of the others.")
     reference, *rows = (read_runs(name, o.metric, o.component) for name in names)
     most = 1 if o.metric in METRICS[:2] else math.inf
-    found = [compare(reference, row, most) for row in rows]
+    comparisons = [compare(reference, row, most) for row in rows]
     if o.picture:
         means = {name: mean_over(row) for name, row in zip(names[1:], rows, strict=True)}
         scatter(mean_over(reference), means, names[0], Path(o.picture))
@@ -362,13 +395,13 @@ def main(argv: list[str] | None = None) -> None:
     print(WHAT)
     print("| row | runs | scans (left out) | mean | reference | difference | 95 % interval | over | higher in |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for name, c, corrected in zip(names[1:], found, holm([c.p for c in found]), strict=True):
+    for name, c, corrected in zip(names[1:], comparisons, holm([c.p for c in comparisons]), strict=True):
         numbers = f"{c.mean:.4f} | {c.reference:.4f} | {c.difference:+.4f} | {interval_text(c, 4)} | {c.over}"
         print(f"| {name} | {c.runs[1]} | {c.n} ({c.left_out}) | {numbers} | {pairs_text(c, corrected)} |")
     single = [(name, *row.values()) for name, row in zip(names[1:], rows, strict=True) if len(row) == 1]
     if len(reference) == 1 and single:
-        (usual,) = reference.values()
-        tests = [compare_scans(usual, row) for _, row in single]
+        (reference_scans,) = reference.values()
+        tests = [compare_scans(reference_scans, row) for _, row in single]
         print(f"\n{WHAT_OF_SCANS}")
         print("| row | scans | median difference | higher on | Wilcoxon p | Holm |\n|---|---|---|---|---|---|")
         for (name, _), test, corrected in zip(single, tests, holm([test.p for test in tests]), strict=True):

@@ -1,4 +1,4 @@
-"""Surfaces of masks: triangles for TensorBoard and for a report, and shaded pictures of them for a figure."""
+"""Surfaces of masks: triangle meshes for TensorBoard and the report, and shaded pictures of them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,15 +10,15 @@ from skimage.measure import marching_cubes
 
 from utils.masks import box_of
 
-SMOOTHING = 1.0  # voxels: takes the stairs off a mask, and 2 % off the volume of a ball of radius 14
-LIGHT = np.array([-0.45, 0.55, 0.71])  # right, up, towards the viewer
+SMOOTHING = 1.0  # voxels: removes the steps of a mask, and 2 % of the volume of a ball of radius 14
+LIGHT = np.array([-0.45, 0.55, 0.71])  # direction: right, up, towards the viewer
 
 
 @dataclass(frozen=True)
 class Surface:
-    """Triangles of a closed surface, outward side counter-clockwise.
+    """Triangles of a closed surface, counter-clockwise seen from outside.
 
-    vertices (V,3) float32 in mm along x, y, z, the centre of voxel (0,0,0) at 0; faces (F,3) int32 indices of
+    vertices (V,3) float32 in mm along x, y, z, relative to the centre of voxel (0,0,0); faces (F,3) int32 indices of
     vertices; normals (V,3) float32, outward, of length 1.
     """
 
@@ -28,14 +28,17 @@ class Surface:
 
 
 def surface(mask: NDArray, spacing: Sequence[float] = (1, 1, 1), most_faces: int | None = None) -> Surface:
-    """The surface of a mask (W,H,D) with voxels of `spacing` mm, slightly smoothed; empty of an empty mask.
+    """The slightly smoothed surface of a mask; empty for an empty mask.
 
-    With `most_faces` it is taken from a grid coarse enough for no more triangles than that.
+    Args:
+        mask: (W,H,D).
+        spacing: mm along x, y, z.
+        most_faces: largest number of triangles, reached by a coarser grid; None: no limit.
     """
     if not mask.any():
         return Surface(np.zeros((0, 3), np.float32), np.zeros((0, 3), np.int32), np.zeros((0, 3), np.float32))
     box = box_of(mask)
-    margin = 6  # beyond it the smoothed mask is nearly 0, so that the surface is closed at the edge of the scan too
+    margin = 6  # the smoothed mask is almost 0 beyond it, so the surface is also closed at the edge of the scan
     inside = np.pad(mask[box].astype(np.float32), margin)
     voxel, steps = np.asarray(spacing, float), np.ones(3)
     while True:
@@ -49,19 +52,19 @@ def surface(mask: NDArray, spacing: Sequence[float] = (1, 1, 1), most_faces: int
 
 
 def _march(inside: NDArray, steps: NDArray) -> tuple[NDArray, NDArray]:
-    """Vertices in voxels and faces of a mask of 0 and 1, smoothed and seen on a grid of every `steps`-th voxel."""
+    """Vertices in voxels and faces of a mask of 0 and 1, smoothed and sampled at every `steps`-th voxel (3,)."""
     field = ndimage.gaussian_filter(inside, np.hypot(SMOOTHING, np.where(steps > 1, 0.3 * steps, 0)))
     if (steps > 1).any():
         shape = tuple(np.ceil(np.array(field.shape) / steps).astype(int) + 1)
         field = ndimage.affine_transform(field, steps, output_shape=shape, order=1)
     vertices, faces, _, _ = marching_cubes(
         field, min(0.5, 0.5 * float(field.max()))
-    )  # a mask of a few voxels is all edge
-    return vertices * steps, faces[:, ::-1]  # scikit-image's face inwards
+    )  # the maximum of a smoothed small mask is below 0.5
+    return vertices * steps, faces[:, ::-1]  # scikit-image's faces point inwards
 
 
 def _normals(vertices: NDArray, faces: NDArray) -> NDArray[np.float32]:
-    """Mean of the triangles around each vertex, weighted by their area."""
+    """Unit normals of the vertices: mean over the adjacent triangles, weighted by their area."""
     a, b, c = (vertices[faces[:, i]] for i in range(3))
     normals = np.zeros_like(vertices, dtype=float)
     for i in range(3):
@@ -71,10 +74,10 @@ def _normals(vertices: NDArray, faces: NDArray) -> NDArray[np.float32]:
 
 @dataclass(frozen=True)
 class Camera:
-    """Where a picture of surfaces is taken from; without perspective, so that sizes compare.
+    """An orthographic camera (without perspective, so that sizes can be compared).
 
-    centre (3,) mm: what is in the middle of the picture; width: mm from edge to edge; azimuth in degrees around z, 0
-    looking along y and 90 against x; elevation in degrees, 90 looking down along z.
+    centre (3,): point in the middle of the picture, in mm; width: mm from edge to edge; azimuth: degrees around z, 0
+    looking along y, 90 against x; elevation: degrees, 90 looking down along z.
     """
 
     centre: tuple[float, float, float]
@@ -84,7 +87,7 @@ class Camera:
 
     @property
     def axes(self) -> NDArray[np.float64]:
-        """(3,3): the directions right, up and towards the viewer, one a row."""
+        """(3,3): unit vectors to the right, up and towards the viewer, one per row."""
         a, e = np.deg2rad([self.azimuth, self.elevation])
         right = np.array([np.cos(a), np.sin(a), 0])
         viewer = np.array([np.sin(a) * np.cos(e), -np.cos(a) * np.cos(e), np.sin(e)])
@@ -92,7 +95,7 @@ class Camera:
 
 
 def camera_around(masks: Sequence[NDArray], spacing: Sequence[float], azimuth: float, elevation: float) -> Camera:
-    """The camera that just sees the whole box around several masks of one scan (W,H,D)."""
+    """The camera whose picture just contains the common box of several masks (W,H,D) of one scan."""
     everything = np.any([mask > 0 for mask in masks], axis=0)
     box = box_of(everything, 2) if everything.any() else tuple(slice(0, side) for side in everything.shape)
     ends = [(np.array([side.start, side.stop]) - 0.5) * voxel for side, voxel in zip(box, spacing, strict=True)]
@@ -103,19 +106,26 @@ def camera_around(masks: Sequence[NDArray], spacing: Sequence[float], azimuth: f
 
 
 def render(surfaces: Sequence[tuple[Surface, str]], camera: Camera, size: int) -> NDArray[np.uint8]:
-    """A picture (size,size,4) of surfaces and their colours '#rrggbb', transparent where there is none.
+    """Renders surfaces without a graphics library.
 
-    Every triangle is sampled more densely than the pixels, and a pixel keeps what is nearest to the viewer: exact
-    where sorting whole triangles is not, and no graphics library is needed. Edges are smoothed by drawing at twice
-    the size.
+    Every triangle is sampled more densely than the pixels, and each pixel keeps the sample nearest to the viewer. This
+    is exact, unlike sorting whole triangles. Edges are smoothed by rendering at twice the size.
+
+    Args:
+        surfaces: surfaces and their colours '#rrggbb'.
+        camera: the camera.
+        size: pixels of a side.
+
+    Returns:
+        (size,size,4) RGBA, transparent outside of the surfaces.
     """
     pixels = 2 * size
     depth = np.full(pixels * pixels, -np.inf, np.float32)
     colour = np.zeros((pixels * pixels, 4), np.float32)
-    for one, hexadecimal in surfaces:
+    for mesh, hexadecimal in surfaces:
         paint = np.array([int(hexadecimal[i : i + 2], 16) / 255 for i in (1, 3, 5)])
-        points = ((one.vertices - camera.centre) @ camera.axes.T * pixels / camera.width)[one.faces]  # (F,3 corners,3)
-        normals = (one.normals @ camera.axes.T)[one.faces]
+        points = ((mesh.vertices - camera.centre) @ camera.axes.T * pixels / camera.width)[mesh.faces]  # (F,3,3)
+        normals = (mesh.normals @ camera.axes.T)[mesh.faces]
         (ax, ay), (bx, by), (cx, cy) = (points[:, i, :2].T for i in range(3))
         facing = (bx - ax) * (cy - ay) - (by - ay) * (cx - ax) > 0
         points, normals = points[facing].astype(np.float32), normals[facing].astype(np.float32)
@@ -127,7 +137,7 @@ def render(surfaces: Sequence[tuple[Surface, str]], camera: Camera, size: int) -
         inside = np.flatnonzero((column >= 0) & (column < pixels) & (row >= 0) & (row < pixels))
         sample = inside[np.argsort(near[inside])]
         winner = np.full(pixels * pixels, -1)
-        winner[row[sample] * pixels + column[sample]] = sample  # the nearest is written last
+        winner[row[sample] * pixels + column[sample]] = sample  # samples are sorted, so the nearest is written last
         place = np.flatnonzero(winner >= 0)
         place = place[near[winner[place]] > depth[place]]
         face, point = np.divmod(winner[place], len(weights))
@@ -139,14 +149,14 @@ def render(surfaces: Sequence[tuple[Surface, str]], camera: Camera, size: int) -
 
 
 def _lattice(longest: float) -> NDArray[np.float32]:
-    """Weights (S,3) of a triangle's corners at points less than a pixel apart, if no edge has more pixels."""
+    """Barycentric weights (S,3) of points under a pixel apart in a triangle with edges of up to `longest` pixels."""
     n = int(np.ceil(1.5 * longest)) + 1
     i, j = (index.ravel() for index in np.mgrid[0 : n + 1, 0 : n + 1])
     return (np.stack([i, j, n - i - j], axis=1)[i + j <= n] / n).astype(np.float32)
 
 
 def _shade(normals: NDArray, paint: NDArray) -> NDArray:
-    """Colour of each point from its normal (N,3): light from everywhere, from the upper left, and a faint gloss."""
+    """Colour (N,3) of each point from its normal (N,3): ambient light, light from the upper left, and a faint gloss."""
     normals = normals / np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-6)
     light, half = LIGHT / np.linalg.norm(LIGHT), LIGHT / np.linalg.norm(LIGHT) + (0, 0, 1)
     towards, gloss = (np.maximum(normals @ v, 0)[:, None] for v in (light, half / np.linalg.norm(half)))

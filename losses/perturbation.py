@@ -1,4 +1,7 @@
-"""What a teacher's input or network is perturbed with. All draws are torch's, so (seed, iteration) fixes them."""
+"""Perturbations of inputs and networks: noise, strong views, dropout passes, turns and flips.
+
+All random numbers are torch's, so they are a function of (seed, iteration).
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,19 +13,19 @@ from torch import Tensor, nn
 
 
 def noisy(image: Tensor, sd: float) -> Tensor:
-    """The image plus Gaussian noise of this standard deviation, clipped at two of them."""
+    """image + Gaussian noise of standard deviation `sd`, the noise clipped to [-2 sd, 2 sd]; any shape."""
     return image + (sd * torch.randn_like(image)).clamp(-2 * sd, 2 * sd)
 
 
 def strong_view(image: Tensor, strength: float) -> Tensor:
-    """A crop as a quite other scanner might show it: each item of (N,1,W,H,D) with its own contrast, noise and blur.
+    """Strong intensity augmentation of crops (N,1,W,H,D), drawn for each item: contrast, blur and noise.
 
-    With u the item stretched to [0,1], each drawn on its own:
+    With u the item scaled to [0,1] and s the strength:
 
-        gamma      u^g, g log-uniform in exp(-+strength)
-        contrast   times exp(-+strength), plus -+strength (in the image's units: standard deviations of a scan)
-        blur       for every second item a Gaussian of 0.5 to 1 voxels
-        noise      Gaussian, standard deviation uniform in 0..strength/2
+        gamma      u^g, g log-uniform in [exp(-s), exp(s)]
+        contrast   a x + b, a log-uniform in [exp(-s), exp(s)], b uniform in [-s, s] standard deviations of a scan
+        blur       with probability 1/2 a Gaussian of standard deviation 0.5 to 1 voxels
+        noise      Gaussian, standard deviation uniform in [0, s/2]
     """
     if not strength or not len(image):
         return image
@@ -33,7 +36,7 @@ def strong_view(image: Tensor, strength: float) -> Tensor:
 
     low, high = image.amin((1, 2, 3, 4), keepdim=True), image.amax((1, 2, 3, 4), keepdim=True)
     u = (image - low) / (high - low).clamp(min=torch.finfo(image.dtype).tiny)
-    x = low + (high - low) * u.clamp(min=1e-6) ** draw(-strength, strength).exp()  # 0 would have no derivative
+    x = low + (high - low) * u.clamp(min=1e-6) ** draw(-strength, strength).exp()  # the derivative at 0 is infinite
     x = x * draw(-strength, strength).exp() + draw(-strength, strength)
     sigma, coin = draw(0.5, 1.0), draw(0.0, 1.0) < 0.5
     x = torch.where(coin, blurred(x, sigma), x)
@@ -41,12 +44,14 @@ def strong_view(image: Tensor, strength: float) -> Tensor:
 
 
 def blurred(image: Tensor, sigma: Tensor) -> Tensor:
-    """Each item of (N,1,W,H,D) convolved with a Gaussian of its own sigma (N,1,1,1,1), in voxels, cut at 3 voxels; the
-    edge is repeated."""
+    """Blurs each item of (N,1,W,H,D) with a Gaussian kernel of 7 voxels along each axis; the edges are replicated.
+
+    `sigma` (N,1,1,1,1) is the standard deviation for each item, in voxels.
+    """
     offsets = torch.arange(-3, 4).to(image)
     kernel = torch.exp(-0.5 * (offsets / sigma.view(-1, 1)) ** 2)
     kernel = kernel / kernel.sum(dim=1, keepdim=True)  # (N,7)
-    x = image.transpose(0, 1)  # the items as channels, each with its own kernel
+    x = image.transpose(0, 1)  # items become channels, so that each has its own kernel
     for axis in (2, 3, 4):
         sides, pads = [1, 1, 1], [0] * 6
         sides[axis - 2] = 7
@@ -58,67 +63,82 @@ def blurred(image: Tensor, sigma: Tensor) -> Tensor:
 def monte_carlo(
     network: nn.Module, image: Tensor, *, passes: int, noise: float, read: Callable[[Tensor], Any] | None = None
 ) -> Iterator[Any]:
-    """Stochastic passes over image (N,1,W,H,D): dropout on, fresh noise in each, no gradient, no trace in the network.
+    """Monte-Carlo dropout: stochastic passes over image (N,1,W,H,D), with dropout and new noise, without gradient.
 
-    Yields what `read` (default: the network itself) makes of two passes at a time, as the released code of UA-MT
-    runs them: a batch of 2N, first all items of the one pass, then those of the other; N at the end if `passes` is odd.
+    Two passes run at a time as a batch of 2N, as in the released code of UA-MT: all items of the first pass, then all
+    items of the second. The last batch has N items if `passes` is odd. The network's modes are restored at the end.
+
+    Args:
+        network: the module whose dropout layers are switched on.
+        image: (N,1,W,H,D).
+        passes: number of stochastic passes.
+        noise: standard deviation of the input noise, as in `noisy`.
+        read: noisy image -> result; the network itself by default.
+
+    Yields:
+        The result of `read` for each batch.
     """
-    sleeping = [m for m in network.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and not m.training]
-    for dropout in sleeping:
-        dropout.train()  # batch norm stays as it is: in evaluation mode it must not count these passes
+    inactive = [m for m in network.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and not m.training]
+    for dropout in inactive:
+        dropout.train()  # batch norm keeps its mode: in evaluation mode it must not count these passes
     try:
         for first in range(0, passes, 2):
             with torch.no_grad():
                 tiled = image.repeat(min(2, passes - first), 1, 1, 1, 1)
-                found = (read or network)(noisy(tiled, noise))
-            yield found
+                result = (read or network)(noisy(tiled, noise))
+            yield result
     finally:
-        for dropout in sleeping:
+        for dropout in inactive:
             dropout.eval()
 
 
 @dataclass
 class Transformation:
-    """pi of TCSE, one draw for each item of (N,C,W,H,D): a quarter turn in the plane, a flip, and maybe a zoom."""
+    """pi of TCSE, drawn for each item of (N,C,W,H,D): quarter turns in the x-y plane, a flip, and optionally a zoom."""
 
     turns: list[int]
-    """Quarter turns, 0 to 3."""
+    """Quarter turns of each item, 0 to 3."""
     flips: list[bool]
-    """Along the first axis, after the turn."""
+    """Whether each item is flipped along the first axis, after the turn."""
     zooms: list[float]
-    """In the plane, after the flip; 1: none."""
+    """Zoom factor of each item in the plane, after the flip; 1: none."""
 
     @classmethod
     def draw(cls, shape: torch.Size, *, scale: float = 0.0) -> "Transformation":
-        """Uniform over the eight symmetries of the square, or four of a rectangle; zooms uniform in 1 -+ scale."""
+        """Draws uniformly from the eight symmetries of a square, or four of a rectangle, and zooms from 1 -+ scale.
+
+        Args:
+            shape: (N,C,W,H,D) of the images.
+            scale: largest relative change of size; 0: no zoom.
+        """
         n, step = shape[0], 1 if shape[2] == shape[3] else 2
         turns = [step * int(i) for i in torch.randint(4 // step, (n,))]
         flips = [bool(i) for i in torch.randint(2, (n,))]
         return cls(turns, flips, [1 + scale * (2 * float(u) - 1) for u in torch.rand(n)])
 
     def __call__(self, x: Tensor) -> Tensor:
-        """pi(x)."""
-        found = [torch.rot90(item, k, (1, 2)) for item, k in zip(x, self.turns, strict=True)]
-        found = [item.flip(1) if flip else item for item, flip in zip(found, self.flips, strict=True)]
-        return self._zoom(torch.stack(found), self.zooms)
+        """pi(x), x (N,C,W,H,D)."""
+        items = [torch.rot90(item, k, (1, 2)) for item, k in zip(x, self.turns, strict=True)]
+        items = [item.flip(1) if flip else item for item, flip in zip(items, self.flips, strict=True)]
+        return self._zoom(torch.stack(items), self.zooms)
 
     def inverse(self, x: Tensor) -> Tensor:
-        """pi^-1(x): exact for turns and flips; a zoom is undone by the opposite zoom, which smooths a little."""
+        """pi^-1(x): exact for turns and flips; a zoom is inverted by the reciprocal zoom, which smooths slightly."""
         x = self._zoom(x, [1 / zoom for zoom in self.zooms])
-        found = [item.flip(1) if flip else item for item, flip in zip(x, self.flips, strict=True)]
-        return torch.stack([torch.rot90(item, -k, (1, 2)) for item, k in zip(found, self.turns, strict=True)])
+        items = [item.flip(1) if flip else item for item, flip in zip(x, self.flips, strict=True)]
+        return torch.stack([torch.rot90(item, -k, (1, 2)) for item, k in zip(items, self.turns, strict=True)])
 
     def kept(self, x: Tensor) -> Tensor:
-        """1 for the voxels of x that pi and its inverse both leave inside the field, else 0."""
+        """1 for the voxels of x that stay inside the image under pi and its inverse, else 0; same shape as x."""
         return (self.inverse(self(torch.ones_like(x))) > 1 - 1e-4).to(x.dtype)
 
     @staticmethod
     def _zoom(x: Tensor, zooms: list[float]) -> Tensor:
-        """Each item magnified about its centre in the plane, linear between voxels, 0 outside."""
+        """Magnifies each item about its centre in the plane by linear interpolation, with 0 outside."""
         if all(zoom == 1 for zoom in zooms):
             return x
         theta = x.new_zeros(len(x), 3, 4)
-        theta[:, 0, 0] = 1  # grid_sample names the last axis first: it is the one that stays
+        theta[:, 0, 0] = 1  # grid_sample orders axes from the last to the first; the last stays unchanged
         theta[:, 1, 1] = theta[:, 2, 2] = 1 / x.new_tensor(zooms)
         grid = F.affine_grid(theta, list(x.shape), align_corners=False)
         return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)

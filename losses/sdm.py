@@ -1,4 +1,4 @@
-"""Signed distance maps, negative inside: the target of L_dis, of DTC and of SASSNet (DTML's equation (1))."""
+"""Signed distance maps, negative inside: the target of L_dis, DTC and SASSNet (DTML's equation (1))."""
 
 import edt
 import numpy as np
@@ -9,11 +9,12 @@ from utils.masks import box_of
 
 
 def signed_distance_map(mask: NDArray) -> NDArray[np.float32]:
-    """mask (any shape, of 0 and 1) -> float32 map of the same shape in [-1,1].
+    """mask of 0 and 1, any shape -> signed distance map, float32 in [-1,1], of the same shape.
 
-    Outside d_out / max d_out, inside -d_in / max d_in, each Euclidean in voxels to the nearest voxel of the other
-    side, and 0 on the inner boundary (object voxels with a face neighbour outside). An empty mask gives +1
-    everywhere and a full one -1; the released codes give 0 and not-a-number there. On as many threads as torch.
+    The map is d_out / max d_out outside, -d_in / max d_in inside, and 0 on the inner boundary (object voxels with a
+    face neighbour outside). d_out and d_in are Euclidean distances in voxels to the nearest voxel of the other side.
+    An empty mask gives +1 everywhere and a full one -1; the released codes give 0 and NaN there. Uses as many threads
+    as torch.
     """
     threads = torch.get_num_threads()
     inside = np.asarray(mask) > 0
@@ -25,5 +26,5 @@ def signed_distance_map(mask: NDArray) -> NDArray[np.float32]:
     box = box_of(inside, margin=1)  # every nearest background voxel lies within one voxel of the object's box
     d_in = edt.edt(inside[box], parallel=threads)
     sdm = d_out / d_out.max()
-    sdm[box] -= np.where(d_in == 1, 0, d_in / d_in.max())  # at distance 1 lies exactly the inner boundary
+    sdm[box] -= np.where(d_in == 1, 0, d_in / d_in.max())  # distance 1 is exactly the inner boundary
     return sdm

@@ -1,6 +1,6 @@
-"""The atoms of the losses, for one class or several.
+"""Loss terms for one or several classes.
 
-Probabilities and maps are (N,C,W,H,D) float, a channel for each class but the background; labels (N,W,H,D) of 0..C.
+Probabilities and maps are (N,C,W,H,D) float, one channel per foreground class; labels are (N,W,H,D) of 0..C.
 """
 
 from collections.abc import Iterator
@@ -13,27 +13,34 @@ EPSILON = 1e-5
 
 
 def by_class(p: Tensor, label: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """(N,1,W,H,D) of p and of Y, 1 where the label is this class and else 0, for each class."""
+    """Yields for each class its channel of p and its mask Y, both (N,1,W,H,D); Y is 1 where the label is the class."""
     for c in range(p.shape[1]):
         yield p[:, c : c + 1], (label == c + 1).unsqueeze(1).to(p.dtype)
 
 
 def dice_loss(p: Tensor, label: Tensor, weight: Tensor | float = 1.0) -> Tensor:
-    """1 - (2 sum pY + e) / (sum p^2 + sum Y^2 + e), summed over batch and space together; in [0,1]. Mean over classes.
+    """Dice loss 1 - (2 sum pY + e) / (sum p^2 + sum Y^2 + e) in [0,1], mean over classes; sums over batch and space.
 
-    `weight`, of any shape that spreads over one class of p, counts in every sum.
+    Args:
+        p: (N,C,W,H,D) in [0,1].
+        label: (N,W,H,D) of 0..C.
+        weight: factor of each voxel in every sum; broadcasts to (N,1,W,H,D).
     """
-    found = [
+    losses = [
         1 - (2 * (weight * p_c * y).sum() + EPSILON) / ((weight * (p_c * p_c + y)).sum() + EPSILON)
         for p_c, y in by_class(p, label)
     ]
-    return torch.stack(found).mean()
+    return torch.stack(losses).mean()
 
 
 def seg_loss(logits: Tensor, label: Tensor, classes: int = 1, weight: Tensor | None = None) -> Tensor:
-    """L_seg = 1/2 (cross-entropy + Dice) of p = probabilities(logits, classes).
+    """L_seg = 1/2 (cross-entropy + Dice loss) of p = probabilities(logits, classes).
 
-    A `weight` (N,1,W,H,D) in [0,1] weighs every voxel in both; the cross-entropy stays a mean over all voxels.
+    Args:
+        logits: (N,C,W,H,D), or (N,C+1,W,H,D) for a softmax.
+        label: (N,W,H,D) of 0..C.
+        classes: C.
+        weight: factor of each voxel, (N,1,W,H,D) in [0,1]; the cross-entropy remains a mean over all voxels.
     """
     p = probabilities(logits, classes)
     dice = dice_loss(p, label, 1.0 if weight is None else weight)
@@ -45,11 +52,15 @@ def seg_loss(logits: Tensor, label: Tensor, classes: int = 1, weight: Tensor | N
 
 
 def cross_entropy(logits: Tensor, label: Tensor, weight: Tensor | None = None) -> Tensor:
-    """- mean w ln softmax(logits)[label]: logits (N,K) and label (N), or (N,K,W,H,D) and (N,W,H,D), of 0 to K-1.
+    """Cross-entropy - mean w ln softmax(logits)[label].
 
-    w is 1 or `weight` (N,1) or (N,1,W,H,D). F.cross_entropy with the same gradient bit for bit, but of operations
-    alone that a GPU repeats exactly: those of torch's own (2.13) on maps it refuses under
-    torch.use_deterministic_algorithms.
+    The gradient equals that of F.cross_entropy bit for bit. This version uses only deterministic operations: on a GPU
+    torch (2.13) refuses its own on maps under torch.use_deterministic_algorithms.
+
+    Args:
+        logits: (N,K) or (N,K,W,H,D).
+        label: (N) or (N,W,H,D) of 0 to K-1.
+        weight: w, (N,1) or (N,1,W,H,D); 1 by default.
 
     Raises:
         RuntimeError: on a CPU for a label outside of 0 to K-1.
@@ -60,50 +71,53 @@ def cross_entropy(logits: Tensor, label: Tensor, weight: Tensor | None = None) -
 
 
 def exclusive(logits: Tensor, classes: int) -> bool:
-    """Whether the logits of several classes hold one of the background too, and so go through a softmax."""
+    """Whether logits (N,C+1,W,H,D) of several classes have a background channel, so that a softmax applies."""
     return classes > 1 and logits.shape[1] == classes + 1
 
 
 def probabilities(logits: Tensor, classes: int = 1) -> Tensor:
-    """Foreground probabilities p (N,C,W,H,D) in [0,1]: the sigmoids of C channels, or of C+1, the background's first,
-    the softmax without the background's."""
+    """logits -> foreground probabilities p (N,C,W,H,D) in [0,1].
+
+    C channels go through a sigmoid, C+1 channels (background first) through a softmax, whose first channel is dropped.
+    """
     if exclusive(logits, classes):
         return logits.softmax(dim=1)[:, 1:]
     return (foreground_logits(logits) if classes == 1 else logits).sigmoid()
 
 
 def sdm_to_mask(z: Tensor, k: float) -> Tensor:
-    """m = sigmoid(-k z): the smooth Heaviside of DTML's equation (2) with the sign its own maps need.
+    """m = sigmoid(-k z) in [0,1], the smooth Heaviside of DTML's equation (2), for z in [-1,1] of any shape.
 
-    z is negative inside, so the printed 1/(1+exp(-kz)) would give the background. At least float32 whatever the
-    precision around it, because k = 1500 magnifies every rounding error of z.
+    The printed 1/(1+exp(-kz)) would give the background, because z is negative inside. The computation is in float32
+    or float64 at any surrounding precision, because k = 1500 amplifies the rounding errors of z.
     """
     with torch.autocast(z.device.type, enabled=False):
         return torch.sigmoid(-k * (z if z.dtype == torch.float64 else z.float()))
 
 
 def foreground_logits(x: Tensor) -> Tensor:
-    """(N,1,W,H,D) as it is; (N,2,W,H,D), background and foreground, to (N,1,W,H,D).
+    """Logits (N,2,W,H,D) of background and foreground, or (N,1,W,H,D) -> foreground logits (N,1,W,H,D).
 
-    The softmax of two channels is the sigmoid of their difference, so one formula serves both kinds of network.
+    The softmax over two channels equals the sigmoid of their difference. One channel is returned unchanged.
     """
     return x[:, 1:] - x[:, :1] if x.shape[1] == 2 else x
 
 
 def consistency_loss(m: Tensor, p: Tensor) -> Tensor:
-    """C = mean (m - p)^2 over every voxel of every item, DTML's equation (4)."""
+    """C = mean (m - p)^2 over all voxels of all items, DTML's equation (4)."""
     return (m - p).square().mean()
 
 
 def masked_mean(x: Tensor, weight: Tensor) -> Tensor:
-    """Mean of x over the voxels with weight 1; 0 when there is none."""
+    """Mean of x over the voxels with weight 1; 0 if there are none."""
     return (weight * x).sum() / weight.sum().clamp(min=1)
 
 
 def entropy(p: Tensor, epsilon: float = 0.0) -> Tensor:
-    """-p ln p - (1-p) ln(1-p) of each voxel, in [0, ln 2]; p is kept 1e-6 from 0 and 1, where the gradient is 0.
+    """Entropy -p ln p - (1-p) ln(1-p) of each voxel, in [0, ln 2]; p is clamped to [1e-6, 1 - 1e-6].
 
-    With an epsilon -p ln(p + epsilon) - (1-p) ln(1-p + epsilon), down to -epsilon, as the released code of UA-MT.
+    With an epsilon it is -p ln(p + epsilon) - (1-p) ln(1-p + epsilon), as in the released code of UA-MT, which can
+    be as low as -epsilon.
     """
     if epsilon:
         return -(p * (p + epsilon).log() + (1 - p) * (1 - p + epsilon).log())
@@ -112,31 +126,31 @@ def entropy(p: Tensor, epsilon: float = 0.0) -> Tensor:
 
 
 def weighted_sum(terms: dict[str, Tensor], factors: dict[str, float]) -> Tensor:
-    """The terms, each times its factor, which is 1 where none is given."""
+    """Sum of the terms, each multiplied by its factor (1 by default)."""
     return torch.stack([factors.get(name, 1.0) * term for name, term in terms.items()]).sum()
 
 
 def live_share(m: Tensor) -> Tensor:
-    """Share of the voxels with a usable gradient through m = sigmoid(.): those with 1e-3 < m < 1 - 1e-3."""
+    """Share of the voxels with 1e-3 < m < 1 - 1e-3, where the gradient through m = sigmoid(.) does not vanish."""
     return ((m > 1e-3) & (m < 1 - 1e-3)).float().mean()
 
 
 def hard_dice(p: Tensor, label: Tensor) -> Tensor:
-    """Dice coefficient of p > 0.5 against the label, over the whole batch; 1 when both are empty. Mean over classes."""
-    found = []
+    """Dice coefficient in [0,1] of p > 0.5 and label over the whole batch, mean over classes; 1 if both are empty."""
+    scores = []
     for p_c, y in by_class(p, label):
         a, b = p_c > 0.5, y > 0
         total = a.sum() + b.sum()
-        found.append(
+        scores.append(
             torch.where(total > 0, 2 * (a & b).sum() / total.clamp(min=1), torch.ones_like(total, dtype=torch.float32))
         )
-    return torch.stack(found).mean()
+    return torch.stack(scores).mean()
 
 
 def dice_ce_loss(logits: Tensor, label: Tensor) -> Tensor:
-    """Cross-entropy + Dice of logits (N,K,W,H,D), K classes with the background, labels (N,W,H,D) below K.
+    """Cross-entropy + Dice loss of logits (N,K,W,H,D) and label (N,W,H,D) of 0 to K-1; K includes the background.
 
-    Dice as MONAI's DiceCELoss: of each item and class alone, denominators not squared, then the mean.
+    The Dice loss is that of MONAI's DiceCELoss: per item and class, no squares in the denominator, then the mean.
     """
     p = logits.softmax(dim=1)
     y = one_hot(label, logits.shape[1]).to(p.dtype)
@@ -145,20 +159,26 @@ def dice_ce_loss(logits: Tensor, label: Tensor) -> Tensor:
 
 
 def one_hot(label: Tensor, classes: int) -> Tensor:
-    """(N,W,H,D) -> (N,classes,W,H,D) of 0 and 1; labels above the last class are merged into it."""
+    """label (N,W,H,D) -> (N,classes,W,H,D) of 0 and 1; labels above the last class count as the last class."""
     return F.one_hot(label.long().clamp(max=classes - 1), classes).movedim(-1, 1)
 
 
 def query_loss(G: Tensor, Y: Tensor) -> Tensor:
-    """L_qd = mean over voxels of - sum_g Y_g ln G_g; shares G and Y (N,groups,...) sum to 1, G is kept above 1e-6."""
+    """L_qd = mean_v - sum_g Y_g ln G_g of shares G and Y (N,groups,...) that sum to 1 over g; G is clamped at 1e-6."""
     return -(Y * G.clamp(min=1e-6).log()).sum(dim=1).mean()
 
 
 def nt_xent(a: Tensor, b: Tensor, *, temperature: float, over: str = "mean") -> Tensor:
-    """Symmetric NT-Xent of two views a, b (B,C,W,H,D) of the same B >= 2 crops: item i of both is the positive pair.
+    """Symmetric NT-Xent loss (Chen et al., SimCLR, 2020) of two views of the same B >= 2 crops.
 
-    The similarity of two crops is the cosine of their channels at a voxel, over the temperature: its `mean` over the
-    voxels; or its `sum`, the loss then divided by the number of voxels, which leaves next to no gradient.
+    Item i of both views is the positive pair. The similarity of two crops is the cosine of their channels at each
+    voxel, divided by the temperature.
+
+    Args:
+        a, b: the views, (B,C,W,H,D).
+        temperature: above 0.
+        over: 'mean' averages the similarity over the voxels. 'sum' adds it up and divides the loss by the number of
+            voxels, which leaves almost no gradient.
     """
     voxels = a[0, 0].numel()
     a, b = (F.normalize(x, dim=1).flatten(1) for x in (a, b))

@@ -1,55 +1,63 @@
-"""One file per method: what is minimised, what is predicted. A new method is one file and one line of this table."""
+"""One file per method: what is minimised, what is predicted.
 
-from importlib import import_module
+A new method is one file, one import and one line of METHODS.
+"""
+
 from typing import Any
 
 import torch
 
+from methods.asdnet import ASDNet
 from methods.base import Losses, Method
+from methods.dk_uxnet import DKUXNet
+from methods.double_unc import DoubleUnc
+from methods.dtc import DTC
+from methods.dtml import DTML
+from methods.dtml_plus import DTMLPlus
 from methods.finite import Watch, check_finite
+from methods.mean_teacher import MeanTeacher
+from methods.sassnet import SASSNet
+from methods.supervised import Supervised
+from methods.tcse import TCSE
+from methods.ua_mt import UAMT
 from utils.errors import UserError
 from utils.options import fill
 
-TABLE = {  # name of --method: file and class
-    "dtml": "dtml.DTML",
-    "dtml-plus": "dtml_plus.DTMLPlus",
-    "supervised": "supervised.Supervised",
-    "mean-teacher": "mean_teacher.MeanTeacher",
-    "asdnet": "asdnet.ASDNet",
-    "tcse": "tcse.TCSE",
-    "ua-mt": "ua_mt.UAMT",
-    "dtc": "dtc.DTC",
-    "sassnet": "sassnet.SASSNet",
-    "double-unc": "double_unc.DoubleUnc",
-    "dk-uxnet": "dk_uxnet.DKUXNet",
+METHODS: dict[str, type[Method]] = {  # by the names of --method
+    "dtml": DTML,
+    "dtml-plus": DTMLPlus,
+    "supervised": Supervised,
+    "mean-teacher": MeanTeacher,
+    "asdnet": ASDNet,
+    "tcse": TCSE,
+    "ua-mt": UAMT,
+    "dtc": DTC,
+    "sassnet": SASSNet,
+    "double-unc": DoubleUnc,
+    "dk-uxnet": DKUXNet,
 }
 
 
-def _load(where: str) -> type[Method]:
-    file, _, name = where.partition(".")
-    return getattr(import_module(f"methods.{file}"), name)
-
-
-METHODS: dict[str, type[Method]] = {name: _load(where) for name, where in TABLE.items()}
-
-
 def restore(state: dict[str, Any]) -> Method:
-    """The method of a checkpoint, with its weights.
+    """Builds the method of a checkpoint on the CPU and loads its weights.
+
+    Args:
+        state: contents of a checkpoint, as `utils.checkpoint.load_checkpoint` returns them.
 
     Raises:
-        UserError: if the checkpoint names no method of the table, or its weights do not fit the method it names.
+        UserError: if METHODS lacks the checkpoint's method, or the weights do not fit the method.
     """
     try:
         options = state["options"]
         kind = METHODS[options["method"]]
-        words = {"options": fill(kind.Options, options), "iterations": options["iterations"]}
-        with torch.device("meta"):  # shapes without memory: a hostile file may ask for networks of any size
-            expected = kind(**words).state_dict()
+        arguments = {"options": fill(kind.Options, options), "iterations": options["iterations"]}
+        with torch.device("meta"):  # compares the shapes before any memory is allocated for them
+            expected = kind(**arguments).state_dict()
         for name, weight in expected.items():
-            found = state["method"][name]
-            if isinstance(weight, torch.Tensor) and weight.shape != found.shape:
-                raise ValueError(f"{name} has the shape {tuple(found.shape)}, not {tuple(weight.shape)}")
-        method = kind(**words)
+            saved = state["method"][name]
+            if isinstance(weight, torch.Tensor) and weight.shape != saved.shape:
+                raise ValueError(f"{name} has the shape {tuple(saved.shape)}, not {tuple(weight.shape)}")
+        method = kind(**arguments)
         method.load_state_dict(state["method"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
         raise UserError(

@@ -1,4 +1,4 @@
-"""The adversarial step, once: a critic that learns by an optimiser of its own, and never through the method's loss."""
+"""The critic of ASDNet and SASSNet: trained by an optimiser of its own, never by the method's loss."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,10 +13,15 @@ from utils.distributed import average_gradients
 
 
 class Adversary(nn.Module):
-    """A critic and its Adam (betas 0.9 and 0.99, constant rate).
+    """A critic and its Adam optimiser (betas 0.9 and 0.99, constant learning rate).
 
-    Called, it judges in evaluation mode, its weights frozen: the gradient passes through to what is judged. Only
-    `step` moves it. Adam's state travels in the state_dict, so that a resumed run goes on exactly.
+    The forward pass runs the critic in evaluation mode with frozen weights. The gradient reaches the inputs, but not
+    the weights. Only `step` updates the weights. The state_dict holds Adam's state, so a resumed run continues
+    exactly.
+
+    Args:
+        critic: the network to train.
+        lr: learning rate of Adam.
     """
 
     def __init__(self, critic: nn.Module, *, lr: float):
@@ -34,10 +39,15 @@ class Adversary(nn.Module):
         return self
 
     def step(self, loss: Callable[[nn.Module], Tensor], batch: Batch, iteration: int) -> None:
-        """One step of Adam on loss(critic), gradients averaged over the processes.
+        """Updates the critic by one step of Adam on loss(critic), with gradients averaged over the processes.
+
+        Args:
+            loss: critic -> scalar to minimise; the critic is in training mode.
+            batch: the batch behind the loss; its case names appear in the error.
+            iteration: the current iteration; it appears in the error.
 
         Raises:
-            Diverged: if the loss or a gradient is not finite; the weights are then untouched.
+            Diverged: if the loss or a gradient is not finite; the weights are then unchanged.
         """
         self.critic.train().requires_grad_(True)
         try:
@@ -51,7 +61,7 @@ class Adversary(nn.Module):
             self.critic.eval().requires_grad_(False)
 
     def _optimizer(self) -> torch.optim.Adam:
-        """Made at the first step, when the weights are on their device, with the state of the checkpoint if any."""
+        """Returns Adam, created at the first step: the weights are on their device by then."""
         if self._adam is None:
             self._adam = self._new_adam(self._saved)
         return self._adam
@@ -66,16 +76,16 @@ class Adversary(nn.Module):
         return self._adam.state_dict() if self._adam is not None else self._saved
 
     def set_extra_state(self, state: dict[str, Any] | None) -> None:
-        self._new_adam(state)  # refuses a damaged one now, not at the first step
+        self._new_adam(state)  # a damaged state raises here, not at the first step
         self._saved, self._adam = state, None
 
 
 @torch.no_grad()
 def judged_output(network: nn.Module, image: Tensor) -> Any:
-    """The network's output in evaluation mode and without gradient: its weights and buffers keep no trace of it."""
-    was = network.training
+    """Returns network(image) in evaluation mode, without gradient; running statistics and mode stay unchanged."""
+    training = network.training
     network.eval()
     try:
         return network(image)
     finally:
-        network.train(was)
+        network.train(training)

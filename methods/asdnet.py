@@ -1,17 +1,18 @@
 """ASDNet: Nie et al., ASDNet: Attention Based Semi-supervised Deep Networks for Medical Image Segmentation, 2018.
 
-Our interpretation, from the abstract and the authors' research code; the paper's weights could not be checked. A
-V-Net S and a fully convolutional critic D, which gives each voxel the confidence M in [0,1] that the segmentation
-there is a label:
+Our interpretation, from the abstract and the authors' research code; the paper's weights could not be checked. S is a
+V-Net. D is a fully convolutional critic. It predicts for each voxel the confidence M in [0,1] that the segmentation
+was drawn by hand:
 
     S   min   1/2 (mean a w CE + mean(a) Dice_a)  [labeled]  +  lambda_adv CE(D(p), 1)  [all]
               + lambda_semi mean_{v: M > T} CE(p, [p > 1/2])  [unlabeled, once D has learned something]
     D   min   CE(D(Y), 1) + CE(D(p), 0)  [labeled]              Adam, after each step of S
 
-with the region attention w = (1 - M)^2, which looks where D is not convinced, the sample attention a = 1/2 + 12.5
-(mean(1 - M) - 1/2)^2 of each crop, and Dice_a = 1 - 2 sum a p Y / sum a (p^2 + Y^2); no gradient through M, w, a. Ours:
-w and a are divided by their means and so keep the balance of CE and Dice; T is not taken from validation scans; pseudo
-labels count from 1/6 of the training on; D is the U-shape that its code meant. `--attention released`: as they are.
+The region attention w = (1 - M)^2 is large where D is not convinced. The sample attention of each crop is
+a = 1/2 + 12.5 (mean(1 - M) - 1/2)^2, and Dice_a = 1 - 2 sum a p Y / sum a (p^2 + Y^2). No gradient flows through M, w
+and a. Differences: w and a are divided by their means, which keeps the balance of CE and Dice (`--attention released`
+leaves them undivided); T is not tuned on validation scans; pseudo-labels count after 1/6 of the training; D is a
+U-shaped network, whose lower scales the released forward pass leaves unused (networks/critics.py).
 """
 
 from dataclasses import dataclass
@@ -45,10 +46,12 @@ class ASDNet(Method):
         lambda_semi: float = option(0.1, "weight of the pseudo labels", minimum=0, only_if=PSEUDO)
         threshold: float = option(0.2, "T, confidence above which voxels count", minimum=0, maximum=1, only_if=PSEUDO)
         semi_start: float = option(1 / 6, "share of the training without them", minimum=0, maximum=1, only_if=PSEUDO)
-        critic_lr: float = option(1e-4, "rate of the critic's Adam", minimum=0, only_if=JUDGED)
-        critic_image: bool = option(False, "show the critic the image beside the segmentation", only_if=JUDGED)
+        critic_lr: float = option(1e-4, "learning rate of the critic's Adam", minimum=0, only_if=JUDGED)
+        critic_image: bool = option(False, "give the critic the image as well", only_if=JUDGED)
 
     options: Options
+    needs_unlabeled = True
+    outputs = ("seg",)
 
     def __init__(self, options: Options, *, iterations: int):
         super().__init__(options, iterations=iterations)
@@ -56,24 +59,17 @@ class ASDNet(Method):
         critic = ConfidenceNet(channels=2 + options.critic_image, filters=2 * options.filters)
         self.adversary = Adversary(critic, lr=options.critic_lr)
 
-    @property
-    def needs_unlabeled(self) -> bool:
-        return True
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        return ("seg",)
-
-    def seen(self, p: Tensor, image: Tensor) -> Tensor:
-        """What the critic sees: background and foreground, and the image if `critic_image`."""
+    def critic_input(self, p: Tensor, image: Tensor) -> Tensor:
+        """Input of the critic: p and image, each (N,1,W,H,D) -> (N,2,W,H,D) of 1-p and p, (N,3,W,H,D) with the image
+        if `critic_image`."""
         return torch.cat([1 - p, p, image] if self.options.critic_image else [1 - p, p], dim=1)
 
     def forward(self, batch: Batch, iteration: int) -> Losses:
         o, image, label, labeled = self.options, batch["image"], batch["label"], len(batch["label"])
         logits = foreground_logits(self.network(image)["seg"])
         p, y = logits.sigmoid(), label.unsqueeze(1).to(logits.dtype)
-        opinion = foreground_logits(self.adversary(self.seen(p, image)))
-        M, doubt = opinion.detach().sigmoid(), torch.sigmoid(-opinion[:labeled].detach())
+        verdict = foreground_logits(self.adversary(self.critic_input(p, image)))
+        M, doubt = verdict.detach().sigmoid(), torch.sigmoid(-verdict[:labeled].detach())
         w, a = doubt.square(), 0.5 + 12.5 * (doubt.mean(dim=(1, 2, 3, 4), keepdim=True) - 0.5).square()
         if o.attention != "released":
             ones = torch.ones_like(w), torch.ones_like(a)
@@ -81,7 +77,7 @@ class ASDNet(Method):
         ce = (a * w * cross_entropy(logits[:labeled], y, reduction="none")).mean()
         terms = {
             "seg": 0.5 * (ce + a.mean() * dice_loss(p[:labeled], label, a)),
-            "adversarial": cross_entropy(opinion, torch.ones_like(opinion)),
+            "adversarial": cross_entropy(verdict, torch.ones_like(verdict)),
             "semi": masked_mean(F.softplus(-logits[labeled:].abs()), (M[labeled:] > o.threshold).to(p.dtype)),
         }
         semi = o.lambda_semi if iteration >= o.semi_start * self.iterations else 0.0
@@ -98,8 +94,8 @@ class ASDNet(Method):
         p = foreground_logits(judged_output(self.network, image)["seg"]).sigmoid()
 
         def loss(critic: torch.nn.Module) -> Tensor:
-            real, false = (foreground_logits(critic(self.seen(x, image))) for x in (y, p))
-            return cross_entropy(real, torch.ones_like(real)) + cross_entropy(false, torch.zeros_like(false))
+            real, fake = (foreground_logits(critic(self.critic_input(x, image))) for x in (y, p))
+            return cross_entropy(real, torch.ones_like(real)) + cross_entropy(fake, torch.zeros_like(fake))
 
         self.adversary.step(loss, batch, iteration)
 
@@ -108,5 +104,5 @@ class ASDNet(Method):
 
     def maps(self, image: Tensor) -> dict[str, Tensor]:
         p = self.predict(image, self.outputs)
-        M = foreground_logits(self.adversary(self.seen(p, image))).sigmoid()
+        M = foreground_logits(self.adversary(self.critic_input(p, image))).sigmoid()
         return {"p": p.squeeze(1), "M": M.squeeze(1)}

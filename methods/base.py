@@ -1,4 +1,4 @@
-"""The one interface between the training loop and a paper."""
+"""The interface between the training loop and a method."""
 
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -11,42 +11,63 @@ from utils.errors import UserError
 from utils.options import option
 
 Batch = dict[str, Any]
-"""image (N,1,W,H,D) float32, the L labeled items first; label (L,W,H,D) uint8 of 0..C; sdm (L,C,W,H,D) float32 if
-`needs_sdm`; other_image and other_label if `needs_other_crop`; case: N names."""
+"""image (N,1,W,H,D) float32, the L labeled items first; label (L,W,H,D) uint8 of 0..C; case: N names.
+
+sdm (L,C,W,H,D) float32 in [-1,1] if the method `needs_sdm`; other_image and other_label, of the same shapes as image
+and label, if it `needs_other_crop`."""
 
 
 @dataclass
 class Losses:
-    """What one iteration minimises, and what the log shows of it."""
+    """The loss of one iteration, its terms and what else the log shows."""
 
     total: Tensor
     """The scalar to minimise."""
     terms: dict[str, Tensor]
     """Name -> scalar loss term, before its weight."""
     weights: dict[str, float] = field(default_factory=dict)
-    """Name -> number, as lambda, the weight of the consistency."""
+    """Name -> weight, for example lambda(t) of the consistency."""
     monitors: dict[str, Tensor] = field(default_factory=dict)
-    """Name -> scalar worth watching that is not minimised."""
+    """Name -> scalar for the log, not minimised."""
 
 
 class Method(nn.Module):
-    """One per paper; its networks are its children. `forward` is the loss, so that DistributedDataParallel and
-    torch.compile wrap a method like any module."""
+    """A semi-supervised method; its networks are its child modules.
+
+    `forward` returns the loss, so that DistributedDataParallel wraps a method like any module. What a method needs and
+    returns are class attributes. Where an option decides, `__init__` sets the attribute of the instance.
+
+    Args:
+        options: values of the method's `Options`.
+        iterations: optimiser steps of the whole training, for ramps.
+
+    Raises:
+        UserError: for several classes if the method handles only one.
+    """
 
     @dataclass
     class Options:
-        """The method's own knobs, and what its networks are."""
+        """The method's own options; each is a flag of train_dtml.py."""
 
         backbone: str = option("vnet", "encoder-decoder of every network", choices=list(BACKBONES))
-        classes: int = option(1, "C, to tell apart beside the background; labels hold 0..C", minimum=1, maximum=254)
+        classes: int = option(1, "C, foreground classes; labels hold 0..C", minimum=1, maximum=254)
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"paper": {}}
-    """Preset name -> options (of the method or of the script) it sets; the first is the default."""
+    """Preset name -> option (of the method or of the script) -> value; the first preset is the default."""
     uses_unlabeled: ClassVar[bool] = True
+    """Whether batches hold unlabeled crops."""
     multiclass: ClassVar[bool] = False
-    """Whether it takes more than one class."""
+    """Whether the method handles more than one class."""
     side_multiple: ClassVar[int] = STRIDE
-    """Every side of a patch must be a multiple of this."""
+    """Every side of a patch must be a multiple of this number of voxels."""
+    outputs: tuple[str, ...] = ()
+    """Names that `predict` accepts, the default first."""
+    needs_sdm: bool = False
+    """Whether batches must hold the signed distance maps of the labels."""
+    needs_other_crop: bool = False
+    """Whether batches must hold a second, independent crop of every scan: other_image, other_label."""
+    needs_unlabeled: bool = False
+    """Whether a batch without unlabeled crops would leave a loss term empty."""
 
     def __init__(self, options: Any, *, iterations: int):
         super().__init__()
@@ -57,49 +78,29 @@ class Method(nn.Module):
         self.options = options
         self.iterations = iterations
 
-    @property
-    def needs_sdm(self) -> bool:
-        """Whether batches must carry the signed distance maps of the labels."""
-        return False
-
-    @property
-    def needs_other_crop(self) -> bool:
-        """Whether batches must carry a second crop of every scan, drawn on its own: other_image, other_label."""
-        return False
-
-    @property
-    def needs_unlabeled(self) -> bool:
-        """Whether a batch without unlabeled crops would leave a loss term empty."""
-        return False
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        """What `predict` can return, the default first."""
-        raise NotImplementedError
-
     def forward(self, batch: Batch, iteration: int) -> Losses:
-        """What is minimised at this iteration (0 <= iteration < iterations)."""
+        """Returns the losses of a batch at this iteration (0 <= iteration < iterations)."""
         raise NotImplementedError
 
     def predict(self, image: Tensor, outputs: tuple[str, ...]) -> Tensor:
-        """image (N,1,W,H,D) -> foreground probabilities in [0,1], C channels per output: (N,len(outputs)*C,W,H,D)."""
+        """image (N,1,W,H,D) -> foreground probabilities (N,len(outputs)*C,W,H,D) in [0,1], C channels per output."""
         raise NotImplementedError
 
     def after_step(self, batch: Batch, iteration: int) -> None:
-        """After the optimiser's step: an EMA teacher, a critic's own update. By default nothing."""
+        """Runs after each optimiser step, for example to update an EMA teacher or a critic. Does nothing by default."""
 
     def maps(self, image: Tensor) -> dict[str, Tensor]:
-        """image (N,1,W,H,D) -> name -> (N,W,H,D): what is worth looking at, the C channels of a prediction first."""
+        """image (N,1,W,H,D) -> name -> map (N,W,H,D) for the pictures; the C channels of a prediction come first."""
         raise NotImplementedError
 
 
-def by_name(**found: Tensor) -> dict[str, Tensor]:
-    """name -> (N,C,W,H,D) as `maps` returns it: name -> (N,W,H,D), with several classes under name1..nameC."""
+def by_name(**maps: Tensor) -> dict[str, Tensor]:
+    """Splits maps by class for `Method.maps`: name -> (N,C,W,H,D) to name -> (N,W,H,D), name1..nameC if C > 1."""
     return {
-        name if x.shape[1] == 1 else f"{name}{c + 1}": x[:, c] for name, x in found.items() for c in range(x.shape[1])
+        name if x.shape[1] == 1 else f"{name}{c + 1}": x[:, c] for name, x in maps.items() for c in range(x.shape[1])
     }
 
 
 def labeled_part(x: Tensor, batch: Batch) -> Tensor:
-    """The items of x (N,...) that have a label: the first L."""
+    """x (N,...) -> the first L items (L,...), which have a label."""
     return x[: len(batch["label"])]

@@ -1,18 +1,18 @@
 """DK-UXNet: Wu, Li & Zhang, Semi-supervised Medical Image Segmentation via Query Distribution Consistency, 2023.
 
-A 3D UX-Net whose k-means decoder gives, for a strong (noisy) and a weak view of each crop, segmentation logits S and
-the query distribution G: the share of a voxel that each group of queries (background, organ) holds.
+A 3D UX-Net with a k-means decoder. For a strong (noisy) and a weak view of each crop it predicts segmentation logits S
+and the query distribution G: the share of each group of queries (background, organ) in every voxel.
 
     sum over views   L_seg(S, Y) + w_qd L_qd(G, Y) + w_deep mean_l L_qd(G^l, Y^l)         [labeled]
     + lambda(t) (L_segc + L_qdc)      L_segc = l(S_strong, S_weak), L_qdc = l(G_strong, G_weak)      [all]
 
-L_seg = cross-entropy + Dice, L_qd = mean_v - sum_g Y_g ln G_g, l is NT-Xent over the crops of a batch; G^l and Y^l are
-those of a k-means layer's own assignment and of the label pooled to its map.
+L_seg = cross-entropy + Dice, L_qd = mean_v - sum_g Y_g ln G_g, and l is NT-Xent over the crops of a batch. G^l is the
+distribution by the assignment of k-means layer l, Y^l the label pooled to the size of its map.
 
-Our interpretation: the paper's equations could not be read and its released code has no semi-supervised loop, so the
-consistency follows another repository of its author. Preset `released` is that evidence, except that no unlabeled
-scan's label is read, that a batch holds both labeled and unlabeled crops, and the number of iterations; `repaired`
-mends what kept it from learning. The README's table tells what each repair changes.
+Our interpretation: the paper's equations could not be read, and its released code has no semi-supervised loop. The
+consistency follows another repository of its author. Preset `released` follows these sources with three exceptions: no
+label of an unlabeled scan is read, a batch holds both labeled and unlabeled crops, and the number of iterations
+differs. Preset `repaired` fixes what kept the network from learning. docs/dk-uxnet.md lists what each fix changes.
 """
 
 from dataclasses import dataclass
@@ -42,33 +42,33 @@ AGREES: Condition = {"lambda_max": bool, "consistency_terms": TERMS[:-1]}
 
 
 class DKUXNet(Method):
-    """Queries that must say the same of two views of a crop."""
+    """A query-based network that is trained to agree on two views of a crop."""
 
     PRESETS = {"repaired": ADAMW, "released": ADAMW | RELEASED}
 
     @dataclass
     class Options(Method.Options):
-        backbone: str = option("uxnet", "network below the queries", choices=list(BACKBONES))
+        backbone: str = option("uxnet", "network that computes the queries' feature maps", choices=list(BACKBONES))
         filters: int = option(48, "channels of the backbone's first scale", minimum=1)
-        kmax: bool = option(True, "k-means decoder; without, a convolution gives S and there is no G, L_qd, L_qdc")
-        groups: list[int] = option([16, 16], "queries of a group, background first", nargs="+", minimum=1, only_if=KMAX)
+        kmax: bool = option(True, "k-means decoder; without it a convolution gives S; no G, L_qd, L_qdc")
+        groups: list[int] = option([16, 16], "queries per group, background first", nargs="+", minimum=1, only_if=KMAX)
         query_channels: int = option(256, "channels of a query, a multiple of 16", minimum=16, only_if=KMAX)
         levels: list[int] = option([8, 8, 4, 4], "strides of the layers", nargs="+", choices=LEVELS, only_if=KMAX)
-        bn_momentum: float = option(0.1, "of the decoder; 0.01 lags too long", minimum=0, maximum=1, only_if=KMAX)
-        logit_scale: float = option(1.0, "first spread of the assignments' logits; from 0.1 G stays even long",
+        bn_momentum: float = option(0.1, "of the decoder; 0.01 is too slow", minimum=0, maximum=1, only_if=KMAX)
+        logit_scale: float = option(1.0, "initial spread of the assignments' logits; with 0.1 G stays uniform for long",
                                     minimum=0, only_if=KMAX)  # fmt: skip
-        share_weights: bool = option(True, "one network sees both views, or one each")
-        crops: str = option("shared", "of the two views; independent ones need not overlap", choices=CROPS)
+        share_weights: bool = option(True, "one network for both views; without, one for each view")
+        crops: str = option("shared", "crops of the two views; independent crops need not overlap", choices=CROPS)
         noise_variance: float = option(1.0, "largest variance of the strong view's noise", minimum=0)
-        qd_weight: float = option(0.1, "w_qd, of L_qd", minimum=0, only_if=KMAX)
-        deep_weight: float = option(0.1, "w_deep; 0 leaves the layers' assignment untrained", minimum=0, only_if=KMAX)
-        consistency_terms: str = option("both", "those of the consistency that count", choices=TERMS, only_if=AGREES)
+        qd_weight: float = option(0.1, "w_qd, weight of L_qd", minimum=0, only_if=KMAX)
+        deep_weight: float = option(0.1, "w_deep; 0: the layers' assignments are not trained", minimum=0, only_if=KMAX)
+        consistency_terms: str = option("both", "terms of the consistency to use", choices=TERMS, only_if=AGREES)
         contrast: str = option("mean", "l: NT-Xent of mean or summed similarities, or mean square", choices=CONTRASTS,
                                only_if=AGREES)  # fmt: skip
-        temperature: float = option(0.5, "tau of the similarity", minimum=1e-6,
+        temperature: float = option(0.5, "tau, temperature of the similarity", minimum=1e-6,
                                     only_if={**AGREES, "contrast": ("mean", "sum")})  # fmt: skip
         lambda_max: float = option(0.1, "largest weight of the consistency", minimum=0, only_if=AGREES)
-        ramp: str = option("gaussian", "how lambda rises; epochs: at 200, 800 and 1600", choices=RAMPS, only_if=AGREES)
+        ramp: str = option("gaussian", "how lambda rises; epochs: after 200, 800, 1600", choices=RAMPS, only_if=AGREES)
 
     options: Options
 
@@ -85,17 +85,11 @@ class DKUXNet(Method):
                      train_levels=o.deep_weight > 0)
             for _ in range(1 if o.share_weights else 2)
         )  # fmt: skip
-
-    @property
-    def needs_other_crop(self) -> bool:
-        return self.options.crops == "independent"
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        return ("seg", *["cluster"] * self.options.kmax, *["strong"] * (not self.options.share_weights))
+        self.needs_other_crop = o.crops == "independent"
+        self.outputs = ("seg", *["cluster"] * o.kmax, *["strong"] * (not o.share_weights))
 
     def G(self, P: Tensor) -> Tensor:
-        """The groups' shares (N,groups,...) of the queries' P (N,queries,...)."""
+        """P (N,queries,...) -> G (N,groups,...): the shares of the queries, summed over each group."""
         return group_sums(P, self.options.groups)
 
     def forward(self, batch: Batch, iteration: int) -> Losses:
@@ -117,7 +111,10 @@ class DKUXNet(Method):
         return Losses(weighted_sum(terms, factors), terms, {"lambda": lambda_}, monitors)
 
     def supervised(self, view: Clusters, label: Tensor) -> dict[str, Tensor]:
-        """L_seg, L_qd and the mean L_qd of the layers' own assignments, of the first crops, which are labeled."""
+        """Loss terms of the labeled crops of a view: seg is L_seg, qd is L_qd, deep is the mean L_qd of the layers.
+
+        Without a k-means decoder there is neither qd nor deep; with w_deep = 0 there is no deep.
+        """
         n, groups = len(label), len(self.options.groups)
         terms = {"seg": dice_ce_loss(view.logits[:n], label)}
         if view.assignment is not None:
@@ -129,7 +126,11 @@ class DKUXNet(Method):
         return terms
 
     def agreement(self, strong: Clusters, weak: Clusters) -> dict[str, Tensor]:
-        """L_segc and L_qdc of the two views, those that --consistency-terms names."""
+        """The terms segc and qdc between the two views, as far as --consistency-terms names them.
+
+        Raises:
+            UserError: for NT-Xent of a single crop.
+        """
         o, pairs = self.options, {}
         if o.consistency_terms in ("both", "segc"):
             pairs["segc"] = [x.logits if o.contrast == "sum" else x.logits.softmax(dim=1) for x in (strong, weak)]
@@ -143,17 +144,17 @@ class DKUXNet(Method):
 
     def predict(self, image: Tensor, outputs: tuple[str, ...]) -> Tensor:
         weak = self.networks[0](image)
-        found = {"seg": foreground_logits(weak.logits).sigmoid()}
+        predictions = {"seg": foreground_logits(weak.logits).sigmoid()}
         if "cluster" in outputs:
-            found["cluster"] = 1 - self.G(weak.assignment)[:, :1]
+            predictions["cluster"] = 1 - self.G(weak.assignment)[:, :1]
         if "strong" in outputs:
-            found["strong"] = foreground_logits(self.networks[1](image).logits).sigmoid()
-        return torch.cat([found[name] for name in outputs], dim=1)
+            predictions["strong"] = foreground_logits(self.networks[1](image).logits).sigmoid()
+        return torch.cat([predictions[name] for name in outputs], dim=1)
 
     def maps(self, image: Tensor) -> dict[str, Tensor]:
         weak = self.networks[0](image)
-        found = {"p": foreground_logits(weak.logits).sigmoid().squeeze(1)}
+        maps = {"p": foreground_logits(weak.logits).sigmoid().squeeze(1)}
         if weak.assignment is not None:
-            found["cluster"] = 1 - self.G(weak.assignment)[:, 0]
-            found["query"] = weak.assignment.argmax(dim=1) / weak.assignment.shape[1]
-        return found
+            maps["cluster"] = 1 - self.G(weak.assignment)[:, 0]
+            maps["query"] = weak.assignment.argmax(dim=1) / weak.assignment.shape[1]
+        return maps

@@ -1,14 +1,14 @@
 """DoubleUnc: Wang et al., Double-Uncertainty Weighted Method for Semi-supervised Learning, MICCAI 2020.
 
-Our interpretation: no code was released and only the abstract could be read. A mean teacher whose T stochastic passes
-give the target q, their mean, and the feature uncertainty U_f, the entropy over the C_l channels of its decoder's maps
-F^l; the segmentation uncertainty U_s is the entropy of the student's own p, so that it is learned. Both lie in [0,1]:
+Our interpretation: no code was released and only the abstract could be read. The teacher makes T stochastic passes. The
+target q is the mean of its predictions. The feature uncertainty U_f is the entropy over the C_l channels of its decoder
+maps F^l. The segmentation uncertainty U_s is the entropy of the student's p, so it is learned. Both lie in [0,1]:
 
     U_s = - sum_c p_c ln p_c / ln 2
     U_f = mean_l ( - sum_c cbar_c ln cbar_c / ln C_l )          cbar = mean_t softmax_c(F_t^l)
     C = mean_v exp(-U_f) exp(-U_s) (p - q)^2  +  gamma mean_v U_s
 
-`--no-learnable` takes U_s from the teacher's q, without gradient and without the second term.
+`--no-learnable` computes U_s of the teacher's q: it then has no gradient, and the second term is left out.
 """
 
 import math
@@ -36,7 +36,7 @@ class DoubleUnc(MeanTeacher):
         passes: int = option(8, "T, stochastic passes of the teacher", minimum=2, only_if=AGREES)
         learnable: bool = option(True, "U_s of the student, with gradient and the term gamma mean U_s", only_if=AGREES)
         gamma: float = option(1.0, "weight of mean U_s within C", minimum=0, only_if={"learnable": bool, **AGREES})
-        feature_blocks: str = option("decoder", "whose maps F U_f reads; none leaves U_f out", choices=list(BLOCKS),
+        feature_blocks: str = option("decoder", "blocks whose maps F enter U_f; none: no U_f", choices=list(BLOCKS),
                                      only_if=AGREES)  # fmt: skip
 
     options: Options
@@ -51,7 +51,7 @@ class DoubleUnc(MeanTeacher):
         return C, {"uncertainty/segmentation": U_s.detach().mean(), "uncertainty/feature": U_f.mean()}
 
     def bayesian_teacher(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """image (N,1,W,H,D) -> q (N,C,W,H,D) and U_f (N,1,W,H,D) of T stochastic passes, in [0,1]."""
+        """image (N,1,W,H,D) -> q (N,C,W,H,D) and U_f (N,1,W,H,D), both in [0,1], from T stochastic passes."""
         o = self.options
 
         def read(x: Tensor) -> list[Tensor]:

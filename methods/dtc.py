@@ -1,10 +1,11 @@
 """DTC: Luo et al., Semi-supervised Medical Image Segmentation through Dual-task Consistency, AAAI 2021.
 
-One V-Net with two heads, q = sigmoid(.) and z = tanh(.), whose two tasks must agree:
+One V-Net has two heads, q = sigmoid(.) and z = tanh(.). A consistency loss makes the two tasks agree:
 
     min   Dice(q, Y) + beta mean (z - SDM(Y))^2  [labeled]  +  lambda(t) mean (m - q)^2  [all],   m = sigmoid(-k z)
 
-Gradient flows through both m and q. lambda rises to 1, as in the released code; its flag for 0.1 has no effect there.
+Gradient flows through both m and q. lambda rises to 1, as in the released code, where the flag
+that sets 0.1 has no effect.
 """
 
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from utils.options import option
 
 
 class DTC(TwoHeads):
-    """Two heads of one V-Net that must agree on every crop."""
+    """A V-Net whose two heads are trained to agree on every crop."""
 
     PRESETS = {"paper": {}, "authors": {"ramp": "steps", "augment": "mirror"}}
 
@@ -31,10 +32,7 @@ class DTC(TwoHeads):
         ramp: str = option("gaussian", "how lambda rises", choices=RAMPS, only_if={"lambda_max": bool})
 
     options: Options
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        return ("seg", "sdm")
+    outputs = ("seg", "sdm")
 
     def forward(self, batch: Batch, iteration: int) -> Losses:
         o = self.options
@@ -46,8 +44,8 @@ class DTC(TwoHeads):
 
     def predict(self, image: Tensor, outputs: tuple[str, ...]) -> Tensor:
         q, z = self.heads(image)
-        found = {"seg": q, "sdm": sdm_to_mask(z, self.options.k)}
-        return torch.cat([found[name] for name in outputs], dim=1)
+        predictions = {"seg": q, "sdm": sdm_to_mask(z, self.options.k)}
+        return torch.cat([predictions[name] for name in outputs], dim=1)
 
     def maps(self, image: Tensor) -> dict[str, Tensor]:
         q, z = self.heads(image)

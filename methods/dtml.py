@@ -1,17 +1,18 @@
 """DTML: Zhang & Zhang, Dual-Task Mutual Learning for Semi-Supervised Medical Image Segmentation, 2021.
 
-M_s predicts p = sigmoid(logits), M_d predicts z = tanh(.), turned into m = sigmoid(-k z). With C = mean (m - p)^2:
+M_s predicts p = sigmoid(logits). M_d predicts z = tanh(.), which m = sigmoid(-k z) turns into a mask. With
+C = mean (m - p)^2:
 
     eq. (5)   min over M_s   L_seg  + lambda(t) C
     eq. (6)   min over M_d   L_mask + lambda(t) C
 
-L_seg does not depend on M_d and L_mask not on M_s, so the gradients of both problems together are those of the one
-sum L_seg + L_mask + lambda C. The released code runs two backward passes that both reach both networks, and so
-counts the consistency twice: `consistency_times` 2 in the preset `authors`. With C classes p, z and m have a channel
-for each, Dice is the mean over them, and so is the consistency.
+L_seg does not depend on M_d, and L_mask does not depend on M_s. One backward pass through the sum
+L_seg + L_mask + lambda C therefore gives the gradients of both problems. The released code runs two backward passes,
+both through both networks, and so counts the consistency twice: `consistency_times` 2 in the preset `authors`. With C
+classes p, z and m have C channels; Dice and the consistency are means over them.
 
-Three options go beyond the paper: C on the unlabeled crops alone, a ramp that ends before the run does, and a
-flatter k. C needs no stop-gradient: its gradient for M_s takes m as it is, and for M_d p.
+Three options go beyond the paper: C on the unlabeled crops alone, a ramp that ends before the training does, and a
+smaller k. C needs no stop-gradient: the gradient for M_s treats m as a constant, and that for M_d treats p as one.
 """
 
 from collections.abc import Collection
@@ -44,7 +45,7 @@ TIMED: Condition = {**AGREES, "ramp": ("gaussian", "steps", "literal")}  # epoch
 
 
 class DTML(Method):
-    """Two V-Nets, M_s with the head 'seg' and M_d with the head 'sdm', that learn from labels and from each other."""
+    """Two V-Nets, M_s with the head 'seg' and M_d with the head 'sdm', which learn from labels and from each other."""
 
     multiclass = True
     PRESETS = {
@@ -61,34 +62,25 @@ class DTML(Method):
         filters: int = option(16, "channels of the first block of both V-Nets", minimum=1)
         softmax: bool = option(False, "p by a softmax over C+1 channels in place of C sigmoids")
         sdm_loss: str = option("mask", "supervised loss of M_d (Table 1)", choices=SDM_LOSSES)
-        dis_weight: float = option(1.0, "weight of L_dis beside L_mask", minimum=0, only_if={"sdm_loss": ("both",)})
+        dis_weight: float = option(1.0, "weight of L_dis, next to L_mask", minimum=0, only_if={"sdm_loss": ("both",)})
         k: float = option(1500.0, "steepness of m = sigmoid(-k z)", minimum=1e-6)
         lambda_max: float = option(0.1, "largest weight of the consistency", minimum=0)
         ramp: str = option("gaussian", "how lambda rises; literal: as printed", choices=RAMPS, only_if=RISES)
         ramp_end: float = option(1.0, "share of the iterations after which lambda is largest", minimum=0, maximum=1,
                                  only_if=TIMED)  # fmt: skip
-        consistency_times: int = option(1, "how often C counts; 2 in the released code", minimum=1, only_if=AGREES)
-        consistency_on: str = option("all", "crops on which both networks must agree", choices=ITEMS, only_if=AGREES)
+        consistency_times: int = option(1, "factor of C; 2 in the released code", minimum=1, only_if=AGREES)
+        consistency_on: str = option("all", "crops on which the consistency is computed", choices=ITEMS, only_if=AGREES)
 
     options: Options
+    outputs = ("seg", "sdm", "mean")
 
     def __init__(self, options: Options, *, iterations: int):
         super().__init__(options, iterations=iterations)
         o = options
+        self.needs_sdm = o.sdm_loss == "dis" or (o.sdm_loss == "both" and o.dis_weight > 0)
+        self.needs_unlabeled = o.consistency_on == "unlabeled"
         self.M_s = BACKBONES[o.backbone](heads={"seg": o.classes + o.softmax}, filters=o.filters)
         self.M_d = BACKBONES[o.backbone](heads={"sdm": o.classes}, filters=o.filters)
-
-    @property
-    def needs_sdm(self) -> bool:
-        return self.options.sdm_loss == "dis" or (self.options.sdm_loss == "both" and self.options.dis_weight > 0)
-
-    @property
-    def needs_unlabeled(self) -> bool:
-        return self.options.consistency_on == "unlabeled"
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        return ("seg", "sdm", "mean")
 
     def forward(self, batch: Batch, iteration: int) -> Losses:
         o = self.options
@@ -125,7 +117,15 @@ class DTML(Method):
 def probability_maps(
     M_s: nn.Module, M_d: nn.Module, image: Tensor, outputs: Collection[str], classes: int, k: float
 ) -> dict[str, Tensor]:
-    """image (N,1,W,H,D) -> those of p (seg), m (sdm) and their mean (mean) that `outputs` names, each (N,C,W,H,D)."""
+    """Foreground probabilities of the outputs that `outputs` names, each (N,C,W,H,D) in [0,1].
+
+    Args:
+        M_s, M_d: networks with the heads seg and sdm; each runs only if an output needs it.
+        image: (N,1,W,H,D).
+        outputs: seg is p of M_s, sdm is m of M_d, mean is (p + m)/2, which also returns the other two.
+        classes: C, foreground classes.
+        k: steepness of m = sigmoid(-k z).
+    """
     maps = {}
     if {"seg", "mean"} & set(outputs):
         maps["seg"] = probabilities(M_s(image)["seg"], classes)

@@ -1,20 +1,19 @@
-"""DTML+: ours. The two networks of DTML, which learn on unlabeled crops what both of their averages say together.
+"""DTML+, our extension of DTML: both networks learn from the pseudo-labels of their moving averages (EMA teachers).
 
 M_s predicts p = sigmoid(logits), M_d predicts z = tanh(.) and m = sigmoid(-k z), as in DTML (methods/dtml.py). Their
-moving averages predict p' and m' of an unlabeled crop u as the loader gives it, without gradient:
+moving averages predict p' and m' of an unlabeled crop u without further augmentation and without gradient:
 
-    y'  =  1 where (p' + m')/2 > 1/2, else 0          the pseudo-label
-    a   =  D where p' > 1/2 and m' > 1/2 agree, else 0        how far it is trusted; D = Dice(p' > 1/2, m' > 1/2) of u
+    y'  =  1 where (p' + m')/2 > 1/2, else 0                  pseudo-label
+    a   =  D where p' > 1/2 and m' > 1/2 agree, else 0        voxel weight, with D = Dice(p' > 1/2, m' > 1/2) of u
 
-Each network then learns y' from a strong view S(u) of its own, with random contrast, noise and blur:
+Each network then learns y' from its own strong view S(u), with random contrast, noise and blur:
 
     min over M_s   L_seg (x, Y)  + w(t) L_seg^a (S(u), y')
     min over M_d   L_mask(x, Y)  + w(t) L_mask^a(S(u), y')
     w(t)  =  0 before T_0, then rises to --pseudo-weight as a Gaussian ramp that ends at T_1
 
-where x, Y are labeled crops and the superscript a weighs every voxel. Segmentation and distance are two ways to the
-same answer, so where their averages disagree one of them is wrong, and nothing is learned there. What is tested first
-is the mean of both averages. With several classes p and m have a channel for each.
+x, Y are labeled crops; the superscript a weights every voxel. Where the two averages disagree, one of them is wrong, so
+the weight is 0. The default output is the mean of both averages. With C classes p and m have C channels.
 """
 
 from dataclasses import dataclass
@@ -61,17 +60,19 @@ class DTMLPlus(Method):
     class Options(Method.Options):
         filters: int = option(16, "channels of the first block of both V-Nets", minimum=1)
         k: float = option(50.0, "steepness of m = sigmoid(-k z)", minimum=1e-6)
-        ema_decay: float = option(0.99, "how much of the averages stays at each step", minimum=0, maximum=1)
-        pseudo_weight: float = option(0.5, "largest weight of the loss of unlabeled crops", minimum=0, only_if=STARTS)
+        ema_decay: float = option(0.99, "decay of the moving averages", minimum=0, maximum=1)
+        pseudo_weight: float = option(0.5, "largest weight of the pseudo-label losses", minimum=0, only_if=STARTS)
         start: float = option(0.2, "share of the iterations before unlabeled crops count", minimum=0, maximum=1,
                               only_if=COUNTS)  # fmt: skip
-        full: float = option(0.4, "share of the iterations after which they count fully", minimum=0, maximum=1,
+        full: float = option(0.4, "share of the iterations after which w is largest", minimum=0, maximum=1,
                              only_if=BOTH)  # fmt: skip
-        trust: str = option("both", "voxels of a pseudo-label to learn: all; where both tasks agree (voxel); there, "
-                            "weighted by their Dice on the crop (both)", choices=TRUST, only_if=BOTH)  # fmt: skip
+        trust: str = option("both", "voxels of a pseudo-label to learn: all; voxel: where both tasks agree; both: "
+                            "there, weighted by the Dice of the two tasks on the crop", choices=TRUST,
+                            only_if=BOTH)  # fmt: skip
         strong: float = option(0.5, "strength of the contrast, noise and blur of the strong views", minimum=0)
 
     options: Options
+    outputs = ("ema_mean", "ema_seg", "ema_sdm", "mean", "seg", "sdm")
 
     def __init__(self, options: Options, *, iterations: int):
         super().__init__(options, iterations=iterations)
@@ -81,12 +82,8 @@ class DTMLPlus(Method):
         self.ema = nn.ModuleDict({"M_s": make_teacher(self.M_s), "M_d": make_teacher(self.M_d)})
         self.ema.eval()
 
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        return ("ema_mean", "ema_seg", "ema_sdm", "mean", "seg", "sdm")
-
     def train(self, mode: bool = True) -> "DTMLPlus":
-        """The averages stay in evaluation mode, with the averaged statistics of their batch norm."""
+        """Sets the mode of M_s and M_d; the averages stay in evaluation mode, with averaged batch-norm statistics."""
         super().train(mode)
         self.ema.eval()
         return self
@@ -94,7 +91,7 @@ class DTMLPlus(Method):
     def forward(self, batch: Batch, iteration: int) -> Losses:
         o, label, L = self.options, batch["label"], len(batch["label"])
         labeled, unlabeled = batch["image"].tensor_split([L])
-        # Both kinds of crops in one pass, so that batch norm sees them together from the first iteration.
+        # One pass for labeled and unlabeled crops, so that batch norm normalises over both.
         logits = self.M_s(torch.cat([labeled, strong_view(unlabeled, o.strong)]))["seg"]
         z = self.M_d(torch.cat([labeled, strong_view(unlabeled, o.strong)]))["sdm"]
         p, m = probabilities(logits, o.classes), sdm_to_mask(z, o.k)
@@ -119,7 +116,7 @@ class DTMLPlus(Method):
         return Losses(total, terms, {"w": weight}, monitors)
 
     def ramp(self, iteration: int) -> float:
-        """w(t) over its largest value, in [0,1]."""
+        """w(t) divided by its maximum, in [0,1]."""
         first, last = (share * self.iterations for share in (self.options.start, self.options.full))
         if iteration < first:
             return 0.0
@@ -127,13 +124,13 @@ class DTMLPlus(Method):
 
     @torch.no_grad()
     def pseudo_label(self, image: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """image (N,1,W,H,D) -> y' (N,W,H,D) of 0..C, a (N,1,W,H,D) in [0,1], and what is worth watching."""
+        """image (N,1,W,H,D) -> pseudo-label y' (N,W,H,D) of 0..C, weight a (N,1,W,H,D) in [0,1], and monitors."""
         o = self.options
         p = probabilities(self.ema["M_s"](image)["seg"], o.classes)
         m = sdm_to_mask(self.ema["M_d"](image)["sdm"], o.k)
-        pseudo, of_p, of_m = (torch.stack([label_map(x) for x in q]) for q in ((p + m) / 2, p, m))
-        agree = (of_p == of_m)[:, None].to(p.dtype)
-        dice = torch.stack([hard_dice(q[None], y[None]) for q, y in zip(p, of_m, strict=True)])
+        pseudo, label_p, label_m = (torch.stack([label_map(x) for x in q]) for q in ((p + m) / 2, p, m))
+        agree = (label_p == label_m)[:, None].to(p.dtype)
+        dice = torch.stack([hard_dice(q[None], y[None]) for q, y in zip(p, label_m, strict=True)])
         a = torch.ones_like(agree) if o.trust == "all" else agree
         if o.trust == "both":
             a = a * dice.view(-1, 1, 1, 1, 1)
@@ -146,11 +143,11 @@ class DTMLPlus(Method):
     def predict(self, image: Tensor, outputs: tuple[str, ...]) -> Tensor:
         o = self.options
         maps: dict[str, Tensor] = {}
-        both: dict[str, Any] = {"": self, "ema_": self.ema}
-        for prefix, networks in both.items():
+        pairs: dict[str, Any] = {"": self, "ema_": self.ema}
+        for prefix, networks in pairs.items():
             own = {name.removeprefix("ema_") for name in outputs if name.startswith("ema_") == bool(prefix)}
-            found = probability_maps(networks.M_s, networks.M_d, image, own, o.classes, o.k)
-            maps |= {prefix + name: value for name, value in found.items()}
+            predictions = probability_maps(networks.M_s, networks.M_d, image, own, o.classes, o.k)
+            maps |= {prefix + name: value for name, value in predictions.items()}
         return torch.cat([maps[name] for name in outputs], dim=1)
 
     def maps(self, image: Tensor) -> dict[str, Tensor]:

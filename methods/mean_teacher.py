@@ -1,12 +1,12 @@
 """Mean teacher: Tarvainen & Valpola, Mean teachers are better role models, NeurIPS 2017, for segmentation.
 
-A student f learns from labels, and from agreeing with a teacher f' that is its exponential moving average and sees
-the image with noise xi. With p = f(x), q = f'(x + xi), both with dropout:
+A student f learns from labels and from a consistency with its teacher f'. The teacher is the exponential moving average
+of the student, and its input has noise xi. With p = f(x) and q = f'(x + xi), both with dropout:
 
     min over f   L_seg + lambda(t) C        C = mean (p - q)^2
     f'  <-  alpha f' + (1 - alpha) f        alpha = min(1 - 1/(t+1), 0.99)
 
-No gradient reaches the teacher. The plain base of UA-MT, TCSE and DoubleUnc, which replace C.
+No gradient reaches the teacher. UA-MT, TCSE and DoubleUnc are subclasses with another C.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ AGREES: Condition = {"lambda_max": bool}
 
 
 class MeanTeacher(Method):
-    """A V-Net that learns from labels and from its own moving average."""
+    """A V-Net that learns from labels and from its moving average."""
 
     multiclass = True
 
@@ -37,31 +37,25 @@ class MeanTeacher(Method):
         softmax: bool = option(
             False, "p by a softmax over C+1 channels, as the released code of UA-MT, in place of C sigmoids"
         )
-        consistency_on: str = option("all", "crops on which student and teacher must agree", choices=ITEMS,
+        consistency_on: str = option("all", "crops on which the consistency is computed", choices=ITEMS,
                                      only_if=AGREES)  # fmt: skip
         lambda_max: float = option(0.1, "largest weight of the consistency", minimum=0)
         ramp: str = option("gaussian", "how lambda rises", choices=RAMPS, only_if=AGREES)
-        ema_decay: float = option(0.99, "alpha, how much of the average stays at each step; 0: no average", minimum=0,
+        ema_decay: float = option(0.99, "alpha, decay of the teacher's moving average; 0: no average", minimum=0,
                                   maximum=1)  # fmt: skip
-        noise: float = option(0.1, "standard deviation of the teacher's input noise, clipped at twice it", minimum=0,
+        noise: float = option(0.1, "standard deviation of the teacher's input noise, clipped at two of them", minimum=0,
                               only_if=AGREES)  # fmt: skip
 
     options: Options
+    outputs = ("seg", "teacher")
 
     def __init__(self, options: Options, *, iterations: int):
         super().__init__(options, iterations=iterations)
+        self.needs_unlabeled = options.consistency_on == "unlabeled"
         self.student = BACKBONES[options.backbone](
             heads={"seg": options.classes + options.softmax}, filters=options.filters
         )
         self.teacher = make_teacher(self.student)
-
-    @property
-    def needs_unlabeled(self) -> bool:
-        return self.options.consistency_on == "unlabeled"
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        return ("seg", "teacher")
 
     def forward(self, batch: Batch, iteration: int) -> Losses:
         o, image, label = self.options, batch["image"], batch["label"]
@@ -75,12 +69,12 @@ class MeanTeacher(Method):
         return Losses(weighted_sum(terms, {"consistency": lambda_}), terms, {"lambda": lambda_}, monitors)
 
     def consistency(self, p: Tensor, image: Tensor, iteration: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """C of the student's p (N,C,W,H,D) for the image (N,1,W,H,D), and what is worth watching."""
+        """The consistency C between the student's p (N,C,W,H,D) and the teacher on image (N,1,W,H,D), and monitors."""
         return consistency_loss(p, self.teach(noisy(image, self.options.noise))), {}
 
     @torch.no_grad()
     def teach(self, image: Tensor) -> Tensor:
-        """The teacher's probabilities of the image as given, without gradient."""
+        """image (N,1,W,H,D) -> probabilities of the teacher (N,C,W,H,D), without noise and without gradient."""
         return probabilities(self.teacher(image)["seg"], self.options.classes)
 
     def after_step(self, batch: Batch, iteration: int) -> None:
@@ -88,8 +82,8 @@ class MeanTeacher(Method):
 
     def predict(self, image: Tensor, outputs: tuple[str, ...]) -> Tensor:
         networks = {"seg": self.student, "teacher": self.teacher}
-        found = [probabilities(networks[name](image)["seg"], self.options.classes) for name in outputs]
-        return torch.cat(found, dim=1)
+        predictions = [probabilities(networks[name](image)["seg"], self.options.classes) for name in outputs]
+        return torch.cat(predictions, dim=1)
 
     def maps(self, image: Tensor) -> dict[str, Tensor]:
         p, q = self.predict(image, self.outputs).chunk(2, dim=1)

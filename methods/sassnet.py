@@ -1,13 +1,13 @@
 """SASSNet: Li, Zhang & He, Shape-aware Semi-supervised 3D Semantic Segmentation for Medical Images, MICCAI 2020.
 
-One V-Net with two heads, q = sigmoid(.) and z = tanh(.), and a critic D that sees z beside the image x and must tell
-the labeled scans (class 1) from the unlabeled ones (class 0):
+One V-Net has two heads, q = sigmoid(.) and z = tanh(.). A critic D reads z and the image x. It learns to distinguish
+labeled scans (class 1) from unlabeled ones (class 0):
 
     V-Net   min  Dice(q, Y) + beta mean (z - SDM(Y))^2  [labeled]  +  w(t) CE(D(z, x), 1)  [unlabeled]
     D       min  CE(D(z, x), 1)  [labeled]  +  CE(D(z, x), 0)  [unlabeled]      Adam, after each step of the V-Net
 
-As in the released code: D judges in evaluation mode, and for its own step z is computed anew by the V-Net in
-evaluation mode. w rises to 0.01 with 16 labeled scans there, to 0.015 with 8.
+As in the released code, D runs in evaluation mode for the V-Net's loss. For the step of D, z is computed again by the
+V-Net in evaluation mode. There w rises to 0.01 with 16 labeled scans and to 0.015 with 8.
 """
 
 from dataclasses import dataclass
@@ -32,9 +32,11 @@ class SASSNet(TwoHeads):
     class Options(TwoHeads.Options):
         adversarial_max: float = option(0.01, "largest w; the authors' is 0.015 with 8 labeled scans", minimum=0)
         ramp: str = option("gaussian", "how w rises", choices=RAMPS, only_if={"adversarial_max": bool})
-        critic_lr: float = option(1e-4, "rate of the critic's Adam", minimum=0, only_if={"adversarial_max": bool})
+        critic_lr: float = option(1e-4, "learning rate of the critic's Adam", minimum=0,
+                                  only_if={"adversarial_max": bool})  # fmt: skip
 
     options: Options
+    needs_unlabeled = True
 
     def __init__(self, options: Options, *, iterations: int):
         super().__init__(options, iterations=iterations)
@@ -42,17 +44,13 @@ class SASSNet(TwoHeads):
             MapCritic(filters=4 * options.filters, classes=options.classes), lr=options.critic_lr
         )
 
-    @property
-    def needs_unlabeled(self) -> bool:
-        return True
-
     def forward(self, batch: Batch, iteration: int) -> Losses:
         o, image, labeled = self.options, batch["image"], len(batch["label"])
         q, z = self.heads(image)
-        opinion = self.adversary(z[labeled:], image[labeled:])
-        adversarial = cross_entropy(opinion, torch.ones(len(opinion), dtype=torch.long, device=opinion.device))
+        verdict = self.adversary(z[labeled:], image[labeled:])
+        adversarial = cross_entropy(verdict, torch.ones(len(verdict), dtype=torch.long, device=verdict.device))
         w = o.adversarial_max * ramp_up(iteration, self.iterations, o.ramp)
-        taken_for_labeled = opinion.detach().softmax(dim=1)[:, 1].mean()
+        taken_for_labeled = verdict.detach().softmax(dim=1)[:, 1].mean()
         return self.losses(q, z, batch, {"adversarial": adversarial}, w, **{"critic/fooled": taken_for_labeled})
 
     def after_step(self, batch: Batch, iteration: int) -> None:

@@ -16,7 +16,7 @@ from utils.options import option
 
 
 class Supervised(Method):
-    """One V-Net with one head, from labeled scans only; a batch holds labeled crops alone."""
+    """One V-Net with one head, trained on labeled scans only; a batch holds labeled crops only."""
 
     uses_unlabeled = False
     multiclass = True
@@ -39,16 +39,13 @@ class Supervised(Method):
         o = options
         channels = o.classes + (o.head == "seg" and o.softmax)
         self.network = BACKBONES[o.backbone](heads={o.head: channels}, filters=o.filters)
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        return (self.options.head,)
+        self.outputs = (o.head,)
 
     def forward(self, batch: Batch, iteration: int) -> Losses:
         o, label = self.options, batch["label"]
-        found = labeled_part(self.network(batch["image"])[o.head], batch)
-        p = self._probabilities(found)
-        terms = {"seg": seg_loss(found, label, o.classes)} if o.head == "seg" else {"mask": dice_loss(p, label)}
+        output = labeled_part(self.network(batch["image"])[o.head], batch)
+        p = self._probabilities(output)
+        terms = {"seg": seg_loss(output, label, o.classes)} if o.head == "seg" else {"mask": dice_loss(p, label)}
         with torch.no_grad():
             monitors = {f"dice/train_{o.head}": hard_dice(p, label)}
             if o.head == "sdm":
@@ -60,11 +57,11 @@ class Supervised(Method):
         return self._probabilities(self.network(image)[self.options.head])
 
     def maps(self, image: Tensor) -> dict[str, Tensor]:
-        found = self.network(image)[self.options.head]
-        p = self._probabilities(found)
-        return by_name(p=p) if self.options.head == "seg" else by_name(m=p, z=found)
+        output = self.network(image)[self.options.head]
+        p = self._probabilities(output)
+        return by_name(p=p) if self.options.head == "seg" else by_name(m=p, z=output)
 
-    def _probabilities(self, found: Tensor) -> Tensor:
-        """What the head gives -> p or m (N,C,W,H,D)."""
+    def _probabilities(self, output: Tensor) -> Tensor:
+        """Output of the head, logits or z -> p or m (N,C,W,H,D) in [0,1]."""
         o = self.options
-        return probabilities(found, o.classes) if o.head == "seg" else sdm_to_mask(found, o.k)
+        return probabilities(output, o.classes) if o.head == "seg" else sdm_to_mask(output, o.k)

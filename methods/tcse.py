@@ -2,14 +2,14 @@
 
 IEEE Transactions on Neural Networks and Learning Systems, 2020.
 
-A mean teacher that must agree with its student after a transformation pi of the image, a quarter turn in the plane and
-a flip, drawn anew for every crop:
+A mean teacher whose consistency compares student and teacher under a transformation pi of the image: a quarter turn in
+the plane and a flip, drawn anew for every crop:
 
     C = mean || pi(f(x)) - f'(pi(x + xi)) ||^2  =  mean || f(x) - pi^-1(f'(pi(x + xi))) ||^2
 
-The second form is the one computed: pi moves voxels without mixing them, so both are equal, and no gradient passes
-through it. Our interpretation, on labeled and unlabeled crops: the DTML and UA-MT papers report a V-Net without code,
-and in the released 2D code the consistency has no gradient at all. `--scale` adds the zoom of the journal version.
+The second form is computed. Both are equal, because pi only permutes voxels. No gradient passes through pi. Our
+interpretation, on labeled and unlabeled crops: the DTML and UA-MT papers report a V-Net without code, and in the
+released 2D code the consistency has no gradient. `--scale` adds the zoom of the journal version.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What DTC and SASSNet share: one V-Net that predicts a segmentation and a signed distance map."""
+"""The base class of DTC and SASSNet: one V-Net that predicts a segmentation and a signed distance map."""
 
 from dataclasses import dataclass
 
@@ -13,9 +13,10 @@ from utils.options import option
 
 
 class TwoHeads(Method):
-    """q = sigmoid(logits) and z = tanh(.) of one V-Net; its supervised loss is Dice(q, Y) + beta mean (z - SDM(Y))^2.
+    """A V-Net with q = sigmoid(logits) and z = tanh(.); its supervised loss is Dice(q, Y) + beta mean (z - SDM(Y))^2.
 
-    As in both released codes the segmentation learns from Dice alone: their cross-entropy is logged, never minimised.
+    As in the released codes of both, the segmentation learns from Dice alone: they log a cross-entropy, but do not
+    minimise it.
     """
 
     @dataclass
@@ -25,30 +26,32 @@ class TwoHeads(Method):
         beta: float = option(0.3, "weight of the squared error of the signed distance map", minimum=0)
 
     options: Options
+    outputs: tuple[str, ...] = ("seg",)
     multiclass = True
 
     def __init__(self, options: Options, *, iterations: int):
         super().__init__(options, iterations=iterations)
         o = options
+        self.needs_sdm = o.beta > 0
         self.network = BACKBONES[o.backbone](heads={"seg": o.classes + o.softmax, "sdm": o.classes}, filters=o.filters)
 
-    @property
-    def needs_sdm(self) -> bool:
-        return self.options.beta > 0
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        return ("seg",)
-
     def heads(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """q in [0,1] and z in [-1,1], each (N,C,W,H,D)."""
-        found = self.network(image)
-        return probabilities(found["seg"], self.options.classes), found["sdm"]
+        """image (N,1,W,H,D) -> q in [0,1] and z in [-1,1], each (N,C,W,H,D)."""
+        outputs = self.network(image)
+        return probabilities(outputs["seg"], self.options.classes), outputs["sdm"]
 
     def losses(
         self, q: Tensor, z: Tensor, batch: Batch, unsupervised: dict[str, Tensor], weight: float, **monitors: Tensor
     ) -> Losses:
-        """The supervised terms, and the one unsupervised term with its weight lambda(t)."""
+        """Adds the supervised terms to the unsupervised one.
+
+        Args:
+            q, z: predictions of all items, (N,C,W,H,D).
+            batch: the batch of the predictions.
+            unsupervised: name -> scalar of the unsupervised term.
+            weight: lambda(t), the weight of that term.
+            monitors: further scalars for the log.
+        """
         label = batch["label"]
         terms = {"seg": dice_loss(labeled_part(q, batch), label)}
         if self.needs_sdm:

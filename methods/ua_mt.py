@@ -1,16 +1,16 @@
 """UA-MT: Yu et al., Uncertainty-aware Self-ensembling Model for Semi-supervised 3D Left Atrium Segmentation, 2019.
 
-A mean teacher whose target counts only where the teacher is certain. T stochastic passes of the teacher give the
-mean probability pbar and the entropy
+A mean teacher whose consistency is restricted to voxels where the teacher is certain. T stochastic passes of the
+teacher give the mean probability pbar and its entropy U:
 
     U = - sum_c pbar_c ln pbar_c                                            in [0, ln 2]
     C = sum_v 1(U < H) (p - q)^2 / sum_v 1(U < H)
     H(t) = (3/4 + 1/4 exp(-5 (1 - t/T_max)^2)) ln 2                         from 0.5210 to ln 2
 
-As the published command: C on unlabeled crops alone (`--consistency-on all` is nearer to the paper's sum over both).
-Here the teacher starts as a copy of the student, not from weights of its own (after one step both codes agree), and
-its batch-norm statistics are the student's average, so that it can be tested too; the released code leaves them.
-With several classes U is that of each class against all else, and each counts where it is certain itself.
+As in the published command, C is computed on unlabeled crops alone (`--consistency-on all` is closer to the paper's sum
+over both). Two differences from the released code: the teacher starts as a copy of the student, not from weights of its
+own (after one step both codes agree); its batch-norm statistics are the average of the student's, so that the teacher
+can be tested too. With several classes U is the entropy of each class against all others, with a mask for each class.
 """
 
 import math
@@ -34,7 +34,7 @@ class UAMT(MeanTeacher):
 
     @dataclass
     class Options(MeanTeacher.Options):
-        consistency_on: str = option("unlabeled", "crops on which student and teacher must agree", choices=ITEMS,
+        consistency_on: str = option("unlabeled", "crops on which the consistency is computed", choices=ITEMS,
                                      only_if=AGREES)  # fmt: skip
         passes: int = option(8, "T, stochastic passes of the teacher for the uncertainty", minimum=1, only_if=AGREES)
         entropy_epsilon: float = option(
@@ -50,13 +50,13 @@ class UAMT(MeanTeacher):
         return masked_mean((p - q).square(), certain), {"certain_share": certain.mean()}
 
     def uncertainty(self, image: Tensor) -> Tensor:
-        """U of image (N,1,W,H,D), the entropy of the mean of T passes, (N,C,W,H,D) in [0, ln 2]."""
+        """image (N,1,W,H,D) -> U (N,C,W,H,D) in [0, ln 2], the entropy of the mean of T passes."""
         passes = monte_carlo(self.teacher, image, passes=self.options.passes, noise=self.options.noise)
-        found = [probabilities(x["seg"], self.options.classes).unflatten(0, (-1, len(image))) for x in passes]
-        return entropy(torch.cat(found).mean(dim=0), self.options.entropy_epsilon)
+        p = [probabilities(x["seg"], self.options.classes).unflatten(0, (-1, len(image))) for x in passes]
+        return entropy(torch.cat(p).mean(dim=0), self.options.entropy_epsilon)
 
     def threshold(self, iteration: int) -> float:
-        """H(t): the uncertainty below which a voxel counts."""
+        """H(t), the uncertainty in [0, ln 2] below which a voxel counts."""
         return (0.75 + 0.25 * ramp_up(iteration, self.iterations)) * math.log(2)
 
     def maps(self, image: Tensor) -> dict[str, Tensor]:

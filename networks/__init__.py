@@ -1,1 +1,1 @@
-"""Networks as pure nn.Modules: they know no loss, no data and no method."""
+"""Networks as plain nn.Modules, independent of losses, data and methods."""

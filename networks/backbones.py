@@ -1,4 +1,4 @@
-"""The encoder-decoders that a method can stand on, by the name of --backbone."""
+"""The encoder-decoders that a method can use, by the name of --backbone."""
 
 from networks.uxnet import UXNet
 from networks.vnet import VNet

@@ -1,4 +1,4 @@
-"""Batch norm for maps whose channels lie together in memory, the layout in which a CPU's convolutions are fastest."""
+"""Batch norm that is exact in channels_last_3d, the memory layout in which convolutions on a CPU are fastest."""
 
 from typing import Any, ClassVar
 
@@ -7,19 +7,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 CHUNK = 1024
-"""Voxels that are added up in float32 at a time."""
+"""Voxels that are summed in float32 before the sums are added in float64."""
 
 
 class BatchNorm3d(nn.BatchNorm3d):
-    """nn.BatchNorm3d, which in training on a CPU is as exact for maps (N,C,W,H,D) in the layout channels_last_3d as it
-    is for contiguous ones.
+    """nn.BatchNorm3d that in training on a CPU is as exact in the layout channels_last_3d as for contiguous maps.
 
-    torch 2.13 adds up all voxels of such maps one after the other: with 4 x 112x112x80 of them the mean has lost half
-    of its digits, which M_d multiplies by k = 1500.
+    In this layout torch 2.13 adds up all voxels one after the other. With 4 x 112x112x80 voxels the mean loses half of
+    its digits, and M_d multiplies the error by k = 1500. Maps are (N,C,W,H,D).
     """
 
     counts: ClassVar[bool] = True
-    """Whether training moves the running statistics."""
+    """Whether training updates the running statistics."""
 
     def forward(self, x: Tensor) -> Tensor:
         last = x.is_contiguous(memory_format=torch.channels_last_3d)
@@ -38,14 +37,14 @@ class BatchNorm3d(nn.BatchNorm3d):
         return y
 
     def _uncounted(self, x: Tensor) -> Tensor:
-        """torch's own, on copies of the running statistics."""
+        """torch's batch norm with copies of the running statistics, which thus stay unchanged."""
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
         copies = self.running_mean.clone(), self.running_var.clone()
         return F.batch_norm(x, *copies, self.weight, self.bias, training=True, momentum=self.momentum, eps=self.eps)
 
 
 class _Normalise(torch.autograd.Function):
-    """x, weight, bias, eps -> y, and the mean and variance of each channel, through which no gradient goes."""
+    """x, weight, bias, eps -> y, and the mean and variance of each channel, both without gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,11 +65,11 @@ class _Normalise(torch.autograd.Function):
         grad_x = torch.empty_like(x)
         g, d = rows(grad.contiguous(memory_format=torch.channels_last_3d)), rows(grad_x)
         torch.sub(rows(x), mean, out=d)
-        of_bias, of_weight = chunked_mean(g), chunked_mean(g, d) * invstd
+        grad_bias, grad_weight = chunked_mean(g), chunked_mean(g, d) * invstd
         scale = weight * invstd
-        torch.addcmul(-scale * of_bias, d, -scale * invstd * of_weight, out=d)
+        torch.addcmul(-scale * grad_bias, d, -scale * invstd * grad_weight, out=d)
         d.addcmul_(g, scale)
-        return grad_x, of_weight * len(d), of_bias * len(d), None
+        return grad_x, grad_weight * len(d), grad_bias * len(d), None
 
 
 def rows(x: Tensor) -> Tensor:
@@ -79,10 +78,9 @@ def rows(x: Tensor) -> Tensor:
 
 
 def chunked_mean(a: Tensor, b: Tensor | None = None) -> Tensor:
-    """Mean over the rows of a (M,C), or of a times b: added up in float32 within a chunk of rows, in float64 over
-    the chunks."""
+    """Mean over the rows of a (M,C), or of a times b; sums are float32 within a chunk of rows, float64 over chunks."""
     M, C = a.shape
-    if b is not None and C <= 16:  # many rows, and a matrix product need not write theirs down
+    if b is not None and C <= 16:  # a matrix product needs no memory for a * b
         sums = [(u.mT @ v).diagonal(dim1=1, dim2=2) for u, v in zip(chunks(a), chunks(b), strict=True)]
     else:
         sums = [u.sum(dim=1) for u in chunks(a if b is None else a * b)]
@@ -90,6 +88,6 @@ def chunked_mean(a: Tensor, b: Tensor | None = None) -> Tensor:
 
 
 def chunks(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(M,C) -> its whole chunks (n,CHUNK,C) and the rest (1,m,C)."""
+    """(M,C) -> the complete chunks (n,CHUNK,C) and the remaining rows (1,m,C)."""
     whole = len(x) - len(x) % CHUNK
     return x[:whole].view(-1, CHUNK, x.shape[1]), x[None, whole:]

@@ -5,12 +5,12 @@ from torch import Tensor, nn
 
 
 class Conv3d(nn.Conv3d):
-    """nn.Conv3d, which in bfloat16 on a CPU computes in float32 where a side of the map is below the kernel's.
+    """nn.Conv3d; with bfloat16 on a CPU it computes in float32 where a side of the map is smaller than the kernel.
 
-    Such maps are tiny, and oneDNN (3.12, of torch 2.13) does not compute them: for a kernel 3 and a first side of 2,
-    for 5 and sides up to 4, for 7 and sides up to 6, parts of the gradients of weight and bias are what the memory
-    held before, a map of one channel and a first side of 1 comes out so itself, and some shapes write where they must
-    not. CPUs with and without AVX512-BF16 have it, in both layouts; float32 is right.
+    This works around a bug of oneDNN 3.12 (torch 2.13) on such small maps. Parts of the gradients of weight and bias
+    are uninitialised memory for kernel 3 with a first side of 2, kernel 5 with sides up to 4, and kernel 7 with sides
+    up to 6. The output itself is uninitialised for one channel and a first side of 1. Some shapes write out of bounds.
+    CPUs with and without AVX512-BF16 are affected, in both layouts; float32 is correct.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The critics of the adversarial methods. Logits of two classes: channel 1 is 'labeled' or 'as a label would be'."""
+"""The critics of ASDNet and SASSNet. They return logits of two classes; class 1 is 'labeled', or 'is a label'."""
 
 from torch import Tensor, nn
 
@@ -6,14 +6,14 @@ SLOPE = 0.2  # of the leaky ReLU
 
 
 class MapCritic(nn.Module):
-    """SASSNet's discriminator: does this signed distance map come from a labeled scan?
+    """SASSNet's discriminator: classifies whether a signed distance map comes from a labeled scan.
 
-    Four 4x4x4 convolutions of stride 2; the first one of the map and of the image are summed. 11,020,290 parameters
-    with 64 filters. Global average pooling stands where the released code pools by the fixed 7x7x5 of its patch.
+    Four 4x4x4 convolutions of stride 2. Map and image have separate first convolutions, whose outputs are summed.
+    11,020,290 parameters with 64 filters. Global average pooling replaces the fixed 7x7x5 pooling of the released code.
 
     Args:
-        filters: channels of the first layer, doubled at each of the three below.
-        classes: C, maps of a scan.
+        filters: channels of the first layer, doubled at each of the next three.
+        classes: C, number of maps.
     """
 
     def __init__(self, *, filters: int = 64, classes: int = 1):
@@ -43,16 +43,16 @@ class MapCritic(nn.Module):
 
 
 class ConfidenceNet(nn.Module):
-    """ASDNet's fully convolutional critic: how much does the segmentation look like a label, voxel by voxel?
+    """ASDNet's fully convolutional critic: classifies for each voxel whether the segmentation there is a label.
 
     Encoder of four scales (3x3x3, then 4x4x4 of stride 2), decoder of three (4x4x4 transposed, batch norm, ReLU) whose
-    maps are summed with the encoder's. The released forward feeds every decoder block from the encoder alone, so that
-    all below its first scale is dead; here each block reads the one below it. 5,507,970 parameters with 32 filters and
+    maps are summed with the encoder's. In the released forward pass every decoder block reads the encoder only, so that
+    the lower scales have no effect; here each block reads the block below it. 5,507,970 parameters with 32 filters and
     two channels.
 
     Args:
-        channels: of the input: background and foreground, and the image if it is shown.
-        filters: channels of the first layer, doubled at each of the three scales below.
+        channels: input channels: background and foreground, and optionally the image.
+        filters: channels of the first layer, doubled at each of the three lower scales.
     """
 
     def __init__(self, *, channels: int = 2, filters: int = 32):
@@ -76,6 +76,3 @@ class ConfidenceNet(nn.Module):
         for block, skip in zip(self.decoder, maps[-2::-1], strict=True):
             x = block(x) + skip
         return self.head(x)
-
-
-__all__ = ["ConfidenceNet", "MapCritic"]

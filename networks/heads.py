@@ -1,4 +1,4 @@
-"""The heads of a backbone, and the sides that it takes."""
+"""The heads of a backbone, and the check of the sides of its input."""
 
 from torch import Tensor, nn
 
@@ -8,19 +8,27 @@ ACTIVATIONS = {"seg": nn.Identity, "sdm": nn.Tanh}
 
 
 def make_heads(heads: dict[str, int], channels_in: int) -> nn.ModuleDict:
-    """Head name -> 1x1x1 convolution to so many channels. 'seg' gives logits, 'sdm' tanh values in [-1,1].
+    """Creates the heads: 1x1x1 convolutions. 'seg' returns logits, 'sdm' tanh values in [-1,1].
+
+    Args:
+        heads: head name -> output channels.
+        channels_in: channels of the map that the heads read.
 
     Raises:
-        ValueError: for an unknown name.
+        ValueError: for an unknown head name.
     """
     unknown = set(heads) - set(ACTIVATIONS)
     if unknown:
         raise ValueError(f"heads must be named from {sorted(ACTIVATIONS)}, not {sorted(heads)}")
-    found = {name: nn.Sequential(nn.Conv3d(channels_in, n, 1), ACTIVATIONS[name]()) for name, n in heads.items()}
-    return nn.ModuleDict(found)
+    modules = {name: nn.Sequential(nn.Conv3d(channels_in, n, 1), ACTIVATIONS[name]()) for name, n in heads.items()}
+    return nn.ModuleDict(modules)
 
 
 def refuse_sides(image: Tensor) -> None:
-    """Raises a ValueError if a side of (N,C,W,H,D) is not a multiple of 16."""
+    """Checks the sides of image (N,C,W,H,D).
+
+    Raises:
+        ValueError: if a side is not a multiple of 16.
+    """
     if any(side % STRIDE for side in image.shape[2:]):
         raise ValueError(f"every side must be a multiple of {STRIDE}, not {tuple(image.shape[2:])}")

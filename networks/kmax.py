@@ -21,32 +21,39 @@ EPSILON = 1e-3  # of all batch norms
 
 
 class Clusters(NamedTuple):
-    """What the decoder makes of a crop; no assignment and no levels from a network without queries."""
+    """Output of the decoder. A network without queries has no assignment and no levels."""
 
     logits: Tensor
     """S (B,K,W,H,D) = sum_n C_nk P_n."""
     assignment: Tensor | None = None
-    """P (B,N,W,H,D), the share of every query in a voxel; sums to 1."""
+    """P (B,N,W,H,D), the share of each query in every voxel; sums to 1 over the queries."""
     levels: tuple[Tensor, ...] = ()
-    """M (B,N,w,h,d) of every k-means layer, logits of its own assignment."""
+    """M (B,N,w,h,d) of each k-means layer, the logits of its assignment."""
 
     def split(self, first: int) -> tuple["Clusters", "Clusters"]:
-        """That of the first crops and that of the others."""
+        """Splits the batch after `first` crops."""
         P, M = self.assignment, self.levels
         parts = (slice(first), slice(first, None))
-        one, two = (Clusters(self.logits[i], None if P is None else P[i], tuple(m[i] for m in M)) for i in parts)
-        return one, two
+        head, tail = (Clusters(self.logits[i], None if P is None else P[i], tuple(m[i] for m in M)) for i in parts)
+        return head, tail
 
 
 def truncated_(weight: Tensor, sd: float) -> None:
-    """Fills with a normal of this standard deviation, cut at two of it (before the cut changes it)."""
+    """Fills `weight` in place from a normal distribution of standard deviation `sd`, truncated at 2 sd."""
     nn.init.trunc_normal_(weight, std=sd, a=-2 * sd, b=2 * sd)
 
 
 def project(
     channels_in: int, channels_out: int, momentum: float, *, sd: float | None = None, gate: float = 1.0
 ) -> nn.Sequential:
-    """1x1 convolution without bias and batch norm: (B,in,v) -> (B,out,v). `gate` is the norm's first weight."""
+    """1x1 convolution without bias, then batch norm: (B,in,v) -> (B,out,v).
+
+    Args:
+        channels_in, channels_out: channels of the convolution.
+        momentum: momentum of the batch norm.
+        sd: initial standard deviation of the weights; default sqrt(2 / channels_in).
+        gate: initial weight of the batch norm.
+    """
     conv = nn.Conv1d(channels_in, channels_out, 1, bias=False)
     norm = nn.BatchNorm1d(channels_out, momentum=momentum, eps=EPSILON)
     truncated_(conv.weight, math.sqrt(2 / channels_in) if sd is None else sd)
@@ -56,20 +63,21 @@ def project(
 
 @torch.no_grad()
 def hard_assignment(M: Tensor) -> Tensor:
-    """A (B,N,v): 1 for the query with the largest logit of each voxel, the first of equals, else 0; no gradient."""
+    """M (B,N,v) -> one-hot A (B,N,v) of the query with the largest logit at each voxel, without gradient."""
     return torch.zeros_like(M).scatter_(1, M.argmax(dim=1, keepdim=True), 1.0)
 
 
 def group_sums(P: Tensor, groups: Sequence[int]) -> Tensor:
-    """G (B,len(groups),...): P (B,N,...) summed over the first groups[0] queries, the next groups[1], and so on."""
+    """P (B,N,...) -> G (B,len(groups),...): sums over the first groups[0] queries, the next groups[1], and so on."""
     return torch.stack([part.sum(dim=1) for part in P.split(list(groups), dim=1)], dim=1)
 
 
 class AssignmentPredictor(nn.Module):
-    """M = BN(F^T W): how well each query fits each voxel.
+    """M = BN(F^T W), the logits of each query at each voxel.
 
-    F, of unit length at every voxel, from the map: depthwise 5x5x5, 1x1x1 to C, 1x1x1 to C/2. W from the queries. The
-    norm is of one channel over all of (B,N,v); its weight starts at `scale`, which is the first spread of the logits.
+    F has unit length at every voxel. It is computed from the map by a depthwise 5x5x5 convolution and two 1x1x1
+    convolutions, to C and C/2 channels. W is a projection of the queries. The batch norm has one channel over all of
+    (B,N,v). Its weight starts at `scale`, the initial standard deviation of the logits.
     """
 
     def __init__(self, channels: int, query_channels: int, momentum: float, scale: float):
@@ -97,8 +105,8 @@ class AssignmentPredictor(nn.Module):
 class KMeansLayer(nn.Module):
     """One step of k-means cross-attention, self-attention of the queries, and a feed-forward network.
 
-    A = onehot(argmax_n M),  Q <- Q + proj(BN(U A^T)): each query receives the sum of the values of its voxels. The last
-    norm of each of the three branches starts at 0, so that at first the layer maps Q to gelu(gelu(Q)).
+    A = onehot(argmax_n M),  Q <- Q + proj(BN(U A^T)): each query receives the sum of the values U of its voxels. The
+    last batch norm of each of the three branches starts with weight 0, so the layer initially maps Q to gelu(gelu(Q)).
     """
 
     def __init__(self, channels: int, query_channels: int, momentum: float, scale: float):
@@ -128,7 +136,7 @@ class KMeansLayer(nn.Module):
         return Q, M.unflatten(2, X.shape[2:])
 
     def attention(self, z: Tensor) -> Tensor:
-        """Every query's mean of the others' values, by eight heads: (B,C,N) -> (B,C,N)."""
+        """Self-attention of the queries with eight heads: (B,C,N) -> (B,C,N)."""
         C = z.shape[1]
         q, k, v = (part.unflatten(1, (HEADS, -1)) for part in self.qkv(z).split([C // 2, C // 2, C], dim=1))
         weight = self.similarity_norm(q.transpose(2, 3) @ k).softmax(dim=3)
@@ -136,21 +144,22 @@ class KMeansLayer(nn.Module):
 
 
 class KMaXDecoder(nn.Module):
-    """Queries that pass one k-means layer for each of `levels`, then share out every voxel of the largest map.
+    """Updates the queries by one k-means layer per level, then assigns the voxels of the largest map to the queries.
 
     With 256 channels and 128 queries on a UX-Net of 48 filters, levels 8, 8, 4, 4, two classes: 9,055,706 parameters.
 
     Args:
-        filters: of the backbone: its map of stride s has s * filters channels.
+        filters: filters of the backbone, whose map of stride s has s * filters channels.
         classes: K, channels of the logits.
         queries: N.
         query_channels: C, a multiple of 16.
         levels: strides of the maps that the layers read, 2 to 16.
-        momentum: of all batch norms.
-        scale: first standard deviation of the logits of every assignment; 0.1 as published, near even shares.
+        momentum: momentum of all batch norms.
+        scale: initial standard deviation of the logits of every assignment; 0.1 as published gives nearly uniform
+            shares.
 
     Raises:
-        ValueError: for other levels, or query channels that the eight heads cannot share.
+        ValueError: for other levels, or query channels that are not a multiple of 16.
     """
 
     def __init__(
@@ -172,7 +181,7 @@ class KMaXDecoder(nn.Module):
         self.classify = nn.Sequential(nn.Linear(C * queries, C // 4), nn.ReLU(), nn.Linear(C // 4, queries * classes))
 
     def forward(self, maps: list[Tensor]) -> Clusters:
-        """A backbone's `features` -> Clusters."""
+        """The maps of a backbone's `features` -> Clusters at full size."""
         Q = self.queries.expand(len(maps[0]), -1, -1)
         levels = []
         for place, layer in zip(self.places, self.layers, strict=True):
@@ -185,13 +194,15 @@ class KMaXDecoder(nn.Module):
 
 
 class QueryNet(nn.Module):
-    """A backbone and the k-means decoder on its maps; 61,937,114 parameters with UX-Net of 48 filters, 128 queries of
-    256 channels and levels 8, 8, 4, 4. A crop of 112x112x80 voxels then takes 1,218 GFLOP forward.
+    """A backbone and the k-means decoder on its maps.
+
+    61,937,114 parameters with a UX-Net of 48 filters, 128 queries of 256 channels and levels 8, 8, 4, 4. The forward
+    pass of a crop of 112x112x80 voxels then takes 1,218 GFLOP.
 
     Args:
         backbone: class of the backbone, built without dropout.
-        kmax: False replaces the decoder by a head of the backbone: logits alone, no queries, no assignment.
-        train_levels: False freezes what predicts the layers' assignments, for losses that do not reach it.
+        kmax: False replaces the decoder by a head of the backbone: logits only, no queries, no assignment.
+        train_levels: False freezes the predictors of the layers' assignments, for losses without a gradient there.
         filters, queries, query_channels, levels, momentum, scale, classes: as in KMaXDecoder.
     """
 

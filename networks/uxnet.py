@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from networks.backbone import Backbone
 from networks.convolution import Conv3d
 
-LAYER_SCALE = 1e-6  # gamma of a UX block at the start: it begins as the identity
+LAYER_SCALE = 1e-6  # initial gamma of a UX block, which starts close to the identity
 EXPANSION = 4
 
 
@@ -25,8 +25,11 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class Depthwise(Conv3d):
-    """A convolution of every channel alone, same size, odd kernel. On a CPU its gradient is up to four times as fast
-    in channels-last order, which the result then keeps."""
+    """A depthwise convolution with an odd kernel; the size stays the same.
+
+    On a CPU the input is brought to channels-last order, in which the gradient is up to four times as fast. The output
+    keeps that order.
+    """
 
     def __init__(self, channels: int, kernel: int, *, bias: bool = True):
         super().__init__(channels, channels, kernel, padding=kernel // 2, groups=channels, bias=bias)
@@ -36,16 +39,16 @@ class Depthwise(Conv3d):
 
 
 class InstanceNorm(nn.Module):
-    """InstanceNorm without parameters or running statistics; a map of one voxel, its own mean, becomes 0."""
+    """InstanceNorm without parameters or running statistics; a map of one voxel becomes 0."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.instance_norm(x) if x[0, 0].numel() > 1 else x - x.mean(dim=(2, 3, 4), keepdim=True)
 
 
 class UXBlock(nn.Module):
-    """x + gamma f(x): f is depthwise 7x7x7, channel norm, and per channel 1 -> 4 -> 1 with GELU between.
+    """x + gamma f(x): f is a depthwise 7x7x7 convolution, channel norm, and 1 -> 4 -> 1 channels with GELU between.
 
-    As in the released code the two 1x1x1 convolutions are depthwise too: no block mixes channels but by the norm.
+    As in the released code the two 1x1x1 convolutions are depthwise too: only the norm mixes channels.
     """
 
     def __init__(self, channels: int):
@@ -62,7 +65,7 @@ class UXBlock(nn.Module):
 
 
 class Residual(nn.Module):
-    """Two 3x3x3 convolutions with instance norm, and a shortcut (1x1x1 where the channels change)."""
+    """Two 3x3x3 convolutions with instance norm, and a shortcut (a 1x1x1 convolution if the channels change)."""
 
     def __init__(self, channels_in: int, channels_out: int):
         super().__init__()
@@ -84,7 +87,7 @@ class Residual(nn.Module):
 
 
 class UpResidual(nn.Module):
-    """Doubles every side, halves the channels, joins the skip of the same shape."""
+    """Doubles every side, halves the channels, and concatenates the skip of the same shape before a residual block."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -96,10 +99,12 @@ class UpResidual(nn.Module):
 
 
 class UXNet(Backbone):
-    """Encoder-decoder of five scales; 53,005,922 parameters with 48 filters and one head of two channels, of which
-    `features` has 52,881,408. A crop of 112x112x80 voxels takes 1,309 GFLOP forward.
+    """Encoder-decoder of five scales.
 
-    Args: as of a Backbone, and
+    53,005,922 parameters with 48 filters and one head of two channels, 52,881,408 of them in `features`. The forward
+    pass of a crop of 112x112x80 voxels takes 1,309 GFLOP.
+
+    Args: as for Backbone, and
         in_channels: channels of the image.
         filters: channels of the first scale; 48 as published.
         dropout: the published network has none; methods that need stochastic passes or compare backbones turn it on.
@@ -128,12 +133,12 @@ class UXNet(Backbone):
             x = self.run(stage, x if i == 0 else self.down[i - 1](x))
             maps.append(norm(x))
         skips = [self.run(block, x) for block, x in zip(self.skips, maps[:-1], strict=True)]
-        found = [self.run(self.bottom, maps[-1])]
-        x = self.dropout(found[0])
+        features = [self.run(self.bottom, maps[-1])]
+        x = self.dropout(features[0])
         for up in self.up:
             x = self.run(up, x, skips.pop())
-            found.append(x)
-        return found
+            features.append(x)
+        return features
 
     def outputs(self, x: Tensor) -> list[Tensor]:
         return super().outputs(self.last(x))

@@ -1,6 +1,6 @@
-"""The V-Net of UA-MT, SASSNet, DTC and DTML, with heads by name.
+"""The V-Net of UA-MT, SASSNet, DTC and DTML, with named heads.
 
-It differs from Milletari et al. (2016): no residual inside a block, and long skips are sums, not concatenations.
+Differences from Milletari et al. (2016): blocks have no residual, and long skips are sums, not concatenations.
 """
 
 import torch
@@ -46,12 +46,12 @@ class Up(nn.Sequential):
 class VNet(Backbone):
     """Encoder-decoder of five scales; 9,448,849 parameters with 16 filters and one head of one channel.
 
-    Args: as of a Backbone, and
+    Args: as for Backbone, and
         in_channels: channels of the image.
     """
 
     cpu_layout = torch.channels_last_3d
-    """Of the maps in memory: in this one a CPU's convolutions need not reorder them."""
+    """Memory layout of the maps on a CPU; convolutions need not reorder them in this one."""
 
     def __init__(self, *, heads: dict[str, int], in_channels: int = 1, filters: int = 16, dropout: bool = True):
         super().__init__()
@@ -69,7 +69,7 @@ class VNet(Backbone):
 
     def maps(self, image: Tensor) -> list[Tensor]:
         if image.device.type == "cpu":
-            image = image.to(memory_format=self.cpu_layout)  # all maps follow it, unless there is a single image
+            image = image.to(memory_format=self.cpu_layout)  # all maps keep this layout, unless N = 1
         x, skips = image, []
         for block, down in zip(self.encoder, self.down, strict=True):
             x = self.run(block, x)

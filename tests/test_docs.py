@@ -152,8 +152,9 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = code_after("## 2. The file")
     assert 40 <= len(file.splitlines()) <= 70
     (folder / "methods" / "entropy_minimisation.py").write_text(file, encoding="utf-8")
-    table = "TABLE = {  # name of --method: file and class"
-    put(folder / "methods" / "__init__.py", table, code_after("## 3. The line"))
+    table = "METHODS: dict[str, type[Method]] = {  # by the names of --method"
+    put(folder / "methods" / "__init__.py", "from methods.dtml_plus import DTMLPlus", code_after("## 3. The import"))
+    put(folder / "methods" / "__init__.py", table, code_after("and the line of `METHODS`"))
     put(folder / "docs" / "differences.md", DIFFERENCES.rstrip(), "\n" + code_after("## 5. Presets", "markdown"))
     losses = "| tag | method | healthy | trouble |\n|---|---|---|---|"
     put(folder / "docs" / "curves.md", losses, code_after("In [curves.md]", "markdown"))

@@ -342,7 +342,9 @@ def test_the_critics_learn_to_tell_apart_what_they_are_shown():
         method.after_step(batch, t)
     with torch.no_grad():
         p = method.predict(batch["image"][:2], method.outputs)
-        real, false = (method.adversary(method.seen(x, batch["image"][:2])).softmax(dim=1)[:, 1].mean() for x in (y, p))
+        real, false = (
+            method.adversary(method.critic_input(x, batch["image"][:2])).softmax(dim=1)[:, 1].mean() for x in (y, p)
+        )
     assert real > 0.7 and real - false > 0.2  # in evaluation mode, by the running statistics of both
 
 
