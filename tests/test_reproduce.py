@@ -1,7 +1,6 @@
 """The grid of the paper's tables: what is in it, which records count, the tables by hand, and runs that are stopped."""
 
 import dataclasses
-import fcntl
 import inspect
 import json
 import os
@@ -37,6 +36,7 @@ from tools.grid import (
 from tools.table_rows import comparison_tables, comparisons
 from utils.errors import UserError, run
 from utils.options import Parser, fill
+from utils.run_lock import inherited_lock
 
 GRIDS = {"half": (LA_RUNS, LA_TABLES), "phantom": (PHANTOM_RUNS, PHANTOM_TABLES)}
 PAPER = ["90.12", "82.14", "1.82", "7.01"]
@@ -747,8 +747,7 @@ def test_a_run_that_another_process_is_at_is_left_to_it(stage, here, capfd):
     folder.mkdir(parents=True)
     unfinished = here / "results" / "half" / ".dtml-16-seed1337.partial"
     unfinished.mkdir(parents=True)
-    with open(folder / ".dtml-16-seed1337.lock", "w") as lock, pytest.raises(SystemExit, match="1"):
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with inherited_lock(folder / ".dtml-16-seed1337.lock"), pytest.raises(SystemExit, match="1"):
         stage.missing()
     assert "dtml-16-seed1337: another process is at it" in capfd.readouterr().err
     assert stage.records() == sorted(set(ALL) - {"dtml-16-seed1337"}) and unfinished.exists()

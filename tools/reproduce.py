@@ -13,7 +13,6 @@ metrics are copied to RESULTS/PROFILE/KEY-seedSEED. Such a record counts only if
 """
 
 import dataclasses
-import fcntl
 import json
 import math
 import os
@@ -60,6 +59,7 @@ from utils.checkpoint import fsync_folder, write_whole
 from utils.errors import Stopped, StopSignal, UserError, run
 from utils.options import Parser, as_flags, default_of, fill, option, renamed
 from utils.run_folder import MANIFEST, OPTIONS, SCALARS, has_checkpoint
+from utils.run_lock import inherited_lock
 
 ABOUT = """\
 Profile `{profile}`, seeds {seeds}. The last iteration, always. A figure is the mean over the runs of a row (the last
@@ -378,10 +378,8 @@ def make(this: Run, stop: StopSignal, deadline: float = math.inf) -> str:
     """Trains, tests and records one run, from where it is; returns what went wrong, or nothing."""
     try:
         this.folder.parent.mkdir(parents=True, exist_ok=True)
-        with open(this.folder.with_name(f".{this.folder.name}.lock"), "w", encoding="utf-8") as lock:
-            try:  # held until we and the script are gone, should we be killed and the script not
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+        with inherited_lock(this.folder.with_name(f".{this.folder.name}.lock")) as lock:
+            if lock is None:
                 return "another process is at it"
             word = state(this)
             if word == "done":
