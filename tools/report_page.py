@@ -109,9 +109,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__, prog="python -m tools.report_page")
     parser.add_argument("test", help="folder that test_la.py wrote, RUN/test")
     parser.add_dataclass(Options)
-    given = parser.parse(argv)
-    o: Options = fill(Options, given)
-    print(write_report(Path(given["test"]), o.data))
+    options = parser.parse(argv)
+    o: Options = fill(Options, options)
+    print(write_report(Path(options["test"]), o.data))
 
 
 if __name__ == "__main__":

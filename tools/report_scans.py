@@ -31,11 +31,11 @@ VIEW, MARGIN = (160.0, 30.0), 0.92
 
 def worst_and_best(rows: Sequence[dict[str, Any]], output: str, component: str) -> list[str]:
     """The scans with the lowest and the highest Dice (mean of the classes), or the only one."""
-    found: dict[str, list[float]] = {}
+    dices_of: dict[str, list[float]] = {}
     for row in rows:
         if (row["output"], row["component"]) == (output, component):
-            found.setdefault(row["case"], []).append(row["dice"])
-    means = {name: mean_and_sd(dices)[0] for name, dices in found.items()}
+            dices_of.setdefault(row["case"], []).append(row["dice"])
+    means = {name: mean_and_sd(dices)[0] for name, dices in dices_of.items()}
     names = sorted(means, key=lambda name: (math.isnan(means[name]), means[name]))
     measured = [name for name in names if not math.isnan(means[name])] or names
     return list(dict.fromkeys([measured[0], measured[-1]])) if names else []
@@ -68,8 +68,8 @@ class ShownCase:
             )
         self.name, self.shape = name, image.shape
         chosen = [row for row in rows if (row["case"], row["output"], row["component"]) == (name, output, component)]
-        told = metrics_of(rows) if len(chosen) == 1 else ["dice", "hd95"]  # two figures for each of several classes
-        lines = [", ".join(f"{NAMES.get(m, m)} {shown(m, row[m])}" for m in told) for row in chosen]
+        figures = metrics_of(rows) if len(chosen) == 1 else ["dice", "hd95"]  # two figures for each of several classes
+        lines = [", ".join(f"{NAMES.get(m, m)} {shown(m, row[m])}" for m in figures) for row in chosen]
         names = [f"{row['class']}: " if "class" in row else "" for row in chosen]
         self.line = "; ".join(name + line for name, line in zip(names, lines, strict=True))
         self.z = fixed_slice(label > 0, image.shape[-1])
@@ -104,11 +104,11 @@ class ShownCase:
 
     def _surface(self, which: str, volume: NDArray, camera: Camera) -> tuple[str, list[dict[str, Any]]]:
         """A still picture as a data URI, and triangles in units of the radius around the camera's centre."""
-        found = []
+        surfaces = []
         for c in range(1, self.classes + 1):
             one = surface(volume == c, self.spacing, FACES)
             if len(one.faces):
-                found.append((one, self.colour(which, c)))
+                surfaces.append((one, self.colour(which, c)))
         parts = [
             {
                 "colour": [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)],
@@ -116,10 +116,10 @@ class ShownCase:
                 "normals": packed(np.round(127 * one.normals).astype("i1")),
                 "faces": packed(one.faces.astype("<u2")),
             }
-            for one, colour in found
+            for one, colour in surfaces
         ]
         still = io.BytesIO()
-        Image.fromarray(render(found, camera, 300)).save(still, "PNG", optimize=True)
+        Image.fromarray(render(surfaces, camera, 300)).save(still, "PNG", optimize=True)
         return "data:image/png;base64," + base64.b64encode(still.getvalue()).decode(), parts
 
 
@@ -141,18 +141,18 @@ def jpeg_slices(image: NDArray, spacing: Sequence[float]) -> list[str]:
     window = window_of(image)
     grey = (255 * (image - window["vmin"]) / max(window["vmax"] - window["vmin"], 1e-6)).clip(0, 255).astype(np.uint8)
     w, h = (length * step for length, step in zip(image.shape[:2], spacing[:2], strict=True))
-    found: list[bytes] = []
+    files: list[bytes] = []
     for side in SIDES:
         side = min(side, 2 * max(image.shape[:2]))
         size = (max(round(side * w / max(w, h)), 1), max(round(side * h / max(w, h)), 1))
-        found = []
+        files = []
         for z in range(image.shape[-1]):
             data = io.BytesIO()
             Image.fromarray(grey[..., z].T).resize(size, Image.Resampling.BICUBIC).save(data, "JPEG", quality=80)
-            found.append(data.getvalue())
-        if sum(map(len, found)) <= MOST_BYTES:
+            files.append(data.getvalue())
+        if sum(map(len, files)) <= MOST_BYTES:
             break
-    return [base64.b64encode(one).decode() for one in found]
+    return [base64.b64encode(one).decode() for one in files]
 
 
 def viewers(cases: Sequence[ShownCase], output: str, component: str) -> str:

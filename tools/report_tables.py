@@ -15,17 +15,17 @@ NAMES = {"dice": "Dice %", "jaccard": "Jaccard %", "asd": "ASD voxel", "hd95": "
 
 
 def keys_of(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The columns that tell rows of one scan apart: output, component, and what else stands before the metrics."""
+    """The columns that identify a row of a scan: output, component, and any other before the metrics."""
     names = list(rows[0])
     return [name for name in names[: names.index("dice")] if name not in ("case", "shape")]
 
 
 def groups(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, ...], list[dict[str, Any]]]:
     """Output, component, ... -> the rows of all scans."""
-    found: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    rows_of: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        found.setdefault(tuple(row[name] for name in keys_of(rows)), []).append(row)
-    return found
+        rows_of.setdefault(tuple(row[name] for name in keys_of(rows)), []).append(row)
+    return rows_of
 
 
 def shown(name: str, value: float) -> str:
@@ -41,9 +41,9 @@ def metrics_of(rows: Sequence[dict[str, Any]]) -> list[str]:
     return [name for name in names[names.index("dice") :] if name not in COUNTS and not name.endswith(PENALISED)]
 
 
-def html_table(header: Iterable[str], lines: Iterable[Sequence[str]], words: int, **attributes: str) -> str:
-    """A table whose first `words` columns are text; every cell is escaped."""
-    kind = ['class="word"' if i < words else "" for i in range(99)]
+def html_table(header: Iterable[str], lines: Iterable[Sequence[str]], text_columns: int, **attributes: str) -> str:
+    """A table whose first `text_columns` columns are text. Every cell is escaped."""
+    kind = ['class="word"' if i < text_columns else "" for i in range(99)]
     head = "".join(f'<th scope="col" {k}>{escape(cell)}</th>' for k, cell in zip(kind, header, strict=False))
     body = "\n".join(
         "<tr>" + "".join(f"<td {k}>{escape(cell)}</td>" for k, cell in zip(kind, line, strict=False)) + "</tr>"
@@ -104,7 +104,6 @@ def bars(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def hd95_share(row: dict[str, Any], largest: float) -> float:
-    """The length of a scan's bar of 95HD, as a share: 1 where a mask alone is empty without a known penalty, 0 where
-    both are."""
+    """The length of a scan's bar of 95HD, 0 to 1: 1 if one mask is empty and has no penalty, 0 if both are empty."""
     scores = distances_of([row], "hd95").scores
     return scores[0] / largest if scores else float(not math.isnan(row["dice"]))

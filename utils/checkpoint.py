@@ -1,4 +1,4 @@
-"""Checkpoints: either the old one or the new one, never half; loading one never runs code."""
+"""Checkpoints: a save leaves the old one or the new one, never half of it; loading one never runs code."""
 
 import errno
 import io
@@ -35,8 +35,8 @@ def fsync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _write_beside(path: Path, data: bytes | memoryview) -> Path:
-    """Writes a file, durably, under a temporary name next to `path`; returns that name. A failure leaves nothing."""
+def _write_partial(path: Path, data: bytes | memoryview) -> Path:
+    """Writes a file durably under a temporary name next to `path`, and returns that name. A failure leaves no file."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as f:
@@ -58,8 +58,8 @@ def _reads_back(path: Path, data: memoryview) -> bool:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file under a temporary name next to it, then renames: readers see the old one or the new one."""
-    partial = _write_beside(path, data)
+    """Writes a file under a temporary name, then renames it. Readers see the old file or the new one."""
+    partial = _write_partial(path, data)
     try:
         os.replace(partial, path)
     finally:
@@ -68,20 +68,20 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any], name: str = LAST) -> Path:
-    """Saves `state` (tensors and plain Python only) as folder/last.pt; the one before stays as folder/previous.pt.
+    """Saves `state` (tensors and plain Python only) as folder/last.pt. The one before becomes folder/previous.pt.
 
-    The new file takes the name only when it was read back, and previous.pt changes only after that: at every moment
-    one of the two is whole, even where the file called last.pt before was damaged. Another `name` has no previous.pt.
+    The new file is read back before it takes the name, and previous.pt changes only after that. So one of the two is
+    whole at every moment, even if the old last.pt was damaged. Another `name` has no previous.pt.
 
     Raises:
         UserError: when the folder cannot be written (full, read-only, failing); what was there before is untouched.
     """
     path, before = folder / name, folder / f".{PREVIOUS}.partial"
-    data = io.BytesIO()  # torch.save straight to a full disk hides the reason
+    data = io.BytesIO()  # written directly to a full disk, torch.save hides the reason
     torch.save({"format": FORMAT, **state}, data)
     partial = None
     try:
-        partial = _write_beside(path, data.getbuffer())
+        partial = _write_partial(path, data.getbuffer())
         if not _reads_back(partial, data.getbuffer()):
             raise OSError(errno.EIO, "what was written reads back as something else")
         before.unlink(missing_ok=True)
@@ -169,7 +169,7 @@ def _checked(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Bare weights, a state_dict as torch.save writes it, in this or in the older form (before torch 1.6), on the CPU.
+    """Bare weights on the CPU: a state_dict as torch.save writes it, also in its format before torch 1.6.
 
     Raises:
         UserError: missing, cut short, damaged, a checkpoint of this project, or holding anything but named tensors.
@@ -189,9 +189,9 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _read(path: Path, *, older: bool = False) -> tuple[Any, int]:
-    """What a file holds, on the CPU, and the time of its last change in nanoseconds; never runs code from it.
+    """The content of a file, on the CPU, and the time of its last change in nanoseconds. Never runs code from it.
 
-    `older` also takes the form that torch wrote before 1.6, which has no checksums.
+    `older` also accepts the format that torch wrote before 1.6, which has no checksums.
 
     Raises:
         UserError: as in load_checkpoint.
@@ -214,18 +214,18 @@ def _read(path: Path, *, older: bool = False) -> tuple[Any, int]:
         raise UserError(f"cannot read {path}: {e.strerror or e}. Check the file and its permissions.") from e
     except zipfile.BadZipFile as e:
         raise UserError(f"{path} is incomplete or no checkpoint ({e}). Use an older one. {BARE_WEIGHTS}") from e
-    except Exception as e:  # what zipfile and torch raise for a file that is cut, or made to fool them, has no end
+    except Exception as e:  # zipfile and torch raise many kinds of errors for damaged files
         what = (str(e) or type(e).__name__).splitlines()[0]
         raise UserError(f"{path} is incomplete or no checkpoint ({what}). Use an older one.") from e
     return state, saved
 
 
 def _check_archive(path: Path) -> None:
-    """Reads the archive once, in bounded memory, as torch itself loads flipped bits without a word.
+    """Verifies the checksums of the archive in bounded memory, as torch itself loads flipped bits without an error.
 
     Raises:
         UserError: an entry that is damaged, or that would unpack to more than the file holds.
-        zipfile.BadZipFile and others: no zip archive at all.
+        zipfile.BadZipFile and others: not a zip archive.
     """
     with zipfile.ZipFile(path) as archive:
         entries, size = archive.infolist(), path.stat().st_size
@@ -235,7 +235,7 @@ def _check_archive(path: Path) -> None:
                 f"{path} was not loaded: its {size} bytes claim to unpack to {claimed}. "
                 "Only open checkpoints written by train_dtml.py."
             )
-        # torch skips the data of an entry that is marked as a folder: its tensor is what the memory happened to hold.
+        # torch skips the data of an entry that is marked as a folder, and its tensor stays uninitialised.
         marked = (entry.filename for entry in entries if entry.external_attr)
         damaged = archive.testzip() or next(marked, None)
     if damaged is not None:
@@ -243,7 +243,7 @@ def _check_archive(path: Path) -> None:
 
 
 def fit_optimizer(optimizer: torch.optim.Optimizer, state: Any) -> None:
-    """Gives an optimiser its saved state; torch itself would fail, or go wrong, only at the next step.
+    """Gives an optimiser its saved state. torch itself would fail, or compute wrongly, only at the next step.
 
     Raises:
         ValueError: if the state is not of this optimiser and its weights.
@@ -254,8 +254,8 @@ def fit_optimizer(optimizer: torch.optim.Optimizer, state: Any) -> None:
         raise ValueError(f"the optimiser's state is of another kind: {e!r}") from e
     weights = [p for group in optimizer.param_groups for p in group["params"]]
     for p in weights:
-        found = optimizer.state.get(p, {})
-        if found.keys() != optimizer.state.get(weights[0], {}).keys():
+        entries = optimizer.state.get(p, {})
+        if entries.keys() != optimizer.state.get(weights[0], {}).keys():
             raise ValueError("the optimiser's state is incomplete")
-        if any(isinstance(x, torch.Tensor) and x.dim() and x.shape != p.shape for x in found.values()):
+        if any(isinstance(x, torch.Tensor) and x.dim() and x.shape != p.shape for x in entries.values()):
             raise ValueError("the optimiser's state is of weights of another shape")
