@@ -215,7 +215,7 @@ def _advice(shape: Sequence[int], geometry: Geometry, label_shape: Sequence[int]
 
 
 def map_labels(label: NDArray[np.integer], labels: Sequence[int] | None) -> NDArray[np.uint8]:
-    """The given values -> 1, 2, ..., all others -> 0; without any, values stay, but where 255 is the only one, it is 1.
+    """Listed values -> 1, 2, ..., all others -> 0; without any, values stay, but where 255 is the only one, it is 1.
 
     Raises:
         CaseError: values above 255, or 255 together with others, where none are named.

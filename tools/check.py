@@ -227,8 +227,8 @@ def check(folder: Path, o: Options) -> tuple[list[Finding], str]:
     cases: list[Case] = []
     missing: list[Finding] = []
     for names, opened in ((labeled, True), (unlabeled, o.all_labels), (test, True)):
-        found, problems = find_cases(folder, names, labeled=opened, classes=o.classes)
-        cases += [dataclasses.replace(case, labeled=opened and _may_open(case, names is unlabeled)) for case in found]
+        usable, problems = find_cases(folder, names, labeled=opened, classes=o.classes)
+        cases += [dataclasses.replace(case, labeled=opened and _may_open(case, names is unlabeled)) for case in usable]
         for problem in problems:
             name, _, text = problem.partition(": ")
             missing.append(Finding("error", (name,), f"{text}. Put it there or take the case out of the lists."))

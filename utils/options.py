@@ -200,16 +200,14 @@ def renamed(options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def renamed_words(stored: Sequence[str], method: str) -> list[str]:
-    """The arguments of an options file of this method, of any version, with today's names of options and presets."""
+def renamed_words(words: Sequence[str], method: str) -> list[str]:
+    """The words of an options file of any age, of a run of this method, under the names of today."""
     names = {flag_of(old): flag_of(new) for old, new in RENAMED.get(method, {}).items()}
-    presets, arguments = RENAMED_PRESETS.get(method, {}), []
-    for before, argument in zip(["", *stored], stored, strict=False):
-        flag, equals, value = argument.partition("=")
-        arguments.append(
-            presets.get(argument, argument) if before == "--preset" else names.get(flag, flag) + equals + value
-        )
-    return arguments
+    presets, found = RENAMED_PRESETS.get(method, {}), []
+    for before, word in zip(["", *words], words, strict=False):
+        flag, equals, value = word.partition("=")
+        found.append(presets.get(word, word) if before == "--preset" else names.get(flag, flag) + equals + value)
+    return found
 
 
 def options_file(chosen: dict[str, Any], everything: dict[str, Any]) -> str:
