@@ -177,7 +177,7 @@ LA_TABLES: Tables = {
         *(Row("V-Net, schedule and augmentation of `tuned`", f"{n} / 0", f"supervised-tuned-{n}") for n in (8, 16, 80)),
         *(Row("the same, normalized", f"{n} / 0", f"supervised-normalized-{n}") for n in (8, 16, 80)),
     ]),
-    "plus": ("DTML+ and the gain from the unlabeled scans, each scan normalized, on the test scans", [
+    "plus": ("DTML+ and what the unlabeled scans add, each scan normalized, on the test scans", [
         row
         for n in (4, 8, 16)
         for row in (
