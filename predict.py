@@ -6,10 +6,10 @@
     python predict.py --checkpoint RUN1 RUN2 RUN3 scan.nrrd -o predictions --flips 8 --probabilities float32
 
 A scan is NIfTI (.nii, .nii.gz), NRRD, MetaImage or an h5 case. Its axes are brought to the orientation of the training
-cases; it is normalised to zero mean and unit variance over all its voxels, as `python -m tools.convert` does it,
-resampled to the spacing of the training cases, predicted in windows, and brought back: the segmentation has the scan's
-own format, size, spacing, origin and direction, and a NIfTI the scan's own header (an h5 case is taken as normalised,
-and its segmentation is NIfTI). The last table on stdout gives each class's volume.
+cases. It is normalised to zero mean and unit variance over all its voxels, as `python -m tools.convert` does it, and
+resampled to the spacing of the training cases. It is predicted in windows, and the result is brought back: the
+segmentation has the scan's own format, size, spacing, origin and direction. A NIfTI has the scan's own header. An h5
+case is taken as normalised, and its segmentation is NIfTI. The last table on stdout gives each class's volume.
 """
 
 import dataclasses
@@ -18,60 +18,28 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
-from tqdm import tqdm
 
-from dataloaders.cases import UNTOLD, CaseError
-from dataloaders.images import (
-    INTERPOLATORS,
-    WRITTEN_AS,
-    Geometry,
-    anti_alias,
-    ending_of,
-    grid_of_spacing,
-    moved,
-    normalise,
-    read_image,
-    resample,
-    scan_name,
-    write_image,
-)
-from dataloaders.normalization import normalized
-from dataloaders.orientation import turn_to
-from evaluation.metrics import largest_components
+from dataloaders.cases import CaseError
+from dataloaders.images import INTERPOLATORS, WRITTEN_AS, ending_of, scan_name, write_image
 from evaluation.scores import as_csv
-from evaluation.sliding_window import (
-    WEIGHTINGS,
-    flips_option,
-    mean_of_flips,
-    refuse_window,
-    sliding_slabs,
-    three_voxels,
-    windows,
-)
-from methods import Method
+from evaluation.sliding_window import WEIGHTINGS, flips_option, refuse_window, three_voxels
 from methods.released import RELEASED, load_trained
 from networks.backbone import PRECISIONS, set_precision
+from tools.segment import Model, predict_scan
 from utils.checkpoint import write_whole
 from utils.devices import choose_device, enough_memory, keep_freed_memory, refuse_precision, set_arithmetic
 from utils.errors import UserError, run
-from utils.masks import label_map
 from utils.options import Parser, fill, option
-from utils.resample import downsample_image, upsample_probability
-
-SLAB = 64  # voxels along x that are brought back to the scan's grid at a time
 
 
 @dataclasses.dataclass
 class Options:
-    """None means: as the checkpoint was trained."""
+    """Options of a prediction. None means: as the checkpoint was trained."""
 
     checkpoint: list[str] = option(
         [],
@@ -99,7 +67,7 @@ class Options:
         minimum=1e-3,
     )
     interpolation: str = option(
-        "linear", "how intensities are interpolated", group="what", choices=[k for k in INTERPOLATORS if k != "nearest"]
+        "linear", "interpolation of the intensities", group="what", choices=[k for k in INTERPOLATORS if k != "nearest"]
     )
     flips: int = flips_option("what")
     patch_size: list[int] | None = three_voxels("voxels of a window along x, y, z (default that of training)")
@@ -124,37 +92,8 @@ class Options:
     threads: int = option(0, "CPU threads; 0 leaves torch's choice", minimum=0)
 
 
-@dataclasses.dataclass
-class Model:
-    """One or several trained methods, and what they were trained on."""
-
-    methods: list[Method]
-    outputs: list[str]
-    """Of each method, the one that is taken."""
-    downsample: int
-    normalize: str
-    """What training did to each volume, see dataloaders/normalization.py."""
-    patch_size: tuple[int, ...]
-    spacing: tuple[float, ...] | None
-    """mm along x, y, z, or None for the scan's own."""
-    orientation: str | None
-    """Where the axes of the training cases point, or None if their files do not say: axes are taken as stored."""
-    classes: int
-    flips: int
-
-    def predict(self, patches: Tensor) -> Tensor:
-        """(N,1,w,h,d) -> mean probability (N,C,w,h,d) over the methods and the flips."""
-
-        def mean_of_methods(turned: Tensor) -> Tensor:
-            pairs = zip(self.methods, self.outputs, strict=True)
-            found = [method.predict(turned, (output,)).float() for method, output in pairs]
-            return torch.stack(found).mean(0) if len(found) > 1 else found[0]
-
-        return mean_of_flips(mean_of_methods, patches, self.flips)
-
-
 def load_model(o: Options, device: torch.device) -> Model:
-    """The checkpoints' methods on the device.
+    """Loads the checkpoints and puts their methods on the device.
 
     Raises:
         UserError: checkpoints that cannot be loaded or averaged, an unknown --output.
@@ -166,10 +105,10 @@ def load_model(o: Options, device: torch.device) -> Model:
             done = f"{state['iteration']} of {state['options']['iterations']} iterations"
             print(f"warning: {state['file']} is not finished: {done}.", file=sys.stderr)
     for name, usual in (("downsample", 1), ("classes", 1), ("normalize", "none")):
-        found = {options.get(name, usual) for options in trained}
-        if len(found) > 1:
+        values = {options.get(name, usual) for options in trained}
+        if len(values) > 1:
             raise UserError(
-                f"the checkpoints differ in --{name}: {', '.join(map(str, sorted(found)))}. Average like with like."
+                f"the checkpoints differ in --{name}: {', '.join(map(str, sorted(values)))}. Average like with like."
             )
     sizes = {tuple(o.patch_size or options["patch_size"]) for options in trained}
     if len(sizes) > 1:
@@ -195,12 +134,12 @@ def load_model(o: Options, device: torch.device) -> Model:
             "taken as they are stored.",
             file=sys.stderr,
         )
-    for method, known, options in zip(methods, outputs, trained, strict=True):
-        if o.output and o.output not in known:
-            raise UserError(f"--output {o.output} is none of {options['method']}'s: {' '.join(known)}.")
+    for method, names, options in zip(methods, outputs, trained, strict=True):
+        if o.output and o.output not in names:
+            raise UserError(f"--output {o.output} is none of {options['method']}'s: {' '.join(names)}.")
         method.to(device).eval()
         set_precision(method, o.precision, training=False)
-    taken = [o.output or known[0] for known in outputs]
+    taken = [o.output or names[0] for names in outputs]
     classes = trained[0].get("classes", 1)
     return Model(
         list(methods), taken, trained[0]["downsample"], trained[0].get("normalize", "none"), sizes.pop(),
@@ -208,97 +147,8 @@ def load_model(o: Options, device: torch.device) -> Model:
     )  # fmt: skip
 
 
-def probability(model: Model, image: Tensor, predict: Callable[[Tensor], Tensor], **window: Any) -> NDArray[np.float32]:
-    """image (W,H,D) in the training's spacing -> probability of each class on that grid, (C,W,H,D), on the CPU.
-
-    On the device and beside the image itself only a slab of one patch along x is kept.
-    """
-    coarse = downsample_image(image, model.downsample)
-    p: Tensor | None = None
-    for start, slab in sliding_slabs(predict, coarse, **window):
-        if p is None:
-            p = torch.empty(len(slab), *coarse.shape)
-        p[:, start : start + slab.shape[1]] = slab
-    assert p is not None  # there is at least one window
-    return upsample_probability(p, model.downsample, tuple(image.shape)).numpy()
-
-
-def onto_scan(
-    p: NDArray[np.float32], grid: Geometry, shape: tuple[int, ...], geometry: Geometry
-) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """Probabilities (C,w,h,d) on one grid -> first x and (C,n,H,D) of slab after slab of the scan's own grid."""
-    if grid is not geometry:
-        factors = np.array(geometry["spacing"]) / grid["spacing"]
-        p = np.stack([anti_alias(values, factors) for values in p]) if (factors > 1).any() else p
-    for start in range(0, shape[0], SLAB):
-        stop = min(start + SLAB, shape[0])
-        if grid is geometry:
-            yield start, p[:, start:stop]
-            continue
-        part = (stop - start, *shape[1:]), moved(geometry, (start, 0, 0))
-        yield start, np.stack([resample(values, grid, *part, smooth=False) for values in p])
-
-
-def predict_scan(model: Model, path: Path, o: Options, device: torch.device, window: dict[str, Any]) -> dict[str, Any]:
-    """Path -> label (W,H,D) uint8, probabilities (W,H,D) of the kind asked for or None, and the told geometry.
-
-    Raises:
-        CaseError: a scan that cannot be read or is constant.
-    """
-    source, told = read_image(path)
-    tell_unknown(path, told, model)
-    turn = turn_to(model.orientation, told.get("direction"))
-    source = turn(source)
-    shape = source.shape
-    image = source if ending_of(path) == ".h5" else normalise(source)[0]
-    del source
-    # Without the place in mm, whose rounding hangs on how the scan is stored; its header brings the result there.
-    spacing = turn.geometry(told, shape).get("spacing")
-    geometry = {**UNTOLD, "spacing": spacing or UNTOLD["spacing"]}
-    size, grid = grid_of_spacing(shape, geometry, model.spacing if spacing else None)
-    if grid is not geometry:
-        image = resample(image, geometry, size, grid, o.interpolation)
-    image = normalized(image, model.normalize)
-    coarse = [-(-side // model.downsample) for side in size]
-    count = len(windows(coarse, window["patch_size"], window["stride"]))
-    with tqdm(total=count, desc=scan_name(path), unit="window", disable=not sys.stderr.isatty()) as bar:
-
-        def predict(patches: Tensor) -> Tensor:
-            p = model.predict(patches)
-            bar.update(len(patches))
-            return p
-
-        p = probability(model, torch.from_numpy(image).to(device), predict, **window)
-    del image
-    label = np.empty(shape, np.uint8)
-    kept = None if o.probabilities == "none" else np.empty((len(p), *shape), o.probabilities)
-    for start, slab in onto_scan(p, grid, shape, geometry):
-        here = slice(start, start + slab.shape[1])
-        label[here] = label_map(torch.from_numpy(slab)).numpy()
-        if kept is not None:
-            kept[:, here] = slab if kept.dtype == np.float32 else np.rint(255 * slab)
-    if o.largest_component:
-        label = largest_components(label, model.classes)
-    back = turn.back
-    return {
-        "label": back(label),
-        "probability": None if kept is None else [back(p) for p in kept],
-        "geometry": told,
-    }
-
-
-def tell_unknown(path: Path, told: Geometry, model: Model) -> None:
-    """A line on stderr for what the scan's file does not state, and the checkpoint would have brought it to."""
-    if model.orientation and "direction" not in told:
-        text = "does not state where its axes point; they are taken as they are stored, as if they were"
-        print(f"warning: {path} {text} {model.orientation}.", file=sys.stderr)
-    if "spacing" not in told:
-        text = "does not state the size of its voxels: it is not resampled, and has no volume in ml"
-        print(f"warning: {path} {text}.", file=sys.stderr)
-
-
 def results_of(path: Path, out: Path, probabilities: str, classes: int) -> list[Path]:
-    """The files that a scan's prediction becomes: the segmentation first, then a probability of each class."""
+    """The files of a scan's prediction: the segmentation, then the probability of each class."""
     name, ending = scan_name(path), WRITTEN_AS[ending_of(path)]
     numbers = [""] if classes == 1 else [f"_{number}" for number in range(1, classes + 1)]
     more = [] if probabilities == "none" else [f"{name}_probability{number}{ending}" for number in numbers]
@@ -306,13 +156,13 @@ def results_of(path: Path, out: Path, probabilities: str, classes: int) -> list[
 
 
 def stale_results(path: Path, out: Path) -> list[Path]:
-    """Probabilities that an earlier prediction of this scan left, of other classes or not asked for now."""
+    """Probabilities of an earlier prediction of this scan, whether or not this prediction writes them too."""
     name = re.compile(rf"{re.escape(scan_name(path))}_probability(_\d+)?{re.escape(WRITTEN_AS[ending_of(path)])}")
     return [file for file in out.iterdir() if name.fullmatch(file.name)]
 
 
 def refuse_scans(scans: list[Path], o: Options, classes: int) -> None:
-    """Raises UserError for scans that are not there or have one name, and for results that are there."""
+    """Raises UserError for scans that are missing or have the same name, and for results that exist already."""
     missing = [str(path) for path in scans if not path.is_file()]
     if missing or not scans:
         what = f"there is no {', '.join(missing)}" if missing else "no scan is given"
@@ -348,11 +198,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_dataclass(Options)
     parser.add_argument("-o", dest="out", metavar="DIR", help="the same as --out")
-    # A scan is known by its ending wherever it stands, also behind the checkpoints.
-    words = parser.expand(argv)
-    scans = [Path(word) for word in words if not word.startswith("-") and ending_of(Path(word))]
+    # A scan is recognised by its ending anywhere on the command line, also after the checkpoints.
+    arguments = parser.expand(argv)
+    scans = [Path(text) for text in arguments if not text.startswith("-") and ending_of(Path(text))]
     o: Options = fill(
-        Options, parser.parse([word for word in words if word.startswith("-") or not ending_of(Path(word))])
+        Options, parser.parse([text for text in arguments if text.startswith("-") or not ending_of(Path(text))])
     )
     for name in ("checkpoint", "out"):
         if not getattr(o, name):
@@ -380,12 +230,20 @@ def main(argv: list[str] | None = None) -> None:
     for path in scans:
         began = time.monotonic()
         try:
-            found = predict_scan(model, path, o, device, window)
+            result = predict_scan(
+                model,
+                path,
+                device,
+                window,
+                interpolation=o.interpolation,
+                largest_component=o.largest_component,
+                probabilities=o.probabilities,
+            )
         except CaseError as e:
             refused.append(f"{path} {e}")
             continue
-        label, geometry = found["label"], found["geometry"]
-        volumes = [label, *(() if found["probability"] is None else found["probability"])]
+        label, geometry = result["label"], result["geometry"]
+        volumes = [label, *(result["probability"] or ())]
         files = results_of(path, Path(o.out), o.probabilities, model.classes)
         for file, volume in zip(files, volumes, strict=True):
             write_image(file, volume, geometry, like=path)

@@ -11,6 +11,7 @@ import predict
 import test_la
 import train_dtml
 from dataloaders.cases import Case, read_case
+from dataloaders.images import read_image
 from dataloaders.normalization import normalized, scaling_of
 from dataloaders.two_stream import Slot
 from utils.resample import downsample_image
@@ -94,7 +95,7 @@ def test_a_scan_of_any_scale_is_segmented_alike(tmp_path):
             test_la.main(["--checkpoint", str(run), "--data", str(other), "--out", str(out / "test")])
             tested[kind, factor] = (out / "test" / "cases.csv").read_text().splitlines()[1]
             predict.main(["--checkpoint", str(run), str(file), "-o", str(out), "--probabilities", "float32"])
-            predicted[kind, factor] = predict.read_image(out / "case08_probability.nii.gz")[0]
+            predicted[kind, factor] = read_image(out / "case08_probability.nii.gz")[0]
     for factor in (0.25, 4.0):
         assert tested["scan", factor] == tested["scan", 1.0]
         np.testing.assert_allclose(predicted["scan", factor], predicted["scan", 1.0], atol=1e-4)

@@ -481,7 +481,7 @@ def test_flags_that_do_nothing_together_end_with_code_2(words, texts, inside, ca
 )
 def test_an_option_counts_if_all_of_one_condition_holds(only_if, values, text):
     made = dataclasses.make_dataclass("Made", [("x", int, option(1, "x", only_if=only_if))])
-    words = {"given": {"x": 2}, "classes": [made], "value_of": values.get, "why": {"fact": "there is none"}}
+    words = {"chosen": {"x": 2}, "classes": [made], "value_of": values.get, "why": {"fact": "there is none"}}
     if text:
         with pytest.raises(UserError) as refused:
             refuse_idle(**words, usual=lambda name: 1)

@@ -21,7 +21,7 @@ from PIL import Image
 from skimage.draw import polygon2mask
 
 from evaluation.metrics import segmentation_metrics, with_penalties
-from tools import report_page
+from tools import report_page, report_scans
 from utils.errors import UserError
 from utils.run_folder import write_json
 
@@ -234,7 +234,7 @@ def test_classes_have_a_contour_and_a_surface_each(tmp_path, monkeypatch):
         with h5py.File(case.path) as f:
             return f["image"][()], f["label"][()]
 
-    monkeypatch.setattr(report_page, "read_case", read)
+    monkeypatch.setattr(report_scans, "read_case", read)
     page = parse(make_test(tmp_path, ["case0", "case1"], classes=2))
     for one in page.data:
         assert len(one["contours"]["label"]) == 2 and all(any(paths) for paths in one["contours"]["label"])
@@ -244,8 +244,8 @@ def test_classes_have_a_contour_and_a_surface_each(tmp_path, monkeypatch):
 
 def test_a_large_scan_stays_small_on_the_page(monkeypatch):
     noise = np.random.default_rng(0).random((300, 300, 40), np.float32)
-    monkeypatch.setattr(report_page, "MOST_BYTES", 400_000)
-    found = report_page.jpeg_slices(noise, (1, 1, 1))
+    monkeypatch.setattr(report_scans, "MOST_BYTES", 400_000)
+    found = report_scans.jpeg_slices(noise, (1, 1, 1))
     assert len(found) == 40 and sum(map(len, found)) * 3 / 4 < 400_000
 
 

@@ -1,7 +1,6 @@
 """The grid of the paper's tables: what is in it, which records count, the tables by hand, and runs that are stopped."""
 
 import dataclasses
-import fcntl
 import inspect
 import json
 import os
@@ -21,7 +20,7 @@ import train_dtml
 from dataloaders.phantom import make_phantom_set
 from evaluation.statistics import compare, hodges_lehmann
 from methods import METHODS
-from tools import reproduce
+from tools import make_runs, reproduce, runs
 from tools.grid import (
     AUTHORS,
     COMPARED_WITH,
@@ -37,6 +36,7 @@ from tools.grid import (
 from tools.table_rows import comparison_tables, comparisons
 from utils.errors import UserError, run
 from utils.options import Parser, fill
+from utils.run_lock import inherited_lock
 
 GRIDS = {"half": (LA_RUNS, LA_TABLES), "phantom": (PHANTOM_RUNS, PHANTOM_TABLES)}
 PAPER = ["90.12", "82.14", "1.82", "7.01"]
@@ -406,7 +406,7 @@ def test_the_table_of_what_goes_beyond_the_paper(here, capsys):
     write_beyond(here / "results", "beyond-intensity", other, outputs=THREE)
     reproduce.main(["--profile", "half"])
     text = capsys.readouterr().out
-    (usual,), (more,) = (cells(text, label) for label in ("as in the paper", "random intensities too"))
+    (usual,), (more,) = (cells(text, label) for label in ("as in the paper", "with intensity augmentation"))
     assert usual[2:] == ["77.50", "78.50", "79.50", "5.00 (6 of 6)", "-", "1: 1337"]
     assert more[2:6] == ["80.00", "81.00", "82.00", "5.00 (6 of 6)"]
     pattern = r"\+2.50 \(([+-][\d.]+) to ([+-][\d.]+); scans only, one run each\)"
@@ -645,7 +645,7 @@ def stage(here, monkeypatch):
         for seed in (1337, 1338):
             options = options_of([*LA_RUNS[key].split(), "--profile", "half", "--seed", str(seed)])
             write_run(scripts / f"{key}-seed{seed}", options, [(0.8, 1), (0.9, 2)])
-    monkeypatch.setattr(reproduce, "ROOT", scripts)
+    monkeypatch.setattr(make_runs, "ROOT", scripts)
 
     def missing(*more):
         rows = ["--table", "3", "--rows", "supervised-16", "dtml-16", "--seeds", "1337", "1338"]
@@ -714,7 +714,7 @@ def test_a_run_folder_of_other_options_is_not_gone_on_with(stage, here, capfd):
 def test_the_budget_ends_a_training_and_the_same_command_goes_on(stage, monkeypatch, capfd):
     stage.plan("dtml-16-seed1337", "wait")
     clock = SimpleNamespace(monotonic=lambda: 1e9 * (stage.scripts / "ready").exists(), sleep=time.sleep)
-    monkeypatch.setattr(reproduce, "time", clock)
+    monkeypatch.setattr(make_runs, "time", clock)
     stage.missing("--budget", "60")
     out, err = capfd.readouterr()
     assert (stage.scripts / "saved").read_text() == "15" and stage.records() == ["supervised-16-seed1337"]
@@ -747,8 +747,7 @@ def test_a_run_that_another_process_is_at_is_left_to_it(stage, here, capfd):
     folder.mkdir(parents=True)
     unfinished = here / "results" / "half" / ".dtml-16-seed1337.partial"
     unfinished.mkdir(parents=True)
-    with open(folder / ".dtml-16-seed1337.lock", "w") as lock, pytest.raises(SystemExit, match="1"):
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with inherited_lock(folder / ".dtml-16-seed1337.lock"), pytest.raises(SystemExit, match="1"):
         stage.missing()
     assert "dtml-16-seed1337: another process is at it" in capfd.readouterr().err
     assert stage.records() == sorted(set(ALL) - {"dtml-16-seed1337"}) and unfinished.exists()
@@ -784,22 +783,22 @@ def test_slurm_jobs_are_submitted_and_not_waited_for(stage, here, monkeypatch, c
 
 
 def test_a_job_makes_all_runs_of_its_folder(monkeypatch):
-    monkeypatch.setattr(reproduce, "make", lambda this, stop: {"a": "", "b": "broken", "c": "worse"}[this])
-    assert reproduce.Job(["a", "b", "a", "c"])() == "broken; worse" and reproduce.Job(["a"])() == ""
+    monkeypatch.setattr(make_runs, "make", lambda this, stop: {"a": "", "b": "broken", "c": "worse"}[this])
+    assert make_runs.Job(["a", "b", "a", "c"])() == "broken; worse" and make_runs.Job(["a"])() == ""
 
 
 @pytest.mark.slow
 def test_a_run_cut_short_and_finished_by_a_job_equals_one_in_one_go(tiny_set, here, monkeypatch, capfd):
     flags = [*TINY, "--method", "supervised", "--batch-size", "2", "--iterations", "24", "--log-every", "1"]
-    monkeypatch.setattr(reproduce, "LA_RUNS", {"supervised-4": " ".join(flags)})
-    monkeypatch.setattr(reproduce, "LA_TABLES", {"3": ("Table 3", [Row("V-Net", "4 / 0", "supervised-4")])})
+    monkeypatch.setattr(runs, "LA_RUNS", {"supervised-4": " ".join(flags)})
+    monkeypatch.setattr(runs, "LA_TABLES", {"3": ("Table 3", [Row("V-Net", "4 / 0", "supervised-4")])})
     words = ["--seeds", "7", "--data", str(tiny_set), "--threads", "1"]
     scalars = here / "runs" / "reproduce" / "full" / "supervised-4-seed7" / "scalars.csv"
     seen = SimpleNamespace(
         monotonic=lambda: 1e9 * (scalars.exists() and len(scalars.read_text().splitlines()) > 2), sleep=time.sleep
     )
     with monkeypatch.context() as patch:
-        patch.setattr(reproduce, "time", seen)
+        patch.setattr(make_runs, "time", seen)
         reproduce.main([*words, "--missing", "--budget", "1"])
     assert "not yet run" in capfd.readouterr().out and 2 < len(scalars.read_text().splitlines()) < 25
     reproduce.main([*words, "--list"])

@@ -1,6 +1,7 @@
 """Weights to hand on: small, whole, the same predictions, and never mistaken for a run or for other weights."""
 
 import csv
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TINY, make_set, method_words
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import predict
 import test_la
@@ -17,6 +20,7 @@ from methods import METHODS, restore
 from tools import share
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
+from utils.shared_weights import checksum_of
 
 MIB = 2**20
 WORDS = [*TINY, "--batch-size", "2", "--device", "cpu", "--iterations", "2"]
@@ -43,7 +47,7 @@ def shared(run: Path, folder: Path, *words: str) -> list[Path]:
 
 def test_kernels_are_rounded_to_half_precision_and_nothing_else(runs, tmp_path):
     (file,) = shared(runs / "tiny", tmp_path / "w")
-    assert file.name == "weights-1-of-1.pt"
+    assert file.name == "weights-1-of-1.safetensors"
     before, after = weights_of(runs / "tiny"), weights_of(tmp_path / "w")
     assert before.keys() == after.keys()
     for name, weight in before.items():
@@ -60,7 +64,7 @@ def test_exact_weights_are_those_of_the_run_bit_for_bit(runs, tmp_path):
 
 
 def test_a_kernel_that_half_precision_does_not_hold_stays_as_it_is():
-    for value in (torch.full((2, 2), 1e5), torch.ones(3), torch.ones(2, 2, dtype=torch.int64), "text"):
+    for value in (torch.full((2, 2), 1e5), torch.ones(3), torch.ones(2, 2, dtype=torch.int64)):
         assert share.rounded(value) is value
     assert share.rounded(torch.ones(2, 2)).dtype == torch.float16
 
@@ -73,10 +77,13 @@ def test_files_are_small_and_hold_no_optimiser(exact, runs, tmp_path, capsys):
     assert 1 < total / (numbers * (4 if exact else 2)) < 1.1
     assert len(files) >= total / MIB
     for file in files:
-        state = torch.load(file, weights_only=True)
-        assert state["optimizer"] is None
-        assert file.stat().st_size <= MIB or len(state["method"]) == 1
-    assert {file.name for file in files} == {f"weights-{i}-of-{len(files)}.pt" for i in range(1, len(files) + 1)}
+        with safe_open(file, framework="pt") as f:
+            assert json.loads(f.metadata()["checkpoint"])["options"]["method"] == "dtml"
+            assert file.stat().st_size <= MIB or len(list(f.keys())) == 1
+    assert load_checkpoint(tmp_path / "w")["optimizer"] is None
+    assert {file.name for file in files} == {
+        f"weights-{i}-of-{len(files)}.safetensors" for i in range(1, len(files) + 1)
+    }
     said = capsys.readouterr()
     assert said.out.count("MiB") == len(files) and str(tmp_path / "w") in said.err
 
@@ -168,12 +175,42 @@ def test_a_damaged_piece_is_told(runs, tmp_path):
         load_checkpoint(tmp_path / "w")
 
 
-@pytest.mark.parametrize("more", [{"method": 3}, {"method": None, "whole": torch.zeros(2)}])
-def test_foreign_pieces_are_an_error_and_no_crash(more, runs, tmp_path):
-    for file in shared(runs / "wide", tmp_path / "w", "--piece-mib", "1"):
-        torch.save({**torch.load(file, weights_only=True), **more}, file)
-    with pytest.raises(UserError):
-        load_checkpoint(tmp_path / "w")
+@pytest.mark.parametrize("about", [None, "", "{", "[]", "[" * 10_000, "{}", '{"sha256": 3, "no_tensors": 4}'])
+def test_foreign_pieces_are_an_error_and_no_crash(about, tmp_path):
+    file = tmp_path / "weights-1-of-1.safetensors"
+    save_file({"x": torch.zeros(2)}, file, {} if about is None else {"checkpoint": about})
+    with pytest.raises(UserError, match=file.name):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("changed", [{}, {"format": 2}, {"options": {}}, {"iteration": "2"}])
+def test_what_is_stated_of_the_weights_is_checked_like_a_checkpoint(changed, runs, tmp_path):
+    (file,) = shared(runs / "tiny", tmp_path / "w")
+    with safe_open(file, framework="pt") as f:
+        about = json.loads(f.metadata()["checkpoint"]) | changed
+        weights = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+    about["sha256"] = checksum_of(about, weights.items())
+    save_file(weights, file, {"checkpoint": json.dumps(about)})
+    if changed:
+        with pytest.raises(UserError, match=r"weights-1|/w "):
+            load_checkpoint(tmp_path / "w")
+    else:
+        assert weights_of(tmp_path / "w").keys() == weights_of(runs / "tiny").keys()
+
+
+@pytest.mark.parametrize("share_of_it", [0, 0.01, 0.5, 0.99])
+def test_a_piece_that_is_cut_short_is_told(share_of_it, runs, tmp_path):
+    (file,) = shared(runs / "tiny", tmp_path / "w")
+    data = file.read_bytes()
+    file.write_bytes(data[: int(share_of_it * len(data))])
+    with pytest.raises(UserError, match=file.name):
+        load_checkpoint(file)
+
+
+def test_a_file_of_other_weights_is_none_of_ours(tmp_path):
+    save_file({"x": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"weights-\*-of-\*"):
+        load_checkpoint(tmp_path / "model.safetensors")
 
 
 def test_the_weights_in_the_repository_give_the_recorded_figures_on_a_real_scan(la, tmp_path):

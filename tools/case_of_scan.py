@@ -52,7 +52,7 @@ class Job:
 
     @property
     def settings(self) -> str:
-        """What decides, beside the files, what the case holds."""
+        """The settings that decide, together with the files, what the case holds."""
         kept = {
             key: getattr(self, key) for key in ("crop", "spacing", "interpolation", "labels", "seed", "orientation")
         }
@@ -72,14 +72,14 @@ class Outcome:
 
 
 def convert_case(job: Job) -> Outcome:
-    """Makes the case unless it is there; what is wrong with the scan is told, not raised."""
+    """Makes the case unless it exists. Reports a problem of the scan in the outcome and raises nothing."""
     try:
         sources = {"source_image": job.scan.image.name, "source_image_sha256": sha256(job.scan.image)}
         if job.scan.label is not None:
             sources |= {"source_label": job.scan.label.name, "source_label_sha256": sha256(job.scan.label)}
         there = job.path.exists()
-        if there and (known := _refuse_other(job, sources)):
-            return Outcome(job.scan.name, "there", **known)
+        if there and (existing := _refuse_other(job, sources)):
+            return Outcome(job.scan.name, "there", **existing)
         image, label, about = make_case(job)
         values = () if label is None else tuple(int(v) for v in np.unique(label) if v)
         about |= {**sources, "settings": job.settings, "values": np.array(values, np.int64)}
@@ -100,7 +100,7 @@ def sha256(path: Path) -> str:
 
 
 def _refuse_other(job: Job, sources: dict[str, str]) -> dict[str, Any]:
-    """What is known of a case that is there; nothing if it has to be made anew, as it was made without its label.
+    """What an existing case holds; nothing if it must be made again because it was made without its label.
 
     Raises:
         CaseError: it was not made from these sources in this way.
@@ -142,22 +142,22 @@ def make_case(job: Job) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None, 
     """
     stored, stored_geometry = _of(job.scan.image, read_image)
     turn = turn_to(job.orientation, stored_geometry.get("direction"))
-    source, told = turn(stored), turn.geometry(stored_geometry, stored.shape)
-    geometry = {**UNTOLD, **told}
+    source, stated = turn(stored), turn.geometry(stored_geometry, stored.shape)
+    geometry = {**UNTOLD, **stated}
     label: NDArray | None = None
     if job.scan.label is not None:
-        stored_label, label_told = _of(job.scan.label, read_label)
-        turn = turn_to(job.orientation, label_told.get("direction"))
-        where = f"{_told(stored_label.shape, label_told)} where the scan has {_told(stored.shape, stored_geometry)}"
-        found, label_geometry = turn(stored_label), {**UNTOLD, **turn.geometry(label_told, stored_label.shape)}
-        if not same_grid(source.shape, geometry, found.shape, label_geometry):
+        stored_label, label_stated = _of(job.scan.label, read_label)
+        turn = turn_to(job.orientation, label_stated.get("direction"))
+        ours, scans = _described(stored_label.shape, label_stated), _described(stored.shape, stored_geometry)
+        turned_label, label_geometry = turn(stored_label), {**UNTOLD, **turn.geometry(label_stated, stored_label.shape)}
+        if not same_grid(source.shape, geometry, turned_label.shape, label_geometry):
             raise CaseError(
-                f"{job.scan.label} lies on another grid than {job.scan.image}: {where}. "
-                + _advice(stored.shape, stored_geometry, stored_label.shape, label_told)
+                f"{job.scan.label} lies on another grid than {job.scan.image}: {ours} where the scan has {scans}. "
+                + _advice(stored.shape, stored_geometry, stored_label.shape, label_stated)
             )
-        label = map_labels(found, job.labels)
+        label = map_labels(turned_label, job.labels)
     image, mean, sd = normalise(source)
-    if job.spacing is not None and "spacing" not in told:
+    if job.spacing is not None and "spacing" not in stated:
         raise CaseError(
             f"{job.scan.image} does not state the size of its voxels. Write it into the file, or leave out --spacing"
         )
@@ -165,16 +165,14 @@ def make_case(job: Job) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None, 
     about: dict[str, Any] = {f"source_{key}": value for key, value in stored_geometry.items()}
     about |= {"source_size": stored.shape, "mean": mean, "sd": sd}
     if grid is not geometry:
-        here = {
-            **UNTOLD,
-            "spacing": geometry["spacing"],
-        }  # not the place in mm, whose rounding hangs on how it is stored
+        # without the origin, whose rounding depends on how the scan is stored
+        here = {**UNTOLD, "spacing": geometry["spacing"]}
         there = grid_of_spacing(source.shape, here, job.spacing)[1]
         image = resample(image, here, shape, there, job.interpolation)
         label = None if label is None else resample(label, here, shape, there, "nearest")
     box, margins = crop_box(image, label, job)
     corner = [s.start for s in box]
-    kept = {key: value for key, value in moved(grid, corner).items() if key in told}
+    kept = {key: value for key, value in moved(grid, corner).items() if key in stated}
     about |= {"crop": job.crop, "crop_corner": corner, "crop_margins": margins, **kept}
     if (image := image[box]).min() == image.max():
         raise CaseError("is constant within the crop")
@@ -188,7 +186,7 @@ def _of(path: Path, read: Any) -> Any:
         raise CaseError(f"{path} {e}") from e
 
 
-def _told(shape: Sequence[int], geometry: Geometry) -> str:
+def _described(shape: Sequence[int], geometry: Geometry) -> str:
     parts = [f"{key} {' '.join(f'{v:g}' for v in values)}" for key, values in geometry.items()]
     return ", ".join([f"{shape} voxels", *parts])
 
@@ -217,10 +215,10 @@ def _advice(shape: Sequence[int], geometry: Geometry, label_shape: Sequence[int]
 
 
 def map_labels(label: NDArray[np.integer], labels: Sequence[int] | None) -> NDArray[np.uint8]:
-    """The given values -> 1, 2, ..., all others -> 0; without any, values stay, but where 255 is the only one, it is 1.
+    """Listed values -> 1, 2, ..., all others -> 0; without any, values stay, but where 255 is the only one, it is 1.
 
     Raises:
-        CaseError: values above 255, or 255 beside others, where none are named.
+        CaseError: values above 255, or 255 together with others, where none are named.
     """
     if labels is not None:
         mapped = np.zeros(label.shape, np.uint8)

@@ -93,7 +93,7 @@ class Look:
 
 
 def look(case: Case) -> Look:
-    """Reads a case once; `case.labeled` tells whether its label may be opened."""
+    """Reads a case once. Its label is opened only if `case.labeled`."""
     try:
         image, label = read_case(case)
         told_geometry(case)  # an error here, where training would not mind
@@ -102,13 +102,13 @@ def look(case: Case) -> Look:
     except CaseError as e:
         return Look(case.name, f"{case.path} {e}")
     facts = with_spacing(facts_of(case, image, label))
-    found = Look(case.name, facts=facts, image=facts.fingerprint, has_label=has_label)
+    result = Look(case.name, facts=facts, image=facts.fingerprint, has_label=has_label)
     if label is None or not facts.voxels:
-        return found
+        return result
     faces = [np.unique(label.take((0, -1), axis=axis)) for axis in range(3)]
     border = tuple(int(c) for c in np.unique(np.concatenate(faces)) if c)
     parts = {c: _parts(label == c) for c in facts.voxels}
-    return dataclasses.replace(found, label=digest(label), parts=parts, border=border)
+    return dataclasses.replace(result, label=digest(label), parts=parts, border=border)
 
 
 def _parts(mask: NDArray[np.bool_]) -> list[int]:
@@ -119,14 +119,14 @@ def _parts(mask: NDArray[np.bool_]) -> list[int]:
 def findings_of_looks(
     looks: Sequence[Look], *, classes: int, labeled: Sequence[str], test: Sequence[str]
 ) -> list[Finding]:
-    """What the cases show beyond the intensities, spacing and sizes that training looks at too."""
+    """Findings that training does not report itself: labels, parts, sizes of objects, duplicates."""
     good = [x for x in looks if x.facts is not None]
     fix = "Fix the file or take the case out of the lists."
-    found = [Finding("error", (x.name,), f"{x.problem}. {fix}") for x in looks if x.problem]
-    found += duplicates([x.facts for x in good if x.facts], test)
-    found += _same_labels(good)
-    found += _classes(good, classes, {"labeled training": labeled, "test": test})
-    found += _sizes(good)
+    findings = [Finding("error", (x.name,), f"{x.problem}. {fix}") for x in looks if x.problem]
+    findings += duplicates([x.facts for x in good if x.facts], test)
+    findings += _same_labels(good)
+    findings += _classes(good, classes, {"labeled training": labeled, "test": test})
+    findings += _sizes(good)
     for x in good:
         for c, (first, *others) in x.parts.items():
             specks = [n for n in others if n < SPECK * (first + sum(others))]
@@ -135,16 +135,16 @@ def findings_of_looks(
                     f"class {c} lies in {len(others) + 1} parts of {first}, {', '.join(map(str, others[:4]))} voxels. "
                 )
                 todo = "See whether the specks belong to it." if specks else "Fine if the object has several parts."
-                found.append(Finding("note", (x.name,), text + todo))
+                findings.append(Finding("note", (x.name,), text + todo))
     touching = tuple(x.name for x in good if x.border)
     if touching:
         text = "the object touches the border of the scan, so that it is cut or the crop was too narrow. "
-        found.append(Finding("note", touching, text + "Crop with a margin if you can."))
+        findings.append(Finding("note", touching, text + "Crop with a margin if you can."))
     shown = tuple(x.name for x in good if x.has_label and x.facts and not x.facts.case.labeled)
     if shown:
         text = "without label in this check and in training though the file has one; it is never opened. "
-        found.append(Finding("note", shown, text + "Raise --labeled to learn from it."))
-    return found
+        findings.append(Finding("note", shown, text + "Raise --labeled to learn from it."))
+    return findings
 
 
 def _same_labels(looks: Sequence[Look]) -> list[Finding]:
@@ -163,8 +163,8 @@ def _same_labels(looks: Sequence[Look]) -> list[Finding]:
 
 
 def _classes(looks: Sequence[Look], classes: int, groups: dict[str, Sequence[str]]) -> list[Finding]:
-    """A class that no label of a group has is a warning, one that some lack a note; empty labels are told of anyway."""
-    found = []
+    """A warning for a class that no label of a group has, a note for one that some lack. Empty labels do not count."""
+    findings = []
     for group, names in groups.items():
         voxels = {x.name: x.facts.voxels for x in looks if x.facts and x.facts.voxels and x.name in names}
         for c in range(1, classes + 1):
@@ -172,15 +172,17 @@ def _classes(looks: Sequence[Look], classes: int, groups: dict[str, Sequence[str
             if voxels and len(without) == len(voxels):
                 what = "scored" if group == "test" else "learned"
                 text = f"no {group} case has class {c}, so that it cannot be {what}. "
-                found.append(Finding("warning", (), text + "See --classes and the order of the list."))
+                findings.append(Finding("warning", (), text + "See --classes and the order of the list."))
             elif without:
-                found.append(Finding("note", without, f"class {c} is absent. Fine if the object is not in the scan."))
-    return found
+                findings.append(
+                    Finding("note", without, f"class {c} is absent. Fine if the object is not in the scan.")
+                )
+    return findings
 
 
 def _sizes(looks: Sequence[Look]) -> list[Finding]:
     """Objects much larger or smaller than the others of their class, and labels with more object than background."""
-    found = []
+    findings = []
     sizes: dict[int, dict[str, float]] = defaultdict(dict)
     unit = "ml" if all(x.facts.spacing for x in looks if x.facts) else "voxels"
     for x in looks:
@@ -189,15 +191,15 @@ def _sizes(looks: Sequence[Look]) -> list[Finding]:
                 sizes[c][x.name] = size
             if 2 * sum(x.facts.voxels.values()) > np.prod(x.facts.shape):
                 text = "more object than background. See whether the label is inverted."
-                found.append(Finding("warning", (x.name,), text))
+                findings.append(Finding("warning", (x.name,), text))
     for c, named in sizes.items():
         usual = float(np.median(list(named.values())))
         for name, size in named.items():
             if not usual / DIFFERENT <= size <= usual * DIFFERENT:
                 text = f"class {c} has {size:.3g} {unit}, where {usual:.3g} {unit} are usual. "
                 text += "See its label and its spacing."
-                found.append(Finding("warning", (name,), text))
-    return found
+                findings.append(Finding("warning", (name,), text))
+    return findings
 
 
 def unlisted(folder: Path, names: Sequence[str]) -> list[Finding]:
@@ -225,8 +227,8 @@ def check(folder: Path, o: Options) -> tuple[list[Finding], str]:
     cases: list[Case] = []
     missing: list[Finding] = []
     for names, opened in ((labeled, True), (unlabeled, o.all_labels), (test, True)):
-        found, problems = find_cases(folder, names, labeled=opened, classes=o.classes)
-        cases += [dataclasses.replace(case, labeled=opened and _may_open(case, names is unlabeled)) for case in found]
+        usable, problems = find_cases(folder, names, labeled=opened, classes=o.classes)
+        cases += [dataclasses.replace(case, labeled=opened and _may_open(case, names is unlabeled)) for case in usable]
         for problem in problems:
             name, _, text = problem.partition(": ")
             missing.append(Finding("error", (name,), f"{text}. Put it there or take the case out of the lists."))
@@ -295,9 +297,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__, prog="python -m tools.check")
     parser.add_argument("folder", metavar="DIR", help="folder of the data set")
     parser.add_dataclass(Options)
-    given = parser.parse(argv)
-    folder = Path(given.pop("folder"))
-    findings, summary = check(folder, fill(Options, given))
+    options = parser.parse(argv)
+    folder = Path(options.pop("folder"))
+    findings, summary = check(folder, fill(Options, options))
     for finding in findings:
         print(f"{finding.level + ':':8} {finding}")
     counts = {level: sum(finding.level == level for finding in findings) for level in LEVELS}

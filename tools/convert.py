@@ -49,7 +49,7 @@ from dataloaders.images import (
 from dataloaders.orientation import RAS
 from tools.case_of_scan import CROPS, Job, Outcome, attributes_of, convert_case
 from tools.growing import SPLITS, Before, grown, labeled_of, listed_in, read_before, write_set
-from tools.sources import IMAGES_TS, Found, Source, choose_split, count_to_test, find_sources, shown
+from tools.sources import IMAGES_TS, Source, SourceSet, choose_split, count_to_test, find_sources, shown
 from utils.errors import UserError, ignore_stop_signals, run
 from utils.options import Parser, fill, option
 
@@ -62,7 +62,7 @@ class Options:
         None, "mm along the axes of RAS to resample to (default each scan's own)", type=float, nargs=3, minimum=1e-3
     )
     interpolation: str = option(
-        "linear", "how intensities are interpolated", choices=[k for k in INTERPOLATORS if k != "nearest"]
+        "linear", "interpolation of the intensities", choices=[k for k in INTERPOLATORS if k != "nearest"]
     )
     labels: list[int] | None = option(
         None,
@@ -123,7 +123,7 @@ def keep(out: Path, before: Before, here: Container[str], settings: str) -> list
         except CaseError as e:
             raise UserError(f"{e}, or take {name} out of {split}.list.") from e
         now = json.loads(settings)
-        then = json.loads(about.get("settings", settings))  # what was not converted here tells none
+        then = json.loads(about.get("settings", settings))  # cases that were not converted here state none
         differ = [f"{key}: {then.get(key)} before, {now[key]} now" for key in now if then.get(key) != now[key]]
         if differ:
             raise UserError(
@@ -134,21 +134,21 @@ def keep(out: Path, before: Before, here: Container[str], settings: str) -> list
     return kept
 
 
-def named(found: dict[int, str], labels: Sequence[int] | None, out: Path) -> dict[int, str]:
-    """Class -> its name: from the names of the label values that were found, and those that the set has.
+def named(names_of_values: dict[int, str], labels: Sequence[int] | None, out: Path) -> dict[int, str]:
+    """Class -> its name, from the names of the label values in the source and those that the set has already.
 
     Raises:
         UserError: the two differ, or voxels are to be ignored.
     """
     if labels is not None:
-        classes = {c: found[value] for c, value in enumerate(labels, 1) if value in found}
-    elif "ignore" in found.values():
+        classes = {c: names_of_values[value] for c, value in enumerate(labels, 1) if value in names_of_values}
+    elif "ignore" in names_of_values.values():
         raise UserError(
             f"{DATASET} names voxels to ignore, and every voxel is learned from here. Name the values that are "
             "classes by --labels; all others become background."
         )
     else:
-        classes = {1: found[255]} if list(found) == [255] else found
+        classes = {1: names_of_values[255]} if list(names_of_values) == [255] else names_of_values
     before = class_names(out)
     differ = [f"{c} is {before[c]} there, {classes[c]} now" for c in classes if before.get(c, classes[c]) != classes[c]]
     if differ:
@@ -162,7 +162,7 @@ def refuse_absent(labels: Sequence[int], scans: Sequence[Source], kept: Sequence
     seen: set[int] = set()
     for scan in scans:
         if missing and scan.label is not None:
-            with contextlib.suppress(CaseError):  # of which the conversion tells
+            with contextlib.suppress(CaseError):  # which the conversion reports
                 seen |= {int(value) for value in np.unique(read_label(scan.label)[0]) if value}
                 missing -= seen
     if missing:
@@ -173,7 +173,7 @@ def refuse_absent(labels: Sequence[int], scans: Sequence[Source], kept: Sequence
 
 
 def outcomes_of(jobs: Sequence[Job], workers: int) -> Iterator[Outcome]:
-    """What became of each job, in order; several processes if asked for.
+    """The outcome of each job, in order, computed by `workers` processes.
 
     Raises:
         UserError: one of them was killed.
@@ -204,7 +204,7 @@ def _alone() -> None:
 def summary(
     outcomes: Sequence[Outcome], lists: dict[str, list[str]], labeled: Container[str], names: dict[int, str]
 ) -> list[str]:
-    """What was made, in a few lines."""
+    """A few lines about the set that was made."""
     counts = Counter(outcome.status for outcome in outcomes)
     parts = [f"{counts['converted']} converted, {counts['there']} already there, {counts['refused']} refused"]
     parts += [f"{counts['labeled']} made again with the label that they now have"] if counts["labeled"] else []
@@ -225,30 +225,32 @@ def summary(
         lines.append(f"train on all of them with --classes {max(values)}, or keep some with --labels")
     orientations = Counter(outcome.orientation for outcome in outcomes if outcome.orientation)
     if len(orientations) > 1:
-        told = ", ".join(f"{code} in {n} cases" for code, n in sorted(orientations.items()))
-        lines.append(f"orientations differ: {told}. A network sees the axes as they are stored; is this meant?")
+        counted = ", ".join(f"{code} in {n} cases" for code, n in sorted(orientations.items()))
+        lines.append(f"orientations differ: {counted}. A network sees the axes as they are stored; is this meant?")
     elif "unknown" in orientations:
         lines.append("no file states where its axes point; they are kept as they are stored")
     return lines
 
 
-def remarks(found: Found, lists: dict[str, list[str]], before: Before, share: float | None, source: Path) -> list[str]:
-    """What the source holds besides, and where the lists are not what could be expected."""
+def remarks(
+    source_set: SourceSet, lists: dict[str, list[str]], before: Before, share: float | None, source: Path
+) -> list[str]:
+    """Lines about files that were not read, and about lists that a user may not expect."""
     lines = []
-    if found.unread:
-        lines.append(f"not read: {shown(found.unread, source)}")
+    if source_set.unread:
+        lines.append(f"not read: {shown(source_set.unread, source)}")
     for what, names in (
-        (f"listed in {DATASET}, but scan or label is not there", found.absent),
+        (f"listed in {DATASET}, but scan or label is not there", source_set.absent),
         ("taken out of the lists by hand, and so left out", sorted(before.taken_out)),
     ):
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             lines.append(f"{what}: {', '.join(names[:5])}{more}")
-    known = (before.labeled | {scan.name for scan in found.scans if scan.label is not None}) - before.taken_out
-    if share is not None and before.test and (asked := count_to_test(len(known), share)) != len(lists["test"]):
-        lines.append(f"--test-share {share:g} asks for {asked} test cases; no case goes from one list to the other")
+    labeled = (before.labeled | {scan.name for scan in source_set.scans if scan.label is not None}) - before.taken_out
+    if share is not None and before.test and (wanted := count_to_test(len(labeled), share)) != len(lists["test"]):
+        lines.append(f"--test-share {share:g} asks for {wanted} test cases; no case goes from one list to the other")
     published = [name for name in read_list(LA_SPLITS / "train.list") if name in set(lists["train"])]
-    if found.challenge and set(lists["train"]) == set(published) and lists["train"] != published:
+    if source_set.challenge and set(lists["train"]) == set(published) and lists["train"] != published:
         lines.append(
             "train.list is in another order than the published one, so its first 16 are others. For the published "
             "order move both lists away and convert again"
@@ -269,30 +271,30 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--out {out} is a file. Give a folder.")
 
     # what there is, and what it is to become
-    found = find_sources(Path(o.source), o.images_ts)
-    scans, before = found.scans, read_before(out)
-    crop = o.crop or ("label-xy" if found.challenge else "none")
+    source_set = find_sources(Path(o.source), o.images_ts)
+    scans, before = source_set.scans, read_before(out)
+    crop = o.crop or ("label-xy" if source_set.challenge else "none")
     spacing = None if o.spacing is None else tuple(o.spacing)
     labels = None if o.labels is None else tuple(o.labels)
     jobs = [
         Job(
             scan, out / scan.name / FILE_NAME, crop, spacing, o.interpolation, labels, o.seed,
-            orientation=None if found.challenge else RAS,  # the published LA files have the challenge's own axes
+            orientation=None if source_set.challenge else RAS,  # the published LA files have the challenge's own axes
         )
         for scan in scans
     ]  # fmt: skip
     kept = keep(out, before, {scan.name for scan in scans}, jobs[0].settings)
-    train, test = choose_split(scans, challenge=found.challenge, share=o.test_share, seed=o.seed, before=before)
+    train, test = choose_split(scans, challenge=source_set.challenge, share=o.test_share, seed=o.seed, before=before)
     without = [scan.name for scan in scans if scan.name in test and scan.label is None]
     if without:
         raise UserError(f"{', '.join(without[:5])} cannot be tested on without label. Add it, or make it a train case.")
-    names = named(found.names, labels, out)
+    names = named(source_set.names, labels, out)
     if labels is not None:
         refuse_absent(labels, scans, kept)
-    if found.left_out:
+    if source_set.left_out:
         print(
-            f"left out: {len(found.left_out)} scans of imagesTs without label; predict.py is for those, or train on "
-            "them with --images-ts unlabeled.",
+            f"left out: {len(source_set.left_out)} scans of imagesTs without label; predict.py is for those, or train "
+            "on them with --images-ts unlabeled.",
             file=sys.stderr,
         )
 
@@ -305,7 +307,7 @@ def main(argv: list[str] | None = None) -> None:
     if lists["train"] and lists["test"]:
         write_set(out, lists, labeled, names)
         lines = summary([*outcomes, *kept], lists, labeled, names)
-        print("\n".join(lines + remarks(found, lists, before, o.test_share, Path(o.source))))
+        print("\n".join(lines + remarks(source_set, lists, before, o.test_share, Path(o.source))))
     if refused:
         listing = "\n".join(f"  {name}: {why}" for name, why in refused.items())
         raise UserError(f"{len(refused)} of {len(scans)} scans were refused, the others are in {out}:\n{listing}")

@@ -51,44 +51,44 @@ def total_memory() -> float:
 
 def versions() -> dict[str, Any]:
     """Name -> version of the code, of Python and of the packages; what is missing says so."""
-    found = {"code": _git("rev-parse", "--short", "HEAD") or "no git repository"}
+    facts = {"code": _git("rev-parse", "--short", "HEAD") or "no git repository"}
     if _git("status", "--porcelain", "--untracked-files=no"):
-        found["code"] += ", with uncommitted changes"
-    found |= {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
+        facts["code"] += ", with uncommitted changes"
+    facts |= {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
     for name in (*PACKAGES, "SimpleITK", "nibabel", "edt", "submitit"):
         try:
-            found[name] = version_of(name)
+            facts[name] = version_of(name)
         except metadata.PackageNotFoundError:
-            found[name] = "MISSING"
-    return found
+            facts[name] = "MISSING"
+    return facts
 
 
 def hardware() -> dict[str, Any]:
     """Name -> what there is to compute with."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found = {"processor": f"{processor()}, {cores} cores, torch uses {torch.get_num_threads()}"}
-    found["memory"] = f"{total_memory():.1f} GiB"
-    found["disk here"] = f"{shutil.disk_usage('.').free / GIB:.1f} GiB free"
+    facts = {"processor": f"{processor()}, {cores} cores, torch uses {torch.get_num_threads()}"}
+    facts["memory"] = f"{total_memory():.1f} GiB"
+    facts["disk here"] = f"{shutil.disk_usage('.').free / GIB:.1f} GiB free"
     if hasattr(os, "getloadavg"):
-        found["load"] = f"{os.getloadavg()[0]:.1f} processes at work on average in the last minute"
+        facts["load"] = f"{os.getloadavg()[0]:.1f} processes at work on average in the last minute"
     gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     for i in gpus:
         free, total = torch.cuda.mem_get_info(i)
-        found[f"GPU {i}"] = f"{torch.cuda.get_device_name(i)}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
+        facts[f"GPU {i}"] = f"{torch.cuda.get_device_name(i)}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
     if not gpus:
-        found["GPU"] = f"none; torch is built for CUDA: {torch.version.cuda or 'no'}"
-    return found
+        facts["GPU"] = f"none; torch is built for CUDA: {torch.version.cuda or 'no'}"
+    return facts
 
 
 def data_set(folder: Path, every: int, classes: int = 1) -> tuple[dict[str, Any], float]:
     """Name -> what the set holds and what is wrong with it; GiB of its volumes in memory."""
-    found: dict[str, Any] = {"folder": hidden(folder)}
+    report: dict[str, Any] = {"folder": hidden(folder)}
     facts: list[Facts] = []
     test: list[str] = []
     began = time.monotonic()
     try:
         train, test = lists_of(folder)
-        found["lists"] = f"{len(train)} to train on, {len(test)} to test on"
+        report["lists"] = f"{len(train)} to train on, {len(test)} to test on"
         unlabeled, problems = find_cases(folder, train[::every], labeled=False)
         labeled, more = find_cases(folder, test[::every], labeled=True, classes=classes)
 
@@ -97,41 +97,43 @@ def data_set(folder: Path, every: int, classes: int = 1) -> tuple[dict[str, Any]
 
         check_all(unlabeled + labeled, check, problems + more)
     except UserError as e:
-        found["PROBLEM"] = str(e).replace(str(folder), hidden(folder))
+        report["PROBLEM"] = str(e).replace(str(folder), hidden(folder))
     if facts:
         sides = list(zip(*(x.shape for x in facts), strict=True))
         smallest, largest = (tuple(map(choose, sides)) for choose in (min, max))
-        found["volumes"] = f"{len(facts)} read, sides from {smallest} to {largest}"
-        found["time to read"] = f"{(time.monotonic() - began) / len(facts):.2f} s a case"
+        report["volumes"] = f"{len(facts)} read, sides from {smallest} to {largest}"
+        report["time to read"] = f"{(time.monotonic() - began) / len(facts):.2f} s a case"
     for i, finding in enumerate(findings_of(facts) + duplicates(facts, test), 1):
-        found[f"{finding.level} {i}"] = str(finding)
-    found["more"] = f"python -m tools.check {hidden(folder)} looks at every label and part"
-    return found, memory_gib(facts) * every
+        report[f"{finding.level} {i}"] = str(finding)
+    report["more"] = f"python -m tools.check {hidden(folder)} looks at every label and part"
+    return report, memory_gib(facts) * every
 
 
 def slow(memory: float) -> list[str]:
     """What would be slow or not fit here, and what to do; `memory` is that of the volumes, in GiB."""
     cores, threads = os.cpu_count() or 1, torch.get_num_threads()
-    found = []
+    remarks = []
     card = "" if torch.cuda.is_available() else nvidia_card()
     if card:
-        found.append(f"GPU: there is a card, {card}, but torch does not reach it: {why_no_cuda()}")
+        remarks.append(f"GPU: there is a card, {card}, but torch does not reach it: {why_no_cuda()}")
     if not torch.cuda.is_available():
         hours = FULL_STEP_S * 6000 / 3600
-        found.append(f"no GPU: 6000 full-size iterations take about {hours:.0f} hours on 2 cores. Use --profile half.")
+        remarks.append(
+            f"no GPU: 6000 full-size iterations take about {hours:.0f} hours on 2 cores. Use --profile half."
+        )
         if total_memory() < 1.3 * FULL_STEP_GIB:
-            found.append(f"memory: a full-size iteration needs {FULL_STEP_GIB} GiB. Use --profile half.")
+            remarks.append(f"memory: a full-size iteration needs {FULL_STEP_GIB} GiB. Use --profile half.")
     if threads < cores and not torch.cuda.is_available():
-        found.append(f"threads: torch uses {threads} of {cores} cores. Give --threads {cores}.")
+        remarks.append(f"threads: torch uses {threads} of {cores} cores. Give --threads {cores}.")
     if hasattr(os, "getloadavg") and os.getloadavg()[0] > 1.5 * cores:
-        found.append("load: other programs are at work on this computer.")
+        remarks.append("load: other programs are at work on this computer.")
     if memory > 0.7 * total_memory():
-        found.append(f"volumes: they take {memory:.1f} GiB in memory. Use --cache disk.")
+        remarks.append(f"volumes: they take {memory:.1f} GiB in memory. Use --cache disk.")
     if shutil.disk_usage(".").free < 2 * GIB:
-        found.append("disk: less than 2 GiB are free here. A full-size run keeps two checkpoints of about 150 MB.")
+        remarks.append("disk: less than 2 GiB are free here. A full-size run keeps two checkpoints of about 150 MB.")
     if not torch.backends.mkl.is_available() and not torch.cuda.is_available():
-        found.append("torch was built without MKL: its convolutions on this processor may be slow.")
-    return found
+        remarks.append("torch was built without MKL: its convolutions on this processor may be slow.")
+    return remarks
 
 
 def section(title: str, values: dict[str, Any]) -> str:

@@ -31,8 +31,8 @@ def slices() -> dict[str, np.ndarray]:
     wobble = gaussian_filter(np.random.default_rng(0).standard_normal(y.shape), 4)
     p = gaussian_filter(y + 0.9 * wobble, 1.6).clip(0, 1)
     z = np.tanh(6 * gaussian_filter(signed_distance_map(label)[..., depth].astype(float), 0.8) + 0.8 * wobble)
-    found = {"x": image[..., depth], "u": other[..., depth], "Y": y, "p": p, "z": z, "m": 1 / (1 + np.exp(60 * z))}
-    return {name: values.T for name, values in found.items()}
+    pictures = {"x": image[..., depth], "u": other[..., depth], "Y": y, "p": p, "z": z, "m": 1 / (1 + np.exp(60 * z))}
+    return {name: values.T for name, values in pictures.items()}
 
 
 def thumbnail(ax: Axes, values: np.ndarray, x: float, y: float, edge: str = INK, cmap: str = "gray") -> None:
@@ -43,9 +43,9 @@ def thumbnail(ax: Axes, values: np.ndarray, x: float, y: float, edge: str = INK,
     ax.add_patch(Rectangle((box[0], box[2]), SIDE, SIDE, fill=False, edgecolor=edge, linewidth=1.6, zorder=4))
 
 
-def text(ax: Axes, x: float, y: float, words: str, size: float = 15, colour: str = INK, **more: Any) -> None:
-    """Centred words."""
-    ax.text(x, y, words, fontsize=size, color=colour, **{"ha": "center", "va": "center", "zorder": 6, **more})
+def text(ax: Axes, x: float, y: float, content: str, size: float = 15, colour: str = INK, **more: Any) -> None:
+    """Centred text."""
+    ax.text(x, y, content, fontsize=size, color=colour, **{"ha": "center", "va": "center", "zorder": 6, **more})
 
 
 def arrow(ax: Axes, start: tuple[float, float], end: tuple[float, float], colour: str = INK, **more: Any) -> None:
@@ -62,7 +62,7 @@ def network(ax: Axes, x: float, y: float, name: str, colour: str) -> None:
     text(ax, x, y, name, 25, "white")
 
 
-def loss(ax: Axes, x: float, y: float, width: float, formula: str, words: str, colour: str) -> None:
+def loss(ax: Axes, x: float, y: float, width: float, formula: str, domain: str, colour: str) -> None:
     """A box with a loss and where it counts."""
     style = FancyBboxPatch(
         (x - width / 2, y - 0.55), width, 1.1, "round,pad=0.04,rounding_size=0.18", facecolor="white",
@@ -70,7 +70,7 @@ def loss(ax: Axes, x: float, y: float, width: float, formula: str, words: str, c
     )  # fmt: skip
     ax.add_patch(style)
     text(ax, x, y + 0.16, formula, 20, colour)
-    text(ax, x, y - 0.31, words, 14, INK)
+    text(ax, x, y - 0.31, domain, 14, INK)
 
 
 def draw() -> plt.Figure:

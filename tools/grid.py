@@ -1,5 +1,5 @@
-"""The grid of tools/reproduce.py: every run of Tables 1 to 3 of the DTML paper (Zhang & Zhang 2021) and of DK-UXNet,
-and what goes beyond them. RUNS: key of a run -> its flags; TABLES: name -> title and rows."""
+"""The grid of tools/reproduce.py: every run of Tables 1 to 3 of the DTML paper (Zhang & Zhang 2021), of DK-UXNet, and
+of what goes beyond both. RUNS: key of a run -> its flags. TABLES: name -> title and rows."""
 
 from typing import Any, NamedTuple
 
@@ -8,28 +8,28 @@ SEMI_SUPERVISED = ("dtml", "mean-teacher", "ua-mt", "tcse", "dtc", "sassnet", "a
 AUTHORS = {"dtml": "DTML", "ua-mt": "UA-MT", "dtc": "DTC", "sassnet": "SASSNet"}  # these have a preset `authors`
 ALONE = "--unlabeled 0 --consistency-terms none"  # of DK-UXNet: the same network on labeled scans only
 ADAMW = "--optimizer adamw --lr 0.001 --weight-decay 0.01"  # DK-UXNet's
-RECIPE = "--lr-schedule cosine --intensity 0.3"  # of the preset `tuned`, which any method can have
+RECIPE = "--lr-schedule cosine --intensity 0.3"  # the part of the preset `tuned` that any method can have
 NORMALIZED, AS_PUBLISHED = "--normalize scan", "--normalize none"
 BF16 = "--precision bf16"
 SMALLER = "--downsample 2 --patch-size 32 32 16"
 HELD_OUT = {"scans": "held-out", "stride": [16, 16, 8], "save": "none"}
-BEYOND = {  # key: what one thing is done in another way than in the paper, its flags
+BEYOND = {  # key: the one thing that is done in another way than in the paper, its flags
     "paper": ("as in the paper", ""),
-    "cosine": ("the rate falls as a cosine", "--lr-schedule cosine"),
-    "labeled": ("4 labeled crops a batch, beside 2 unlabeled", "--batch-size 6 --labeled-batch 4"),
+    "cosine": ("cosine schedule of the learning rate", "--lr-schedule cosine"),
+    "labeled": ("4 labeled and 2 unlabeled crops in a batch", "--batch-size 6 --labeled-batch 4"),
     "k": ("k = 50", "--k 50"),
     "grow": ("k grows from 15 to 1500", "--k-start 15"),
     "map": ("consistency on z: (1-z)/2 for m", "--consistency map"),
-    "sure": ("consistency where p is sure", "--consistency sure"),
-    "mirror": ("the released codes' augmentation: a flip always", "--augment mirror"),
-    "intensity": ("random intensities too", "--intensity 0.3"),
+    "sure": ("consistency only where p is confident", "--consistency sure"),
+    "mirror": ("the released codes' augmentation: always a flip", "--augment mirror"),
+    "intensity": ("with intensity augmentation", "--intensity 0.3"),
     "mix": ("crops pasted into one another", "--mix 1"),
     "both": ("L_dis + L_mask", "--sdm-loss both"),
     "scan": ("L_dis + L_mask, distances of the whole scan", "--sdm-loss both --sdm-of scan"),
-    "uxnet": ("UX-Net for V-Net", "--backbone uxnet"),
-    "tuned": ("what helped, together: the preset `tuned`", f"--preset tuned {AS_PUBLISHED}"),
+    "uxnet": ("UX-Net in place of V-Net", "--backbone uxnet"),
+    "tuned": ("the preset `tuned`: all that helped", f"--preset tuned {AS_PUBLISHED}"),
 }
-# Recorded with options that were not worth keeping: these rows show their records and cannot be run again.
+# Recorded with options that were removed. These rows show their records and cannot be run again.
 RETIRED = {f"beyond-{key}" for key in ("grow", "map", "sure", "mix")}
 LA_RUNS = {
     "supervised-16": "--method supervised --labeled 16",
@@ -43,18 +43,18 @@ LA_RUNS = {
     "supervised-8": "--method supervised --labeled 8",
     "dtml-8": "--method dtml --labeled 8",
     "tuned-16": f"--method dtml --preset tuned {AS_PUBLISHED} --labeled 16",
-    # its 4 labeled crops alone
+    # the same with its 4 labeled crops alone
     "tuned-16-0": f"--method dtml --preset tuned {AS_PUBLISHED} --labeled 16 --unlabeled 0 --batch-size 4",
-    # the controls of tuned and its bound: as many labeled crops
+    # the controls and the upper bound of tuned
     **{f"supervised-tuned-{n}": f"--method supervised --labeled {n} {RECIPE}" for n in (8, 16, 80)},
     **{
         f"supervised-normalized-{n}": f"--method supervised --labeled {n} {RECIPE} {NORMALIZED}" for n in (4, 8, 16, 80)
     },
     **{f"tuned-normalized-{n}": f"--method dtml --preset tuned --labeled {n} {BF16}" for n in (4, 8, 16)},
-    # Fixed before any of these runs saw a test scan: all settings of DTML+, chosen on 16 held-out training scans, and
-    # the claim: with 8 labels and 5 runs each, ema_mean of plus-8 is above that of plus-alone-8.
+    # All settings of DTML+ were chosen on 16 held-out training scans, and the claim was fixed before any of these runs
+    # saw a test scan: with 8 labels and 5 runs each, ema_mean of plus-8 is above that of plus-alone-8.
     **{f"plus-{n}": f"--method dtml-plus --labeled {n} {BF16}" for n in (4, 8, 16)},
-    # the same networks and averages on the same labeled crops, without an unlabeled scan; with all labels the bound
+    # the same networks and averages on the same labeled crops, without unlabeled scans; with 80 labels the upper bound
     **{f"plus-alone-{n}": f"--method dtml-plus --labeled {n} --unlabeled 0 --batch-size 4 {BF16}" for n in (4, 8, 16)},
     "plus-alone-80": f"--method dtml-plus --labeled 80 --batch-size 4 {BF16}",
     "supervised-sdm-tuned-16": f"--method supervised --head sdm --k 50 --labeled 16 {RECIPE}",
@@ -68,24 +68,24 @@ LA_RUNS = {
     **{f"beyond-{key}": f"--method dtml --labeled 16 --unlabeled 48 {flags}" for key, (_, flags) in BEYOND.items()},
     "beyond-flips": "--method dtml --labeled 16 --unlabeled 48",
 }
-TESTS: dict[str, dict[str, Any]] = {  # key: options of test_la.py, where they are not the usual ones
+TESTS: dict[str, dict[str, Any]] = {  # key: options of test_la.py other than the usual ones
     **{f"beyond-{key}": HELD_OUT for key in BEYOND},
     "beyond-flips": {**HELD_OUT, "flips": 8, "output": ["seg", "sdm", "mean"]},
 }
-TRAINED_AS = {"beyond-flips": "beyond-paper"}  # key: that of the run whose weights are tested in another way
-ABLATIONS = {  # key: what the row is called, flags
+TRAINED_AS = {"beyond-flips": "beyond-paper"}  # key: that of the run whose weights it tests in another way
+ABLATIONS = {  # key: label of the row, flags
     "all": ("DK-UXNet, `repaired`", ""),
     "alone": ("labeled scans alone", ALONE),
     "no-segc": ("without L_segc", "--consistency-terms qdc"),
     "no-qdc": ("without L_qdc", "--consistency-terms segc"),
-    "no-consistency": ("without either", "--consistency-terms none"),
+    "no-consistency": ("without both", "--consistency-terms none"),
     "no-qd": ("without L_qd", "--qd-weight 0"),
     "no-kmax": ("without the k-means decoder", "--no-kmax"),
     "vnet": ("without the UX-Net: V-Net", "--backbone vnet"),
     "two": ("a network for each view", "--no-share-weights"),
     "levels": ("levels of the figure: 16 8 4", "--levels 16 8 4"),
-    "mse": ("mean square for contrast", "--contrast mse"),
-    "deep": ("repair undone: layers' assignment untrained", "--deep-weight 0"),
+    "mse": ("mean squared error in place of contrast", "--contrast mse"),
+    "deep": ("repair undone: assignment of the layers not trained", "--deep-weight 0"),
     "sum": ("repair undone: contrast of sums", "--contrast sum"),
     "crops": ("repair undone: independent crops", "--crops independent"),
     "momentum": ("repair undone: batch-norm momentum 0.01", "--bn-momentum 0.01"),
@@ -104,8 +104,9 @@ PHANTOM_RUNS = {
 
 
 class Row(NamedTuple):
-    """A row of a table: its name, labeled / unlabeled scans, its run, the four figures of the DTML paper if that has
-    them, the output scored; in the table at a glance also the run of the same method on the labeled scans alone."""
+    """A row of a table: its label, its labeled / unlabeled scans, the key of its run, the DTML paper's four figures (if
+    it gives them), and the output that is scored. `alone`, in the table at a glance, is the key of the run of the
+    same method on the labeled scans alone."""
 
     label: str
     scans: str
@@ -115,7 +116,8 @@ class Row(NamedTuple):
     alone: str = ""
 
 
-GLANCE = "glance"  # the README's table: printed only if it is asked for, as its rows stand in other tables too
+GLANCE = "glance"  # the README's table, printed only on request, as its rows stand in other tables too
+BEYOND_TABLE = "beyond"  # printed where it has records, or on request
 Tables = dict[str, tuple[str, list[Row]]]
 LA_TABLES: Tables = {
     GLANCE: ("Results at a glance", [
@@ -151,14 +153,14 @@ LA_TABLES: Tables = {
         Row("DoubleUnc", "16 / 64", "double-unc-16", "89.65 81.35 2.03 7.04"),
         Row("DTML", "16 / 64", "dtml-16", "90.12 82.14 1.82 7.01"),
     ]),
-    "authors": ("The presets `authors`: as the released code sets it", [
+    "authors": ("The presets `authors`: as in the released code", [
         Row("DTML, `paper`", "16 / 64", "dtml-16", "90.12 82.14 1.82 7.01"),
         *(Row(f"{label}, `authors`", "16 / 64", f"{name}-authors-16") for name, label in AUTHORS.items()),
     ]),
     "tuned": ("The preset `tuned`, on the test scans", [
         Row("V-Net", "16 / 0", "supervised-16", "86.03 76.06 3.51 14.26"),
-        Row("V-Net, rate and intensities of `tuned`", "16 / 0", "supervised-tuned-16"),
-        Row("M_d only, k, rate and intensities of `tuned`", "16 / 0", "supervised-sdm-tuned-16", output="sdm"),
+        Row("V-Net, schedule and augmentation of `tuned`", "16 / 0", "supervised-tuned-16"),
+        Row("M_d only, k, schedule and augmentation of `tuned`", "16 / 0", "supervised-sdm-tuned-16", output="sdm"),
         Row("DTML `tuned`, labeled scans alone: M_s", "16 / 0", "tuned-16-0"),
         Row("DTML `tuned`, labeled scans alone: mean of both", "16 / 0", "tuned-16-0", output="mean"),
         Row("DTML", "16 / 64", "dtml-16", "90.12 82.14 1.82 7.01"),
@@ -167,12 +169,12 @@ LA_TABLES: Tables = {
         Row("DTML `tuned`: M_d", "16 / 64", "tuned-16", output="sdm"),
         Row("DTML `tuned`: mean of both", "16 / 64", "tuned-16", output="mean"),
         Row("V-Net", "80 / 0", "supervised-80", "91.14 83.82 1.52 5.75"),
-        Row("V-Net, rate and intensities of `tuned`", "80 / 0", "supervised-tuned-80"),
-        Row("V-Net, rate and intensities of `tuned`", "8 / 0", "supervised-tuned-8"),
+        Row("V-Net, schedule and augmentation of `tuned`", "80 / 0", "supervised-tuned-80"),
+        Row("V-Net, schedule and augmentation of `tuned`", "8 / 0", "supervised-tuned-8"),
         Row("DTML `tuned`: mean of both", "8 / 72", "tuned-8", output="mean"),
     ]),
     "normalized": ("`--normalize scan`, on the test scans", [
-        *(Row("V-Net, rate and intensities of `tuned`", f"{n} / 0", f"supervised-tuned-{n}") for n in (8, 16, 80)),
+        *(Row("V-Net, schedule and augmentation of `tuned`", f"{n} / 0", f"supervised-tuned-{n}") for n in (8, 16, 80)),
         *(Row("the same, normalized", f"{n} / 0", f"supervised-normalized-{n}") for n in (8, 16, 80)),
     ]),
     "plus": ("DTML+ and what the unlabeled scans add, each scan normalized, on the test scans", [
@@ -189,7 +191,7 @@ LA_TABLES: Tables = {
         Row("V-Net", "80 / 0", "supervised-normalized-80"),
         Row("DTML+, labeled scans alone: mean of the averages", "80 / 0", "plus-alone-80", output="ema_mean"),
     ]),
-    "dk-uxnet": ("DK-UXNet, whose paper's figures could not be read", [
+    "dk-uxnet": ("DK-UXNet, whose paper's figures were not available", [
         Row("V-Net", "8 / 0", "supervised-8"),
         Row("DTML", "8 / 72", "dtml-8"),
         Row("DK-UXNet's network, labeled scans alone", "8 / 0", "dk-uxnet-alone-8"),
@@ -204,13 +206,13 @@ LA_TABLES: Tables = {
         Row("DK-UXNet, `repaired`", "16 / 64", "dk-uxnet-16"),
         Row("DK-UXNet, `released`", "16 / 64", "dk-uxnet-released-16"),
     ]),
-    "beyond": ("One thing done in another way than in the paper, on 16 held-out scans of train.list", [
+    "beyond": ("One change to the paper's method, on 16 held-out scans of train.list", [
         Row("as in the paper", "16 / 48", "beyond-paper"),
-        Row("tested on all eight flips and turns", "16 / 48", "beyond-flips"),
+        Row("tested with all eight flips and rotations", "16 / 48", "beyond-flips"),
         *(Row(label, "16 / 48", f"beyond-{key}") for key, (label, _) in BEYOND.items() if key != "paper"),
     ]),
 }  # fmt: skip
-COMPARED_WITH = {  # table: runs whose M_s (or output after the colon) its rows of as many labels are compared with
+COMPARED_WITH = {  # table: runs that its rows of as many labels are compared with, by M_s or the output after the colon
     "1": ["dtml-16"],
     "2": ["supervised-16"],
     "3": ["supervised-16", "dtml-16"],
@@ -229,7 +231,7 @@ PHANTOM_TABLES: Tables = {
         Row("dk-uxnet", "8 / 32", "dk-uxnet-8"),
         Row("dk-uxnet's network, labeled scans alone", "8 / 0", "dk-uxnet-alone-8"),
     ]),
-    "dk-uxnet": ("What each part and each repair of DK-UXNet does, at half resolution, crops of 32x32x16", [
+    "dk-uxnet": ("Ablation of DK-UXNet's parts and repairs, at half resolution, crops of 32x32x16", [
         Row(label, "8 / 0" if key == "alone" else "8 / 32", f"ablation-{key}") for key, (label, _) in ABLATIONS.items()
     ]),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""The lists of a set that grows: what they hold, what is added to them where, and what is written beside them."""
+"""The lists of a set that grows: what they hold, where new cases are added, and the files that go with them."""
 
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
@@ -49,7 +49,7 @@ def labeled_of(out: Path, names: Sequence[str]) -> frozenset[str]:
         try:
             with h5py.File(path, "r") as f:
                 return "label" in f
-        except Exception:  # as in read_case; such a file is told of where it is read
+        except Exception:  # as in read_case; such a file is reported where it is read
             return False
 
     return frozenset(name for name in names if has_label(case_file(out, name)))

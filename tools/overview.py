@@ -18,10 +18,10 @@ def table(groups: dict[str, list[Facts]], classes: int) -> str:
     """Markdown: what each group is like, and LA."""
 
     def span(values: Iterable[float], digits: int = 3) -> str:
-        known = list(values)
-        if not known:
+        numbers = list(values)
+        if not numbers:
             return ""
-        low, high = f"{min(known):.{digits}g}", f"{max(known):.{digits}g}"
+        low, high = f"{min(numbers):.{digits}g}", f"{max(numbers):.{digits}g}"
         return low if low == high else f"{low} to {high}"
 
     def sides(group: list[Facts]) -> str:

@@ -10,8 +10,8 @@ figure2 runs the network around the slice; figure3 reads what test_la.py predict
 RUN:OUTPUT; curves reads scalars.csv; differences shows the Dice of each scan (cases.csv) above the first run's, a
 quoted 'RUN-seed*' being each scan's mean over all runs that match; scale shows the Dice of each scan against the SD of
 its intensities, a panel for each pair of runs, without and with --normalize scan. The SDs are read from scales.csv
-beside the records; where there is none, it is written from the volumes of --data. Slices are shown as radiologists look
-at them: x to the right, y down.
+next to the records; where there is none, it is written from the volumes of --data. Slices are shown as radiologists
+look at them: x to the right, y down.
 """
 
 import csv
@@ -142,13 +142,13 @@ def maps_of_slice(
     names: list[str] = []
 
     def predict(patches: torch.Tensor) -> torch.Tensor:
-        found = method.maps(patches)
-        names[:] = found
-        return torch.stack(list(found.values()), dim=1)
+        maps = method.maps(patches)
+        names[:] = maps
+        return torch.stack(list(maps.values()), dim=1)
 
     stride = (max(patch_size[0] // 3, 1), max(patch_size[1] // 3, 1), patch_size[2])
-    found = sliding_window(predict, downsample_image(slab, downsample), patch_size, stride, weighting="gaussian")
-    full = upsample_probability(found, downsample, tuple(slab.shape))[..., z - start].numpy()
+    maps = sliding_window(predict, downsample_image(slab, downsample), patch_size, stride, weighting="gaussian")
+    full = upsample_probability(maps, downsample, tuple(slab.shape))[..., z - start].numpy()
     return dict(zip(names, full, strict=True))
 
 
@@ -160,10 +160,10 @@ def figure3(paths: Sequence[str], o: Options) -> Figure:
     scores = [read_scores(test) for test in tests]
     outputs = [output or rows[0]["output"] for (_, output), rows in zip(split, scores, strict=True)]
     for test, rows, output in zip(tests, scores, outputs, strict=True):
-        known = list(dict.fromkeys(row["output"] for row in rows))
-        if output not in known:
+        outputs_there = list(dict.fromkeys(row["output"] for row in rows))
+        if output not in outputs_there:
             raise UserError(
-                f"{test} has no output {output}, only {', '.join(known)}. Name one of them after the colon."
+                f"{test} has no output {output}, only {', '.join(outputs_there)}. Name one of them after the colon."
             )
     titles = o.titles or [name_of(Path(where)) for where, _ in split]
     if len(set(titles)) < len(titles):
@@ -187,12 +187,12 @@ def figure3(paths: Sequence[str], o: Options) -> Figure:
 
 def typical(rows: Sequence[dict[str, Any]], output: str) -> list[str]:
     """The cases with the lowest, the median and the highest Dice of an output, unfiltered."""
-    found: dict[str, list[float]] = {}
+    dices_of: dict[str, list[float]] = {}
     for row in rows:
         if (row["output"], row["component"]) == (output, "all"):
-            found.setdefault(row["case"], []).append(row["dice"])
-    means = {name: mean for name, dices in found.items() if not math.isnan(mean := mean_and_sd(dices)[0])}
-    names = sorted(means, key=lambda name: means[name]) or list(found)  # no Dice where both masks are empty
+            dices_of.setdefault(row["case"], []).append(row["dice"])
+    means = {name: mean for name, dices in dices_of.items() if not math.isnan(mean := mean_and_sd(dices)[0])}
+    names = sorted(means, key=lambda name: means[name]) or list(dices_of)  # no Dice where both masks are empty
     return list(dict.fromkeys(names[i] for i in (0, len(names) // 2, -1)))
 
 
@@ -220,8 +220,8 @@ def curves(paths: Sequence[str], o: Options) -> Figure:
         except (OSError, ValueError) as e:
             raise UserError(f"cannot read {path}: {e}. Give run folders of train_dtml.py.") from e
         runs[name] = dict(zip(header, values.T, strict=True))
-    known = {tag for scalars in runs.values() for tag in scalars}
-    return draw_curves(runs, [(title, tags) for title, tags in PANELS if known & set(tags)])
+    logged = {tag for scalars in runs.values() for tag in scalars}
+    return draw_curves(runs, [(title, tags) for title, tags in PANELS if logged & set(tags)])
 
 
 def differences(paths: Sequence[str], o: Options) -> Figure:
@@ -232,15 +232,15 @@ def differences(paths: Sequence[str], o: Options) -> Figure:
         raise UserError(f"--titles must give {len(paths)} names, one for each run.")
     titles = o.titles or [Path(where).name for where in paths]
     reference, *others = (read_runs(where, "dice", "all") for where in paths)
-    usual, found = mean_over(reference), []
+    usual, entries = mean_over(reference), []
     over: dict[str, None] = {}  # an ordered set
     for title, other in zip(titles[1:], others, strict=True):
         c, values = compare(reference, other, most=1), mean_over(other)
         scans = [100 * (values[case] - usual[case]) for case in usual]
         over["none: too few scans" if math.isnan(c.low) else c.over] = None
-        found.append((title, scans, (100 * c.difference, 100 * c.low, 100 * c.high)))
-    words = " / ".join(over)
-    return draw_differences(found, f"Dice % above {titles[0]}: each scan, the mean, its 95 % interval ({words})")
+        entries.append((title, scans, (100 * c.difference, 100 * c.low, 100 * c.high)))
+    sources = " / ".join(over)
+    return draw_differences(entries, f"Dice % above {titles[0]}: each scan, the mean, its 95 % interval ({sources})")
 
 
 def scale(paths: Sequence[str], o: Options) -> Figure:
@@ -289,16 +289,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("figure", choices=FIGURES, help="what to draw")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders; in figure3 RUN:OUTPUT names an output")
     parser.add_dataclass(Options)
-    given = parser.parse(argv)
-    o: Options = fill(Options, given)
-    out = Path(o.out or f"{given['figure']}.png")
+    options = parser.parse(argv)
+    o: Options = fill(Options, options)
+    out = Path(o.out or f"{options['figure']}.png")
     if out.exists() and not o.overwrite:
         raise UserError(f"{out} exists already. Choose another --out, or replace it with --overwrite.")
     if not out.parent.is_dir():
         raise UserError(f"there is no folder {out.parent} for --out. Make it, or choose another.")
     drawn = (figure2, figure3, curves, differences, scale)
-    draw = dict(zip(FIGURES, drawn, strict=True))[given["figure"]]
-    write_whole(out, as_png(draw(given["runs"], o), o.dpi, palette=o.palette))
+    draw = dict(zip(FIGURES, drawn, strict=True))[options["figure"]]
+    write_whole(out, as_png(draw(options["runs"], o), o.dpi, palette=o.palette))
     print(out)
 
 

@@ -3,29 +3,32 @@
     python -m tools.share runs/la/dtml-16-seed1337 weights/dtml-16
     python test_la.py --checkpoint weights/dtml-16
 
-They hold what test_la.py and predict.py need and no optimiser, so no training goes on from them. Kernels are rounded
-to half precision, which --exact leaves out; biases and batch norms stay as they are. A file holds whole tensors and is
-below --piece-mib, if no tensor is larger. The run's options go along, with the paths that they name.
+The weights are safetensors files, with the run's options and the paths that they name as JSON metadata. They hold what
+test_la.py and predict.py need. They hold no optimiser, so no training goes on from them. Kernels are rounded to half
+precision, unless --exact is given; biases and batch norms stay as they are. A file holds whole tensors and is below
+--piece-mib, if no tensor is larger.
 """
 
 import dataclasses
-import hashlib
-import io
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
+from torch import Tensor
 
 from methods import restore
-from utils.checkpoint import load_checkpoint, tensors_in, write_whole
+from utils.checkpoint import load_checkpoint, write_whole
 from utils.errors import UserError, run
 from utils.options import Parser, fill, option
+from utils.shared_weights import CHECKSUM, ENDING, METADATA, NO_TENSORS, checksum_of
 
 KEPT = (  # of a checkpoint
     "format", "options", "iteration", "seconds", "checksums", "images", "processes", "spacing", "orientation"
 )  # fmt: skip
-OVERHEAD = 512  # bytes beside each tensor's own, of the archive: at most
+OVERHEAD = 256  # bytes of a file's header for each tensor, at most
 
 
 @dataclasses.dataclass
@@ -36,24 +39,24 @@ class Options:
     exact: bool = option(False, "kernels in the precision of the run, twice as large")
 
 
-def rounded(value: Any) -> Any:
-    """A kernel in half precision, if that holds it; anything else as it is."""
-    if not isinstance(value, torch.Tensor) or value.dim() < 2 or value.dtype != torch.float32:
-        return value
-    half = value.half()
-    return half if half.isfinite().all() else value
+def rounded(weight: Tensor) -> Tensor:
+    """A kernel in half precision, if no value overflows there; any other tensor as it is."""
+    if weight.dim() < 2 or weight.dtype != torch.float32:
+        return weight
+    half = weight.half()
+    return half if half.isfinite().all() else weight
 
 
-def pieces(weights: dict[str, Any], limit: int) -> list[dict[str, Any]]:
-    """The entries of a state_dict, in their order, parted so that each part is below `limit` bytes or one entry."""
-    parts: list[dict[str, Any]] = [{}]
+def pieces(weights: dict[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
+    """Divides the weights, in their order, so that each part is below `limit` bytes or one tensor."""
+    parts: list[dict[str, Tensor]] = [{}]
     size = 0
-    for name, value in weights.items():
-        cost = OVERHEAD + sum(OVERHEAD + tensor.numel() * tensor.element_size() for tensor in tensors_in(value))
+    for name, weight in weights.items():
+        cost = OVERHEAD + weight.numel() * weight.element_size()
         if parts[-1] and size + cost > limit:
             parts.append({})
             size = 0
-        parts[-1][name] = value
+        parts[-1][name] = weight
         size += cost
     return parts
 
@@ -68,32 +71,29 @@ def share(checkpoint: Path, folder: Path, o: Options) -> list[Path]:
     restore(state)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file. Name a folder for the weights.")
-    there = sorted(folder.glob("*.pt"))
+    there = sorted([*folder.glob("*.pt"), *folder.glob(f"*{ENDING}")])
     if there:
         raise UserError(f"{there[0]} is there already. Name another folder for the weights, or delete it first.")
-    common = {name: state[name] for name in KEPT if name in state}
-    head = len(_bytes(common))
-    weights = {name: value if o.exact else rounded(value) for name, value in state["method"].items()}
-    parts = pieces(weights, o.piece_mib * 2**20 - head)
-    whole = hashlib.sha256(_bytes({**common, "method": weights})).hexdigest()
+    entries = state["method"]
+    # a copy of each, as safetensors takes no two tensors of the same memory
+    weights = {name: value.contiguous().clone() for name, value in entries.items() if isinstance(value, Tensor)}
+    weights = weights if o.exact else {name: rounded(weight) for name, weight in weights.items()}
+    about: dict[str, Any] = {name: state[name] for name in KEPT if name in state}
+    about[NO_TENSORS] = [name for name in entries if name not in weights]
+    about[CHECKSUM] = checksum_of(about, weights.items())
+    text = json.dumps(about)
+    parts = pieces(weights, o.piece_mib * 2**20 - 2 * len(text) - OVERHEAD)  # its quotation marks are escaped
     written = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for i, part in enumerate(parts, 1):
-            path = folder / f"weights-{i}-of-{len(parts)}.pt"
-            write_whole(path, _bytes({**common, "method": part, "optimizer": None, "whole": whole}))
+            path = folder / f"weights-{i}-of-{len(parts)}{ENDING}"
+            write_whole(path, save(part, {METADATA: text}))
             written.append(path)
     except OSError as e:
         raise UserError(f"cannot write to {folder}: {e.strerror or e}. Free some space or name another folder.") from e
     restore(load_checkpoint(folder))
     return written
-
-
-def _bytes(state: dict[str, Any]) -> bytes:
-    """A file's content."""
-    data = io.BytesIO()
-    torch.save(state, data)
-    return data.getvalue()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -102,11 +102,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("run", metavar="RUN", type=Path, help="run folder or .pt file of train_dtml.py")
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="where to write the weights")
     parser.add_dataclass(Options)
-    given = parser.parse(argv)
-    written = share(given["run"], given["folder"], fill(Options, given))
+    options = parser.parse(argv)
+    written = share(options["run"], options["folder"], fill(Options, options))
     for path in written:
         print(f"{path}  {path.stat().st_size / 2**20:.1f} MiB")
-    print(f"test them: python test_la.py --checkpoint {given['folder']}", file=sys.stderr)
+    print(f"test them: python test_la.py --checkpoint {options['folder']}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ TEST_SHARE = 0.2
 COLUMNS = ("image", "label", "split", "name")
 IMAGES_TS = ("unlabeled", "leave")
 FOLDERS = ("images", "labels", "imagesTr", "labelsTr", "imagesTs", "labelsTs")
-NOTES = (".json", ".txt", ".csv", ".tsv", ".md", ".xml", ".yaml", ".yml", ".log")  # of files that tell of a scan
+NOTES = (".json", ".txt", ".csv", ".tsv", ".md", ".xml", ".yaml", ".yml", ".log")  # of files that describe a scan
 LABEL_OF = re.compile(r"(.+)[-_. ](seg|segmentation|labels?|masks?|gt|roi|manual)", re.IGNORECASE)
 
 
@@ -35,14 +35,14 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Found:
+class SourceSet:
     """What a source holds."""
 
     scans: list[Source]
     challenge: bool = False
     """Whether these are the folders of the 2018 atrial challenge."""
     unread: list[Path] = field(default_factory=list)
-    """Files and folders where scans or labels stand, that are none which is read."""
+    """Files and folders next to scans or labels that are not read."""
     left_out: list[str] = field(default_factory=list)
     """Scans of imagesTs without label that are left out."""
     names: dict[int, str] = field(default_factory=dict)
@@ -51,7 +51,7 @@ class Found:
     """Training scans, or their labels, that dataset.json lists and that are not there."""
 
 
-def find_sources(source: Path, images_ts: str = "") -> Found:
+def find_sources(source: Path, images_ts: str = "") -> SourceSet:
     """The scans in any of the layouts.
 
     Args:
@@ -65,7 +65,7 @@ def find_sources(source: Path, images_ts: str = "") -> Found:
     if source.is_file():
         if images_ts:
             raise UserError("--images-ts is given, but a CSV has no imagesTs. Leave it out.")
-        return Found(_distinct(read_manifest(source), source))
+        return SourceSet(_distinct(read_manifest(source), source))
     if not source.is_dir():
         raise UserError(f"--source {source} does not exist. Give a folder of scans or a CSV that lists them.")
     unread = _loose(source)
@@ -86,9 +86,9 @@ def find_sources(source: Path, images_ts: str = "") -> Found:
             "NAME/image.nii.gz and NAME/label.nii.gz, or NAME/lgemri.nrrd. Arrange them so, or list them in a CSV; see "
             f"--help.{' Not read: ' + shown(unread, source) + '.' if unread else ''}"
         )
-    told = read_dataset(source / DATASET)
-    absent = _absent(told, scans, left_out)
-    return Found(_distinct(scans, source), challenge, unread, left_out, names_in(told, source / DATASET), absent)
+    dataset = read_dataset(source / DATASET)
+    absent = _absent(dataset, scans, left_out)
+    return SourceSet(_distinct(scans, source), challenge, unread, left_out, names_in(dataset, source / DATASET), absent)
 
 
 def shown(paths: Sequence[Path], folder: Path) -> str:
@@ -101,7 +101,7 @@ def shown(paths: Sequence[Path], folder: Path) -> str:
 
 
 def _there(folder: Path) -> list[Path]:
-    """What a folder holds, in order; hidden files, as macOS puts one beside each file of an archive, are none."""
+    """The content of a folder, in order, without hidden files, such as macOS adds for each file of an archive."""
     return [p for p in sorted(folder.iterdir()) if not p.name.startswith(".")] if folder.is_dir() else []
 
 
@@ -111,23 +111,23 @@ def _is_scan(path: Path) -> bool:
 
 def _scans_in(folder: Path) -> dict[str, Path]:
     """Name -> file of the scans in a folder."""
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for path in filter(_is_scan, _there(folder)):
-        if scan_name(path) in found:
-            raise UserError(f"{found[scan_name(path)]} and {path} have one name. Keep one of them.")
-        found[scan_name(path)] = path
-    return found
+        if scan_name(path) in files:
+            raise UserError(f"{files[scan_name(path)]} and {path} have one name. Keep one of them.")
+        files[scan_name(path)] = path
+    return files
 
 
 def _unread_in(folder: Path) -> list[Path]:
-    """What else a folder holds, but the voxels of a .mhd."""
+    """The other files of a folder, without the voxels of a .mhd."""
     there = _there(folder)
     headers = {path.stem for path in there if path.suffix.lower() == ".mhd"}
     return [p for p in there if not _is_scan(p) and not (p.suffix.lower() in (".raw", ".zraw") and p.stem in headers)]
 
 
 def _loose(source: Path) -> list[Path]:
-    """Scans beside the folders of a layout, and folders with scans that belong to none."""
+    """Scans next to the folders of a layout, and folders of scans that belong to no layout."""
     cases = ({"image"}, {"lgemri"})
     return [
         path
@@ -145,29 +145,29 @@ def _loose(source: Path) -> list[Path]:
 def _in_two_folders(
     images: Path, labels: Path, unread: list[Path], split: str = "", literal: bool = False
 ) -> list[Source]:
-    """The scans of two folders; `unread` gains what stands there besides.
+    """The scans of two folders. Other files there are added to `unread`.
 
     Names that end in _0000, as nnU-Net's scans do, lose that, unless labels have such names too or `literal` is set.
     """
-    scans, known = _scans_in(images), _scans_in(labels)
+    scans, label_files = _scans_in(images), _scans_in(labels)
     others = _unread_in(images)
     unread += [*others, *_unread_in(labels)]
-    if not literal and not scans.keys() & known.keys():
+    if not literal and not scans.keys() & label_files.keys():
         if any(name.endswith("_0001") for name in scans) and any(name.endswith("_0000") for name in scans):
             raise UserError(
                 f"{images} holds scans of several channels (_0001), and one is read here. Keep the _0000 alone."
             )
         if scans and all(name.endswith("_0000") for name in scans):
             scans = {name.removesuffix("_0000"): path for name, path in scans.items()}
-    _refuse_orphans([known[name] for name in known if name not in scans], images, others)
+    _refuse_orphans([label_files[name] for name in label_files if name not in scans], images, others)
     for name, path in scans.items():
         if (match := LABEL_OF.fullmatch(name)) and match[1] in scans:
             raise UserError(
                 f"{path} looks like the label of {match[1]}, and stands among the scans. Move it to {labels} under "
                 "that scan's name, or elsewhere."
             )
-    _refuse_unread_labels(_unread_in(labels), {name: known.get(name) for name in scans})
-    return [Source(name, path, known.get(name), split) for name, path in scans.items()]
+    _refuse_unread_labels(_unread_in(labels), {name: label_files.get(name) for name in scans})
+    return [Source(name, path, label_files.get(name), split) for name, path in scans.items()]
 
 
 def _in_nnunet_folders(source: Path, unread: list[Path]) -> tuple[list[Source], list[Source], list[Source]]:
@@ -207,7 +207,7 @@ def _refuse_unread_labels(unread: Sequence[Path], labels: dict[str, Path | None]
     """Refuses a file that is called as a scan is, so that this scan's label would be missing, or another file.
 
     Args:
-        unread: what cannot be read where labels stand.
+        unread: the files among the labels that cannot be read.
         labels: name of a scan -> its label, if it has one that can be read.
     """
     for path in unread:
@@ -224,16 +224,16 @@ def _refuse_unread_labels(unread: Sequence[Path], labels: dict[str, Path | None]
 # -- dataset.json, a CSV, and the split --
 
 
-def _absent(told: dict[str, Any], scans: Sequence[Source], left_out: Sequence[str]) -> list[str]:
-    """Names of the Decathlon's list of training scans that are not there, or whose label is not."""
+def _absent(dataset: dict[str, Any], scans: Sequence[Source], left_out: Sequence[str]) -> list[str]:
+    """Names in the Decathlon's list of training scans whose scan or label is missing."""
     there = {scan.name: scan.label is not None for scan in scans} | dict.fromkeys(left_out, False)
-    found, entries = [], told.get("training", [])
+    names, entries = [], dataset.get("training", [])
     for entry in entries if isinstance(entries, list) else ():
         if isinstance(entry, dict) and isinstance(entry.get("image"), str):
             name = scan_name(Path(entry["image"]))
             if not there.get(name, there.get(name.removesuffix("_0000"), False)):
-                found.append(name)
-    return found
+                names.append(name)
+    return names
 
 
 def read_manifest(path: Path) -> list[Source]:
@@ -252,27 +252,27 @@ def read_manifest(path: Path) -> list[Source]:
         raise UserError(
             f"{path} has the columns {', '.join(columns) or 'none'}. Use image and, if wanted, label, split, name."
         )
-    found = []
+    scans = []
     for line, row in enumerate(rows, 2):
         values = {name: (row.get(name) or "").strip() for name in COLUMNS}
         if not values["image"] or values["split"] not in ("", "train", "test"):
             raise UserError(f"{path}, line {line}: an image is needed, and the split must be train, test or nothing.")
         image = path.parent / values["image"]
         label = path.parent / values["label"] if values["label"] else None
-        found.append(Source(values["name"] or scan_name(image), image, label, values["split"]))
-    return found
+        scans.append(Source(values["name"] or scan_name(image), image, label, values["split"]))
+    return scans
 
 
-def _distinct(found: list[Source], where: Path) -> list[Source]:
-    twice = [name for name, count in Counter(scan.name for scan in found).items() if count > 1]
-    if twice or not found:
+def _distinct(scans: list[Source], where: Path) -> list[Source]:
+    twice = [name for name, count in Counter(scan.name for scan in scans).items() if count > 1]
+    if twice or not scans:
         raise UserError(
             f"{where} names {', '.join(twice[:5]) or 'no scan'}{' twice' if twice else ''}. Name each once."
         )
-    for scan in found:
+    for scan in scans:
         if not scan.name.isprintable() or Path(scan.name).name != scan.name or scan.name != scan.name.strip():
             raise UserError(f"{where} names {scan.name!r}, which no case can be called. Give it a plain name.")
-    return found
+    return scans
 
 
 def choose_split(
@@ -288,7 +288,7 @@ def choose_split(
             lists, or too few labeled cases.
     """
     before = before or Before()
-    known = {*before.train, *before.test, *before.taken_out}
+    old_names = {*before.train, *before.test, *before.taken_out}
     order = [scan.name for scan in scans]
     labeled = {scan.name for scan in scans if scan.label is not None} - before.taken_out
     if any(scan.split for scan in scans):
@@ -309,10 +309,10 @@ def choose_split(
             order = [name for names in published for name in names if name in set(order)]
             test = set(order) & set(published[1])
         else:
-            ranked = sorted(labeled - known, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
+            ranked = sorted(labeled - old_names, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
             count = count_to_test(len(labeled | before.labeled), share) - len(before.test)
             test = set(ranked[: max(count, 0)])
-    test, new = test - known, [name for name in order if name not in known]
+    test, new = test - old_names, [name for name in order if name not in old_names]
     to_train = {*labeled, *before.labeled} - test - set(before.test)
     if not (test or before.test) or not to_train:
         raise UserError(

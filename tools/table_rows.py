@@ -51,15 +51,16 @@ def runs_text(records: Records) -> str:
 
 
 def figures(row: Row, component: str, records: Records) -> list[str]:
-    """The four figures of a row: the mean over its runs of their means over the scans, with three runs and more ± the
-    SD of these, and behind a distance how many scans of all runs have one."""
+    """The four figures of a row: the mean over its runs of their means over the scans, from three runs on with ± SD.
+
+    The number after a distance says how many scans of all runs have one."""
     runs = [rows_of(f"{path}:{row.output}", component) for path in records.values()]
     cells = [mean_text([100 * mean_and_sd([scan[name] for scan in run])[0] for run in runs]) for name in METRICS[:2]]
     return cells + [distance_text([distances_of(run, name) for run in runs], over_runs=True) for name in METRICS[2:]]
 
 
 def row_lines(row: Row, records: Records) -> str:
-    """The paper's figures if it has some, then ours without and with the component filter."""
+    """The paper's figures, if it gives them, then ours without and with the component filter."""
     lines = [f"paper | {' | '.join(row.paper.split())} | |"] if row.paper else []
     for component in COMPONENTS if records else ():
         lines.append(f"{component} | {' | '.join(figures(row, component, records))} | {runs_text(records)} |")
@@ -69,17 +70,17 @@ def row_lines(row: Row, records: Records) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """Two rows compared by their Dice in points, without a filter, over the seeds that both have; median: of the scans'
-    differences, each scan its mean over the seeds, by Hodges and Lehmann."""
+    """Two rows compared by their Dice in points, without a filter, over the seeds that both have. `median` is the
+    Hodges-Lehmann median of the scans' differences, after a mean over the seeds."""
 
     row: Row
-    found: Comparison
+    comparison: Comparison
     median: float
     seeds: list[int]
 
 
 def compared(row: Row, records: Records, usual: Row, usual_records: Records) -> Pair | None:
-    """A row compared with the usual one; None if they have no seed in common, or were not tested on the same scans."""
+    """A row compared with a reference row; None without a common seed, or if they were tested on different scans."""
     shared = [seed for seed in records if seed in usual_records]
     reference, ours = (
         {seed: points(f"{folders[seed]}:{output}") for seed in shared}
@@ -102,14 +103,15 @@ def labeled_of(row: Row) -> str:
 
 
 def comparisons(tables: Tables, done: dict[str, Records]) -> dict[str, list[Pair]]:
-    """What the tables' rows are compared with -> the rows of as many labeled scans, or of all, beside it. Two rows are
-    compared once, however many tables they stand in, under the name of the last."""
+    """Label of a reference row -> the rows of its tables that are compared with it, with as many labeled scans or all.
+
+    Two rows are compared once, even if several tables have both. The label is that of the last table."""
     last = {(row.key, row.output): row for _, rows in tables.values() for row in rows}
-    found: dict[str, list[Pair]] = {}
+    pairs_of: dict[str, list[Pair]] = {}
     seen: set[frozenset[tuple[str, str]]] = set()
     for name, (_, rows) in tables.items():
-        known = {where if ":" in where else f"{where}:seg" for where in COMPARED_WITH.get(name, [])}
-        for usual in [row for row in rows if f"{row.key}:{row.output}" in known]:
+        references = {where if ":" in where else f"{where}:seg" for where in COMPARED_WITH.get(name, [])}
+        for usual in [row for row in rows if f"{row.key}:{row.output}" in references]:
             for row in rows:
                 names = frozenset([(row.key, row.output), (usual.key, usual.output)])
                 if len(names) < 2 or names in seen or labeled_of(row) not in (labeled_of(usual), str(ALL_LABELED)):
@@ -118,18 +120,18 @@ def comparisons(tables: Tables, done: dict[str, Records]) -> dict[str, list[Pair
                 one, other = (last[side.key, side.output] for side in (usual, row))
                 pair = compared(other, done.get(other.key, {}), one, done.get(one.key, {}))
                 if pair:
-                    found.setdefault(f"{one.label}, {one.scans}", []).append(pair)
-    return found
+                    pairs_of.setdefault(f"{one.label}, {one.scans}", []).append(pair)
+    return pairs_of
 
 
-def comparison_tables(found: dict[str, list[Pair]]) -> str:
+def comparison_tables(pairs_of: dict[str, list[Pair]]) -> str:
     """A table for each row that others are compared with; Holm's correction is over all of them."""
-    corrected = iter(holm([pair.found.p for pairs in found.values() for pair in pairs]))
+    corrected = iter(holm([pair.comparison.p for pairs in pairs_of.values() for pair in pairs]))
     text = ""
-    for usual, pairs in found.items():
+    for usual, pairs in pairs_of.items():
         text += f"\nAgainst *{usual}*:\n\n{ruled(COMPARED_HEAD)}\n"
         for pair, p in zip(pairs, corrected, strict=False):
-            c = pair.found
+            c = pair.comparison
             cells = [pair.row.label, pair.row.scans, f"{c.difference:+.2f}", interval_text(c, 2), c.over]
             cells += [f"{pair.median:+.2f}", pairs_text(c, p), ", ".join(map(str, pair.seeds))]
             text += f"| {' | '.join(cells)} |\n"
@@ -137,7 +139,7 @@ def comparison_tables(found: dict[str, list[Pair]]) -> str:
 
 
 def glance_table(rows: list[Row], done: dict[str, Records]) -> str:
-    """A line for each row; in bold the best of the rows with as many labeled scans, where there are several."""
+    """A line for each row. The best of several rows with as many labeled scans is bold."""
     cells = {row: short_figures(row, done[row.key]) for row in rows if done.get(row.key)}
     lines = [ruled(GLANCE_HEAD)]
     for row in rows:
@@ -157,29 +159,32 @@ def glance_table(rows: list[Row], done: dict[str, Records]) -> str:
         pair = compared(row, done[row.key], alone, done.get(row.alone, {})) if row.alone else None
         gain = ""
         if pair:
-            gain = f"{pair.found.difference:+.2f} ({interval_text(pair.found, 2)}, {counted(len(pair.seeds))} each)"
+            c = pair.comparison
+            gain = f"{c.difference:+.2f} ({interval_text(c, 2)}, {counted(len(pair.seeds))} each)"
         shown += [str(len(done[row.key])), gain.replace("-", "\N{MINUS SIGN}")]
         lines.append(f"| {row.label} | {row.scans} | {' | '.join(shown)} |")
     return "\n".join(lines).replace("|  |", "| |")
 
 
 def counted(runs: int) -> str:
-    """A number of runs in words."""
+    """A number of runs, as text."""
     return f"{runs} run{'s' if runs > 1 else ''}"
 
 
 def short_figures(row: Row, records: Records) -> tuple[str, str]:
-    """Dice in per cent and 95HD of a row without a component filter: the mean over its runs, from three on ± SD. Of the
-    distances of empty predictions only a count is shown, and only if there is one."""
+    """Dice in per cent and 95HD of a row without a component filter: the mean over its runs, from three on with ± SD.
+
+    The number of scans with a distance is shown only if some have none."""
     cells = figures(row, "all", records)
     distance, _, scans = cells[3].partition(" (")
-    found, *total = scans.rstrip(")").split(" of ")
-    return cells[0], distance if [found] == total else f"{distance} ({scans}"
+    measured, *total = scans.rstrip(")").split(" of ")
+    return cells[0], distance if [measured] == total else f"{distance} ({scans}"
 
 
 def beyond_line(row: Row, records: Records, usual: Records) -> str:
-    """Dice of M_s, of M_d and of their mean, and how far that is above the mean's of the runs as in the paper, of the
-    same seeds; moving averages' if the row is of them."""
+    """Dice of M_s, of M_d and of their mean, and the gain of that mean over the runs as in the paper of the same seeds.
+
+    A row of moving averages gives theirs."""
     if not records:
         return f"| {row.label} | {row.scans} | not yet run | | | | | |"
     prefix = row.output.removesuffix("seg")
@@ -188,15 +193,16 @@ def beyond_line(row: Row, records: Records, usual: Records) -> str:
     if records != usual or prefix:
         pair = compared(row._replace(output=f"{prefix}mean"), records, row._replace(output="mean"), usual)
         if pair:
-            above = f"{pair.found.difference:+.2f} ({interval_text(pair.found, 2)}; {pair.found.over})"
+            above = f"{pair.comparison.difference:+.2f} ({interval_text(pair.comparison, 2)}; {pair.comparison.over})"
     dice = " | ".join(cell[0] for cell in cells)
     return f"| {row.label} | {row.scans} | {dice} | {cells[2][3]} | {above} | {runs_text(records)} |"
 
 
 def run_lines(record: Path) -> str:
-    """Every output of one run, mean ± SD over its scans, and what it took to train, on which hardware, at which commit.
+    """Every output of one run, mean ± SD over its scans; its training time, hardware and commit.
 
-    A run that was resumed elsewhere or in another way names each. Behind a distance stands how many scans have one.
+    A run that was resumed elsewhere names all devices, threads and commits. The number after a distance says how many
+    scans have one.
     """
     manifest = json.loads((record / MANIFEST).read_text(encoding="utf-8"))
     outputs = dict.fromkeys(row["output"] for row in read_scores(record))
@@ -219,7 +225,7 @@ def run_lines(record: Path) -> str:
 
 
 def live_line(record: Path) -> str:
-    """The share of voxels through which M_d of a run learned, and its Dice; "" of a run that did not log the share."""
+    """The share of voxels through which M_d of a run learned, and its Dice; '' if the run did not log the share."""
     with open(record / SCALARS, newline="", encoding="utf-8") as f:
         live = [float(row[LIVE]) for row in csv.DictReader(f) if LIVE in row]
     if not live:

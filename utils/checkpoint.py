@@ -1,7 +1,6 @@
-"""Checkpoints: either the old one or the new one, never half; loading one never runs code."""
+"""Checkpoints: a save leaves the old one or the new one, never half of it; loading one never runs code."""
 
 import errno
-import fnmatch
 import io
 import itertools
 import os
@@ -9,7 +8,6 @@ import pickle
 import shutil
 import sys
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +15,11 @@ import torch
 
 from utils.errors import UserError
 from utils.options import renamed
+from utils.shared_weights import ENDING, PIECES, read_shared
 
 FORMAT = 1
 CONTENTS = ("options", "iteration", "seconds", "checksums", "processes", "method", "optimizer")
 LAST, PREVIOUS = "last.pt", "previous.pt"
-PIECES = "weights-*-of-*.pt"  # of python -m tools.share: each a checkpoint with some of the weights
 CHUNK = 2**20
 BARE_WEIGHTS = (
     "Bare weights, as the released codes save them, do not name their method: test_la.py tests them with --method NAME."
@@ -37,8 +35,8 @@ def fsync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _write_beside(path: Path, data: bytes | memoryview) -> Path:
-    """Writes a file, durably, under a temporary name next to `path`; returns that name. A failure leaves nothing."""
+def _write_partial(path: Path, data: bytes | memoryview) -> Path:
+    """Writes a file durably under a temporary name next to `path`, and returns that name. A failure leaves no file."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as f:
@@ -60,8 +58,8 @@ def _reads_back(path: Path, data: memoryview) -> bool:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file under a temporary name next to it, then renames: readers see the old one or the new one."""
-    partial = _write_beside(path, data)
+    """Writes a file under a temporary name, then renames it. Readers see the old file or the new one."""
+    partial = _write_partial(path, data)
     try:
         os.replace(partial, path)
     finally:
@@ -70,20 +68,20 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any], name: str = LAST) -> Path:
-    """Saves `state` (tensors and plain Python only) as folder/last.pt; the one before stays as folder/previous.pt.
+    """Saves `state` (tensors and plain Python only) as folder/last.pt. The one before becomes folder/previous.pt.
 
-    The new file takes the name only when it was read back, and previous.pt changes only after that: at every moment
-    one of the two is whole, even where the file called last.pt before was damaged. Another `name` has no previous.pt.
+    The new file is read back before it takes the name, and previous.pt changes only after that. So one of the two is
+    whole at every moment, even if the old last.pt was damaged. Another `name` has no previous.pt.
 
     Raises:
         UserError: when the folder cannot be written (full, read-only, failing); what was there before is untouched.
     """
     path, before = folder / name, folder / f".{PREVIOUS}.partial"
-    data = io.BytesIO()  # torch.save straight to a full disk hides the reason
+    data = io.BytesIO()  # written directly to a full disk, torch.save hides the reason
     torch.save({"format": FORMAT, **state}, data)
     partial = None
     try:
-        partial = _write_beside(path, data.getbuffer())
+        partial = _write_partial(path, data.getbuffer())
         if not _reads_back(partial, data.getbuffer()):
             raise OSError(errno.EIO, "what was written reads back as something else")
         before.unlink(missing_ok=True)
@@ -107,58 +105,51 @@ def save_checkpoint(folder: Path, state: dict[str, Any], name: str = LAST) -> Pa
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Loads onto the CPU a checkpoint file, the newest whole one of a run folder, or the weights that tools.share wrote
-    into a folder; `file` in it tells which, `saved` the time of its last change in nanoseconds.
+    """Loads a checkpoint onto the CPU.
+
+    Args:
+        path: a file of train_dtml.py; a run folder, whose newest whole checkpoint is taken; a folder of tools.share or
+            a file in it.
+
+    Returns:
+        What was saved, with the present names of the options, the `file`, and the time of its last change in
+        nanoseconds, `saved`.
 
     Raises:
         UserError: missing, cut short, damaged (CRC), not a checkpoint, of another format, holding more than tensors and
             plain Python, or not all of the pieces; the text says which.
     """
     if path.is_dir():
-        found = [path / name for name in (LAST, PREVIOUS) if (path / name).exists()]
-        if not found:
-            return _join(path, sorted(path.glob(PIECES)))
-        for candidate, older in itertools.pairwise(found):
+        files = [path / name for name in (LAST, PREVIOUS) if (path / name).exists()]
+        if not files and next(path.glob(PIECES), None):
+            return _checked(read_shared(path))
+        if not files:
+            raise UserError(f"{path} holds no checkpoint {LAST}. Give a run folder of train_dtml.py or a .pt file.")
+        for candidate, older in itertools.pairwise(files):
             try:
                 return load_checkpoint(candidate)
             except UserError as e:
                 print(f"warning: {e} Using {older} instead.", file=sys.stderr)
-        path = found[-1]
-    elif path.is_file() and fnmatch.fnmatch(path.name, PIECES):
-        return _join(path.parent, sorted(path.parent.glob(PIECES)))
-    return _load_file(path)
-
-
-def _join(folder: Path, files: list[Path]) -> dict[str, Any]:
-    """The checkpoint whose weights lie in the files of one tools.share.
-
-    Raises:
-        UserError: as load_checkpoint.
-    """
-    if not files:
-        raise UserError(f"{folder} holds no checkpoint {LAST}. Give a run folder of train_dtml.py or a .pt file.")
-    names = {path.name for path in files}
-    if names != {f"weights-{i}-of-{len(files)}.pt" for i in range(1, len(files) + 1)}:
-        raise UserError(
-            f"{folder} holds not all pieces of its weights, only {', '.join(sorted(names))}. Copy them all."
-        )
-    states = [_load_file(path) for path in files]
-    if len({repr(state.get("whole")) for state in states}) > 1 or not all(
-        isinstance(s["method"], dict) for s in states
-    ):
-        raise UserError(f"{folder} holds pieces of different weights. Delete them and copy those of one run.")
-    weights = {name: value for state in states for name, value in state["method"].items()}
-    return {**states[0], "method": weights, "file": str(folder), "saved": max(state["saved"] for state in states)}
-
-
-def _load_file(path: Path) -> dict[str, Any]:
-    """load_checkpoint of a file."""
+        path = files[-1]
+    elif path.is_file() and path.suffix == ENDING:
+        return _checked(read_shared(path.parent))
     state, saved = _read(path)
     if not isinstance(state, dict) or "format" not in state:
         raise UserError(f"{path} is no checkpoint of this project: it has no format number. {BARE_WEIGHTS}")
-    if type(state["format"]) is not int or state["format"] != FORMAT:
+    return _checked({**state, "file": str(path), "saved": saved})
+
+
+def _checked(state: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's contents with the present names of the options.
+
+    Raises:
+        UserError: another format, or parts that are missing or of another kind.
+    """
+    path = state["file"]
+    number = state.get("format")
+    if type(number) is not int or number != FORMAT:
         raise UserError(
-            f"{path} has checkpoint format {state['format']}, this code reads {FORMAT}. "
+            f"{path} has checkpoint format {number}, this code reads {FORMAT}. "
             "Use the version of the code that wrote it."
         )
     missing = [name for name in CONTENTS if name not in state]
@@ -174,11 +165,11 @@ def _load_file(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} is no whole checkpoint: {', '.join(wrong) or 'its method'} is amiss. Use an older one."
         )
-    return {**state, "options": renamed(state["options"]), "file": str(path), "saved": saved}
+    return {**state, "options": renamed(state["options"])}
 
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Bare weights, a state_dict as torch.save writes it, in this or in the older form (before torch 1.6), on the CPU.
+    """Bare weights on the CPU: a state_dict as torch.save writes it, also in its format before torch 1.6.
 
     Raises:
         UserError: missing, cut short, damaged, a checkpoint of this project, or holding anything but named tensors.
@@ -198,9 +189,9 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _read(path: Path, *, older: bool = False) -> tuple[Any, int]:
-    """What a file holds, on the CPU, and the time of its last change in nanoseconds; never runs code from it.
+    """The content of a file, on the CPU, and the time of its last change in nanoseconds. Never runs code from it.
 
-    `older` also takes the form that torch wrote before 1.6, which has no checksums.
+    `older` also accepts the format that torch wrote before 1.6, which has no checksums.
 
     Raises:
         UserError: as in load_checkpoint.
@@ -212,10 +203,6 @@ def _read(path: Path, *, older: bool = False) -> tuple[Any, int]:
         if not older or zipfile.is_zipfile(path):
             _check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-        for tensor in tensors_in(state):
-            # A view may claim any size (a stride of 0), and copying it would take as much memory.
-            if tensor.is_meta or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-                raise ValueError(f"a tensor claims {tensor.numel()} elements and does not hold them")
     except UserError:
         raise
     except pickle.UnpicklingError as e:
@@ -227,18 +214,18 @@ def _read(path: Path, *, older: bool = False) -> tuple[Any, int]:
         raise UserError(f"cannot read {path}: {e.strerror or e}. Check the file and its permissions.") from e
     except zipfile.BadZipFile as e:
         raise UserError(f"{path} is incomplete or no checkpoint ({e}). Use an older one. {BARE_WEIGHTS}") from e
-    except Exception as e:  # what zipfile and torch raise for a file that is cut, or made to fool them, has no end
+    except Exception as e:  # zipfile and torch raise many kinds of errors for damaged files
         what = (str(e) or type(e).__name__).splitlines()[0]
         raise UserError(f"{path} is incomplete or no checkpoint ({what}). Use an older one.") from e
     return state, saved
 
 
 def _check_archive(path: Path) -> None:
-    """Reads the archive once, in bounded memory, as torch itself loads flipped bits without a word.
+    """Verifies the checksums of the archive in bounded memory, as torch itself loads flipped bits without an error.
 
     Raises:
         UserError: an entry that is damaged, or that would unpack to more than the file holds.
-        zipfile.BadZipFile and others: no zip archive at all.
+        zipfile.BadZipFile and others: not a zip archive.
     """
     with zipfile.ZipFile(path) as archive:
         entries, size = archive.infolist(), path.stat().st_size
@@ -248,27 +235,15 @@ def _check_archive(path: Path) -> None:
                 f"{path} was not loaded: its {size} bytes claim to unpack to {claimed}. "
                 "Only open checkpoints written by train_dtml.py."
             )
-        # torch skips the data of an entry that is marked as a folder: its tensor is what the memory happened to hold.
+        # torch skips the data of an entry that is marked as a folder, and its tensor stays uninitialised.
         marked = (entry.filename for entry in entries if entry.external_attr)
         damaged = archive.testzip() or next(marked, None)
     if damaged is not None:
         raise UserError(f"{path} is damaged: the checksum or the entry of {damaged} is wrong. Use an older checkpoint.")
 
 
-def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors in nested dicts, lists and tuples; what stands there many times is looked at once."""
-    waiting, seen = [value], set()
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
-            seen.add(id(value))
-            waiting += value.values() if isinstance(value, dict) else value
-
-
 def fit_optimizer(optimizer: torch.optim.Optimizer, state: Any) -> None:
-    """Gives an optimiser its saved state; torch itself would fail, or go wrong, only at the next step.
+    """Gives an optimiser its saved state. torch itself would fail, or compute wrongly, only at the next step.
 
     Raises:
         ValueError: if the state is not of this optimiser and its weights.
@@ -279,8 +254,8 @@ def fit_optimizer(optimizer: torch.optim.Optimizer, state: Any) -> None:
         raise ValueError(f"the optimiser's state is of another kind: {e!r}") from e
     weights = [p for group in optimizer.param_groups for p in group["params"]]
     for p in weights:
-        found = optimizer.state.get(p, {})
-        if found.keys() != optimizer.state.get(weights[0], {}).keys():
+        entries = optimizer.state.get(p, {})
+        if entries.keys() != optimizer.state.get(weights[0], {}).keys():
             raise ValueError("the optimiser's state is incomplete")
-        if any(isinstance(x, torch.Tensor) and x.dim() and x.shape != p.shape for x in found.values()):
+        if any(isinstance(x, torch.Tensor) and x.dim() and x.shape != p.shape for x in entries.values()):
             raise ValueError("the optimiser's state is of weights of another shape")

@@ -1,4 +1,4 @@
-"""Where the time of a loop goes."""
+"""Measures where the time of a loop goes."""
 
 import time
 from collections import defaultdict
@@ -9,9 +9,9 @@ import torch
 
 
 class Clock:
-    """Gives the time between two laps to the name of the second.
+    """Measures the time between laps and adds it to the name of the later lap.
 
-    On a GPU the laps are events in its queue, read only by `shares`, so that the loop need not wait for it.
+    On a GPU the laps are events in its queue. Only `shares` reads them, so the loop does not wait for the GPU.
     """
 
     def __init__(self, device: torch.device):
@@ -28,7 +28,7 @@ class Clock:
         return event
 
     def lap(self, name: str) -> None:
-        """What was done since the lap before is called this."""
+        """Assigns the time since the last lap to this name."""
         self._laps.append((name, self._now()))
         if len(self._laps) > 10_000:
             self._settle()

@@ -18,8 +18,8 @@ import torch
 from utils.errors import UserError
 
 CARDS = ("/dev/nvidia[0-9]*", "/proc/driver/nvidia/gpus/*")  # of NVIDIA's driver on Linux
-HIDDEN = ("", "-1", "none", "void", "nodevfiles")  # what people and schedulers set where a program shall see no card
-NO_MEMORY = re.compile(  # what torch, its libraries and the system say; no class of errors tells them apart
+HIDDEN = ("", "-1", "none", "void", "nodevfiles")  # values by which people and schedulers hide all cards
+NO_MEMORY = re.compile(  # messages of torch, its libraries and the system, as they have no error class of their own
     "out of memory|alloc_?failed|allocation_?failed|MemoryAllocation|can('t|not) allocate memory|not enough memory|"
     "bad_alloc|unable to find an engine|CUDNN_STATUS_NOT_SUPPORTED",
     re.IGNORECASE,
@@ -59,24 +59,24 @@ def choose_device(name: str) -> torch.device:
 
 
 def nvidia_card() -> str:
-    """What shows that NVIDIA's driver knows a card here; nothing if there is none, or none shall be seen.
+    """The file or program that shows an NVIDIA card; '' if there is none, or if the environment hides it.
 
     A driver that does not answer at all counts as one that knows a card.
     """
     if any(os.environ.get(name, "all").strip().lower() in HIDDEN for name in
            ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES")):  # fmt: skip
         return ""
-    found = sorted(path for pattern in CARDS for path in glob.glob(pattern))
-    if found:
-        return found[0]
+    cards = sorted(path for pattern in CARDS for path in glob.glob(pattern))
+    if cards:
+        return cards[0]
     program = shutil.which("nvidia-smi")
     try:
-        told = program and subprocess.run([program, "-L"], capture_output=True, timeout=20, check=True).stdout
+        listing = program and subprocess.run([program, "-L"], capture_output=True, timeout=20, check=True).stdout
     except subprocess.TimeoutExpired:
         return f"{program} does not answer"
     except (OSError, subprocess.CalledProcessError):  # the program alone, without a driver
         return ""
-    return f"by {program}" if told and b"GPU" in told else ""
+    return f"by {program}" if listing and b"GPU" in listing else ""
 
 
 def why_no_cuda() -> str:
@@ -90,8 +90,8 @@ def why_no_cuda() -> str:
     else:
         why = "it counts no device."
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    asked = "" if visible is None else f" CUDA_VISIBLE_DEVICES is {visible}."
-    return f"{why}{asked} Look at nvidia-smi; a container needs its GPUs given (docker run --gpus all)."
+    limit = "" if visible is None else f" CUDA_VISIBLE_DEVICES is {visible}."
+    return f"{why}{limit} Look at nvidia-smi; a container needs its GPUs given (docker run --gpus all)."
 
 
 def set_arithmetic(*, deterministic: bool) -> None:
@@ -125,7 +125,7 @@ def keep_freed_memory() -> None:
 
 @contextmanager
 def enough_memory(advice: str) -> Iterator[None]:
-    """Memory that does not suffice, of the GPU or of the computer, is reported in words, with what to do.
+    """Turns a lack of memory, of the GPU or of the computer, into a UserError that says what to do.
 
     Raises:
         UserError: in place of what torch or Python raise then.

@@ -1,4 +1,4 @@
-"""One process or several under torchrun, with the same code: torchrun's environment says which."""
+"""One process, or several under torchrun, with the same code. torchrun's environment variables select which."""
 
 import os
 import warnings
@@ -37,7 +37,7 @@ def process_group(device: torch.device) -> Iterator[None]:
 
 
 def replicate(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-    """The module, its gradients averaged over all processes on the way back; itself where there is one process."""
+    """The module with gradients averaged over all processes; the module itself where there is one process."""
     if RANKS == 1:
         return module
     # Those of a convolution from one channel, whose two layouts differ in name only.
@@ -46,7 +46,7 @@ def replicate(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
 
 
 def any_rank(*flags: float, device: torch.device) -> list[float]:
-    """The largest value of each flag over all processes, so that they stop or fail together."""
+    """The largest value of each flag over all processes, so that all stop or fail together."""
     if RANKS == 1:
         return list(flags)
     shared = torch.tensor(flags, dtype=torch.float64, device=device)
@@ -55,7 +55,7 @@ def any_rank(*flags: float, device: torch.device) -> list[float]:
 
 
 def stop_of_any_rank(number: int, *, ask: bool, device: torch.device) -> int:
-    """The largest signal that a process was sent; 0 if none was, or without asking, which costs a GPU a wait."""
+    """The largest signal that a process received; 0 if none did. Without `ask` it is 0, as to ask makes a GPU wait."""
     if RANKS == 1:
         return number
     return int(any_rank(number, device=device)[0]) if ask else 0
@@ -80,7 +80,7 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
 
 
 def in_turn(mine: list[Any], size: int) -> list[Any]:
-    """Every process brings groups of `size` items, those of group rank, rank + RANKS, ...; all get all, in order."""
+    """Gathers groups of `size` items, of which a process has number rank, rank + RANKS, ...; all get all, in order."""
     if RANKS == 1:
         return mine
     theirs: list[list[Any]] = [[] for _ in range(RANKS)]
@@ -98,6 +98,6 @@ def _all_reduce(shared: torch.Tensor, how: Any) -> None:
 
 
 def wait_for_rank_0() -> None:
-    """A barrier: what rank 0 did before it, the others see after it."""
+    """A barrier: the others see what rank 0 did before it."""
     if RANKS > 1:
         dist.barrier()

@@ -1,4 +1,4 @@
-"""What can end a program, and the exit code each end has."""
+"""The ways in which a program can end, and their exit codes."""
 
 import codecs
 import io
@@ -10,7 +10,7 @@ from types import FrameType
 
 
 class UserError(Exception):
-    """A mistake of the user's: its text names the file or flag, what is wrong and what to do. Exit code 2."""
+    """A mistake of the user. The text names the file or flag, the problem and the solution. Exit code 2."""
 
 
 class Diverged(Exception):
@@ -18,7 +18,7 @@ class Diverged(Exception):
 
     Args:
         message: what is not finite, and where.
-        iteration: of the batch that made it so, if it is known.
+        iteration: of the batch that caused it, if known.
         here: whether it is this process's own, and not only that of another one.
     """
 
@@ -39,19 +39,19 @@ PLAIN = {"±": "+-", "\N{MINUS SIGN}": "-", "\N{MULTIPLICATION SIGN}": "x"}
 
 
 def in_plain(e: UnicodeError) -> tuple[str | bytes, int]:
-    """For codecs: what a terminal's encoding does not have, in ASCII, such as +- or \\xe9."""
+    """An error handler for codecs: writes characters that a terminal lacks in ASCII, such as +- or \\xe9."""
     if isinstance(e, UnicodeEncodeError) and e.object[e.start] in PLAIN:
         return PLAIN[e.object[e.start]], e.start + 1
     return codecs.backslashreplace_errors(e)
 
 
 def print_anything() -> None:
-    """No text and no closed stream may end a program that prints: a job may run in LANG=C, or with stderr closed."""
+    """Makes printing safe: neither an unencodable character (LANG=C) nor a closed stream ends the program."""
     codecs.register_error("in_plain", in_plain)
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
-        except OSError:  # the next file that is opened would take its number, and get what libraries print
+        except OSError:  # otherwise the next open file would get its number, and the output of libraries
             os.open(os.devnull, os.O_RDWR)
         stream = getattr(sys, name)
         if stream is None and number:
@@ -61,7 +61,7 @@ def print_anything() -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs `main`; exit code 0 done, 2 user's mistake, 3 diverged, 130 Ctrl-C, 143 SIGTERM, 1 a bug's traceback."""
+    """Runs `main`. Exit codes: 0 done, 2 mistake of the user, 3 diverged, 130 Ctrl-C, 143 SIGTERM, 1 bug."""
     try:
         print_anything()
         main()
@@ -78,7 +78,7 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("stopped: Ctrl-C", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our table left early, as `| head` does
+    except BrokenPipeError:  # the reader of our output ended early, as `| head` does
         discard_stdout()
 
 
@@ -94,12 +94,12 @@ def flush_stdout() -> None:
 
 
 def discard_stdout() -> None:
-    """Whatever is in the buffer of stdout, or printed from now on, goes nowhere."""
+    """Discards the buffer of stdout and everything that is printed later."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class StopSignal:
-    """Remembers SIGTERM or the first Ctrl-C, so that the loop can save and leave; a second Ctrl-C quits at once.
+    """Remembers SIGTERM or the first Ctrl-C, so that the loop can save and end. A second Ctrl-C quits at once.
 
     `number` is the signal's number, 0 while none came.
     """
@@ -121,6 +121,6 @@ class StopSignal:
 
 
 def ignore_stop_signals(worker: int = 0) -> None:
-    """For data workers: a signal to the whole group must let the main process save first, and then end them."""
+    """For data workers: at a signal to the whole group the main process saves first, and then ends them."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

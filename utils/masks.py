@@ -1,4 +1,4 @@
-"""Masks and label maps: made of probabilities, and where their voxels are."""
+"""Masks and label maps: from probabilities to labels, bounding boxes and borders."""
 
 import numpy as np
 import torch
@@ -18,14 +18,14 @@ def label_map(p: Tensor) -> Tensor:
 
 
 def box_of(mask: NDArray[np.bool_], margin: int = 0) -> tuple[slice, ...]:
-    """The smallest box that holds all of a mask that is not empty, and so many voxels around it, if they are there."""
+    """The bounding box of a mask that is not empty, enlarged by a margin as far as the volume reaches."""
     others = [tuple(other for other in range(mask.ndim) if other != axis) for axis in range(mask.ndim)]
     places = [np.flatnonzero(mask.any(axis=axes)) for axes in others]
     return tuple(slice(max(place[0] - margin, 0), place[-1] + 1 + margin) for place in places)
 
 
 def inner_border(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The voxels of a mask that have a face neighbour outside of it; beyond the array all is outside."""
+    """The voxels of a mask with a face neighbour outside of it. Everything beyond the array is outside."""
     inside = mask.copy()
     for axis in range(mask.ndim):
         one, other = np.moveaxis(inside, axis, 0), np.moveaxis(mask, axis, 0)

@@ -42,10 +42,12 @@ def option(
 ) -> Any:
     """A dataclass field that is also a flag.
 
-    `harmless` marks what may differ when a run is resumed, because it changes no result beyond rounding; `type` is
-    needed where the default is None or an empty list; numbers outside `minimum`..`maximum` are refused. Unless all that
-    `only_if` says of other options holds, or all of one condition in a list of them, the option does nothing, and
-    `refuse_idle` says so.
+    Args:
+        harmless: a resumed run may change it, because it changes no result beyond rounding.
+        type: of the value, needed where the default is None or an empty list.
+        minimum, maximum: numbers outside are refused.
+        only_if: the option has an effect only if this condition, or one of a list of them, holds completely. If none
+            does, `refuse_idle` refuses the flag.
     """
     about = {"help": help, "group": group, "type": type, "choices": choices, "nargs": nargs}
     about |= {"minimum": minimum, "maximum": maximum, "harmless": harmless}
@@ -73,26 +75,30 @@ class Parser(argparse.ArgumentParser):
         )
 
     def expand(
-        self, argv: Sequence[str] | None = None, read: Callable[[list[str]], list[str]] = lambda words: words
+        self, argv: Sequence[str] | None = None, read: Callable[[list[str]], list[str]] = lambda arguments: arguments
     ) -> list[str]:
-        """The words of a command line (default: the program's) with each @FILE replaced by what `read` makes of the
-        flags in it."""
-        words: list[str] = []
-        for word in sys.argv[1:] if argv is None else argv:
-            if not word.startswith("@"):
-                words.append(word)
+        """The arguments of a command line (default: the program's). Each @FILE is replaced by the flags in it, after
+        `read` has changed them."""
+        arguments: list[str] = []
+        for argument in sys.argv[1:] if argv is None else argv:
+            if not argument.startswith("@"):
+                arguments.append(argument)
                 continue
             try:
-                found = shlex.split(read_text(Path(word[1:])), comments=True)
+                stored = shlex.split(read_text(Path(argument[1:])), comments=True)
             except (OSError, ValueError) as e:
-                raise UserError(f"cannot read the options file {word[1:]}: {e}. Give an options.txt of a run.") from e
-            words += read([self._hyphenate(word) for word in found])
-        for word in words:
-            if re.search("[\ud800-\udfff]", word):  # bytes that are no text here, which TensorBoard and ITK cannot take
                 raise UserError(
-                    f"{word!a} is no text in the encoding of this place. Set LC_ALL=C.UTF-8, or rename the file."
+                    f"cannot read the options file {argument[1:]}: {e}. Give an options.txt of a run."
+                ) from e
+            arguments += read([self._hyphenate(argument) for argument in stored])
+        for argument in arguments:
+            if re.search(
+                "[\ud800-\udfff]", argument
+            ):  # bytes that are no text here, which TensorBoard and ITK cannot take
+                raise UserError(
+                    f"{argument!a} is no text in the encoding of this place. Set LC_ALL=C.UTF-8, or rename the file."
                 )
-        return [self._hyphenate(word) for word in words]
+        return [self._hyphenate(argument) for argument in arguments]
 
     @staticmethod
     def _hyphenate(word: str) -> str:
@@ -100,8 +106,8 @@ class Parser(argparse.ArgumentParser):
         return flag.replace("_", "-") + equals + value if word.startswith("--") else word
 
     def parse(self, argv: Sequence[str] | None = None) -> dict[str, Any]:
-        """Only what was given on the command line: option name -> value."""
-        given, unknown = self.parse_known_args(self.expand(argv))
+        """Option name -> value, only of the options on the command line."""
+        options, unknown = self.parse_known_args(self.expand(argv))
         if unknown:
             flag = next((w for w in unknown if w.startswith("-")), unknown[0]).partition("=")[0]
             new = self.renamed.get(flag.lstrip("-").replace("-", "_"))
@@ -110,7 +116,7 @@ class Parser(argparse.ArgumentParser):
             names = [name.lstrip("-") for name in self._option_string_actions]  # the dashes would make all look alike
             near = difflib.get_close_matches(flag.lstrip("-"), names, n=1, cutoff=0.75)
             self.error(f"unknown argument {flag}." + (f" Did you mean --{near[0]}?" if near else " See --help."))
-        return vars(given)
+        return vars(options)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message if message.endswith((".", "?")) else f"{message}. See --help.")
@@ -235,29 +241,29 @@ def refuse_removed(method: str, options: Mapping[str, Any]) -> None:
 
 
 def options_file(chosen: dict[str, Any], everything: dict[str, Any]) -> str:
-    """The text of an options.txt: the chosen options as flags to replay, what they came to as comments."""
+    """The text of an options.txt: the chosen options as flags to replay, all others as comments."""
     rest = {name: value for name, value in everything.items() if chosen.get(name) is None}
     comments = "".join(f"# {line}\n" for line in as_flags(rest).splitlines())
     return f"{as_flags(chosen)}# What follows from these; a replay settles it anew.\n{comments}"
 
 
 def obstacles(f: dataclasses.Field, value_of: Callable[[str], Any]) -> list[str]:
-    """The names whose values keep an option from doing anything, one for each condition; none if it does something."""
+    """The names whose values leave an option without effect, one for each condition; [] if it has an effect."""
 
     def holds(name: str, wanted: tuple[Any, ...] | Callable[[Any], Any]) -> bool:
         return bool(value_of(name) in wanted if isinstance(wanted, tuple) else wanted(value_of(name)))
 
-    found: dict[str, None] = {}
+    names_found: dict[str, None] = {}
     for condition in f.metadata["only_if"]:
         bad = [name for name, wanted in condition.items() if name != f.name and not holds(name, wanted)]
         if not bad:
             return []
-        found[bad[0]] = None
-    return list(found)
+        names_found[bad[0]] = None
+    return list(names_found)
 
 
 def refuse_idle(
-    given: dict[str, Any],
+    chosen: dict[str, Any],
     classes: Iterable[type],
     value_of: Callable[[str], Any],
     usual: Callable[[str], Any],
@@ -266,20 +272,20 @@ def refuse_idle(
     """Refuses a flag that has no effect with the others.
 
     Args:
-        given: option -> value of the command line.
+        chosen: option -> value of the command line.
         classes: the dataclasses of the options, whose `only_if` says when each has an effect.
         value_of: the value that a name of `only_if` has in this run.
-        usual: the value that an option would have without its flag; to give that is no mistake.
-        why: a name of `only_if` that is no option -> what it means that it does not hold.
+        usual: the value that an option would have without its flag, which is never refused.
+        why: a name of `only_if` that is not an option -> the message if it does not hold.
 
     Raises:
         UserError: naming the flag and those with which it has no effect.
     """
-    for f in (f for cls in classes for f in dataclasses.fields(cls) if f.name in given):
+    for f in (f for cls in classes for f in dataclasses.fields(cls) if f.name in chosen):
         names = obstacles(f, value_of)
-        if not names or given[f.name] == usual(f.name):
+        if not names or chosen[f.name] == usual(f.name):
             continue
-        flag = f"{flag_of(f.name, given[f.name])} does nothing"
+        flag = f"{flag_of(f.name, chosen[f.name])} does nothing"
         if names[0] in why:
             raise UserError(f"{flag} here: {why[names[0]]}. Leave it out.")
         shown = " and ".join(as_flags({name: value_of(name)}).strip() for name in names)
@@ -292,22 +298,22 @@ def harmless_names(classes: Iterable[type]) -> set[str]:
 
 
 def varied(now: Any, usual: Any, skip: Sequence[str] = ()) -> list[str]:
-    """What differs between two instances of a dataclass and can change a result, as words for a run's name."""
-    words = []
+    """The options that differ between two instances of a dataclass and can change a result, for a run's name."""
+    parts = []
     for f in dataclasses.fields(now):
         value = getattr(now, f.name)
         if f.metadata["harmless"] or f.name in skip or value == getattr(usual, f.name):
             continue
         shown = "x".join(map(str, value)) if isinstance(value, list) else value
-        words.append(f"{f.name.replace('_', '')}{shown}")
-    return words
+        parts.append(f"{f.name.replace('_', '')}{shown}")
+    return parts
 
 
-def refuse_differences(given: dict[str, Any], saved: dict[str, Any], harmless: set[str], folder: Path) -> None:
-    """Raises UserError listing each option given now that differs from the run's and could change its result."""
-    differ = [name for name, value in given.items() if name not in harmless and value != saved.get(name)]
+def refuse_differences(chosen: dict[str, Any], saved: dict[str, Any], harmless: set[str], folder: Path) -> None:
+    """Raises UserError for options of the command line that differ from the run's and could change its result."""
+    differ = [name for name, value in chosen.items() if name not in harmless and value != saved.get(name)]
     if differ:
-        lines = [f"  {flag_of(name)}: {saved.get(name)} before, {given[name]} now" for name in differ]
+        lines = [f"  {flag_of(name)}: {saved.get(name)} before, {chosen[name]} now" for name in differ]
         raise UserError(
             f"the run {folder} was started with other options. Resume it without these, or start another run with "
             "--fresh or --name:\n" + "\n".join(lines)

@@ -17,7 +17,7 @@ from utils.run_folder import Scalars
 
 
 def put_events_in_order(folder: Path) -> None:
-    """Rename the event files of earlier sessions where one opened now would not sort after them.
+    """Renames the event files of earlier starts if a new one would not sort after them.
 
     TensorBoard reads the files of a folder by name: events.out.tfevents.SECOND.HOST.PID.COUNT. A file that begins at an
     earlier iteration than the file before it is taken for a restart, and every point from there on is dropped. COUNT is
@@ -27,7 +27,7 @@ def put_events_in_order(folder: Path) -> None:
     now = int(time.time())
     for i, path in enumerate(files):
         *head, second, rest = path.name.split(".", 4)
-        before = min(int(second), now - len(files) + i)  # in the order they have
+        before = min(int(second), now - len(files) + i)  # in their present order
         path.rename(folder / ".".join([*head, f"{before:010d}", rest]))
 
 
@@ -40,7 +40,7 @@ class Report:
 
     def __init__(self, folder: Path, *, start: int, iterations: int, log_every: int):
         self.log_every, self.iterations, self.start = log_every, iterations, start
-        self.log = open(folder / "log.txt", "a", encoding="utf-8")  # first: it tells that a run was begun here
+        self.log = open(folder / "log.txt", "a", encoding="utf-8")  # first, as it marks that a run was begun here
         self.scalars = Scalars(folder, start)
         put_events_in_order(folder)
         self.board = SummaryWriter(str(folder), purge_step=start)
@@ -77,7 +77,7 @@ class Report:
 
     def iteration(self, iteration: int, losses: Any, lr: float, clock: Clock, memory: float) -> None:
         """After the optimiser step of an iteration, counted from 0 here, in scalars.csv and in TensorBoard: `losses` is
-        methods.base.Losses, `lr` the rate of the step, `memory` the most GiB so far."""
+        methods.base.Losses, `lr` the learning rate of the step, `memory` the peak in GiB so far."""
         self.bar.update()
         done = iteration + 1
         if done % self.log_every and done != self.iterations:

@@ -14,21 +14,21 @@ def _pool(volume: Tensor, factor: int) -> Tensor:
 
 
 def downsample_image(image: Tensor, factor: int) -> Tensor:
-    """(W,H,D) float -> mean of each factor^3 cell, (ceil(W/f), ...); cells cut by the edge average what they hold."""
+    """(W,H,D) float -> mean of each factor^3 cell, (ceil(W/f), ...); cells at the edge average fewer voxels."""
     return image if factor == 1 else _pool(image, factor)
 
 
 def downsample_label(label: Tensor, factor: int) -> Tensor:
-    """(W,H,D) of 0..C -> uint8: object where half of a cell is, a tie counting as object, of its most frequent class,
-    of equal ones the first."""
+    """(W,H,D) of 0..C -> uint8. A cell is object if at least half of its voxels are. It gets their most frequent
+    class, and of equally frequent ones the first."""
     if factor == 1:
         return label
-    found = (_pool(label > 0, factor) >= 0.5).to(torch.uint8)
+    small = (_pool(label > 0, factor) >= 0.5).to(torch.uint8)
     classes = int(label.max())
     if classes > 1:
         shares = [_pool(label == c, factor) for c in range(1, classes + 1)]
-        found *= 1 + torch.stack(shares).argmax(dim=0).to(torch.uint8)
-    return found
+        small *= 1 + torch.stack(shares).argmax(dim=0).to(torch.uint8)
+    return small
 
 
 def upsample_probability(p: Tensor, factor: int, shape: tuple[int, ...]) -> Tensor:

@@ -1,4 +1,4 @@
-"""The folder of one run: what was asked, with what, the curves as text, and the checkpoints."""
+"""The folder of one run: its options, its manifest, the curves as text, and the checkpoints."""
 
 import contextlib
 import csv
@@ -58,7 +58,7 @@ def make_run_folder(folder: Path, *, fresh: bool) -> None:
 
 @contextlib.contextmanager
 def named_disk_errors(folder: Path) -> Iterator[None]:
-    """A disk that is full, read-only or broken where a run writes is the user's to fix.
+    """Turns errors of a full, read-only or broken disk into a UserError.
 
     Raises:
         UserError: in place of an OSError of that kind.
@@ -75,7 +75,7 @@ def named_disk_errors(folder: Path) -> Iterator[None]:
 
 
 def refuse_changed(folder: Path, state: dict[str, Any] | None) -> None:
-    """Raises UserError if the checkpoint to go on from, or that there was none, is no longer so."""
+    """Raises UserError if the checkpoint to go on from has changed, or appeared meanwhile."""
     try:
         if has_checkpoint(folder) if state is None else Path(state["file"]).stat().st_mtime_ns != state["saved"]:
             raise UserError(f"another process trained in {folder} while this one started. Start again.")
@@ -93,11 +93,11 @@ def has_checkpoint(folder: Path) -> bool:
     return any((folder / name).exists() for name in (LAST, PREVIOUS))
 
 
-def _git(*words: str) -> str | None:
+def _git(*arguments: str) -> str | None:
     try:
         here = Path(__file__).resolve().parent
-        told = subprocess.run(["git", *words], cwd=here, capture_output=True, encoding="utf-8", check=True)
-        return told.stdout.strip()
+        result = subprocess.run(["git", *arguments], cwd=here, capture_output=True, encoding="utf-8", check=True)
+        return result.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -121,7 +121,7 @@ def version_of(package: str) -> str:
 
 
 def make_manifest(device: torch.device, **more: Any) -> dict[str, Any]:
-    """What made this run: command, commit, versions and hardware, as plain JSON values."""
+    """Command, commit, versions and hardware of a run, as plain JSON values."""
     return {
         "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -139,7 +139,7 @@ def make_manifest(device: torch.device, **more: Any) -> dict[str, Any]:
 def start_manifest(folder: Path, start: int, manifest: dict[str, Any]) -> dict[str, Any]:
     """Writes manifest.json of a run that begins at iteration `start`, and returns it.
 
-    A resumed run keeps what it began with and adds when, where and how it went on.
+    A resumed run keeps its first manifest and adds when, where and how it went on.
     """
     path = folder / MANIFEST
     if start and path.exists():
@@ -172,7 +172,7 @@ def digest(*arrays: Any) -> str:
 
 
 class Scalars:
-    """scalars.csv: the curves as text, a row for every logged iteration; a resumed run drops rows from `start` on."""
+    """scalars.csv: the curves as text, a row for every logged iteration. A resumed run drops rows from `start` on."""
 
     def __init__(self, folder: Path, start: int):
         self.path = folder / SCALARS

@@ -1,4 +1,8 @@
-"""One run folder, one training: the lock says which process of which computer is at it."""
+"""Locks: one process at a time works on a run.
+
+The package filelock does not replace this module: its locks name no owner that another computer or a requeued job could
+check where flock does not reach across a network file system, and a child process cannot keep one of them.
+"""
 
 import contextlib
 import fcntl
@@ -16,7 +20,7 @@ LOCK = ".lock"
 
 
 def _birth(pid: int) -> str:
-    """When the process began, in ticks since the computer did; '' where the system does not say, or it is gone."""
+    """When the process began, in ticks since the computer's start; '' if that is unknown."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
@@ -24,13 +28,13 @@ def _birth(pid: int) -> str:
 
 
 def _me() -> dict[str, Any]:
-    # A requeued job keeps its number, maybe on another computer; the one before it is gone by then.
+    # A requeued job keeps its number, perhaps on another computer. The process before it has ended by then.
     job = os.environ.get("SLURM_JOB_ID", "")
     return {"pid": os.getpid(), "born": _birth(os.getpid()), "host": socket.gethostname(), "job": job}
 
 
 def _is_stale(owner: dict[str, Any]) -> bool:
-    """Whether a lock's owner has surely ended."""
+    """Whether a lock's owner has certainly ended."""
     me = _me()
     if owner["job"] and owner["job"] == me["job"] and owner["pid"] != me["pid"]:
         return True
@@ -46,12 +50,12 @@ def _is_stale(owner: dict[str, Any]) -> bool:
 
 
 def _owner(text: str) -> dict[str, Any] | None:
-    """Who wrote the lock; None if nobody did, or it was cut off while it was written."""
+    """The owner that a lock file names; None if it is empty or was cut off while it was written."""
     try:
-        found = json.loads(text)
-        pid = int(found["pid"])
-        words = {key: str(found[key]) for key in ("born", "host", "job")}
-        return {"pid": pid, **words} if 0 < pid < 2**31 else None
+        owner = json.loads(text)
+        pid = int(owner["pid"])
+        rest = {key: str(owner[key]) for key in ("born", "host", "job")}
+        return {"pid": pid, **rest} if 0 < pid < 2**31 else None
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
 
@@ -64,16 +68,31 @@ def _refusal(folder: Path, owner: dict[str, Any]) -> UserError:
 
 
 def refuse_locked(folder: Path) -> None:
-    """Raises UserError if a process that lives, or one of another computer, trains in the folder; writes nothing."""
-    with contextlib.suppress(OSError):  # none, or one that `run_lock` will complain of
+    """Raises UserError if a living process, or one of another computer, trains in the folder. Writes nothing."""
+    with contextlib.suppress(OSError):  # no lock file, or one that `run_lock` reports
         owner = _owner((folder / LOCK).read_text(encoding="utf-8", errors="replace"))
         if owner is not None and not _is_stale(owner):
             raise _refusal(folder, owner)
 
 
 @contextlib.contextmanager
+def inherited_lock(path: Path) -> Iterator[IO[str] | None]:
+    """Holds a lock file, which stays in place; yields None if another process holds it.
+
+    A child that inherits the file's descriptor holds the lock too, also after this process was killed.
+    """
+    with open(path, "a", encoding="utf-8") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield None
+        else:
+            yield f
+
+
+@contextlib.contextmanager
 def _alone(path: Path) -> Iterator[IO[str]]:
-    """The lock file, open; nobody else looks at it meanwhile, where the file system can do that."""
+    """The lock file, open. Others wait meanwhile, where the file system supports flock."""
     while True:
         with open(path, "a+", encoding="utf-8", errors="replace") as f:
             with contextlib.suppress(OSError):
@@ -91,7 +110,7 @@ def _alone(path: Path) -> Iterator[IO[str]]:
 
 @contextlib.contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Holds the lock of a run folder; takes over that of a process which was killed, with what it left half-written.
+    """Holds the lock of a run folder. Takes over that of a killed process and deletes its half-written files.
 
     Raises:
         UserError: another process holds it.

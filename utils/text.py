@@ -6,7 +6,7 @@ MOST = 2**24
 
 
 def read_text(path: Path) -> str:
-    """The text of a file of at most 16 MiB, so that a device or a volume given by mistake does not fill the memory.
+    """The text of a file of at most 16 MiB, so that a device or a volume named by mistake does not fill the memory.
 
     Raises:
         OSError, UnicodeDecodeError: it cannot be read, or is no text.

@@ -424,14 +424,6 @@ def bounded_memory(mebibytes=64):
     assert held("VmHWM") - before < mebibytes
 
 
-def endless(levels=200):
-    """A list of two lists of two lists ...: small in the file, without end for who visits each."""
-    value = [1]
-    for _ in range(levels):
-        value = [value, value]
-    return value
-
-
 def replaced(old, new):
     def edit(data):
         assert data.count(old) == 1
@@ -444,8 +436,6 @@ TEXT = b"X\x04\x00\x00\x00text"
 ZEROS_OF_16_TIB = b"c__builtin__\nbytearray\n\x8a\x06\0\0\0\0\0\x10\x85R"
 BOMBS = {  # what is wrong: what the file is made of, what is said of it
     "zeros that compress to nothing": ({"x": torch.zeros(2**26), "compression": zipfile.ZIP_DEFLATED}, "unpack to"),
-    "a tensor of terabytes in four bytes": ({"x": torch.zeros(1).expand(2**40)}, "claims 1099511627776 elements"),
-    "a tensor without memory": ({"x": torch.empty(2**40, device="meta")}, "claims 1099511627776 elements"),
     "a size the file does not hold": (
         {"x": torch.arange(77.0), "edit": replaced(b"KMtq", b"J\x00\x00\x00\x70tq")},
         "does not match expected size",
@@ -463,13 +453,6 @@ def test_07_a_file_that_claims_more_than_it_holds_is_refused_within_bounded_memo
     path = archive(tmp_path / "bomb.pt", **content)
     with bounded_memory(), pytest.raises(UserError, match=rf"bomb\.pt .*{said}"):
         load_checkpoint(path)
-
-
-def test_07_what_is_nested_without_end_is_loaded_in_no_time(tmp_path):
-    path = archive(tmp_path / "nested.pt", x=endless())
-    began = time.monotonic()
-    load_checkpoint(path)
-    assert time.monotonic() - began < 5
 
 
 def test_07_a_checkpoint_that_asks_for_a_huge_network_is_refused_within_bounded_memory(tmp_path):

@@ -5,7 +5,9 @@ import multiprocessing
 import os
 import re
 import signal
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from conftest import TINY, flat, make_set
 import train_dtml
 from methods import METHODS
 from utils.errors import UserError
-from utils.run_lock import LOCK, refuse_locked, run_lock
+from utils.run_lock import LOCK, inherited_lock, refuse_locked, run_lock
 
 N = 6
 
@@ -172,6 +174,31 @@ def test_41_of_many_processes_one_holds_the_lock_at_a_time(tmp_path):
     text = (tmp_path / "log").read_bytes()
     assert [process.exitcode for process in crowd] == [0] * 6
     assert text == b"()" * (len(text) // 2) and len(text) > 100
+
+
+def hold_with_a_child(path):
+    """Takes the lock, and ends after a child was started that holds it for longer."""
+    with inherited_lock(path) as lock:
+        words = ["sh", "-c", f"echo $$ > {path}.pid; exec sleep 60"]
+        subprocess.Popen(words, pass_fds=[lock.fileno()])
+        wait_for(lambda: Path(f"{path}.pid").exists() and Path(f"{path}.pid").read_text().strip())
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_41_a_child_that_survives_a_killed_parent_still_holds_the_inherited_lock(tmp_path):
+    path = tmp_path / "lock"
+    parent = forked(hold_with_a_child, path)
+    parent.join(60)
+    child = int(Path(f"{path}.pid").read_text())
+    with inherited_lock(path) as lock:
+        assert parent.exitcode == -signal.SIGKILL and lock is None
+    os.kill(child, signal.SIGKILL)
+
+    def is_free():
+        with inherited_lock(path) as lock:
+            return lock is not None
+
+    wait_for(is_free)
 
 
 def test_41_a_run_that_another_process_went_on_with_meanwhile_starts_again(data, tmp_path, monkeypatch):

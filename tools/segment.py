@@ -1,0 +1,171 @@
+"""Segments one scan of any size and spacing, with one or several trained methods."""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from dataloaders.cases import UNTOLD
+from dataloaders.images import (
+    Geometry,
+    anti_alias,
+    ending_of,
+    grid_of_spacing,
+    moved,
+    normalise,
+    read_image,
+    resample,
+    scan_name,
+)
+from dataloaders.normalization import normalized
+from dataloaders.orientation import turn_to
+from evaluation.metrics import largest_components
+from evaluation.sliding_window import mean_of_flips, sliding_slabs, windows
+from methods import Method
+from utils.masks import label_map
+from utils.resample import downsample_image, upsample_probability
+
+SLAB = 64  # voxels along x that are brought back to the scan's grid at a time
+
+
+@dataclasses.dataclass
+class Model:
+    """One or several trained methods, and what they were trained on."""
+
+    methods: list[Method]
+    outputs: list[str]
+    """The output that is used of each method."""
+    downsample: int
+    normalize: str
+    """How training normalised each volume, see dataloaders/normalization.py."""
+    patch_size: tuple[int, ...]
+    spacing: tuple[float, ...] | None
+    """mm along x, y, z, or None for the scan's own."""
+    orientation: str | None
+    """Where the axes of the training cases point, or None if their files do not say: axes are taken as stored."""
+    classes: int
+    flips: int
+
+    def predict(self, patches: Tensor) -> Tensor:
+        """(N,1,w,h,d) -> mean probability (N,C,w,h,d) over the methods and the flips."""
+
+        def mean_of_methods(turned: Tensor) -> Tensor:
+            pairs = zip(self.methods, self.outputs, strict=True)
+            probabilities = [method.predict(turned, (output,)).float() for method, output in pairs]
+            return torch.stack(probabilities).mean(0) if len(probabilities) > 1 else probabilities[0]
+
+        return mean_of_flips(mean_of_methods, patches, self.flips)
+
+
+def probability(model: Model, image: Tensor, predict: Callable[[Tensor], Tensor], **window: Any) -> NDArray[np.float32]:
+    """image (W,H,D) in the training's spacing -> probability of each class on that grid, (C,W,H,D), on the CPU.
+
+    The device holds the image and a slab of one patch along x.
+    """
+    coarse = downsample_image(image, model.downsample)
+    p: Tensor | None = None
+    for start, slab in sliding_slabs(predict, coarse, **window):
+        if p is None:
+            p = torch.empty(len(slab), *coarse.shape)
+        p[:, start : start + slab.shape[1]] = slab
+    assert p is not None  # there is at least one window
+    return upsample_probability(p, model.downsample, tuple(image.shape)).numpy()
+
+
+def onto_scan(
+    p: NDArray[np.float32], grid: Geometry, shape: tuple[int, ...], geometry: Geometry
+) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Probabilities (C,w,h,d) on one grid -> first x and (C,n,H,D) of slab after slab of the scan's own grid."""
+    if grid is not geometry:
+        factors = np.array(geometry["spacing"]) / grid["spacing"]
+        p = np.stack([anti_alias(values, factors) for values in p]) if (factors > 1).any() else p
+    for start in range(0, shape[0], SLAB):
+        stop = min(start + SLAB, shape[0])
+        if grid is geometry:
+            yield start, p[:, start:stop]
+            continue
+        part = (stop - start, *shape[1:]), moved(geometry, (start, 0, 0))
+        yield start, np.stack([resample(values, grid, *part, smooth=False) for values in p])
+
+
+def predict_scan(
+    model: Model,
+    path: Path,
+    device: torch.device,
+    window: dict[str, Any],
+    *,
+    interpolation: str,
+    largest_component: bool,
+    probabilities: str,
+) -> dict[str, Any]:
+    """Segments the scan of a file.
+
+    Args:
+        window: patch_size, stride, weighting and batch_size of the sliding window.
+        interpolation: of the intensities, a key of INTERPOLATORS.
+        largest_component: whether only the largest component of each class is kept.
+        probabilities: the type in which they are returned too, or 'none'.
+
+    Returns:
+        `label` (W,H,D) uint8; `probability`, a volume (W,H,D) for each class, or None; `geometry` of the file.
+
+    Raises:
+        CaseError: a scan that cannot be read or is constant.
+    """
+    source, stated = read_image(path)
+    warn_of_unknown(path, stated, model)
+    turn = turn_to(model.orientation, stated.get("direction"))
+    source = turn(source)
+    shape = source.shape
+    image = source if ending_of(path) == ".h5" else normalise(source)[0]
+    del source
+    # The origin is left out: its rounding depends on how the scan is stored. The header brings the result to its place.
+    spacing = turn.geometry(stated, shape).get("spacing")
+    geometry = {**UNTOLD, "spacing": spacing or UNTOLD["spacing"]}
+    size, grid = grid_of_spacing(shape, geometry, model.spacing if spacing else None)
+    if grid is not geometry:
+        image = resample(image, geometry, size, grid, interpolation)
+    image = normalized(image, model.normalize)
+    coarse = [-(-side // model.downsample) for side in size]
+    count = len(windows(coarse, window["patch_size"], window["stride"]))
+    with tqdm(total=count, desc=scan_name(path), unit="window", disable=not sys.stderr.isatty()) as bar:
+
+        def predict(patches: Tensor) -> Tensor:
+            p = model.predict(patches)
+            bar.update(len(patches))
+            return p
+
+        p = probability(model, torch.from_numpy(image).to(device), predict, **window)
+    del image
+    label = np.empty(shape, np.uint8)
+    kept = None if probabilities == "none" else np.empty((len(p), *shape), probabilities)
+    for start, slab in onto_scan(p, grid, shape, geometry):
+        here = slice(start, start + slab.shape[1])
+        label[here] = label_map(torch.from_numpy(slab)).numpy()
+        if kept is not None:
+            kept[:, here] = slab if kept.dtype == np.float32 else np.rint(255 * slab)
+    if largest_component:
+        label = largest_components(label, model.classes)
+    back = turn.back
+    return {
+        "label": back(label),
+        "probability": None if kept is None else [back(p) for p in kept],
+        "geometry": stated,
+    }
+
+
+def warn_of_unknown(path: Path, stated: Geometry, model: Model) -> None:
+    """Warns on stderr of an orientation or a spacing that the scan's file does not state."""
+    if model.orientation and "direction" not in stated:
+        text = "does not state where its axes point; they are taken as they are stored, as if they were"
+        print(f"warning: {path} {text} {model.orientation}.", file=sys.stderr)
+    if "spacing" not in stated:
+        text = "does not state the size of its voxels: it is not resampled, and has no volume in ml"
+        print(f"warning: {path} {text}.", file=sys.stderr)
