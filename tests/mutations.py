@@ -32,7 +32,7 @@ import torch
 import torch.utils.tensorboard
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMIT_S = 300.0
+LIMIT_S = 900.0
 NOT_CAUGHT = "**not caught**"
 HEAD = "| mutation | file | what it breaks |"
 

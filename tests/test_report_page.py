@@ -183,15 +183,6 @@ def test_a_scan_with_nothing_to_find_stands_last_and_is_neither_worst_nor_best(t
     assert all(line[-3:] == ["0", "0", "1"] and "(2 of 3)" in line[3] for line in page.tables["means"][1:])
 
 
-def test_bars_stand_in_the_order_of_dice(test):
-    tables = [rows for name, rows in parse(test).tables.items() if name.startswith("bars")]
-    assert len(tables) == 4
-    for rows in tables:
-        assert [row[0] for row in rows[1:]] == ["case2", "case1", "case0"]
-        dice = [float(row[2]) for row in rows[1:]]
-        assert dice == sorted(dice) and dice[-1] == 100
-
-
 def test_it_needs_nothing_but_itself(test):
     text = report_page.write_report(test).read_text(encoding="utf-8")
     page = Page(text)
@@ -240,13 +231,6 @@ def test_classes_have_a_contour_and_a_surface_each(tmp_path, monkeypatch):
         assert len(one["contours"]["label"]) == 2 and all(any(paths) for paths in one["contours"]["label"])
         colours = [[tuple(part["colour"]) for part in parts] for parts in one["surfaces"]]
         assert colours[0] == colours[1] and len(set(colours[0])) == 2
-
-
-def test_a_large_scan_stays_small_on_the_page(monkeypatch):
-    noise = np.random.default_rng(0).random((300, 300, 40), np.float32)
-    monkeypatch.setattr(report_page, "MOST_BYTES", 400_000)
-    found = report_page.jpeg_slices(noise, (1, 1, 1))
-    assert len(found) == 40 and sum(map(len, found)) * 3 / 4 < 400_000
 
 
 def test_without_predictions_or_with_one_scan(tmp_path):
