@@ -42,13 +42,8 @@ def make_set(folder: Path, train: int = 8, test: int = 2, labeled: int = 4, shap
 
 
 def method_words(method: str) -> list[str]:
-    """The flags of a method in a tiny run. UA-MT's teacher sees unlabeled crops alone: its batch-norm needs two. The
-    preset of DTML+ has 4 labeled crops in a batch."""
-    more = {
-        "ua-mt": "--batch-size 3",
-        "dtml-plus": "--labeled-batch 1",
-        "dk-uxnet": "--query-channels 16 --groups 3 2 --levels 8 4",
-    }
+    """The flags of a method in a tiny run. UA-MT's teacher sees unlabeled crops alone: its batch-norm needs two."""
+    more = {"ua-mt": "--batch-size 3", "dk-uxnet": "--query-channels 16 --groups 3 2 --levels 8 4"}
     return ["--method", method, *more.get(method, "").split()]
 
 

@@ -322,7 +322,7 @@ def test_33_method_that_needs_none_trains_without_unlabeled_scans(method, tiny_s
             untouched=tiny_set.parent,
         )
         return
-    state = train(tiny_set, *method_words(method), "--unlabeled", "0", "--batch-size", "4", "--labeled-batch", "4")
+    state = train(tiny_set, *method_words(method), "--unlabeled", "0")
     assert len(state["checksums"]) == 4
 
 
