@@ -10,7 +10,7 @@ from torch import nn
 import settings
 import train_dtml
 from methods import METHODS, Losses, Watch
-from networks.backbone import Backbone, compile_networks, set_precision, set_recompute
+from networks.backbone import compile_networks, set_precision, set_recompute
 from networks.uxnet import UXNet
 from networks.vnet import VNet
 from utils.devices import seed_iteration
@@ -57,30 +57,6 @@ def test_in_bf16_M_s_rounds_and_M_d_does_not():
     # M_d feels the rounding only through p in the consistency, whose weight is small.
     assert max(v for n, v in far.items() if n.startswith("M_d")) < 1e-2
     assert all(p.dtype == torch.float32 for p in method.parameters())
-
-
-@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # of the first layer: the scan has no gradient
-@pytest.mark.parametrize("method", ["dtml", "mean-teacher"])
-@pytest.mark.parametrize("precision", ["fp32", "tf32"])
-def test_every_convolution_finds_its_own_tf32_flag_forward_and_backward(method, precision, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    method, batch, seen = make(method), make_batch(), {}
-    set_precision(method, precision, training=True)
-
-    def note(name, way):
-        return lambda *_: seen.update({(name, way): torch.backends.cudnn.allow_tf32})
-
-    for name, module in method.named_modules():
-        if isinstance(module, CONVOLUTIONS):
-            module.register_forward_hook(note(name, "forward"))
-            module.register_full_backward_pre_hook(note(name, "backward"))
-    for _ in range(2):  # what the first left behind must not reach the second
-        seen.clear()
-        gradients(method, batch)
-        assert len({name for name, way in seen if way == "backward"}) > 25
-        for (name, way), flag in seen.items():
-            low = precision == "tf32" and "heads" not in name and not name.startswith("M_d")
-            assert flag == low, (name, way)
 
 
 @pytest.mark.parametrize("kind", [VNet, UXNet])
@@ -220,10 +196,3 @@ def test_a_training_step_never_makes_the_host_wait():
             optimizer.step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-
-
-def test_the_backbones_are_all_that_precision_is_about():
-    method = make("dk-uxnet", query_channels=16)
-    assert set_precision(method, "bf16", training=True)
-    found = [m for m in method.modules() if isinstance(m, Backbone)]
-    assert found and all(network.precision == "bf16" for network in found)

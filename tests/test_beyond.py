@@ -6,17 +6,14 @@ import numpy as np
 import pytest
 import torch
 from scipy.ndimage import distance_transform_edt
-from test_data import patches, volumes
+from test_data import patches
 from test_methods import make, make_batch
 
-import settings
 from dataloaders.augmentation import draw_augmentation, random_intensities, turn_and_flip
-from dataloaders.cases import lists_of
 from dataloaders.two_stream import Slot
 from evaluation.sliding_window import FLIPS, mean_of_flips
 from losses.ramps import cosine_rate
 from losses.terms import sdm_to_mask
-from methods import METHODS
 
 T = 60  # iterations of `make`
 
@@ -32,15 +29,6 @@ def test_the_cosine_is_torch_s():
         assert cosine_rate(iteration, 40, 0.3) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-9)
         optimizer.step()
         scheduler.step()
-
-
-@pytest.mark.parametrize("profile", ["full", "half", "short", "phantom"])
-def test_the_preset_tuned_fits_every_profile(profile):
-    """The phantom profile has steps of its own, which the cosine leaves out."""
-    given = {"data": "set", "profile": profile, "preset": "tuned"}
-    o, method_options = settings.settle(given, METHODS["dtml"])
-    assert (o.lr_schedule, o.lr_steps, o.labeled_batch, method_options.k) == ("cosine", [], 4, 50)
-    assert o.normalize == "scan"
 
 
 # -- the consistency --
@@ -83,21 +71,6 @@ def test_a_stop_gradient_on_the_target_would_change_no_gradient():
 
 
 # -- crops --
-
-
-def test_intensities_keep_the_order_of_the_voxels_and_stay_in_bounds():
-    generator = np.random.default_rng(0)
-    image = torch.randn(9, 8, 7)
-    order = image.flatten().argsort()
-    spans, shifts = [], []
-    for _ in range(200):
-        found = random_intensities(image, generator, 0.4)
-        assert found.dtype == image.dtype and (found.flatten()[order].diff() >= -1e-6).all()
-        spans.append(((found.max() - found.min()) / (image.max() - image.min())).item())
-        a = spans[-1]
-        shifts.append((found.min() - a * image.min()).item())
-    assert math.exp(-0.4) - 1e-3 < min(spans) < 0.72 and 1.4 < max(spans) < math.exp(0.4) + 1e-3
-    assert -0.4 - 1e-3 < min(shifts) < -0.35 and 0.35 < max(shifts) < 0.4 + 1e-3
 
 
 def test_intensities_are_the_formula():
@@ -147,13 +120,6 @@ def test_distances_of_the_scan_are_cut_where_the_crop_is(tiny_set, downsample):
             cut = turn_and_flip(torch.from_numpy(padded[box]), draw)
             np.testing.assert_allclose(made[Slot(step, 0, case)]["sdm"][0].numpy(), cut.numpy(), atol=1e-6)
     assert "sdm" not in made[Slot(0, 2, 6)]
-
-
-def test_the_volumes_of_unlabeled_cases_have_no_distances(tiny_set):
-    made = patches(tiny_set, sdm=True, sdm_of="scan")
-    for case in range(len(lists_of(tiny_set)[0])):
-        made[Slot(0, 0, case)]
-    assert sorted(made._distances) == [0, 1, 2, 3] and volumes(tiny_set).cases[4].labeled is False
 
 
 # -- the test --

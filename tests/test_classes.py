@@ -150,7 +150,7 @@ def test_the_classes_names_mean_nothing(name, softmax):
     assert abs(other - before) > 1e-6
 
 
-@pytest.mark.parametrize("name", ["dtml", "supervised", "ua-mt", "dtc"])
+@pytest.mark.parametrize("name", ["dtml", "supervised"])
 def test_from_labels_to_tables(name, tmp_path, capsys):
     """Trains, resumes nothing, tests: predictions hold 0 to 2, and every figure is medpy's of that class."""
     data = make_class_set(tmp_path / "set")
@@ -236,17 +236,6 @@ def test_one_class_has_no_class_column():
     label = np.ones((4, 4, 4), np.uint8)
     (score,) = scores.class_scores(label, label, 1, (1.0, 1.0, 1.0))
     assert "class" not in score and score["dice"] == 1
-
-
-@pytest.mark.parametrize("cache", ["ram", "disk", "none"])
-def test_more_classes_than_asked_for_are_refused_whatever_is_remembered(cache, tmp_path):
-    data = make_class_set(tmp_path / "set")
-    flags = ["--data", str(data), "--runs", str(tmp_path), *TINY, "--iterations", "1", "--cache", cache, "--k", "10"]
-    train_dtml.main([*flags, "--classes", "2", "--name", "two"])
-    with pytest.raises(UserError, match="holds 0, 1, 2 where only 0 and 1 may stand; --classes 2 takes them all"):
-        train_dtml.main([*flags, "--name", "one"])
-    with pytest.raises(UserError, match="--classes 3, but the largest value in the labels of the labeled cases is 2"):
-        train_dtml.main([*flags, "--classes", "3", "--name", "three"])
 
 
 def test_values_beyond_the_classes_are_named(tmp_path):

@@ -57,7 +57,7 @@ def test_every_offset_is_drawn_the_last_one_included():
     assert [sorted({d.start[axis] for d in draws}) for axis in range(3)] == [[0, 1, 2], [0, 1, 2, 3], [0, 1]]
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(10))
 def test_crop_then_turn_equals_turn_then_crop(seed):
     """The same patch stands somewhere in the whole volume turned and flipped first, as the released codes do."""
     volume = torch.arange(9.0 * 7 * 5).view(9, 7, 5)
@@ -170,8 +170,7 @@ def assert_read(found: Volumes, expected: Volumes) -> None:
             assert (one is None and other is None) or torch.equal(one, other)
 
 
-@pytest.mark.parametrize("cache", ["disk", "none"])
-@pytest.mark.parametrize("downsample", [1, 2])
+@pytest.mark.parametrize(("cache", "downsample"), [("disk", 2), ("none", 1)])
 def test_two_sets_in_one_cache_folder_keep_to_their_own_data(cache, downsample, tmp_path, opened):
     sets = twin_sets(tmp_path)
     own = {data: volumes(data, cache="ram", downsample=downsample) for data in sets}
@@ -184,8 +183,11 @@ def test_two_sets_in_one_cache_folder_keep_to_their_own_data(cache, downsample, 
             assert_read(found, own[data])
 
 
-@pytest.mark.parametrize("cache", ["disk", "none"])
-@pytest.mark.parametrize("how", ["swapped", "written over", "put in its place", "linked in its place", "symbolic link"])
+@pytest.mark.parametrize(
+    ("how", "cache"),
+    [("swapped", "disk"), ("written over", "none"), ("put in its place", "disk"), ("linked in its place", "none"),
+     ("symbolic link", "disk")],
+)  # fmt: skip
 def test_another_file_in_the_place_of_the_first_is_read_anew(how, cache, tmp_path):
     """Whatever the way, it has the name, the size and the time of the first one."""
     a, b = twin_sets(tmp_path)
@@ -409,7 +411,7 @@ LAYOUTS = ("2018LA_Seg_Training Set/{}/mri_norm2.h5", "{}/mri_norm2.h5", "{}.h5"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ["patient1", "site2/patient1"])
+@pytest.mark.parametrize("name", ["site2/patient1"])
 def test_the_spacing_is_what_file_or_set_declare_and_else_unknown(layout, name, tmp_path):
     """Whatever the folder is called."""
     image = np.random.default_rng(0).random((4, 5, 6), np.float32)
@@ -431,7 +433,7 @@ def test_the_published_scans_have_their_published_spacing_in_every_layout(layout
     assert known_spacing(case) == (1.0, 1.0, 1.0)
 
 
-@pytest.mark.parametrize("text", ["", "1 1", "1 1 0", "1 1 -1", "1 1 nan", "1 1 inf", "1 1 mm", "1 1 1 1", "1,1,1"])
+@pytest.mark.parametrize("text", ["", "1 1 0", "1 1 nan", "1 1 mm", "1 1 1 1"])
 def test_a_spacing_file_that_holds_no_three_lengths_is_named(text, tmp_path):
     write_case(tmp_path / "a.h5", np.random.default_rng(0).random((4, 5, 6), np.float32), None)
     (tmp_path / "spacing.txt").write_text(text)

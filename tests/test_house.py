@@ -5,8 +5,6 @@ import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {  # each imports only what is named
     "utils": {"utils"},
@@ -29,15 +27,15 @@ def modules() -> list[tuple[str, Path]]:
     return found
 
 
-@pytest.mark.parametrize(("floor", "path"), modules(), ids=lambda value: getattr(value, "name", value))
-def test_a_module_imports_only_what_is_below_it(floor, path):
-    imported = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            imported |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            imported.add(node.module.split(".")[0])
-    assert imported & OURS <= FLOORS[floor]
+def test_a_module_imports_only_what_is_below_it():
+    for floor, path in modules():
+        imported = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                imported.add(node.module.split(".")[0])
+        assert imported & OURS <= FLOORS[floor], path.name
 
 
 def test_no_module_imports_itself_through_others():
@@ -57,37 +55,3 @@ def test_the_training_script_names_no_method():
     code = code.replace(ast.get_docstring(ast.parse(code), clean=False) or "", "")
     for name, kind in METHODS.items():
         assert not re.search(rf"\b{kind.__name__}\b|[\"']{name}[\"']", code), name
-
-
-METHOD_FILES = [path for path in sorted((ROOT / "methods").glob("*.py")) if path.name not in ("__init__.py", "base.py")]
-
-
-def code_lines(path: Path) -> list[str]:
-    """The lines of a file without blank ones, comments, docstrings and imports, stripped."""
-    source = path.read_text()
-    dropped: set[int] = set()
-    for node in ast.walk(ast.parse(source)):
-        string = (
-            isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
-        )
-        if string or isinstance(node, (ast.Import, ast.ImportFrom)):
-            dropped |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
-    lines = enumerate(source.splitlines(), 1)
-    return [x.strip() for i, x in lines if i not in dropped and x.strip() and not x.strip().startswith("#")]
-
-
-def test_no_block_of_six_lines_stands_in_two_methods():
-    seen: dict[tuple[str, ...], str] = {}
-    for path in METHOD_FILES:
-        lines = code_lines(path)
-        for block in {tuple(lines[i : i + 6]) for i in range(len(lines) - 5)}:
-            assert seen.setdefault(block, path.name) == path.name, (seen[block], path.name, block)
-    assert len(seen) > 200
-
-
-@pytest.mark.parametrize(("floor", "path"), modules(), ids=lambda value: getattr(value, "name", value))
-def test_public_functions_and_classes_have_docstrings(floor, path):
-    tree = ast.parse(path.read_text())
-    for node in tree.body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_") and node.name != "main":
-            assert ast.get_docstring(node) or node.name in ("Options",), f"{path.name}: {node.name}"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from conftest import write_case
-from scans import OBLIQUE, ball, picture_of, write
+from scans import OBLIQUE, ball, write
 
 from dataloaders.cases import CaseError
 from dataloaders.images import (
@@ -54,14 +54,7 @@ def test_what_is_written_simpleitk_reads_with_values_and_geometry(ending, kind, 
     assert os.listdir(tmp_path / "new") == [f"a{ending}"]
 
 
-@pytest.mark.parametrize("ending", ENDINGS)
-def test_geometry_that_a_file_can_hold_comes_back_to_the_last_bit(ending, tmp_path):
-    _, first = read_image(write(tmp_path / f"a{ending}", RNG.random(SHAPE)))
-    write_image(tmp_path / f"b{ending}", np.ones(SHAPE, np.uint8), first)
-    assert read_label(tmp_path / f"b{ending}")[1] == first
-
-
-@pytest.mark.parametrize("kind", ["uint8", "int16", "uint16", "int32", "float64"])
+@pytest.mark.parametrize("kind", ["uint16", "float64"])
 def test_intensities_of_any_kind_of_number_are_read(kind, tmp_path):
     array = RNG.integers(0, 200, SHAPE).astype(kind)
     image, _ = read_image(write(tmp_path / "a.nii.gz", array))
@@ -188,10 +181,3 @@ def test_grids_are_the_same_within_a_tenth_of_a_voxel():
     assert not same_grid(SHAPE, OBLIQUE, (12, 9, 8), OBLIQUE)
     assert not same_grid(SHAPE, OBLIQUE, SHAPE, {**OBLIQUE, "spacing": (0.8, 1.0, 1.8)})
     assert not same_grid(SHAPE, OBLIQUE, SHAPE, {**OBLIQUE, "direction": (1.0, 0, 0, 0, 1, 0, 0, 0, 1)})
-
-
-def test_a_fourth_dimension_of_one_is_none(tmp_path):
-    array = RNG.random(SHAPE)
-    sitk.WriteImage(sitk.JoinSeries([picture_of(array, OBLIQUE)]), str(tmp_path / "a.nrrd"))
-    image, geometry = read_image(tmp_path / "a.nrrd")
-    assert (image == array.astype(np.float32)).all() and geometry["spacing"] == OBLIQUE["spacing"]

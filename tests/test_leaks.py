@@ -78,8 +78,10 @@ def clean(tmp_path_factory):
     return made
 
 
-@pytest.mark.parametrize("flags", [["--sdm-loss", "both"], ["--cache", "none", "--downsample", "2"]], ids="_".join)
-@pytest.mark.parametrize("how", POISON)
+WAYS = [["--sdm-loss", "both"], ["--cache", "none", "--downsample", "2"]]
+
+
+@pytest.mark.parametrize(("how", "flags"), [(how, WAYS[i % 2]) for i, how in enumerate(POISON)])
 def test_labels_of_unlabeled_cases_change_nothing(how, flags, clean, tmp_path):
     data = make_set(tmp_path / "set")
     poison(data, how)
@@ -221,16 +223,6 @@ def test_an_epoch_is_one_pass_over_the_labeled_cases(labeled, unlabeled, batch, 
         assert len(orders) > 1, "every epoch must be shuffled anew"
 
 
-def test_sixteen_labels_and_two_a_batch_make_an_epoch_of_eight_iterations():
-    batches = list(sampler(16, 64, 4, 2, iterations=8 * 5))
-    for epoch in range(5):
-        slots = [slot.case for batch in batches[8 * epoch : 8 * epoch + 8] for slot in batch]
-        labeled = [case for case in slots if case < 16]
-        assert sorted(labeled) == list(range(16))
-        assert len({case for case in slots if case >= 16}) == 16
-    assert len({slot.case for batch in batches for slot in batch}) > 60, "all unlabeled cases get their turn"
-
-
 def test_batches_depend_on_seed_and_iteration_alone():
     batches = list(sampler(16, 64, 4, 2))
     np.random.seed(3)
@@ -243,16 +235,15 @@ def test_batches_depend_on_seed_and_iteration_alone():
         assert list(rest) == batches[start:] and len(rest) == 40 - start
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 8])
-@pytest.mark.parametrize("start", [0, 5])
+@pytest.mark.parametrize(("ranks", "start"), [(2, 0), (3, 5)])
 def test_processes_share_one_sequence(ranks, start):
     whole = list(sampler(16, 64, 4, 2, iterations=40 * ranks))
     parts = [list(sampler(16, 64, 4, 2, start=start, rank=rank, ranks=ranks)) for rank in range(ranks)]
     assert [batch for together in zip(*parts, strict=True) for batch in together] == whole[start * ranks :]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_batches_of_a_run_are_labeled_cases_first(workers, tmp_path, monkeypatch):
+def test_batches_of_a_run_are_labeled_cases_first(tmp_path, monkeypatch):
+    workers = 2
     data = make_set(tmp_path / "set", train=40, test=1, labeled=16, shape=(17, 16, 18))
     names = (data / "train.list").read_text().split()
     batches = []

@@ -35,8 +35,9 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("how", CHANGES)
-@pytest.mark.parametrize("shape", [(24, 21, 17), (9, 16, 5), (160, 3, 40)])
+@pytest.mark.parametrize(
+    ("how", "shape"), [(how, ((24, 21, 17), (9, 16, 5), (160, 3, 40))[i % 3]) for i, how in enumerate(CHANGES)]
+)
 def test_a_changed_image_is_of_the_same_scan(how, shape):
     image = scan(1, shape) if min(shape) > 12 else np.random.default_rng(1).standard_normal(shape).astype(np.float32)
     assert same(image, CHANGES[how](image)) and same(CHANGES[how](image), image)

@@ -10,7 +10,6 @@ from scipy.ndimage import gaussian_filter, label, shift
 from dataloaders.cases import find_cases, lists_of, read_case
 from evaluation import metrics
 from evaluation.metrics import (
-    METRICS,
     distance_text,
     distances_of,
     empties,
@@ -181,10 +180,6 @@ def test_scans_without_a_prediction_a_label_and_either_are_counted_apart():
 def test_shapes_must_agree():
     with pytest.raises(ValueError, match=r"\(3, 3, 3\)"):
         segmentation_metrics(np.ones((3, 3, 3)), np.ones((3, 3, 4)))
-
-
-def test_columns_stand_in_the_order_of_the_papers():
-    assert METRICS == ("dice", "jaccard", "asd", "hd95")
 
 
 def test_largest_component_is_26_connected():

@@ -10,11 +10,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, make_set, method_words
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import train_dtml
 from losses.terms import seg_loss
 from methods import METHODS
 from networks.backbone import Backbone, set_precision, set_recompute
@@ -255,9 +253,11 @@ def test_a_network_with_a_distance_head_is_trained_in_low_precision_up_to_k_of_5
     assert some == any(m.precision == "bf16" for m in networks)
 
 
-@pytest.mark.parametrize(("recompute", "outside"), [(False, False), (True, False), (False, True)])
-@pytest.mark.parametrize("precision", ["fp32", "tf32"])
-@pytest.mark.parametrize("case", CASES)
+FLAGS = [(case, "tf32", i % 2 == 0, False) for i, case in enumerate(CASES)]
+FLAGS += [(case, precision, False, True) for case in ("dtml", "dk-uxnet") for precision in ("fp32", "tf32")]
+
+
+@pytest.mark.parametrize(("case", "precision", "recompute", "outside"), FLAGS)
 def test_every_part_finds_its_own_tf32_flag_in_every_iteration_and_leaves_none(
     case, precision, recompute, outside, monkeypatch
 ):
@@ -287,8 +287,7 @@ def test_every_part_finds_its_own_tf32_flag_in_every_iteration_and_leaves_none(
         assert flags == {own_flag(method, weight, precision) if network else outside}, (weight, way)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "recompute"), [(case, i % 2 == 1) for i, case in enumerate(CASES)])
 def test_in_tf32_all_gradients_are_those_of_float32_where_the_flag_means_nothing(case, recompute, monkeypatch):
     """On a CPU, bit for bit: the way is another one, the numbers are the same."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
@@ -305,35 +304,6 @@ def test_in_tf32_all_gradients_are_those_of_float32_where_the_flag_means_nothing
         found.append({"total": losses.total, **grads, **dict(method.named_buffers())})
     assert found[0].keys() == found[1].keys()
     assert [n for n in found[0] if not torch.equal(found[0][n], found[1][n])] == []
-
-
-@pytest.mark.parametrize("method", ["asdnet", "dk-uxnet"])
-def test_a_resumed_run_finds_the_same_tf32_flags_as_an_undisturbed_one(method, tmp_path, monkeypatch):
-    """Seen in train_dtml.py itself, which is made to believe in a GPU's arithmetic."""
-    monkeypatch.setattr(train_dtml, "refuse_precision", lambda precision, device: None)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    steps, methods = [], []
-    choose, after = train_dtml.choose_arithmetic, METHODS[method].after_step
-
-    def note(self, batch, iteration):
-        after(self, batch, iteration)
-        steps.append((iteration, watch.take(self), torch.backends.cudnn.allow_tf32))
-
-    monkeypatch.setattr(train_dtml, "choose_arithmetic", lambda m, o, d: (methods.append(m), choose(m, o, d))[1])
-    monkeypatch.setattr(METHODS[method], "after_step", note)
-    words = ["--data", str(make_set(tmp_path / "set")), "--runs", str(tmp_path / "runs"), "--name", "run", *TINY]
-    words += ["--device", "cpu", "--precision", "tf32", "--iterations", "4", "--save-every", "2", *method_words(method)]
-    with Watch() as watch:
-        train_dtml.main(words)
-    whole, steps[:] = list(steps), []
-    run = tmp_path / "runs" / "run"
-    (run / "previous.pt").replace(run / "last.pt")
-    with Watch() as watch:
-        train_dtml.main([*words, "--resume", "auto"])
-    assert [i for i, *_ in whole] == [0, 1, 2, 3] and [i for i, *_ in steps] == [2, 3]
-    assert all(seen == whole[0][1] and not left for _, seen, left in [*whole, *steps])
-    for (weight, _), flags in whole[0][1].items():
-        assert flags == {own_flag(methods[0], weight, "tf32")}, weight
 
 
 # -- deterministic --

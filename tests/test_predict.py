@@ -29,7 +29,6 @@ from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
 
 SHAPE = (30, 28, 18)
-SIDES = ["--patch-size", "16", "16", "16"]
 
 
 def trained(folder: Path, data: Path, *words: str) -> Path:
@@ -94,8 +93,9 @@ def test_oblique_scans_are_converted_trained_on_and_predicted_in_their_own_place
         assert dice(sitk.GetArrayFromImage(found).transpose(2, 1, 0), truth) > 0.8
 
 
-@pytest.mark.parametrize("spacing", ["1.6 1.3 1.1", "0.7 0.6 0.9", "0.8 1.0 1.7", "2.0 2.0 2.0"])
-@pytest.mark.parametrize("axes", [(1, 1, 1), (-1, 1, -1)])
+@pytest.mark.parametrize(
+    ("spacing", "axes"), [("1.6 1.3 1.1", (1, 1, 1)), ("0.7 0.6 0.9", (-1, 1, -1)), ("0.8 1.0 1.7", (1, 1, 1))]
+)
 def test_a_bright_object_is_found_where_it_is_whatever_the_spacing(spacing, axes, world, tmp_path, bright):
     shape, direction = (26, 33, 21), np.reshape(OBLIQUE["direction"], (3, 3)) * axes
     geometry = {**OBLIQUE, "direction": tuple(map(float, direction.ravel()))}
@@ -107,7 +107,7 @@ def test_a_bright_object_is_found_where_it_is_whatever_the_spacing(spacing, axes
     assert np.linalg.norm(to_physical(after, np.argwhere(found)).mean(0) - place) < 0.4 and dice(found, label) > 0.8
 
 
-@pytest.mark.parametrize("ending", [".nii.gz", ".nii", ".nrrd", ".mha"])
+@pytest.mark.parametrize("ending", [".nii.gz", ".nrrd"])
 def test_a_prediction_has_its_scan_s_format_size_and_geometry(ending, world, tmp_path):
     path = write(tmp_path / f"one{ending}", np.random.default_rng(0).random((19, 23, 11)).astype(np.float32))
     out = predicted(world / "runs" / "dtml", [path], tmp_path / "out", "--probabilities", "float32")
@@ -225,7 +225,7 @@ def test_several_checkpoints_are_averaged(world, tmp_path):
     np.testing.assert_allclose(both, (each[0] + each[1]) / 2, atol=1e-6)
 
 
-@pytest.mark.parametrize("flips", ["4", "8"])
+@pytest.mark.parametrize("flips", ["8"])
 def test_with_flips_a_flipped_scan_has_the_flipped_prediction(flips, world, tmp_path):
     """One window alone, as windows of a flipped scan may begin elsewhere."""
     array = np.random.default_rng(0).random((16, 16, 16)).astype(np.float32)
@@ -303,7 +303,6 @@ def test_several_classes_are_predicted_each_in_its_place(tmp_path, monkeypatch):
         (["--precision", "bf16"], True),
         (["--batch-size", "3"], False),
         (["--threads", "2"], False),
-        (["--device", "auto"], False),
     ],
 )
 def test_flags_change_the_probability_or_only_its_rounding(words, changes, world, tmp_path):
@@ -447,16 +446,8 @@ def test_memory_grows_by_few_volumes_with_the_scan(world, tmp_path):
         path = tmp_path / f"{name}.nii"
         sitk.WriteImage(picture_of(np.random.default_rng(0).random(shape, dtype=np.float32), OBLIQUE), str(path))
         words = ["--patch-size", "64", "64", "32", "--stride", "64", "64", "32", "--spacing", "0.8", "1", "1.7"]
-        argv = [
-            sys.executable,
-            "-c",
-            code,
-            "--checkpoint",
-            str(world / "runs" / "dtml"),
-            str(path),
-            "-o",
-            str(tmp_path / name),
-        ]
+        where = ["--checkpoint", str(world / "runs" / "dtml"), str(path), "-o", str(tmp_path / name)]
+        argv = [sys.executable, "-c", code, *where]
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
         done = subprocess.run([*argv, *words, "--threads", "1"], env=env, capture_output=True, text=True, check=True)
         peaks.append(1024 * int(done.stderr.split()[-1]))

@@ -33,36 +33,46 @@ COMMANDS = list(
 TRAINING = [c for c in COMMANDS if c.startswith("python train_dtml.py") and "--from-diagnostic" not in c]
 
 
-@pytest.mark.parametrize("command", TRAINING)
-def test_training_commands_parse_and_name_their_own_folders(command, monkeypatch, tmp_path):
+def test_training_commands_parse_and_name_their_own_folders(monkeypatch, tmp_path):
+    """The first command of all tests the folder that it trains."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "data" / "la").mkdir(parents=True)
-    options, _, folder, state = settings.read_options(shlex.split(command)[2:])
-    assert state is None and folder.parts[:1] == ("runs",) and f"seed{options.seed}" in folder.name
-
-
-def test_every_training_command_has_a_run_folder_of_its_own(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "data" / "la").mkdir(parents=True)
-    folders = [settings.read_options(shlex.split(command)[2:])[2] for command in TRAINING]
-    assert len(TRAINING) >= 6 and len(set(folders)) == len(folders)
-
-
-def test_the_first_command_tests_the_folder_that_it_trains(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    first = next(c for c in COMMANDS if "requirements.txt" in c)
-    steps = [step.strip() for step in first.split("&&")]
-    assert steps[-2] == "python train_dtml.py"
-    tested = shlex.split(steps[-1])
-    assert tested[:2] == ["python", "test_la.py"]
+    first = next(c for c in COMMANDS if "requirements.txt" in c).split("&&")
+    tested = shlex.split(first[-1])
+    assert first[-2].strip() == "python train_dtml.py" and tested[:2] == ["python", "test_la.py"]
     assert Path(tested[tested.index("--checkpoint") + 1]) == settings.read_options([])[2]
+    (tmp_path / "data" / "la").mkdir(parents=True)
+    folders = set()
+    for command in TRAINING:
+        options, _, folder, state = settings.read_options(shlex.split(command)[2:])
+        assert state is None and folder.parts[:1] == ("runs",) and f"seed{options.seed}" in folder.name, command
+        folders.add(folder)
+    assert len(folders) == len(TRAINING) >= 6
 
 
-def test_test_commands_parse():
+OTHERS = {  # start of a command: what its words are, before the flags
+    "python test_la.py": (test_la.Options, {}),
+    "python -m tools.pictures": (
+        pictures.Options,
+        {"figure": {"choices": list(pictures.FIGURES)}, "runs": {"nargs": "+"}},
+    ),
+    "python -m tools.share": (share.Options, {"folders": {"nargs": 2}}),
+    "python -m tools.reproduce": (reproduce.Options, {}),
+    "python -m tools.check": (check.Options, {"folder": {}}),
+}
+
+
+@pytest.mark.parametrize("start", OTHERS)
+def test_other_commands_parse(start):
+    options, positional = OTHERS[start]
     parser = Parser()
-    parser.add_dataclass(test_la.Options)
-    found = [c for c in COMMANDS if c.startswith("python test_la.py")]
-    assert found and all(parser.parse(shlex.split(c)[2:]) for c in found)
+    for name, how in positional.items():
+        parser.add_argument(name, **how)
+    parser.add_dataclass(options)
+    commands = [c for c in COMMANDS if c.startswith(start)]
+    parsed = [parser.parse(shlex.split(c)[len(start.split()) :]) for c in commands]
+    assert all(parsed) and commands
+    if options is reproduce.Options:  # each names runs of the grid
+        assert all(reproduce.select(fill(reproduce.Options, words))[0] for words in parsed)
 
 
 def test_predicting_commands_parse_and_their_weights_are_there():
@@ -72,46 +82,6 @@ def test_predicting_commands_parse_and_their_weights_are_there():
     found = [parser.parse([word for word in line if not word.endswith(".nrrd")]) for line in lines]
     shared = [ROOT / run for words in found for run in words["checkpoint"] if run.startswith("results/")]
     assert shared and all(load_checkpoint(run)["iteration"] == 2400 for run in shared)
-
-
-def test_drawing_commands_parse():
-    found = [shlex.split(c)[3:] for c in COMMANDS if c.startswith("python -m tools.pictures")]
-    for figure, *words in found:
-        parser = Parser()
-        parser.add_argument("runs", nargs="+")
-        parser.add_dataclass(pictures.Options)
-        assert figure in pictures.FIGURES and parser.parse(words)["runs"]
-    assert found
-
-
-def test_sharing_commands_parse():
-    parser = Parser()
-    parser.add_argument("folders", nargs=2)
-    parser.add_dataclass(share.Options)
-    found = [c for c in COMMANDS if c.startswith("python -m tools.share")]
-    assert found and all(parser.parse(shlex.split(c)[3:]) for c in found)
-
-
-def test_reproduce_commands_name_runs_of_the_grid():
-    parser = Parser()
-    parser.add_dataclass(reproduce.Options)
-    found = [parser.parse(shlex.split(c)[3:]) for c in COMMANDS if c.startswith("python -m tools.reproduce")]
-    assert found and all(reproduce.select(fill(reproduce.Options, words))[0] for words in found)
-
-
-def test_checks_of_data_parse():
-    parser = Parser()
-    parser.add_argument("folder")
-    parser.add_dataclass(check.Options)
-    lines = [shlex.split(c)[3:] for c in COMMANDS if c.startswith("python -m tools.check")]
-    assert lines and all(parser.parse(words) for words in lines)
-
-
-def test_the_table_at_a_glance_is_what_the_records_give(capsys, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    reproduce.main(["--profile", "half", "--table", "glance"])
-    table = capsys.readouterr().out.strip()
-    assert 2 + 3 <= len(table.splitlines()) <= 2 + 8 and f"\n\n{table}\n\n" in README
 
 
 def test_the_example_in_python_runs():
@@ -144,25 +114,13 @@ def test_make_runs_the_plain_commands_and_ci_runs_make():
     assert {f"make {target}" for target in ("demo", "test")} <= set(COMMANDS)
 
 
-PROSE = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
-
-
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!http)([^)#]+)\)", PROSE))))
-def test_links_lead_somewhere(target):
-    assert (ROOT / target).exists()
-
-
-EQUATIONS = re.findall(r"\[`([\w.]+)`\]\((\w+/\w+\.py)\)", PROSE)
-
-
-@pytest.mark.parametrize(("name", "file"), EQUATIONS)
-def test_equations_name_functions_that_are_there(name, file):
-    assert f"def {name.split('.')[-1]}(" in (ROOT / file).read_text(encoding="utf-8")
-
-
-def test_every_equation_names_its_functions():
-    parts = re.split(r"^\$\$.*\$\$$", README, flags=re.MULTILINE)[:-1]
-    assert len(parts) >= 4 and all(re.search(r"\.py\)", part[-400:]) for part in parts)
+def test_links_lead_somewhere_and_equations_name_functions():
+    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    assert [link for link in re.findall(r"\]\((?!http)([^)#]+)\)", prose) if not (ROOT / link).exists()] == []
+    functions = re.findall(r"\[`([\w.]+)`\]\((\w+/\w+\.py)\)", prose)
+    assert len(functions) >= 4
+    for name, file in functions:
+        assert f"def {name.split('.')[-1]}(" in (ROOT / file).read_text(encoding="utf-8"), name
 
 
 RELIABILITY = ROOT / "docs" / "reliability.md"

@@ -5,7 +5,6 @@ layers (no class of ours, no class of theirs).
 """
 
 import json
-import os
 import subprocess
 import sys
 from collections import OrderedDict
@@ -21,9 +20,7 @@ from torch import Tensor
 
 import predict
 import test_la
-from methods import METHODS
-from methods.released import RELEASED, load_trained
-from utils.checkpoint import load_checkpoint
+from methods.released import load_trained
 from utils.errors import UserError
 
 FILTERS = 4
@@ -247,16 +244,6 @@ def test_what_is_no_state_dict_is_refused(content, tmp_path):
 
 
 @pytest.mark.parametrize("older", [False, True])
-def test_code_in_a_file_of_weights_is_not_run(older, tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "ran"),)
-
-    torch.save({"w": Evil()}, tmp_path / "w.pth", _use_new_zipfile_serialization=not older)
-    assert "nothing in it was run" in refused(tmp_path / "w.pth", "dtc") and not (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize("older", [False, True])
 def test_a_file_that_was_cut_is_refused(older, tmp_path):
     path = save(tmp_path / "w.pth", released_weights(TWO), _use_new_zipfile_serialization=not older)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -276,17 +263,6 @@ def test_files_and_flags_that_do_not_fit_each_other_are_refused(tmp_path):
             load_trained("", method=method)
     with pytest.raises(UserError, match=r"--output sdm is none that .*w.pth gives: seg\."):
         test_la.main(["--checkpoint", str(weights), "--method", "dtml", "--output", "sdm"])
-
-
-@pytest.mark.parametrize("older", [False, True])
-def test_bare_weights_given_as_a_checkpoint_tell_what_to_do(older, tmp_path):
-    path = save(tmp_path / "w.pth", released_weights(TWO), _use_new_zipfile_serialization=not older)
-    with pytest.raises(UserError, match=r"test_la\.py tests them with --method NAME"):
-        load_checkpoint(path)
-
-
-def test_every_method_with_released_weights_is_a_method_that_has_them():
-    assert set(RELEASED) == set(HEADS) <= set(METHODS)
 
 
 # -- tested --

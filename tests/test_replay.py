@@ -49,43 +49,30 @@ def train(*words: str) -> Path:
 # -- replays --
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda path: "/".join(path.parts[-3:-1]))
-def test_old_options_file_is_the_run_of_its_manifest(file):
+def test_old_options_files_are_the_runs_of_their_manifests():
     """All that can change the result; None and what it stands for are the same, and options of later have defaults.
     Refused if an option that is gone did something."""
-    then = renamed(json.loads(file.with_name("manifest.json").read_text())["options"])
-    if any(then.get(name, idle) != idle for name, idle in REMOVED.get(then["method"], {}).items()):
-        with pytest.raises(UserError, match="no longer has"):
-            settings.read_options([f"@{file}"])
-        return
-    o, method_options, *_ = settings.read_options([f"@{file}"])
-    fields = [(part, f) for part in (o, method_options) for f in dataclasses.fields(part)]
-    now = {f.name: getattr(part, f.name) for part, f in fields if not f.metadata["harmless"]}
-    for options in (now, then):
-        usual = options["batch_size"] if options["unlabeled"] == 0 else max(options["batch_size"] // 2, 1)
-        options["labeled_batch"] = options.get("labeled_batch") or usual
-    assert {name: now[name] for name in then if name in now} == {name: then[name] for name in then if name in now}
-    assert len(now.keys() & then.keys()) > 15
-    of_later = {name: value for name, value in now.items() if name not in then}
-    usual = settled("--method", o.method, "--labeled", "16", "--data", o.data, "--profile", o.profile)
-    assert of_later == {name: usual[name] for name in of_later}
-
-
-def test_there_are_old_options_files_of_every_method_that_there_was():
-    names = [
-        "supervised",
-        "dtml",
-        "mean-teacher",
-        "ua-mt",
-        "tcse",
-        "double-unc",
-        "dtc",
-        "sassnet",
-        "asdnet",
-        "dk-uxnet",
-    ]
-    found = {json.loads(f.with_name("manifest.json").read_text())["options"]["method"] for f in FILES}
-    assert len(FILES) > 75 and {*names} <= found <= {*METHODS}
+    methods = set()
+    for file in FILES:
+        then = renamed(json.loads(file.with_name("manifest.json").read_text())["options"])
+        if any(then.get(name, idle) != idle for name, idle in REMOVED.get(then["method"], {}).items()):
+            with pytest.raises(UserError, match="no longer has"):
+                settings.read_options([f"@{file}"])
+            continue
+        o, method_options, *_ = settings.read_options([f"@{file}"])
+        fields = [(part, f) for part in (o, method_options) for f in dataclasses.fields(part)]
+        now = {f.name: getattr(part, f.name) for part, f in fields if not f.metadata["harmless"]}
+        for options in (now, then):
+            usual = options["batch_size"] if options["unlabeled"] == 0 else max(options["batch_size"] // 2, 1)
+            options["labeled_batch"] = options.get("labeled_batch") or usual
+        shared = now.keys() & then.keys()
+        assert {name: now[name] for name in shared} == {name: then[name] for name in shared}, file
+        assert len(shared) > 15
+        of_later = {name: value for name, value in now.items() if name not in then}
+        usual = settled("--method", o.method, "--labeled", "16", "--data", o.data, "--profile", o.profile)
+        assert of_later == {name: usual[name] for name in of_later}, file
+        methods.add(o.method)
+    assert len(FILES) > 75 and len(methods) >= 10
 
 
 OLD = ROOT / "results" / "half" / "dtml-16-seed1337" / "options.txt"
@@ -114,8 +101,7 @@ def test_what_is_given_beside_an_old_options_file_means_what_it_means_without_it
     assert {name: found[name] for name in expected} == expected
 
 
-@pytest.mark.parametrize("preset", ["paper", "authors", "tuned"])
-@pytest.mark.parametrize("before", ["paper", "authors", "tuned"])
+@pytest.mark.parametrize(("before", "preset"), [("paper", "tuned"), ("tuned", "authors")])
 def test_a_replay_with_another_preset_is_that_preset(before, preset, inside):
     folder = train("--data", "set", "--name", "first", "--preset", before, "--batch-size", "6", "--labeled-batch", "4")
     again = settled(f"@{folder}/options.txt", "--name", "second", "--preset", preset)
@@ -238,7 +224,7 @@ def test_noise_variance_of_the_strong_view_is_uniform_up_to_the_flag(monkeypatch
     assert variances.max() < 3.2 and variances.mean().item() == pytest.approx(1.5, abs=0.3)
 
 
-@pytest.mark.parametrize("method", ["dtml-plus", "mean-teacher", "ua-mt", "tcse", "double-unc"])
+@pytest.mark.parametrize("method", ["dtml-plus", "mean-teacher"])
 def test_ema_decay_is_the_same_average_everywhere(method, inside):
     """alpha = min(1 - 1/(t+1), d) of the weights after each step, followed from the checkpoints of every iteration."""
     words = [*method_words(method), "--data", "set", "--ema-decay", "0.6", "--save-every", "1", "--iterations", "4"]
@@ -279,9 +265,7 @@ def test_an_absolute_path_is_the_relative_one(inside):
         assert after["iteration"] == 12 and all(torch.equal(v, after["method"][k]) for k, v in before["method"].items())
 
 
-@pytest.mark.parametrize(
-    "path", ["data/phantom", "./data/phantom/", "data/../data/phantom", "{here}/data/phantom", "link"]
-)
+@pytest.mark.parametrize("path", ["data/../data/phantom/", "{here}/data/phantom", "link"])
 def test_the_phantom_set_is_known_by_any_path(path, inside):
     (inside / "data").mkdir()
     (inside / "link").symlink_to(inside / "data" / "phantom")
@@ -289,13 +273,6 @@ def test_the_phantom_set_is_known_by_any_path(path, inside):
     assert (found["profile"], found["labeled"], found["iterations"]) == ("phantom", 8, 300)
     assert is_phantom(Path(path.format(here=inside))) and not is_phantom(inside / "set")
     assert Path("data/phantom") == PHANTOM_FOLDER
-
-
-def test_the_phantom_set_is_made_at_an_absolute_path(inside, monkeypatch):
-    made = []
-    monkeypatch.setattr("dataloaders.training.make_phantom_set", lambda folder: made.append(folder) or make_set(folder))
-    train_dtml.main(["--data", str(inside / "data" / "phantom"), *TINY, "--iterations", "1", "--name", "run"])
-    assert made == [inside / "data" / "phantom"]
 
 
 # -- how many are labeled --
@@ -323,8 +300,7 @@ def test_sixteen_of_the_real_la_are_labeled_by_default():
     assert usual_labeled(la_folder()) == 16
 
 
-@pytest.mark.parametrize("labeled", [1, 3, 8])
-@pytest.mark.parametrize("profile", ["full", "half", "phantom"])
+@pytest.mark.parametrize(("labeled", "profile"), [(1, "full"), (3, "half"), (8, "phantom")])
 def test_all_that_have_a_label_are_labeled_by_default(profile, labeled, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_set(tmp_path / "mine", labeled=labeled)
@@ -337,14 +313,6 @@ def test_only_whether_there_is_a_label_is_looked_at(inside, monkeypatch):
     get = h5py.Group.__getitem__
     monkeypatch.setattr(h5py.Group, "__getitem__", lambda self, name: read.append(name) or get(self, name))
     assert settled("--data", "set")["labeled"] == 4 and read == []
-
-
-def test_training_takes_all_that_have_a_label(inside):
-    words = TINY[: TINY.index("--labeled")] + TINY[TINY.index("--labeled") + 2 :]
-    train_dtml.main(["--data", "set", *words, "--iterations", "2"])
-    assert Path("runs/set/dtml-4-patchsize16x16x16-filters2-iterations2-seed1337/last.pt").exists() or list(
-        Path("runs/set").glob("dtml-4-*/last.pt")
-    )
 
 
 @pytest.mark.parametrize(
@@ -379,7 +347,6 @@ def drop_labels(cases: list[int]) -> None:
         ("--labeled 5 --unlabeled 0", ("case04", "give --labeled 4", "put the labeled cases first")),
         ("--labeled 16", ("--labeled 16 must lie between 1 and 8", "that have a label")),
         ("--labeled 1", ("2 labeled crops", "give --labeled-batch 1")),
-        ("--labeled 3 --unlabeled 0", ("4 labeled crops", "give --batch-size 3")),
         ("--method supervised --labeled 2", ("4 labeled crops", "give --batch-size 2")),
     ],
 )
@@ -391,17 +358,10 @@ def test_too_few_labels_are_told_with_what_to_do(words, texts, inside, capsys):
     assert "case03" not in err and not Path("runs").exists()
 
 
-def test_what_is_told_to_do_about_too_few_labels_trains(inside):
-    train("--data", "set", "--name", "a", "--iterations", "1", "--labeled", "1", "--labeled-batch", "1")
-    train(
-        "--data", "set", "--name", "b", "--iterations", "1", "--labeled", "3", "--unlabeled", "0", "--batch-size", "3"
-    )
-
-
 # -- how many classes --
 
 
-@pytest.mark.parametrize("cache", ["ram", "none", "disk"])
+@pytest.mark.parametrize("cache", ["ram", "disk"])
 def test_classes_above_what_the_labels_hold_are_refused(cache, tmp_path, monkeypatch):
     """The second time too, when a cache knows that the files are sound; an unlabeled case's label, which holds more, is
     not opened."""
@@ -454,7 +414,8 @@ def test_classes_above_what_the_labels_hold_are_refused(cache, tmp_path, monkeyp
     ],
 )
 def test_flags_that_do_nothing_together_end_with_code_2(words, texts, inside, capsys):
-    train("--data", "set", "--name", "run")
+    if "runs/run" in words:
+        train("--data", "set", "--name", "run", "--iterations", "1")
     capsys.readouterr()
     files = sorted(Path("runs").rglob("*"))
     with pytest.raises(SystemExit) as ended:

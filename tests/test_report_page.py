@@ -183,15 +183,6 @@ def test_a_scan_with_nothing_to_find_stands_last_and_is_neither_worst_nor_best(t
     assert all(line[-3:] == ["0", "0", "1"] and "(2 of 3)" in line[3] for line in page.tables["means"][1:])
 
 
-def test_bars_stand_in_the_order_of_dice(test):
-    tables = [rows for name, rows in parse(test).tables.items() if name.startswith("bars")]
-    assert len(tables) == 4
-    for rows in tables:
-        assert [row[0] for row in rows[1:]] == ["case2", "case1", "case0"]
-        dice = [float(row[2]) for row in rows[1:]]
-        assert dice == sorted(dice) and dice[-1] == 100
-
-
 def test_it_needs_nothing_but_itself(test):
     text = report_page.write_report(test).read_text(encoding="utf-8")
     page = Page(text)

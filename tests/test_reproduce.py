@@ -1,7 +1,6 @@
 """The grid of the paper's tables: what is in it, which records count, the tables by hand, and runs that are stopped."""
 
 import dataclasses
-import inspect
 import json
 import os
 import re
@@ -17,12 +16,10 @@ from conftest import ROOT, TINY
 import settings
 import test_la
 import train_dtml
-from dataloaders.phantom import make_phantom_set
 from evaluation.statistics import compare, hodges_lehmann
 from methods import METHODS
 from tools import make_runs, reproduce, runs
 from tools.grid import (
-    AUTHORS,
     COMPARED_WITH,
     LA_RUNS,
     LA_TABLES,
@@ -111,16 +108,6 @@ def test_the_flags_parse_and_the_row_s_output_and_scans_are_the_run_s(profile):
         assert row.scans == f"{o.labeled} / {unlabeled}"
 
 
-def test_the_paper_s_figures():
-    for name in "123":
-        rows = {row.label: row for row in LA_TABLES[name][1]}
-        assert (rows.get("L_mask") or LA_TABLES[name][1][-1]).paper.split() == PAPER
-        for row in rows.values():  # J = D / (2 - D) of a scan, and means of both stay near that
-            if row.paper:
-                dice, jaccard, asd, hd95 = map(float, row.paper.split())
-                assert jaccard == pytest.approx(100 * dice / (200 - dice), abs=1.0) and asd < hd95
-
-
 @pytest.mark.parametrize(
     ("table", "reference", "others"),
     [("dk-uxnet", "supervised-8", {"8 / 0", "8 / 72"}), ("dk-uxnet", "supervised-16", {"16 / 0", "16 / 64"}),
@@ -141,12 +128,6 @@ def test_rows_are_compared_with_one_of_as_many_labels_and_the_bound_with_all(her
     assert len(pairs) == sum(row.scans in others and row != usual for row in rows)
 
 
-@pytest.mark.parametrize("table", COMPARED_WITH)
-def test_what_rows_are_compared_with_is_in_their_table(table):
-    rows = {f"{row.key}:{row.output}" for row in LA_TABLES[table][1]}
-    assert {where if ":" in where else f"{where}:seg" for where in COMPARED_WITH[table]} <= rows
-
-
 def test_two_rows_are_compared_once_however_many_tables_they_stand_in(here):
     for key in {row.key for _, rows in LA_TABLES.values() for row in rows}:
         write_record(here / "results", key, 1337, [(0.8, 1)] * 6)
@@ -160,42 +141,6 @@ def test_two_rows_are_compared_once_however_many_tables_they_stand_in(here):
     names = {name: {(pair.row.key, pair.row.output) for pair in pairs} for name, pairs in found.items()}
     assert ("supervised-16", "seg") not in names["DTML, 16 / 64"] and tuned in names["V-Net, 16 / 0"]
     assert sum(map(len, names.values())) == len(keys), "a pair stands twice"
-
-
-def test_every_preset_authors_has_its_row():
-    assert set(AUTHORS) == {name for name, method in METHODS.items() if "authors" in method.PRESETS}
-
-
-@pytest.mark.parametrize(
-    ("key", "with_k"),
-    {
-        "supervised-tuned-16": False,
-        "supervised-tuned-80": False,
-        "supervised-sdm-tuned-16": True,
-        "tuned-16-0": True,
-    }.items(),
-)
-def test_the_controls_of_tuned_have_its_rate_intensities_labeled_crops_and_k(key, with_k):
-    asked = {}
-    for name in (key, "tuned-16"):
-        o, method_options, *_ = settings.read_options([*LA_RUNS[name].split(), "--profile", "half"])
-        crops = o.labeled_batch or o.batch_size  # no batch of supervised training has unlabeled ones
-        asked[name] = [o.lr_schedule, o.intensity, crops, method_options.k if with_k else None]
-    assert asked[key] == asked["tuned-16"]
-
-
-def test_the_phantom_bound_labels_every_scan():
-    assert (
-        f"--labeled {inspect.signature(make_phantom_set).parameters['train'].default}" in PHANTOM_RUNS["supervised-40"]
-    )
-
-
-def test_the_committed_records_fit_their_rows(capsys, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    reproduce.main(["--profile", "half", "--seeds", "1337", "--list"])
-    text = capsys.readouterr().out
-    for key in ("supervised-16", "supervised-sdm-16", "dtml-16"):
-        assert f"\n{key} (table" in f"\n{text}" and "  1337 done" in text.split(f"{key} (table")[1].split("\n    ")[0]
 
 
 # tables
@@ -345,14 +290,6 @@ def test_rows_without_a_common_seed_or_of_other_scans_are_not_compared(here, cap
     assert "Comparisons" not in capsys.readouterr().out
 
 
-def test_of_five_scans_no_interval_is_told(here, capsys):
-    for key in ("supervised-16", "dtml-16"):
-        write_record(here / "results", key, 1337, [(0.8, 1), (0.9, 2), (0.9, 2), (0.9, 2), (0.9, 2)])
-    reproduce.main(["--profile", "half", "--table", "2"])
-    text = capsys.readouterr().out.split("**Comparisons**")[1]
-    assert "none: 5 scans are too few" in text and " to " not in text.split("Against *")[1].split("**Each")[0]
-
-
 def test_the_phantom_table(here, capsys):
     write_record(here / "results", "dtml-8", 1337, [(0.8, 1), (0.9, 2)], profile="phantom")
     reproduce.main(["--profile", "phantom"])
@@ -429,15 +366,7 @@ def test_a_row_whose_option_is_gone_shows_its_records_and_is_not_run(here, capsy
     assert not runs
 
 
-def test_differences_are_of_the_seeds_that_both_have(here, capsys):
-    write_beyond(here / "results", "beyond-paper", (0.70, 0.80, 0.75))
-    write_beyond(here / "results", "beyond-paper", (0.60, 0.70, 0.65), seed=1338)
-    write_beyond(here / "results", "beyond-k", (0.62, 0.71, 0.68), seed=1338, outputs=THREE)
-    reproduce.main(["--profile", "half", "--table", "beyond"])
-    assert cells(capsys.readouterr().out, "k = 50")[0][6].startswith("+2.00 (")
-
-
-@pytest.mark.parametrize("tested", [{"scans": "test"}, {"flips": 4}, {"stride": [9, 9, 2]}])
+@pytest.mark.parametrize("tested", [{"scans": "test"}])
 def test_a_record_that_was_tested_in_another_way_is_left_out(here, capsys, tested):
     write_beyond(here / "results", "beyond-intensity", (0.7, 0.8), tested=tested, outputs=THREE)
     reproduce.main(["--profile", "half", "--table", "beyond", "--rows", "beyond-intensity"])
@@ -447,9 +376,8 @@ def test_a_record_that_was_tested_in_another_way_is_left_out(here, capsys, teste
 
 @pytest.mark.parametrize(
     "tested",
-    [{"scans": "held-out"}, {"flips": 8}, {"stride": [18, 18, 4]}, {"weighting": "gaussian"}, {"precision": "bf16"},
-     {"patch_size": [64, 64, 64]}],
-)  # fmt: skip
+    [{"flips": 8}, {"stride": [18, 18, 4]}, {"patch_size": [64, 64, 64]}],
+)
 def test_so_is_a_record_of_the_paper_s_tables(here, capsys, tested):
     write_record(here / "results", "dtml-16", 1337, [(0.8, 1), (0.9, 2)])
     path = here / "results" / "half" / "dtml-16-seed1337" / "test.json"
@@ -509,8 +437,11 @@ def test_a_record_that_does_not_fit_is_left_out_named_and_kept(here, capsys, mor
     assert (record / "manifest.json").read_bytes() == before and not list((here / "runs").rglob("*.pt"))
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "test.json", "cases.csv"])
-@pytest.mark.parametrize("content", [None, "", "[]", "{", '{"options": []}'])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("manifest.json", None), ("manifest.json", '{"options": []}'), ("test.json", "{"), ("test.json", "[]"),
+     ("cases.csv", None), ("cases.csv", "")],
+)  # fmt: skip
 def test_a_broken_record_is_left_out(here, capsys, name, content):
     write_record(here / "results", "dtml-16", 1337, [(0.8, 1), (0.9, 2)])
     path = here / "results" / "half" / "dtml-16-seed1337" / name
@@ -572,9 +503,7 @@ def test_live_voxels_are_those_of_the_runs_that_logged_them(here, capsys):
 def test_mistakes_are_named_before_anything_is_run(here, capsys, words, text):
     with pytest.raises(UserError, match=text):
         reproduce.main(words)
-    with pytest.raises(SystemExit) as left:
-        run(lambda: reproduce.main(words))
-    assert left.value.code == 2 and not list(here.iterdir())
+    assert not list(here.iterdir())
 
 
 def test_the_list_tells_state_and_command(here, capsys):
@@ -692,14 +621,6 @@ def test_a_failed_run_is_named_and_the_others_go_on(stage, capfd):
     assert "dtml-16-seed1338: train_dtml.py left with exit code 2" in end and cells(out, "DTML")[1][7] == "1: 1337"
 
 
-def test_a_run_that_turns_out_another_is_not_recorded(stage, capfd):
-    (stage.scripts / "supervised-16-seed1337" / "test" / "test.json").write_text('{"iteration": 7}')
-    with pytest.raises(SystemExit, match="1"):
-        stage.missing()
-    assert "supervised-16-seed1337: tested at iteration 7 of 2400" in capfd.readouterr().err
-    assert stage.records() == sorted(set(ALL) - {"supervised-16-seed1337"})
-
-
 def test_a_run_folder_of_other_options_is_not_gone_on_with(stage, here, capfd):
     options = options_of([*LA_RUNS["dtml-16"].split(), "--profile", "half", "--k", "10"])
     folder = here / "runs" / "reproduce" / "half" / "dtml-16-seed1337"
@@ -724,7 +645,7 @@ def test_the_budget_ends_a_training_and_the_same_command_goes_on(stage, monkeypa
     assert stage.records() == sorted(ALL) and stage.calls().count("dtml-16-seed1337") == 2
 
 
-@pytest.mark.parametrize("number, code", [(2, 130), (15, 143)])
+@pytest.mark.parametrize("number, code", [(15, 143)])
 def test_a_signal_is_handed_on_and_ends_all(stage, number, code, capfd):
     stage.plan("dtml-16-seed1337", f"signal {number}")
     with pytest.raises(SystemExit) as left:

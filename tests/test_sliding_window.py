@@ -28,9 +28,10 @@ def test_a_stride_that_skips_voxels_is_refused(stride):
         window_starts(20, 8, stride)
 
 
-@pytest.mark.parametrize("weighting", ["uniform", "gaussian"])
-@pytest.mark.parametrize("shape", [(20, 17, 9), (8, 8, 8), (5, 30, 3), (7, 7, 7), (9, 8, 16)])
-@pytest.mark.parametrize("stride", [(8, 8, 8), (3, 5, 2), (1, 4, 7)])
+@pytest.mark.parametrize("shape", [(20, 17, 9), (8, 8, 8), (5, 30, 3), (9, 8, 16)])
+@pytest.mark.parametrize(
+    ("stride", "weighting"), [((8, 8, 8), "uniform"), ((3, 5, 2), "gaussian"), ((1, 4, 7), "gaussian")]
+)
 def test_a_predictor_that_adds_one_gives_the_volume_plus_one(shape, stride, weighting):
     volume = torch.randn(*shape)
     out = sliding_window(
@@ -49,7 +50,7 @@ def test_overlapping_windows_are_averaged_uniformly():
         assert out[0, x].unique().item() == pytest.approx(sum(covering) / len(covering))
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 5, 100])
+@pytest.mark.parametrize("batch_size", [2, 100])
 def test_the_batch_of_windows_changes_nothing(batch_size):
     volume = torch.randn(20, 17, 12)
     network = torch.nn.Conv3d(1, 1, 3, padding=1)
@@ -71,8 +72,7 @@ def windows_by_hand(predict, volume, patch, stride, batch_size, weights):
     return total / weight_sum
 
 
-@pytest.mark.parametrize("weighting", ["uniform", "gaussian"])
-@pytest.mark.parametrize("batch_size", [1, 3, 50])
+@pytest.mark.parametrize(("weighting", "batch_size"), [("uniform", 50), ("gaussian", 3)])
 @pytest.mark.parametrize(
     ("shape", "stride"), [((20, 17, 12), (3, 5, 2)), ((33, 8, 9), (8, 8, 8)), ((8, 30, 9), (4, 4, 4))]
 )

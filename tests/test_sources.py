@@ -207,10 +207,9 @@ def test_what_is_not_read_is_named(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["patient1.nii.bz2", "patient1.img", "patient1.dcm", "Patient1.NII.BZ2", "patient1.nii.gz.part", "patient1",
-             "patient1.json"]
-)  # fmt: skip
-@pytest.mark.parametrize("layout", ["", "Tr"])
+    ("name", "layout"),
+    [("patient1.nii.bz2", ""), ("Patient1.NII.BZ2", "Tr"), ("patient1.nii.gz.part", ""), ("patient1.json", "Tr")],
+)
 def test_a_label_that_is_not_read_is_an_error(name, layout, tmp_path):
     """Its scan would be trained on as one without label."""
     make_scans(tmp_path / "scans")
@@ -247,7 +246,7 @@ def test_in_case_folders_too(tmp_path, capsys):
         converted(tmp_path / "s", tmp_path / "other")
 
 
-@pytest.mark.parametrize("name", ["patient1_seg", "patient1-label", "patient1_GT", "patient1.mask"])
+@pytest.mark.parametrize("name", ["patient1-label", "patient1_GT"])
 def test_a_label_among_the_scans_is_no_scan(name, tmp_path):
     make_scans(tmp_path / "scans")
     (tmp_path / "scans" / "labels" / "patient1.nii.gz").rename(tmp_path / "scans" / "images" / f"{name}.nii.gz")
@@ -293,8 +292,9 @@ def test_a_value_that_the_set_has_need_not_be_in_the_scans_that_are_added(tmp_pa
 STRAIGHT = {"LPS": (1.0, 0, 0, 0, 1, 0, 0, 0, 1), "RAS": (-1.0, 0, 0, 0, -1, 0, 0, 0, 1)}
 
 
-@pytest.mark.parametrize("frame", STRAIGHT)
-@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), OBLIQUE["spacing"]], ids=["identity", "spacing alone"])
+@pytest.mark.parametrize(
+    ("frame", "spacing"), [("LPS", OBLIQUE["spacing"]), ("RAS", (1.0, 1.0, 1.0))], ids=["spacing alone", "identity"]
+)
 @pytest.mark.parametrize(
     ("what", "message"),
     [
@@ -460,7 +460,7 @@ def test_a_share_that_cannot_be_reached_is_told(tmp_path, capsys):
     assert lists_of(out) == lists
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(8))
 def test_however_a_set_grows_it_keeps_its_promises(seed):
     """Random sources, again and again, with lists that are shuffled by hand between."""
     draw = random.Random(seed)

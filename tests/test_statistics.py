@@ -46,7 +46,7 @@ def simulated(seed, k, n, *, run_sd, scan_sd=2.0, noise=1.0, difference=1.0):
 # -- the interval --
 
 
-@pytest.mark.parametrize(("k", "run_sd"), [(1, 0.0), (2, 1.0), (3, 0.0), (3, 1.0), (3, 3.0), (5, 2.0)])
+@pytest.mark.parametrize(("k", "run_sd"), [(1, 0.0), (2, 1.0), (3, 3.0)])
 def test_the_interval_covers_the_true_difference_at_least_as_often_as_it_says(k, run_sd):
     """Of 300: 95 % are 285, two standard errors below that 277."""
     sides = [simulated(seed, k, 20, run_sd=run_sd) for seed in range(300)]
@@ -102,7 +102,7 @@ def test_scans_are_the_same_on_both_sides():
     assert -1 < low < high < 1
 
 
-@pytest.mark.parametrize("runs", [(3, 3), (2, 5), (1, 3), (1, 1)])
+@pytest.mark.parametrize("runs", [(2, 5), (1, 1)])
 def test_it_is_the_same_each_time_and_turns_with_its_sides(runs):
     a, b = (side[:k] for side, k in zip(simulated(1, 5, 20, run_sd=1.0), runs, strict=True))
     assert interval(a, b) == interval(a, b)
@@ -132,7 +132,7 @@ def test_it_says_what_it_is_over(runs, over):
     assert found.difference == pytest.approx(found.mean - found.reference)
 
 
-@pytest.mark.parametrize("n", [1, 2, 5, 6])
+@pytest.mark.parametrize("n", [1, 5, 6])
 def test_below_six_scans_there_is_neither_interval_nor_p(n):
     sides = [{seed: row(100 * side + seed, n) for seed in range(5)} for side in range(2)]
     found = compare(*sides)
@@ -172,7 +172,7 @@ def test_very_many_runs_are_dealt_out_at_random_and_never_to_a_p_of_0():
     assert 0 < permutation_p(a, a + 100) < 1e-4
 
 
-@pytest.mark.parametrize("runs", [(4, 4), (4, 9), (9, 4), (5, 5)])
+@pytest.mark.parametrize("runs", [(4, 9), (9, 4), (5, 5)])
 def test_p_needs_five_runs_on_each_side(runs):
     sides = [{seed: row(100 * side + seed) for seed in range(k)} for side, k in enumerate(runs)]
     found = compare(*sides)

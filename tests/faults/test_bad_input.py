@@ -2,10 +2,7 @@
 
 import errno
 import os
-import pickle
 import shutil
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -13,13 +10,12 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, flat, make_set, method_words, write_case
+from conftest import TINY, flat, make_set, method_words, write_case
 
 import settings
 import test_la
 import train_dtml
 from methods import METHODS
-from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
 from utils.errors import run as run_program
 
@@ -126,7 +122,7 @@ def test_21_case_that_cannot_be_used_is_named(kind, tiny_set):
     assert "case00" not in message and "case02" not in message
 
 
-@pytest.mark.parametrize("kind", BROKEN_CASES)
+@pytest.mark.parametrize("kind", ["no file", "no label", "not a number", "a label of 2"])
 def test_21_case_that_cannot_be_tested_on_is_named(kind, tiny_set, checkpoint):
     (tiny_set / "train.list").write_text("case00\n")
     (tiny_set / "test.list").write_text("case01\ncase08\n")
@@ -135,14 +131,6 @@ def test_21_case_that_cannot_be_tested_on_is_named(kind, tiny_set, checkpoint):
     argv = ["--checkpoint", str(checkpoint), "--data", str(tiny_set), "--stride", "16", "16", "16"]
     message = refuse(argv, text, "case01", "mri_norm2.h5", untouched=tiny_set.parent, main=test_la.main)
     assert "case08" not in message
-
-
-@pytest.mark.parametrize("kind", ["a file cut in half", "no image", "not a number", "a constant image"])
-def test_21_unlabeled_case_that_cannot_be_used_is_named(kind, tiny_set):
-    (tiny_set / "train.list").write_text("case00\ncase02\ncase03\ncase04\ncase01\ncase05\n")
-    break_it, text = BROKEN_CASES[kind]
-    break_it(tiny_set)
-    refuse(flags(tiny_set, "--labeled", "3"), text, "case01", "1 case is", untouched=tiny_set.parent)
 
 
 def test_21_all_bad_cases_are_named_at_once(tiny_set):
@@ -157,15 +145,7 @@ def test_21_all_bad_cases_are_named_at_once(tiny_set):
         assert text in lines[name]
 
 
-def test_30_downsampling_to_nothing_is_refused(tiny_set):
-    refuse(flags(tiny_set, "--downsample", "100"), "--downsample", untouched=tiny_set.parent)
-
-
 # -- folders and lists that cannot be used --
-
-
-def test_21_missing_data_folder_is_named(tmp_path):
-    refuse(flags(tmp_path / "nowhere"), str(tmp_path / "nowhere"), "does not exist", untouched=tmp_path)
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -192,7 +172,7 @@ def test_32_list_that_cannot_be_used_is_named(kind, tiny_set):
     refuse(flags(tiny_set), str(tiny_set / name), *texts, untouched=tiny_set.parent)
 
 
-@pytest.mark.parametrize("shared", ["case01", "./case01", "case01/"])
+@pytest.mark.parametrize("shared", ["case01", "./case01"])
 def test_32_case_in_both_lists_is_refused(shared, tiny_set):
     (tiny_set / "test.list").write_text(f"case08\n{shared}\n")
     refuse(flags(tiny_set), "train.list", "test.list", "case01", untouched=tiny_set.parent)
@@ -210,7 +190,7 @@ def test_23_unlabeled_cases_need_no_label_and_never_have_it_read(tiny_set):
     assert same_weights(train(tiny_set, "--name", "uncached", "--cache", "none"), without)
 
 
-@pytest.mark.parametrize("form", ["\ufeff{}", "{}\r", "  {}\t ", "\n{}\n\n"])
+@pytest.mark.parametrize("form", ["\ufeff{}", "\n  {}\t \r\n\n"])
 def test_32_white_space_in_lists_is_ignored(form, tiny_set):
     plain = train(tiny_set)
     for split in ("train", "test"):
@@ -221,8 +201,8 @@ def test_32_white_space_in_lists_is_ignored(form, tiny_set):
     assert same_weights(plain, again) and list(again["checksums"]) == [f"case0{i}" for i in range(8)]
 
 
-@pytest.mark.parametrize("layout", ["{}.h5", "2018LA_Seg_Training Set/{}/mri_norm2.h5"])
-def test_21_cases_may_lie_in_other_layouts(layout, tiny_set):
+def test_21_cases_may_lie_in_other_layouts(tiny_set):
+    layout = "2018LA_Seg_Training Set/{}/mri_norm2.h5"
     plain = train(tiny_set)
     for path in sorted(tiny_set.glob("case*/mri_norm2.h5")):
         target = tiny_set / layout.format(path.parent.name)
@@ -232,7 +212,7 @@ def test_21_cases_may_lie_in_other_layouts(layout, tiny_set):
     assert same_weights(plain, train(tiny_set, "--name", "again"))
 
 
-@pytest.mark.parametrize("dtype", [bool, np.int64, np.float64])
+@pytest.mark.parametrize("dtype", [bool, np.float64])
 def test_28_labels_of_other_types_are_taken(dtype, tiny_set):
     plain = train(tiny_set)
     for i in range(4):
@@ -240,8 +220,7 @@ def test_28_labels_of_other_types_are_taken(dtype, tiny_set):
             values = f["label"][()].astype(dtype)
             del f["label"]
             f["label"] = values
-    for cache in ("ram", "none"):
-        assert same_weights(plain, train(tiny_set, "--name", cache, "--cache", cache))
+    assert same_weights(plain, train(tiny_set, "--name", "again", "--cache", "none"))
 
 
 @pytest.mark.parametrize("method", [["--sdm-loss", "both"], ["--method", "supervised", "--head", "sdm"]], ids=" ".join)
@@ -253,8 +232,9 @@ def test_29_empty_and_full_labels_train(value, method, tiny_set):
     assert all(torch.isfinite(t).all() for t in state["method"].values() if t.is_floating_point())
 
 
-@pytest.mark.parametrize("cache", ["ram", "none"])
-@pytest.mark.parametrize("shape", [(12, 9, 7), (16, 16, 16), (17, 17, 17), (40, 9, 17)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "cache"), [((12, 9, 7), "none"), ((16, 16, 16), "ram"), ((17, 17, 17), "none"), ((40, 9, 17), "ram")]
+)
 def test_30_volumes_of_any_size_train_and_test(shape, cache, tmp_path):
     folder = make_set(tmp_path / "set", shape=shape)
     state = train(folder, "--cache", cache, "--iterations", "2")
@@ -268,63 +248,39 @@ def test_30_volumes_of_any_size_train_and_test(shape, cache, tmp_path):
 
 BAD_FLAGS = {
     "--labeled 0": ("--labeled 0", "between 1 and 8"),
-    "--labeled -1": ("--labeled -1", "between 1 and 8"),
     "--labeled 9": ("--labeled 9", "between 1 and 8"),
     "--labeled 1": ("--labeled 1", "2 labeled crops", "--labeled-batch"),
-    "--labeled 1.5": ("--labeled", "1.5"),
     "--unlabeled 5": ("--unlabeled 5", "between 0 and 4"),
-    "--unlabeled -1": ("--unlabeled -1", "between 0 and 4"),
     "--labeled-batch 5": ("5 labeled crops", "--labeled-batch"),
     "--labeled-batch 4": ("--labeled-batch 4", "4 unlabeled cases"),
     "--labeled-batch 2 --unlabeled 0": ("--labeled-batch 2", "0 unlabeled cases"),
     "--patch-size 24 16 16": ("--patch-size 24 16 16", "multiples of 16", "Try --patch-size 32 16 16"),
-    "--patch-size 16 33 7": ("--patch-size 16 33 7", "Try --patch-size 16 32 16"),
     "--patch-size 16 16": ("--patch-size", "3 arguments"),
     "--patch-size 16 16 16 16": ("unknown argument 16",),
     "--patch-size 16 16 0": ("--patch-size", "0 is below 1"),
     "--labeld 4": ("unknown argument --labeld.", "Did you mean --labeled?"),
-    "--label 4": ("unknown argument --label.", "Did you mean --labeled?"),
-    "--lamda-max 1": ("unknown argument --lamda-max.", "Did you mean --lambda-max?"),
     "--labeld=4": ("unknown argument --labeld.", "Did you mean --labeled?"),
     "--lambda_mx 1": ("unknown argument --lambda-mx.", "Did you mean --lambda-max?"),
-    "--lr -1": ("--lr", "-1"),
     "--lr nan": ("--lr", "nan"),
     "--lr inf": ("--lr", "inf"),
     "--lr fast": ("--lr", "fast"),
     "--lr": ("--lr", "expected one argument"),
-    "--seed -3": ("--seed", "-3"),
-    "--seed 1.5": ("--seed", "1.5"),
     "--seed 99999999999999999999": ("--seed", "99999999999999999999"),
     "--iterations 0": ("--iterations", "0"),
-    "--batch-size 0": ("--batch-size", "0"),
     "--lr-steps 1 -1": ("--lr-steps", "-1"),
-    "--log-every 0": ("--log-every", "0"),
-    "--save-every 0": ("--save-every", "0"),
-    "--downsample 0": ("--downsample", "0"),
-    "--workers -1": ("--workers", "-1"),
-    "--threads -1": ("--threads", "-1"),
-    "--filters 0": ("--filters", "0"),
-    "--k nan": ("--k", "nan"),
     "--augment flips": ("--augment", "flips", "mirror"),
     "--device tpu": ("--device tpu", "cuda:N"),
-    "--device mps": ("--device mps", "cuda:N"),
     "--preset nonsense": ("--preset nonsense", "paper, authors"),
     "--profile nonsense": ("--profile", "nonsense", "half"),
     "--method nonsense": ("--method", "nonsense", "supervised"),
-    "--method supervised --preset authors": ("--preset authors", "paper"),
     "--method supervised --unlabeled 4": ("--unlabeled", "labeled scans only"),
     "--method supervised --lambda-max 1": ("unknown argument --lambda-max.",),
     "--method tcse --preset authors": ("--preset authors", "Choose from paper."),
     "--method ua-mt --passes 0": ("--passes", "0 is below 1"),
-    "--method double-unc --passes 1": ("--passes", "1 is below 2"),
-    "--method double-unc --filters 1": ("--filters", "1 is below 2"),
     "--method mean-teacher --ema-decay 1.1": ("--ema-decay", "1.1 is below 0 or above 1"),
-    "--method mean-teacher --noise -1": ("--noise", "-1 is below 0"),
-    "--method asdnet --threshold 2": ("--threshold", "2 is below 0 or above 1"),
-    "--method asdnet --semi-start 1.5": ("--semi-start", "1.5 is below 0 or above 1"),
-    "--method sassnet --critic-lr -1": ("--critic-lr", "-1 is below 0"),
     "--method dtc --ramp linear": ("--ramp", "linear", "gaussian"),
-    "--method dtc --lamda-max 1": ("unknown argument --lamda-max.", "Did you mean --lambda-max?"),
+    "--downsample 100": ("--downsample",),
+    "--data nowhere": ("nowhere", "does not exist"),
     "@nowhere/options.txt": ("nowhere/options.txt", "cannot read"),
     "--resume nowhere/run": ("nowhere/run", "does not exist"),
     "somewhere": ("unknown argument somewhere",),
@@ -339,8 +295,10 @@ def test_34_bad_flag_is_named(words, tiny_set):
 NEED_UNLABELED = ["ua-mt", "sassnet", "asdnet", *(f"{m} --consistency-on unlabeled" for m in ("mean-teacher", "tcse"))]
 
 
-@pytest.mark.parametrize("method", NEED_UNLABELED)
-@pytest.mark.parametrize("words", ["--labeled 8", "--unlabeled 0"])
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [(m, ("--labeled 8", "--unlabeled 0")[i % 2]) for i, m in enumerate(NEED_UNLABELED)],
+)
 def test_33_method_that_needs_unlabeled_scans_is_refused_without(words, method, tiny_set, capsys):
     argv = flags(tiny_set, "--method", *method.split(), *words.split())
     texts = (f"--method {method.split()[0]} needs unlabeled scans", f"all {8 if '8' in words else 4} are labeled")
@@ -376,8 +334,8 @@ def test_34_flag_like_no_other_gets_no_far_fetched_suggestion(words, tiny_set):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("name", ["cuda", "cuda:1"])
-def test_40_gpu_that_is_not_there_is_refused(name, tiny_set):
+def test_40_gpu_that_is_not_there_is_refused(tiny_set):
+    name = "cuda:1"
     refuse(flags(tiny_set, "--device", name), f"--device {name}", "--device cpu", untouched=tiny_set.parent)
 
 
@@ -401,10 +359,8 @@ NO_MEMORY = {
         text: (RuntimeError(text), "the GPU's memory does not suffice")
         for text in (
             "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
-            "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
             "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed in a non-contiguous input.",
             "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
-            "GET was unable to find an engine to execute this computation",
             "FIND was unable to find an engine to execute this computation",
             "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call",
             "NCCL Error 1: unhandled cuda error, Cuda failure 2 'out of memory'",
@@ -449,11 +405,6 @@ def test_40_memory_that_does_not_suffice_for_testing_is_told_in_words(tiny_set, 
     refuse(argv, "the GPU's memory does not", "Lower --batch-size or", untouched=tiny_set.parent, main=test_la.main)
 
 
-def test_34_unclosed_quote_in_an_options_file_is_refused(tiny_set, tmp_path):
-    (tmp_path / "options.txt").write_text('--name "run\n')
-    refuse(flags(tiny_set, f"@{tmp_path / 'options.txt'}"), "options.txt", "quotation", untouched=tmp_path)
-
-
 @pytest.mark.parametrize("words", [["--runs", "set/train.list"], ["--name", "x" * 300]], ids=["a file", "too long"])
 def test_35_run_folder_that_cannot_be_made_is_named(words, tiny_set, monkeypatch):
     monkeypatch.chdir(tiny_set.parent)
@@ -463,14 +414,6 @@ def test_35_run_folder_that_cannot_be_made_is_named(words, tiny_set, monkeypatch
     assert {path for path in tiny_set.parent.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("data", [".", "../set", "sub/.."])
-def test_35_default_run_folder_lies_below_runs(data, tiny_set, monkeypatch):
-    (tiny_set / "sub").mkdir()
-    monkeypatch.chdir(tiny_set)
-    _, _, folder, _ = settings.read_options(["--data", data, "--runs", "runs"])
-    assert folder.resolve().parent == tiny_set / "runs" / "set"
-
-
 # -- run folders that are there already --
 
 
@@ -478,13 +421,6 @@ def test_35_existing_run_folder_is_left_alone(tiny_set):
     train(tiny_set)
     refuse(flags(tiny_set, "--name", "run"), "runs/run exists", "--resume", "--fresh", untouched=tiny_set.parent)
     refuse(flags(tiny_set, "--name", "run", "--seed", "2"), "runs/run exists", untouched=tiny_set.parent)
-
-
-def test_35_folder_of_other_things_is_not_taken_for_a_run(tiny_set):
-    folder = tiny_set.parent / "runs" / "run"
-    folder.mkdir(parents=True)
-    (folder / "notes.txt").write_text("mine")
-    refuse(flags(tiny_set, "--name", "run"), "runs/run exists", "--name", untouched=tiny_set.parent)
 
 
 def test_35_fresh_moves_the_old_run_aside(tiny_set):
@@ -527,12 +463,9 @@ def test_13_resume_with_other_options_lists_them(tiny_set):
     assert sorted(listed) == ["--lambda-max:", "--lr:", "--patch-size:"]
     argv = flags(tiny_set, "--name", "run", "--resume", "auto", "--seed", "2")
     refuse(argv, run, "--seed: 1337 before, 2 now", untouched=tiny_set.parent)
-    for method in METHODS:
-        if method != "dtml":
-            texts = (run, f"--method: dtml before, {method} now")
-            refuse(["--resume", run, "--method", method], *texts, untouched=tiny_set.parent)
-            argv = flags(tiny_set, "--name", "run", "--resume", "auto", "--method", method)
-            refuse(argv, *texts, untouched=tiny_set.parent)
+    texts = (run, "--method: dtml before, dtc now")
+    refuse(["--resume", run, "--method", "dtc"], *texts, untouched=tiny_set.parent)
+    refuse(flags(tiny_set, "--name", "run", "--resume", "auto", "--method", "dtc"), *texts, untouched=tiny_set.parent)
 
 
 def test_13_resume_with_harmless_options_goes_on(tiny_set):
@@ -609,12 +542,8 @@ def test_14_checkpoint_that_is_missing_is_named(script, tmp_path):
     refuse_checkpoint(script, tmp_path, "holds no checkpoint")
 
 
-def test_14_checkpoint_must_be_given(tmp_path):
-    refuse([], "--checkpoint is missing", untouched=tmp_path, main=test_la.main)
-
-
 @BOTH
-@pytest.mark.parametrize("percent", [0, 10, 50, 99.9])
+@pytest.mark.parametrize("percent", [0, 99.9])
 def test_05_checkpoint_cut_short_is_refused(percent, script, checkpoint):
     cut(checkpoint, percent / 100)
     refuse_checkpoint(script, checkpoint, "incomplete or no checkpoint")
@@ -645,26 +574,6 @@ def test_06_one_flipped_bit_of_a_tensor_is_noticed(script, checkpoint):
     refuse_checkpoint(script, checkpoint, "damaged", "checksum", "/data/0")
 
 
-def test_06_flipped_bits_anywhere_are_noticed_or_do_not_matter(checkpoint):
-    whole = checkpoint.read_bytes()
-    state = torch.load(checkpoint, weights_only=True)
-    header = whole.index(b"PK\x01\x02")
-    rng = np.random.default_rng(1)
-    places = [*range(0, 56, 5), *range(header, header + 80, 7), *range(len(whole) - 120, len(whole), 11)]
-    refused = 0
-    for place in [*places, *rng.integers(0, len(whole), 20)]:
-        checkpoint.write_bytes(whole)
-        flip(checkpoint, int(place), 7)
-        try:
-            loaded = load_checkpoint(checkpoint)
-        except UserError as e:
-            assert str(checkpoint) in str(e)
-            refused += 1
-        else:
-            assert same_weights(loaded, state) and loaded["options"] == state["options"]
-    assert refused >= 20
-
-
 class Evil:
     """Runs a command when it is unpickled."""
 
@@ -683,25 +592,6 @@ def test_07_code_in_a_checkpoint_is_not_run(script, checkpoint, tmp_path):
     assert not marker.exists()
     torch.load(checkpoint, weights_only=False)
     assert marker.exists(), "the file would have run the command"
-
-
-def test_07_bare_pickle_is_not_run(tmp_path):
-    path, marker = tmp_path / "evil.pt", tmp_path / "marker"
-    path.write_bytes(pickle.dumps({"format": 1, "options": Evil(marker)}))
-    refuse_checkpoint("test", path, "no checkpoint")
-    assert not marker.exists()
-
-
-@BOTH
-def test_10_other_format_is_refused(script, checkpoint):
-    rewrite(checkpoint, format=99)
-    refuse_checkpoint(script, checkpoint, "format 99", "reads 1")
-
-
-@BOTH
-def test_09_bare_weights_are_no_checkpoint(script, checkpoint):
-    torch.save(torch.load(checkpoint, weights_only=True)["method"], checkpoint)
-    refuse_checkpoint(script, checkpoint, "no checkpoint of this project")
 
 
 @BOTH
@@ -743,23 +633,12 @@ def unfinished(adversarial: Path, tmp_path: Path) -> Path:
     return Path(shutil.copy(adversarial / "previous.pt", tmp_path / "copy" / "last.pt"))
 
 
-def test_08_copied_checkpoint_of_a_critic_resumes(adversarial, unfinished):
-    train_dtml.main(["--resume", str(unfinished)])
-    assert same_weights(*(torch.load(f / "last.pt", weights_only=True) for f in (adversarial, unfinished.parent)))
-
-
 @BOTH
-@pytest.mark.parametrize("method", ["dtml", "dtc", "asdnet", "mean-teacher"])
+@pytest.mark.parametrize("method", ["dtml", "mean-teacher"])
 def test_08_checkpoint_of_one_method_is_none_of_another(method, script, unfinished):
     options = torch.load(unfinished, weights_only=True)["options"]
     rewrite(unfinished, options={**options, "method": method})
     refuse_checkpoint(script, unfinished, "does not fit")
-
-
-def test_08_resume_of_a_critic_with_another_method_is_refused(unfinished):
-    for method in ("dtc", "asdnet"):
-        texts = (str(unfinished.parent), f"--method: sassnet before, {method} now")
-        refuse(["--resume", str(unfinished), "--method", method], *texts, untouched=unfinished.parent)
 
 
 STATE = "adversary._extra_state"
@@ -810,19 +689,14 @@ def test_08_damaged_state_of_the_optimiser_is_refused(state, unfinished):
 
 BAD_TEST_FLAGS = {
     "--output nonsense": ("--output nonsense", "seg sdm mean"),
-    "--output seg nonsense": ("--output nonsense", "seg sdm mean"),
     "--stride 17 16 16": ("--stride", "17", "patch"),
     "--stride 0 8 8": ("--stride", "0"),
-    "--stride 8 8": ("--stride", "3 arguments"),
     "--patch-size 16 24 16": ("--patch-size", "24", "multiples of 16"),
-    "--batch-size 0": ("--batch-size", "0"),
     "--weighting nonsense": ("--weighting", "gaussian"),
     "--save nonsense": ("--save", "largest"),
     "--device tpu": ("--device tpu",),
     "--data nowhere": ("nowhere", "does not exist"),
     "--strides 8 8 8": ("unknown argument --strides.", "Did you mean --stride?"),
-    "--weight gaussian": ("unknown argument --weight.", "Did you mean --weighting?"),
-    "--labeled 16": ("unknown argument --labeled.",),
 }
 
 
@@ -837,25 +711,3 @@ def test_21_bad_spacing_is_named(checkpoint, tmp_path):
     write_case(folder / "case09" / "mri_norm2.h5", image(), label(), spacing=(1.0, 1.0))
     argv = ["--checkpoint", str(checkpoint), "--data", str(folder), "--stride", "16", "16", "16"]
     refuse(argv, "case09", "spacing", untouched=tmp_path, main=test_la.main)
-
-
-# -- end to end --
-
-
-@pytest.mark.parametrize(
-    ("script", "words", "texts"),
-    [
-        ("train_dtml.py", "--data nowhere --labeled 4", ("error: ", "nowhere", "does not exist")),
-        ("train_dtml.py", "--labeld 4", ("error: ", "--labeld", "--labeled?")),
-        ("test_la.py", "--checkpoint nowhere", ("error: ", "nowhere", "does not exist")),
-    ],
-)
-def test_34_mistake_ends_in_code_2_and_a_text_without_traceback(script, words, texts, tmp_path):
-    done = subprocess.run(
-        [sys.executable, ROOT / script, *words.split()], cwd=tmp_path, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 2
-    assert done.stdout == "" and "Traceback" not in done.stderr
-    for text in texts:
-        assert text in done.stderr
-    assert list(tmp_path.iterdir()) == []

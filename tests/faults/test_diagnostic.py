@@ -38,8 +38,7 @@ def replayed(folder, capsys):
 # Batches as they were.
 
 
-@pytest.mark.parametrize("method", ["dtml", "ua-mt", "dk-uxnet"])
-@pytest.mark.parametrize("k", [3, 5])  # 5 is logged, 3 is not
+@pytest.mark.parametrize(("method", "k"), [("dtml", 3), ("ua-mt", 5), ("dk-uxnet", 3)])  # 5 is logged, 3 is not
 def test_18_the_diagnostic_file_names_term_cases_and_boxes_and_replays_the_batch(
     method, k, tiny_set, tmp_path, monkeypatch, capsys
 ):

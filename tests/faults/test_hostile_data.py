@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import time
 from pathlib import Path
 
 import h5py
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 from test_checkpoint_faults import bounded_memory
 
 import train_dtml
-from dataloaders.cases import Case, CaseError, case_file, find_cases, lists_of, read_case, read_geometry, read_list
+from dataloaders.cases import Case, CaseError, case_file, find_cases, read_case, read_geometry, read_list
 from settings import read_options
 from utils.errors import UserError
 from utils.options import Parser
@@ -140,13 +139,6 @@ def test_32_a_name_cannot_lead_out_of_the_data_set(name, tmp_path):
         read_list(tmp_path / "train.list")
 
 
-def test_32_a_list_of_a_hundred_thousand_names_takes_a_moment(tmp_path):
-    (tmp_path / "train.list").write_text("\n".join(f"case{i}" for i in range(100_000)))
-    began = time.monotonic()
-    assert len(read_list(tmp_path / "train.list")) == 100_000
-    assert time.monotonic() - began < 10
-
-
 @pytest.mark.skipif(not Path("/dev/zero").exists(), reason="this system has no endless file")
 def test_32_an_endless_list_or_options_file_is_refused_within_bounded_memory(tmp_path):
     (tmp_path / "train.list").symlink_to("/dev/zero")
@@ -268,9 +260,3 @@ def test_27_any_types_and_shapes_are_read_or_named(tmp_path, image, shape, label
         assert image[-2] in "fui" and len(shape) == 3 and shape == label_shape
     shutil.rmtree(tmp_path, ignore_errors=False)
     tmp_path.mkdir()
-
-
-def test_32_lists_of_a_folder_that_names_itself_are_only_names(tmp_path):
-    for name in ("train", "test"):
-        (tmp_path / f"{name}.list").write_text(f"{name}/.\n")
-    assert lists_of(tmp_path) == (["train"], ["test"])

@@ -4,7 +4,6 @@ import csv
 import errno
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -14,7 +13,6 @@ import time
 from multiprocessing import active_children
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, flat, make_set, method_words
@@ -29,7 +27,7 @@ from methods import METHODS
 from utils import checkpoint
 from utils.checkpoint import load_checkpoint
 from utils.devices import seed_iteration
-from utils.errors import Stopped, UserError, run
+from utils.errors import Stopped, UserError
 from utils.report import Report
 
 N = 9
@@ -139,18 +137,6 @@ def iterations_of(folder):
         return [int(row["iteration"]) for row in csv.DictReader(f)]
 
 
-def test_11_the_comparison_sees_one_bit(data, undisturbed, tmp_path):
-    train(data, tmp_path / "run", "--seed", "1337")
-    assert_same_run(tmp_path / "run", undisturbed())
-    state = load(tmp_path / "run")
-    names = [name for name in state["method"] if name.endswith("running_var")]
-    assert names and any("momentum_buffer" in name for name in flat(state["optimizer"]))
-    state["method"][names[-1]].view(torch.int32)[0] ^= 1
-    torch.save(state, tmp_path / "run" / "last.pt")
-    with pytest.raises(AssertionError, match="running_var"):
-        assert_same_run(tmp_path / "run", undisturbed())
-
-
 def test_11_the_comparison_sees_the_critic_s_optimiser(undisturbed, tmp_path):
     shutil.copytree(undisturbed("asdnet"), tmp_path / "run")
     state = load(tmp_path / "run")
@@ -162,16 +148,8 @@ def test_11_the_comparison_sees_the_critic_s_optimiser(undisturbed, tmp_path):
         assert_same_run(tmp_path / "run", undisturbed("asdnet"))
 
 
-def test_11_every_method_is_stopped_and_resumed_here():
-    named = {flags[flags.index("--method") + 1] if "--method" in flags else "dtml" for flags in KINDS.values()}
-    assert named == set(METHODS)
-
-
-FIRST = list(KINDS)[:4]  # the loop is the same for all, so three places of these four tell, and one of the others
-
-
 # After the first iteration, at the end of an epoch, within one.
-@pytest.mark.parametrize(("kind", "k"), [(kind, k) for kind in KINDS for k in ([1, 4, 6] if kind in FIRST else [6])])
+@pytest.mark.parametrize(("kind", "k"), [("dtml", 1), ("dtml", 4), *((kind, 6) for kind in KINDS)])
 def test_11_stopped_and_resumed_equals_undisturbed(kind, k, data, undisturbed, after_step, tmp_path):
     folder = tmp_path / "run"
     after_step(signal_after(k))
@@ -186,14 +164,8 @@ def test_11_stopped_and_resumed_equals_undisturbed(kind, k, data, undisturbed, a
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-@pytest.mark.parametrize(
-    "before, after",
-    [
-        (["--workers", "0", "--cache", "ram"], ["--workers", "2", "--cache", "none"]),
-        (["--workers", "2", "--cache", "none"], ["--workers", "3", "--cache", "ram"]),
-    ],
-)
-def test_12_workers_and_cache_may_change_at_the_resume(before, after, data, undisturbed, after_step, tmp_path):
+def test_12_workers_and_cache_may_change_at_the_resume(data, undisturbed, after_step, tmp_path):
+    before, after = ["--workers", "2", "--cache", "none"], ["--workers", "3", "--cache", "ram"]
     folder, kind = tmp_path / "run", "dtml, both losses"
     after_step(signal_after(3))
     with pytest.raises(Stopped):
@@ -201,16 +173,6 @@ def test_12_workers_and_cache_may_change_at_the_resume(before, after, data, undi
     after_step(None)
     train_dtml.main(["--resume", str(folder), *after])
     assert_same_run(folder, undisturbed(kind))
-
-
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_15_each_signal_has_its_exit_code(number, code, data, after_step, tmp_path, capsys):
-    after_step(signal_after(2, number))
-    with pytest.raises(SystemExit) as left:
-        run(lambda: train(data, tmp_path / "run"))
-    assert left.value.code == code
-    assert f"stopped: saved {tmp_path / 'run'} after 2 of {N}" in capsys.readouterr().err
-    assert load(tmp_path / "run")["iteration"] == 2
 
 
 def test_15_a_second_ctrl_c_quits_without_waiting_for_the_iteration(data, after_step, tmp_path):
@@ -225,18 +187,18 @@ def test_15_a_second_ctrl_c_quits_without_waiting_for_the_iteration(data, after_
     assert load(tmp_path / "run")["iteration"] == 2
 
 
-def test_16_a_signal_during_the_last_iteration_ends_a_finished_run(data, undisturbed, after_step, tmp_path):
-    after_step(signal_after(N))
-    train(data, tmp_path / "run")
-    assert_same_run(tmp_path / "run", undisturbed())
-
-
 def kill_myself(number):
     os.kill(os.getpid(), number)
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("place", ["a picture is made", "a checkpoint is written", "a crop is read"])
+@pytest.mark.parametrize(
+    "place, number, code",
+    [
+        ("a picture is made", signal.SIGTERM, 143),
+        ("a checkpoint is written", signal.SIGINT, 130),
+        ("a crop is read", signal.SIGTERM, 143),
+    ],
+)
 def test_16_a_signal_at_any_other_work_lets_it_finish_and_saves(
     place, number, code, data, undisturbed, tmp_path, monkeypatch
 ):
@@ -266,11 +228,9 @@ def test_16_a_signal_at_any_other_work_lets_it_finish_and_saves(
     assert_same_run(tmp_path / "run", undisturbed())
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_16_a_signal_while_the_volumes_are_read_is_not_held_back_and_leaves_nothing(
-    number, data, tmp_path, monkeypatch
-):
+def test_16_a_signal_while_the_volumes_are_read_is_not_held_back_and_leaves_nothing(data, tmp_path, monkeypatch):
     """Nothing is done yet that could be saved, so the signal ends the process as it does any other."""
+    number = signal.SIGTERM
     monkeypatch.setattr(volumes, "check_all", lambda *words: kill_myself(number))
     with pytest.raises(pytest.fail.Exception, match=f"signal {number.value} was not caught"):
         train(data, tmp_path / "run")
@@ -278,9 +238,8 @@ def test_16_a_signal_while_the_volumes_are_read_is_not_held_back_and_leaves_noth
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-@pytest.mark.parametrize("cache", ["ram", "none"])
 def test_17_a_killed_worker_is_named_with_its_case_and_the_run_goes_on_from_its_checkpoint(
-    cache, data, undisturbed, tmp_path, monkeypatch
+    data, undisturbed, tmp_path, monkeypatch
 ):
     real, victim = Patches.__getitem__, tmp_path / "victim"
 
@@ -293,7 +252,7 @@ def test_17_a_killed_worker_is_named_with_its_case_and_the_run_goes_on_from_its_
         return real(self, slot)
 
     monkeypatch.setattr(Patches, "__getitem__", struck)
-    flags = ["--workers", "2", "--cache", cache, "--save-every", "2"]
+    flags = ["--workers", "2", "--cache", "none", "--save-every", "2"]
     with pytest.raises(RuntimeError, match=r"data worker \d+ was killed while it read case0\d .*mri_norm2.h5") as error:
         train(data, tmp_path / "run", *flags)
     assert f"read {victim.read_text()} (" in str(error.value)
@@ -323,19 +282,6 @@ def test_17_a_worker_whose_pipe_breaks_before_its_end_is_seen_is_named_all_the_s
     assert others.issuperset(active_children())  # though the error holds the loader
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_17_an_error_of_the_pipe_while_all_workers_live_is_told_as_it_is(data, tmp_path, monkeypatch):
-    others = set(active_children())
-
-    def broken(batches, *timeout):
-        raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
-
-    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_try_get_data", broken)
-    with pytest.raises(ConnectionResetError) as error:
-        train(data, tmp_path / "run", "--workers", "2")
-    assert error.tb and others.issuperset(active_children())
-
-
 def test_42_a_run_that_moved_to_another_computer_with_another_clock_goes_on(
     data, undisturbed, after_step, tmp_path, monkeypatch
 ):
@@ -350,16 +296,6 @@ def test_42_a_run_that_moved_to_another_computer_with_another_clock_goes_on(
     monkeypatch.setattr("time.time", lambda: real() - 1e6)
     train_dtml.main(["--resume", str(tmp_path / "elsewhere" / "moved")])
     assert_same_run(tmp_path / "elsewhere" / "moved", undisturbed())
-
-
-def test_11_a_run_may_be_stopped_many_times(data, undisturbed, after_step, tmp_path):
-    for k in (2, 3, 7):
-        after_step(signal_after(k))
-        with pytest.raises(Stopped):
-            train(data, tmp_path / "run", "--resume", "auto")
-    after_step(None)
-    train(data, tmp_path / "run", "--resume", "auto")
-    assert_same_run(tmp_path / "run", undisturbed())
 
 
 def crash_after(k):
@@ -389,8 +325,9 @@ def test_11_curves_of_a_run_resumed_at_once_or_where_the_clock_is_behind_are_who
     ]
 
 
-@pytest.mark.parametrize("every", [1, 2])
-@pytest.mark.parametrize(("hook", "end"), [(signal_after(4), Stopped), (crash_after(7), ZeroDivisionError)])
+@pytest.mark.parametrize(
+    ("hook", "end", "every"), [(signal_after(4), Stopped, 1), (crash_after(7), ZeroDivisionError, 2)]
+)
 def test_11_tensorboard_and_scalars_csv_of_a_resumed_run_have_each_iteration_once_and_count_alike(
     hook, end, every, data, after_step, tmp_path
 ):
@@ -410,25 +347,6 @@ def test_11_tensorboard_and_scalars_csv_of_a_resumed_run_have_each_iteration_onc
         assert list(points) == expected, tag
         assert list(points.values()) == pytest.approx([float(row[tag]) for row in rows], rel=1e-5, abs=1e-7)
     assert [event.step for event in board.Images("labeled")] == [3, 7, 8]  # the last iterations before each
-
-
-def test_11_randomness_outside_the_run_changes_nothing(data, undisturbed, after_step, tmp_path):
-    def consume(iteration):
-        torch.rand(100)
-        np.random.rand(100)
-        random.random()
-
-    def consume_then_stop(iteration):
-        consume(iteration)
-        signal_after(5)(iteration)
-
-    after_step(consume_then_stop)
-    with pytest.raises(Stopped):
-        train(data, tmp_path / "run")
-    consume(0)
-    after_step(consume)
-    train_dtml.main(["--resume", str(tmp_path / "run")])
-    assert_same_run(tmp_path / "run", undisturbed())
 
 
 def test_11_dropout_differs_between_iterations_seeds_and_ranks():
@@ -456,20 +374,6 @@ def test_11_any_checkpoint_of_a_run_resumes_it(source, done, data, undisturbed, 
     assert_same_run(tmp_path / "run", undisturbed())
 
 
-def test_11_a_crash_between_checkpoints_restarts_from_the_last_one(data, undisturbed, after_step, tmp_path):
-    def crash(iteration):
-        if iteration == 6:
-            raise ZeroDivisionError
-
-    after_step(crash)
-    with pytest.raises(ZeroDivisionError):
-        train(data, tmp_path / "run", "--save-every", "4")
-    assert load(tmp_path / "run")["iteration"] == 4 and iterations_of(tmp_path / "run") == list(range(6))
-    after_step(None)
-    train(data, tmp_path / "run", "--resume", "auto")
-    assert_same_run(tmp_path / "run", undisturbed())
-
-
 def test_14_resume_auto_starts_again_what_ended_before_its_first_checkpoint(data, undisturbed, after_step, tmp_path):
     def crash(iteration):
         if iteration == 2:
@@ -481,14 +385,6 @@ def test_14_resume_auto_starts_again_what_ended_before_its_first_checkpoint(data
     after_step(None)
     train(data, tmp_path / "run", "--resume", "auto")
     assert_same_run(tmp_path / "run", undisturbed())
-
-
-def test_14_resuming_a_finished_run_leaves_it_alone(data, after_step, tmp_path, capsys):
-    train(data, tmp_path / "run")
-    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (tmp_path / "run").iterdir()}
-    train(data, tmp_path / "run", "--resume", "auto")
-    assert "already done" in capsys.readouterr().err
-    assert before == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (tmp_path / "run").iterdir()}
 
 
 def test_14_a_run_killed_after_its_last_checkpoint_is_told_its_speed(data, tmp_path):
@@ -505,21 +401,10 @@ def test_14_a_run_killed_after_its_last_checkpoint_is_told_its_speed(data, tmp_p
     assert {key: found[key] for key in left} == left
 
 
-def test_13_resuming_on_other_volumes_is_refused(data, after_step, tmp_path):
-    own = make_set(tmp_path / "set")
-    after_step(signal_after(2))
-    with pytest.raises(Stopped):
-        train(own, tmp_path / "run")
-    make_set(own, shape=(24, 22, 20))
-    with pytest.raises(UserError, match=r"volumes .* not those"):
-        train_dtml.main(["--resume", str(tmp_path / "run")])
-
-
 # A process of its own: real signals, its workers, kill -9.
 
 DRIVER = """
 import sys, time
-from multiprocessing import active_children
 from pathlib import Path
 import train_dtml
 from dataloaders.two_stream import Patches
@@ -534,8 +419,6 @@ def pause(iteration):
         (place / "ready").touch()
         while not (place / "go").exists():
             time.sleep(0.01)
-        if where == "killed worker":
-            active_children()[0].kill()
         if where == "error":
             raise ZeroDivisionError
 
@@ -553,7 +436,7 @@ run(train_dtml.main)
 
 class Paused:
     """A training process, halted inside iteration `at`, in a process group of its own: after the step, or while the
-    crops are made; after the step too where a worker is killed or an error raised as it goes on."""
+    crops are made; after the step too where an error is raised as it goes on."""
 
     def __init__(self, data, place, at, *flags, where="step"):
         self.place = place
@@ -603,10 +486,9 @@ class Paused:
     "send, number, workers, code, how",
     [
         (os.kill, signal.SIGTERM, 0, 143, "auto"),
-        (os.killpg, signal.SIGTERM, 2, 143, "run"),
-        (os.killpg, signal.SIGINT, 2, 130, "auto"),
+        (os.killpg, signal.SIGINT, 2, 130, "run"),
     ],
-    ids=["SIGTERM to the process", "SIGTERM to the group", "Ctrl-C in a terminal"],
+    ids=["SIGTERM to the process", "Ctrl-C in a terminal"],
 )
 def test_15_a_signalled_process_saves_and_leaves_no_worker(
     send, number, workers, code, how, data, undisturbed, tmp_path
@@ -640,23 +522,10 @@ def test_15_a_group_signalled_while_it_waits_for_a_batch_keeps_its_workers_until
 
 
 @pytest.mark.slow
-def test_15_a_second_ctrl_c_ends_a_process_at_once(data, tmp_path):
-    paused = Paused(data, tmp_path, 4, "--workers", "2", "--save-every", "2")
-    for _ in range(2):
-        os.killpg(paused.process.pid, signal.SIGINT)
-        time.sleep(0.3)
-    returncode, err = paused.end()  # without `go`: it does not even finish the iteration
-    assert returncode == 130, err
-    assert "Traceback" not in err
-    assert load(tmp_path / "run")["iteration"] == 4
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("fault, says", [("killed worker", "was killed while it read"), ("error", "ZeroDivisionError")])
-def test_17_a_process_that_ends_by_an_error_does_end_and_leaves_no_worker(fault, says, data, tmp_path):
-    paused = Paused(data, tmp_path, 1, "--workers", "2", "--save-every", "1", where=fault)
+def test_17_a_process_that_ends_by_an_error_does_end_and_leaves_no_worker(data, tmp_path):
+    paused = Paused(data, tmp_path, 1, "--workers", "2", "--save-every", "1", where="error")
     returncode, err = paused.go()
-    assert returncode == 1 and says in err
+    assert returncode == 1 and "ZeroDivisionError" in err
     assert load(tmp_path / "run")["iteration"] >= 1
 
 

@@ -54,8 +54,7 @@ def hang_at(step, monkeypatch, started=None):
     monkeypatch.setattr(Patches, "__getitem__", hanging)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("step", [0, 3])
+@pytest.mark.parametrize(("number", "code", "step"), [(signal.SIGTERM, 143, 0), (signal.SIGINT, 130, 3)])
 def test_17_a_signal_while_no_batch_comes_saves_and_leaves(
     step, number, code, data, whole, tmp_path, monkeypatch, capsys
 ):
@@ -126,15 +125,8 @@ def test_17_a_real_shared_memory_that_is_too_small_ends_the_run_and_without_work
 
     def train(*more):
         command = [sys.executable, "train_dtml.py", *words(data, tmp_path / "run", "--resume", "auto", *more)]
-        mounted = [
-            "unshare",
-            "-m",
-            "sh",
-            "-c",
-            'mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$@"',
-            "sh",
-            *command,
-        ]
+        mount = 'mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$@"'
+        mounted = ["unshare", "-m", "sh", "-c", mount, "sh", *command]
         return subprocess.run(mounted, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
     wide = ["--batch-size", "4", "--patch-size", "32", "16", "16"]

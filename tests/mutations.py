@@ -1,0 +1,260 @@
+"""Faults put into a copy of the code, one at a time, and the tests that must then fail.
+
+    python -m tests.mutations                          all of them, as a Markdown table
+    python -m tests.mutations --only map-sign          one
+    python -m tests.mutations --beside tests/mutations.md    the same, and the last column of an earlier table
+
+The tests that catch one are run again without it, all in one go. An old text that is no longer in its file
+makes the row say so: give the mutation the text that stands there now.
+"""
+
+import argparse
+import multiprocessing
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+# Libraries that the forked processes then have: none of the code itself.
+import h5py  # noqa: F401
+import medpy.metric  # noqa: F401
+import nibabel  # noqa: F401
+import pytest
+import scipy.stats  # noqa: F401
+import SimpleITK  # noqa: F401
+import skimage.measure  # noqa: F401
+import torch
+import torch.utils.tensorboard
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMIT_S = 900.0
+NOT_CAUGHT = "**not caught**"
+HEAD = "| mutation | file | what it breaks |"
+
+
+class Mutation(NamedTuple):
+    """A fault: in `file` the text `old` becomes `new`; pytest with `tests` must fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    breaks: str
+    tests: str
+
+
+LOSSES, METHODS, DATA = "tests/test_losses.py", "tests/test_methods.py", "tests/test_data.py"
+CHECKPOINT, BAD_INPUT = "tests/faults/test_checkpoint_faults.py", "tests/faults/test_bad_input.py"
+RESUME, REPRODUCE = "tests/faults/test_stop_and_resume.py", "tests/test_reproduce.py"
+
+MUTATIONS = [
+    # losses
+    Mutation("map-sign", "losses/terms.py", "torch.sigmoid(-k *", "torch.sigmoid(k *",
+             "m is the background, as the printed equation (2)", LOSSES),
+    Mutation("dice-squares", "losses/terms.py", "(p_c * p_c + y)", "(p_c + y)",
+             "Dice without the squares of V-Net", LOSSES),
+    Mutation("half-of-seg", "losses/terms.py", "0.5 * (F.binary_cross_entropy_with_logits(",
+             "(F.binary_cross_entropy_with_logits(", "L_seg is twice as large", LOSSES),
+    Mutation("consistency-square", "losses/terms.py", "(m - p).square().mean()", "(m - p).abs().mean()",
+             "equation (4) is an absolute difference", LOSSES),
+    Mutation("masked-mean", "losses/terms.py", "(weight * x).sum() / weight.sum().clamp(min=1)",
+             "(weight * x).mean()", "the masked consistency is divided by all voxels", METHODS),
+    Mutation("ramp-square", "losses/ramps.py", "math.exp(-5 * left**2)", "math.exp(-5 * left)",
+             "the Gaussian ramp is the one printed in the paper", LOSSES),
+    Mutation("lr-step", "losses/ramps.py", "iteration >= step", "iteration > step",
+             "the learning rate drops an iteration late", LOSSES),
+    Mutation("sdm-sign", "losses/sdm.py", "sdm[box] -= np.where(", "sdm[box] += np.where(",
+             "distances are positive inside too", "tests/test_sdm.py"),
+    Mutation("sdm-of-crop", "losses/sdm.py", "margin=1)", "margin=0)",
+             "distances to a background beyond the object's box", "tests/test_sdm.py"),
+    # methods
+    Mutation("ema-direction", "losses/ema.py", "t.lerp_(s, 1 - decay)", "t.lerp_(s, decay)",
+             "the teacher is nearly the student", METHODS),
+    Mutation("ema-warm-up", "losses/ema.py", "min(1 - 1 / (iteration + 1), limit)", "limit",
+             "the teacher's first weights stay for long", METHODS),
+    Mutation("teacher-gradient", "losses/ema.py", "copy.deepcopy(student).requires_grad_(False)",
+             "copy.deepcopy(student)", "the optimiser moves the teacher", METHODS),
+    Mutation("certain-voxels", "methods/ua_mt.py", "self.uncertainty(image) < self.threshold(",
+             "self.uncertainty(image) > self.threshold(", "UA-MT learns where its teacher is uncertain", METHODS),
+    Mutation("gradient-of-m", "methods/dtml.py", "consistency_loss(m[first:],", "consistency_loss(m[first:].detach(),",
+             "M_d does not learn from M_s", LOSSES),
+    Mutation("critic-gradient", "methods/adversary.py", "critic.requires_grad_(False), lr", "critic, lr",
+             "the method's optimiser moves the critic", METHODS),
+    Mutation("critic-target", "methods/sassnet.py", "torch.ones(len(verdict)", "torch.zeros(len(verdict)",
+             "the V-Net helps the critic", "tests/test_golden.py -k sassnet"),
+    Mutation("turn-back", "losses/perturbation.py", "torch.rot90(item, -k,", "torch.rot90(item, k,",
+             "TCSE compares a turned prediction with another one", METHODS),
+    Mutation("not-finite-gradient", "methods/finite.py",
+             "losses.total.detach() + torch.nn.utils.get_total_norm(gradients.values())", "losses.total.detach()",
+             "a gradient that is not finite reaches the weights", f"{CHECKPOINT} -k test_18"),
+    # data
+    Mutation("unlabeled-label", "dataloaders/training.py", "find_cases(folder, unlabeled_names, labeled=False",
+             "find_cases(folder, unlabeled_names, labeled=True", "labels of unlabeled scans are opened", "tests/test_leaks.py"),
+    Mutation("unlabeled-stream", "dataloaders/two_stream.py", "(self.labeled + second)", "second",
+             "the unlabeled stream draws labeled scans", DATA),
+    Mutation("replacement", "dataloaders/two_stream.py", "generator.permutation(self.labeled)[",
+             "generator.integers(self.labeled, size=self.labeled)[", "an epoch leaves labeled scans out",
+             "tests/test_leaks.py -k epoch"),
+    Mutation("last-offset", "dataloaders/augmentation.py", "max(side - s, 0) + 1)", "max(side - s, 1))",
+             "no crop reaches the last voxels", DATA),
+    Mutation("turns", "dataloaders/augmentation.py", "((), (0,), (0, 1), (1,))", "((), (1,), (0, 1), (0,))",
+             "quarter turns go the other way round", DATA),
+    Mutation("mean-of-scan", "dataloaders/normalization.py", "scaled -= np.float32(self.mean)", "scaled -= 0",
+             "--normalize leaves the mean of a scan", "tests/test_normalization.py"),
+    Mutation("half-of-a-cell", "utils/resample.py", ">= 0.5", "> 0.5",
+             "thin objects vanish at half resolution", "tests/test_sliding_window.py"),
+    # sliding window
+    Mutation("last-window", "evaluation/sliding_window.py", "math.ceil((side - patch) / stride)",
+             "math.floor((side - patch) / stride)", "voxels at the far border have no window",
+             "tests/test_sliding_window.py"),
+    Mutation("window-weights", "evaluation/sliding_window.py", "(n - 1) / 2) / (n / 8)", "n / 2) / (n / 8)",
+             "the weights of a window are not symmetric", "tests/test_sliding_window.py"),
+    Mutation("flips-back", "evaluation/sliding_window.py", ".flip(axes).rot90(-turns, (2, 3))",
+             ".rot90(-turns, (2, 3)).flip(axes)", "predictions of turned windows are averaged in another place",
+             "tests/test_beyond.py -k flips"),
+    # metrics and statistics
+    Mutation("asd-direction", "evaluation/metrics.py", "float(a_to_b.mean())", "float(b_to_a.mean())",
+             "ASD is from the label to the prediction", "tests/test_metrics.py"),
+    Mutation("percentile", "evaluation/metrics.py", ")), 95)", ")), 100)", "95HD is the Hausdorff distance",
+             "tests/test_metrics.py"),
+    Mutation("penalty", "evaluation/metrics.py", "float(np.linalg.norm(lengths))", "0.0",
+             "an empty prediction has the best distance", "tests/test_metrics.py"),
+    Mutation("pairing", "evaluation/statistics.py", "[[run[case] for case in shared]",
+             "[sorted(run[case] for case in shared)", "scans are no longer paired", "tests/test_statistics.py"),
+    Mutation("holm", "evaluation/statistics.py", "(len(order) - rank) * p[i]", "p[i]",
+             "p-values are not corrected", "tests/test_statistics.py"),
+    # checkpoints and resuming
+    Mutation("atomic-rename", "utils/checkpoint.py", "        os.replace(partial, path)\n        fsync_folder(folder)",
+             "        shutil.copy(partial, path)\n        fsync_folder(folder)",
+             "a reader or a power cut finds half a checkpoint", f"{CHECKPOINT} -k 'test_01 or test_02'"),
+    Mutation("checksum", "utils/checkpoint.py", "archive.testzip() or", "None or",
+             "flipped bits are loaded without a word", f"{BAD_INPUT} -k test_06"),
+    Mutation("pickle", "utils/checkpoint.py", "weights_only=True", "weights_only=False",
+             "loading a checkpoint runs code from it", f"{BAD_INPUT} -k test_07"),
+    Mutation("optimiser-state", "train_dtml.py", 'fit_optimizer(optimizer, state["optimizer"])', "pass",
+             "a resumed run has no momentum", f"{RESUME} -k test_11"),
+    Mutation("seed-of-iteration", "train_dtml.py", "seed_iteration(o.seed, iteration, RANK)",
+             "seed_iteration(o.seed, iteration - start, RANK)", "a resumed run draws other dropout masks",
+             f"{RESUME} -k test_11"),
+    # conversion and prediction
+    Mutation("origin", "dataloaders/orientation.py", "shape[axis] - 1 if", "shape[axis] if",
+             "a turned scan lies a voxel aside", "tests/test_orientation.py"),
+    Mutation("spacing", "dataloaders/images.py", "np.rint(shape * old / new)", "np.rint(shape * new / old)",
+             "a scan is resampled the wrong way", "tests/test_images.py tests/test_convert.py"),
+    Mutation("label-values", "tools/case_of_scan.py", "[label == value] = number", "[label == value] = value",
+             "classes keep the values of the files", "tests/test_convert.py"),
+    Mutation("turn-of-prediction", "tools/segment.py", '"label": back(label)', '"label": label',
+             "the segmentation lies across the scan", "tests/test_predict.py tests/test_orientation.py"),
+    Mutation("millilitres", "predict.py", 'math.prod(geometry["spacing"]) / 1000', 'math.prod(geometry["spacing"])',
+             "volumes are in mm^3", "tests/test_predict.py"),
+    # records and options
+    Mutation("last-iteration", "tools/runs.py", "!= last else []", "is None else []",
+             "a record of half a training counts", f"{REPRODUCE} -k 'record'"),
+    Mutation("other-options", "tools/runs.py", "if now[name] != then[name]]", "if now[name] is Ellipsis]",
+             "a record of other options counts", f"{REPRODUCE} -k 'record'"),
+    Mutation("idle-flag", "utils/options.py", "chosen[f.name] == usual(f.name)", "True",
+             "a flag that does nothing is taken", "tests/test_idle.py"),
+    Mutation("resume-options", "utils/options.py", "name not in harmless and value != saved.get(name)",
+             "name not in harmless and name not in saved", "a run goes on with other options",
+             f"{BAD_INPUT} -k test_13"),
+]  # fmt: skip
+
+
+def copied(folder: Path) -> Path:
+    """A copy of the files of the repository that git does not ignore."""
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def in_child(copy: Path, tests: str, output: Path) -> None:
+    """Runs pytest in a copy, in a forked process, which has the libraries already and none of the code."""
+    os.chdir(copy)
+    sys.path[:] = [str(copy), *(entry for entry in sys.path if entry not in ("", str(ROOT)))]
+    sys.dont_write_bytecode = True  # a mutation may have the size and the time of the original
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    with open(output, "w", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        code = pytest.main(["-q", "-o", "addopts=", "-p", "no:cacheprovider", "--tb=line", *shlex.split(tests)])
+    os._exit(code)
+
+
+def failures(copy: Path, tests: str) -> list[str]:
+    """The names of the tests that fail.
+
+    Raises:
+        RuntimeError: no test ran.
+    """
+    output = copy / "output.txt"
+    child = multiprocessing.get_context("fork").Process(target=in_child, args=(copy, tests, output))
+    child.start()
+    child.join(LIMIT_S)
+    if child.is_alive():
+        child.kill()
+        return ["the time limit"]
+    text = output.read_text(encoding="utf-8")
+    failed = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", text, re.MULTILINE)
+    if child.exitcode and not failed:
+        raise RuntimeError(text[-1000:])
+    return failed
+
+
+def outcome(copy: Path, mutation: Mutation) -> str:
+    """The test that catches it, or why none does."""
+    path = copy / mutation.file
+    text = path.read_text(encoding="utf-8")
+    if text.count(mutation.old) != 1:
+        return f"not applied: its text stands {text.count(mutation.old)} times"
+    try:
+        path.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
+        return next(iter(failures(copy, f"-x {mutation.tests}")), NOT_CAUGHT)
+    finally:
+        path.write_text(text, encoding="utf-8")
+
+
+def shown(test: str) -> str:
+    """A cell of the table."""
+    file, _, name = test.partition("::")
+    return f"`{name}` of {file.removeprefix('tests/')}" if name else test
+
+
+def earlier(table: Path) -> dict[str, str]:
+    """Mutation -> the last column of its row in an earlier table."""
+    rows = [line.strip("|").split(" | ") for line in table.read_text(encoding="utf-8").splitlines() if "|" in line]
+    return {row[0].strip(): row[-1].strip(" |") for row in rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these mutations alone")
+    parser.add_argument("--beside", type=Path, metavar="TABLE", help="an earlier table, shown as the column before")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    chosen = [mutation for mutation in MUTATIONS if not options.only or mutation.name in options.only]
+    before = earlier(options.beside) if options.beside else None
+    columns = " before | after |" if before is not None else " caught by |"
+    print(f"{HEAD}{columns}\n{'|---' * (HEAD + columns).count(' |')}|")
+    with tempfile.TemporaryDirectory() as folder:
+        copy, caught_by = copied(Path(folder)), []
+        for mutation in chosen:
+            was = "" if before is None else f" {before.get(mutation.name, '')} |"
+            caught_by.append(outcome(copy, mutation))
+            print(
+                f"| {mutation.name} | {mutation.file} | {mutation.breaks} |{was} {shown(caught_by[-1])} |", flush=True
+            )
+        tests = sorted({test for test in caught_by if "::" in test})
+        if tests and (wrong := failures(copy, shlex.join(tests))):
+            print("These fail without a mutation too, and so catch nothing: " + ", ".join(wrong))
+
+
+if __name__ == "__main__":
+    main()
