@@ -94,7 +94,8 @@ MUTATIONS = [
              "a gradient that is not finite reaches the weights", f"{CHECKPOINT} -k test_18"),
     # data
     Mutation("unlabeled-label", "dataloaders/training.py", "find_cases(folder, unlabeled_names, labeled=False",
-             "find_cases(folder, unlabeled_names, labeled=True", "labels of unlabeled scans are opened", "tests/test_leaks.py"),
+             "find_cases(folder, unlabeled_names, labeled=True", "labels of unlabeled scans are opened",
+             "tests/test_leaks.py"),
     Mutation("unlabeled-stream", "dataloaders/two_stream.py", "(self.labeled + second)", "second",
              "the unlabeled stream draws labeled scans", DATA),
     Mutation("replacement", "dataloaders/two_stream.py", "generator.permutation(self.labeled)[",
