@@ -5,6 +5,7 @@ Order of precedence: defaults < profile < preset < command line.
 
 import dataclasses
 import itertools
+import math
 import os
 import shlex
 from collections.abc import Callable
@@ -287,17 +288,30 @@ def combine(flags: dict[str, Any], kind: type[Method]) -> tuple[Options, Method.
         scale.pop("lr_steps", None)  # they fit the profile's number of iterations only
     if not kind.uses_unlabeled:
         scale["unlabeled"] = 0
-    named = dict(kind.PRESETS[preset])
-    if "batch_size" in flags or flags.get("unlabeled") == 0:
-        named.pop("labeled_batch", None)  # it belongs to the preset's own batch, of both kinds of crops
-    if flags.get("unlabeled") == 0:
-        named.pop("batch_size", None)
-    layers = (scale, named, flags, {"data": data, "profile": profile, "preset": preset})
+    layers = (
+        scale,
+        preset_for(flags, kind.PRESETS[preset]),
+        flags,
+        {"data": data, "profile": profile, "preset": preset},
+    )
     o = fill(Options, *layers)
     if o.lr_schedule == "cosine" and "lr_steps" not in flags:
         o.lr_steps = []
     o.lr_steps = default_lr_steps(o.iterations) if o.lr_steps is None else o.lr_steps
     return o, fill(kind.Options, *layers)
+
+
+def preset_for(flags: dict[str, Any], preset: dict[str, Any]) -> dict[str, Any]:
+    """A preset without its numbers of crops where the flags leave them no room.
+
+    They count labeled crops next to unlabeled ones. A smaller --batch-size takes half of its crops as labeled, as
+    without a preset. With --unlabeled 0 a batch has the usual number of crops, all labeled.
+    """
+    if flags.get("unlabeled") == 0:
+        dropped = {"batch_size", "labeled_batch"}
+    else:
+        dropped = {"labeled_batch"} if flags.get("batch_size", math.inf) <= preset.get("labeled_batch", 0) else set()
+    return {name: value for name, value in preset.items() if name not in dropped}
 
 
 def settle(flags: dict[str, Any], kind: type[Method]) -> tuple[Options, Method.Options]:

@@ -709,6 +709,23 @@ def test_flag_wins_over_a_preset(name, value, first):
     assert {key: found[key] for key in AUTHORS} == {**AUTHORS, name: value}
 
 
+@pytest.mark.parametrize(
+    ("flags", "batch", "labeled"),
+    [
+        ("", 6, 4),
+        ("--batch-size 8", 8, 4),
+        ("--batch-size 4", 4, None),
+        ("--batch-size 4 --labeled-batch 1", 4, 1),
+        ("--labeled-batch 3", 6, 3),
+        ("--unlabeled 0", 4, None),
+        ("--unlabeled 0 --batch-size 6", 6, None),
+    ],
+)
+def test_a_preset_s_labeled_crops_count_where_the_batch_has_room_for_them(flags, batch, labeled):
+    options = settled("--method", "dtml-plus", "--data", "set", *flags.split())
+    assert (options["batch_size"], options["labeled_batch"]) == (batch, labeled)
+
+
 def test_profile_sets_the_scale_and_nothing_else():
     full, half = settled("--data", "set"), settled("--data", "set", "--profile", "half")
     scale = {"downsample": 2, "patch_size": [64, 64, 32], "filters": 8, "iterations": 2400}

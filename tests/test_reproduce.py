@@ -35,7 +35,8 @@ from utils.errors import UserError, run
 from utils.options import Parser, fill
 from utils.run_lock import inherited_lock
 
-GRIDS = {"half": (LA_RUNS, LA_TABLES), "phantom": (PHANTOM_RUNS, PHANTOM_TABLES)}
+GRIDS = {"half": (LA_RUNS, LA_TABLES), **runs.GRIDS}
+SCANS = {"half": 80, "phantom": 40, "hippocampus": 209}  # of train.list
 PAPER = ["90.12", "82.14", "1.82", "7.01"]
 
 
@@ -104,7 +105,7 @@ def test_the_flags_parse_and_the_row_s_output_and_scans_are_the_run_s(profile):
             continue
         o, method_options, *_ = settings.read_options([*words, "--profile", profile, "--filters", "2"])
         assert row.output in METHODS[name](method_options, iterations=1).outputs
-        unlabeled = (40 if profile == "phantom" else 80) - o.labeled if o.unlabeled is None else o.unlabeled
+        unlabeled = SCANS[profile] - o.labeled if o.unlabeled is None else o.unlabeled
         assert row.scans == f"{o.labeled} / {unlabeled}"
 
 

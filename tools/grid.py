@@ -3,7 +3,7 @@ of what goes beyond both. RUNS: key of a run -> its flags. TABLES: name -> title
 
 from typing import Any, NamedTuple
 
-ALL_LABELED = 80  # scans of LA's train.list
+ALL_LABELED = ("80", "208")  # labeled scans of LA's train.list, and of the hippocampus set's
 SEMI_SUPERVISED = ("dtml", "mean-teacher", "ua-mt", "tcse", "dtc", "sassnet", "asdnet", "double-unc")
 AUTHORS = {"dtml": "DTML", "ua-mt": "UA-MT", "dtc": "DTC", "sassnet": "SASSNet"}  # these have a preset `authors`
 ALONE = "--unlabeled 0 --consistency-terms none"  # of DK-UXNet: the same network on labeled scans only
@@ -100,6 +100,11 @@ PHANTOM_RUNS = {
     "dk-uxnet-8": "--method dk-uxnet",
     "dk-uxnet-alone-8": f"--method dk-uxnet {ALONE}",
     **{f"ablation-{key}": f"--method dk-uxnet {SMALLER} {flags}" for key, (_, flags) in ABLATIONS.items()},
+}
+HIPPOCAMPUS_RUNS = {  # with the settings of LA, as nothing was tuned on this set
+    **{key: LA_RUNS[key] for key in ("supervised-normalized-8", "tuned-normalized-8", "plus-8", "plus-alone-8")},
+    "supervised-normalized-208": f"--method supervised --labeled 208 {RECIPE} {NORMALIZED}",
+    "plus-alone-208": f"--method dtml-plus --labeled 208 --unlabeled 0 --batch-size 4 {BF16}",
 }
 
 
@@ -222,6 +227,17 @@ COMPARED_WITH = {  # table: runs that its rows of as many labels are compared wi
     "plus": [f"plus-alone-{n}:ema_mean" for n in (4, 8, 16)],
     "dk-uxnet": ["supervised-8", "supervised-16"],
 }
+HIPPOCAMPUS_TABLES: Tables = {
+    "plus": ("DTML+ and what the unlabeled scans add, mean of both classes, on the test scans", [
+        Row("V-Net", "8 / 0", "supervised-normalized-8"),
+        Row("DTML+, labeled scans alone: mean of the averages", "8 / 0", "plus-alone-8", output="ema_mean"),
+        Row("DTML `tuned`: mean of both", "8 / 201", "tuned-normalized-8", output="mean"),
+        Row("DTML+: M_s", "8 / 201", "plus-8"),
+        Row("DTML+: mean of the averages", "8 / 201", "plus-8", output="ema_mean"),
+        Row("V-Net", "208 / 0", "supervised-normalized-208"),
+        Row("DTML+, labeled scans alone: mean of the averages", "208 / 0", "plus-alone-208", output="ema_mean"),
+    ]),
+}  # fmt: skip
 PHANTOM_TABLES: Tables = {
     "methods": ("Methods on the phantom set", [
         Row("supervised, 8 labeled (lower bound)", "8 / 0", "supervised-8"),

@@ -15,9 +15,9 @@ metrics are copied to RESULTS/PROFILE/KEY-seedSEED. Such a record counts only if
 import sys
 from pathlib import Path
 
-from dataloaders.cases import LA_FOLDER, lists_of
+from dataloaders.cases import lists_of
 from tools.make_runs import make_missing, submit
-from tools.runs import Options, print_list, select
+from tools.runs import Options, data_of, print_list, select
 from tools.tables import print_tables
 from utils.errors import UserError, run
 from utils.options import Parser, fill
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     failed = []
     if o.submit or o.missing:
         if o.data or o.profile != "phantom":
-            lists_of(Path(o.data or LA_FOLDER))  # or else every run would say that there is no data
+            lists_of(Path(o.data or data_of(o.profile)))  # or else every run would say that there is no data
         failed = submit(o, runs) if o.submit else make_missing(o, runs)
     if o.submit != "slurm":
         print_tables(o, runs, tables)

@@ -16,6 +16,8 @@ from settings import PROFILES, read_options
 from tools.grid import (
     BEYOND_TABLE,
     GLANCE,
+    HIPPOCAMPUS_RUNS,
+    HIPPOCAMPUS_TABLES,
     LA_RUNS,
     LA_TABLES,
     PHANTOM_RUNS,
@@ -29,6 +31,7 @@ from utils.errors import UserError
 from utils.options import as_flags, default_of, option, renamed
 from utils.run_folder import MANIFEST, has_checkpoint
 
+GRIDS = {"phantom": (PHANTOM_RUNS, PHANTOM_TABLES), "hippocampus": (HIPPOCAMPUS_RUNS, HIPPOCAMPUS_TABLES)}  # others: LA
 TEST = "test.json"
 BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, UserError)  # what a damaged file can raise
 
@@ -50,7 +53,7 @@ class Options:
                          choices=["local", "slurm"], group="do")  # fmt: skip
     slurm: Sequence[str] = option([], "KEY=VALUE of submitit's update_parameters", type=str, nargs="+", group="do")
     runs: str = option("runs/reproduce", "where the run folders go", group="do")
-    data: str = option("", "folder of the data set (default data/la; phantom data/phantom)", group="do")
+    data: str = option("", "folder of the data set (default data/la, or that of the profile)", group="do")
     device: str = option("", "of the runs: cpu, cuda or cuda:N", group="do")
     threads: int = option(0, "CPU threads of a run; 0 leaves torch's choice", minimum=0, group="do")
 
@@ -71,6 +74,11 @@ class Run:
     outputs: list[str]
 
 
+def data_of(profile: str) -> str:
+    """The usual folder of the data set that a profile's grid is trained on."""
+    return str(PHANTOM_FOLDER) if profile == "phantom" else PROFILES[profile].get("data", str(LA_FOLDER))
+
+
 def recorded_seeds(folder: Path, key: str) -> list[int]:
     """The seeds of a row that have a record."""
     matches = [re.fullmatch(r"\d+", path.name.removeprefix(f"{key}-seed")) for path in folder.glob(f"{key}-seed*")]
@@ -83,8 +91,7 @@ def select(o: Options) -> tuple[list[Run], Tables]:
     Raises:
         UserError: a table or a row that this profile does not have.
     """
-    phantom = o.profile == "phantom"
-    grid, tables = (PHANTOM_RUNS, PHANTOM_TABLES) if phantom else (LA_RUNS, LA_TABLES)
+    grid, tables = GRIDS.get(o.profile, (LA_RUNS, LA_TABLES))
     flags = {key: shlex.split(line) for key, line in grid.items()}
     methods = {key: arguments[arguments.index("--method") + 1] for key, arguments in flags.items()}
     names = list(dict.fromkeys([*flags, *methods.values()]))
@@ -101,11 +108,11 @@ def select(o: Options) -> tuple[list[Run], Tables]:
         chosen |= {name: (tables[name][0], rows)} if rows else {}
     every = [row for _, rows in chosen.values() for row in rows]
     every += [row._replace(key=row.alone) for row in every if row.alone]
-    place = ["--data", o.data or str(PHANTOM_FOLDER if phantom else LA_FOLDER)]
+    place = ["--data", o.data or data_of(o.profile)]
     place += ["--device", o.device] if o.device else []
     place += ["--threads", str(o.threads)] if o.threads else []
     runs = []
-    usual = [1337] if phantom else [1337, 1338, 1339]
+    usual = [1337] if o.profile == "phantom" else [1337, 1338, 1339]
     keys = list(dict.fromkeys(row.key for row in every))
     recorded = {key: set(recorded_seeds(Path(o.results, o.profile), key)) for key in keys}
     seeds = {key: set(o.seeds or [*usual, *recorded[key]]) for key in keys}

@@ -114,7 +114,7 @@ def comparisons(tables: Tables, done: dict[str, Records]) -> dict[str, list[Pair
         for usual in [row for row in rows if f"{row.key}:{row.output}" in references]:
             for row in rows:
                 names = frozenset([(row.key, row.output), (usual.key, usual.output)])
-                if len(names) < 2 or names in seen or labeled_of(row) not in (labeled_of(usual), str(ALL_LABELED)):
+                if len(names) < 2 or names in seen or labeled_of(row) not in (labeled_of(usual), *ALL_LABELED):
                     continue
                 seen.add(names)
                 one, other = (last[side.key, side.output] for side in (usual, row))

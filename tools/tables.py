@@ -62,6 +62,7 @@ SCALES = {
     "half": QUOTED + SMALL.format("half resolution, 8 filters, 2400 iterations."),
     "short": QUOTED + SMALL.format("half resolution, small crops, 8 filters, 600 iterations."),
     "phantom": SMALL.format("synthetic atria, small crops, 8 filters, 300 iterations."),
+    "hippocampus": SMALL.format("whole scans of the Decathlon's hippocampus set, 8 filters, 2400 iterations."),
 }
 
 
