@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,7 +98,7 @@ def torchrun(*words, cwd):
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, words)],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "PYTHONFAULTHANDLER": "1"},
         start_new_session=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -108,9 +109,10 @@ def torchrun(*words, cwd):
 def end_of(process):
     """Waits for torchrun and for everything it started, which shares its stderr -> exit code, stderr."""
     try:
-        _, err = process.communicate(timeout=600)
+        _, err = process.communicate(timeout=400)
     except subprocess.TimeoutExpired:
-        process.terminate()  # torchrun then ends its processes, after half a minute by force
+        for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+            os.kill(int(child), signal.SIGABRT)  # faulthandler then prints where each thread is
         pytest.fail(f"the processes did not end:\n{process.communicate(timeout=60)[1]}")
     return process.returncode, err
 
