@@ -12,15 +12,11 @@ runs.
 """
 
 import dataclasses
-import glob
 import itertools
 import math
-import re
-import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,10 +24,9 @@ from scipy import stats
 
 from evaluation.drawing import Figure, FigureCanvasAgg
 from evaluation.metrics import COMPONENTS, METRICS, MM, PENALISED
-from evaluation.predictions import read_scores
+from evaluation.rows import Runs, Scans, mean_over, read_runs
 from utils.errors import UserError, run
 from utils.options import Parser, fill, option
-from utils.run_folder import MOVED_ASIDE
 
 DISTANCES = (*METRICS[2:], *MM)
 LEAST_SCANS = 6  # for an interval or a p; fewer cannot be significant at 5 %
@@ -53,9 +48,6 @@ WHAT_OF_SCANS = """\
 Scan by scan, two single runs: this says nothing about other runs of the same kind. The median difference is the
 Hodges-Lehmann estimate, which belongs to Wilcoxon's test. Holm's correction is over these lines.
 """
-
-Scans = Mapping[str, float]  # case -> value
-Runs = Mapping[Any, Scans]  # seed, or the path if it states no seed -> scans
 
 
 @dataclasses.dataclass
@@ -106,89 +98,6 @@ class ScanTest:
     median: float
     higher: int
     p: float
-
-
-# -- reading --
-
-
-def read_row(where: str, metric: str, component: str) -> dict[str, float]:
-    """Reads one run: case -> value.
-
-    Early files have no NAME_penalised; NAME is read instead, which is NaN for an empty mask.
-
-    Args:
-        where: PATH or PATH:OUTPUT.
-        metric: column of cases.csv.
-        component: one of COMPONENTS.
-
-    Raises:
-        UserError: if the file is missing or not of test_la.py, lacks the output or component, or has a case twice.
-    """
-    rows = rows_of(where, component)
-    missing = metric.removesuffix(PENALISED)
-    try:
-        return {row["case"]: row.get(metric, row[missing]) for row in rows}
-    except KeyError as e:
-        raise UserError(f"{where} has no column {metric}. Test the run again.") from e
-
-
-def rows_of(where: str, component: str) -> list[dict[str, Any]]:
-    """The rows of one output and component; with several classes the rows of their mean. Arguments as `read_row`.
-
-    Raises:
-        UserError: as `read_row`.
-    """
-    name, _, output = where.partition(":") if not Path(where).exists() else (where, "", "")
-    try:
-        rows = [row for row in read_scores(Path(name)) if row.get("class", "mean") == "mean"]
-        output = output or rows[0]["output"]
-        chosen = [row for row in rows if (row["output"], row["component"]) == (output, component)]
-        cases = {row["case"] for row in chosen}
-    except (KeyError, IndexError) as e:
-        raise UserError(f"{name} is no cases.csv of test_la.py ({e!r}). Test the run again.") from e
-    if not chosen:
-        available = ", ".join(dict.fromkeys(f"{row['output']} ({row['component']})" for row in rows))
-        raise UserError(f"{name} has no output {output} ({component}). It has {available}.")
-    if len(cases) < len(chosen):
-        raise UserError(f"{name} holds a case twice. Test the run again.")
-    return chosen
-
-
-def read_runs(where: str, metric: str, component: str) -> dict[Any, dict[str, float]]:
-    """Reads the runs of a row: seed (or path, if it states no seed) -> case -> value.
-
-    Args:
-        where: as for `read_row`, or a pattern, which matches all runs but those that --fresh moved aside.
-        metric, component: as for `read_row`.
-
-    Raises:
-        UserError: if nothing matches or two runs have the same seed; else as `read_row`.
-    """
-    is_pattern = glob.has_magic(where) and not Path(where).exists()
-    pattern, colon, output = where.partition(":") if is_pattern else (where, "", "")
-    paths = sorted(path for path in glob.glob(pattern) if not MOVED_ASIDE.search(path)) if is_pattern else [where]
-    if not paths:
-        raise UserError(f"nothing matches {pattern}. Give folders with the cases.csv of test_la.py.")
-    runs: dict[Any, dict[str, float]] = {}
-    for path in paths:
-        seeds = re.findall(r"seed(\d+)", path)
-        seed = int(seeds[-1]) if seeds else path
-        if seed in runs:
-            raise UserError(f"{where} matches two runs of seed {seed}. A row is the seeds of one kind of run.")
-        runs[seed] = read_row(f"{path}{colon}{output}", metric, component)
-    return runs
-
-
-def mean_over(runs: Runs) -> dict[str, float]:
-    """Case -> mean value over the runs of a row.
-
-    Raises:
-        UserError: if the runs have different cases.
-    """
-    values = list(runs.values())
-    if any(run.keys() != values[0].keys() for run in values):
-        raise UserError("the runs of one row are not of the same scans. Test them alike.")
-    return {case: statistics.mean(run[case] for run in values) for case in values[0]}
 
 
 # -- comparing --

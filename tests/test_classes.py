@@ -20,7 +20,7 @@ from dataloaders.cases import Case, CaseError, read_case
 from dataloaders.phantom import case_shape, phantom
 from evaluation import scores
 from evaluation.metrics import largest_components
-from evaluation.statistics import read_row
+from evaluation.rows import read_row
 from losses.sdm import signed_distance_map
 from losses.terms import dice_loss, hard_dice, probabilities, seg_loss
 from methods import METHODS

@@ -23,8 +23,6 @@ from tools.grid import (
     COMPARED_WITH,
     LA_RUNS,
     LA_TABLES,
-    PHANTOM_RUNS,
-    PHANTOM_TABLES,
     RETIRED,
     TESTS,
     TRAINED_AS,

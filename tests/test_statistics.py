@@ -8,17 +8,8 @@ import pytest
 from scipy import stats
 
 from evaluation import statistics
-from evaluation.statistics import (
-    compare,
-    compare_scans,
-    hodges_lehmann,
-    holm,
-    interval,
-    mean_over,
-    permutation_p,
-    read_row,
-    read_runs,
-)
+from evaluation.rows import mean_over, read_row, read_runs
+from evaluation.statistics import compare, compare_scans, hodges_lehmann, holm, interval, permutation_p
 from utils.errors import UserError
 
 

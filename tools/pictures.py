@@ -43,8 +43,9 @@ from evaluation.figures import (
 )
 from evaluation.metrics import mean_and_sd, segmentation_metrics
 from evaluation.predictions import read_prediction, read_scores
+from evaluation.rows import mean_over, read_runs
 from evaluation.sliding_window import sliding_window
-from evaluation.statistics import compare, mean_over, read_runs
+from evaluation.statistics import compare
 from methods import restore
 from utils.checkpoint import load_checkpoint, write_whole
 from utils.errors import UserError, run

@@ -10,8 +10,8 @@ from typing import Any
 
 from dataloaders.cases import LA_FOLDER, PHANTOM_FOLDER
 from evaluation.metrics import COMPONENTS
+from evaluation.rows import read_row
 from evaluation.sliding_window import usual_stride
-from evaluation.statistics import read_row
 from settings import PROFILES, read_options
 from tools.grid import (
     BEYOND_TABLE,

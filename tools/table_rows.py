@@ -10,17 +10,8 @@ from pathlib import Path
 
 from evaluation.metrics import COMPONENTS, METRICS, distance_text, distances_of, mean_and_sd, mean_text, overlap_text
 from evaluation.predictions import read_scores
-from evaluation.statistics import (
-    Comparison,
-    compare,
-    compare_scans,
-    holm,
-    interval_text,
-    mean_over,
-    pairs_text,
-    read_row,
-    rows_of,
-)
+from evaluation.rows import mean_over, read_row, rows_of
+from evaluation.statistics import Comparison, compare, compare_scans, holm, interval_text, pairs_text
 from tools.grid import ALL_LABELED, COMPARED_WITH, Row, Tables
 from utils.run_folder import MANIFEST, SCALARS
 

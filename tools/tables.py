@@ -5,7 +5,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from evaluation.statistics import read_row
+from evaluation.rows import read_row
 from tools.grid import BEYOND_TABLE, GLANCE, TESTS, TRAINED_AS, Tables
 from tools.runs import Options, Run, state
 from tools.table_rows import (
