@@ -309,6 +309,34 @@ def draw_differences(rows: Sequence[tuple[str, Sequence[float], tuple[float, flo
     return figure
 
 
+def draw_labels(lines: Mapping[str, Mapping[int, Sequence[float]]]) -> Figure:
+    """Dice versus the number of labeled scans: each run as a dot, a line through the means, bars of one SD.
+
+    Args:
+        lines: name -> number of labeled scans -> Dice of each run in percent. A bar is drawn from three runs on.
+    """
+    figure = Figure(figsize=(WIDTH / 2, 3.1), layout="constrained")
+    axes = figure.add_subplot()
+    numbers = sorted({n for points in lines.values() for n in points})
+    for i, (name, points) in enumerate(lines.items()):
+        colour, aside = CURVE_COLOURS[i % len(CURVE_COLOURS)], 1 + 0.04 * (i - (len(lines) - 1) / 2)
+        at, dices = [n * aside for n in sorted(points)], [points[n] for n in sorted(points)]
+        axes.plot(at, [np.mean(dice) for dice in dices], "-", marker="o", markersize=4, color=colour, label=name)
+        for x, dice in zip(at, dices, strict=True):
+            axes.scatter([x] * len(dice), dice, s=9, color=colour, alpha=0.5, linewidths=0)
+            if len(dice) > 2:
+                axes.errorbar(x, np.mean(dice), np.std(dice, ddof=1), color=colour, capsize=2, linewidth=1)
+    axes.set_xscale("log")
+    axes.set_xticks(numbers, [str(n) for n in numbers], minor=False)
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("labeled scans", **FONT)
+    axes.set_ylabel("Dice %, mean over the scans", **FONT)
+    axes.tick_params(labelsize=7)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=7, frameon=False)
+    return figure
+
+
 def draw_scale(panels: Mapping[str, Sequence[tuple[float, float, float]]], names: Sequence[str]) -> Figure:
     """Dice versus the SD of a scan's intensities, with rank correlations.
 

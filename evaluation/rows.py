@@ -59,28 +59,41 @@ def rows_of(where: str, component: str) -> list[dict[str, Any]]:
     return chosen
 
 
+def runs_of(where: str) -> list[str]:
+    """The runs of a row, each as PATH or PATH:OUTPUT.
+
+    Args:
+        where: as for `read_row`, or a pattern, which matches all runs but those that --fresh moved aside.
+
+    Raises:
+        UserError: if nothing matches.
+    """
+    if Path(where).exists() or not glob.has_magic(where):
+        return [where]
+    pattern, colon, output = where.partition(":")
+    paths = sorted(path for path in glob.glob(pattern) if not MOVED_ASIDE.search(path))
+    if not paths:
+        raise UserError(f"nothing matches {pattern}. Give folders with the cases.csv of test_la.py.")
+    return [f"{path}{colon}{output}" for path in paths]
+
+
 def read_runs(where: str, metric: str, component: str) -> dict[Any, dict[str, float]]:
     """Reads the runs of a row: seed (or path, if it states no seed) -> case -> value.
 
     Args:
-        where: as for `read_row`, or a pattern, which matches all runs but those that --fresh moved aside.
+        where: as for `runs_of`.
         metric, component: as for `read_row`.
 
     Raises:
-        UserError: if nothing matches or two runs have the same seed; else as `read_row`.
+        UserError: if two runs have the same seed; else as `runs_of` and `read_row`.
     """
-    is_pattern = glob.has_magic(where) and not Path(where).exists()
-    pattern, colon, output = where.partition(":") if is_pattern else (where, "", "")
-    paths = sorted(path for path in glob.glob(pattern) if not MOVED_ASIDE.search(path)) if is_pattern else [where]
-    if not paths:
-        raise UserError(f"nothing matches {pattern}. Give folders with the cases.csv of test_la.py.")
     runs: dict[Any, dict[str, float]] = {}
-    for path in paths:
+    for path in runs_of(where):
         seeds = re.findall(r"seed(\d+)", path)
         seed = int(seeds[-1]) if seeds else path
         if seed in runs:
             raise UserError(f"{where} matches two runs of seed {seed}. A row is the seeds of one kind of run.")
-        runs[seed] = read_row(f"{path}{colon}{output}", metric, component)
+        runs[seed] = read_row(path, metric, component)
     return runs
 
 

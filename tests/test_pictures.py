@@ -1,5 +1,6 @@
 """Surfaces against closed forms, one camera for all, figures of run folders, and the mesh in TensorBoard's files."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -195,6 +196,27 @@ def test_scale_has_a_point_for_each_scan_without_and_with_normalization(tmp_path
     (tmp_path / "scales.csv").write_text("case,sd\nother,1.0\n")
     with pytest.raises(UserError, match=r"scales\.csv lacks some"):
         pictures.scale(paths, options)
+
+
+def test_labels_has_a_dot_for_each_run_and_a_line_through_the_means(tmp_path):
+    """Runs are grouped by what their manifests state; a bar of one SD needs three runs."""
+    dices = {"vnet-8-seed1": 0.5, "vnet-8-seed2": 0.6, "vnet-8-seed3": 0.8, "vnet-16-seed1": 0.9, "vnet-16-seed2": 0.7}
+    for name, dice in dices.items():
+        (tmp_path / name).mkdir()
+        lines = ["case,output,component,dice", f"a,seg,all,{dice - 0.05}", f"b,seg,all,{dice + 0.05}", ""]
+        (tmp_path / name / "cases.csv").write_text("\n".join(lines))
+        (tmp_path / name / "manifest.json").write_text(json.dumps({"options": {"labeled": int(name.split("-")[1])}}))
+    (axes,) = pictures.labels([f"{tmp_path}/vnet-*:seg"], pictures.Options(titles=["V-Net"])).axes
+    assert axes.get_legend_handles_labels()[1] == ["V-Net"]
+    assert axes.lines[0].get_xydata() == pytest.approx(np.array([[8, 190 / 3], [16, 80]]))
+    dots, _, more = (np.asarray(collection.get_offsets()) for collection in axes.collections)
+    assert dots == pytest.approx(np.array([[8, 50], [8, 60], [8, 80]]))
+    assert more == pytest.approx(np.array([[16, 90], [16, 70]]))
+    (bar,) = axes.collections[1].get_segments()
+    assert bar[:, 1] == pytest.approx([190 / 3 - np.std([50, 60, 80], ddof=1), 190 / 3 + np.std([50, 60, 80], ddof=1)])
+    (tmp_path / "vnet-8-seed1" / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match="states no number of labeled scans"):
+        pictures.labels([f"{tmp_path}/vnet-*:seg"], pictures.Options())
 
 
 def test_differences_are_each_scan_s_and_their_mean(tmp_path):

@@ -1,14 +1,16 @@
-"""Draws figures for a paper from run folders: the DTML paper's Figures 2 and 3, curves, differences, and scale.
+"""Draws figures for a paper from run folders: the DTML paper's Figures 2 and 3, curves, differences, labels, scale.
 
     python -m tools.pictures figure2 runs/la/dtml-16-seed1337             image, label, z, m and p of three scans
     python -m tools.pictures figure3 runs/la/supervised-16-seed1337 runs/la/dtml-16-seed1337:seg --titles V-Net DTML
     python -m tools.pictures curves results/half/dtml-16-seed1337 results/half/dtml-authors-16-seed1337
     python -m tools.pictures differences results/half/supervised-16-seed1337 results/half/dtml-16-seed1337:seg
+    python -m tools.pictures labels 'results/half/plus-alone-[0-9]*:ema_mean' 'results/half/plus-[0-9]*:ema_mean'
     python -m tools.pictures scale 'results/half/supervised-tuned-8-seed*' 'results/half/supervised-normalized-8-seed*'
 
 figure2 runs the network around the slice; figure3 reads what test_la.py predicted, of the first output or of
 RUN:OUTPUT; curves reads scalars.csv; differences shows the Dice of each scan (cases.csv) above the first run's, a
-quoted 'RUN-seed*' being each scan's mean over all runs that match; scale shows the Dice of each scan against the SD of
+quoted 'RUN-seed*' being each scan's mean over all runs that match; labels shows the Dice of runs against their number
+of labeled scans, with a line through the means of each pattern; scale shows the Dice of each scan against the SD of
 its intensities, a panel for each pair of runs, without and with --normalize scan. The SDs are read from scales.csv
 next to the records; where there is none, it is written from the volumes of --data. Slices are shown as radiologists
 look at them: x to the right, y down.
@@ -37,13 +39,14 @@ from evaluation.figures import (
     draw_comparison,
     draw_curves,
     draw_differences,
+    draw_labels,
     draw_maps,
     draw_scale,
     slice_of,
 )
 from evaluation.metrics import mean_and_sd, segmentation_metrics
 from evaluation.predictions import read_prediction, read_scores
-from evaluation.rows import mean_over, read_runs
+from evaluation.rows import mean_over, read_row, read_runs, runs_of
 from evaluation.sliding_window import sliding_window
 from evaluation.statistics import compare
 from methods import restore
@@ -54,7 +57,7 @@ from utils.resample import downsample_image, upsample_probability
 from utils.run_folder import MANIFEST, SCALARS, read_json
 
 SCALES = "scales.csv"
-FIGURES = ("figure2", "figure3", "curves", "differences", "scale")
+FIGURES = ("figure2", "figure3", "curves", "differences", "labels", "scale")
 PANELS = (
     ("Dice in training", ("dice/train_seg", "dice/train_sdm")),
     ("loss", ("loss/seg", "loss/mask", "loss/consistency")),
@@ -244,6 +247,24 @@ def differences(paths: Sequence[str], o: Options) -> Figure:
     return draw_differences(entries, f"Dice % above {titles[0]}: each scan, the mean, its 95 % interval ({sources})")
 
 
+def labels(paths: Sequence[str], o: Options) -> Figure:
+    """Dice of each run against its number of labeled scans."""
+    if o.titles and len(o.titles) != len(paths):
+        raise UserError(f"--titles must give {len(paths)} names, one for each pattern.")
+    lines: dict[str, dict[int, list[float]]] = {}
+    for title, where in zip(o.titles or paths, paths, strict=True):
+        points = lines.setdefault(title, {})
+        for run_path in runs_of(where):
+            folder = Path(run_path if Path(run_path).exists() else run_path.partition(":")[0])
+            labeled = read_json(folder / MANIFEST).get("options", {}).get("labeled")
+            if labeled is None:
+                raise UserError(f"{folder / MANIFEST} states no number of labeled scans. Give run folders or records.")
+            points.setdefault(labeled, []).append(
+                100 * mean_and_sd(list(read_row(run_path, "dice", "all").values()))[0]
+            )
+    return draw_labels(lines)
+
+
 def scale(paths: Sequence[str], o: Options) -> Figure:
     """Dice of each scan against the SD of its intensities, without and with normalization."""
     if len(paths) % 2:
@@ -297,7 +318,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{out} exists already. Choose another --out, or replace it with --overwrite.")
     if not out.parent.is_dir():
         raise UserError(f"there is no folder {out.parent} for --out. Make it, or choose another.")
-    drawn = (figure2, figure3, curves, differences, scale)
+    drawn = (figure2, figure3, curves, differences, labels, scale)
     draw = dict(zip(FIGURES, drawn, strict=True))[options["figure"]]
     write_whole(out, as_png(draw(options["runs"], o), o.dpi, palette=o.palette))
     print(out)
