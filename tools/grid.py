@@ -11,6 +11,7 @@ ADAMW = "--optimizer adamw --lr 0.001 --weight-decay 0.01"  # DK-UXNet's
 RECIPE = "--lr-schedule cosine --intensity 0.3"  # the part of the preset `tuned` that any method can have
 NORMALIZED, AS_PUBLISHED = "--normalize scan", "--normalize none"
 BF16 = "--precision bf16"
+EARLY = "--ramp-end 0.2"
 SMALLER = "--downsample 2 --patch-size 32 32 16"
 HELD_OUT = {"scans": "held-out", "stride": [16, 16, 8], "save": "none"}
 BEYOND = {  # key: the one thing that is done in another way than in the paper, its flags
@@ -28,6 +29,8 @@ BEYOND = {  # key: the one thing that is done in another way than in the paper, 
     "scan": ("L_dis + L_mask, distances of the whole scan", "--sdm-loss both --sdm-of scan"),
     "uxnet": ("UX-Net in place of V-Net", "--backbone uxnet"),
     "tuned": ("the preset `tuned`: all that helped", f"--preset tuned {AS_PUBLISHED}"),
+    "ramp": ("`tuned`, ramp of lambda ends at 20 %", f"--preset tuned {AS_PUBLISHED} {EARLY}"),
+    "ramp-1": ("the same, lambda rises to 1", f"--preset tuned {AS_PUBLISHED} {EARLY} --lambda-max 1"),
 }
 # Recorded with options that were removed. These rows show their records and cannot be run again.
 RETIRED = {f"beyond-{key}" for key in ("grow", "map", "sure", "mix")}
