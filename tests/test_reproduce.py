@@ -305,14 +305,13 @@ def test_the_table_at_a_glance(here, capsys):
         write_record(here / "results", "plus-alone-16", seed, [(0.7, 1)] * 5 + [(0.1, float("nan"))])
     reproduce.main(["--profile", "half", "--table", "glance"])
     out, err = capsys.readouterr()
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()[2:]]
-    rows = {(line[0], line[1]): line[2:] for line in lines}
-    assert rows["V-Net", "16 / 0"] == ["80.00 ± 10.00", "4.00 ± 0.00", "3", ""]
-    alone, with_them = (rows["DTML+", scans] for scans in ("16 / 0", "16 / 64"))
-    assert alone == ["60.00", "**2.00** (10 of 12; not penalised)", "2", ""] and err == ""
-    assert with_them[:3] == ["**82.00 ± 10.00**", "6.00 ± 0.00", "3"]
-    assert with_them[3].startswith("+17.00 (") and with_them[3].endswith(", 2 runs each)")
-    assert rows["V-Net", "8 / 0"][0] == "not yet run" and out.count("|") == 7 * (2 + len(rows))
+    head, _, *lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()]
+    rows = {line[0]: dict(zip(head[1:], line[1:], strict=True)) for line in lines}
+    assert list(rows) == ["4", "8", "16", "80"] and set(rows["8"].values()) == {"not yet run", ""}
+    assert rows["16"]["V-Net"] == "80.00 ± 10.00 (3)" and rows["80"]["DTML+"] == ""
+    assert rows["16"]["DTML+, labeled scans alone"] == "60.00 (2)" and rows["16"]["DTML+"] == "**82.00 ± 10.00** (3)"
+    gain = rows["16"]["gain from the unlabeled scans"]
+    assert gain.startswith("+17.00 (") and gain.endswith(", 2 runs each)") and err == ""
     reproduce.main(["--profile", "half"])
     assert "gain from the unlabeled scans" not in capsys.readouterr().out
 
@@ -740,3 +739,9 @@ def test_committed_tables_are_what_the_committed_records_give(profile, capsys, m
     reproduce.main(["--profile", profile])
     committed, printed = Path(f"results/{profile}/tables.md").read_text(), capsys.readouterr().out
     assert printed.strip() == committed.strip()
+
+
+def test_the_readme_has_the_table_at_a_glance(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    reproduce.main(["--profile", "half", "--table", "glance"])
+    assert capsys.readouterr().out.strip() in Path("README.md").read_text(encoding="utf-8")

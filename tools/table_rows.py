@@ -22,7 +22,7 @@ BEYOND_HEAD = (
     "| row | labeled / unlabeled | M_s Dice % | M_d Dice % | mean Dice % | mean 95HD | mean Dice above the paper's, of "
     "the same seeds (95 % interval, what it is over) | runs |"
 )
-GLANCE_HEAD = "| method | labeled / unlabeled | Dice % | 95HD voxel | runs | gain from the unlabeled scans, Dice % |"
+GAIN = "gain from the unlabeled scans"
 COMPARED_HEAD = (
     "| row | labeled / unlabeled | difference | 95 % interval | over | median of the scans | higher in | seeds |"
 )
@@ -130,46 +130,32 @@ def comparison_tables(pairs_of: dict[str, list[Pair]]) -> str:
 
 
 def glance_table(rows: list[Row], done: dict[str, Records]) -> str:
-    """A line for each row. The best of several rows with as many labeled scans is bold."""
-    cells = {row: short_figures(row, done[row.key]) for row in rows if done.get(row.key)}
-    lines = [ruled(GLANCE_HEAD)]
-    for row in rows:
-        if row not in cells:
-            lines.append(f"| {row.label} | {row.scans} | not yet run | | | |")
-            continue
-        rivals = [figures for other, figures in cells.items() if labeled_of(other) == labeled_of(row)]
-        shown = []
-        for column, best in enumerate((max, min)):
-            values = [float(figures[column].split()[0]) for figures in rivals]
-            cell = cells[row][column]
-            if len(rivals) > 1 and float(cell.split()[0]) == best(values):
-                cell, *more = cell.split(" (")
-                cell = " (".join([f"**{cell}**", *more])
-            shown.append(cell)
-        alone = row._replace(key=row.alone)
-        pair = compared(row, done[row.key], alone, done.get(row.alone, {})) if row.alone else None
-        gain = ""
-        if pair:
-            c = pair.comparison
-            gain = f"{c.difference:+.2f} ({interval_text(c, 2)}, {counted(len(pair.seeds))} each)"
-        shown += [str(len(done[row.key])), gain.replace("-", "\N{MINUS SIGN}")]
-        lines.append(f"| {row.label} | {row.scans} | {' | '.join(shown)} |")
-    return "\n".join(lines).replace("|  |", "| |")
+    """Dice without a component filter: a line for each number of labeled scans, a column for each label of a row.
 
-
-def counted(runs: int) -> str:
-    """A number of runs, as text."""
-    return f"{runs} run{'s' if runs > 1 else ''}"
-
-
-def short_figures(row: Row, records: Records) -> tuple[str, str]:
-    """Dice in per cent and 95HD of a row without a component filter: the mean over its runs, from three on with ± SD.
-
-    The number of scans with a distance is shown only if some have none."""
-    cells = figures(row, "all", records)
-    distance, _, scans = cells[3].partition(" (")
-    measured, *total = scans.rstrip(")").split(" of ")
-    return cells[0], distance if [measured] == total else f"{distance} ({scans}"
+    A cell has the mean over the runs, from three on with SD, and their number; the best of a line is bold. The gain of
+    a row with `alone` stands at the end of its line."""
+    columns = list(dict.fromkeys(row.label for row in rows))
+    lines = [ruled(f"| labeled scans | {' | '.join(columns)} | {GAIN} |")]
+    for labeled in dict.fromkeys(labeled_of(row) for row in rows):
+        line = {row.label: row for row in rows if labeled_of(row) == labeled}
+        dices = {label: figures(row, "all", done[row.key])[0] for label, row in line.items() if done.get(row.key)}
+        best = max((float(dice.split()[0]) for dice in dices.values()), default=math.nan)
+        cells, gain = [labeled], ""
+        for label in columns:
+            dice = dices.get(label, "")
+            if dice and len(dices) > 1 and float(dice.split()[0]) == best:
+                dice = f"**{dice}**"
+            waits = "not yet run" if label in line else ""
+            cells.append(f"{dice} ({len(done[line[label].key])})" if dice else waits)
+        for row in line.values():
+            usual = row._replace(key=row.alone)
+            pair = compared(row, done.get(row.key, {}), usual, done.get(row.alone, {})) if row.alone else None
+            if pair:
+                c, runs = pair.comparison, len(pair.seeds)
+                gain = f"{c.difference:+.2f} ({interval_text(c, 2)}, {runs} run{'s' if runs > 1 else ''} each)"
+        cells.append(gain.replace("-", "\N{MINUS SIGN}"))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines).replace("|  |", "| |").replace("|  |", "| |")
 
 
 def beyond_line(row: Row, records: Records, usual: Records) -> str:
