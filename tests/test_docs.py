@@ -13,6 +13,8 @@ from conftest import ROOT, TINY, make_set
 
 import settings
 import test_la
+from evaluation.rows import Runs, read_runs
+from evaluation.statistics import Comparison, compare
 from methods import METHODS
 from tools import reproduce
 from utils.errors import UserError
@@ -194,3 +196,71 @@ def test_the_commands_of_the_page_parse(monkeypatch, tmp_path):
         assert script == "tests.test_golden" or parsers[script].parse([word for word in words if word != "--help"])
     known = {flag for parser in parsers.values() for flag in parser._option_string_actions}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", ADDING)) <= known | {"--filters", "--lambda-max"}
+
+
+# -- findings --
+
+
+CLAIMS = {  # section: of each of its lines the reference and the row, as evaluation.statistics takes them
+    "mutual-learning": [("half/supervised-16-seed*", "half/dtml-16-seed*")],
+    "m_d-alone": [("half/supervised-16-seed133[78]", "half/supervised-sdm-16-seed*")],
+    "the-loss-of-m_d": [("half/dtml-dis-16-seed1337", "half/dtml-16-seed1337")],
+    "what-the-unlabeled-scans-add": [
+        ("half/dtml-16-0-seed1337", "half/dtml-16-seed1337"),
+        ("half/tuned-16-0-seed*:mean", "half/tuned-16-seed133[78]:mean"),
+    ],
+    "all-labels": [("half/supervised-16-seed*", "half/supervised-80-seed*")],
+    "a-better-recipe-for-the-v-net": [("half/dtml-16-seed*", "half/supervised-tuned-16-seed*")],
+    "the-preset-tuned": [
+        ("half/dtml-16-seed*", "half/tuned-16-seed*"),
+        ("half/supervised-tuned-16-seed*", "half/tuned-16-seed*"),
+    ],
+    "each-scan-on-its-own-scale": [
+        (f"half/supervised-tuned-{n}-seed*", f"half/supervised-normalized-{n}-seed*") for n in (16, 8)
+    ],
+    "dtml": [
+        ("half/plus-alone-8-seed*:ema_mean", "half/plus-8-seed*:ema_mean"),
+        ("half/supervised-normalized-8-seed*", "half/plus-8-seed*:ema_mean"),
+    ],
+    "dk-uxnet-after-600-iterations": [("short/supervised-16-seed1337", "short/dk-uxnet-16-seed1337")],
+}
+OTHERS = ("asdnet", "tcse", "ua-mt", "dtc", "sassnet", "double-unc")
+
+
+def shown(c: Comparison) -> str:
+    """A comparison of Dice in points, as the page has it."""
+    text = f"{100 * c.difference:+.2f} ({100 * c.low:+.2f} to {100 * c.high:+.2f}; {c.runs[0]} and {c.runs[1]} runs"
+    return text.replace("-", "\N{MINUS SIGN}") + (", scans only)" if c.over.startswith("scans only") else ")")
+
+
+def verdict(reference: Runs, row: Runs) -> str:
+    """By the page's rule."""
+    scans = next(iter(reference.values()))
+    both = [[{s: {c: v for c, v in run.items() if c != out} for s, run in side.items()} for side in (reference, row)]
+            for out in (None, *scans)]  # fmt: skip
+    excluded = [c.low > 0 or c.high < 0 for c in (compare(*sides, most=1) for sides in both)]
+    if not excluded[0]:
+        return "not shown"
+    return "shown" if all(excluded) and min(len(reference), len(row)) > 1 else "open"
+
+
+def test_the_claims_are_what_the_records_give():
+    lines = re.findall(r"^\| \[[^]]+\]\(#([\w-]+)\) \|[^|]*\| ([^|]*) \| ([\w ]+) \|$", PAGES["findings.md"], re.M)
+    found = {}
+    for section, here, word in lines:
+        found.setdefault(section, []).append((here, word))
+    compared = [compare(*(read_runs(f"{ROOT}/results/half/{name}-16-seed1337", "dice", "all") for name in pair))
+                for pair in ((other, "dtml") for other in OTHERS)]  # fmt: skip
+    assert all(c.low < 0 < c.high for c in compared)
+    least, most = (f"{100 * end(c.difference for c in compared):+.2f}" for end in (min, max))
+    ((here, word),) = found.pop("the-other-methods")
+    assert here.startswith(f"{least} to {most} (every interval contains 0; 1 and 1 runs".replace("-", "\N{MINUS SIGN}"))
+    assert word == "not shown" and found.keys() == CLAIMS.keys()
+    for section, pairs in CLAIMS.items():
+        runs = [[read_runs(f"{ROOT}/results/{where}", "dice", "all") for where in pair] for pair in pairs]
+        assert found[section] == [(shown(compare(*pair, most=1)), verdict(*pair)) for pair in runs]
+    slugs = [
+        re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+        for title in re.findall("^#+ (.*)", PAGES["findings.md"], re.M)
+    ]
+    assert {section for section, *_ in lines} <= set(slugs)
