@@ -289,6 +289,12 @@ OWN = {
         "lambda_max": [("--lambda-max 1", "")],
         "ramp": [("--ramp steps", ""), ("--ramp epochs", "")],
     },
+    "cps": {
+        "filters": [("--filters 3", "")],
+        "pseudo_weight": [("--pseudo-weight 1", "")],
+        "pseudo_on": [("--pseudo-on unlabeled", "")],
+        "ramp_end": [("--ramp-end 0.5", ""), ("--ramp-end 1", "--ramp-end 0.5")],
+    },
 }
 for own in OWN.values():
     own.setdefault("backbone", [("--backbone uxnet", "")])
