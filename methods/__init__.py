@@ -9,6 +9,7 @@ import torch
 
 from methods.asdnet import ASDNet
 from methods.base import Losses, Method
+from methods.bcp import BCP
 from methods.cps import CPS
 from methods.dk_uxnet import DKUXNet
 from methods.double_unc import DoubleUnc
@@ -37,6 +38,7 @@ METHODS: dict[str, type[Method]] = {  # by the names of --method
     "double-unc": DoubleUnc,
     "dk-uxnet": DKUXNet,
     "cps": CPS,
+    "bcp": BCP,
 }
 
 

@@ -181,6 +181,7 @@ TEACHER = {
     "noise": [("--noise 0", "")],
 }
 LEARNS = "--start 0 --full 0 --filters 8 --lr 0.3"  # enough for two networks that agree in part
+BROKEN = "--filters 4 --ema-decay 0"  # with which a pseudo-label has several components
 HEADS = {"filters": [("--filters 3", "")], "beta": [("--beta 1", "")]}
 OWN = {
     "dtml": {
@@ -294,6 +295,14 @@ OWN = {
         "pseudo_weight": [("--pseudo-weight 1", "")],
         "pseudo_on": [("--pseudo-on unlabeled", "")],
         "ramp_end": [("--ramp-end 0.5", ""), ("--ramp-end 1", "--ramp-end 0.5")],
+    },
+    "bcp": {
+        "filters": [("--filters 3", "")],
+        "start": [("--start 0.5", "")],
+        "box": [("--box 0.5", "")],
+        "pseudo_weight": [("--pseudo-weight 1", "")],
+        "largest_component": [("--no-largest-component", BROKEN)],
+        "ema_decay": [("--ema-decay 0.3", "")],
     },
 }
 for own in OWN.values():

@@ -461,6 +461,7 @@ UNSUPERVISED = {
     "asdnet": ["adversarial", "semi"],
     "dk-uxnet": ["segc", "qdc"],
     "cps": ["pseudo"],
+    "bcp": ["pseudo_seg"],
 }
 LEARNERS = ("M_s", "M_d", "student", "network", "networks")
 # A V-Net with two heads may have one that the term does not read: SASSNet's critic sees the map alone. The assignment
