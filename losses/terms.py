@@ -97,6 +97,11 @@ def probabilities(logits: Tensor, classes: int = 1) -> Tensor:
     return (foreground_logits(logits) if classes == 1 else logits).sigmoid()
 
 
+def with_background(p: Tensor) -> Tensor:
+    """Foreground probabilities p (N,C,W,H,D) -> (N,C+1,W,H,D), which sum to 1; the background is the first channel."""
+    return torch.cat([1 - p.sum(dim=1, keepdim=True), p], dim=1)
+
+
 def sdm_to_mask(z: Tensor, k: float) -> Tensor:
     """m = sigmoid(-k z) in [0,1], the smooth Heaviside of DTML's equation (2), for z in [-1,1] of any shape.
 

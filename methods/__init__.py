@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from methods.ad_mt import ADMT
 from methods.asdnet import ASDNet
 from methods.base import Losses, Method
 from methods.bcp import BCP
@@ -39,6 +40,7 @@ METHODS: dict[str, type[Method]] = {  # by the names of --method
     "dk-uxnet": DKUXNet,
     "cps": CPS,
     "bcp": BCP,
+    "ad-mt": ADMT,
 }
 
 

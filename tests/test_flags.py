@@ -304,6 +304,15 @@ OWN = {
         "largest_component": [("--no-largest-component", BROKEN)],
         "ema_decay": [("--ema-decay 0.3", "")],
     },
+    "ad-mt": {
+        "filters": [("--filters 3", "")],
+        "ema_decay": [("--ema-decay 0.3", "")],
+        "period": [("--period 1", "")],
+        "pseudo_weight": [("--pseudo-weight 1", "--threshold 0.5")],
+        "ramp_end": [("--ramp-end 0.9", "--threshold 0.5"), ("--ramp-end 0", "--threshold 0.5 --ramp-end 0.9")],
+        "threshold": [("--threshold 0.5", "")],
+        "strong": [("--strong 1", "")],
+    },
 }
 for own in OWN.values():
     own.setdefault("backbone", [("--backbone uxnet", "")])
