@@ -7,8 +7,11 @@ from typing import Any
 
 import torch
 
+from methods.ad_mt import ADMT
 from methods.asdnet import ASDNet
 from methods.base import Losses, Method
+from methods.bcp import BCP
+from methods.cps import CPS
 from methods.dk_uxnet import DKUXNet
 from methods.double_unc import DoubleUnc
 from methods.dtc import DTC
@@ -35,6 +38,9 @@ METHODS: dict[str, type[Method]] = {  # by the names of --method
     "sassnet": SASSNet,
     "double-unc": DoubleUnc,
     "dk-uxnet": DKUXNet,
+    "cps": CPS,
+    "bcp": BCP,
+    "ad-mt": ADMT,
 }
 
 

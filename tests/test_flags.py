@@ -181,6 +181,7 @@ TEACHER = {
     "noise": [("--noise 0", "")],
 }
 LEARNS = "--start 0 --full 0 --filters 8 --lr 0.3"  # enough for two networks that agree in part
+BROKEN = "--filters 4 --ema-decay 0"  # with which a pseudo-label has several components
 HEADS = {"filters": [("--filters 3", "")], "beta": [("--beta 1", "")]}
 OWN = {
     "dtml": {
@@ -288,6 +289,29 @@ OWN = {
         "temperature": [("--temperature 1", "")],
         "lambda_max": [("--lambda-max 1", "")],
         "ramp": [("--ramp steps", ""), ("--ramp epochs", "")],
+    },
+    "cps": {
+        "filters": [("--filters 3", "")],
+        "pseudo_weight": [("--pseudo-weight 1", "")],
+        "pseudo_on": [("--pseudo-on unlabeled", "")],
+        "ramp_end": [("--ramp-end 0.5", ""), ("--ramp-end 1", "--ramp-end 0.5")],
+    },
+    "bcp": {
+        "filters": [("--filters 3", "")],
+        "start": [("--start 0.5", "")],
+        "box": [("--box 0.5", "")],
+        "pseudo_weight": [("--pseudo-weight 1", "")],
+        "largest_component": [("--no-largest-component", BROKEN)],
+        "ema_decay": [("--ema-decay 0.3", "")],
+    },
+    "ad-mt": {
+        "filters": [("--filters 3", "")],
+        "ema_decay": [("--ema-decay 0.3", "")],
+        "period": [("--period 1", "")],
+        "pseudo_weight": [("--pseudo-weight 1", "--threshold 0.5")],
+        "ramp_end": [("--ramp-end 0.9", "--threshold 0.5"), ("--ramp-end 0", "--threshold 0.5 --ramp-end 0.9")],
+        "threshold": [("--threshold 0.5", "")],
+        "strong": [("--strong 1", "")],
     },
 }
 for own in OWN.values():

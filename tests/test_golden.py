@@ -28,11 +28,12 @@ CASES = {  # name: method, options; every preset of every method, and what else 
         f"{m}, {preset}": (m, kind.PRESETS[preset])
         for m, kind in METHODS.items()
         for preset in kind.PRESETS
-        if m != "dtml-plus"  # whose unlabeled crops count later than here
+        if m not in ("dtml-plus", "ad-mt")  # whose unlabeled crops count later than here
     },
     "dtml, distances": ("dtml", {"sdm_loss": "dis"}),
     "dtml, agreeing on unlabeled crops": ("dtml", {"consistency_on": "unlabeled", "ramp_end": 0.0}),
     "dtml-plus, from the start": ("dtml-plus", {"start": 0.0, "full": 0.0, "trust": "all"}),
+    "ad-mt, every voxel": ("ad-mt", {"threshold": 0.0, "period": 1}),
     "dtml, both losses": ("dtml", {"sdm_loss": "both", "dis_weight": 2.0, "k": 20.0}),
     "supervised, head sdm": ("supervised", {"head": "sdm"}),
     "tcse, zoomed": ("tcse", {"scale": 0.2}),

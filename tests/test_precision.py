@@ -233,8 +233,9 @@ def make_batch(method):
 
 
 CASES = {
-    **{name: (name, {}) for name in METHODS if name != "dtml-plus"},  # its unlabeled crops count later than here
+    **{name: (name, {}) for name in METHODS if name not in ("dtml-plus", "bcp")},  # unlabeled crops count later
     "dtml-plus, from the start": ("dtml-plus", {"start": 0.0, "full": 0.0}),
+    "bcp, from the start": ("bcp", {"start": 0.0}),
     "dtml, k of 50": ("dtml", {"k": 50.0}),
     "dtml, uxnet": ("dtml", {"backbone": "uxnet"}),
     "dk-uxnet, a convolution": ("dk-uxnet", {"kmax": False, "consistency_terms": "segc"}),

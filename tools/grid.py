@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 ALL_LABELED = ("80", "208")  # labeled scans of LA's train.list, and of the hippocampus set's
 SEMI_SUPERVISED = ("dtml", "mean-teacher", "ua-mt", "tcse", "dtc", "sassnet", "asdnet", "double-unc")
 AUTHORS = {"dtml": "DTML", "ua-mt": "UA-MT", "dtc": "DTC", "sassnet": "SASSNet"}  # these have a preset `authors`
+TODAY = ("cps", "bcp", "ad-mt")  # these have a preset `tuned`, with the training settings of DTML+
 ALONE = "--unlabeled 0 --consistency-terms none"  # of DK-UXNet: the same network on labeled scans only
 ADAMW = "--optimizer adamw --lr 0.001 --weight-decay 0.01"  # DK-UXNet's
 RECIPE = "--lr-schedule cosine --intensity 0.3"  # the part of the preset `tuned` that any method can have
@@ -60,6 +61,7 @@ LA_RUNS = {
     # the same networks and averages on the same labeled crops, without unlabeled scans; with 80 labels the upper bound
     **{f"plus-alone-{n}": f"--method dtml-plus --labeled {n} --unlabeled 0 --batch-size 4 {BF16}" for n in (4, 8, 16)},
     "plus-alone-80": f"--method dtml-plus --labeled 80 --batch-size 4 {BF16}",
+    **{f"{name}-8": f"--method {name} --preset tuned --labeled 8 {BF16}" for name in TODAY},
     "supervised-sdm-tuned-16": f"--method supervised --head sdm --k 50 --labeled 16 {RECIPE}",
     "tuned-8": f"--method dtml --preset tuned {AS_PUBLISHED} --labeled 8",
     "dtml-uxnet-16": "--method dtml --backbone uxnet --labeled 16",
@@ -202,6 +204,14 @@ LA_TABLES: Tables = {
         Row("V-Net", "80 / 0", "supervised-normalized-80"),
         Row("DTML+, labeled scans alone: mean of the averages", "80 / 0", "plus-alone-80", output="ema_mean"),
     ]),
+    "today": ("Methods of 2021 to 2024, 8 labels", [
+        Row("V-Net", "8 / 0", "supervised-normalized-8"),
+        Row("CPS", "8 / 72", "cps-8"),
+        Row("CPS, mean of both", "8 / 72", "cps-8", output="mean"),
+        Row("BCP", "8 / 72", "bcp-8"),
+        Row("AD-MT", "8 / 72", "ad-mt-8", output="teacher_1"),
+        Row("DTML+: mean of the averages", "8 / 72", "plus-8", output="ema_mean"),
+    ]),
     "dk-uxnet": ("DK-UXNet, whose paper's figures were not available", [
         Row("V-Net", "8 / 0", "supervised-8"),
         Row("DTML", "8 / 72", "dtml-8"),
@@ -231,6 +241,7 @@ COMPARED_WITH = {  # table: runs that its rows of as many labels are compared wi
     "tuned": ["dtml-16", "supervised-tuned-16", "supervised-tuned-8"],
     "normalized": ["supervised-tuned-8", "supervised-tuned-16", "supervised-tuned-80"],
     "plus": [f"plus-alone-{n}:ema_mean" for n in (4, 8, 16)],
+    "today": ["supervised-normalized-8"],
     "dk-uxnet": ["supervised-8", "supervised-16"],
 }
 HIPPOCAMPUS_TABLES: Tables = {

@@ -1,0 +1,87 @@
+"""CPS: its losses against the formulas in numpy, the crops that count, and what gets a gradient."""
+
+import by_hand
+import pytest
+import torch
+
+from losses.ramps import ramp_up
+from methods.cps import CPS
+
+
+def make(iterations=10, **options) -> CPS:
+    torch.manual_seed(0)
+    method = CPS(CPS.Options(filters=2, **options), iterations=iterations).double()
+    for network in method.networks:
+        network.heads["seg"][0].bias.data.zero_()  # so that both classes are found before any training
+    return method.train()
+
+
+def batch(labeled=2, unlabeled=3, classes=1):
+    torch.manual_seed(1)
+    image = torch.randn(labeled + unlabeled, 1, 16, 16, 16, dtype=torch.float64)
+    label = torch.randint(0, classes + 1, (labeled, 16, 16, 16)).to(torch.uint8)
+    return {"image": image, "label": label, "case": ["x"] * (labeled + unlabeled)}
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+@pytest.mark.parametrize("on", ["all", "unlabeled"])
+def test_the_losses_are_the_formulas_of_the_docstring(on, classes):
+    method, data = make(pseudo_on=on, classes=classes).eval(), batch(classes=classes)
+    found = method(data, 0)
+    with torch.no_grad():
+        q = [by_hand.distribution(network(data["image"])["seg"]) for network in method.networks]
+    assert q[0].shape[1] == classes + 1
+    y = [x.argmax(axis=1) for x in q]
+    assert all(len(set(labels.flat)) > 1 for labels in y) and (y[0] != y[1]).any()
+    parts = [slice(2, None)] + [slice(2)] * (on == "all")
+    pseudo = sum(by_hand.ce(q[i][part], y[1 - i][part]) for part in parts for i in (0, 1))
+    seg = sum(by_hand.seg(x[:2], data["label"].numpy()) for x in q)
+    assert found.terms["seg"].item() == pytest.approx(seg, rel=1e-9)
+    assert found.terms["pseudo"].item() == pytest.approx(pseudo, rel=1e-9)
+    assert found.total.item() == pytest.approx(seg + 1.5 * pseudo, rel=1e-9) and found.weights == {"w": 1.5}
+
+
+def test_each_network_learns_the_other_s_label_and_no_gradient_reaches_that_label():
+    """A logit's gradient is that of the cross-entropy to a constant label: (p - y) / number of voxels."""
+    method, data = make().eval(), batch(unlabeled=2)
+    logits = [network(data["image"])["seg"].detach().requires_grad_(True) for network in method.networks]
+    for network, x in zip(method.networks, logits, strict=True):
+        network.forward = lambda image, x=x: {"seg": x}
+    method(data, 0).terms["pseudo"].backward()
+    for own, other in (logits, logits[::-1]):
+        expected = (own.detach().sigmoid() - (other.detach() > 0).double()) / own[:2].numel()
+        torch.testing.assert_close(own.grad, expected)
+
+
+def test_the_authors_code_has_one_mean_over_all_crops():
+    method, data = make(pseudo_weight=CPS.PRESETS["authors"]["pseudo_weight"]).eval(), batch(unlabeled=2)
+    found = method(data, 0)
+    with torch.no_grad():
+        q = [by_hand.distribution(network(data["image"])["seg"]) for network in method.networks]
+    once = sum(by_hand.ce(q[i], q[1 - i].argmax(axis=1)) for i in (0, 1))
+    assert found.weights["w"] * found.terms["pseudo"].item() == pytest.approx(1.5 * once, rel=1e-9)
+
+
+def test_the_weight_is_constant_or_rises():
+    constant, rising = make(iterations=40), make(iterations=40, **{"pseudo_weight": 0.1, "ramp_end": 0.5})
+    assert [constant(batch(), t).weights["w"] for t in (0, 39)] == [1.5, 1.5]
+    found = [rising(batch(), t).weights["w"] for t in (0, 10, 20, 39)]
+    assert found == pytest.approx([0.1 * ramp_up(t, 20) for t in (0, 10, 20, 20)]) and found[2:] == [0.1, 0.1]
+
+
+@pytest.mark.parametrize("on", ["all", "unlabeled"])
+def test_labels_alone_are_its_control(on):
+    method, data = make(pseudo_on=on).eval(), batch()
+    alone, both = method({**data, "image": data["image"][:2]}, 3), method(data, 3)
+    assert alone.terms["seg"].item() == pytest.approx(both.terms["seg"].item(), abs=1e-12)
+    assert (alone.terms["pseudo"] == 0) == (on == "unlabeled") and not method.needs_unlabeled
+
+
+def test_the_networks_begin_differently_and_the_mean_is_theirs():
+    method, image = make(classes=2).eval(), batch()["image"]
+    one, two = ([p for p in network.parameters() if p.dim() > 1] for network in method.networks)
+    assert not any(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    with torch.no_grad():
+        first, second, mean = method.predict(image, method.outputs).chunk(3, dim=1)
+    torch.testing.assert_close(mean, (first + second) / 2)
+    assert first.shape == (5, 2, 16, 16, 16) and not torch.allclose(first, second)
