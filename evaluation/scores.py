@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from medpy.metric import binary
 from numpy.typing import NDArray
 
 from evaluation.metrics import (
@@ -58,6 +59,16 @@ def class_scores(
     columns = {key: [score[key] for score in present] for key in scores[0] if key != "class"}
     mean = {key: min(values) if "voxels" in key else float(np.mean(values)) for key, values in columns.items()}
     return [*scores, {"class": MEAN, **mean}]
+
+
+def mean_dice(prediction: NDArray, label: NDArray, classes: int) -> float:
+    """Mean Dice in [0,1] over the classes in either label map (W,H,D) of 0..classes, as `class_scores` gives it.
+
+    NaN if both maps are empty.
+    """
+    pairs = [(prediction == c, label == c) for c in range(1, classes + 1)]
+    dices = [float(binary.dc(a, b)) for a, b in pairs if a.any() or b.any()]
+    return float(np.mean(dices)) if dices else math.nan
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import h5py
 import pytest
 import torch
-from conftest import ROOT, TINY, flat, make_set, method_words
+from conftest import ROOT, TINY, flat, make_set, make_validated_set, method_words
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import predict
@@ -117,7 +117,7 @@ def learned(weights: dict[str, Any]) -> dict[str, Any]:
 def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the data sets `set` and `other`, in which paths of the tables below lie."""
     folder = tmp_path_factory.mktemp("flags")
-    make_set(folder / "set")
+    make_validated_set(folder / "set")
     make_set(folder / "other", shape=(22, 24, 18))
     for path in make_set(folder / "two").glob("*/mri_norm2.h5"):  # as `set`, half of each ball being the second class
         with h5py.File(path, "a") as f:
@@ -366,6 +366,7 @@ HARMLESS: dict[str, tuple[str, Callable[[Trained], Any], Any]] = {
     "runs": ("--runs elsewhere", lambda r: r.folder.parts[0], "elsewhere"),
     "name": ("--name mine/too", lambda r: r.folder.parts[-2:], ("mine", "too")),
     "save_every": ("--save-every 1", lambda r: (r.folder / "previous.pt").exists(), True),
+    "validate_every": ("--validate-every 2", lambda r: (r.folder / "best.pt").exists(), True),
     "log_every": ("--log-every 2", lambda r: [row["iteration"] for row in r.scalars], [1, 2]),
     "picture_every": ("--picture-every 1", lambda r: r.pictures, ["labeled", "unlabeled"]),
 }

@@ -170,8 +170,8 @@ def test_every_condition_of_the_script_is_tested():
 
 HARMLESS_WITH = {  # option that changes no result: with which it would not even do what it is there for
     **dict.fromkeys(
-        ["data", "cache", "workers", "recompute", "runs", "name", "resume", "fresh", "save_every", "log_every",
-         "picture_every"], "--from-diagnostic x.pt",
+        ["data", "cache", "workers", "recompute", "runs", "name", "resume", "fresh", "save_every",
+         "validate_every", "log_every", "picture_every"], "--from-diagnostic x.pt",
     ),
     "cache_folder": "--cache ram",
 }  # fmt: skip
