@@ -17,7 +17,7 @@ import dataclasses
 import math
 import sys
 from collections import deque
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from evaluation.metrics import (
     largest_components,
 )
 from evaluation.predictions import new_test, replace_test
-from evaluation.scores import CAPTION, as_csv, class_scores, table
+from evaluation.scores import CAPTION, NSD_CAPTION, as_csv, class_scores, table
 from evaluation.sliding_window import (
     WEIGHTINGS,
     flips_option,
@@ -83,6 +83,10 @@ class Options:
         type=str,
         nargs="+",
     )
+    nsd_tolerance: float | None = option(
+        None, "mm: score NSD too, the share of both surfaces that is so near to the other one (default no NSD)",
+        group="what", type=float, minimum=0,
+    )  # fmt: skip
     patch_size: list[int] | None = three_voxels("voxels of a window along x, y, z (default that of training)")
     stride: list[int] | None = three_voxels("step from window to window (default 18 18 4, divided by --downsample)")
     weighting: str = option("uniform", "how overlapping windows are averaged", group="window", choices=WEIGHTINGS)
@@ -100,7 +104,12 @@ class Options:
 
 
 def score_scan(
-    case: Case, maps: dict[str, NDArray[np.uint8]], label: NDArray, predictions: Path, save: str
+    case: Case,
+    maps: dict[str, NDArray[np.uint8]],
+    label: NDArray,
+    predictions: Path,
+    save: str,
+    tolerance: float | None,
 ) -> list[dict[str, Any]]:
     """Scores the predictions of a case and saves them.
 
@@ -110,6 +119,7 @@ def score_scan(
         label: (W,H,D).
         predictions: folder of the predictions.
         save: one of COMPONENTS, the kind to save, or 'none'.
+        tolerance: of NSD, in mm; None: no NSD.
 
     Returns:
         The case's rows of cases.csv.
@@ -120,7 +130,7 @@ def score_scan(
         variants = {"all": prediction, "largest": largest_components(prediction, case.classes)}
         for component, variant in variants.items():
             if component == "all" or not np.array_equal(variant, prediction):
-                scores = class_scores(variant, label, case.classes, spacing)
+                scores = class_scores(variant, label, case.classes, spacing, tolerance)
             shape = "x".join(map(str, label.shape))
             keys = {"case": case.name, "shape": shape, "output": output, "component": component}
             rows += [{**keys, **score} for score in scores]
@@ -158,6 +168,16 @@ def names_of(folder: Path, scans: str, seen: Container[str]) -> list[str]:
     return held_out
 
 
+def refuse_unknown_spacing(cases: Sequence[Case], folder: Path, tolerance: float) -> None:
+    """Raises UserError for cases whose spacing is not known, as a tolerance is in mm."""
+    unknown = [case.name for case in cases if known_spacing(case) is None]
+    if unknown:
+        raise UserError(
+            f"--nsd-tolerance {tolerance:g} is in mm, and the spacing of {', '.join(unknown[:5])} is not known. Write "
+            f"it into {folder}/spacing.txt, the mm along x, y and z, or leave --nsd-tolerance out."
+        )
+
+
 @enough_memory("Lower --batch-size or --patch-size.")
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__, prog="test_la.py")
@@ -190,6 +210,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"warning: {path} is not finished: {unfinished(state)}.", file=sys.stderr)
     folder, seen = Path(o.data or trained["data"]), state["checksums"]  # empty for bare weights
     cases, shapes = open_cases(folder, names_of(folder, o.scans, seen), classes, seen, state.get("images", {}))
+    if o.nsd_tolerance is not None:
+        refuse_unknown_spacing(cases, folder, o.nsd_tolerance)
     count = sum(len(windows([-(-side // downsample) for side in shape], patch_size, stride)) for shape in shapes)
     names = {c: name for c, name in class_names(folder).items() if c <= classes}
     # Several released files are in one folder.
@@ -230,7 +252,7 @@ def main(argv: list[str] | None = None) -> None:
                 patch_size=patch_size, stride=stride, weighting=o.weighting, batch_size=o.batch_size, flips=o.flips,
             )  # fmt: skip
             maps = {name: label_map(part).cpu().numpy() for name, part in zip(outputs, p.split(classes), strict=True)}
-            waiting.append(scorers.submit(score_scan, case, maps, label, new / "predictions", o.save))
+            waiting.append(scorers.submit(score_scan, case, maps, label, new / "predictions", o.save, o.nsd_tolerance))
             collect(2 * o.workers)
         collect(0)
         rows = in_turn(rows, len(COMPONENTS) * len(outputs) * (classes + (classes > 1)))
@@ -239,7 +261,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # results
     new.mkdir(parents=True, exist_ok=True)
-    means = f"{CAPTION}\n{table(rows)}"
+    caption = CAPTION if o.nsd_tolerance is None else CAPTION + NSD_CAPTION.format(o.nsd_tolerance)
+    means = f"{caption}\n{table(rows)}"
     write_whole(new / "cases.csv", as_csv(rows).encode())
     write_whole(new / "table.md", means.encode())
     settings = {"patch_size": patch_size, "stride": stride, "windows": count, "weighting": o.weighting,
@@ -248,6 +271,8 @@ def main(argv: list[str] | None = None) -> None:
             "normalize": normalize, "data": str(folder), "saved": o.save}  # fmt: skip
     if names:
         about["class_names"] = names
+    if o.nsd_tolerance is not None:
+        about["nsd_tolerance_mm"] = o.nsd_tolerance
     if o.method:
         about |= {"method": o.method, "released": state["released"]}
     write_json(new / "test.json", make_manifest(device, **settings, **about))

@@ -530,6 +530,7 @@ TEST_FLAGS: dict[str, tuple[list[str], Callable[[Outcome], Any]]] = {
     "checkpoint": (["--checkpoint", "{finished}/previous.pt"], lambda t: t.cases),
     "data": (["--data", "other"], lambda t: t.cases),
     "output": (["--output", "sdm", "mean"], lambda t: t.cases),
+    "nsd_tolerance": (["--nsd-tolerance", "1"], lambda t: t.settings.get("nsd_tolerance_mm")),
     "patch_size": (["--patch-size", "32", "16", "16"], lambda t: t.cases),
     "stride": (["--stride", "16", "5", "16"], lambda t: t.cases),
     "weighting": (["--weighting", "gaussian"], lambda t: t.cases),
@@ -551,9 +552,19 @@ def test_flag_of_the_test_changes_something(name, finished, usual_test, tmp_path
     words = [word.format(finished=finished, tmp=tmp_path) for word in words]
     other = run_test(finished, tmp_path / "out", *words)
     assert look(other) != look(usual_test)
-    changes_cases = name in ("checkpoint", "data", "output", "patch_size", "stride", "weighting", "flips", "precision")
+    changing = (
+        "checkpoint",
+        "data",
+        "output",
+        "nsd_tolerance",
+        "patch_size",
+        "stride",
+        "weighting",
+        "flips",
+        "precision",
+    )
     if name != "device" or not torch.cuda.is_available():
-        assert (other.cases != usual_test.cases) == changes_cases
+        assert (other.cases != usual_test.cases) == (name in changing)
 
 
 def test_output_named_twice_counts_once(finished, tmp_path):
