@@ -5,6 +5,7 @@
     python train_dtml.py --preset authors --seed 2            like the released code
     python train_dtml.py --method ua-mt --labeled 16          another method; --method ua-mt --help lists its options
     python train_dtml.py --data data/mine --validate-every 200   keep the best in validation.list, of own data
+    python train_dtml.py --data data/mine --init runs/la/dtml-16-seed1337   start from the weights of another run
     python train_dtml.py --resume auto                        continue where the same command was interrupted
 
 Learning rate, ramps, batches and dropout masks are functions of (seed, iteration) alone. A stopped and resumed run is
@@ -14,7 +15,7 @@ therefore equal to an uninterrupted one.
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,9 @@ from methods import METHODS, Method, Watch, restore
 from networks.backbone import STEEPEST, compile_networks, set_precision, set_recompute
 from settings import NOT_REPLAYED, OPTIMIZERS, Options, chosen_flags, flags_of, read_options
 from tools.replay import replay_batch
+from tools.starting import start_from
 from tools.validation import validation_dice
-from utils.checkpoint import BEST, fit_optimizer, save_checkpoint, write_whole
+from utils.checkpoint import BEST, fit_optimizer, load_checkpoint, save_checkpoint, write_whole
 from utils.clock import Clock
 from utils.devices import (
     choose_device,
@@ -83,6 +85,19 @@ def current_lr(iteration: int, o: Options) -> float:
 def speed(iterations: int, seconds: float) -> dict[str, float]:
     """Entries of the manifest about a whole run, including the time before it was resumed."""
     return {"wall_s": round(seconds, 1), "iterations_per_s": round(iterations / seconds, 4)}
+
+
+def earlier_images(origin: dict[str, Any] | None, state: dict[str, Any] | None, own: Container[str]) -> dict[str, str]:
+    """Name -> fingerprint of the scans that the weights of --init were trained on, so that none of them is tested on.
+
+    Args:
+        origin: the checkpoint of --init of a new run.
+        state: the checkpoint of a resumed run, which knows them.
+        own: names of this run's own scans.
+    """
+    if origin is not None:
+        return {f"{name} of {origin['file']}": mark for name, mark in origin.get("images", {}).items()}
+    return {name: mark for name, mark in (state or {}).get("images", {}).items() if name not in own}
 
 
 def choose_arithmetic(method: Method, o: Options, device: torch.device) -> None:
@@ -158,6 +173,8 @@ def main(argv: list[str] | None = None) -> None:
     kind = METHODS[o.method]
     torch.manual_seed(o.seed)
     method = restore(state) if state else kind(method_options, iterations=o.iterations)
+    origin = load_checkpoint(Path(o.init)) if o.init and state is None else None
+    began_from = start_from(method, o.method, origin) if origin else None
     if o.from_diagnostic and state is not None:
         print("\n".join(replay_batch(method, state, device)))
         return
@@ -184,9 +201,8 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     if state is None:
         refuse_classes(cases, volumes.facts, method_options.classes)
-    validation, _ = open_cases(
-        Path(o.data), to_validate, method_options.classes, volumes.checksums, volumes.fingerprints
-    )  # fmt: skip
+    images = volumes.fingerprints | earlier_images(origin, state, volumes.fingerprints)
+    validation, _ = open_cases(Path(o.data), to_validate, method_options.classes, volumes.checksums, images)
     method.to(device)
     choose_arithmetic(method, o, device)
     trained = [p for p in method.parameters() if p.requires_grad]  # not a teacher or a critic
@@ -219,7 +235,7 @@ def main(argv: list[str] | None = None) -> None:
     def contents(done: int) -> dict[str, Any]:
         return {
             "options": everything, "iteration": done, "seconds": time.monotonic() - began,
-            "checksums": volumes.checksums, "images": volumes.fingerprints, "processes": RANKS, "spacing": spacing,
+            "checksums": volumes.checksums, "images": images, "processes": RANKS, "spacing": spacing,
             "orientation": orientation,
             "method": method.state_dict(), "optimizer": optimizer.state_dict(), **({"best": best} if best else {}),
         }  # fmt: skip
@@ -240,7 +256,8 @@ def main(argv: list[str] | None = None) -> None:
             if start == 0 or not (folder / OPTIONS).exists():
                 chosen = {name: flags.get(name) for name in replay} if start == 0 else replay
                 write_whole(folder / OPTIONS, options_file(chosen, replay).encode())
-            manifest = make_manifest(device, processes=RANKS, options=replay, checksums=volumes.checksums)
+            manifest = make_manifest(device, processes=RANKS, options=replay, checksums=volumes.checksums,
+                                     **({"init": began_from} if began_from else {}))  # fmt: skip
             manifest = start_manifest(folder, start, manifest)
             report.text({"options": replay, "manifest": {k: v for k, v in manifest.items() if k not in LONG}})
         wait_for_rank_0()

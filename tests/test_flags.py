@@ -123,6 +123,8 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with h5py.File(path, "a") as f:
             if "label" in f:
                 f["label"][:, :11] *= 2
+    words = ["--data", str(folder / "set"), "--runs", str(folder), "--name", "origin", *BASE, "--seed", "5"]
+    train_dtml.main([*words, "--iterations", "1"])
     return folder
 
 
@@ -159,6 +161,7 @@ SHARED = {
     "normalize": [("--normalize scan", "")],
     "intensity": [("--intensity 0.3", ""), ("--intensity 0.3", "--intensity 0.1")],
     "sdm_of": [("--sdm-of scan", "--sdm-loss both")],
+    "init": [("--init origin", "")],
     "iterations": [("--iterations 4", "")],
     "precision": [("--precision bf16", "")],
     "batch_size": [("--batch-size 3", "--labeled-batch 2")],
@@ -781,6 +784,9 @@ def test_without_la_the_phantom_set_is_taken(tmp_path, monkeypatch):
         ("--method sassnet --adversarial-max 0.015 --labeled 8", "set/sassnet-8-adversarialmax0.015-seed1337"),
         ("--method double-unc --no-learnable", "set/double-unc-4-learnableFalse-seed1337"),
         ("--workers 4 --save-every 7", "set/dtml-4-seed1337"),
+        ("--init runs/pre", "set/dtml-4-init-pre-seed1337"),
+        ("--init runs/lr0.02-seed1", "set/dtml-4-init-lr0.02-seed1-seed1337"),
+        ("--init runs/pre/best.pt", "set/dtml-4-init-pre-best-seed1337"),
         ("--name mine", "mine"),
     ],
 )
