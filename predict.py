@@ -27,11 +27,11 @@ import torch
 from dataloaders.cases import CaseError
 from dataloaders.images import INTERPOLATORS, WRITTEN_AS, ending_of, scan_name, write_image
 from evaluation.scores import as_csv
-from evaluation.sliding_window import WEIGHTINGS, flips_option, refuse_window, three_voxels
+from evaluation.sliding_window import WEIGHTINGS, flips_option, half_a_patch, refuse_window, three_voxels
 from methods.released import RELEASED, load_trained
 from networks.backbone import PRECISIONS, set_precision
 from tools.segment import Model, predict_scan
-from utils.checkpoint import write_whole
+from utils.checkpoint import unfinished, write_whole
 from utils.devices import choose_device, enough_memory, keep_freed_memory, refuse_precision, set_arithmetic
 from utils.errors import UserError, run
 from utils.options import Parser, fill, option
@@ -101,9 +101,8 @@ def load_model(o: Options, device: torch.device) -> Model:
     states, methods, outputs = zip(*(load_trained(path, method=o.method) for path in o.checkpoint), strict=True)
     trained = [state["options"] for state in states]
     for state in states:
-        if state["iteration"] < state["options"]["iterations"]:
-            done = f"{state['iteration']} of {state['options']['iterations']} iterations"
-            print(f"warning: {state['file']} is not finished: {done}.", file=sys.stderr)
+        if unfinished(state):
+            print(f"warning: {state['file']} is not finished: {unfinished(state)}.", file=sys.stderr)
     for name, usual in (("downsample", 1), ("classes", 1), ("normalize", "none")):
         values = {options.get(name, usual) for options in trained}
         if len(values) > 1:
@@ -215,7 +214,7 @@ def main(argv: list[str] | None = None) -> None:
     refuse_precision(o.precision, device)
 
     model = load_model(o, device)
-    stride = tuple(o.stride or (math.ceil(side / 2) for side in model.patch_size))
+    stride = tuple(o.stride or half_a_patch(model.patch_size))
     for method in model.methods:
         refuse_window(model.patch_size, stride, method.side_multiple)
     batch_size = o.batch_size or (4 if device.type == "cuda" else 1)

@@ -41,9 +41,8 @@ from utils.options import (
     renamed_words,
     varied,
 )
-from utils.run_folder import (
-    has_checkpoint,
-)
+from utils.run_folder import has_checkpoint
+from utils.shared_weights import ENDING
 
 PROFILES: dict[str, dict[str, Any]] = {
     "full": {},
@@ -122,6 +121,8 @@ class Options:
                                harmless=True, only_if={"cache": ("disk", "none"), **TRAINS})  # fmt: skip
     workers: int = option(0, "processes that prepare crops", group="data", harmless=True, minimum=0, only_if=TRAINS)
 
+    init: str = option("", "weights to start from: a run folder, a .pt file or shared weights of the same method; the "
+                       "optimiser begins anew (default drawn by --seed)", group="training", only_if=ANEW)  # fmt: skip
     iterations: int = option(6000, "optimiser steps", group="training", minimum=1)
     batch_size: int = option(4, "crops in a batch of each process", group="training", minimum=1)
     labeled_batch: int | None = option(
@@ -160,6 +161,11 @@ class Options:
     fresh: bool = option(False, "move an existing run folder aside and start again", harmless=True,
                          only_if={"resume": ("",), **TRAINS})  # fmt: skip
     save_every: int = option(500, "iterations between checkpoints", harmless=True, minimum=1, only_if=TRAINS)
+    validate_every: int = option(
+        0, "iterations between scores of the scans of validation.list; the checkpoint with the best Dice is kept as "
+        "best.pt; 0: none. LA has no validation set: its last iteration counts", harmless=True, minimum=0,
+        only_if=TRAINS,
+    )  # fmt: skip
     log_every: int = option(10, "iterations between points of the curves", harmless=True, minimum=1, only_if=TRAINS)
     picture_every: int = option(500, "iterations between pictures; 0: none", harmless=True, minimum=0, only_if=TRAINS)
 
@@ -213,12 +219,13 @@ def read_options(
         o.labeled = flags["labeled"] if "labeled" in flags else usual_labeled(Path(o.data), o.labeled)
         defaults = combine({key: flags[key] for key in ("data", "profile", "preset") if key in flags}, kind)
         derived = combine({key: value for key, value in flags.items() if key != "lr_steps"}, kind)[0].lr_steps
-        skip = ["method", "labeled", "seed", *(["lr_steps"] if o.lr_steps == derived else [])]
+        skip = ["method", "labeled", "seed", "init", *(["lr_steps"] if o.lr_steps == derived else [])]
         changed = varied(o, defaults[0], skip) + varied(method_options, defaults[1])
         dataset = Path(os.path.abspath(o.data)).name
         dataset += "" if o.profile in ("full", "phantom", dataset) else f"-{o.profile}"
         preset = [] if o.preset == next(iter(kind.PRESETS)) else [o.preset]
-        parts = [name, *preset, str(o.labeled), *changed, f"seed{o.seed}"]
+        origin = [f"init-{origin_name(Path(o.init))}"] if o.init else []
+        parts = [name, *preset, str(o.labeled), *changed, *origin, f"seed{o.seed}"]
         folder = Path(o.runs) / (o.name or f"{dataset}/" + "-".join(parts))
         state = load_checkpoint(folder) if o.resume == "auto" and has_checkpoint(folder) else None
     if state is not None:
@@ -230,6 +237,12 @@ def read_options(
         o, method_options = (fill(cls, saved, flags) for cls in (Options, kind.Options))
         refuse_idle(flags, [Options], values_of(o, method_options, kind), saved.get, WHY)
     return o, method_options, folder, state
+
+
+def origin_name(path: Path) -> str:
+    """The name of a run or of weights in the name of a run that starts from them: RUN, or RUN-best of RUN/best.pt."""
+    path = Path(os.path.abspath(path))
+    return f"{path.parent.name}-{path.stem}" if path.suffix in (".pt", ENDING) else path.name
 
 
 def flags_of(method: str, description: str = "") -> Parser:

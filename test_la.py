@@ -2,6 +2,7 @@
 
     python test_la.py --checkpoint runs/la/dtml-16-seed1337
     torchrun --nproc-per-node 4 test_la.py --checkpoint RUN      the scans distributed over four GPUs
+    python test_la.py --checkpoint RUN/best.pt                   the checkpoint with the best Dice in validation
     python test_la.py --checkpoint RUN --scans held-out          on training scans that the run did not use
     python test_la.py --checkpoint best_model.pth --method dtc   bare weights, as the released codes save them
     python test_la.py --checkpoint best_model_seg.pth --sdm-weights best_model_dis.pth --method dtml
@@ -16,7 +17,7 @@ import dataclasses
 import math
 import sys
 from collections import deque
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,14 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from dataloaders.cases import Case, CaseError, check_all, find_cases, known_spacing, lists_of, read_case, read_geometry
+from dataloaders.cases import Case, known_spacing, lists_of, read_case, read_geometry, validation_of
 from dataloaders.class_names import class_names
 from dataloaders.images import write_image
-from dataloaders.likeness import DIGITS, alike, fingerprint
 from dataloaders.normalization import normalized
+from dataloaders.unseen import open_cases
 from evaluation.metrics import COMPONENTS
 from evaluation.predictions import new_test, replace_test
-from evaluation.scores import CAPTION, as_csv, class_scores, table
+from evaluation.scores import CAPTION, NSD_CAPTION, as_csv, class_scores, table
 from evaluation.sliding_window import (
     WEIGHTINGS,
     flips_option,
@@ -46,15 +47,15 @@ from evaluation.sliding_window import (
 from methods.released import RELEASED, load_trained
 from networks.backbone import PRECISIONS, set_precision
 from tools.report_page import write_report
-from utils.checkpoint import write_whole
+from utils.checkpoint import BEST, unfinished, write_whole
 from utils.devices import choose_device, enough_memory, keep_freed_memory, refuse_precision, set_arithmetic
 from utils.distributed import RANK, RANKS, in_turn, process_group
 from utils.errors import UserError, run
 from utils.masks import label_map, largest_components
 from utils.options import Parser, fill, option
-from utils.run_folder import digest, make_manifest, write_json
+from utils.run_folder import make_manifest, write_json
 
-SCANS = ("test", "held-out")
+SCANS = ("test", "validation", "held-out")
 
 
 @dataclasses.dataclass
@@ -70,8 +71,8 @@ class Options:
     )
     sdm_weights: str = option("", "bare weights of M_d, with --method dtml (default: M_s alone)", group="what")
     data: str = option("", "folder of the data set (default that of the training)", group="what")
-    scans: str = option("test", "the scans of test.list, or those of train.list that the training left unused",
-                        group="what", choices=SCANS)  # fmt: skip
+    scans: str = option("test", "the scans of test.list, of validation.list, or those of train.list that the training "
+                        "left unused", group="what", choices=SCANS)  # fmt: skip
     output: list[str] = option(
         [],
         "which outputs of the method to score, of dtml: seg (M_s), sdm (M_d), mean (default all)",
@@ -79,12 +80,18 @@ class Options:
         type=str,
         nargs="+",
     )
+    nsd_tolerance: float | None = option(
+        None, "mm: score NSD too, the share of both surfaces that is so near to the other one (default no NSD)",
+        group="what", type=float, minimum=0,
+    )  # fmt: skip
     patch_size: list[int] | None = three_voxels("voxels of a window along x, y, z (default that of training)")
     stride: list[int] | None = three_voxels("step from window to window (default 18 18 4, divided by --downsample)")
     weighting: str = option("uniform", "how overlapping windows are averaged", group="window", choices=WEIGHTINGS)
     flips: int = flips_option("window")
     batch_size: int = option(4, "windows at a time", group="window", minimum=1)
-    out: str = option("", "folder of the results (default RUN/SCANS, of bare weights FILE-test)")
+    out: str = option(
+        "", "folder of the results (default RUN/SCANS, of best.pt RUN/best-SCANS, of bare weights FILE-test)"
+    )
     save: str = option("largest", "predictions to write as NIfTI", choices=(*COMPONENTS, "none"))
     precision: str = option("fp32", "arithmetic of the convolutions", choices=(*PRECISIONS, "fp16"))
     report: bool = option(False, "write report.html too: every figure, and the worst and best scan to look through")
@@ -94,7 +101,12 @@ class Options:
 
 
 def score_scan(
-    case: Case, maps: dict[str, NDArray[np.uint8]], label: NDArray, predictions: Path, save: str
+    case: Case,
+    maps: dict[str, NDArray[np.uint8]],
+    label: NDArray,
+    predictions: Path,
+    save: str,
+    tolerance: float | None,
 ) -> list[dict[str, Any]]:
     """Scores the predictions of a case and saves them.
 
@@ -104,6 +116,7 @@ def score_scan(
         label: (W,H,D).
         predictions: folder of the predictions.
         save: one of COMPONENTS, the kind to save, or 'none'.
+        tolerance: of NSD, in mm; None: no NSD.
 
     Returns:
         The case's rows of cases.csv.
@@ -114,7 +127,7 @@ def score_scan(
         variants = {"all": prediction, "largest": largest_components(prediction, case.classes)}
         for component, variant in variants.items():
             if component == "all" or not np.array_equal(variant, prediction):
-                scores = class_scores(variant, label, case.classes, spacing)
+                scores = class_scores(variant, label, case.classes, spacing, tolerance)
             shape = "x".join(map(str, label.shape))
             keys = {"case": case.name, "shape": shape, "output": output, "component": component}
             rows += [{**keys, **score} for score in scores]
@@ -128,15 +141,21 @@ def names_of(folder: Path, scans: str, seen: Container[str]) -> list[str]:
 
     Args:
         folder: the data set.
-        scans: 'test' for test.list, 'held-out' for the scans of train.list that are not in `seen`.
+        scans: 'test' for test.list, 'validation' for validation.list, 'held-out' for the scans of train.list that are
+            not in `seen`.
         seen: names of the scans used in training.
 
     Raises:
-        UserError: for lists that are not valid, or if no scan is held out.
+        UserError: for lists that are not valid, or if there is no such scan.
     """
     train, test = lists_of(folder)
     if scans == "test":
         return test
+    if scans == "validation":
+        validation = validation_of(folder)
+        if not validation:
+            raise UserError(f"--scans validation: there is no {folder}/validation.list. Choose other --scans.")
+        return validation
     held_out = [name for name in train if name not in seen]
     if not held_out:
         raise UserError(
@@ -146,41 +165,14 @@ def names_of(folder: Path, scans: str, seen: Container[str]) -> list[str]:
     return held_out
 
 
-def open_cases(
-    folder: Path, names: Sequence[str], classes: int, seen: Mapping[str, str], images: Mapping[str, str]
-) -> tuple[list[Case], list[tuple[int, ...]]]:
-    """Reads all cases once, so that errors are raised before any prediction.
-
-    Args:
-        folder: the data set.
-        names: names of the cases.
-        classes: C, the largest allowed label value.
-        seen: name -> checksum of the scans used in training.
-        images: name -> fingerprint of these scans; empty for early checkpoints.
-
-    Returns:
-        The cases and their shapes.
-
-    Raises:
-        UserError: naming all unusable cases and all that were used in training.
-    """
-    marks = {**{checksum: name for name, checksum in seen.items()}, **{x[:DIGITS]: name for name, x in images.items()}}
-    cases, problems = find_cases(folder, names, labeled=True, classes=classes)
-    shapes: list[tuple[int, ...]] = []
-
-    def check(case: Case) -> None:
-        image, label = read_case(case)
-        assert label is not None
-        read_geometry(case)
-        mark = fingerprint(image)
-        matches = [name for name, same in zip(images, alike(mark, list(images.values())), strict=True) if same]
-        matches += [marks[x] for x in (mark[:DIGITS], digest(image, label)) if x in marks]
-        if matches:
-            raise CaseError(f"is a scan that this checkpoint was trained on, there called {matches[0]}")
-        shapes.append(image.shape)
-
-    check_all(cases, check, problems)
-    return cases, shapes
+def refuse_unknown_spacing(cases: Sequence[Case], folder: Path, tolerance: float) -> None:
+    """Raises UserError for cases whose spacing is not known, as a tolerance is in mm."""
+    unknown = [case.name for case in cases if known_spacing(case) is None]
+    if unknown:
+        raise UserError(
+            f"--nsd-tolerance {tolerance:g} is in mm, and the spacing of {', '.join(unknown[:5])} is not known. Write "
+            f"it into {folder}/spacing.txt, the mm along x, y and z, or leave --nsd-tolerance out."
+        )
 
 
 @enough_memory("Lower --batch-size or --patch-size.")
@@ -211,15 +203,17 @@ def main(argv: list[str] | None = None) -> None:
     patch_size = tuple(o.patch_size or trained["patch_size"])
     stride = tuple(o.stride or usual_stride(patch_size, downsample))
     refuse_window(patch_size, stride, method.side_multiple)
-    if state["iteration"] < trained["iterations"] and RANK == 0:
-        done = f"{state['iteration']} of {trained['iterations']} iterations"
-        print(f"warning: {path} is not finished: {done}.", file=sys.stderr)
+    if unfinished(state) and RANK == 0:
+        print(f"warning: {path} is not finished: {unfinished(state)}.", file=sys.stderr)
     folder, seen = Path(o.data or trained["data"]), state["checksums"]  # empty for bare weights
     cases, shapes = open_cases(folder, names_of(folder, o.scans, seen), classes, seen, state.get("images", {}))
+    if o.nsd_tolerance is not None:
+        refuse_unknown_spacing(cases, folder, o.nsd_tolerance)
     count = sum(len(windows([-(-side // downsample) for side in shape], patch_size, stride)) for shape in shapes)
     names = {c: name for c, name in class_names(folder).items() if c <= classes}
     # Several released files are in one folder.
     usual_out = path.with_name(f"{path.stem}-test") if o.method else (path if path.is_dir() else path.parent) / o.scans
+    usual_out = path.with_name(f"{path.stem}-{o.scans}") if path.name == BEST else usual_out
     out = Path(o.out) if o.out else usual_out
 
     # predict, and score earlier scans meanwhile
@@ -255,7 +249,7 @@ def main(argv: list[str] | None = None) -> None:
                 patch_size=patch_size, stride=stride, weighting=o.weighting, batch_size=o.batch_size, flips=o.flips,
             )  # fmt: skip
             maps = {name: label_map(part).cpu().numpy() for name, part in zip(outputs, p.split(classes), strict=True)}
-            waiting.append(scorers.submit(score_scan, case, maps, label, new / "predictions", o.save))
+            waiting.append(scorers.submit(score_scan, case, maps, label, new / "predictions", o.save, o.nsd_tolerance))
             collect(2 * o.workers)
         collect(0)
         rows = in_turn(rows, len(COMPONENTS) * len(outputs) * (classes + (classes > 1)))
@@ -264,7 +258,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # results
     new.mkdir(parents=True, exist_ok=True)
-    means = f"{CAPTION}\n{table(rows)}"
+    caption = CAPTION if o.nsd_tolerance is None else CAPTION + NSD_CAPTION.format(o.nsd_tolerance)
+    means = f"{caption}\n{table(rows)}"
     write_whole(new / "cases.csv", as_csv(rows).encode())
     write_whole(new / "table.md", means.encode())
     settings = {"patch_size": patch_size, "stride": stride, "windows": count, "weighting": o.weighting,
@@ -273,6 +268,8 @@ def main(argv: list[str] | None = None) -> None:
             "normalize": normalize, "data": str(folder), "saved": o.save}  # fmt: skip
     if names:
         about["class_names"] = names
+    if o.nsd_tolerance is not None:
+        about["nsd_tolerance_mm"] = o.nsd_tolerance
     if o.method:
         about |= {"method": o.method, "released": state["released"]}
     write_json(new / "test.json", make_manifest(device, **settings, **about))

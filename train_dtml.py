@@ -4,6 +4,8 @@
     python train_dtml.py --labeled 16                         16 of the 80 LA training scans labeled, the other 64 not
     python train_dtml.py --preset authors --seed 2            like the released code
     python train_dtml.py --method ua-mt --labeled 16          another method; --method ua-mt --help lists its options
+    python train_dtml.py --data data/mine --validate-every 200   keep the best in validation.list, of own data
+    python train_dtml.py --data data/mine --init runs/la/dtml-16-seed1337   start from the weights of another run
     python train_dtml.py --resume auto                        continue where the same command was interrupted
 
 Learning rate, ramps, batches and dropout masks are functions of (seed, iteration) alone. A stopped and resumed run is
@@ -13,7 +15,7 @@ therefore equal to an uninterrupted one.
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,9 @@ import torch
 from dataloaders.diagnostic import kept_for_diagnosis
 from dataloaders.findings import warnings_of
 from dataloaders.orientation import common_orientation
-from dataloaders.training import median_spacing, refuse_classes, training_cases
+from dataloaders.training import median_spacing, refuse_classes, training_cases, validation_names
 from dataloaders.two_stream import Patches, TwoStreamBatchSampler, make_loader
+from dataloaders.unseen import open_cases
 from dataloaders.volumes import Volumes
 from evaluation.slices import prediction_mesh, slice_picture
 from losses.ramps import cosine_rate, learning_rate
@@ -32,7 +35,9 @@ from methods import METHODS, Method, Watch, restore
 from networks.backbone import STEEPEST, compile_networks, set_precision, set_recompute
 from settings import NOT_REPLAYED, OPTIMIZERS, Options, chosen_flags, flags_of, read_options
 from tools.replay import replay_batch
-from utils.checkpoint import fit_optimizer, save_checkpoint, write_whole
+from tools.starting import start_from
+from tools.validation import validation_dice
+from utils.checkpoint import BEST, fit_optimizer, load_checkpoint, save_checkpoint, write_whole
 from utils.clock import Clock
 from utils.devices import (
     choose_device,
@@ -80,6 +85,19 @@ def current_lr(iteration: int, o: Options) -> float:
 def speed(iterations: int, seconds: float) -> dict[str, float]:
     """Entries of the manifest about a whole run, including the time before it was resumed."""
     return {"wall_s": round(seconds, 1), "iterations_per_s": round(iterations / seconds, 4)}
+
+
+def earlier_images(origin: dict[str, Any] | None, state: dict[str, Any] | None, own: Container[str]) -> dict[str, str]:
+    """Name -> fingerprint of the scans that the weights of --init were trained on, so that none of them is tested on.
+
+    Args:
+        origin: the checkpoint of --init of a new run.
+        state: the checkpoint of a resumed run, which knows them.
+        own: names of this run's own scans.
+    """
+    if origin is not None:
+        return {f"{name} of {origin['file']}": mark for name, mark in origin.get("images", {}).items()}
+    return {name: mark for name, mark in (state or {}).get("images", {}).items() if name not in own}
 
 
 def choose_arithmetic(method: Method, o: Options, device: torch.device) -> None:
@@ -155,6 +173,8 @@ def main(argv: list[str] | None = None) -> None:
     kind = METHODS[o.method]
     torch.manual_seed(o.seed)
     method = restore(state) if state else kind(method_options, iterations=o.iterations)
+    origin = load_checkpoint(Path(o.init)) if o.init and state is None else None
+    began_from = start_from(method, o.method, origin) if origin else None
     if o.from_diagnostic and state is not None:
         print("\n".join(replay_batch(method, state, device)))
         return
@@ -174,17 +194,21 @@ def main(argv: list[str] | None = None) -> None:
             f"--method {o.method} needs unlabeled scans, but all {o.labeled} are labeled. Lower --labeled, or leave "
             "out --unlabeled 0."
         )
+    to_validate = validation_names(Path(o.data)) if o.validate_every else []
     volumes = Volumes(
         cases, cache=o.cache, folder=Path(o.cache_folder or Path(o.data, ".cache")), downsample=o.downsample,
         normalize=o.normalize, device=device, problems=problems,
     )  # fmt: skip
     if state is None:
         refuse_classes(cases, volumes.facts, method_options.classes)
+    images = volumes.fingerprints | earlier_images(origin, state, volumes.fingerprints)
+    validation, _ = open_cases(Path(o.data), to_validate, method_options.classes, volumes.checksums, images)
     method.to(device)
     choose_arithmetic(method, o, device)
     trained = [p for p in method.parameters() if p.requires_grad]  # not a teacher or a critic
     optimizer = OPTIMIZERS[o.optimizer](trained, o)
     start, seconds = 0, 0.0
+    best: dict[str, Any] | None = state.get("best") if state else None
     if state is not None:
         if state["checksums"] != volumes.checksums:
             raise UserError(f"the volumes in {o.data} are not those {folder} began with. Resume with the same data.")
@@ -211,9 +235,9 @@ def main(argv: list[str] | None = None) -> None:
     def contents(done: int) -> dict[str, Any]:
         return {
             "options": everything, "iteration": done, "seconds": time.monotonic() - began,
-            "checksums": volumes.checksums, "images": volumes.fingerprints, "processes": RANKS, "spacing": spacing,
+            "checksums": volumes.checksums, "images": images, "processes": RANKS, "spacing": spacing,
             "orientation": orientation,
-            "method": method.state_dict(), "optimizer": optimizer.state_dict(),
+            "method": method.state_dict(), "optimizer": optimizer.state_dict(), **({"best": best} if best else {}),
         }  # fmt: skip
 
     with (
@@ -232,7 +256,8 @@ def main(argv: list[str] | None = None) -> None:
             if start == 0 or not (folder / OPTIONS).exists():
                 chosen = {name: flags.get(name) for name in replay} if start == 0 else replay
                 write_whole(folder / OPTIONS, options_file(chosen, replay).encode())
-            manifest = make_manifest(device, processes=RANKS, options=replay, checksums=volumes.checksums)
+            manifest = make_manifest(device, processes=RANKS, options=replay, checksums=volumes.checksums,
+                                     **({"init": began_from} if began_from else {}))  # fmt: skip
             manifest = start_manifest(folder, start, manifest)
             report.text({"options": replay, "manifest": {k: v for k, v in manifest.items() if k not in LONG}})
         wait_for_rank_0()
@@ -260,8 +285,25 @@ def main(argv: list[str] | None = None) -> None:
             clock.lap("step")
 
             done = iteration + 1
+            scores: dict[str, float] = {}
+            if validation and (done % o.validate_every == 0 or done == o.iterations):
+                watch.settle()
+                scores["dice/validation"] = dice = validation_dice(
+                    method, validation, device, downsample=o.downsample, normalize=o.normalize,
+                    patch_size=o.patch_size, batch_size=o.batch_size,
+                )  # fmt: skip
+                clock.lap("validation")
+                if report:
+                    better = dice > (best["dice"] if best else -1)
+                    text = f"validation after {done} iterations: Dice {100 * dice:.2f} %, {len(validation)} scans"
+                    report.say(text + (", the best so far" if better else ""))
+                    if better:
+                        best = {"iteration": done, "dice": dice}
+                        save_checkpoint(folder, contents(done), BEST)
+                        clock.lap("saving")
             if report:
-                report.iteration(iteration, losses, optimizer.param_groups[0]["lr"], clock, peak_memory_gib(device))
+                rate = optimizer.param_groups[0]["lr"]
+                report.iteration(iteration, losses, rate, clock, peak_memory_gib(device), scores)
                 if o.picture_every and (done % o.picture_every == 0 or done == o.iterations):
                     show(report, method, patches, o.labeled, spacing or [1.0] * 3, done, device)
                 clock.lap("logging")
@@ -293,12 +335,16 @@ def main(argv: list[str] | None = None) -> None:
                 **speed(o.iterations, wall),
                 "peak_memory_gib": round(peak_memory_gib(device), 2),
                 "time_shares": {name: round(share, 4) for name, share in clock.all_shares().items()},
+                **({"best": best} if best else {}),
             }
             write_json(folder / MANIFEST, {**manifest, **measured})
             report.say(f"done: {o.iterations} iterations in {wall / 60:.1f} min, {measured['iterations_per_s']} it/s, "
                        f"{measured['peak_memory_gib']} GiB at most")  # fmt: skip
             report.say("time: " + ", ".join(f"{k} {100 * v:.1f} %" for k, v in measured["time_shares"].items()))
             report.say(f"test it:      python test_la.py --checkpoint {folder}")
+            if best:
+                report.say(f"the best:     python test_la.py --checkpoint {folder / BEST}   (iteration "
+                           f"{best['iteration']}, Dice {100 * best['dice']:.2f} % in validation)")  # fmt: skip
             report.say(f"see curves:   tensorboard --logdir {folder}")
 
 

@@ -3,6 +3,7 @@
 Layout of a data set, as in the left-atrium (LA) code bases:
 
     FOLDER/train.list, FOLDER/test.list          one case name per line; by default the published LA lists
+    FOLDER/validation.list                       optional: labeled cases to choose a checkpoint on; LA has none
     FOLDER/2018LA_Seg_Training Set/CASE/mri_norm2.h5   or   FOLDER/CASE/mri_norm2.h5   or   FOLDER/CASE.h5
 
 A case file holds `image` float (W,H,D), normalised, and `label` (W,H,D) of 0 and 1 (or 0..C), which is optional for an
@@ -13,6 +14,7 @@ spacing of all cases whose own file does not. Without both, a case has no spacin
 """
 
 import functools
+import itertools
 import math
 import sys
 from collections import Counter
@@ -36,6 +38,7 @@ LA_SPLITS = ROOT / "data" / "splits" / "la"
 LA_SUBFOLDER = "2018LA_Seg_Training Set"
 LA_SPACING = (0.625, 0.625, 0.625)  # mm, of the cases in the published lists
 SPACING_FILE = "spacing.txt"
+VALIDATION = "validation.list"
 FILE_NAME = "mri_norm2.h5"
 MOST_CLASSES = 254
 MOST_BYTES = 2**31  # of one image or label: 2048 slices of 512x512 in float32
@@ -94,7 +97,8 @@ def lists_of(folder: Path) -> tuple[list[str], list[str]]:
     """Names of the training cases and of the test cases, from the folder's lists or else the published LA lists.
 
     Raises:
-        UserError: if the folder is missing, only one list exists, a list is not valid, or a case is in both.
+        UserError: if the folder is missing, only one of the two exists, a list is not valid, or a case is in two lists,
+            that of `validation_of` among them.
     """
     if not folder.is_dir():
         what = "is no folder" if folder.exists() else "does not exist"
@@ -104,12 +108,22 @@ def lists_of(folder: Path) -> tuple[list[str], list[str]]:
         raise UserError(f"{folder} has only one of train.list and test.list. Put both there, or neither to use LA's.")
     where = folder if all(own) else LA_SPLITS
     train, test = read_list(where / "train.list"), read_list(where / "test.list")
-    shared = sorted(set(train) & set(test))
-    if shared:
-        raise UserError(
-            f"train.list and test.list of {where} both name {', '.join(shared)}. A test case must never be trained on."
-        )
+    lists = {f"{where}/train.list": train, f"{where}/test.list": test, f"{folder}/{VALIDATION}": validation_of(folder)}
+    for (one, names), (other, others) in itertools.combinations(lists.items(), 2):
+        shared = sorted(set(names) & set(others))
+        if shared:
+            raise UserError(f"{one} and {other} both name {', '.join(shared)}. Keep each case in one list.")
     return train, test
+
+
+def validation_of(folder: Path) -> list[str]:
+    """Names of the validation cases; none if the set has no validation.list.
+
+    Raises:
+        UserError: for a list that is not valid or empty.
+    """
+    path = folder / VALIDATION
+    return read_list(path) if path.exists() else []
 
 
 def case_file(folder: Path, name: str) -> Path | None:

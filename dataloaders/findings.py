@@ -221,24 +221,26 @@ def _labels(facts: Sequence[Facts]) -> list[Finding]:
     return [Finding("warning", empty, text)]
 
 
-def duplicates(facts: Sequence[Facts], test: Sequence[str] = ()) -> list[Finding]:
+def duplicates(facts: Sequence[Facts], test: Sequence[str] = (), validation: Sequence[str] = ()) -> list[Finding]:
     """Findings about images that occur under several names, also turned or rounded.
 
-    A pair of a training case and a test case is an error, others are warnings.
+    A pair of cases from two of training, test and validation is an error, others are warnings.
 
     Args:
-        facts: facts of the cases of both lists.
-        test: names of the test cases.
+        facts: facts of the cases of all lists.
+        test, validation: names of the test and of the validation cases.
     """
     findings = []
+    uses = {**dict.fromkeys(test, "to test on"), **dict.fromkeys(validation, "to validate on")}
     for group in groups([x.fingerprint for x in facts]):
         names = tuple(facts[i].case.name for i in group)
         equal = len({facts[i].fingerprint[:DIGITS] for i in group}) == 1
-        leak = 0 < len(set(names) & set(test)) < len(names)
+        used = sorted({uses.get(name, "to train on") for name in names}, reverse=True)
         same = "the same image" if equal else "the same image, but for its direction, scale or rounding,"
-        so = "to train on and to test on: figures of such a test mean nothing" if leak else "which then counts as often"
+        leak = f"{' and '.join(used)}: figures of such a test mean nothing"
+        so = leak if len(used) > 1 else "which then counts as often"
         text = f"{same} under several names, {so}. Keep one of them in the lists."
-        findings.append(Finding("error" if leak else "warning", names, text))
+        findings.append(Finding("error" if len(used) > 1 else "warning", names, text))
     return findings
 
 

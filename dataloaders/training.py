@@ -11,6 +11,7 @@ from dataloaders.cases import (
     LA_FOLDER,
     LA_SPLITS,
     PHANTOM_FOLDER,
+    VALIDATION,
     Case,
     case_file,
     find_cases,
@@ -18,6 +19,7 @@ from dataloaders.cases import (
     lists_of,
     read_case,
     read_list,
+    validation_of,
 )
 from dataloaders.findings import Facts
 from dataloaders.phantom import make_phantom_set
@@ -145,6 +147,23 @@ def training_cases(
         )
     unlabeled_cases, missing = find_cases(folder, unlabeled_names, labeled=False, classes=classes)
     return [case for case in cases if case not in without] + unlabeled_cases, problems + missing, labeled_batch
+
+
+def validation_names(folder: Path) -> list[str]:
+    """Names of the cases that --validate-every scores.
+
+    Raises:
+        UserError: if the set has no validation.list, or lists that are not valid.
+    """
+    lists_of(folder)
+    names = validation_of(folder)
+    if not names:
+        raise UserError(
+            f"--validate-every: there is no {folder / VALIDATION}. Make the set with --validation-share of "
+            "tools.convert, or write there, one a line, labeled cases that are in no other list. LA has no validation "
+            "set: leave --validate-every out, and its last iteration counts."
+        )
+    return names
 
 
 def refuse_classes(cases: Sequence[Case], facts: Sequence[Facts], classes: int) -> None:

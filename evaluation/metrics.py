@@ -1,12 +1,20 @@
-"""Dice, Jaccard, ASD and 95HD, equal to medpy's bit for bit, and defined results for empty masks.
+"""Dice, Jaccard, ASD and 95HD, equal to medpy's bit for bit, NSD, and defined results for empty masks.
 
 For each metric medpy computes the borders and the distance of every voxel of the volume. Here the distances are
 computed once, in the joint box of both masks and for border voxels only. A search tree is used if the borders have few
 voxels and are close to each other, as those of segmentations are; otherwise (noise, distant shells) scipy's distance
 transform.
+
+NSD, the normalised surface Dice at a tolerance of t mm, is the share of the two surfaces that is within t of the other
+one: (A(P) + A(R)) / (area of P + area of R), where A(P) is the area of those elements of the prediction's surface whose
+distance to the reference's surface is at most t, and A(R) the converse. A surface has an element at each corner of
+voxels where inside and outside meet; its area is that of the marching cubes triangles between the eight voxels around
+that corner. That is the definition of Nikolov et al. (2018, https://arxiv.org/abs/1809.04430) and of their package
+surface-distance, which the Medical Segmentation Decathlon uses.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +24,7 @@ from medpy.metric import binary
 from numpy.typing import NDArray
 from scipy.ndimage import distance_transform_edt
 from scipy.spatial import KDTree
+from skimage.measure import marching_cubes, mesh_surface_area
 
 from utils.masks import box_of, inner_border
 
@@ -23,6 +32,7 @@ from utils.masks import box_of, inner_border
 COMPONENTS = ("all", "largest")  # without and with the largest-component filter
 METRICS = ("dice", "jaccard", "asd", "hd95")
 MM = ("asd_mm", "hd95_mm")
+OVERLAPS = ("dice", "jaccard", "nsd")  # in [0,1]; the last only where a tolerance is given
 PENALISED = "_penalised"  # suffix of a distance's name
 EMPTIES = ("no prediction", "no label", "neither")
 NAN = float("nan")
@@ -33,42 +43,92 @@ distances, estimated from PROBES voxels, is below FAR voxels."""
 
 
 def segmentation_metrics(
-    prediction: NDArray, reference: NDArray, spacing: Sequence[float] | None = None
+    prediction: NDArray, reference: NDArray, spacing: Sequence[float] | None = None, tolerance: float | None = None
 ) -> dict[str, float]:
     """Metrics of two masks of the same shape (W,H,D).
 
-    If only one mask is empty, Dice and Jaccard are 0 and the distances NaN (see `with_penalties`). If both are empty,
-    all metrics are NaN.
+    If only one mask is empty, Dice, Jaccard and NSD are 0 and the distances NaN (see `with_penalties`). If both are
+    empty, all metrics are NaN.
 
     Args:
         prediction, reference: (W,H,D); voxels above 0 are inside.
         spacing: mm along x, y, z, or None.
+        tolerance: of NSD, in mm; None: no NSD.
 
     Returns:
         dice and jaccard in [0,1]; asd, the mean distance from the prediction's border to the reference's (one
         direction, as medpy's asd); hd95, the 95th percentile of the distances in both directions. Distances are in
-        voxels and, with a spacing, also in mm as asd_mm and hd95_mm.
+        voxels and, with a spacing, also in mm as asd_mm and hd95_mm. With a tolerance nsd in [0,1].
 
     Raises:
-        ValueError: for different shapes.
+        ValueError: for different shapes, or a tolerance without a spacing.
     """
     a, b = np.asarray(prediction) > 0, np.asarray(reference) > 0
     if a.shape != b.shape:
         raise ValueError(f"the prediction has shape {a.shape}, the reference {b.shape}")
+    if tolerance is not None and spacing is None:
+        raise ValueError(f"a tolerance of {tolerance:g} mm needs a spacing")
     units = {"": np.ones(a.ndim)} | ({} if spacing is None else {"_mm": np.asarray(spacing, float)})
     if a.any() and b.any():
         box = box_of(a | b)
         a, b = a[box], b[box]
         scores = {"dice": float(binary.dc(a, b)), "jaccard": float(binary.jc(a, b))}
+        nsd = {}
+        if tolerance is not None and spacing is not None:
+            nsd["nsd"] = surface_dice(a, b, spacing, tolerance)
         a, b = inner_border(a), inner_border(b)
         forward, backward = (distances(*pair, list(units.values())) for pair in ((a, b), (b, a)))
         for unit, a_to_b, b_to_a in zip(units, forward, backward, strict=True):
             scores[f"asd{unit}"] = float(a_to_b.mean())
             scores[f"hd95{unit}"] = float(np.percentile(np.hstack((a_to_b, b_to_a)), 95))
-        return scores
+        return {**scores, **nsd}
     overlap = 0.0 if a.any() or b.any() else NAN
     names = [f"{name}{unit}" for unit in units for name in METRICS[2:]]
-    return {"dice": overlap, "jaccard": overlap, **dict.fromkeys(names, NAN)}
+    nsd = {} if tolerance is None else {"nsd": overlap}
+    return {"dice": overlap, "jaccard": overlap, **dict.fromkeys(names, NAN), **nsd}
+
+
+def surface_dice(a: NDArray[np.bool_], b: NDArray[np.bool_], spacing: Sequence[float], tolerance: float) -> float:
+    """NSD in [0,1] of two masks (W,H,D), neither of them empty, as defined at the top of this file.
+
+    Args:
+        a, b: the masks. Everything beyond the array is outside.
+        spacing: mm along x, y, z.
+        tolerance: in mm.
+    """
+    area_of = element_areas(tuple(map(float, spacing)))
+    codes = [corner_codes(np.pad(mask, 1)) for mask in (a, b)]
+    surfaces: list[NDArray[np.bool_]] = [(code > 0) & (code < 255) for code in codes]
+    near = total = 0.0
+    for i, one in enumerate(surfaces):
+        areas = area_of[codes[i][one]]
+        (away,) = distances(one, surfaces[1 - i], [np.asarray(spacing, float)])
+        near += float(areas[away <= tolerance].sum())
+        total += float(areas.sum())
+    return near / total
+
+
+def corner_codes(mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """Mask (W,H,D) -> for each inner corner of voxels, (W-1,H-1,D-1), which of the eight around it are inside: bits."""
+    code = np.zeros([side - 1 for side in mask.shape], np.uint8)
+    for bit, (x, y, z) in enumerate(np.ndindex(2, 2, 2)):
+        code |= mask[x:, y:, z:][: code.shape[0], : code.shape[1], : code.shape[2]].astype(np.uint8) << bit
+    return code
+
+
+@functools.cache
+def element_areas(spacing: tuple[float, ...]) -> NDArray[np.float64]:
+    """Code of `corner_codes` -> area in mm2 (256,) of the marching cubes triangles between the eight voxels.
+
+    A code and its complement have the same area: that of the one with fewer voxels inside.
+    """
+    areas = np.zeros(256)
+    for code in range(1, 255):
+        inside = np.array([code >> bit & 1 for bit in range(8)], np.float32).reshape(2, 2, 2)
+        inside = inside if inside.sum() <= 4 else 1 - inside
+        vertices, faces, _, _ = marching_cubes(inside, 0.5, spacing=spacing, method="lorensen")
+        areas[code] = mesh_surface_area(vertices, faces)
+    return areas
 
 
 def with_penalties(
@@ -144,7 +204,7 @@ def mean_text(values: Sequence[float]) -> str:
 
 
 def overlap_text(rows: Sequence[Mapping[str, Any]], name: str) -> str:
-    """Mean Dice or Jaccard of several scans in per cent, and the number of scans that have one if not all do.
+    """Mean Dice, Jaccard or NSD of several scans in per cent, and the number of scans that have one if not all do.
 
     A scan has none if both masks are empty.
     """

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from medpy.metric import binary
 from numpy.typing import NDArray
 
 from evaluation.metrics import (
     EMPTIES,
     METRICS,
     MM,
+    OVERLAPS,
     PENALISED,
     distance_text,
     distances_of,
@@ -29,10 +31,15 @@ In brackets: how many scans have a distance. A scan with only the prediction or 
 diagonal of its volume counts instead, and `these alone` is the mean of the others. Where both are empty the scan is
 not measured. The last three columns count such scans.
 """
+NSD_CAPTION = "NSD is the share of both surfaces that is at most {:g} mm from the other one.\n"
 
 
 def class_scores(
-    prediction: NDArray, label: NDArray, classes: int, spacing: Sequence[float] | None
+    prediction: NDArray,
+    label: NDArray,
+    classes: int,
+    spacing: Sequence[float] | None,
+    tolerance: float | None = None,
 ) -> list[dict[str, Any]]:
     """Metrics, penalised distances and voxel counts of two label maps.
 
@@ -40,6 +47,7 @@ def class_scores(
         prediction, label: (W,H,D) of 0..classes.
         classes: C.
         spacing: mm along x, y, z; None: distances in mm are NaN.
+        tolerance: of NSD, in mm; None: no NSD.
 
     Returns:
         One entry for a single class; for several an entry for each and one for their mean. The mean is over the classes
@@ -49,7 +57,7 @@ def class_scores(
     for c in range(1, classes + 1):
         a, b = prediction == c, label == c
         voxels = {"voxels": int(a.sum()), "label_voxels": int(b.sum())}
-        measured = with_penalties(segmentation_metrics(a, b, spacing), label.shape, spacing)
+        measured = with_penalties(segmentation_metrics(a, b, spacing, tolerance), label.shape, spacing)
         in_mm = {} if spacing else dict.fromkeys([*MM, *(name + PENALISED for name in MM)], math.nan)
         scores.append({"class": c, **measured, **in_mm, **voxels})
     if classes == 1:
@@ -60,11 +68,24 @@ def class_scores(
     return [*scores, {"class": MEAN, **mean}]
 
 
+def mean_dice(prediction: NDArray, label: NDArray, classes: int) -> float:
+    """Mean Dice in [0,1] over the classes in either label map (W,H,D) of 0..classes, as `class_scores` gives it.
+
+    NaN if both maps are empty.
+    """
+    pairs = [(prediction == c, label == c) for c in range(1, classes + 1)]
+    dices = [float(binary.dc(a, b)) for a, b in pairs if a.any() or b.any()]
+    return float(np.mean(dices)) if dices else math.nan
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown table of mean and SD over the scans, a line per output, filter and class; columns as in the papers."""
+    """Markdown table of mean and SD over the scans, a line per output, filter and class; columns as in the papers, and
+    NSD if the rows have it."""
     names = ["output", "component", *(["class"] if "class" in rows[0] else [])]
-    units = "scans | Dice % | Jaccard % | ASD voxel | 95HD voxel | ASD mm | 95HD mm"
-    lines = [f"| {' | '.join([*names, units, *EMPTIES])} |", "|---" * (len(names) + 10) + "|"]
+    units = ["scans", "Dice %", "Jaccard %", "ASD voxel", "95HD voxel", "ASD mm", "95HD mm"]
+    nsd = OVERLAPS[2:] if "nsd" in rows[0] else ()
+    header = [*names, *units, *("NSD %" for _ in nsd), *EMPTIES]
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
 
     def key_of(row: dict[str, Any]) -> tuple[str, ...]:
         return tuple(str(row[name]) for name in names)
@@ -73,12 +94,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         chosen = [row for row in rows if key_of(row) == key]
         cells = [overlap_text(chosen, name) for name in METRICS[:2]]
         cells += [distance_text([distances_of(chosen, name)]) for name in (*METRICS[2:], *MM)]
+        cells += [overlap_text(chosen, name) for name in nsd]
         lines.append(f"| {' | '.join([*key, str(len(chosen)), *cells, *map(str, empties(chosen))])} |")
     return "\n".join(lines) + "\n"
 
 
 def as_csv(rows: Sequence[dict[str, Any]]) -> str:
-    """CSV with a line per case, output, filter and, if there are several, class; Dice and Jaccard in [0,1]."""
+    """CSV with a line per case, output, filter and, if there are several, class; Dice, Jaccard and NSD in [0,1]."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()

@@ -178,6 +178,11 @@ def usual_stride(patch_size: Sequence[int], downsample: int) -> list[int]:
     return [min(max(step // downsample, 1), side) for step, side in zip(STRIDE, patch_size, strict=True)]
 
 
+def half_a_patch(patch_size: Sequence[int]) -> list[int]:
+    """The stride with which each voxel away from the edge is seen by eight windows."""
+    return [math.ceil(side / 2) for side in patch_size]
+
+
 def predict_scan(
     method: Any,
     image: Tensor,

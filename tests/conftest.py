@@ -41,6 +41,15 @@ def make_set(folder: Path, train: int = 8, test: int = 2, labeled: int = 4, shap
     return folder
 
 
+def make_validated_set(folder: Path) -> Path:
+    """As `make_set`, and three labeled cases in validation.list."""
+    make_set(folder, test=5)
+    names = (folder / "test.list").read_text().split()
+    (folder / "test.list").write_text("\n".join(names[:2]) + "\n")
+    (folder / "validation.list").write_text("\n".join(names[2:]) + "\n")
+    return folder
+
+
 def method_words(method: str) -> list[str]:
     """The flags of a method in a tiny run. UA-MT's teacher sees unlabeled crops alone: its batch-norm needs two."""
     more = {"ua-mt": "--batch-size 3", "dk-uxnet": "--query-channels 16 --groups 3 2 --levels 8 4"}

@@ -11,7 +11,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from conftest import GEOMETRY, ROOT, TINY, make_set, write_case
+from conftest import GEOMETRY, ROOT, TINY, make_set, make_validated_set, write_case
 from scipy import ndimage
 
 import train_dtml
@@ -158,6 +158,35 @@ def test_a_test_image_that_was_changed_is_a_leak_all_the_same(twin, tiny_set, ca
     lines, _ = run_check(tiny_set, capsys)
     (line,) = (line for line in lines if line.startswith("error:"))
     assert "case06, case09: the same image, but for its direction, scale or rounding, under several names, to" in line
+
+
+@pytest.mark.parametrize(
+    ("place", "so"),
+    [("case06", "to validate on and to train on: figures"), ("case09", "to validate on and to test on: figures")],
+)
+def test_a_validation_image_elsewhere_is_a_leak(place, so, tmp_path, capsys):
+    folder = make_validated_set(tmp_path / "set")
+    assert run_check(folder, capsys)[0] == []
+    change(folder, place, image=volumes(folder, "case11")[0])
+    lines, table = run_check(folder, capsys)
+    (line,) = (line for line in lines if line.startswith("error:"))
+    assert f"{place}, case11: the same image under several names, {so}" in line
+    assert table.startswith(" labeled | unlabeled | test | validation | LA")
+
+
+def test_the_validation_cases_are_looked_at(tmp_path, capsys):
+    folder = make_validated_set(tmp_path / "set")
+    drop_label(folder, "case10")
+    (folder / "case11" / "mri_norm2.h5").write_bytes(b"no h5")
+    change(folder, "case12", image=100 * volumes(folder, "case12")[0])
+    lines, _ = run_check(folder, capsys)
+    found = [line for line in lines if line.startswith(("error:", "warning:"))]
+    assert [name for line in found for name in ("case10", "case11", "case12") if name in line] == [
+        "case10", "case11", "case12"
+    ]  # fmt: skip
+    (folder / "validation.list").write_text("case12\ncase00\n")
+    with pytest.raises(UserError, match=r"both name case00\. Keep each case in one list"):
+        check.main([str(folder), *CHECK])
 
 
 # -- warnings --

@@ -347,7 +347,8 @@ def test_flags_that_make_no_sense_are_refused(scans, tmp_path):
 
 def test_every_flag_is_tested_here():
     tested = {"source", "out", "spacing", "interpolation", "labels", "crop", "test_share", "seed", "workers"}
-    assert {f.name for f in dataclasses.fields(convert.Options)} == tested | {"images_ts"}  # tests/test_sources.py
+    assert {f.name for f in dataclasses.fields(convert.Options)} == tested | {"images_ts", "validation_share"}
+    # the last two: tests/test_sources.py
 
 
 @pytest.mark.la
@@ -379,6 +380,6 @@ def test_the_challenge_s_folders_become_the_la_layout_that_is_trained_on(la, tmp
 def test_labeled_cases_come_first_whatever_they_are_called(tmp_path):
     """The first N of train.list are the labeled ones, so an unlabeled a must stand behind a labeled z."""
     scans = [Source(name, tmp_path / name, tmp_path / name if name > "m" else None) for name in "azbyxcw"]
-    train, test = choose_split(scans, challenge=False, share=0.25, seed=3)
+    train, test, _ = choose_split(scans, challenge=False, share=0.25, seed=3)
     assert len(test) == 1 and set(test) <= set("zyxw")
     assert set(train[:3]) == set("zyxw") - set(test) and sorted(train[3:]) == ["a", "b", "c"]

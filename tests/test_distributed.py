@@ -1,5 +1,6 @@
 """Two processes under torchrun: equal replicas, different batches, one run folder, and they stop together."""
 
+import csv
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, flat, make_set, method_words
+from conftest import ROOT, TINY, flat, make_set, make_validated_set, method_words
 
 import test_la
 from methods import METHODS
@@ -139,6 +140,8 @@ def ranks(data, tmp_path_factory):
         ["diverged", "diverge on rank 1", "dtml", [*flags_of(data, place / "runs", "diverged"), "--save-every", "1"]],
         ["stopped", "SIGTERM to rank 1", "dtml", [*flags_of(data, place / "runs", "stopped"), "--workers", "1"]],
         ["resumed", "", "dtml", ["--resume", str(place / "runs" / "stopped")]],
+        ["validated", "", "dtml", [*flags_of(make_validated_set(place / "set"), place / "runs", "validated"),
+                                   "--validate-every", "2"]],
         *([m, "", m, [*flags_of(data, place / "runs", m), *method_words(m), *MORE.get(m, [])]] for m in OTHERS),
         ["asdnet-stopped", "SIGTERM to rank 1", "asdnet", [*flags_of(data, place / "runs", "asdnet-stopped"),
                                                            "--method", "asdnet"]],
@@ -212,7 +215,7 @@ def test_each_process_has_its_own_batches(ranks):
 
 def test_one_folder_holds_the_run(ranks):
     _, runs = ranks
-    expected = {"diverged", "stopped", "whole", "asdnet-stopped", *OTHERS}
+    expected = {"diverged", "stopped", "whole", "validated", "asdnet-stopped", *OTHERS}
     assert {path.name for path in runs.iterdir()} == expected
     events = [path for path in (runs / "whole").iterdir() if "tfevents" in path.name]
     assert len(events) == 1
@@ -289,6 +292,21 @@ def test_48_a_killed_process_is_started_again_by_torchrun_and_ends_as_if_nothing
     assert differing(a["method"], b["method"]) == [] and flat(a["optimizer"]) == flat(b["optimizer"])
     curves = [(runs / "scalars.csv").read_text() for runs in (tmp_path / "runs" / "killed", ranks[1] / "whole")]
     assert curves[0] == curves[1]
+
+
+def test_the_scans_of_a_validation_are_shared_out_and_scored_with_the_weights_that_are_saved(ranks, tmp_path):
+    """Three scans, of which one process has two; each process has running statistics of its own in training."""
+    found, runs = ranks
+    for rank in (0, 1):
+        assert differing(found["validated", rank]["weights"], found["whole", rank]["weights"]) == []
+    last, whole, best = (load(runs / name) for name in ("validated/last.pt", "whole/last.pt", "validated/best.pt"))
+    assert flat(last["method"]) == flat(whole["method"]) and flat(last["optimizer"]) == flat(whole["optimizer"])
+    words = ["--checkpoint", str(runs / "validated" / "best.pt"), "--scans", "validation", "--stride", "8", "8", "8"]
+    test_la.main([*words, "--out", str(tmp_path), "--threads", "1", "--device", "cpu"])
+    with open(tmp_path / "cases.csv", newline="") as f:
+        rows = [row for row in csv.DictReader(f) if (row["output"], row["component"]) == ("seg", "all")]
+    assert len(rows) == 3
+    assert sum(float(row["dice"]) for row in rows) / 3 == pytest.approx(best["best"]["dice"], abs=2e-6)
 
 
 @pytest.mark.parametrize("scans", [3])

@@ -13,7 +13,7 @@ from typing import Any
 import h5py
 import pytest
 import torch
-from conftest import ROOT, TINY, flat, make_set, method_words
+from conftest import ROOT, TINY, flat, make_set, make_validated_set, method_words
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import predict
@@ -117,12 +117,14 @@ def learned(weights: dict[str, Any]) -> dict[str, Any]:
 def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the data sets `set` and `other`, in which paths of the tables below lie."""
     folder = tmp_path_factory.mktemp("flags")
-    make_set(folder / "set")
+    make_validated_set(folder / "set")
     make_set(folder / "other", shape=(22, 24, 18))
     for path in make_set(folder / "two").glob("*/mri_norm2.h5"):  # as `set`, half of each ball being the second class
         with h5py.File(path, "a") as f:
             if "label" in f:
                 f["label"][:, :11] *= 2
+    words = ["--data", str(folder / "set"), "--runs", str(folder), "--name", "origin", *BASE, "--seed", "5"]
+    train_dtml.main([*words, "--iterations", "1"])
     return folder
 
 
@@ -159,6 +161,7 @@ SHARED = {
     "normalize": [("--normalize scan", "")],
     "intensity": [("--intensity 0.3", ""), ("--intensity 0.3", "--intensity 0.1")],
     "sdm_of": [("--sdm-of scan", "--sdm-loss both")],
+    "init": [("--init origin", "")],
     "iterations": [("--iterations 4", "")],
     "precision": [("--precision bf16", "")],
     "batch_size": [("--batch-size 3", "--labeled-batch 2")],
@@ -390,6 +393,7 @@ HARMLESS: dict[str, tuple[str, Callable[[Trained], Any], Any]] = {
     "runs": ("--runs elsewhere", lambda r: r.folder.parts[0], "elsewhere"),
     "name": ("--name mine/too", lambda r: r.folder.parts[-2:], ("mine", "too")),
     "save_every": ("--save-every 1", lambda r: (r.folder / "previous.pt").exists(), True),
+    "validate_every": ("--validate-every 2", lambda r: (r.folder / "best.pt").exists(), True),
     "log_every": ("--log-every 2", lambda r: [row["iteration"] for row in r.scalars], [1, 2]),
     "picture_every": ("--picture-every 1", lambda r: r.pictures, ["labeled", "unlabeled"]),
 }
@@ -553,6 +557,7 @@ TEST_FLAGS: dict[str, tuple[list[str], Callable[[Outcome], Any]]] = {
     "checkpoint": (["--checkpoint", "{finished}/previous.pt"], lambda t: t.cases),
     "data": (["--data", "other"], lambda t: t.cases),
     "output": (["--output", "sdm", "mean"], lambda t: t.cases),
+    "nsd_tolerance": (["--nsd-tolerance", "1"], lambda t: t.settings.get("nsd_tolerance_mm")),
     "patch_size": (["--patch-size", "32", "16", "16"], lambda t: t.cases),
     "stride": (["--stride", "16", "5", "16"], lambda t: t.cases),
     "weighting": (["--weighting", "gaussian"], lambda t: t.cases),
@@ -574,9 +579,19 @@ def test_flag_of_the_test_changes_something(name, finished, usual_test, tmp_path
     words = [word.format(finished=finished, tmp=tmp_path) for word in words]
     other = run_test(finished, tmp_path / "out", *words)
     assert look(other) != look(usual_test)
-    changes_cases = name in ("checkpoint", "data", "output", "patch_size", "stride", "weighting", "flips", "precision")
+    changing = (
+        "checkpoint",
+        "data",
+        "output",
+        "nsd_tolerance",
+        "patch_size",
+        "stride",
+        "weighting",
+        "flips",
+        "precision",
+    )
     if name != "device" or not torch.cuda.is_available():
-        assert (other.cases != usual_test.cases) == changes_cases
+        assert (other.cases != usual_test.cases) == (name in changing)
 
 
 def test_output_named_twice_counts_once(finished, tmp_path):
@@ -793,6 +808,9 @@ def test_without_la_the_phantom_set_is_taken(tmp_path, monkeypatch):
         ("--method sassnet --adversarial-max 0.015 --labeled 8", "set/sassnet-8-adversarialmax0.015-seed1337"),
         ("--method double-unc --no-learnable", "set/double-unc-4-learnableFalse-seed1337"),
         ("--workers 4 --save-every 7", "set/dtml-4-seed1337"),
+        ("--init runs/pre", "set/dtml-4-init-pre-seed1337"),
+        ("--init runs/lr0.02-seed1", "set/dtml-4-init-lr0.02-seed1-seed1337"),
+        ("--init runs/pre/best.pt", "set/dtml-4-init-pre-best-seed1337"),
         ("--name mine", "mine"),
     ],
 )

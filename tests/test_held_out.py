@@ -61,7 +61,7 @@ def test_a_scan_of_the_training_is_not_tested_under_another_name(trained, tmp_pa
     with open(tmp_path / "set" / "test.list", "a") as f:
         f.write("twin\n")
     words = ["--checkpoint", str(trained / "run"), "--data", str(tmp_path / "set"), "--out", str(tmp_path / "out")]
-    with pytest.raises(UserError, match=r"twin: .*is a scan that this checkpoint was trained on"):
+    with pytest.raises(UserError, match=r"twin: .*is a scan of the training"):
         test_la.main([*words, "--threads", "1"])
     assert not (tmp_path / "out").exists()
 
@@ -97,7 +97,7 @@ def test_a_scan_of_the_training_is_known_by_its_image(trained, tmp_path, how, pl
     name = (tmp_path / "set" / "train.list").read_text().split()[place]
     put(tmp_path / "set", name, *CHANGED[how](*read_case(Case(name, case_file(tmp_path / "set", name), True))))
     words = ["--checkpoint", str(trained / "run"), "--data", str(tmp_path / "set"), "--out", str(tmp_path / "out")]
-    message = rf"^1 case is(?s:.*)twin: .*is a scan that this checkpoint was trained on, there called {name}"
+    message = rf"^1 case is(?s:.*)twin: .*is a scan of the training, there called {name}"
     with pytest.raises(UserError, match=message):
         test_la.main([*words, "--threads", "1"])
     assert not (tmp_path / "out").exists()
@@ -126,7 +126,7 @@ def test_an_early_checkpoint_still_refuses_the_very_scan(trained, tmp_path):
     test_la.main([*words, "--threads", "1"])
     name = (tmp_path / "set" / "train.list").read_text().split()[0]
     put(tmp_path / "set", name, *read_case(Case(name, case_file(tmp_path / "set", name), True)))
-    with pytest.raises(UserError, match=rf"twin: .*trained on, there called {name}"):
+    with pytest.raises(UserError, match=rf"twin: .*is a scan of the training, there called {name}"):
         test_la.main([*words, "--threads", "1"])
 
 

@@ -155,6 +155,7 @@ def test_conditions_name_options_or_what_a_method_says():
 OFF = {  # option of the script: flags that switch it off, and its own
     "unlabeled": ("--method supervised", "--unlabeled 2"),
     "sdm_of": ("--method ua-mt", "--sdm-of scan"),
+    "init": ("--resume elsewhere", "--init origin"),
     "lr_steps": ("--lr-schedule cosine", "--lr-steps 2"),
     "lr_gamma": ("--lr-steps", "--lr-gamma 0.5"),
     "momentum": ("--optimizer adamw", "--momentum 0.5"),
@@ -170,8 +171,8 @@ def test_every_condition_of_the_script_is_tested():
 
 HARMLESS_WITH = {  # option that changes no result: with which it would not even do what it is there for
     **dict.fromkeys(
-        ["data", "cache", "workers", "recompute", "runs", "name", "resume", "fresh", "save_every", "log_every",
-         "picture_every"], "--from-diagnostic x.pt",
+        ["data", "cache", "workers", "recompute", "runs", "name", "resume", "fresh", "save_every",
+         "validate_every", "log_every", "picture_every"], "--from-diagnostic x.pt",
     ),
     "cache_folder": "--cache ram",
 }  # fmt: skip

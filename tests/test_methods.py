@@ -477,7 +477,7 @@ def test_every_method_that_uses_unlabeled_scans_is_in_the_table():
 @pytest.mark.parametrize(("name", "term"), [(name, term) for name, terms in UNSUPERVISED.items() for term in terms])
 def test_the_unsupervised_term_moves_the_student_and_nothing_else(name, term):
     # k and the threshold low enough that tiny untrained networks are not saturated, as in the first iterations.
-    low = dict.fromkeys(("asdnet", "ad-mt"), {"threshold": 0.0})
+    low = {key: {"threshold": 0.0} for key in ("asdnet", "ad-mt")}
     options = {"dtml": {"k": 10.0}, "dtc": {"k": 10.0}, **low}.get(name, {})
     method, batch = make(name, **options), with_sdm(make_batch())
     if name == "ua-mt":

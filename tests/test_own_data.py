@@ -20,7 +20,7 @@ SMALL = ["--patch-size", "16", "16", "16", "--filters", "2", "--iterations", "2"
 
 def test_the_commands_of_the_page_lead_from_scans_to_segmentations(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    make_scans(tmp_path / "scans", labeled=10, unlabeled=2)
+    make_scans(tmp_path / "scans", labeled=12, unlabeled=2)
     make_scans(tmp_path / "made", labeled=0, unlabeled=2)
     (tmp_path / "made" / "images").rename(tmp_path / "new")
     done = []

@@ -460,24 +460,30 @@ def test_a_share_that_cannot_be_reached_is_told(tmp_path, capsys):
     assert lists_of(out) == lists
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(16))
 def test_however_a_set_grows_it_keeps_its_promises(seed):
     """Random sources, again and again, with lists that are shuffled by hand between."""
     draw = random.Random(seed)
     before, listed, has_label = Before(), {}, {}
-    share = draw.choice([None, 0.0, 0.3, 0.5])
+    share, to_validate = draw.choice([None, 0.0, 0.3, 0.5]), draw.choice([0.0, 0.2, 0.4]) if seed % 2 else 0.0
     for step in range(6):
         for i in range(draw.randint(2, 9) if step == 0 else draw.randint(0, 4)):
-            has_label[f"{draw.random()}"] = i < 2 if step == 0 and i < 3 else draw.random() < 0.6
+            has_label[f"{draw.random()}"] = i < 3 if step == 0 and i < 4 else draw.random() < 0.6
         for name in has_label:
             has_label[name] |= name in before.train and draw.random() < 0.1
         scans = [Source(x, Path(x), Path(x) if has_label[x] else None) for x in sorted(has_label, key=hash)]
         scans = scans if step == 0 else [scan for scan in scans if draw.random() < 0.8]  # some are gone
-        train, test = choose_split(scans, challenge=False, share=share, seed=seed, before=before)
+        words = {"challenge": False, "share": share, "seed": seed, "before": before}
+        train, test, validation = choose_split(scans, **words, validation_share=to_validate)
+        assert test == choose_split(scans, **words)[1]
         labeled = frozenset(name for name in has_label if has_label[name])
-        lists = grown(before, train, test, labeled=labeled, listed=listed)
-        now, now_test = lists["train"], lists["test"]
-        assert len({*now, *now_test}) == len(now) + len(now_test) and {scan.name for scan in scans} <= {*now, *now_test}
+        lists = grown(before, train, test, validation, labeled=labeled, listed=listed)
+        now, now_test, validated = lists["train"], lists["test"], lists["validation"]
+        everything = [*now, *now_test, *validated]
+        assert len({*everything}) == len(everything) and {scan.name for scan in scans} <= {*everything}
+        assert validated[: len(before.validation)] == before.validation and set(validated) <= labeled
+        assert bool(validated) == (to_validate > 0) and len(validated) <= max(round(to_validate * len(labeled)), 1)
+        assert set(now) & labeled and not set(before.train) & set(validated)
         assert now_test[: len(before.test)] == before.test and not set(before.train) & set(now_test)
         assert set(now_test) <= labeled and now_test
         late = {x for x in before.train if x in labeled and not listed[x]}
@@ -486,11 +492,66 @@ def test_however_a_set_grows_it_keeps_its_promises(seed):
         assert now[:first] == before.train[:first]
         prefix = next((i for i, x in enumerate(now) if x not in labeled), len(now))
         assert {x for x in now if x in labeled and (x not in before.train or x in late)} <= set(now[:prefix])
-        listed |= {name: name in labeled for name in [*now, *now_test]}
+        listed |= {name: name in labeled for name in everything}
         if draw.random() < 0.5:
             draw.shuffle(now)
             draw.shuffle(now_test)
-        before = Before(now, now_test, frozenset(labeled & {*now, *now_test}))
+            draw.shuffle(validated)
+        before = Before(now, now_test, frozenset(labeled & {*everything}), validation=validated)
+
+
+def validation_list(out: Path) -> list[str]:
+    return (out / "validation.list").read_text().split()
+
+
+def test_validation_cases_are_labeled_ones_that_would_be_trained_on_and_stay_when_the_set_grows(tmp_path, capsys):
+    source = decathlon(tmp_path / "Task", labeled=10)
+    train, test = lists_of(converted(source, tmp_path / "without"))
+    assert not (tmp_path / "without" / "validation.list").exists()
+    capsys.readouterr()
+    out = converted(source, tmp_path / "set", "--validation-share", "0.3")
+    assert "train.list: 5 labeled, then 2 unlabeled; test.list: 2; validation.list: 3\n" in capsys.readouterr().out
+    now, now_test = lists_of(out)
+    chosen = validation_list(out)
+    assert now_test == test and sorted([*now, *chosen]) == sorted(train) and now == [x for x in train if x in now]
+    assert set(chosen) <= set(train[:8]) and len(chosen) == 3
+    for i in range(20, 25):
+        add(source, f"ball_{i:03d}", seed=i)
+    (out / "validation.list").write_text("\n".join(chosen[::-1]))
+    converted(source, out, "--validation-share", "0.3")
+    assert validation_list(out)[:3] == chosen[::-1] and len(validation_list(out)) == 4  # of 15 labeled ones
+    assert set(now) <= set(lists_of(out)[0]) and lists_of(out)[1][:2] == test
+    before = [(out / f"{split}.list").read_bytes() for split in ("train", "test", "validation")]
+    converted(source, out)  # without the share no more of them are chosen, and none goes
+    assert before == [(out / f"{split}.list").read_bytes() for split in ("train", "test", "validation")]
+    (out / "validation.list").write_text("\n".join(chosen[1:]))
+    converted(source, out)
+    assert chosen[0] not in {*validation_list(out), *lists_of(out)[0], *lists_of(out)[1]}
+
+
+def test_no_case_of_a_set_goes_from_train_list_to_validation_list(tmp_path, capsys):
+    source = decathlon(tmp_path / "Task")
+    out = converted(source, tmp_path / "set")
+    lists = lists_of(out)
+    with pytest.raises(UserError, match=r"--validation-share 0\.2: none of the 5 labeled cases to train on"):
+        converted(source, out, "--validation-share", "0.2")
+    assert lists_of(out) == lists
+    add(source, "late", seed=40)
+    capsys.readouterr()
+    converted(source, out, "--validation-share", "0.5")
+    assert validation_list(out) == ["late"] and lists_of(out) == lists
+    assert "--validation-share 0.5 asks for 4 validation cases, and 1 can be had" in capsys.readouterr().out
+
+
+def test_a_validation_case_that_is_a_test_case_of_the_source_is_refused(tmp_path):
+    source = decathlon(tmp_path / "Task", labeled=10)
+    out = converted(source, tmp_path / "set", "--validation-share", "0.1")
+    (name,) = validation_list(out)
+    rows = [f"Task/imagesTr/{x}.nii.gz,Task/labelsTr/{x}.nii.gz,{'test' if x == name else 'train'}"
+            for x in [*lists_of(out)[0][:7], name]]  # fmt: skip
+    (tmp_path / "scans.csv").write_text("\n".join(["image,label,split", *rows]))
+    with pytest.raises(UserError, match=rf"{name} stands in validation\.list and is a test case of the source"):
+        converted(tmp_path / "scans.csv", out)
 
 
 def test_lists_made_by_hand_for_cases_that_were_not_converted_here_are_kept(tmp_path):

@@ -5,8 +5,8 @@
     python -m tools.check FOLDER --classes 3 --all-labels
 
 An error must be fixed before training (exit code 2), a warning is worth a look, a note is good to know; each names the
-cases and what to do. The labels of the first --labeled training cases and of the test cases are opened, those of the
-others only with --all-labels. A table at the end compares the set with LA.
+cases and what to do. The labels of the first --labeled training cases, of the test and of the validation cases are
+opened, those of the others only with --all-labels. A table at the end compares the set with LA.
 """
 
 import dataclasses
@@ -35,6 +35,7 @@ from dataloaders.cases import (
     lists_of,
     read_case,
     told_geometry,
+    validation_of,
 )
 from dataloaders.findings import (
     GIB,
@@ -117,15 +118,20 @@ def _parts(mask: NDArray[np.bool_]) -> list[int]:
 
 
 def findings_of_looks(
-    looks: Sequence[Look], *, classes: int, labeled: Sequence[str], test: Sequence[str]
+    looks: Sequence[Look],
+    *,
+    classes: int,
+    labeled: Sequence[str],
+    test: Sequence[str],
+    validation: Sequence[str] = (),
 ) -> list[Finding]:
     """Findings that training does not report itself: labels, parts, sizes of objects, duplicates."""
     good = [x for x in looks if x.facts is not None]
     fix = "Fix the file or take the case out of the lists."
     findings = [Finding("error", (x.name,), f"{x.problem}. {fix}") for x in looks if x.problem]
-    findings += duplicates([x.facts for x in good if x.facts], test)
+    findings += duplicates([x.facts for x in good if x.facts], test, validation)
     findings += _same_labels(good)
-    findings += _classes(good, classes, {"labeled training": labeled, "test": test})
+    findings += _classes(good, classes, {"labeled training": labeled, "test": test, "validation": validation})
     findings += _sizes(good)
     for x in good:
         for c, (first, *others) in x.parts.items():
@@ -170,7 +176,7 @@ def _classes(looks: Sequence[Look], classes: int, groups: dict[str, Sequence[str
         for c in range(1, classes + 1):
             without = tuple(name for name, counts in voxels.items() if c not in counts)
             if voxels and len(without) == len(voxels):
-                what = "scored" if group == "test" else "learned"
+                what = "scored" if group in ("test", "validation") else "learned"
                 text = f"no {group} case has class {c}, so that it cannot be {what}. "
                 findings.append(Finding("warning", (), text + "See --classes and the order of the list."))
             elif without:
@@ -220,13 +226,14 @@ def check(folder: Path, o: Options) -> tuple[list[Finding], str]:
         UserError: a missing folder, or lists that cannot be read or name a case twice; nothing can be checked then.
     """
     train, test = lists_of(folder)
+    validation = validation_of(folder)
     count = usual_labeled(folder) if o.labeled is None else o.labeled
     if count > len(train):
         raise UserError(f"--labeled {count} is more than the {len(train)} training cases of {folder}. Give fewer.")
     labeled, unlabeled = train[:count], train[count:]
     cases: list[Case] = []
     missing: list[Finding] = []
-    for names, opened in ((labeled, True), (unlabeled, o.all_labels), (test, True)):
+    for names, opened in ((labeled, True), (unlabeled, o.all_labels), (test, True), (validation, True)):
         usable, problems = find_cases(folder, names, labeled=opened, classes=o.classes)
         cases += [dataclasses.replace(case, labeled=opened and _may_open(case, names is unlabeled)) for case in usable]
         for problem in problems:
@@ -235,16 +242,15 @@ def check(folder: Path, o: Options) -> tuple[list[Finding], str]:
     looks = list(_each(cases, o))
     good = {x.name: x.facts for x in looks if x.facts}
     patch_size = o.patch_size or (PHANTOM_PATCH if is_phantom(folder) else PATCH)
-    groups = {
-        name: [good[n] for n in names if n in good]
-        for name, names in {"labeled": labeled, "unlabeled": unlabeled, "test": test}.items()
-    }
+    lists = {"labeled": labeled, "unlabeled": unlabeled, "test": test}
+    lists |= {"validation": validation} if validation else {}
+    groups = {name: [good[n] for n in names if n in good] for name, names in lists.items()}
     everything = [
         *missing,
-        *findings_of_looks(looks, classes=o.classes, labeled=labeled, test=test),
+        *findings_of_looks(looks, classes=o.classes, labeled=labeled, test=test, validation=validation),
         *findings_of(list(good.values()), patch_size=patch_size, downsample=o.downsample),
         *_memory(groups["labeled"] + groups["unlabeled"]),
-        *unlisted(folder, [*train, *test]),
+        *unlisted(folder, [*train, *test, *validation]),
     ]
     return sorted(everything, key=lambda finding: LEVELS.index(finding.level)), table(groups, o.classes)
 

@@ -16,13 +16,13 @@ What --source may be:
 
 The axes of each scan are brought to RAS, those of the challenge's folders stay as the published LA set has them. It is
 normalised to zero mean and unit variance over all its voxels, then resampled, then cropped. --out gets
-NAME/mri_norm2.h5, train.list, the labeled cases first, test.list, and dataset.json, which holds the classes' names and
-which cases were ever listed. What is there already is left alone, so the same command goes on where it was stopped;
-what was made from another file or with other options is refused.
+NAME/mri_norm2.h5, train.list, the labeled cases first, test.list, with --validation-share also validation.list, and
+dataset.json, which holds the classes' names and which cases were ever listed. What is there already is left alone, so
+the same command goes on where it was stopped; what was made from another file or with other options is refused.
 
 A set can grow: the lists keep their lines, whatever order they were brought to, and no case goes from one to the other.
 New labeled cases are added behind the labeled ones that train.list begins with, new unlabeled ones at its end, new test
-cases at the end of test.list.
+cases at the end of test.list, new validation cases at the end of validation.list.
 """
 
 import contextlib
@@ -49,7 +49,16 @@ from dataloaders.images import (
 from dataloaders.orientation import RAS
 from tools.case_of_scan import CROPS, Job, Outcome, attributes_of, convert_case
 from tools.growing import SPLITS, Before, grown, labeled_of, listed_in, read_before, write_set
-from tools.sources import IMAGES_TS, Source, SourceSet, choose_split, count_to_test, find_sources, shown
+from tools.sources import (
+    IMAGES_TS,
+    Source,
+    SourceSet,
+    choose_split,
+    count_to_test,
+    count_to_validate,
+    find_sources,
+    shown,
+)
 from utils.errors import UserError, ignore_stop_signals, run
 from utils.options import Parser, fill, option
 
@@ -87,13 +96,22 @@ class Options:
         minimum=0,
         maximum=1,
     )
+    validation_share: float = option(
+        0.0,
+        "share of the labeled cases for validation.list, on which train_dtml.py --validate-every chooses the best "
+        "checkpoint; they are taken from those that would be trained on",
+        minimum=0,
+        maximum=1,
+    )
     images_ts: str = option(
         "",
         "scans of imagesTs that have no label: train on them without one, or leave them out (default leave where "
         "labelsTs has labels of others of them, else unlabeled)",
         choices=IMAGES_TS,
     )
-    seed: int = option(1337, "of margins and of the choice of test cases, with each case's name", minimum=0)
+    seed: int = option(
+        1337, "of margins and of the choice of test and validation cases, with each case's name", minimum=0
+    )
     workers: int = option(1, "processes; their number changes nothing in the files", minimum=1)
 
 
@@ -212,7 +230,8 @@ def summary(
     lines = [", ".join(parts)]
     train = [name in labeled for name in lists["train"]]
     first = next((i for i, has_label in enumerate(train) if not has_label), len(train))
-    lines.append(f"train.list: {first} labeled, then {len(train) - first} unlabeled; test.list: {len(lists['test'])}")
+    line = f"train.list: {first} labeled, then {len(train) - first} unlabeled; test.list: {len(lists['test'])}"
+    lines.append(line + (f"; validation.list: {len(lists['validation'])}" if lists["validation"] else ""))
     if later := sum(train[first:]):
         lines.append(f"{later} of those unlabeled ones have a label, but stand behind one that has none")
     values = Counter(value for outcome in outcomes for value in outcome.values)
@@ -233,7 +252,12 @@ def summary(
 
 
 def remarks(
-    source_set: SourceSet, lists: dict[str, list[str]], before: Before, share: float | None, source: Path
+    source_set: SourceSet,
+    lists: dict[str, list[str]],
+    before: Before,
+    share: float | None,
+    validation_share: float,
+    source: Path,
 ) -> list[str]:
     """Lines about files that were not read, and about lists that a user may not expect."""
     lines = []
@@ -249,6 +273,12 @@ def remarks(
     labeled = (before.labeled | {scan.name for scan in source_set.scans if scan.label is not None}) - before.taken_out
     if share is not None and before.test and (wanted := count_to_test(len(labeled), share)) != len(lists["test"]):
         lines.append(f"--test-share {share:g} asks for {wanted} test cases; no case goes from one list to the other")
+    wanted = count_to_validate(len(labeled), validation_share)
+    if validation_share and wanted != (there := len(lists["validation"])):
+        lines.append(
+            f"--validation-share {validation_share:g} asks for {wanted} validation cases, and {there} can be had: no "
+            "case goes from one list to another, and one labeled case is left to train on"
+        )
     published = [name for name in read_list(LA_SPLITS / "train.list") if name in set(lists["train"])]
     if source_set.challenge and set(lists["train"]) == set(published) and lists["train"] != published:
         lines.append(
@@ -284,7 +314,10 @@ def main(argv: list[str] | None = None) -> None:
         for scan in scans
     ]  # fmt: skip
     kept = keep(out, before, {scan.name for scan in scans}, jobs[0].settings)
-    train, test = choose_split(scans, challenge=source_set.challenge, share=o.test_share, seed=o.seed, before=before)
+    train, test, validation = choose_split(
+        scans, challenge=source_set.challenge, share=o.test_share, seed=o.seed, validation_share=o.validation_share,
+        before=before,
+    )  # fmt: skip
     without = [scan.name for scan in scans if scan.name in test and scan.label is None]
     if without:
         raise UserError(f"{', '.join(without[:5])} cannot be tested on without label. Add it, or make it a train case.")
@@ -301,13 +334,14 @@ def main(argv: list[str] | None = None) -> None:
     # the cases, and the lists of those that were not refused
     outcomes = list(tqdm(outcomes_of(jobs, o.workers), total=len(jobs), unit="scan", disable=not sys.stderr.isatty()))
     refused = {outcome.name: outcome.why for outcome in outcomes if outcome.status == "refused"}
-    train, test = ([name for name in new if name not in refused] for new in (train, test))
-    labeled = labeled_of(out, [*before.train, *before.test, *train, *test])
-    lists = grown(before, train, test, labeled=labeled, listed=listed_in(out))
+    train, test, validation = ([name for name in new if name not in refused] for new in (train, test, validation))
+    everything = [*before.train, *before.test, *before.validation, *train, *test, *validation]
+    labeled = labeled_of(out, everything)
+    lists = grown(before, train, test, validation, labeled=labeled, listed=listed_in(out))
     if lists["train"] and lists["test"]:
         write_set(out, lists, labeled, names)
         lines = summary([*outcomes, *kept], lists, labeled, names)
-        print("\n".join(lines + remarks(source_set, lists, before, o.test_share, Path(o.source))))
+        print("\n".join(lines + remarks(source_set, lists, before, o.test_share, o.validation_share, Path(o.source))))
     if refused:
         listing = "\n".join(f"  {name}: {why}" for name, why in refused.items())
         raise UserError(f"{len(refused)} of {len(scans)} scans were refused, the others are in {out}:\n{listing}")

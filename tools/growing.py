@@ -6,17 +6,17 @@ from pathlib import Path
 
 import h5py
 
-from dataloaders.cases import case_file, lists_of, read_list
+from dataloaders.cases import case_file, lists_of, read_list, validation_of
 from dataloaders.class_names import DATASET
 from utils.checkpoint import write_whole
 from utils.run_folder import read_json, write_json
 
-SPLITS = ("train", "test")
+SPLITS = ("train", "test", "validation")
 
 
 @dataclass(frozen=True)
 class Before:
-    """The lists of a set that is to grow, both empty for a new one."""
+    """The lists of a set that is to grow, all empty for a new one."""
 
     train: list[str] = field(default_factory=list)
     test: list[str] = field(default_factory=list)
@@ -24,22 +24,24 @@ class Before:
     """Those of them that have a label."""
     taken_out: frozenset[str] = frozenset()
     """What was once in the lists, and was taken out by hand."""
+    validation: list[str] = field(default_factory=list)
 
 
 def read_before(out: Path) -> Before:
-    """The lists that a set has, none if it is new; where one of them is missing, its cases count as new.
+    """The lists that a set has, none if it is new; where train.list or test.list is missing, its cases count as new.
 
     Raises:
-        UserError: lists that cannot be read, or that both name a case.
+        UserError: lists that cannot be read, or of which two name a case.
     """
-    paths = [out / f"{split}.list" for split in SPLITS]
+    paths = [out / f"{split}.list" for split in ("train", "test")]
+    validation = validation_of(out)
     if all(path.exists() for path in paths):
         train, test = lists_of(out)
-        taken_out = frozenset(listed_in(out).keys() - {*train, *test})
+        taken_out = frozenset(listed_in(out).keys() - {*train, *test, *validation})
     else:
         train, test = (read_list(path) if path.exists() else [] for path in paths)
         taken_out = frozenset()
-    return Before(train, test, labeled_of(out, [*train, *test]), taken_out)
+    return Before(train, test, labeled_of(out, [*train, *test, *validation]), taken_out, validation)
 
 
 def labeled_of(out: Path, names: Sequence[str]) -> frozenset[str]:
@@ -62,9 +64,15 @@ def listed_in(out: Path) -> dict[str, bool]:
 
 
 def grown(
-    before: Before, train: Sequence[str], test: Sequence[str], *, labeled: Container[str], listed: dict[str, bool]
+    before: Before,
+    train: Sequence[str],
+    test: Sequence[str],
+    validation: Sequence[str] = (),
+    *,
+    labeled: Container[str],
+    listed: dict[str, bool],
 ) -> dict[str, list[str]]:
-    """The lists with the new cases of `train` and `test`.
+    """The lists with the new cases of `train`, `test` and `validation`.
 
     The old lines stay in their order. New labeled cases follow the labeled ones that train.list begins with, and so do
     those that got a label since they were `listed`: what the first N were, if those were labeled, they still are.
@@ -74,12 +82,17 @@ def grown(
     first = next((i for i, name in enumerate(old) if name not in labeled), len(old))
     new = [name for name in train if name in labeled]
     others = [name for name in train if name not in labeled]
-    return {"train": [*old[:first], *late, *new, *old[first:], *others], "test": [*before.test, *test]}
+    return {
+        "train": [*old[:first], *late, *new, *old[first:], *others],
+        "test": [*before.test, *test],
+        "validation": [*before.validation, *validation],
+    }
 
 
 def write_set(out: Path, lists: dict[str, list[str]], labeled: Container[str], names: dict[int, str]) -> None:
-    """Writes train.list and test.list, then dataset.json with the names of the classes and every case ever listed."""
-    for split in SPLITS:
+    """Writes the lists, of validation cases only if there are any, then dataset.json with the names of the classes and
+    every case ever listed."""
+    for split in (split for split in SPLITS if lists[split]):
         write_whole(out / f"{split}.list", "".join(f"{name}\n" for name in lists[split]).encode())
     labels = {"labels": {0: "background", **names}} if names else {}
     listed = listed_in(out) | {name: name in labeled for split in SPLITS for name in lists[split]}

@@ -19,7 +19,7 @@ from utils.shared_weights import ENDING, PIECES, read_shared
 
 FORMAT = 1
 CONTENTS = ("options", "iteration", "seconds", "checksums", "processes", "method", "optimizer")
-LAST, PREVIOUS = "last.pt", "previous.pt"
+LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
 CHUNK = 2**20
 BARE_WEIGHTS = (
     "Bare weights, as the released codes save them, do not name their method: test_la.py tests them with --method NAME."
@@ -166,6 +166,13 @@ def _checked(state: dict[str, Any]) -> dict[str, Any]:
             f"{path} is no whole checkpoint: {', '.join(wrong) or 'its method'} is amiss. Use an older one."
         )
     return {**state, "options": renamed(state["options"])}
+
+
+def unfinished(state: dict[str, Any]) -> str:
+    """How far a checkpoint's run had come, if it was to go on; '' for the last checkpoint of a run and for best.pt."""
+    done, iterations = state["iteration"], state["options"]["iterations"]
+    best = Path(state["file"]).name == BEST
+    return "" if best or done >= iterations else f"{done} of {iterations} iterations"
 
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:

@@ -75,19 +75,22 @@ class Report:
         for name, value in texts.items():
             self.board.add_text(name, "```\n" + json.dumps(value, indent=2) + "\n```", self.start)
 
-    def iteration(self, iteration: int, losses: Any, lr: float, clock: Clock, memory: float) -> None:
+    def iteration(
+        self, iteration: int, losses: Any, lr: float, clock: Clock, memory: float, scores: Mapping[str, float] = {}
+    ) -> None:
         """After the optimiser step of an iteration, counted from 0 here, in scalars.csv and in TensorBoard: `losses` is
-        methods.base.Losses, `lr` the learning rate of the step, `memory` the peak in GiB so far."""
+        methods.base.Losses, `lr` the learning rate of the step, `memory` the peak in GiB so far, `scores` those of the
+        validation, with which an iteration is always logged."""
         self.bar.update()
         done = iteration + 1
-        if done % self.log_every and done != self.iterations:
+        if done % self.log_every and done != self.iterations and not scores:
             return
         now = time.monotonic()
         speed = (done - self.last) / max(now - self.clock, 1e-9)
         self.last, self.clock = done, now
         terms = {f"loss/{name}": float(value.detach()) for name, value in losses.terms.items()}
         monitors = {name: float(value) for name, value in losses.monitors.items()}
-        curves = {"loss/total": float(losses.total.detach()), **terms, **losses.weights, "lr": lr, **monitors}
+        curves = {"loss/total": float(losses.total.detach()), **terms, **losses.weights, "lr": lr, **monitors, **scores}
         shares = {f"time/{name}": share for name, share in clock.shares().items()}
         for name, value in {**curves, "speed/iterations_per_s": speed, "memory/peak_gib": memory, **shares}.items():
             self.board.add_scalar(name, value, iteration)

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import platform
 import re
@@ -172,23 +173,36 @@ def digest(*arrays: Any) -> str:
 
 
 class Scalars:
-    """scalars.csv: the curves as text, a row for every logged iteration. A resumed run drops rows from `start` on."""
+    """scalars.csv: the curves as text, a row for every logged iteration. A resumed run drops rows from `start` on.
+
+    A curve that begins later gets a column of its own then; a row without a value has nan there.
+    """
 
     def __init__(self, folder: Path, start: int):
         self.path = folder / SCALARS
         self.names: list[str] = []
         if self.path.exists():
-            with open(self.path, newline="", encoding="utf-8") as f:
-                self.names, *rows = list(csv.reader(f)) or [[]]
-            kept = [row for row in rows if row and int(row[0]) < start]
-            text = io.StringIO()
-            csv.writer(text, lineterminator="\n").writerows([self.names, *kept] if self.names else [])
-            write_whole(self.path, text.getvalue().encode())
+            self.names, *rows = self._read()
+            self._write([row for row in rows if row and int(row[0]) < start])
+
+    def _read(self) -> list[list[str]]:
+        with open(self.path, newline="", encoding="utf-8") as f:
+            return list(csv.reader(f)) or [[]]
+
+    def _write(self, rows: list[list[str]]) -> None:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([self.names, *rows] if self.names else [])
+        write_whole(self.path, text.getvalue().encode())
 
     def add(self, iteration: int, values: dict[str, float]) -> None:
+        new = [name for name in values if name not in self.names]
+        if self.names and new:
+            _, *rows = self._read()
+            self.names += new
+            self._write([row + ["nan"] * len(new) for row in rows])
         with open(self.path, "a", newline="", encoding="utf-8") as f:
             writer = csv.writer(f, lineterminator="\n")
             if not self.names:
                 self.names = ["iteration", *values]
                 writer.writerow(self.names)
-            writer.writerow([iteration, *(f"{values[name]:.6g}" for name in self.names[1:])])
+            writer.writerow([iteration, *(f"{values.get(name, math.nan):.6g}" for name in self.names[1:])])

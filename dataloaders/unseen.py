@@ -1,0 +1,45 @@
+"""Labeled cases that a training has not seen."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from dataloaders.cases import Case, CaseError, check_all, find_cases, read_case, read_geometry
+from dataloaders.likeness import DIGITS, alike, fingerprint
+from utils.run_folder import digest
+
+
+def open_cases(
+    folder: Path, names: Sequence[str], classes: int, seen: Mapping[str, str], images: Mapping[str, str]
+) -> tuple[list[Case], list[tuple[int, ...]]]:
+    """Reads all cases once, so that errors are raised before any prediction.
+
+    Args:
+        folder: the data set.
+        names: names of the cases.
+        classes: C, the largest allowed label value.
+        seen: name -> checksum of the scans used in training.
+        images: name -> fingerprint of these scans; empty for early checkpoints.
+
+    Returns:
+        The cases and their shapes.
+
+    Raises:
+        UserError: naming all unusable cases and all that were used in training.
+    """
+    marks = {**{checksum: name for name, checksum in seen.items()}, **{x[:DIGITS]: name for name, x in images.items()}}
+    cases, problems = find_cases(folder, names, labeled=True, classes=classes)
+    shapes: list[tuple[int, ...]] = []
+
+    def check(case: Case) -> None:
+        image, label = read_case(case)
+        assert label is not None
+        read_geometry(case)
+        mark = fingerprint(image)
+        matches = [name for name, same in zip(images, alike(mark, list(images.values())), strict=True) if same]
+        matches += [marks[x] for x in (mark[:DIGITS], digest(image, label)) if x in marks]
+        if matches:
+            raise CaseError(f"is a scan of the training, there called {matches[0]}")
+        shapes.append(image.shape)
+
+    check_all(cases, check, problems)
+    return cases, shapes

@@ -1,0 +1,139 @@
+"""--init: what a run takes from the weights of another one, what begins anew, and what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, flat, make_set
+
+import test_la
+import train_dtml
+from methods import METHODS
+from tools import share
+from utils.errors import UserError
+
+WORDS = [*TINY, "--iterations", "2", "--save-every", "1", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `set`, and the run `pre` on it."""
+    folder = tmp_path_factory.mktemp("init")
+    make_set(folder / "set")
+    train(folder, "pre", "--seed", "5", "--lr", "0.1")
+    return folder
+
+
+def train(folder: Path, name: str, *words: str) -> Path:
+    argv = ["--data", str(folder / "set"), "--runs", str(folder), "--name", name, *WORDS, *words]
+    train_dtml.main(argv)
+    return folder / name
+
+
+def load(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def parameters(path: Path) -> dict:
+    """The weights without the running statistics of the batch norms, which move with a learning rate of 0 too."""
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    return flat({k: v for k, v in load(path)["method"].items() if not k.endswith(statistics)})
+
+
+def test_with_a_learning_rate_of_0_the_weights_are_those_of_the_other_run(folder):
+    run = train(folder, "still", "--init", str(folder / "pre"), "--lr", "0", "--iterations", "1")
+    assert parameters(run / "last.pt") == parameters(folder / "pre" / "last.pt")
+    assert parameters(run / "last.pt") != parameters(train(folder, "cold", "--lr", "0") / "last.pt")
+
+
+def test_iteration_and_optimiser_begin_anew(folder):
+    """The first step is as if there were no other: momentum is the gradient itself, a critic's Adam takes step 1."""
+    for method in ("dtml", "sassnet"):
+        pre = train(folder, f"pre-{method}", "--method", method, "--lr", "0.1")
+        run = train(folder, f"run-{method}", "--method", method, "--init", str(pre), "--iterations", "1", "--lr-steps")
+        state = load(run / "last.pt")
+        assert state["iteration"] == 1
+        if method == "sassnet":
+            steps = {float(e["step"]) for e in state["method"]["adversary._extra_state"]["state"].values()}
+            assert steps == {1.0}
+    before, after = (load(path / "last.pt") for path in (folder / "pre-dtml", folder / "run-dtml"))
+    name = next(
+        name for name, _ in METHODS["dtml"](METHODS["dtml"].Options(filters=2), iterations=1).named_parameters()
+    )
+    momentum = after["optimizer"]["state"][0]["momentum_buffer"]
+    torch.testing.assert_close(after["method"][name], before["method"][name] - 0.01 * momentum)
+
+
+@pytest.mark.parametrize("what", ["file", "shared"])
+def test_a_file_and_shared_weights_start_the_same_run(what, folder, tmp_path):
+    usual = train(folder, f"of-folder-{what}", "--init", str(folder / "pre"))
+    origin = folder / "pre" / "last.pt"
+    if what == "shared":
+        share.main([str(folder / "pre"), str(tmp_path / "weights"), "--exact"])
+        origin = tmp_path / "weights"
+    other = train(folder, f"of-{what}", "--init", str(origin))
+    assert flat(load(usual / "last.pt")["method"]) == flat(load(other / "last.pt")["method"])
+
+
+def test_where_the_weights_come_from_is_written_down_and_replayed(folder):
+    run = train(folder, "first", "--init", str(folder / "pre"))
+    about = json.loads((run / "manifest.json").read_text())
+    assert about["options"]["init"] == about["init"]["file"][: len(str(folder / "pre"))] == str(folder / "pre")
+    assert (about["init"]["method"], about["init"]["iteration"], len(about["init"]["weights"])) == ("dtml", 2, 16)
+    again = train(folder, "again", f"@{run / 'options.txt'}", "--name", "again")
+    assert flat(load(run / "last.pt")["method"]) == flat(load(again / "last.pt")["method"])
+    assert "init" not in json.loads((folder / "pre" / "manifest.json").read_text())
+
+
+def test_a_run_goes_on_without_the_weights_that_it_began_with(folder, tmp_path):
+    shutil.copytree(folder / "pre", tmp_path / "pre")
+    words = ["--data", str(folder / "set"), "--runs", str(tmp_path), "--name", "run", *WORDS]
+    words += ["--init", str(tmp_path / "pre")]
+    train_dtml.main(words)
+    whole = load(tmp_path / "run" / "last.pt")
+    (tmp_path / "run" / "previous.pt").replace(tmp_path / "run" / "last.pt")
+    shutil.rmtree(tmp_path / "pre")
+    train_dtml.main([*words, "--resume", "auto"])
+    resumed = load(tmp_path / "run" / "last.pt")
+    for part in ("method", "optimizer", "images"):
+        assert flat(whole[part]) == flat(resumed[part])
+
+
+def test_scans_of_the_first_training_are_not_tested_on_after_the_second(folder, tmp_path):
+    """Nor are they after the second was resumed."""
+    data = make_set(tmp_path / "set")
+    # a scan of `pre` that is a test case of another set
+    shutil.copy(folder / "set" / "case02" / "mri_norm2.h5", data / "case08" / "mri_norm2.h5")
+    (data / "train.list").write_text("case00\ncase01\ncase03\ncase04\n")
+    words = ["--data", str(data), "--runs", str(tmp_path), "--name", "run", *WORDS, "--labeled", "3"]
+    train_dtml.main([*words, "--init", str(folder / "pre")])
+    tested = ["--checkpoint", str(tmp_path / "run"), "--stride", "8", "8", "8", "--threads", "1"]
+    message = r"case08: .*is a scan of the training, there called case02 of .*pre"
+    with pytest.raises(UserError, match=message):
+        test_la.main(tested)
+    (tmp_path / "run" / "previous.pt").replace(tmp_path / "run" / "last.pt")
+    train_dtml.main(["--resume", str(tmp_path / "run")])
+    with pytest.raises(UserError, match=message):
+        test_la.main(tested)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--method", "dtc"], r"holds weights of --method dtml, and this run is of dtc\. .*--method dtml"),
+        (
+            ["--filters", "3"],
+            r"does not fit .*: --filters is 2 there and 3 here\. .*\(32, 32, 3, 3, 3\) there and \(48",
+        ),
+        (["--softmax"], r"does not fit .*: --softmax is False there and True here"),
+        (["--backbone", "uxnet"], r"--backbone is vnet there and uxnet here.* only (t)?here"),
+        (["--init", "nowhere"], "nowhere does not exist"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_by_what_differs(words, message, folder, tmp_path):
+    with pytest.raises(UserError, match=message):
+        train_dtml.main(["--data", str(folder / "set"), "--runs", str(tmp_path / "runs"), *WORDS,
+                         "--init", str(folder / "pre"), *words])  # fmt: skip
+    assert not (tmp_path / "runs").exists()

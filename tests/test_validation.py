@@ -1,0 +1,212 @@
+"""Validation while a run trains: the curve, best.pt, resuming, and what is refused."""
+
+import csv
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, flat, make_set, make_validated_set, write_case
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import predict
+import test_la
+import train_dtml
+from dataloaders.cases import Case, read_case
+from utils.errors import UserError
+
+# Enough for balls, and validated between two points of the log too.
+FLAGS = [*TINY, "--iterations", "30", "--lr", "0.1", "--lr-steps", "--k", "10", "--filters", "4", "--log-every", "4",
+         "--device", "cpu"]  # fmt: skip
+VALIDATION = ["case10", "case11", "case12"]
+SHORT = [*TINY, "--iterations", "6", "--log-every", "2", "--save-every", "4", "--validate-every", "2"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `set`, and of it the runs `plain` and `validated`, which differ in --validate-every alone."""
+    folder = tmp_path_factory.mktemp("validation")
+    words = ["--data", str(make_validated_set(folder / "set")), "--runs", str(folder), *FLAGS]
+    train_dtml.main([*words, "--name", "plain"])
+    train_dtml.main([*words, "--name", "validated", "--validate-every", "10"])
+    return folder
+
+
+def load(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def scalars(run: Path) -> list[dict[str, str]]:
+    with open(run / "scalars.csv", newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def rows_of(out: Path, *words: str) -> list[dict[str, str]]:
+    test_la.main([*words, "--stride", "8", "8", "8", "--threads", "1"])
+    with open(out / "cases.csv", newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def test_validating_changes_nothing_in_what_is_learned(folder):
+    plain, validated = (load(folder / name / "last.pt") for name in ("plain", "validated"))
+    for part in ("method", "optimizer", "checksums", "images"):
+        assert flat(plain[part]) == flat(validated[part]), part
+    assert set(validated) - set(plain) == {"best"}
+    files = [{path.name for path in (folder / name).iterdir() if "tfevents" not in path.name}
+             for name in ("plain", "validated")]  # fmt: skip
+    assert files[1] - files[0] == {"best.pt"}
+
+
+def test_the_curve_is_in_scalars_csv_and_in_tensorboard(folder):
+    rows, usual = scalars(folder / "validated"), scalars(folder / "plain")
+    curve = {int(row["iteration"]): float(row.pop("dice/validation")) for row in rows}
+    assert [i for i, dice in curve.items() if not math.isnan(dice)] == [9, 19, 29]
+    assert [row for row in rows if row["iteration"] != "9"] == usual  # the others are logged anyway
+    events = EventAccumulator(str(folder / "validated")).Reload().Scalars("dice/validation")
+    assert {event.step: pytest.approx(event.value, rel=1e-5) for event in events} == {i: curve[i] for i in (9, 19, 29)}
+
+
+def test_best_is_the_highest_dice_which_the_test_script_finds_again(folder):
+    run = folder / "validated"
+    best = load(run / "best.pt")
+    curve = {int(row["iteration"]) + 1: float(row["dice/validation"]) for row in scalars(run)}
+    top = max((dice, i) for i, dice in curve.items() if not math.isnan(dice))
+    assert best["iteration"] == top[1] == best["best"]["iteration"] == load(run / "last.pt")["best"]["iteration"]
+    assert json.loads((run / "manifest.json").read_text())["best"] == best["best"]
+    rows = rows_of(run / "best-validation", "--checkpoint", str(run / "best.pt"), "--scans", "validation")
+    rows = [row for row in rows if (row["output"], row["component"]) == ("seg", "all")]
+    assert [row["case"] for row in rows] == VALIDATION
+    assert np.mean([float(row["dice"]) for row in rows]) == pytest.approx(top[0], abs=2e-6) and top[0] > 0.5
+
+
+def test_best_is_tested_and_predicted_with_and_called_finished(folder, tmp_path, capsys):
+    run = folder / "validated"
+    state = load(run / "best.pt")
+    state["iteration"] = 20  # whichever it was
+    torch.save(state, tmp_path / "best.pt")
+    rows = rows_of(tmp_path / "best-test", "--checkpoint", str(tmp_path / "best.pt"))
+    assert {row["case"] for row in rows} == {"case08", "case09"}
+    scan = str(folder / "set" / "case08" / "mri_norm2.h5")
+    predict.main(["--checkpoint", str(tmp_path / "best.pt"), scan, "-o", str(tmp_path / "out")])
+    assert "not finished" not in capsys.readouterr().err
+    (tmp_path / "best.pt").rename(tmp_path / "other.pt")
+    rows_of(tmp_path / "test", "--checkpoint", str(tmp_path / "other.pt"))
+    assert "not finished: 20 of 30" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["supervised", "ua-mt"])
+def test_other_methods_are_validated_by_their_first_output(method, folder, tmp_path):
+    more = ["--batch-size", "3"] if method == "ua-mt" else []
+    words = ["--data", str(folder / "set"), "--runs", str(tmp_path), "--name", "run", *SHORT, "--method", method, *more]
+    train_dtml.main([*words, "--device", "cpu"])
+    run = tmp_path / "run"
+    rows = rows_of(run / "best-validation", "--checkpoint", str(run / "best.pt"), "--scans", "validation")
+    dices = [float(row["dice"]) for row in rows if (row["output"], row["component"]) == ("seg", "all")]
+    assert np.mean(dices) == pytest.approx(load(run / "best.pt")["best"]["dice"], abs=2e-6)
+
+
+def faked(monkeypatch: pytest.MonkeyPatch, *dices: float) -> None:
+    values = iter(dices)
+    monkeypatch.setattr(train_dtml, "validation_dice", lambda *words, **more: next(values))
+
+
+def test_a_resumed_run_keeps_the_best_of_before_and_ends_as_if_nothing_had_been(folder, tmp_path, monkeypatch):
+    words = ["--data", str(folder / "set"), "--runs", str(tmp_path), *SHORT]
+    faked(monkeypatch, 0.5, 0.3, 0.4)
+    train_dtml.main([*words, "--name", "whole"])
+    shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
+    (tmp_path / "stopped" / "previous.pt").replace(tmp_path / "stopped" / "last.pt")  # after 4 iterations
+    faked(monkeypatch, 0.4)
+    train_dtml.main(["--resume", str(tmp_path / "stopped")])
+    whole, resumed = (load(tmp_path / name / "last.pt") for name in ("whole", "stopped"))
+    assert resumed["best"] == whole["best"] == {"iteration": 2, "dice": 0.5}
+    for part in ("method", "optimizer", "best"):
+        assert flat(whole[part]) == flat(resumed[part])
+    for name in ("best.pt", "scalars.csv"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes()
+
+
+def test_where_nothing_is_labeled_and_nothing_predicted_nothing_is_best(folder, tmp_path, monkeypatch):
+    faked(monkeypatch, math.nan, 0.0, math.nan)
+    train_dtml.main(["--data", str(folder / "set"), "--runs", str(tmp_path), "--name", "run", *SHORT])
+    assert load(tmp_path / "run" / "best.pt")["iteration"] == 4
+
+
+def test_a_resumed_run_may_begin_to_validate(folder, tmp_path):
+    words = ["--data", str(folder / "set"), "--runs", str(tmp_path), "--name", "run", *SHORT]
+    train_dtml.main([*words, "--validate-every", "0"])
+    assert "dice/validation" not in scalars(tmp_path / "run")[0] and not (tmp_path / "run" / "best.pt").exists()
+    (tmp_path / "run" / "previous.pt").replace(tmp_path / "run" / "last.pt")
+    train_dtml.main([*words, "--resume", "auto"])
+    curve = [float(row["dice/validation"]) for row in scalars(tmp_path / "run")]
+    assert [math.isnan(dice) for dice in curve] == [True, True, False]
+
+
+def test_a_failing_disk_leaves_the_best_before_it(folder, tmp_path, monkeypatch):
+    faked(monkeypatch, 0.1, 0.2, 0.3)
+    real, calls = torch.save, []
+
+    def fail(state, file):
+        calls.append(state["iteration"])
+        if len(calls) == 2:  # the second best.pt
+            raise OSError(28, "No space left on device")
+        real(state, file)
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(UserError, match="No space left"):
+        train_dtml.main(["--data", str(folder / "set"), "--runs", str(tmp_path), "--name", "run", *SHORT])
+    assert load(tmp_path / "run" / "best.pt")["iteration"] == 2
+
+
+# -- what is refused --
+
+
+def spoilt(data: Path, how: str) -> None:
+    names = {
+        "missing": None,
+        "empty": "\n",
+        "trained": "case10\ncase03\n",
+        "tested": "case10\ncase09\n",
+        "gone": "case10\nnobody\n",
+    }
+    if how in names:
+        (data / "validation.list").unlink()
+        if names[how] is not None:
+            (data / "validation.list").write_text(names[how])
+        return
+    path = data / "case11" / "mri_norm2.h5"
+    image, _ = read_case(Case("case11", path, True))
+    if how == "unlabeled":
+        write_case(path, image, None)
+    else:  # an image of the training in another direction
+        image, label = read_case(Case("case00", data / "case00" / "mri_norm2.h5", True))
+        write_case(path, image[::-1], label[::-1])
+
+
+REFUSED = {
+    "missing": r"--validate-every: there is no .*validation\.list\. .*--validation-share.* LA has no validation set",
+    "empty": r"the list .*validation\.list names no case",
+    "trained": r"train\.list and .*validation\.list both name case03\. Keep each case in one list",
+    "tested": r"test\.list and .*validation\.list both name case09\. Keep each case in one list",
+    "gone": "nobody: listed, but there is no",
+    "unlabeled": r"case11: .*is a labeled case without a dataset 'label'",
+    "twin": r"case11: .*is a scan of the training, there called case00",
+}
+
+
+@pytest.mark.parametrize("how", REFUSED)
+def test_lists_and_cases_that_cannot_be_validated_on_are_refused(how, tmp_path):
+    data = make_validated_set(tmp_path / "set")
+    spoilt(data, how)
+    with pytest.raises(UserError, match=REFUSED[how]):
+        train_dtml.main(["--data", str(data), "--runs", str(tmp_path / "runs"), "--name", "run", *SHORT])
+    assert not (tmp_path / "runs").exists()
+
+
+def test_scans_of_a_list_that_is_not_there_are_not_tested(folder, tmp_path):
+    words = ["--checkpoint", str(folder / "plain"), "--data", str(make_set(tmp_path / "set")), "--out", str(tmp_path)]
+    with pytest.raises(UserError, match=r"--scans validation: there is no .*validation\.list"):
+        test_la.main([*words, "--scans", "validation"])
