@@ -15,6 +15,7 @@ from methods.dtc import DTC
 from methods.dtml import DTML
 from methods.dtml_plus import DTMLPlus
 from methods.finite import Watch, check_finite
+from methods.mc_net_plus import MCNetPlus
 from methods.mean_teacher import MeanTeacher
 from methods.sassnet import SASSNet
 from methods.supervised import Supervised
@@ -35,6 +36,7 @@ METHODS: dict[str, type[Method]] = {  # by the names of --method
     "sassnet": SASSNet,
     "double-unc": DoubleUnc,
     "dk-uxnet": DKUXNet,
+    "mc-net-plus": MCNetPlus,
 }
 
 

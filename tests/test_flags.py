@@ -289,6 +289,16 @@ OWN = {
         "lambda_max": [("--lambda-max 1", "")],
         "ramp": [("--ramp steps", ""), ("--ramp epochs", "")],
     },
+    "mc-net-plus": {
+        "filters": [("--filters 3", "")],
+        "softmax": [("--softmax", "")],
+        "temperature": [("--temperature 0.5", "")],
+        "target_gradient": [("--target-gradient", "")],
+        "seg_weight": [("--seg-weight 1", "")],
+        "lambda_max": [("--lambda-max 0.1", "")],
+        "ramp": [("--ramp literal", ""), ("--ramp steps", "--ramp-end 0.9")],
+        "ramp_end": [("--ramp-end 1", "")],
+    },
 }
 for own in OWN.values():
     own.setdefault("backbone", [("--backbone uxnet", "")])

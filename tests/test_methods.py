@@ -460,6 +460,7 @@ UNSUPERVISED = {
     "sassnet": ["adversarial"],
     "asdnet": ["adversarial", "semi"],
     "dk-uxnet": ["segc", "qdc"],
+    "mc-net-plus": ["consistency"],
 }
 LEARNERS = ("M_s", "M_d", "student", "network", "networks")
 # A V-Net with two heads may have one that the term does not read: SASSNet's critic sees the map alone. The assignment
