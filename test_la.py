@@ -31,10 +31,7 @@ from dataloaders.class_names import class_names
 from dataloaders.images import write_image
 from dataloaders.likeness import DIGITS, alike, fingerprint
 from dataloaders.normalization import normalized
-from evaluation.metrics import (
-    COMPONENTS,
-    largest_components,
-)
+from evaluation.metrics import COMPONENTS
 from evaluation.predictions import new_test, replace_test
 from evaluation.scores import CAPTION, as_csv, class_scores, table
 from evaluation.sliding_window import (
@@ -53,7 +50,7 @@ from utils.checkpoint import write_whole
 from utils.devices import choose_device, enough_memory, keep_freed_memory, refuse_precision, set_arithmetic
 from utils.distributed import RANK, RANKS, in_turn, process_group
 from utils.errors import UserError, run
-from utils.masks import label_map
+from utils.masks import label_map, largest_components
 from utils.options import Parser, fill, option
 from utils.run_folder import digest, make_manifest, write_json
 

@@ -16,7 +16,6 @@ from medpy.metric import binary
 from numpy.typing import NDArray
 from scipy.ndimage import distance_transform_edt
 from scipy.spatial import KDTree
-from skimage.measure import label as components
 
 from utils.masks import box_of, inner_border
 
@@ -129,25 +128,6 @@ def nearest(start: NDArray, goal: NDArray, points: NDArray, goals: NDArray, unit
         if (tree.query(probes.T * unit)[0] ** 2).mean() < (FAR * unit.min()) ** 2:
             return goals[:, tree.query(points.T * unit)[1]]
     return distance_transform_edt(~goal, unit, return_distances=False, return_indices=True)[:, start]
-
-
-def largest_component(mask: NDArray) -> NDArray[np.bool_]:
-    """The largest 26-connected component of a mask (W,H,D); the first of equal ones; empty for an empty mask."""
-    mask = np.asarray(mask) > 0
-    kept = np.zeros_like(mask)
-    if mask.any():
-        box = box_of(mask)
-        numbers = components(mask[box])
-        kept[box] = numbers == np.bincount(numbers.ravel())[1:].argmax() + 1
-    return kept
-
-
-def largest_components(prediction: NDArray, classes: int) -> NDArray[np.uint8]:
-    """Label map (W,H,D) of 0..classes -> the same with only the largest component of each class."""
-    kept = np.zeros(prediction.shape, np.uint8)
-    for c in range(1, classes + 1):
-        kept[largest_component(prediction == c)] = c
-    return kept
 
 
 def mean_and_sd(values: Sequence[float]) -> tuple[float, float]:

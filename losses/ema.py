@@ -22,6 +22,28 @@ def make_teacher(student: M) -> M:
     return teacher
 
 
+class Averages(nn.ModuleDict):
+    """The moving average of each student, by name. They stay in evaluation mode.
+
+    They have no dropout, and their batch norm uses the averaged statistics.
+
+    Args:
+        students: name -> network; two averages may be of the same one.
+    """
+
+    def __init__(self, **students: nn.Module):
+        super().__init__({name: make_teacher(student) for name, student in students.items()})
+        self.eval()
+
+    def train(self, mode: bool = True) -> "Averages":
+        return super().train(False)
+
+    def follow(self, decay: float, **students: nn.Module) -> None:
+        """Moves the averages of these names towards their students, as `ema_update`; the others stay."""
+        for name, student in students.items():
+            ema_update(self[name], student, decay)
+
+
 def ema_decay(iteration: int, limit: float) -> float:
     """min(1 - 1/(t+1), limit), Tarvainen & Valpola (2017): the mean over the first iterations, then the EMA."""
     return min(1 - 1 / (iteration + 1), limit)

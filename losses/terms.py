@@ -40,15 +40,22 @@ def seg_loss(logits: Tensor, label: Tensor, classes: int = 1, weight: Tensor | N
         logits: (N,C,W,H,D), or (N,C+1,W,H,D) for a softmax.
         label: (N,W,H,D) of 0..C.
         classes: C.
-        weight: factor of each voxel, (N,1,W,H,D) in [0,1]; the cross-entropy remains a mean over all voxels.
+        weight: factor of each voxel, (N,1,W,H,D); the cross-entropy remains a mean over all voxels.
     """
-    p = probabilities(logits, classes)
-    dice = dice_loss(p, label, 1.0 if weight is None else weight)
+    dice = dice_loss(probabilities(logits, classes), label, 1.0 if weight is None else weight)
+    return 0.5 * (ce_loss(logits, label, classes, weight) + dice)
+
+
+def ce_loss(logits: Tensor, label: Tensor, classes: int = 1, weight: Tensor | None = None) -> Tensor:
+    """The cross-entropy of p = probabilities(logits, classes), a mean over all voxels; arguments as `seg_loss`.
+
+    That of the softmax if there is one, else the binary one of each class, also a mean over classes.
+    """
     if exclusive(logits, classes):
-        return 0.5 * (cross_entropy(logits, label, weight) + dice)
+        return cross_entropy(logits, label, weight)
     x = foreground_logits(logits) if classes == 1 else logits
     y = torch.cat([y for _, y in by_class(x, label)], dim=1)
-    return 0.5 * (F.binary_cross_entropy_with_logits(x, y, weight) + dice)
+    return F.binary_cross_entropy_with_logits(x, y, weight)
 
 
 def cross_entropy(logits: Tensor, label: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -111,6 +118,14 @@ def consistency_loss(m: Tensor, p: Tensor) -> Tensor:
 def masked_mean(x: Tensor, weight: Tensor) -> Tensor:
     """Mean of x over the voxels with weight 1; 0 if there are none."""
     return (weight * x).sum() / weight.sum().clamp(min=1)
+
+
+def weight_inside(mask: Tensor) -> Tensor:
+    """mask of 0 and 1 -> the same divided by its mean; 0 if it is empty.
+
+    With this weight a mean over all voxels is the mean over those inside the mask.
+    """
+    return mask / mask.mean().clamp(min=1 / mask.numel())
 
 
 def entropy(p: Tensor, epsilon: float = 0.0) -> Tensor:

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from losses.ema import ema_decay, ema_update, make_teacher
+from losses.ema import Averages, ema_decay
 from losses.perturbation import strong_view
 from losses.ramps import ramp_up
 from losses.terms import (
@@ -37,7 +37,7 @@ from losses.terms import (
 from methods.base import Batch, Losses, Method, by_name, labeled_part
 from methods.dtml import probability_maps
 from networks.backbones import BACKBONES
-from utils.masks import label_map
+from utils.masks import label_maps
 from utils.options import Condition, option
 
 TRUST = ("all", "voxel", "both")
@@ -79,14 +79,7 @@ class DTMLPlus(Method):
         o = options
         self.M_s = BACKBONES[o.backbone](heads={"seg": o.classes}, filters=o.filters)
         self.M_d = BACKBONES[o.backbone](heads={"sdm": o.classes}, filters=o.filters)
-        self.ema = nn.ModuleDict({"M_s": make_teacher(self.M_s), "M_d": make_teacher(self.M_d)})
-        self.ema.eval()
-
-    def train(self, mode: bool = True) -> "DTMLPlus":
-        """Sets the mode of M_s and M_d; the averages stay in evaluation mode, with averaged batch-norm statistics."""
-        super().train(mode)
-        self.ema.eval()
-        return self
+        self.ema = Averages(M_s=self.M_s, M_d=self.M_d)
 
     def forward(self, batch: Batch, iteration: int) -> Losses:
         o, label, L = self.options, batch["label"], len(batch["label"])
@@ -128,7 +121,7 @@ class DTMLPlus(Method):
         o = self.options
         p = probabilities(self.ema["M_s"](image)["seg"], o.classes)
         m = sdm_to_mask(self.ema["M_d"](image)["sdm"], o.k)
-        pseudo, label_p, label_m = (torch.stack([label_map(x) for x in q]) for q in ((p + m) / 2, p, m))
+        pseudo, label_p, label_m = (label_maps(q) for q in ((p + m) / 2, p, m))
         agree = (label_p == label_m)[:, None].to(p.dtype)
         dice = torch.stack([hard_dice(q[None], y[None]) for q, y in zip(p, label_m, strict=True)])
         a = torch.ones_like(agree) if o.trust == "all" else agree
@@ -137,8 +130,7 @@ class DTMLPlus(Method):
         return pseudo, a, {"pseudo/foreground": (pseudo > 0).float().mean(), "pseudo/agreement": dice.mean()}
 
     def after_step(self, batch: Batch, iteration: int) -> None:
-        for name, network in {"M_s": self.M_s, "M_d": self.M_d}.items():
-            ema_update(self.ema[name], network, ema_decay(iteration, self.options.ema_decay))
+        self.ema.follow(ema_decay(iteration, self.options.ema_decay), M_s=self.M_s, M_d=self.M_d)
 
     def predict(self, image: Tensor, outputs: tuple[str, ...]) -> Tensor:
         o = self.options

@@ -19,7 +19,6 @@ import train_dtml
 from dataloaders.cases import Case, CaseError, read_case
 from dataloaders.phantom import case_shape, phantom
 from evaluation import scores
-from evaluation.metrics import largest_components
 from evaluation.statistics import read_row
 from losses.sdm import signed_distance_map
 from losses.terms import dice_loss, hard_dice, probabilities, seg_loss
@@ -27,7 +26,7 @@ from methods import METHODS
 from networks.backbone import Backbone
 from networks.critics import MapCritic
 from utils.errors import UserError
-from utils.masks import label_map
+from utils.masks import label_map, largest_components
 from utils.options import fill
 from utils.resample import downsample_label
 

@@ -13,13 +13,13 @@ from evaluation.metrics import (
     distance_text,
     distances_of,
     empties,
-    largest_component,
     mean_and_sd,
     mean_text,
     overlap_text,
     segmentation_metrics,
     with_penalties,
 )
+from utils.masks import largest_component
 
 
 def blob(seed: int, shape=(40, 36, 30)) -> np.ndarray:

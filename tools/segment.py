@@ -26,10 +26,9 @@ from dataloaders.images import (
 )
 from dataloaders.normalization import normalized
 from dataloaders.orientation import turn_to
-from evaluation.metrics import largest_components
 from evaluation.sliding_window import mean_of_flips, sliding_slabs, windows
 from methods import Method
-from utils.masks import label_map
+from utils.masks import label_map, largest_components
 from utils.resample import downsample_image, upsample_probability
 
 SLAB = 64  # voxels along x that are brought back to the scan's grid at a time

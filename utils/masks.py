@@ -1,8 +1,9 @@
-"""Masks and label maps: from probabilities to labels, bounding boxes and borders."""
+"""Masks and label maps: from probabilities to labels, bounding boxes, borders and components."""
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from skimage.measure import label as components
 from torch import Tensor
 
 
@@ -15,6 +16,11 @@ def label_map(p: Tensor) -> Tensor:
     if len(p) == 1:
         return (p[0] > 0.5).to(torch.uint8)
     return torch.cat([1 - p.sum(dim=0, keepdim=True), p]).argmax(dim=0).to(torch.uint8)
+
+
+def label_maps(p: Tensor) -> Tensor:
+    """Foreground probabilities (N,C,W,H,D) in [0,1] -> uint8 (N,W,H,D), the label map of each item."""
+    return torch.stack([label_map(x) for x in p])
 
 
 def box_of(mask: NDArray[np.bool_], margin: int = 0) -> tuple[slice, ...]:
@@ -33,3 +39,22 @@ def inner_border(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
         one[:-1] &= other[1:]
         one[[0, -1]] = False
     return mask & ~inside
+
+
+def largest_component(mask: NDArray) -> NDArray[np.bool_]:
+    """The largest 26-connected component of a mask (W,H,D); the first of equal ones; empty for an empty mask."""
+    mask = np.asarray(mask) > 0
+    kept = np.zeros_like(mask)
+    if mask.any():
+        box = box_of(mask)
+        numbers = components(mask[box])
+        kept[box] = numbers == np.bincount(numbers.ravel())[1:].argmax() + 1
+    return kept
+
+
+def largest_components(prediction: NDArray, classes: int) -> NDArray[np.uint8]:
+    """Label map (W,H,D) of 0..classes -> the same with only the largest component of each class."""
+    kept = np.zeros(prediction.shape, np.uint8)
+    for c in range(1, classes + 1):
+        kept[largest_component(prediction == c)] = c
+    return kept
