@@ -18,6 +18,7 @@ from methods.finite import Watch, check_finite
 from methods.mc_net_plus import MCNetPlus
 from methods.mean_teacher import MeanTeacher
 from methods.sassnet import SASSNet
+from methods.ss_net import SSNet
 from methods.supervised import Supervised
 from methods.tcse import TCSE
 from methods.ua_mt import UAMT
@@ -37,6 +38,7 @@ METHODS: dict[str, type[Method]] = {  # by the names of --method
     "double-unc": DoubleUnc,
     "dk-uxnet": DKUXNet,
     "mc-net-plus": MCNetPlus,
+    "ss-net": SSNet,
 }
 
 

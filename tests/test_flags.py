@@ -299,6 +299,20 @@ OWN = {
         "ramp": [("--ramp literal", ""), ("--ramp steps", "--ramp-end 0.9")],
         "ramp_end": [("--ramp-end 1", "")],
     },
+    "ss-net": {
+        "filters": [("--filters 3", "")],
+        "softmax": [("--softmax", "")],
+        "distance": [("--distance agreement", "")],
+        "magnitude": [("--magnitude 1", "")],
+        "xi": [("--xi 1", "")],
+        "separation": [("--separation 1", "")],
+        "prototypes": [("--prototypes 4", "")],
+        "rank": [("--rank lowest", "")],
+        "background": [("--no-background", "")],
+        "lambda_max": [("--lambda-max 0.1", "")],
+        "ramp": [("--ramp literal", ""), ("--ramp steps", "--ramp-end 0.9")],
+        "ramp_end": [("--ramp-end 1", "")],
+    },
 }
 for own in OWN.values():
     own.setdefault("backbone", [("--backbone uxnet", "")])

@@ -461,8 +461,9 @@ UNSUPERVISED = {
     "asdnet": ["adversarial", "semi"],
     "dk-uxnet": ["segc", "qdc"],
     "mc-net-plus": ["consistency"],
+    "ss-net": ["smoothness+separation"],  # the second moves the separator too
 }
-LEARNERS = ("M_s", "M_d", "student", "network", "networks")
+LEARNERS = ("M_s", "M_d", "student", "network", "networks", "separator")
 # A V-Net with two heads may have one that the term does not read: SASSNet's critic sees the map alone. The assignment
 # of DK-UXNet's layers is hard, and its query distribution does not read the classes.
 UNREAD = re.compile(r"heads\.|layers\.\d\.predictor\.|classify\.")
