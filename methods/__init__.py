@@ -22,6 +22,7 @@ from methods.ss_net import SSNet
 from methods.supervised import Supervised
 from methods.tcse import TCSE
 from methods.ua_mt import UAMT
+from methods.unimatch import UniMatch
 from utils.errors import UserError
 from utils.options import fill
 
@@ -39,6 +40,7 @@ METHODS: dict[str, type[Method]] = {  # by the names of --method
     "dk-uxnet": DKUXNet,
     "mc-net-plus": MCNetPlus,
     "ss-net": SSNet,
+    "unimatch": UniMatch,
 }
 
 

@@ -313,6 +313,17 @@ OWN = {
         "ramp": [("--ramp literal", ""), ("--ramp steps", "--ramp-end 0.9")],
         "ramp_end": [("--ramp-end 1", "")],
     },
+    "unimatch": {
+        "filters": [("--filters 3", "")],
+        "softmax": [("--softmax", "")],
+        "threshold": [("--threshold 0", ""), ("--threshold 0.7", "--threshold 0")],
+        "pseudo_loss": [("--pseudo-loss dice", "--threshold 0")],
+        "feature_weight": [("--feature-weight 1", "--threshold 0")],
+        "feature_dropout": [("--feature-dropout 0.2", "")],
+        "strong_weight": [("--strong-weight 1", "--threshold 0")],
+        "strong": [("--strong 1", "--threshold 0")],
+        "cutmix": [("--cutmix 1", "--threshold 0"), ("--cutmix 0", "--threshold 0")],
+    },
 }
 for own in OWN.values():
     own.setdefault("backbone", [("--backbone uxnet", "")])

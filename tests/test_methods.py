@@ -461,6 +461,7 @@ UNSUPERVISED = {
     "asdnet": ["adversarial", "semi"],
     "dk-uxnet": ["segc", "qdc"],
     "mc-net-plus": ["consistency"],
+    "unimatch": ["features", "strong"],
     "ss-net": ["smoothness+separation"],  # the second moves the separator too
 }
 LEARNERS = ("M_s", "M_d", "student", "network", "networks", "separator")
@@ -476,7 +477,12 @@ def test_every_method_that_uses_unlabeled_scans_is_in_the_table():
 @pytest.mark.parametrize(("name", "term"), [(name, term) for name, terms in UNSUPERVISED.items() for term in terms])
 def test_the_unsupervised_term_moves_the_student_and_nothing_else(name, term):
     # k and the threshold low enough that tiny untrained networks are not saturated, as in the first iterations.
-    options = {"dtml": {"k": 10.0}, "dtc": {"k": 10.0}, "asdnet": {"threshold": 0.0}}.get(name, {})
+    options = {
+        "dtml": {"k": 10.0},
+        "dtc": {"k": 10.0},
+        "asdnet": {"threshold": 0.0},
+        "unimatch": {"threshold": 0.0},
+    }.get(name, {})
     method, batch = make(name, **options), with_sdm(make_batch())
     if name == "ua-mt":
         method.threshold = lambda iteration: 1.0
