@@ -41,7 +41,7 @@ class MCNetPlus(Method):
     class Options(Method.Options):
         filters: int = option(16, "channels of the V-Net's first block", minimum=1)
         softmax: bool = option(False, "p by a softmax over C+1 channels in place of C sigmoids")
-        temperature: float = option(0.1, "T of the sharpened pseudo-labels; 1: not sharpened", minimum=0.01, maximum=1,
+        temperature: float = option(0.1, "T of the sharpened pseudo-labels; 1: not sharpened", minimum=0.01,
                                     only_if=AGREES)  # fmt: skip
         target_gradient: bool = option(False, "let the gradient flow through the pseudo-labels too", only_if=AGREES)
         seg_weight: float = option(0.5, "weight of the Dice loss of each decoder", minimum=0)
