@@ -57,6 +57,11 @@ LA_RUNS = {
     # the same networks and averages on the same labeled crops, without unlabeled scans; with 80 labels the upper bound
     **{f"plus-alone-{n}": f"--method dtml-plus --labeled {n} --unlabeled 0 --batch-size 4 {BF16}" for n in (4, 8, 16)},
     "plus-alone-80": f"--method dtml-plus --labeled 80 --batch-size 4 {BF16}",
+    # methods of today, with the schedule, batch, intensities and normalization of DTML+
+    **{
+        f"{name}-8": f"--method {name} --preset tuned --labeled 8 {BF16}"
+        for name in ("mc-net-plus", "ss-net", "unimatch")
+    },
     "supervised-sdm-tuned-16": f"--method supervised --head sdm --k 50 --labeled 16 {RECIPE}",
     "tuned-8": f"--method dtml --preset tuned {AS_PUBLISHED} --labeled 8",
     "dtml-uxnet-16": "--method dtml --backbone uxnet --labeled 16",
@@ -196,6 +201,13 @@ LA_TABLES: Tables = {
         Row("V-Net", "80 / 0", "supervised-normalized-80"),
         Row("DTML+, labeled scans alone: mean of the averages", "80 / 0", "plus-alone-80", output="ema_mean"),
     ]),
+    "today": ("Methods of 2021 to 2024, 8 labels", [
+        Row("V-Net", "8 / 0", "supervised-normalized-8"),
+        Row("DTML+: mean of the averages", "8 / 72", "plus-8", output="ema_mean"),
+        Row("MC-Net+", "8 / 72", "mc-net-plus-8"),
+        Row("SS-Net", "8 / 72", "ss-net-8"),
+        Row("UniMatch", "8 / 72", "unimatch-8"),
+    ]),
     "dk-uxnet": ("DK-UXNet, whose paper's figures were not available", [
         Row("V-Net", "8 / 0", "supervised-8"),
         Row("DTML", "8 / 72", "dtml-8"),
@@ -225,6 +237,7 @@ COMPARED_WITH = {  # table: runs that its rows of as many labels are compared wi
     "tuned": ["dtml-16", "supervised-tuned-16", "supervised-tuned-8"],
     "normalized": ["supervised-tuned-8", "supervised-tuned-16", "supervised-tuned-80"],
     "plus": [f"plus-alone-{n}:ema_mean" for n in (4, 8, 16)],
+    "today": ["supervised-normalized-8", "plus-8:ema_mean"],
     "dk-uxnet": ["supervised-8", "supervised-16"],
 }
 HIPPOCAMPUS_TABLES: Tables = {
