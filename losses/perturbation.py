@@ -60,6 +60,28 @@ def blurred(image: Tensor, sigma: Tensor) -> Tensor:
     return x.transpose(0, 1)
 
 
+def adversarial(loss: Callable[[Tensor], Tensor], image: Tensor, *, xi: float, magnitude: float) -> Tensor:
+    """The perturbation of image (N,1,W,H,D) that raises a loss most, by one power iteration (VAT, Miyato et al. 2018).
+
+    Args:
+        loss: perturbed image -> scalar.
+        image: the crops.
+        xi: length of the random step at which the gradient is taken, for each item.
+        magnitude: length of the perturbation, the Euclidean norm over all voxels of an item.
+
+    Returns:
+        The perturbation, of the shape of image, without gradient.
+    """
+    step = (xi * unit(torch.rand_like(image) - 0.5)).requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(image.detach() + step), step)
+    return magnitude * unit(gradient)
+
+
+def unit(x: Tensor) -> Tensor:
+    """Each item of x (N,...) divided by its Euclidean norm; an item of zeros stays 0."""
+    return F.normalize(x.flatten(1), dim=1, eps=torch.finfo(x.dtype).tiny).view_as(x)
+
+
 def monte_carlo(
     network: nn.Module, image: Tensor, *, passes: int, noise: float, read: Callable[[Tensor], Any] | None = None
 ) -> Iterator[Any]:

@@ -125,6 +125,17 @@ def consistency_loss(m: Tensor, p: Tensor) -> Tensor:
     return (m - p).square().mean()
 
 
+def soft_dice_loss(p: Tensor, q: Tensor) -> Tensor:
+    """Dice loss 1 - (2 sum pq + e) / (sum p^2 + sum q^2 + e) of p and q (N,C,W,H,D), mean over classes; 0 if equal."""
+    p, q = p.transpose(0, 1).flatten(1), q.transpose(0, 1).flatten(1)
+    return (1 - (2 * (p * q).sum(dim=1) + EPSILON) / ((p * p + q * q).sum(dim=1) + EPSILON)).mean()
+
+
+def agreement_loss(p: Tensor, q: Tensor) -> Tensor:
+    """1 - mean (pq + (1-p)(1-q)) in [0,1]: even if p and q are equal it is above 0, unless they are 0 or 1."""
+    return 1 - (p * q + (1 - p) * (1 - q)).mean()
+
+
 def masked_mean(x: Tensor, weight: Tensor) -> Tensor:
     """Mean of x over the voxels with weight 1; 0 if there are none."""
     return (weight * x).sum() / weight.sum().clamp(min=1)

@@ -18,11 +18,14 @@ from methods.dtc import DTC
 from methods.dtml import DTML
 from methods.dtml_plus import DTMLPlus
 from methods.finite import Watch, check_finite
+from methods.mc_net_plus import MCNetPlus
 from methods.mean_teacher import MeanTeacher
 from methods.sassnet import SASSNet
+from methods.ss_net import SSNet
 from methods.supervised import Supervised
 from methods.tcse import TCSE
 from methods.ua_mt import UAMT
+from methods.unimatch import UniMatch
 from utils.errors import UserError
 from utils.options import fill
 
@@ -41,6 +44,9 @@ METHODS: dict[str, type[Method]] = {  # by the names of --method
     "cps": CPS,
     "bcp": BCP,
     "ad-mt": ADMT,
+    "mc-net-plus": MCNetPlus,
+    "ss-net": SSNet,
+    "unimatch": UniMatch,
 }
 
 

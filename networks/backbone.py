@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ PRECISIONS = ("fp32", "tf32", "bf16")
 """Precisions for training; testing can use fp16 too."""
 STEEPEST = 50.0  # largest k of m = sigmoid(-k z) for which a network with a head 'sdm' is trained in tf32 or bf16
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+Change = Callable[[Tensor], Tensor]
+"""A map of the encoder (N,channels,w,h,d) -> the map that is decoded in its place."""
 
 
 class Backbone(nn.Module):
@@ -47,21 +50,35 @@ class Backbone(nn.Module):
         self.dropout = nn.Dropout3d(DROPOUT if dropout else 0.0)
         self.heads = make_heads(heads, filters)
 
-    def maps(self, image: Tensor) -> list[Tensor]:
-        """image (N,in_channels,W,H,D) -> the maps that `features` returns, in the surrounding precision."""
+    def encode(self, image: Tensor) -> list[Tensor]:
+        """image (N,in_channels,W,H,D) -> the encoder's five maps, the skips from full size on and then the bottom."""
         raise NotImplementedError
 
-    def features(self, image: Tensor) -> list[Tensor]:
+    def decode(self, encoded: list[Tensor]) -> list[Tensor]:
+        """The maps of `encode` -> the maps that `features` returns."""
+        raise NotImplementedError
+
+    def maps(self, image: Tensor, change: Change | None = None) -> list[Tensor]:
+        """image (N,in_channels,W,H,D) -> the maps that `features` returns, in the surrounding precision."""
+        encoded = self.encode(image)
+        return self.decode(encoded if change is None else [change(x) for x in encoded])
+
+    def features(self, image: Tensor, change: Change | None = None) -> list[Tensor]:
         """image (N,in_channels,W,H,D) -> the maps after the bottom and the four decoder blocks, the last at full size.
+
+        Args:
+            image: every side must be a multiple of 16.
+            change: applied to each of the encoder's five maps before they are decoded; it may change their number N.
 
         Raises:
             ValueError: for a side that is not a multiple of 16.
         """
         refuse_sides(image)
+        maps = self.maps if change is None else partial(self.maps, change=change)
         if self.precision in HALVES:
             with torch.autocast(image.device.type, HALVES[self.precision]):
-                return [x.float() for x in self.maps(image)]
-        return with_tf32(self.maps, image, allow_tf32=self.precision == "tf32")
+                return [x.float() for x in maps(image)]
+        return with_tf32(maps, image, allow_tf32=self.precision == "tf32")
 
     def outputs(self, x: Tensor) -> list[Tensor]:
         """The last map (N,filters,W,H,D) -> the output of each head, (N,channels,W,H,D)."""
@@ -81,7 +98,7 @@ class Backbone(nn.Module):
         """Returns block(*inputs); with `recompute` its activations are recomputed in the backward pass."""
         if not (self.recompute and self.training and torch.is_grad_enabled()):
             return block(*inputs)
-        return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), recomputing()))
+        return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), uncounted()))
 
 
 def set_precision(method: nn.Module, precision: str, *, training: bool) -> bool:
@@ -183,10 +200,11 @@ def backward_nodes(outputs: list[Tensor], x: Tensor) -> list[Node]:
 
 
 @contextmanager
-def recomputing() -> Iterator[None]:
-    """Context in which batch norm does not update its running statistics: they already include this batch."""
+def uncounted() -> Iterator[None]:
+    """Context in which batch norm does not update its running statistics, as when a batch is computed again."""
+    before = BatchNorm3d.counts
     BatchNorm3d.counts = False
     try:
         yield
     finally:
-        BatchNorm3d.counts = True
+        BatchNorm3d.counts = before

@@ -1,6 +1,8 @@
-"""The heads of a backbone, and the check of the sides of its input."""
+"""The heads of a backbone, those of its features, and the check of the sides of its input."""
 
 from torch import Tensor, nn
+
+from networks.batch_norm import BatchNorm3d
 
 STRIDE = 16  # four halvings: every side of a patch must be a multiple of this
 DROPOUT = 0.5
@@ -22,6 +24,26 @@ def make_heads(heads: dict[str, int], channels_in: int) -> nn.ModuleDict:
         raise ValueError(f"heads must be named from {sorted(ACTIVATIONS)}, not {sorted(heads)}")
     modules = {name: nn.Sequential(nn.Conv3d(channels_in, n, 1), ACTIVATIONS[name]()) for name, n in heads.items()}
     return nn.ModuleDict(modules)
+
+
+def projection(channels_in: int, channels: int) -> nn.Sequential:
+    """Two 1x1x1 convolutions with batch norm and ReLU between: (N,channels_in,W,H,D) -> (N,channels,W,H,D)."""
+    return nn.Sequential(
+        nn.Conv3d(channels_in, channels, 1),
+        BatchNorm3d(channels),
+        nn.ReLU(inplace=True),
+        nn.Conv3d(channels, channels, 1),
+    )
+
+
+def attention(channels: int) -> nn.Sequential:
+    """The same to one channel, with a leaky ReLU: (N,channels,W,H,D) -> logits (N,1,W,H,D)."""
+    return nn.Sequential(
+        nn.Conv3d(channels, channels, 1),
+        BatchNorm3d(channels),
+        nn.LeakyReLU(0.2, inplace=True),
+        nn.Conv3d(channels, 1, 1),
+    )
 
 
 def refuse_sides(image: Tensor) -> None:

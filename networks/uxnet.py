@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from networks.backbone import Backbone
 from networks.convolution import Conv3d
+from networks.decoders import upsampling
 
 LAYER_SCALE = 1e-6  # initial gamma of a UX block, which starts close to the identity
 EXPANSION = 4
@@ -89,9 +90,9 @@ class Residual(nn.Module):
 class UpResidual(nn.Module):
     """Doubles every side, halves the channels, and concatenates the skip of the same shape before a residual block."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, up: str):
         super().__init__()
-        self.up = nn.ConvTranspose3d(channels, channels // 2, 2, stride=2, bias=False)
+        self.up = upsampling(up, channels, bias=False)
         self.block = Residual(channels, channels // 2)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
@@ -108,33 +109,42 @@ class UXNet(Backbone):
         in_channels: channels of the image.
         filters: channels of the first scale; 48 as published.
         dropout: the published network has none; methods that need stochastic passes or compare backbones turn it on.
+        up: how the decoder doubles the sides, one of `networks.decoders.UPS`.
+        encoder: False leaves the encoder out; the network then has `decode` alone.
     """
 
-    def __init__(self, *, heads: dict[str, int], in_channels: int = 1, filters: int = 48, dropout: bool = True):
+    def __init__(
+        self, *, heads: dict[str, int], in_channels: int = 1, filters: int = 48, dropout: bool = True,
+        up: str = "transposed", encoder: bool = True,
+    ):  # fmt: skip
         super().__init__()
         f = filters
-        self.stem = nn.Sequential(Conv3d(in_channels, f, 7, stride=2, padding=3), ChannelNorm(f))
-        self.down = nn.ModuleList(
-            [nn.Sequential(ChannelNorm(c), Conv3d(c, 2 * c, 2, stride=2)) for c in (f, 2 * f, 4 * f)]
-        )
-        self.stages = nn.ModuleList([nn.Sequential(UXBlock(c), UXBlock(c)) for c in (f, 2 * f, 4 * f, 8 * f)])
-        self.norms = nn.ModuleList([ChannelNorm(c) for c in (f, 2 * f, 4 * f, 8 * f)])
-        self.skips = nn.ModuleList(
-            [Residual(in_channels, f), Residual(f, 2 * f), Residual(2 * f, 4 * f), Residual(4 * f, 8 * f)]
-        )
-        self.bottom = Residual(8 * f, 16 * f)
-        self.up = nn.ModuleList([UpResidual(c) for c in (16 * f, 8 * f, 4 * f, 2 * f)])
+        if encoder:
+            self.stem = nn.Sequential(Conv3d(in_channels, f, 7, stride=2, padding=3), ChannelNorm(f))
+            self.down = nn.ModuleList(
+                [nn.Sequential(ChannelNorm(c), Conv3d(c, 2 * c, 2, stride=2)) for c in (f, 2 * f, 4 * f)]
+            )
+            self.stages = nn.ModuleList([nn.Sequential(UXBlock(c), UXBlock(c)) for c in (f, 2 * f, 4 * f, 8 * f)])
+            self.norms = nn.ModuleList([ChannelNorm(c) for c in (f, 2 * f, 4 * f, 8 * f)])
+            self.skips = nn.ModuleList(
+                [Residual(in_channels, f), Residual(f, 2 * f), Residual(2 * f, 4 * f), Residual(4 * f, 8 * f)]
+            )
+            self.bottom = Residual(8 * f, 16 * f)
+        self.up = nn.ModuleList([UpResidual(c, up) for c in (16 * f, 8 * f, 4 * f, 2 * f)])
         self.last = Residual(f, f) if heads else nn.Identity()
         self.add_heads(heads, f, dropout=dropout)
 
-    def maps(self, image: Tensor) -> list[Tensor]:
+    def encode(self, image: Tensor) -> list[Tensor]:
         x, maps = self.run(self.stem, image), [image]
         for i, (stage, norm) in enumerate(zip(self.stages, self.norms, strict=True)):
             x = self.run(stage, x if i == 0 else self.down[i - 1](x))
             maps.append(norm(x))
         skips = [self.run(block, x) for block, x in zip(self.skips, maps[:-1], strict=True)]
-        features = [self.run(self.bottom, maps[-1])]
-        x = self.dropout(features[0])
+        return [*skips, self.run(self.bottom, maps[-1])]
+
+    def decode(self, encoded: list[Tensor]) -> list[Tensor]:
+        *skips, bottom = encoded
+        features, x = [bottom], self.dropout(bottom)
         for up in self.up:
             x = self.run(up, x, skips.pop())
             features.append(x)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from networks.backbone import Backbone
 from networks.batch_norm import BatchNorm3d
 from networks.convolution import Conv3d
+from networks.decoders import upsampling
 
 
 class Convs(nn.Sequential):
@@ -33,14 +34,10 @@ class Down(nn.Sequential):
 
 
 class Up(nn.Sequential):
-    """ConvTranspose3d 2x2x2 stride 2 -> BatchNorm3d -> ReLU: doubles every side and halves the channels."""
+    """Upsampling -> BatchNorm3d -> ReLU: doubles every side and halves the channels."""
 
-    def __init__(self, channels: int):
-        super().__init__(
-            nn.ConvTranspose3d(channels, channels // 2, 2, stride=2),
-            BatchNorm3d(channels // 2),
-            nn.ReLU(inplace=True),
-        )
+    def __init__(self, channels: int, up: str):
+        super().__init__(upsampling(up, channels), BatchNorm3d(channels // 2), nn.ReLU(inplace=True))
 
 
 class VNet(Backbone):
@@ -48,26 +45,32 @@ class VNet(Backbone):
 
     Args: as for Backbone, and
         in_channels: channels of the image.
+        up: how the decoder doubles the sides, one of `networks.decoders.UPS`.
+        encoder: False leaves the encoder out; the network then has `decode` alone.
     """
 
     cpu_layout = torch.channels_last_3d
     """Memory layout of the maps on a CPU; convolutions need not reorder them in this one."""
 
-    def __init__(self, *, heads: dict[str, int], in_channels: int = 1, filters: int = 16, dropout: bool = True):
+    def __init__(
+        self, *, heads: dict[str, int], in_channels: int = 1, filters: int = 16, dropout: bool = True,
+        up: str = "transposed", encoder: bool = True,
+    ):  # fmt: skip
         super().__init__()
         f = filters
-        self.encoder = nn.ModuleList(
-            [Convs(1, in_channels, f), Convs(2, 2 * f, 2 * f), Convs(3, 4 * f, 4 * f), Convs(3, 8 * f, 8 * f)]
-        )
-        self.down = nn.ModuleList([Down(f), Down(2 * f), Down(4 * f), Down(8 * f)])
-        self.bottom = Convs(3, 16 * f, 16 * f)
-        self.up = nn.ModuleList([Up(16 * f), Up(8 * f), Up(4 * f), Up(2 * f)])
+        if encoder:
+            self.encoder = nn.ModuleList(
+                [Convs(1, in_channels, f), Convs(2, 2 * f, 2 * f), Convs(3, 4 * f, 4 * f), Convs(3, 8 * f, 8 * f)]
+            )
+            self.down = nn.ModuleList([Down(f), Down(2 * f), Down(4 * f), Down(8 * f)])
+            self.bottom = Convs(3, 16 * f, 16 * f)
+        self.up = nn.ModuleList([Up(c, up) for c in (16 * f, 8 * f, 4 * f, 2 * f)])
         self.decoder = nn.ModuleList(
             [Convs(3, 8 * f, 8 * f), Convs(3, 4 * f, 4 * f), Convs(2, 2 * f, 2 * f), Convs(1, f, f)]
         )
         self.add_heads(heads, f, dropout=dropout)
 
-    def maps(self, image: Tensor) -> list[Tensor]:
+    def encode(self, image: Tensor) -> list[Tensor]:
         if image.device.type == "cpu":
             image = image.to(memory_format=self.cpu_layout)  # all maps keep this layout, unless N = 1
         x, skips = image, []
@@ -75,8 +78,11 @@ class VNet(Backbone):
             x = self.run(block, x)
             skips.append(x)
             x = self.run(down, x)
-        maps = [self.run(self.bottom, x)]
-        x = self.dropout(maps[0])
+        return [*skips, self.run(self.bottom, x)]
+
+    def decode(self, encoded: list[Tensor]) -> list[Tensor]:
+        *skips, bottom = encoded
+        maps, x = [bottom], self.dropout(bottom)
         for up, block in zip(self.up, self.decoder, strict=True):
             x = self.run(block, self.run(up, x) + skips.pop())
             maps.append(x)

@@ -23,6 +23,7 @@ from evaluation.rows import read_row
 from losses.sdm import signed_distance_map
 from losses.terms import dice_loss, hard_dice, probabilities, seg_loss
 from methods import METHODS
+from methods.ss_net import Separator
 from networks.backbone import Backbone
 from networks.critics import MapCritic
 from utils.errors import UserError
@@ -139,6 +140,9 @@ def test_the_classes_names_mean_nothing(name, softmax):
     with torch.no_grad():
         for critic in (m for m in method.modules() if isinstance(m, MapCritic)):
             critic.map.weight.copy_(critic.map.weight[:, [1, 0, 2]].clone())
+        for separator in (m for m in method.modules() if isinstance(m, Separator)):
+            for attention in (separator.w, separator.v):
+                attention[1], attention[2] = attention[2], attention[1]
         for network in (m for m in method.modules() if isinstance(m, Backbone)):
             for head in network.heads.values():
                 first = len(head[0].weight) - 3

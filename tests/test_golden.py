@@ -28,8 +28,10 @@ CASES = {  # name: method, options; every preset of every method, and what else 
         f"{m}, {preset}": (m, kind.PRESETS[preset])
         for m, kind in METHODS.items()
         for preset in kind.PRESETS
-        if m not in ("dtml-plus", "ad-mt")  # whose unlabeled crops count later than here
+        if m not in ("dtml-plus", "ad-mt", "unimatch")  # whose unlabeled crops count later than here
     },
+    "unimatch, every voxel": ("unimatch", {"threshold": 0.0}),
+    "unimatch, authors, every voxel": ("unimatch", {**METHODS["unimatch"].PRESETS["authors"], "threshold": 0.0}),
     "dtml, distances": ("dtml", {"sdm_loss": "dis"}),
     "dtml, agreeing on unlabeled crops": ("dtml", {"consistency_on": "unlabeled", "ramp_end": 0.0}),
     "dtml-plus, from the start": ("dtml-plus", {"start": 0.0, "full": 0.0, "trust": "all"}),

@@ -463,8 +463,11 @@ UNSUPERVISED = {
     "cps": ["pseudo"],
     "bcp": ["pseudo_seg"],
     "ad-mt": ["pseudo"],
+    "mc-net-plus": ["consistency"],
+    "unimatch": ["features", "strong"],
+    "ss-net": ["smoothness+separation"],  # the second moves the separator too
 }
-LEARNERS = ("M_s", "M_d", "student", "network", "networks")
+LEARNERS = ("M_s", "M_d", "student", "network", "networks", "separator")
 # A V-Net with two heads may have one that the term does not read: SASSNet's critic sees the map alone. The assignment
 # of DK-UXNet's layers is hard, and its query distribution does not read the classes.
 UNREAD = re.compile(r"heads\.|layers\.\d\.predictor\.|classify\.")
@@ -477,7 +480,7 @@ def test_every_method_that_uses_unlabeled_scans_is_in_the_table():
 @pytest.mark.parametrize(("name", "term"), [(name, term) for name, terms in UNSUPERVISED.items() for term in terms])
 def test_the_unsupervised_term_moves_the_student_and_nothing_else(name, term):
     # k and the threshold low enough that tiny untrained networks are not saturated, as in the first iterations.
-    low = {key: {"threshold": 0.0} for key in ("asdnet", "ad-mt")}
+    low = {key: {"threshold": 0.0} for key in ("asdnet", "ad-mt", "unimatch")}
     options = {"dtml": {"k": 10.0}, "dtc": {"k": 10.0}, **low}.get(name, {})
     method, batch = make(name, **options), with_sdm(make_batch())
     if name == "ua-mt":

@@ -210,7 +210,7 @@ def own_flag(method, name, precision):
     """Whether a weight is of a convolution that --precision tf32 is about: one in the maps of a network that is not
     kept in float32 by a distance head and a large k."""
     steep = getattr(method.options, "k", math.inf) > 50
-    for prefix, network in method.named_modules():
+    for prefix, network in reversed(list(method.named_modules())):  # a network inside of another comes first
         if isinstance(network, Backbone) and name.startswith(f"{prefix}."):
             part = name.removeprefix(f"{prefix}.").split(".")[0]
             return precision == "tf32" and not (steep and "sdm" in network.heads) and part not in ("heads", "last")

@@ -6,7 +6,14 @@ from typing import Any, NamedTuple
 ALL_LABELED = ("80", "208")  # labeled scans of LA's train.list, and of the hippocampus set's
 SEMI_SUPERVISED = ("dtml", "mean-teacher", "ua-mt", "tcse", "dtc", "sassnet", "asdnet", "double-unc")
 AUTHORS = {"dtml": "DTML", "ua-mt": "UA-MT", "dtc": "DTC", "sassnet": "SASSNet"}  # these have a preset `authors`
-TODAY = ("cps", "bcp", "ad-mt")  # these have a preset `tuned`, with the training settings of DTML+
+TODAY = (
+    "cps",
+    "mc-net-plus",
+    "ss-net",
+    "unimatch",
+    "bcp",
+    "ad-mt",
+)  # these have a preset `tuned`, with the training settings of DTML+
 ALONE = "--unlabeled 0 --consistency-terms none"  # of DK-UXNet: the same network on labeled scans only
 ADAMW = "--optimizer adamw --lr 0.001 --weight-decay 0.01"  # DK-UXNet's
 RECIPE = "--lr-schedule cosine --intensity 0.3"  # the part of the preset `tuned` that any method can have
@@ -208,6 +215,9 @@ LA_TABLES: Tables = {
         Row("V-Net", "8 / 0", "supervised-normalized-8"),
         Row("CPS", "8 / 72", "cps-8"),
         Row("CPS, mean of both", "8 / 72", "cps-8", output="mean"),
+        Row("MC-Net+", "8 / 72", "mc-net-plus-8"),
+        Row("SS-Net", "8 / 72", "ss-net-8"),
+        Row("UniMatch", "8 / 72", "unimatch-8"),
         Row("BCP", "8 / 72", "bcp-8"),
         Row("AD-MT", "8 / 72", "ad-mt-8", output="teacher_1"),
         Row("DTML+: mean of the averages", "8 / 72", "plus-8", output="ema_mean"),
@@ -241,7 +251,7 @@ COMPARED_WITH = {  # table: runs that its rows of as many labels are compared wi
     "tuned": ["dtml-16", "supervised-tuned-16", "supervised-tuned-8"],
     "normalized": ["supervised-tuned-8", "supervised-tuned-16", "supervised-tuned-80"],
     "plus": [f"plus-alone-{n}:ema_mean" for n in (4, 8, 16)],
-    "today": ["supervised-normalized-8"],
+    "today": ["supervised-normalized-8", "plus-8:ema_mean"],
     "dk-uxnet": ["supervised-8", "supervised-16"],
 }
 HIPPOCAMPUS_TABLES: Tables = {

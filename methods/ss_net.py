@@ -1,0 +1,193 @@
+"""SS-Net: Wu et al., Exploring smoothness and class-separation for semi-supervised medical image segmentation, 2022.
+
+A network f predicts p = f(x). Two terms use all crops, labeled or not. The first makes p smooth around each crop. The
+perturbation r has the length eps; its direction changes p most, as found by one power iteration (VAT, Miyato et al.):
+
+    d      a random direction of length 1,     g = gradient of D(f(x'), p) with respect to x' at x' = x + xi d
+    L_smo  =  D(f(x + r), p),                  r = eps g / |g|,  xi = eps = 10,  D = 1 - 2 sum pq / (sum p^2 + sum q^2)
+
+The second draws the features of each class together. h maps the last feature map to 32 channels, and k maps h again.
+P_c are the N = 32 features h of class c with the highest attention, of voxels of labeled crops that f classifies
+correctly. Z_c are the features k(h) of all voxels of class c, by the label, or by f in unlabeled crops:
+
+    L_sep  =  1/(C+1) sum_c mean over z in Z_c, q in P_c of w(z) v(q) (1 - cos(z, q))
+
+w and v are attentions that are learned for each class, divided by their mean. With a weight for each term:
+
+    min   Dice(p, Y)  [labeled]  +  lambda(t) (L_smo [all] + 0.1 (L_sep [labeled] + L_sep [unlabeled]))
+
+No gradient reaches p in D, P_c and the inputs of w. The sum over all pairs is 1 minus the product of two weighted
+means, as w and v have mean 1. As released, the supervised loss is Dice alone, and lambda rises to 1 as a Gaussian
+ramp that ends after 40 % of the iterations. Preset `authors`: D is 1 minus the mean of pq + (1-p)(1-q), P_c has the
+lowest attention, and there are no prototypes of the background.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from losses.perturbation import adversarial
+from losses.ramps import RAMPS, ramp_up
+from losses.terms import agreement_loss, dice_loss, hard_dice, probabilities, soft_dice_loss, weighted_sum
+from methods.base import Batch, Losses, Method, by_name, labeled_part
+from methods.dtml import AGREES, RISES, TIMED
+from networks.backbone import uncounted
+from networks.backbones import BACKBONES
+from networks.heads import attention, projection
+from utils.masks import label_maps
+from utils.options import Condition, option
+
+DISTANCES = {"dice": soft_dice_loss, "agreement": agreement_loss}
+RANKS = ("highest", "lowest")
+FEATURES = 32  # channels of h and k
+SEPARATES: Condition = {**AGREES, "separation": bool}
+PERTURBS: Condition = {**AGREES, "magnitude": bool}
+
+
+class SSNet(Method):
+    """A network that learns from labels, from its own output near each crop, and from prototypes of each class."""
+
+    multiclass = True
+    PRESETS = {
+        "paper": {},
+        "authors": {
+            "softmax": True, "distance": "agreement", "rank": "lowest", "background": False, "ramp": "steps",
+            "augment": "mirror",
+        },
+        "tuned": {
+            "lr_schedule": "cosine", "batch_size": 6, "labeled_batch": 4, "intensity": 0.3, "normalize": "scan",
+        },
+    }  # fmt: skip
+
+    @dataclass
+    class Options(Method.Options):
+        filters: int = option(16, "channels of the V-Net's first block", minimum=1)
+        softmax: bool = option(False, "p by a softmax over C+1 channels in place of C sigmoids")
+        distance: str = option("dice", "D of two predictions; agreement: as released", choices=list(DISTANCES),
+                               only_if=AGREES)  # fmt: skip
+        magnitude: float = option(10.0, "eps, length of the perturbation of a crop", minimum=0, only_if=AGREES)
+        xi: float = option(10.0, "length of the step whose gradient gives its direction", minimum=0, only_if=PERTURBS)
+        separation: float = option(0.1, "weight of L_sep relative to L_smo", minimum=0, only_if=AGREES)
+        prototypes: int = option(32, "N, prototypes of each class", minimum=2, only_if=SEPARATES)
+        rank: str = option("highest", "attention of the features that become prototypes", choices=RANKS,
+                           only_if=SEPARATES)  # fmt: skip
+        background: bool = option(True, "prototypes of the background too", only_if=SEPARATES)
+        lambda_max: float = option(1.0, "largest weight of the two terms", minimum=0)
+        ramp: str = option("gaussian", "how lambda rises", choices=RAMPS, only_if=RISES)
+        ramp_end: float = option(0.4, "share of the iterations after which lambda is largest", minimum=0, maximum=1,
+                                 only_if=TIMED)  # fmt: skip
+
+    options: Options
+    outputs = ("seg",)
+
+    def __init__(self, options: Options, *, iterations: int):
+        super().__init__(options, iterations=iterations)
+        o = options
+        self.network = BACKBONES[o.backbone](heads={"seg": o.classes + o.softmax}, filters=o.filters)
+        self.separator = None
+        if o.lambda_max and o.separation:
+            self.separator = Separator(o.filters, classes=range(0 if o.background else 1, o.classes + 1))
+
+    def forward(self, batch: Batch, iteration: int) -> Losses:
+        o, image, label, L = self.options, batch["image"], batch["label"], len(batch["label"])
+        maps = self.network.features(image)
+        logits = self.network.read(maps)["seg"]
+        p = probabilities(logits, o.classes)
+        terms = {"seg": dice_loss(p[:L], label), "smoothness": self.smoothness(image, p.detach())}
+        monitors = {"dice/train_seg": hard_dice(labeled_part(p.detach(), batch), label)}
+        if self.separator is not None:
+            losses, numbers = self.separator(
+                maps[-1], label_maps(p.detach()), label, prototypes=o.prototypes, largest=o.rank == "highest"
+            )
+            terms["separation"] = losses.sum() / (o.classes + 1)
+            monitors["prototypes"] = numbers.mean()
+        lambda_ = o.lambda_max * ramp_up(iteration, o.ramp_end * self.iterations, o.ramp)
+        total = weighted_sum(terms, {"smoothness": lambda_, "separation": o.separation * lambda_})
+        return Losses(total, terms, {"lambda": lambda_}, monitors)
+
+    def smoothness(self, image: Tensor, p: Tensor) -> Tensor:
+        """L_smo of image (N,1,W,H,D) and its prediction p (N,C,W,H,D), which gets no gradient."""
+        o, distance = self.options, DISTANCES[self.options.distance]
+
+        def loss(x: Tensor) -> Tensor:
+            return distance(probabilities(self.network(x)["seg"], o.classes), p)
+
+        with uncounted():  # these crops are not of the data
+            return loss(image + adversarial(loss, image, xi=o.xi, magnitude=o.magnitude))
+
+    def predict(self, image: Tensor, outputs: tuple[str, ...]) -> Tensor:
+        return probabilities(self.network(image)["seg"], self.options.classes)
+
+    def maps(self, image: Tensor) -> dict[str, Tensor]:
+        return by_name(p=self.predict(image, self.outputs))
+
+
+class Separator(nn.Module):
+    """L_sep: the features of each class approach the prototypes of this class.
+
+    Args:
+        channels: those of the feature maps.
+        classes: the labels that have prototypes.
+    """
+
+    def __init__(self, channels: int, *, classes: Sequence[int]):
+        super().__init__()
+        self.classes = classes
+        self.h, self.k = projection(channels, FEATURES), projection(FEATURES, FEATURES)
+        self.w, self.v = (nn.ModuleList([attention(FEATURES) for _ in classes]) for _ in range(2))
+
+    def forward(
+        self, maps: Tensor, predicted: Tensor, label: Tensor, *, prototypes: int, largest: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of each class, labeled plus unlabeled crops, and its number of prototypes; both (len(classes),).
+
+        A class without prototypes or without voxels has the loss 0.
+
+        Args:
+            maps: feature maps of all crops (N,channels,W,H,D).
+            predicted: their predicted labels (N,W,H,D).
+            label: labels of the first L crops (L,W,H,D).
+            prototypes: N, at least 2.
+            largest: whether the features with the highest attention become prototypes, or those with the lowest.
+        """
+        L = len(label)
+        h = self.h(maps)
+        z = self.k(h)
+        h, labels = h[:L].detach(), torch.cat([label, predicted[L:].to(label.dtype)])
+        losses, counts = [], []
+        for c, w, v in zip(self.classes, self.w, self.v, strict=True):
+            score, correct = w(h).detach(), (label == c) & (predicted[:L] == c)
+            chosen, found = best(h, score if largest else -score, correct, prototypes)
+            q = weighted_mean(chosen, v(chosen).sigmoid() * found)
+            weight = w(z.detach()).sigmoid() * (labels == c)[:, None]
+            parts = zip(F.normalize(z, dim=1).tensor_split([L]), weight.tensor_split([L]), strict=True)
+            losses.append(sum((a.sum() > 0) * found.any() * (1 - weighted_mean(x, a) @ q) for x, a in parts))
+            counts.append(found.sum())
+        return torch.stack(losses), torch.stack(counts).float()
+
+
+def best(h: Tensor, score: Tensor, mask: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """The features with the highest scores inside of a mask, divided by their length.
+
+    Args:
+        h: features (L,channels,W,H,D).
+        score: (L,1,W,H,D).
+        mask: (L,W,H,D) of bool.
+        number: how many.
+
+    Returns:
+        Features (1,channels,number,1,1), 0 where the mask has no more, and whether each is one, (1,1,number,1,1).
+    """
+    scores, places = score.flatten().masked_fill(~mask.flatten(), -torch.inf).topk(number)
+    found = (scores > -torch.inf).view(1, 1, -1, 1, 1)
+    features = F.normalize(h.transpose(0, 1).flatten(1)[:, places], dim=0)[None, :, :, None, None]
+    return torch.where(found, features, 0), found
+
+
+def weighted_mean(x: Tensor, weight: Tensor) -> Tensor:
+    """Mean over items and voxels of x (N,C,W,H,D) with weights (N,1,W,H,D) >= 0 -> (C,); 0 if all weights are 0."""
+    total = weight.sum().clamp(min=torch.finfo(x.dtype).tiny)
+    return (weight * x).sum(dim=(0, 2, 3, 4)) / total

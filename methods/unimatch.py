@@ -1,0 +1,143 @@
+"""UniMatch: Yang et al., Revisiting weak-to-strong consistency in semi-supervised semantic segmentation, CVPR 2023.
+
+A network f predicts an unlabeled crop u: p = f(u), without gradient. Its most probable class y is the pseudo-label of
+three other views of u, in the voxels where that class is probable:
+
+    a    =  1 where the probability of y is at least T = 0.95, else 0
+    p_f  =  decoder(dropout(encoder(u)))     every map of the encoder loses half of its channels
+    p_i  =  f(S_i),  i = 1, 2                strong views with random contrast, noise and blur
+
+In half of the strong views another unlabeled crop u' of the batch fills a box b_i (CutMix), in crop and labels alike:
+
+    S_i  =  S(u') inside b_i, S(u) elsewhere,    y_i = y' inside b_i, y elsewhere,    a_i = a' inside b_i, a elsewhere
+    min over f   L_seg(f(x), Y)  +  1/2 H(p_f, y, a)  +  1/4 (H(p_1, y_1, a_1) + H(p_2, y_2, a_2))
+
+x, Y are labeled crops. H is the cross-entropy, weighted by a in every voxel. In the released code for medical images it
+is the Dice loss with these weights (`--pseudo-loss dice`). Paper and code minimise half of this sum, which for SGD is
+half of the learning rate.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from losses.mixing import paste, random_box
+from losses.perturbation import strong_view
+from losses.terms import ce_loss, dice_loss, hard_dice, probabilities, seg_loss, weighted_sum
+from methods.base import Batch, Losses, Method, by_name, labeled_part
+from networks.backbones import BACKBONES
+from utils.masks import label_maps
+from utils.options import Condition, option
+
+PSEUDO_LOSSES = ("ce", "dice")
+SMALLEST, LARGEST = 0.02, 0.4  # share of the voxels of a crop inside the box
+STRONG: Condition = {"strong_weight": bool}
+FEATURE: Condition = {"feature_weight": bool}
+
+
+class UniMatch(Method):
+    """A network that learns its own confident labels from three harder views of the same crops."""
+
+    multiclass = True
+    PRESETS = {
+        "paper": {},
+        "authors": {"softmax": True, "pseudo_loss": "dice", "lr": 0.005, "weight_decay": 2e-4},
+        "tuned": {
+            "pseudo_loss": "dice", "lr_schedule": "cosine", "batch_size": 6, "labeled_batch": 4, "intensity": 0.3,
+            "normalize": "scan",
+        },
+    }  # fmt: skip
+
+    @dataclass
+    class Options(Method.Options):
+        filters: int = option(16, "channels of the V-Net's first block", minimum=1)
+        softmax: bool = option(False, "p by a softmax over C+1 channels in place of C sigmoids")
+        threshold: float = option(0.95, "T, probability from which a pseudo-label counts", minimum=0, maximum=1,
+                                  only_if=[STRONG, FEATURE])  # fmt: skip
+        pseudo_loss: str = option("ce", "H: cross-entropy, or Dice as in the released code for medical images",
+                                  choices=PSEUDO_LOSSES, only_if=[STRONG, FEATURE])  # fmt: skip
+        feature_weight: float = option(0.5, "weight of the view with dropped features", minimum=0)
+        feature_dropout: float = option(0.5, "share of the channels that this view loses", minimum=0, maximum=1,
+                                        only_if=FEATURE)  # fmt: skip
+        strong_weight: float = option(0.5, "weight of both strong views together", minimum=0)
+        strong: float = option(0.5, "strength of the contrast, noise and blur of the strong views", minimum=0,
+                               only_if=STRONG)  # fmt: skip
+        cutmix: float = option(0.5, "share of the strong views into which another unlabeled crop is pasted", minimum=0,
+                               maximum=1, only_if=STRONG)  # fmt: skip
+
+    options: Options
+    outputs = ("seg",)
+
+    def __init__(self, options: Options, *, iterations: int):
+        super().__init__(options, iterations=iterations)
+        o = options
+        self.network = BACKBONES[o.backbone](heads={"seg": o.classes + o.softmax}, filters=o.filters)
+
+    def forward(self, batch: Batch, iteration: int) -> Losses:
+        o, image, label, L = self.options, batch["image"], batch["label"], len(batch["label"])
+        unlabeled = image[L:]
+        use_features, use_strong = (len(unlabeled) > 0 and weight > 0 for weight in (o.feature_weight, o.strong_weight))
+
+        def with_dropped(x: Tensor) -> Tensor:
+            return torch.cat([x, F.dropout3d(x[L:], o.feature_dropout)])
+
+        # As released, one pass for the crops as they are and the dropped features, and one for the strong views.
+        features = self.network.features(image, with_dropped if use_features else None)
+        logits, dropped = self.network.read(features)["seg"].tensor_split([len(image)])
+        p = probabilities(logits.detach(), o.classes)
+        pseudo, a = label_maps(p)[L:], (confidence(p)[L:] >= o.threshold).to(p.dtype)
+        zero = logits.new_zeros(())
+        terms = {"seg": seg_loss(logits[:L], label, o.classes), "features": zero, "strong": zero}
+        if use_features:
+            terms["features"] = self.pseudo_loss(dropped, pseudo, a)
+        if use_strong:
+            views, labels, weights = zip(*(self.mixed(unlabeled, pseudo, a) for _ in range(2)), strict=True)
+            strong = self.network(torch.cat(views))["seg"].chunk(2)
+            losses = [self.pseudo_loss(*view) for view in zip(strong, labels, weights, strict=True)]
+            terms["strong"] = torch.stack(losses).mean()
+        monitors = {
+            "dice/train_seg": hard_dice(labeled_part(p, batch), label),
+            "pseudo/foreground": (pseudo > 0).float().mean() if len(unlabeled) else zero,
+            "pseudo/confident": a.mean() if len(unlabeled) else zero,
+        }
+        total = weighted_sum(terms, {"features": o.feature_weight, "strong": o.strong_weight})
+        return Losses(total, terms, {}, monitors)
+
+    def mixed(self, image: Tensor, pseudo: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A strong view of each crop, with a box of the next one in some, and its labels and weights.
+
+        Args:
+            image: unlabeled crops (N,1,W,H,D).
+            pseudo: their pseudo-labels (N,W,H,D).
+            a: weights (N,1,W,H,D).
+        """
+        boxes = torch.stack([self.box(image.shape[2:]) for _ in image])
+        views = (strong_view(image, self.options.strong), pseudo, a)
+        S, y, weight = (paste(x, x.roll(1, dims=0), boxes) for x in views)
+        return S, y, weight
+
+    def box(self, sides: torch.Size) -> Tensor:
+        """Mask (W,H,D) of bool, a box of 2 to 40 % of the voxels or none; its sides are equal shares of the crop's."""
+        coin, volume = torch.rand(2).tolist()
+        share = (SMALLEST + (LARGEST - SMALLEST) * volume) ** (1 / 3)
+        return random_box(sides, share if coin < self.options.cutmix else 0.0)
+
+    def pseudo_loss(self, logits: Tensor, pseudo: Tensor, a: Tensor) -> Tensor:
+        """H of logits (N,C or C+1,W,H,D), pseudo-labels (N,W,H,D) and weights (N,1,W,H,D)."""
+        o = self.options
+        if o.pseudo_loss == "dice":
+            return dice_loss(probabilities(logits, o.classes), pseudo, a)
+        return ce_loss(logits, pseudo, o.classes, a)
+
+    def predict(self, image: Tensor, outputs: tuple[str, ...]) -> Tensor:
+        return probabilities(self.network(image)["seg"], self.options.classes)
+
+    def maps(self, image: Tensor) -> dict[str, Tensor]:
+        return by_name(p=self.predict(image, self.outputs))
+
+
+def confidence(p: Tensor) -> Tensor:
+    """Foreground probabilities p (N,C,W,H,D) -> that of the most probable class (N,1,W,H,D), background included."""
+    return torch.cat([1 - p.sum(dim=1, keepdim=True), p], dim=1).amax(dim=1, keepdim=True)

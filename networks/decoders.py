@@ -1,0 +1,86 @@
+"""Ways to double the sides of a map, and an encoder that several decoders share."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from networks.backbone import Backbone
+from networks.convolution import Conv3d
+
+UPS = ("transposed", "trilinear", "nearest")
+"""How a decoder doubles the sides of its maps."""
+
+
+class Doubled(nn.Module):
+    """Doubles the sides of maps (N,C,W,H,D) without weights: 'trilinear' or 'nearest'.
+
+    The centre of each voxel lies between those of its eight parts, as align_corners=False of F.interpolate. On a GPU
+    torch (2.13) refuses the gradient of its own trilinear interpolation under torch.use_deterministic_algorithms.
+    """
+
+    def __init__(self, mode: str):
+        super().__init__()
+        self.mode = mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.mode == "nearest":
+            return F.interpolate(x, scale_factor=2, mode="nearest")
+        layout = torch.channels_last_3d if x.is_contiguous(memory_format=torch.channels_last_3d) else None
+        for axis in (2, 3, 4):
+            first, last = x.narrow(axis, 0, 1), x.narrow(axis, -1, 1)
+            before = torch.cat([first, x.narrow(axis, 0, x.shape[axis] - 1)], dim=axis)
+            after = torch.cat([x.narrow(axis, 1, x.shape[axis] - 1), last], dim=axis)
+            pair = torch.stack([0.75 * x + 0.25 * before, 0.75 * x + 0.25 * after], dim=axis + 1)
+            x = pair.flatten(axis, axis + 1)
+        return x if layout is None else x.contiguous(memory_format=layout)
+
+
+def upsampling(up: str, channels: int, *, bias: bool = True) -> nn.Module:
+    """A layer (N,channels,W,H,D) -> (N,channels/2,2W,2H,2D).
+
+    Args:
+        up: one of UPS. 'transposed' is a 2x2x2 transposed convolution; the others are followed by a 3x3x3 convolution.
+        channels: input channels.
+        bias: whether the convolution has a bias.
+
+    Raises:
+        ValueError: for another `up`.
+    """
+    if up not in UPS:
+        raise ValueError(f"up must be one of {UPS}, not {up!r}")
+    if up == "transposed":
+        return nn.ConvTranspose3d(channels, channels // 2, 2, stride=2, bias=bias)
+    return nn.Sequential(Doubled(up), Conv3d(channels, channels // 2, 3, padding=1, bias=bias))
+
+
+class Decoders(Backbone):
+    """One encoder and several decoders, which differ in `up`; each has heads of its own.
+
+    Args:
+        kind: class of the backbone, VNet or UXNet.
+        heads: as for Backbone, the same for every decoder.
+        filters: channels of the last map of every decoder.
+        ups: `up` of each decoder, from UPS.
+    """
+
+    def __init__(
+        self, kind: Callable[..., Backbone], *, heads: dict[str, int], filters: int, ups: tuple[str, ...] = UPS
+    ):
+        super().__init__()
+        self.first = kind(heads=heads, filters=filters, up=ups[0])
+        self.others = nn.ModuleList([kind(heads=heads, filters=filters, up=up, encoder=False) for up in ups[1:]])
+        self.heads = nn.ModuleDict()  # none beside those of the decoders
+
+    def encode(self, image: Tensor) -> list[Tensor]:
+        return self.first.encode(image)
+
+    def decode(self, encoded: list[Tensor]) -> list[Tensor]:
+        """The maps of `encode` -> the last map of each decoder, (N,filters,W,H,D)."""
+        return [network.decode(encoded)[-1] for network in (self.first, *self.others)]
+
+    def forward(self, image: Tensor) -> list[dict[str, Tensor]]:  # type: ignore[override]
+        """image (N,1,W,H,D) -> for each decoder, head name -> (N,channels,W,H,D)."""
+        maps = self.features(image)
+        return [network.read([x]) for network, x in zip((self.first, *self.others), maps, strict=True)]

@@ -1,0 +1,134 @@
+"""SS-Net: both terms from their formulas in numpy, the perturbation, the prototypes, and what gets a gradient."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from losses.perturbation import adversarial, unit
+from losses.terms import agreement_loss, soft_dice_loss
+from methods.ss_net import Separator, SSNet, best
+from networks.batch_norm import BatchNorm3d
+from utils.options import fill
+
+
+def make(iterations=100, **options) -> SSNet:
+    torch.manual_seed(0)
+    return SSNet(fill(SSNet.Options, {"filters": 2, **options}), iterations=iterations).double().train()
+
+
+def batch(classes=1):
+    torch.manual_seed(1)
+    label = torch.randint(0, classes + 1, (2, 16, 16, 16)).to(torch.uint8)
+    return {"image": torch.randn(4, 1, 16, 16, 16, dtype=torch.float64), "label": label, "case": list("abcd")}
+
+
+def test_distances_are_their_formulas():
+    torch.manual_seed(2)
+    p, q = torch.rand(2, 3, 4, 5, 6, dtype=torch.float64), torch.rand(2, 3, 4, 5, 6, dtype=torch.float64)
+    a, b = p.numpy(), q.numpy()
+    dice = [1 - (2 * (x * y).sum() + 1e-5) / ((x**2).sum() + (y**2).sum() + 1e-5)
+            for x, y in ((a[:, c], b[:, c]) for c in range(3))]  # fmt: skip
+    assert soft_dice_loss(p, q).item() == pytest.approx(np.mean(dice), rel=1e-12)
+    assert soft_dice_loss(p, p).abs() < 1e-12
+    # The released distance of one class: Dice over both softmax channels, without squares.
+    both, other = torch.cat([1 - p, p], 1)[:, [0, 3]], torch.cat([1 - q, q], 1)[:, [0, 3]]
+    released = 1 - (2 * (both * other).sum() + 1e-8) / (both.sum() + other.sum() + 1e-8)
+    assert agreement_loss(p[:, :1], q[:, :1]).item() == pytest.approx(released.item(), rel=1e-9)
+
+
+def test_the_perturbation_has_its_length_and_the_direction_of_the_gradient():
+    torch.manual_seed(3)
+    x, a = torch.randn(3, 1, 4, 4, 4, dtype=torch.float64), torch.rand(3, 1, 4, 4, 4, dtype=torch.float64)
+    torch.manual_seed(4)
+    r = adversarial(lambda y: (a * (y - x) ** 2).sum(), x, xi=10.0, magnitude=7.0)
+    torch.manual_seed(4)
+    d = unit(torch.rand_like(x) - 0.5)
+    torch.testing.assert_close(d.flatten(1).norm(dim=1), torch.ones(3, dtype=torch.float64))
+    torch.testing.assert_close(r, 7 * unit(a * d))
+    torch.testing.assert_close(r.flatten(1).norm(dim=1), torch.full((3,), 7.0, dtype=torch.float64))
+    assert not r.requires_grad and unit(torch.zeros_like(x)).abs().max() == 0
+
+
+def test_smoothness_changes_no_statistics_and_its_target_has_no_gradient():
+    method, data = make(), batch()
+    p = torch.rand(4, 1, 16, 16, 16, dtype=torch.float64)
+    before = {name: x.clone() for name, x in method.named_buffers()}
+    method.smoothness(data["image"], p).backward()
+    assert all(torch.equal(x, before[name]) for name, x in method.named_buffers())
+    assert all(w.grad is not None for w in method.network.parameters()) and BatchNorm3d.counts
+
+
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize("classes", [(0, 1), (1,), (0, 1, 2)])
+def test_separation_is_the_sum_over_all_pairs_in_numpy(classes, largest):
+    torch.manual_seed(5)
+    separator = Separator(3, classes=classes).double().train()
+    maps = torch.randn(3, 3, 4, 4, 4, dtype=torch.float64)
+    label, predicted = torch.randint(0, 3, (2, 4, 4, 4)), torch.randint(0, 3, (3, 4, 4, 4))
+    with torch.no_grad():
+        found, counts = separator(maps, predicted, label, prototypes=5, largest=largest)
+        h = separator.h(maps)
+        z = separator.k(h)
+        rows = {name: x.movedim(1, -1).numpy() for name, x in (("h", h), ("z", z))}
+    for i, c in enumerate(classes):
+        with torch.no_grad():
+            score = separator.w[i](h[:2])[:, 0].numpy()
+            w = torch.sigmoid(separator.w[i](z))[:, 0].numpy()
+        correct = ((label == c) & (predicted[:2] == c)).numpy()
+        order = np.argsort(score[correct])
+        chosen = rows["h"][:2][correct][order[-5:] if largest else order[:5]]
+        assert counts[i] == len(chosen) == 5
+        q = chosen / np.linalg.norm(chosen, axis=1, keepdims=True)
+        with torch.no_grad():
+            v = torch.sigmoid(separator.v[i](torch.from_numpy(q.T.copy())[None, :, :, None, None])).numpy().ravel()
+        expected = 0.0
+        for items, y in ((slice(0, 2), label), (slice(2, 3), predicted[2:])):
+            mask = (y == c).numpy()
+            features, attention = rows["z"][items][mask], w[items][mask]
+            features = features / np.linalg.norm(features, axis=1, keepdims=True)
+            pairs = (attention / attention.mean())[:, None] * (v / v.mean())[None] * (1 - features @ q.T)
+            expected += pairs.mean()
+        assert found[i].item() == pytest.approx(expected, rel=1e-10)
+
+
+def test_a_class_without_prototypes_or_voxels_costs_nothing_and_leaves_gradients():
+    torch.manual_seed(6)
+    separator, maps = Separator(2, classes=(0, 1, 2)).double().train(), torch.randn(2, 2, 4, 4, 4, dtype=torch.float64)
+    label = torch.ones(1, 4, 4, 4, dtype=torch.uint8)
+    predicted = torch.ones(2, 4, 4, 4, dtype=torch.uint8)
+    predicted[0, 1:] = 0
+    found, counts = separator(maps, predicted, label, prototypes=32, largest=True)
+    assert found[[0, 2]].tolist() == [0, 0] and found[1] > 0 and counts.tolist() == [0, 16, 0]
+    found.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in separator.parameters())
+    features, is_one = best(torch.ones(1, 2, 4, 4, 4), torch.rand(1, 1, 4, 4, 4), label == 0, 5)
+    assert features.abs().max() == 0 and not is_one.any()
+
+
+def test_prototypes_and_the_inputs_of_attention_get_no_gradient():
+    """Only k(h) does: with the gradient of z stopped none reaches the feature maps."""
+    torch.manual_seed(7)
+    separator = Separator(2, classes=(0, 1)).double().train()
+    maps = torch.randn(2, 2, 4, 4, 4, dtype=torch.float64, requires_grad=True)
+    label, predicted = torch.randint(0, 2, (1, 4, 4, 4)), torch.randint(0, 2, (2, 4, 4, 4))
+    stop = separator.k.register_forward_hook(lambda module, inputs, z: z.detach())
+    separator(maps, predicted, label, prototypes=8, largest=True)[0].sum().backward()
+    assert maps.grad is None and all(p.grad is None for p in separator.h.parameters())
+    assert all(p.grad is not None for p in (*separator.w.parameters(), *separator.v.parameters()))
+    stop.remove()
+    separator(maps, predicted, label, prototypes=8, largest=True)[0].sum().backward()
+    assert maps.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("classes", [1, 2])
+def test_the_total_is_the_sum_of_its_terms(classes):
+    method, data = make(classes=classes), batch(classes)
+    losses = method(data, 20)
+    t, lambda_ = losses.terms, math.exp(-5 * 0.25)
+    assert losses.weights["lambda"] == pytest.approx(lambda_)
+    expected = t["seg"] + lambda_ * (t["smoothness"] + 0.1 * t["separation"])
+    assert losses.total.item() == pytest.approx(expected.item(), rel=1e-12) and t["separation"] > 0
+    alone = method({**data, "image": data["image"][:2]}, 20)  # labels alone: both terms of the labeled crops
+    assert alone.total.isfinite() and alone.terms["smoothness"] > 0
