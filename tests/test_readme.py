@@ -13,7 +13,7 @@ import predict
 import settings
 import test_la
 from methods import METHODS
-from tools import check, pictures, reproduce, share
+from tools import check, convert, pictures, reproduce, share
 from utils.checkpoint import load_checkpoint
 from utils.options import Parser, fill
 
@@ -144,7 +144,7 @@ def test_flags_named_exist():
         "--logdir",
     }
     known |= {"--metric", "--picture", "--dist", "--requeue", "--max-restarts"}  # of other programs
-    for program in (test_la, predict, pictures, share):
+    for program in (test_la, predict, convert, pictures, share):
         known |= {f"--{name.replace('_', '-')}" for name in program.Options.__dataclass_fields__}
     known |= {f"--{name}" for name in reproduce.Options.__dataclass_fields__}
     for kind in METHODS.values():
