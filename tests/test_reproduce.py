@@ -70,8 +70,9 @@ def write_run(folder, options, scans, outputs=("seg",), iteration=None, test="te
 
 
 def write_record(results, key, seed, scans, *, profile="half", change=(), **more):
-    runs, _ = GRIDS[profile]
-    more = {"outputs": ("seg", "sdm", "mean", *(["ema_mean"] if key.startswith("plus") else []))} | more
+    runs, tables = GRIDS[profile]
+    scored = [row.output for _, rows in tables.values() for row in rows if row.key == key]
+    more = {"outputs": list(dict.fromkeys(["seg", "sdm", "mean", *scored]))} | more
     words = [] if key in RETIRED else runs[key].split()
     options = options_of([*words, "--profile", profile, "--seed", str(seed)]) | dict(change)
     write_run(results / profile / f"{key}-seed{seed}", options, scans, test=".", **more)

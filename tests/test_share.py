@@ -96,7 +96,7 @@ def test_any_file_of_them_stands_for_all(runs, tmp_path):
         )
 
 
-@pytest.mark.parametrize("method", ["dtml", "sassnet", "dk-uxnet"])
+@pytest.mark.parametrize("method", ["dtml", "sassnet", "dk-uxnet", "ad-mt"])
 def test_a_method_predicts_from_them_what_its_run_does(method, tmp_path):
     make_set(tmp_path / "set")
     words = [*TINY, *method_words(method), "--device", "cpu", "--iterations", "1", "--data", str(tmp_path / "set")]

@@ -539,7 +539,7 @@ def all_finite(saved):
 SPOILS = {
     nan_loss: "the loss seg",
     infinite_loss: "the loss seg",
-    nan_gradient: r"the gradient of (M_s|network(\.first)?|student|networks\.0(\.backbone)?)\.(encoder\.0|stem)\.0\.weight",
+    nan_gradient: r"the gradient of (M_s|student|networks?(\.\w+)*)\.(encoder\.0|stem)\.0\.weight",
 }
 SPOILED = [("dtml", nan_loss, 0), ("dtml", infinite_loss, 4), ("dtml", nan_gradient, 7)]
 SPOILED += [(method, nan_gradient, 2) for method in METHODS]
