@@ -157,16 +157,19 @@ class Separator(nn.Module):
         h = self.h(maps)
         z = self.k(h)
         h, labels = h[:L].detach(), torch.cat([label, predicted[L:].to(label.dtype)])
+        length = z.norm(dim=1, keepdim=True).clamp(min=1e-12)
         losses, counts = [], []
         for c, w, v in zip(self.classes, self.w, self.v, strict=True):
-            score, correct = w(h).detach(), (label == c) & (predicted[:L] == c)
-            chosen, found = best(h, score if largest else -score, correct, prototypes)
+            with torch.no_grad():
+                score = w(h)
+            chosen, found = best(h, score if largest else -score, (label == c) & (predicted[:L] == c), prototypes)
             q = weighted_mean(chosen, v(chosen).sigmoid() * found)
             weight = w(z.detach()).sigmoid() * (labels == c)[:, None]
-            parts = zip(F.normalize(z, dim=1).tensor_split([L]), weight.tensor_split([L]), strict=True)
-            losses.append(sum((a.sum() > 0) * found.any() * (1 - weighted_mean(x, a) @ q) for x, a in parts))
+            for part in (slice(L), slice(L, None)):
+                mean = weighted_mean(z[part], weight[part], length[part])
+                losses.append((weight[part].sum() > 0) * found.any() * (1 - mean @ q))
             counts.append(found.sum())
-        return torch.stack(losses), torch.stack(counts).float()
+        return torch.stack(losses).view(-1, 2).sum(dim=1), torch.stack(counts).float()
 
 
 def best(h: Tensor, score: Tensor, mask: Tensor, number: int) -> tuple[Tensor, Tensor]:
@@ -187,7 +190,10 @@ def best(h: Tensor, score: Tensor, mask: Tensor, number: int) -> tuple[Tensor, T
     return torch.where(found, features, 0), found
 
 
-def weighted_mean(x: Tensor, weight: Tensor) -> Tensor:
-    """Mean over items and voxels of x (N,C,W,H,D) with weights (N,1,W,H,D) >= 0 -> (C,); 0 if all weights are 0."""
+def weighted_mean(x: Tensor, weight: Tensor, length: Tensor | float = 1.0) -> Tensor:
+    """Mean over items and voxels of x / length, x (N,C,W,H,D), with weights >= 0 -> (C,); 0 if all weights are 0.
+
+    Weight and length are (N,1,W,H,D).
+    """
     total = weight.sum().clamp(min=torch.finfo(x.dtype).tiny)
-    return (weight * x).sum(dim=(0, 2, 3, 4)) / total
+    return torch.einsum("ncv,nv->c", x.flatten(2), (weight / length).flatten(1)) / total

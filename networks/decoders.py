@@ -32,7 +32,7 @@ class Doubled(nn.Module):
             first, last = x.narrow(axis, 0, 1), x.narrow(axis, -1, 1)
             before = torch.cat([first, x.narrow(axis, 0, x.shape[axis] - 1)], dim=axis)
             after = torch.cat([x.narrow(axis, 1, x.shape[axis] - 1), last], dim=axis)
-            pair = torch.stack([0.75 * x + 0.25 * before, 0.75 * x + 0.25 * after], dim=axis + 1)
+            pair = torch.stack([x.lerp(before, 0.25), x.lerp(after, 0.25)], dim=axis + 1)
             x = pair.flatten(axis, axis + 1)
         return x if layout is None else x.contiguous(memory_format=layout)
 
