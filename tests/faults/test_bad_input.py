@@ -260,6 +260,8 @@ BAD_FLAGS = {
     "--patch-size 16 16 0": ("--patch-size", "0 is below 1"),
     "--labeld 4": ("unknown argument --labeld.", "Did you mean --labeled?"),
     "--labeld=4": ("unknown argument --labeld.", "Did you mean --labeled?"),
+    "--method dtm": ("--method: 'dtm' is none of dtml, ", "Did you mean dtml?"),
+    "--method segformer": ("--method: invalid choice: 'segformer' (choose from", "See --help."),
     "--lambda_mx 1": ("unknown argument --lambda-mx.", "Did you mean --lambda-max?"),
     "--lr nan": ("--lr", "nan"),
     "--lr inf": ("--lr", "inf"),
