@@ -21,9 +21,10 @@ import settings
 import test_la
 import train_dtml
 from dataloaders.two_stream import Patches
-from methods import METHODS
+from methods import METHODS, restore
 from networks import backbone
 from tools import convert
+from utils.checkpoint import load_checkpoint
 from utils.errors import Diverged, UserError
 from utils.options import default_of
 
@@ -764,9 +765,14 @@ def test_options_of_an_early_run_that_are_gone_are_refused(tmp_path, old, new):
         settings.read_options([f"@{tmp_path}/options.txt"])
 
 
-def test_a_run_with_an_option_that_is_gone_does_not_go_on(tmp_path):
+def test_a_checkpoint_with_options_that_are_gone_is_read_if_they_did_nothing(tmp_path):
     folder = train(tmp_path, "--data", "set", *BASE).folder
     state = torch.load(folder / "last.pt", weights_only=True)
+    usual = vars(restore(load_checkpoint(folder)).options)
+    state["options"] |= {"preset": "best", "k_start": 0.0, "consistency": "mask", "mix": 0.0, "ema_decay": 0.0}
+    torch.save(state, folder / "last.pt")
+    assert vars(restore(load_checkpoint(folder)).options) == usual
+    assert settings.read_options(["--resume", str(folder)])[0].preset == "tuned"
     state["options"]["mix"] = 1.0
     torch.save(state, folder / "last.pt")
     with pytest.raises(UserError, match=r"this run has --mix 1\.0, an option that dtml no longer has"):
