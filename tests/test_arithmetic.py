@@ -124,7 +124,7 @@ REFUSED = {
     "--precision tf32": "is arithmetic of GPUs",
     "--precision bf16 --method dtc": "changes nothing for --method dtc",
     "--compile --recompute": "Leave out --recompute",
-    "--precision fp16": "invalid choice",
+    "--precision fp16": "is none of fp32, tf32, bf16",
 }
 
 
