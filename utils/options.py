@@ -119,11 +119,12 @@ class Parser(argparse.ArgumentParser):
         return vars(options)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        choices = [str(choice) for choice in action.choices or ()]
-        near = difflib.get_close_matches(str(value), choices, n=1)
-        if near and near[0] != value:
-            text = f"{value!r} is none of {', '.join(choices)}. Did you mean {near[0]}?"
-            raise argparse.ArgumentError(action, text)
+        if action.choices is not None and value not in action.choices:
+            choices = [str(choice) for choice in action.choices]
+            near = difflib.get_close_matches(str(value), choices, n=1)
+            if near:
+                text = f"{value!r} is none of {', '.join(choices)}. Did you mean {near[0]}?"
+                raise argparse.ArgumentError(action, text)
         super()._check_value(action, value)
 
     def error(self, message: str) -> NoReturn:
