@@ -39,7 +39,7 @@ from losses.terms import (
     weighted_sum,
     with_background,
 )
-from methods.base import Batch, Losses, Method, by_name, labeled_part
+from methods.base import TUNED, Batch, Losses, Method, by_name, labeled_part
 from networks.backbones import BACKBONES
 from utils.options import Condition, option
 
@@ -53,10 +53,8 @@ class ADMT(Method):
     PRESETS = {
         "paper": {},
         "authors": {"augment": "mirror"},
-        "tuned": {
-            "lr_schedule": "cosine", "batch_size": 6, "labeled_batch": 4, "intensity": 0.3, "normalize": "scan"
-        },
-    }  # fmt: skip
+        "tuned": TUNED,
+    }
 
     @dataclass
     class Options(Method.Options):

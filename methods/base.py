@@ -16,6 +16,15 @@ Batch = dict[str, Any]
 sdm (L,C,W,H,D) float32 in [-1,1] if the method `needs_sdm`; other_image and other_label, of the same shapes as image
 and label, if it `needs_other_crop`."""
 
+TUNED: dict[str, Any] = {
+    "lr_schedule": "cosine",
+    "batch_size": 6,
+    "labeled_batch": 4,
+    "intensity": 0.3,
+    "normalize": "scan",
+}
+"""The training settings that the presets `tuned` share; chosen for DTML and DTML+ on held-out training scans."""
+
 
 @dataclass
 class Losses:

@@ -23,7 +23,7 @@ from torch import Tensor
 from losses.ema import Averages
 from losses.mixing import paste, random_box
 from losses.terms import hard_dice, probabilities, seg_channels, seg_loss, weight_inside, weighted_sum
-from methods.base import Batch, Losses, Method, by_name
+from methods.base import TUNED, Batch, Losses, Method, by_name
 from networks.backbones import BACKBONES
 from utils.masks import label_maps, largest_components
 from utils.options import Condition, option
@@ -39,10 +39,8 @@ class BCP(Method):
     PRESETS = {
         "paper": {"batch_size": 8, "labeled_batch": 4},
         "authors": {"batch_size": 8, "labeled_batch": 4, "augment": "mirror"},
-        "tuned": {
-            "lr_schedule": "cosine", "batch_size": 8, "labeled_batch": 4, "intensity": 0.3, "normalize": "scan"
-        },
-    }  # fmt: skip
+        "tuned": {**TUNED, "batch_size": 8},
+    }
 
     @dataclass
     class Options(Method.Options):

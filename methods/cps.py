@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from losses.ramps import ramp_up
 from losses.terms import ce_loss, hard_dice, probabilities, seg_channels, seg_loss, weighted_sum
-from methods.base import Batch, Losses, Method, by_name, labeled_part
+from methods.base import TUNED, Batch, Losses, Method, by_name, labeled_part
 from networks.backbones import BACKBONES
 from utils.masks import label_maps
 from utils.options import Condition, option
@@ -38,10 +38,8 @@ class CPS(Method):
         "paper": {},
         "authors": {"pseudo_weight": 0.75},
         "ssl4mis": {"pseudo_on": "unlabeled", "pseudo_weight": 0.1, "ramp_end": 1.0, "augment": "mirror"},
-        "tuned": {
-            "lr_schedule": "cosine", "batch_size": 6, "labeled_batch": 4, "intensity": 0.3, "normalize": "scan"
-        },
-    }  # fmt: skip
+        "tuned": TUNED,
+    }
 
     @dataclass
     class Options(Method.Options):

@@ -33,7 +33,7 @@ from losses.terms import (
     seg_loss,
     weighted_sum,
 )
-from methods.base import Batch, Losses, Method, by_name, labeled_part
+from methods.base import TUNED, Batch, Losses, Method, by_name, labeled_part
 from networks.backbones import BACKBONES
 from utils.options import Condition, option
 
@@ -51,10 +51,7 @@ class DTML(Method):
     PRESETS = {
         "paper": {},
         "authors": {"lambda_max": 1.0, "ramp": "steps", "consistency_times": 2, "augment": "mirror"},
-        "tuned": {
-            "k": 50.0, "lr_schedule": "cosine", "batch_size": 6, "labeled_batch": 4, "intensity": 0.3,
-            "normalize": "scan",
-        },
+        "tuned": {**TUNED, "k": 50.0},
     }  # fmt: skip
 
     @dataclass

@@ -34,7 +34,7 @@ from losses.terms import (
     seg_loss,
     weighted_sum,
 )
-from methods.base import Batch, Losses, Method, by_name, labeled_part
+from methods.base import TUNED, Batch, Losses, Method, by_name, labeled_part
 from methods.dtml import probability_maps
 from networks.backbones import BACKBONES
 from utils.masks import label_maps
@@ -51,10 +51,8 @@ class DTMLPlus(Method):
 
     multiclass = True
     PRESETS = {
-        "tuned": {
-            "lr_schedule": "cosine", "batch_size": 6, "labeled_batch": 4, "intensity": 0.3, "normalize": "scan"
-        },
-    }  # fmt: skip
+        "tuned": TUNED,
+    }
 
     @dataclass
     class Options(Method.Options):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from losses.ramps import RAMPS, ramp_up
 from losses.terms import consistency_loss, dice_loss, hard_dice, probabilities, weighted_sum
-from methods.base import Batch, Losses, Method, by_name, labeled_part
+from methods.base import TUNED, Batch, Losses, Method, by_name, labeled_part
 from methods.dtml import AGREES, RISES, TIMED
 from networks.backbones import BACKBONES
 from networks.decoders import UPS, Decoders
@@ -32,9 +32,7 @@ class MCNetPlus(Method):
     PRESETS = {
         "paper": {},
         "authors": {"softmax": True, "target_gradient": True, "ramp": "steps", "augment": "mirror", "lr_steps": []},
-        "tuned": {
-            "lr_schedule": "cosine", "batch_size": 6, "labeled_batch": 4, "intensity": 0.3, "normalize": "scan",
-        },
+        "tuned": TUNED,
     }  # fmt: skip
 
     @dataclass

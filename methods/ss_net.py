@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from losses.perturbation import adversarial
 from losses.ramps import RAMPS, ramp_up
 from losses.terms import agreement_loss, dice_loss, hard_dice, probabilities, soft_dice_loss, weighted_sum
-from methods.base import Batch, Losses, Method, by_name, labeled_part
+from methods.base import TUNED, Batch, Losses, Method, by_name, labeled_part
 from methods.dtml import AGREES, RISES, TIMED
 from networks.backbone import uncounted
 from networks.backbones import BACKBONES
@@ -57,9 +57,7 @@ class SSNet(Method):
             "softmax": True, "distance": "agreement", "rank": "lowest", "background": False, "ramp": "steps",
             "augment": "mirror",
         },
-        "tuned": {
-            "lr_schedule": "cosine", "batch_size": 6, "labeled_batch": 4, "intensity": 0.3, "normalize": "scan",
-        },
+        "tuned": TUNED,
     }  # fmt: skip
 
     @dataclass

@@ -26,7 +26,7 @@ from torch import Tensor
 from losses.mixing import paste, random_box
 from losses.perturbation import strong_view
 from losses.terms import ce_loss, dice_loss, hard_dice, probabilities, seg_loss, weighted_sum
-from methods.base import Batch, Losses, Method, by_name, labeled_part
+from methods.base import TUNED, Batch, Losses, Method, by_name, labeled_part
 from networks.backbones import BACKBONES
 from utils.masks import label_maps
 from utils.options import Condition, option
@@ -44,11 +44,8 @@ class UniMatch(Method):
     PRESETS = {
         "paper": {},
         "authors": {"softmax": True, "pseudo_loss": "dice", "lr": 0.005, "weight_decay": 2e-4},
-        "tuned": {
-            "pseudo_loss": "dice", "lr_schedule": "cosine", "batch_size": 6, "labeled_batch": 4, "intensity": 0.3,
-            "normalize": "scan",
-        },
-    }  # fmt: skip
+        "tuned": {**TUNED, "pseudo_loss": "dice"},
+    }
 
     @dataclass
     class Options(Method.Options):
