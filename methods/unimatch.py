@@ -25,7 +25,7 @@ from torch import Tensor
 
 from losses.mixing import paste, random_box
 from losses.perturbation import strong_view
-from losses.terms import ce_loss, dice_loss, hard_dice, probabilities, seg_loss, weighted_sum
+from losses.terms import ce_loss, dice_loss, hard_dice, probabilities, seg_loss, weighted_sum, with_background
 from methods.base import TUNED, Batch, Losses, Method, by_name, labeled_part
 from networks.backbones import BACKBONES
 from utils.masks import label_maps
@@ -137,4 +137,4 @@ class UniMatch(Method):
 
 def confidence(p: Tensor) -> Tensor:
     """Foreground probabilities p (N,C,W,H,D) -> that of the most probable class (N,1,W,H,D), background included."""
-    return torch.cat([1 - p.sum(dim=1, keepdim=True), p], dim=1).amax(dim=1, keepdim=True)
+    return with_background(p).amax(dim=1, keepdim=True)
