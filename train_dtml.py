@@ -154,7 +154,10 @@ def show(
     method.train()
 
 
-@enough_memory("Lower --batch-size, --patch-size or --filters, or keep the volumes out of it with --cache disk.")
+@enough_memory(
+    "Use --recompute, which changes no result, or keep the volumes out of it with --cache disk. Then lower "
+    "--batch-size, --patch-size or --filters."
+)
 def main(argv: list[str] | None = None) -> None:
     args = Parser(add_help=False).expand(argv, chosen_flags)
     o, method_options, folder, state = read_options(args, __doc__)
@@ -252,6 +255,9 @@ def main(argv: list[str] | None = None) -> None:
                 volumes.facts, patch_size=o.patch_size, downsample=o.downsample, normalize=o.normalize
             ):
                 report.say(line)
+            if o.workers and volumes.on_device:
+                report.say(f"--workers {o.workers} is not used: the volumes are on the GPU, where crops are made. "
+                           "--cache ram uses it.")  # fmt: skip
             replay = {name: value for name, value in everything.items() if name not in NOT_REPLAYED}
             if start == 0 or not (folder / OPTIONS).exists():
                 chosen = {name: flags.get(name) for name in replay} if start == 0 else replay

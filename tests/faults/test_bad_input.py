@@ -379,7 +379,7 @@ def test_40_memory_that_does_not_suffice_is_told_in_words(kind, tiny_set, monkey
         raise error
 
     monkeypatch.setattr(METHODS["dtml"], "forward", forward)
-    with pytest.raises(UserError, match=f"{text}.* Lower --batch-size, --patch-size or --filters"):
+    with pytest.raises(UserError, match=f"{text}.* Use --recompute.* Then lower --batch-size, --patch-size or --filters"):
         train(tiny_set)
     assert list(tiny_set.parent.rglob("*.pt")) == []
 
