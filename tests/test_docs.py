@@ -122,7 +122,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     put(folder / "docs" / "differences.md", DIFFERENCES.rstrip(), "\n" + code_after("## 5. Presets", "markdown"))
     losses = "| tag | method | healthy | trouble |\n|---|---|---|---|"
     put(folder / "docs" / "curves.md", losses, code_after("In [curves.md]", "markdown"))
-    put(folder / "tests" / "test_flags.py", "\nOWN = {", code_after("In `OWN`"))
+    put(folder / "tests" / "test_flags.py", "\nOWN_FLAGS = {", code_after("In `OWN_FLAGS`"))
     put(folder / "tests" / "test_methods.py", "\nUNSUPERVISED = {", code_after("in `UNSUPERVISED`"))
     put(folder / "tools" / "grid.py", "\nLA_RUNS = {", code_after("In `LA_RUNS`"))
     put(folder / "tools" / "grid.py", '    "3": ("Table 3: methods", [', code_after("and in table 3"))
