@@ -84,11 +84,6 @@ def test_evaluation_mode_and_contiguous_maps_are_torch_s():
         assert torch.equal(ours.eval()(laid), plain.eval()(laid))
 
 
-def test_a_single_voxel_is_refused_as_torch_does():
-    with pytest.raises(ValueError, match="more than 1 value"):
-        BatchNorm3d(4).train()(torch.randn(1, 4, 1, 1, 1).to(memory_format=LAST))
-
-
 def test_every_map_of_the_vnet_is_in_channels_last_on_a_cpu_and_its_state_is_torch_s():
     network, seen = VNet(heads={"seg": 1}, filters=4), []
     for module in network.modules():

@@ -17,7 +17,6 @@ from scipy import ndimage
 import test_la
 import train_dtml
 from dataloaders.cases import Case, CaseError, read_case
-from dataloaders.phantom import case_shape, phantom
 from evaluation import scores
 from evaluation.rows import read_row
 from losses.sdm import signed_distance_map
@@ -81,13 +80,6 @@ def test_sigmoids_are_one_binary_problem_for_each_class(label):
     torch.testing.assert_close(p, x.sigmoid())
     of_each = [seg_loss(x[:, c : c + 1], (label == c + 1).to(torch.uint8)) for c in range(3)]
     assert seg_loss(x, label, 3).item() == pytest.approx(sum(of_each).item() / 3)
-
-
-def test_one_class_of_two_channels_is_no_second_class(label):
-    """2 channels are background and foreground with --softmax, and two classes with --classes 2."""
-    x = random_logits(2)
-    torch.testing.assert_close(probabilities(x, 1), torch.softmax(x, 1)[:, 1:])
-    torch.testing.assert_close(probabilities(x, 2), x.sigmoid())
 
 
 def test_label_map_takes_the_likeliest_and_background_takes_what_is_left():
@@ -235,12 +227,6 @@ def test_a_class_that_is_in_neither_map_is_in_no_mean_and_counted_apart():
     assert np.isnan(nothing["dice"]) and nothing["voxels"] == 0
 
 
-def test_one_class_has_no_class_column():
-    label = np.ones((4, 4, 4), np.uint8)
-    (score,) = scores.class_scores(label, label, 1, (1.0, 1.0, 1.0))
-    assert "class" not in score and score["dice"] == 1
-
-
 def test_values_beyond_the_classes_are_named(tmp_path):
     write_case(tmp_path / "a.h5", np.random.rand(4, 4, 4), np.full((4, 4, 4), 255, np.uint8))
     with pytest.raises(CaseError, match=r"holds 255 where only 0 to 2 may stand; 255 marks the atrium"):
@@ -277,13 +263,3 @@ def test_one_distance_map_for_each_class(tmp_path):
         for c in (1, 2):
             np.testing.assert_array_equal(maps[c - 1], signed_distance_map(label == c))
     assert F.one_hot(seen["label"].long(), 3).sum(dim=(0, 1, 2, 3)).min() > 0
-
-
-def test_phantoms_of_three_classes_are_the_same_images():
-    shape = case_shape(7, 0)
-    image, label = phantom(7, 0, shape)
-    for classes in (2, 3):
-        again, several = phantom(7, 0, shape, classes)
-        np.testing.assert_array_equal(again, image)
-        np.testing.assert_array_equal(several == 1, label == 1)
-        assert np.unique(several).tolist() == list(range(classes + 1))

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -254,15 +253,6 @@ def test_all_stop_when_one_is_signalled_and_go_on_as_if_nothing_had_been(ranks):
     assert (runs / "stopped" / "scalars.csv").read_text() == (runs / "whole" / "scalars.csv").read_text()
 
 
-def test_torchrun_runs_the_script_itself(data, ranks, tmp_path):
-    flags = [*flags_of(data, "runs", "script"), "--workers", "1"]
-    code, err = end_of(torchrun(ROOT / "train_dtml.py", *flags, cwd=tmp_path))
-    assert code == 0, err
-    assert err.count(f"done: {N} iterations") == 1
-    a, b = load(tmp_path / "runs" / "script" / "last.pt"), load(ranks[1] / "whole" / "last.pt")
-    assert differing(a["method"], b["method"]) == []
-
-
 KILLED = """
 import os, signal, sys
 from pathlib import Path
@@ -326,25 +316,3 @@ def test_the_test_script_shares_out_its_scans(scans, data, ranks, tmp_path):
     found = {path.relative_to(tmp_path / "two") for path in (tmp_path / "two").rglob("*.nii.gz")}
     assert found == {path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.nii.gz")}
     assert err.count("per case:") == 1 and len(found) == 3 * scans
-
-
-def test_a_signal_to_the_whole_group_saves(data, tmp_path):
-    number = signal.SIGTERM
-    (tmp_path / "driver.py").write_text(DRIVER)
-    (tmp_path / "runs.json").write_text(
-        json.dumps([["run", "pause", "dtml", flags_of(data, tmp_path / "runs", "run")]])
-    )
-    process = torchrun("driver.py", cwd=tmp_path)
-    patience = time.monotonic() + 60
-    while not all((tmp_path / f"ready{rank}").exists() for rank in (0, 1)):
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < patience, "the training did not begin"
-        time.sleep(0.05)
-    os.killpg(process.pid, number)
-    time.sleep(1)  # torchrun passes it on to its processes, which have sessions of their own
-    (tmp_path / "go").touch()
-    code, err = end_of(process)
-    assert code != 0
-    assert (tmp_path / "runs" / "run" / "last.pt").exists(), err
-    assert load(tmp_path / "runs" / "run" / "last.pt")["iteration"] == 4
-    assert [load(tmp_path / f"run{rank}.pt")["end"][:8] for rank in (0, 1)] == ["Stopped:"] * 2

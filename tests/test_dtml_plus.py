@@ -51,18 +51,6 @@ def test_weighted_seg_loss_is_the_formula_in_numpy():
     assert seg_loss(logits, label, 1, ones).item() == pytest.approx(seg_loss(logits, label, 1).item(), abs=1e-12)
 
 
-def test_weighted_softmax_seg_loss_is_the_formula_in_numpy():
-    """Two classes and the background's channel; the Dice of both classes weighs as many voxels."""
-    torch.manual_seed(2)
-    logits, label = torch.randn(2, 3, 5, 4, 3, dtype=torch.float64), torch.randint(0, 3, (2, 5, 4, 3))
-    a = torch.rand(2, 1, 5, 4, 3, dtype=torch.float64)
-    e = np.exp(logits.numpy())
-    p, y, w = e / e.sum(1, keepdims=True), np.eye(3)[label.numpy()].transpose(0, 4, 1, 2, 3), a.numpy()
-    ce = (w * -(y * np.log(p)).sum(1, keepdims=True)).mean()
-    dice = np.mean([dice_by_hand(p[:, c : c + 1], y[:, c : c + 1], w) for c in (1, 2)])
-    assert seg_loss(logits, label, 2, a).item() == pytest.approx(0.5 * (ce + dice), abs=1e-12)
-
-
 @pytest.mark.parametrize("trust", ["all", "voxel", "both"])
 def test_the_losses_are_the_formulas_of_the_docstring(trust):
     method, data = make(trust=trust, start=0.0, full=0.0, strong=0.0, pseudo_weight=0.7), batch()
@@ -142,14 +130,6 @@ def test_the_averages_follow_their_networks():
         for key, value in method.ema[name].state_dict().items():
             torch.testing.assert_close(value, average[key])
     assert not any(weight.requires_grad for weight in method.ema.parameters())
-
-
-def test_the_averages_are_used_in_evaluation_mode():
-    method = make()
-    assert not any(module.training for module in method.ema.modules()) and method.M_s.training
-    method.eval()
-    method.train()
-    assert not any(module.training for module in method.ema.modules()) and method.M_d.training
 
 
 @pytest.mark.parametrize("classes", [1, 2])

@@ -253,34 +253,6 @@ def test_flag_changes_the_result(method, changed, beside, run):
     assert not same(learned(usual.weights), learned(other.weights))
 
 
-def test_learning_rate_follows_its_flags(run):
-    rates = [row["lr"] for row in run("--lr", "0.04", "--lr-steps", "2", "1", "--lr-gamma", "0.5").scalars]
-    assert rates == [0.04, 0.02, 0.01]
-    assert [row["lr"] for row in run("--lr-steps").scalars] == [0.01] * 3
-
-
-@pytest.mark.parametrize(
-    ("words", "factors"),
-    [
-        ("", {"mask": 1, "consistency": 1}),
-        ("--sdm-loss both --dis-weight 2 --consistency-times 3", {"mask": 1, "dis": 2, "consistency": 3}),
-        ("--method dtml-plus --start 0", {"mask": 1, "pseudo_seg": 1, "pseudo_mask": 1}),
-        ("--method ua-mt", {"consistency": 1}),
-        ("--method sassnet --beta 1", {"sdm": 1, "adversarial": 1}),
-        ("--method asdnet --lambda-adv 0.1", {"adversarial": 0.1, "semi": 1}),
-    ],
-)
-def test_total_is_the_sum_that_the_flags_describe(words, factors, run):
-    for row in run(*words.split()).scalars:
-        assert {name.partition("/")[2] for name in row if name.startswith("loss/")} == {"total", "seg", *factors}
-        parts = {name: row[f"loss/{name}"] * factor for name, factor in factors.items()}
-        for weight in (name for name in row if name.startswith("lambda")):  # of the term that has a weight of its own
-            usual = "consistency" if "consistency" in factors else list(factors)[-1]
-            parts["semi" if weight == "lambda_semi" else usual] *= row[weight]
-        parts = {name: part * row.get("w", 1) if name.startswith("pseudo") else part for name, part in parts.items()}
-        assert row["loss/total"] == pytest.approx(row["loss/seg"] + sum(parts.values()), rel=2e-5)
-
-
 # -- what is harmless --
 
 
@@ -325,21 +297,6 @@ def test_harmless_flag_changes_something_but_not_the_result(name, run, tmp_path,
         other = train(tmp_path / "runs", "--data", "set", *BASE, *flags.split())
     assert look(other) == expected != look(usual)
     assert same(other.weights, usual.weights)
-
-
-def test_pictures_come_when_they_should(run, tmp_path):
-    folder = train(tmp_path / "runs", "--data", "set", *BASE, "--picture-every", "2").folder
-    events = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
-    assert [event.step for event in events.Images("labeled")] == [1, 2]
-    assert run().pictures == []
-
-
-@pytest.mark.parametrize("method", ["supervised", "asdnet"])
-def test_pictures_show_the_maps_of_a_method_and_change_nothing(method, run, tmp_path):
-    words = words_of(method, *["--unlabeled 2"] * METHODS[method].uses_unlabeled)
-    other = train(tmp_path / "runs", "--data", "set", *BASE, *words, "--picture-every", "1")
-    assert other.pictures == (["labeled", "unlabeled"] if METHODS[method].uses_unlabeled else ["labeled"])
-    assert same(other.weights, run(*words).weights)
 
 
 def test_threads_change_only_the_rounding(run, tmp_path):
@@ -542,17 +499,6 @@ def test_underscores_are_hyphens_but_in_values():
     words = ["--patch_size", "32", "16", "16", "--lr_gamma=0.5", "--name=my_run"]
     o, _, folder, _ = settings.read_options(["--data", "set", *words])
     assert (o.patch_size, o.lr_gamma, folder.name) == ([32, 16, 16], 0.5, "my_run")
-
-
-@pytest.mark.parametrize(
-    "words",
-    ["--preset authors --seed 3 --lr-steps 2 --unlabeled 3", "--method asdnet --attention none --critic-image"],
-)
-def test_options_file_replays_a_run_under_another_name(words, run, tmp_path):
-    first = run(*words.split())
-    again = train(tmp_path, f"@{first.folder / 'options.txt'}", "--runs", str(tmp_path), "--name", "again")
-    assert again.folder == tmp_path / "again"
-    assert same(first.weights, again.weights) and first.scalars == again.scalars
 
 
 def test_later_flags_win_over_an_options_file(run, tmp_path):

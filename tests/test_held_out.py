@@ -144,24 +144,3 @@ def test_a_run_does_not_go_on_with_another_label(tmp_path):
     write_case(path, image, voxel(label), spacing=(1.0, 1.0, 2.0))
     with pytest.raises(UserError, match=r"are not those .* began with"):
         train_dtml.main([*words, "--iterations", "2", "--resume", "auto"])
-
-
-def test_bare_weights_have_none():
-    with pytest.raises(UserError, match="bare weights do not state"):
-        test_la.main(["--checkpoint", "x.pth", "--method", "dtc", "--scans", "held-out"])
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--sdm-of", "scan"], "--sdm-of does nothing here"),
-        (["--optimizer", "adamw", "--momentum", "0.5"], "--momentum does nothing with --optimizer adamw"),
-        (["--lr-schedule", "cosine", "--lr-steps", "2"], "--lr-steps does nothing"),
-        (["--lr-schedule", "cosine", "--lr-gamma", "0.5"], "--lr-gamma does nothing"),
-        (["--consistency-on", "unlabeled", "--unlabeled", "0"], "needs unlabeled scans"),
-    ],
-)
-def test_flags_that_would_do_nothing_are_refused(words, message, trained):
-    argv = ["--data", str(trained / "set"), "--runs", str(trained), *TINY, "--iterations", "2", *words]
-    with pytest.raises(UserError, match=message):
-        train_dtml.main(argv)

@@ -144,17 +144,6 @@ def test_41_a_stale_lock_is_recognised(kind, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / LOCK).exists()
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["", "{", "[]", "[" * 10_000, "\udcff", '{"pid": "x"}', '{"pid": -1, "born": "", "host": "", "job": ""}', "\0"],
-)
-def test_41_a_lock_that_says_nothing_is_none(text, tmp_path):
-    (tmp_path / LOCK).write_text(text, errors="surrogateescape")
-    refuse_locked(tmp_path)
-    with run_lock(tmp_path), pytest.raises(UserError):
-        refuse_locked(tmp_path)
-
-
 def take_turns(folder, count, log):
     for _ in range(count):
         try:
