@@ -128,19 +128,3 @@ def test_an_early_checkpoint_still_refuses_the_very_scan(trained, tmp_path):
     put(tmp_path / "set", name, *read_case(Case(name, case_file(tmp_path / "set", name), True)))
     with pytest.raises(UserError, match=rf"twin: .*is a scan of the training, there called {name}"):
         test_la.main([*words, "--threads", "1"])
-
-
-def test_a_run_does_not_go_on_with_another_label(tmp_path):
-    """Images that are equal are not enough for that."""
-    data = make_set(tmp_path / "set", labeled=8)
-    words = ["--data", str(data), "--runs", str(tmp_path), *TINY, "--name", "run"]
-    train_dtml.main([*words, "--iterations", "2"])
-    state = load_checkpoint(tmp_path / "run")
-    save_checkpoint(
-        tmp_path / "run", {k: v for k, v in {**state, "iteration": 1}.items() if k not in ("file", "saved")}
-    )
-    path = case_file(data, "case00")
-    image, label = read_case(Case("case00", path, True))
-    write_case(path, image, voxel(label), spacing=(1.0, 1.0, 2.0))
-    with pytest.raises(UserError, match=r"are not those .* began with"):
-        train_dtml.main([*words, "--iterations", "2", "--resume", "auto"])

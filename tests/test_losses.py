@@ -177,3 +177,11 @@ def test_supervised_terms_see_the_labeled_items_only(term):
     before = method(batch, 0).terms[term]
     batch["image"][1:] = torch.randn_like(batch["image"][1:])
     assert torch.equal(before, method(batch, 0).terms[term])
+
+
+def test_dtml_predicts_both_outputs_and_their_mean():
+    method = DTML(DTML.Options(filters=2), iterations=10).eval()
+    seg, sdm, mean = method.predict(torch.randn(2, 1, 16, 16, 16), method.outputs).unbind(1)
+    assert torch.allclose(mean, (seg + sdm) / 2) and not torch.allclose(seg, sdm)
+    assert torch.equal(method.predict(torch.ones(1, 1, 16, 16, 16), ("sdm", "seg")),
+                       method.predict(torch.ones(1, 1, 16, 16, 16), ("seg", "sdm")).flip(1))  # fmt: skip

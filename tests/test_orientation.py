@@ -89,8 +89,7 @@ def test_what_is_not_known_is_not_turned():
     assert Turn()(array) is array
 
 
-@pytest.mark.parametrize("angle", [45.0, 44.999, 135.0])
-@pytest.mark.parametrize("axis", ["x", "y", "z"])
+@pytest.mark.parametrize(("axis", "angle"), [("x", 45.0), ("y", 44.999), ("z", 135.0)])
 def test_axes_midway_are_turned_alike_however_they_are_stored(axis, angle):
     """Nothing is nearest there, but the same patient must become the same array; files round to 32 bits."""
     array = RNG.random((5, 4, 3))

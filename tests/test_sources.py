@@ -9,11 +9,8 @@ import h5py
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from conftest import TINY
 from scans import OBLIQUE, ball, make_scans, write
 
-import test_la
-import train_dtml
 from dataloaders.cases import Case, lists_of, read_case
 from dataloaders.class_names import class_names
 from dataloaders.images import to_physical
@@ -108,18 +105,6 @@ def test_labels_of_images_ts_make_them_the_test_cases(tmp_path, capsys):
     assert (train, test) == (names(*range(6), 7), names(6))
     with pytest.raises(UserError, match="--test-share is given, but the source states"):
         converted(source, tmp_path / "other", "--test-share", "0.5")
-
-
-def test_class_names_reach_the_test_s_table_and_follow_the_labels_that_are_kept(tmp_path, capsys):
-    source = decathlon(tmp_path / "Task")
-    converted(source, tmp_path / "both")
-    converted(source, tmp_path / "one", "--labels", "2")
-    assert class_names(tmp_path / "one") == {1: "Posterior"} and "classes: 1 Posterior\n" in capsys.readouterr().out
-    words = ["--data", str(tmp_path / "both"), *TINY, "--classes", "2", "--iterations", "1", "--runs", str(tmp_path)]
-    train_dtml.main([*words, "--name", "run"])
-    test_la.main(["--checkpoint", str(tmp_path / "run"), "--threads", "1"])
-    assert "Classes: 1 Anterior, 2 Posterior." in capsys.readouterr().out
-    assert json.loads((tmp_path / "run" / "test" / "test.json").read_text())["class_names"]["2"] == "Posterior"
 
 
 @pytest.mark.parametrize(

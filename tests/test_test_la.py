@@ -1,6 +1,8 @@
 """The test script: what it prints, what it writes, and that both are what the predictions on disk say."""
 
+import contextlib
 import csv
+import io
 import json
 import shutil
 from pathlib import Path
@@ -42,6 +44,16 @@ def score(checkpoint: Path, out: Path, *words: str) -> list[dict[str, str]]:
     return rows_of(out)
 
 
+@pytest.fixture(scope="module")
+def tested(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """The run tested with --save all: the folder, the rows of cases.csv and what was printed."""
+    out = tmp_path_factory.mktemp("tested")
+    with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.redirect_stderr(io.StringIO()) as err:
+        rows = score(trained, out, "--save", "all")
+    assert "not finished" not in err.getvalue()
+    return SimpleNamespace(out=out, rows=rows, text=text.getvalue())
+
+
 def rows_of(out: Path) -> list[dict[str, str]]:
     """The rows of cases.csv."""
     with open(out / "cases.csv", newline="") as f:
@@ -50,9 +62,8 @@ def rows_of(out: Path) -> list[dict[str, str]]:
 
 def saved_mask(out: Path, output: str, case: str) -> np.ndarray:
     """A saved prediction as (W,H,D)."""
-    return sitk.GetArrayFromImage(sitk.ReadImage(str(out / "predictions" / output / f"{case}.nii.gz"))).transpose(
-        2, 1, 0
-    )
+    picture = sitk.ReadImage(str(out / "predictions" / output / f"{case}.nii.gz"))
+    return sitk.GetArrayFromImage(picture).transpose(2, 1, 0)
 
 
 def label_of(folder: Path, case: str) -> np.ndarray:
@@ -105,47 +116,40 @@ def fake(monkeypatch):
 # -- rows and table --
 
 
-@pytest.mark.parametrize("component", COMPONENTS)
-def test_rows_are_what_medpy_says_of_the_saved_predictions(component, trained, tmp_path):
-    rows = score(trained, tmp_path, "--save", component)
-    keys = [(row["case"], row["output"], row["component"]) for row in rows]
+def test_rows_are_what_medpy_says_of_the_saved_predictions(tested, trained):
+    keys = [(row["case"], row["output"], row["component"]) for row in tested.rows]
     assert keys == [(case, output, c) for case in CASES for output in OUTPUTS for c in COMPONENTS]
-    for row in rows:
-        if row["component"] == component:
-            mask, label = (
-                saved_mask(tmp_path, row["output"], row["case"]),
-                label_of(trained.parent / "set", row["case"]),
-            )
+    for row in tested.rows:
+        if row["component"] == "all":
+            mask = saved_mask(tested.out, row["output"], row["case"])
+            label = label_of(trained.parent / "set", row["case"])
             assert set(np.unique(mask)) == {0, 1} and 0.3 < binary.dc(mask, label) < 0.99
             for name, value in measure(mask, label).items():
                 assert float(row[name]) == pytest.approx(value, abs=1e-6), name
 
 
-def test_files_without_a_spacing_give_no_distance_in_mm(trained, tmp_path, capsys):
+def test_files_without_a_spacing_give_no_distance_in_mm(trained, tested, tmp_path, capsys):
     shutil.copytree(trained.parent / "set", tmp_path / "set")
-    known = score(trained, tmp_path / "known")
-    assert "No distance in mm" not in capsys.readouterr().out
     for case in CASES:
         with h5py.File(tmp_path / "set" / case / "mri_norm2.h5", "a") as f:
             del f.attrs["spacing"]
     rows = score(trained, tmp_path / "out", "--data", str(tmp_path / "set"))
-    assert "No distance in mm: the files of" in capsys.readouterr().out
-    for row, usual in zip(rows, known, strict=True):
+    assert "No distance in mm: the files of" in capsys.readouterr().out and "No distance in mm" not in tested.text
+    for row, usual in zip(rows, tested.rows, strict=True):
         assert row == usual | {name: "nan" for name in usual if "_mm" in name}
 
 
-def test_table_has_the_papers_columns_and_the_means_of_the_rows(trained, tmp_path, capsys):
-    rows = score(trained, tmp_path)
-    text = capsys.readouterr().out
-    assert (tmp_path / "table.md").read_text() in text
-    table = table_in(text)
+def test_table_has_the_papers_columns_and_the_means_of_the_rows(tested):
+    assert (tested.out / "table.md").read_text() in tested.text
+    table = table_in(tested.text)
     columns = {"Dice %": "dice", "Jaccard %": "jaccard", "ASD voxel": "asd", "95HD voxel": "hd95"}
     columns |= {"ASD mm": "asd_mm", "95HD mm": "hd95_mm"}
     empty = ["no prediction", "no label", "neither"]
     assert list(table[0]) == ["output", "component", "scans", *columns, *empty]
     assert [(r["output"], r["component"]) for r in table] == [(o, c) for o in OUTPUTS for c in COMPONENTS]
     for line in table:
-        chosen = [row for row in rows if (row["output"], row["component"]) == (line["output"], line["component"])]
+        key = (line["output"], line["component"])
+        chosen = [row for row in tested.rows if (row["output"], row["component"]) == key]
         assert line["scans"] == "2" and [line[name] for name in empty] == ["0", "0", "0"]
         for column, name in columns.items():
             values = np.array([float(row[name]) for row in chosen]) * (100 if "%" in column else 1)
@@ -225,11 +229,11 @@ def test_of_an_earlier_test_in_the_folder_nothing_stays_and_nothing_else_goes(tr
         (tmp_path / "out" / name).write_bytes(data)
     assert (tmp_path / "out" / "report.html").exists() and saved_mask(tmp_path / "out", "sdm", "case08").any()
     score(trained, tmp_path / "out", "--output", "seg")
-    alone, found = files_of(tmp_path / "alone"), files_of(tmp_path / "out")
-    assert set(found) == set(alone) | set(mine)
+    alone, files = files_of(tmp_path / "alone"), files_of(tmp_path / "out")
+    assert set(files) == set(alone) | set(mine)
     for name in {**alone, **mine}:
         if name.endswith((".csv", ".md")) or name in mine:
-            assert found[name] == {**alone, **mine}[name], name
+            assert files[name] == {**alone, **mine}[name], name
     np.testing.assert_array_equal(*(saved_mask(tmp_path / n, "seg", "case08") for n in ("alone", "out")))
     score(trained, tmp_path / "out", "--save", "none")
     assert set(files_of(tmp_path / "out")) == {"cases.csv", "table.md", "test.json", *mine}
@@ -286,17 +290,16 @@ def test_half_resolution_is_scored_on_the_scans_own_grid(tmp_path):
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
-@pytest.mark.parametrize("shape", [(40, 36, 34), (41, 37, 35)], ids=["even", "odd"])
-def test_half_resolution_moves_nothing(axis, shape):
+def test_half_resolution_moves_nothing(axis):
     """A method that returns its input gives back a scan that rises evenly, away from the ends of the axis."""
-    echo = SimpleNamespace(predict=lambda patches, outputs: patches)
+    echo, shape = SimpleNamespace(predict=lambda patches, outputs: patches), (41, 36, 35)
     sides = [n if i == axis else 1 for i, n in enumerate(shape)]
-    rising = torch.linspace(0, 1, shape[axis], dtype=torch.float64).float().reshape(sides).expand(*shape).contiguous()
+    rising = torch.linspace(0, 1, shape[axis]).reshape(sides).expand(*shape).contiguous()
     window = {"patch_size": (16, 16, 16), "stride": (8, 8, 8), "weighting": "uniform", "batch_size": 2}
-    found = predict_scan(echo, rising, ("seg",), downsample=2, **window)
-    assert found.shape == (1, *shape)
+    p = predict_scan(echo, rising, ("seg",), downsample=2, **window)
+    assert p.shape == (1, *shape)
     inner = slice(2, shape[axis] - 4)
-    torch.testing.assert_close(found[0].movedim(axis, 0)[inner], rising.movedim(axis, 0)[inner], rtol=0, atol=1e-5)
+    torch.testing.assert_close(p[0].movedim(axis, 0)[inner], rising.movedim(axis, 0)[inner], rtol=0, atol=1e-5)
     same = predict_scan(echo, rising, ("seg",), downsample=1, **window)
     torch.testing.assert_close(same[0], rising, rtol=0, atol=1e-6)
 
@@ -323,13 +326,6 @@ def predict(method, scan, outputs=OUTPUTS, **more) -> torch.Tensor:
     return predict_scan(method, scan, outputs, **{**window, **more})
 
 
-def test_mean_is_the_mean_of_both_probabilities(method, scan):
-    p = predict(method, scan)
-    assert p.shape == (3, *scan.shape) and p.min() >= 0 and p.max() <= 1
-    assert (p[0] - p[1]).abs().max() > 0.1
-    torch.testing.assert_close(p[2], (p[0] + p[1]) / 2, rtol=0, atol=1e-5)
-
-
 def test_window_is_that_of_training_unless_said_otherwise(trained, tmp_path):
     test_la.main(["--checkpoint", str(trained), "--out", str(tmp_path), "--threads", "1"])
     settings = json.loads((tmp_path / "test.json").read_text())
@@ -340,22 +336,18 @@ def test_window_is_that_of_training_unless_said_otherwise(trained, tmp_path):
 # -- checkpoints and cases --
 
 
-def test_unfinished_checkpoint_is_tested_with_a_warning(trained, tmp_path, capsys):
-    finished = score(trained, tmp_path / "finished")
-    assert "not finished" not in capsys.readouterr().err
+def test_unfinished_checkpoint_is_tested_with_a_warning(trained, tested, tmp_path, capsys):
     unfinished = score(trained / "previous.pt", tmp_path / "unfinished")
-    err = capsys.readouterr().err
-    assert "warning" in err and "previous.pt is not finished: 20 of 30 iterations" in err
-    assert unfinished != finished
+    assert "warning: " in (err := capsys.readouterr().err) and "previous.pt is not finished: 20 of 30 iterations" in err
+    assert unfinished != tested.rows
     assert json.loads((tmp_path / "unfinished" / "test.json").read_text())["iteration"] == 20
 
 
-def test_only_test_cases_are_tested_and_training_files_are_not_needed(trained, tmp_path):
-    usual = score(trained, tmp_path / "usual")
+def test_only_test_cases_are_tested_and_training_files_are_not_needed(trained, tested, tmp_path):
     folder = shutil.copytree(trained.parent / "set", tmp_path / "set")
     for i in range(8):
         shutil.rmtree(folder / f"case0{i}")
-    assert score(trained, tmp_path / "out", "--data", str(folder)) == usual
+    assert score(trained, tmp_path / "out", "--data", str(folder)) == tested.rows
 
 
 def test_cases_in_subfolders_have_predictions_in_subfolders(trained, tmp_path):
