@@ -5,11 +5,11 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, make_set
+from conftest import TINY, make_set
 
 import settings
 import train_dtml
-from benchmarks import data, metrics, precision, scale, sdm, step, stream, window
+from benchmarks import data, metrics, precision, scale, sdm, step, window
 from benchmarks import methods as bench
 from benchmarks.timing import side_by_side, table
 from methods import METHODS
@@ -86,14 +86,3 @@ def test_what_cannot_be_pinned_or_shared_out_is_a_user_s_mistake():
         scale.main(["--processes", "4000"])
     with pytest.raises(UserError, match="multiple of 4"):
         scale.main(["--batch-size", "6"])
-
-
-def test_a_set_is_streamed_from_its_files(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    words = ["--volumes", "20", "--distinct", "2", "--shape", "40", "36", "20", "--patch-size", "16", "16", "16"]
-    stream.main([*words, "--rounds", "1", "--batches", "2", "--folder", str(tmp_path)])
-    assert not list(tmp_path.iterdir())
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert len(lines) == (2 + 2) + (2 + len(stream.LAYOUTS))
-    assert lines[2].startswith("| first |") and lines[3].startswith("| later |")
-    assert all(line.endswith("| yes |") for line in lines[6:])

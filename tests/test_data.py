@@ -218,19 +218,6 @@ def test_a_source_that_changes_while_it_is_read_is_not_remembered(tiny_set, tmp_
     assert volumes(tiny_set, cache="none", folder=tmp_path).kind == "none"
 
 
-def test_where_checks_cannot_be_kept_they_are_repeated_with_one_warning(tiny_set, tmp_path, opened, capsys):
-    (tmp_path / "file").write_text("")
-    for _ in range(2):
-        opened.clear()
-        found = volumes(tiny_set, cache="none", folder=tmp_path / "file")
-        assert opened == lists_of(tiny_set)[0] and found.read(0, (slice(0, 2),) * 3)[0].shape == (2, 2, 2)
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("warning: ") and "--cache-folder" in line
-    opened.clear()
-    volumes(tiny_set, cache="none")  # no folder, nothing written, nothing to warn of
-    assert opened == lists_of(tiny_set)[0] and capsys.readouterr().err == ""
-
-
 def test_processes_share_out_the_check(tiny_set, tmp_path, opened, monkeypatch):
     """Each begins at a share of its own, and does not read what another has checked."""
     train, _ = lists_of(tiny_set)

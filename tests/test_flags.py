@@ -21,11 +21,9 @@ import settings
 import test_la
 import train_dtml
 from dataloaders.two_stream import Patches
-from methods import METHODS, restore
+from methods import METHODS
 from networks import backbone
 from tools import convert
-from utils.checkpoint import load_checkpoint
-from utils.errors import UserError
 from utils.options import as_flags, default_of
 
 OPENED = 4 * 8 + 2 * 4
@@ -518,20 +516,6 @@ def settled(*words: str) -> dict[str, Any]:
 
 
 AUTHORS = {"lambda_max": 1.0, "ramp": "steps", "consistency_times": 2, "augment": "mirror"}
-
-
-def test_a_checkpoint_with_options_that_are_gone_is_read_if_they_did_nothing(tmp_path):
-    folder = train(tmp_path, "--data", "set", *BASE).folder
-    state = torch.load(folder / "last.pt", weights_only=True)
-    usual = vars(restore(load_checkpoint(folder)).options)
-    state["options"] |= {"preset": "best", "k_start": 0.0, "consistency": "mask", "mix": 0.0, "ema_decay": 0.0}
-    torch.save(state, folder / "last.pt")
-    assert vars(restore(load_checkpoint(folder)).options) == usual
-    assert settings.read_options(["--resume", str(folder)])[0].preset == "tuned"
-    state["options"]["mix"] = 1.0
-    torch.save(state, folder / "last.pt")
-    with pytest.raises(UserError, match=r"this run has --mix 1\.0, an option that dtml no longer has"):
-        settings.read_options(["--resume", str(folder)])
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ import pytest
 import SimpleITK as sitk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from scans import OBLIQUE, picture_of, write
+from scans import OBLIQUE, write
 
-from dataloaders.cases import UNTOLD, CaseError
+from dataloaders.cases import CaseError
 from dataloaders.images import read_image, read_label, to_physical, write_image
 from dataloaders.orientation import orientation_of
 from utils.errors import UserError
@@ -365,19 +365,6 @@ def test_a_result_has_the_header_of_its_scan(kind, sform_code, qform_code, endin
             assert (sitk.GetArrayFromImage(found).transpose(2, 1, 0) == values).all()
             for what in ("GetSpacing", "GetOrigin", "GetDirection"):
                 assert getattr(found, what)() == getattr(source, what)()
-
-
-def test_without_a_scan_of_its_format_both_forms_say_the_geometry(tmp_path):
-    for geometry in (OBLIQUE, UNTOLD):
-        write_image(tmp_path / "a.nii.gz", ARRAY, geometry, like=tmp_path / "a.nrrd")
-        header = nibabel.load(tmp_path / "a.nii.gz").header
-        sform, qform = header.get_sform(), header.get_qform()
-        np.testing.assert_allclose(sform, affine_of(geometry), atol=1e-4)
-        np.testing.assert_allclose(qform, sform, atol=1e-4)
-        assert header.get_xyzt_units()[0] == "mm" and (int(header["sform_code"]), int(header["qform_code"])) == (1, 1)
-        picture, source = sitk.ReadImage(str(tmp_path / "a.nii.gz")), picture_of(ARRAY, geometry)
-        for what in ("GetSpacing", "GetOrigin", "GetDirection"):
-            np.testing.assert_allclose(getattr(picture, what)(), getattr(source, what)(), atol=1e-5)
 
 
 def test_a_header_that_went_away_is_named_and_nothing_is_written(tmp_path):

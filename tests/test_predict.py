@@ -282,23 +282,6 @@ def test_scans_and_places_that_would_get_in_each_other_s_way_are_refused(world, 
     assert not (tmp_path / "out").exists()
 
 
-def test_flags_that_make_no_sense_are_refused(world, tmp_path):
-    run = world / "runs" / "dtml"
-    for words, message in (
-        (["--output", "cluster"], "--output cluster is none of dtml's: seg sdm mean"),
-        (["--patch-size", "15", "16", "16"], "must be multiples of 16"),
-        (["--stride", "17", "16", "16"], "or voxels are skipped"),
-        (["--flips", "3"], "invalid choice: 3"),
-        (["--precison", "bf16"], "Did you mean --precision"),
-    ):
-        with pytest.raises(UserError, match=message):
-            predicted(run, [scan(world)], tmp_path / "out", *words)
-    with pytest.raises(UserError, match="--checkpoint is missing"):
-        predict.main([str(scan(world)), "-o", str(tmp_path / "out")])
-    with pytest.raises(UserError, match="--out is missing"):
-        predict.main(["--checkpoint", str(run), str(scan(world))])
-
-
 def test_checkpoints_that_cannot_be_averaged_are_refused(world, tmp_path):
     first = world / "runs" / "dtml"
     for words, message in (

@@ -94,14 +94,6 @@ def test_flags_after_an_old_options_file_mean_what_they_mean_without_it(file, wo
     assert {name: options[name] for name in expected} == expected
 
 
-@pytest.mark.parametrize(("before", "preset"), [("paper", "tuned"), ("tuned", "authors")])
-def test_a_replay_with_another_preset_is_that_preset(before, preset, inside):
-    folder = train("--data", "set", "--name", "first", "--preset", before, "--batch-size", "6", "--labeled-batch", "4")
-    again = settled(f"@{folder}/options.txt", "--name", "second", "--preset", preset)
-    words = ["--iterations", "12", "--batch-size", "6", "--labeled-batch", "4", "--device", "cpu"]
-    assert again == settled("--data", "set", *TINY, *words, "--name", "second", "--preset", preset)
-
-
 @pytest.mark.parametrize(
     ("words", "more", "expected"),
     [

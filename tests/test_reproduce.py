@@ -29,7 +29,6 @@ from tools.grid import (
     TRAINED_AS,
     Row,
 )
-from tools.table_rows import comparison_tables, comparisons
 from utils.errors import UserError, run
 from utils.options import Parser, fill
 from utils.run_lock import inherited_lock
@@ -124,18 +123,6 @@ def test_the_flags_parse_and_the_row_s_output_and_scans_are_the_run_s(profile):
         assert row.output in outputs and row.scans == scans
 
 
-def test_two_rows_are_compared_once_however_many_tables_they_stand_in(here):
-    keys = {row.key for _, rows in LA_TABLES.values() for row in rows}
-    done = {key: {1337: write_record(key, 1337, [(0.8, 1)] * 6)} for key in keys}
-    compared = comparisons({name: table for name, table in LA_TABLES.items() if name != "beyond"}, done)
-    assert comparison_tables(compared).count("Against *") == len(compared)
-    rows = {name: [(pair.row.key, pair.row.output) for pair in pairs] for name, pairs in compared.items()}
-    assert all(len({*pairs}) == len(pairs) for pairs in rows.values()), "a pair stands twice"
-    dtml = ("dtml-16", "seg")
-    assert dtml in rows["V-Net, 16 / 0"] and sum(dtml in pairs for pairs in rows.values()) == 2
-    assert ("supervised-16", "seg") not in rows["DTML, 16 / 64"]
-
-
 # tables
 
 
@@ -159,22 +146,6 @@ def test_mean_and_sd_over_runs(here):
     assert cells(out, "UA-MT")[1][2] == "not yet run" and len(cells(out, "UA-MT")) == 2
     assert cells(out, "Mean Teacher (not in the paper)")[0][2] == "not yet run"
     assert "2 test scans" in out and "Not the paper's size" in out
-
-
-def test_scans_without_a_distance_are_penalised_where_the_record_has_penalties(here):
-    nan = float("nan")
-    records = [write_record("dtml-16", seed, [(0.8, asd), (0, nan)]) for seed, asd in ((1337, 1), (1338, nan))]
-    _, ours, _ = cells(printed("--table", "1", "--rows", "dtml")[0], "L_mask")
-    assert ours[5:8] == ["1.00 (1 of 4; not penalised)", "2.00 (1 of 4; not penalised)", "2: 1337, 1338"]
-    for record in records:
-        head, *lines = (record / "cases.csv").read_text().splitlines()
-        distances = [line.split(",")[5:] for line in lines]
-        penalised = [",".join("11" if value == "nan" else value for value in pair) for pair in distances]
-        lines = [f"{line},{values}" for line, values in zip(lines, penalised, strict=True)]
-        (record / "cases.csv").write_text("\n".join([f"{head},asd_penalised,hd95_penalised", *lines, ""]))
-    _, ours, _ = cells(printed("--table", "1", "--rows", "dtml")[0], "L_mask")
-    assert ours[5] == "8.50 (1 of 4; these alone 1.00)"  # of 6 and 11
-    assert ours[6] == "8.75 (1 of 4; these alone 2.00)"  # of 6.5 and 11
 
 
 @pytest.mark.parametrize("seeds", [[1337], [1, 2, 3, 1337, 1338]])
@@ -293,14 +264,6 @@ def test_what_cannot_change_a_result_and_options_of_later_do_not_matter(here):
     del manifest["options"]["consistency_times"], manifest["options"]["momentum"]
     path.write_text(json.dumps(manifest))
     assert "1337 done" in printed("--rows", "dtml-16", "--seeds", "1337", "--list")[0]
-
-
-def test_a_preset_s_name_does_not_matter_but_what_it_sets_does(here):
-    """Records of `tuned` from when it was called `best`."""
-    write_record("tuned-16", 1337, change={"preset": "best"})
-    write_record("tuned-16", 1338, change={"preset": "best", "k": 1500.0})
-    text, _ = printed("--rows", "tuned-16", "--list")
-    assert "1337 done" in text and "1338 other options: --k 50.0 here, 1500.0 in the record\n" in text
 
 
 # the command line

@@ -19,7 +19,6 @@ from medpy.metric import binary
 import test_la
 import train_dtml
 from evaluation.sliding_window import predict_scan
-from methods import restore
 
 # 30 iterations are enough for balls: both networks then find most of each, with a ragged border.
 FLAGS = [*TINY, "--iterations", "30", "--lr", "0.1", "--lr-steps", "--k", "10", "--filters", "4", "--save-every", "20"]
@@ -259,17 +258,6 @@ def test_a_test_that_ends_early_leaves_the_one_before_as_it_was(trained, tmp_pat
 # -- grids --
 
 
-def test_nifti_has_the_scans_origin_and_direction(trained, tmp_path):
-    folder = make_set(tmp_path / "other", test=1)
-    direction = (0.0, -1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0)
-    with h5py.File(folder / "case08" / "mri_norm2.h5", "a") as f:
-        f.attrs.update(spacing=(0.5, 0.75, 2.0), origin=(-10.0, 20.0, 5.0), direction=direction)
-    score(trained, tmp_path / "out", "--data", str(folder))
-    picture = sitk.ReadImage(str(tmp_path / "out" / "predictions" / "seg" / "case08.nii.gz"))
-    assert picture.GetSpacing() == (0.5, 0.75, 2.0) and picture.GetOrigin() == pytest.approx((-10, 20, 5))
-    assert picture.GetDirection() == pytest.approx(direction)
-
-
 def test_half_resolution_is_scored_on_the_scans_own_grid(tmp_path):
     shape = (37, 35, 33)
     folder = make_set(tmp_path / "set", shape=shape)
@@ -305,25 +293,6 @@ def test_half_resolution_moves_nothing(axis):
 
 
 # -- windows and outputs --
-
-
-@pytest.fixture(scope="module")
-def method(trained):
-    """The trained method, ready to predict."""
-    return restore(torch.load(trained / "last.pt", weights_only=True)).eval()
-
-
-@pytest.fixture(scope="module")
-def scan(trained) -> torch.Tensor:
-    """The image of a test case."""
-    with h5py.File(trained.parent / "set" / "case08" / "mri_norm2.h5") as f:
-        return torch.from_numpy(f["image"][()])
-
-
-def predict(method, scan, outputs=OUTPUTS, **more) -> torch.Tensor:
-    """Probabilities as the script predicts them."""
-    window = {"patch_size": (16, 16, 16), "stride": (8, 8, 8), "weighting": "uniform", "batch_size": 4, "downsample": 1}
-    return predict_scan(method, scan, outputs, **{**window, **more})
 
 
 def test_window_is_that_of_training_unless_said_otherwise(trained, tmp_path):

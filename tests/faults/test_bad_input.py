@@ -177,15 +177,6 @@ def test_32_case_in_both_lists_is_refused(shared, tiny_set):
 # -- data that are fine --
 
 
-def test_23_unlabeled_cases_need_no_label_and_never_have_it_read(tiny_set):
-    assert not any("label" in h5py.File(tiny_set / f"case0{i}" / "mri_norm2.h5") for i in range(4, 8))
-    without = train(tiny_set)
-    for i, garbage in enumerate([label(255), label()[1:], np.full(SHAPE, np.nan, np.float32), b"none"], 4):
-        edit(tiny_set, f"case0{i}", label=garbage)
-    assert same_weights(train(tiny_set, "--name", "garbage"), without)
-    assert same_weights(train(tiny_set, "--name", "uncached", "--cache", "none"), without)
-
-
 def test_32_white_space_in_lists_is_ignored(whole_set):
     for form in ("\ufeff{}", "\n  {}\t \r\n\n"):
         text = "\n".join(form.format(name) if i == 0 or "\ufeff" not in form else name for i, name in enumerate("abc"))
@@ -293,12 +284,6 @@ def test_33_method_that_needs_none_trains_without_unlabeled_scans(method, tiny_s
         refuse(flags(tiny_set, *words), "needs unlabeled scans", untouched=tiny_set.parent)
     else:
         assert len(train(tiny_set, *words)["checksums"]) == 4
-
-
-def test_34_flag_like_no_other_gets_no_far_fetched_suggestion(whole_set):
-    for words in ("--max-it 4", "--epochs 4", "--gpu 0", "--head sdm"):
-        message = refuse(flags(whole_set, *words.split()), words.split()[0], untouched=whole_set.parent)
-        assert not any(far in message for far in ("--data", "--patch-size", "--runs", "--threads"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
