@@ -1,5 +1,6 @@
 """Surfaces against closed forms, one camera for all, figures of run folders, and the mesh in TensorBoard's files."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from tensorboard.plugins.mesh import plugin_data_pb2
 
 import test_la
 import train_dtml
+from dataloaders.cases import Case, case_file, lists_of, read_case
 from evaluation.slices import COLOURS, LABEL, prediction_mesh
 from evaluation.surfaces import Camera, Surface, camera_around, render, surface
 from tools import framework, pictures
@@ -163,6 +165,46 @@ def test_figure_2_shows_what_the_network_says_of_the_slice(runs):
     assert list(found) == ["p", "m", "z"]
     for name, values in found.items():
         assert values == pytest.approx(expected[name][0, ..., 5].numpy(), abs=1e-5)
+
+
+def test_scale_has_a_point_for_each_scan_without_and_with_normalization(tmp_path):
+    """Each the mean over its runs, at the SD of the volume, which is measured once and then read."""
+    data = make_set(tmp_path / "set")
+    names = lists_of(data)[1]
+    for name, dice in {"plain-seed1": 0.5, "plain-seed2": 0.7, "scaled-seed1": 0.9}.items():
+        (tmp_path / name).mkdir()
+        lines = [f"{case},seg,all,{dice + i / 100}" for i, case in enumerate(names)]
+        (tmp_path / name / "cases.csv").write_text("\n".join(["case,output,component,dice", *lines, ""]))
+    paths = [str(tmp_path / name) for name in ("plain-seed*", "scaled-seed*")]
+    pictures.scale(paths, pictures.Options(titles=["8"], data=str(data)))
+    sds = [read_case(Case(n, case_file(data, n), labeled=True))[0].astype(float).std() for n in names]
+    (axes,) = pictures.scale(paths, pictures.Options(titles=["8"])).axes
+    lines, *dots = axes.collections
+    assert axes.get_title() == "8" and len(lines.get_segments()) == len(names) and len(dots) == 2
+    for points, first in zip(dots, (60, 90), strict=True):
+        x, y = np.asarray(points.get_offsets()).T
+        assert x == pytest.approx(sds, abs=1e-4) and y == pytest.approx([first + i for i in range(len(names))])
+
+
+def test_labels_has_a_dot_for_each_run_and_a_line_through_the_means(tmp_path):
+    """Runs are grouped by what their manifests state; a bar of one SD needs three runs."""
+    dices = {"vnet-8-seed1": 0.5, "vnet-8-seed2": 0.6, "vnet-8-seed3": 0.8, "vnet-16-seed1": 0.9, "vnet-16-seed2": 0.7}
+    for name, dice in dices.items():
+        (tmp_path / name).mkdir()
+        lines = ["case,output,component,dice", f"a,seg,all,{dice - 0.05}", f"b,seg,all,{dice + 0.05}", ""]
+        (tmp_path / name / "cases.csv").write_text("\n".join(lines))
+        (tmp_path / name / "manifest.json").write_text(json.dumps({"options": {"labeled": int(name.split("-")[1])}}))
+    (axes,) = pictures.labels([f"{tmp_path}/vnet-*:seg"], pictures.Options(titles=["V-Net"])).axes
+    assert axes.get_legend_handles_labels()[1] == ["V-Net"]
+    assert axes.lines[0].get_xydata() == pytest.approx(np.array([[8, 190 / 3], [16, 80]]))
+    dots, _, more = (np.asarray(collection.get_offsets()) for collection in axes.collections)
+    assert dots == pytest.approx(np.array([[8, 50], [8, 60], [8, 80]]))
+    assert more == pytest.approx(np.array([[16, 90], [16, 70]]))
+    (bar,) = axes.collections[1].get_segments()
+    assert bar[:, 1] == pytest.approx([190 / 3 - np.std([50, 60, 80], ddof=1), 190 / 3 + np.std([50, 60, 80], ddof=1)])
+    (tmp_path / "vnet-8-seed1" / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match="states no number of labeled scans"):
+        pictures.labels([f"{tmp_path}/vnet-*:seg"], pictures.Options())
 
 
 def test_differences_are_each_scan_s_and_their_mean(tmp_path):
