@@ -2,9 +2,10 @@
 
     python -m tests.mutations                          all of them, as a Markdown table
     python -m tests.mutations --only map-sign          one
-    python -m tests.mutations --beside tests/mutations.md    the same, and the last column of an earlier table
+    python -m tests.mutations --earlier tests/mutations.md    with the last column of an earlier table as `before`
 
-The tests that catch one are run again without it, all in one go. An old text that is no longer in its file
+With an earlier table the test that caught a mutation then is tried first. The tests that catch one are run again
+without it, all in one go. An old text that is no longer in its file
 makes the row say so: give the mutation the text that stands there now.
 """
 
@@ -256,15 +257,16 @@ def failures(copy: Path, tests: str) -> list[str]:
     return failed
 
 
-def outcome(copy: Path, mutation: Mutation) -> str:
-    """The test that catches it, or why none does."""
+def outcome(copy: Path, mutation: Mutation, before: str = "") -> str:
+    """The test that catches it, or why none does. before: the cell of the test that did in an earlier table."""
     path = copy / mutation.file
     text = path.read_text(encoding="utf-8")
     if text.count(mutation.old) != 1:
         return f"not applied: its text stands {text.count(mutation.old)} times"
     try:
         path.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
-        return next(iter(failures(copy, f"-x {mutation.tests}")), NOT_CAUGHT)
+        caught = failures(copy, f"-x {one}") if (one := known(copy, before)) else []
+        return next(iter(caught or failures(copy, f"-x {mutation.tests}")), NOT_CAUGHT)
     finally:
         path.write_text(text, encoding="utf-8")
 
@@ -273,6 +275,14 @@ def shown(test: str) -> str:
     """A cell of the table."""
     file, _, name = test.partition("::")
     return f"`{name}` of {file.removeprefix('tests/')}" if name else test
+
+
+def known(copy: Path, cell: str) -> str:
+    """The words for pytest that select the test of a cell; '' if it is no longer there."""
+    match = re.match(r"`(\w+).*` of (\S+)$", cell)
+    if match and f"def {match[1]}(" in (copy / "tests" / match[2]).read_text(encoding="utf-8"):
+        return f"tests/{match[2]} -k {match[1]}"
+    return ""
 
 
 def earlier(table: Path) -> dict[str, str]:
@@ -284,18 +294,19 @@ def earlier(table: Path) -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these mutations alone")
-    parser.add_argument("--beside", type=Path, metavar="TABLE", help="an earlier table, shown as the column before")
+    parser.add_argument("--earlier", type=Path, metavar="TABLE", help="an earlier table, shown as the column before")
     options = parser.parse_args()
     torch.set_num_threads(1)
     chosen = [mutation for mutation in MUTATIONS if not options.only or mutation.name in options.only]
-    before = earlier(options.beside) if options.beside else None
+    before = earlier(options.earlier) if options.earlier else None
     columns = " before | after |" if before is not None else " caught by |"
     print(f"{HEAD}{columns}\n{'|---' * (HEAD + columns).count(' |')}|")
     with tempfile.TemporaryDirectory() as folder:
         copy, caught_by = copied(Path(folder)), []
         for mutation in chosen:
-            was = "" if before is None else f" {before.get(mutation.name, '')} |"
-            caught_by.append(outcome(copy, mutation))
+            cell = (before or {}).get(mutation.name, "")
+            was = "" if before is None else f" {cell} |"
+            caught_by.append(outcome(copy, mutation, cell))
             print(
                 f"| {mutation.name} | {mutation.file} | {mutation.breaks} |{was} {shown(caught_by[-1])} |", flush=True
             )

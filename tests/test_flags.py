@@ -413,7 +413,7 @@ def test_flag_of_the_test_changes_something(name, finished, usual_test, tmp_path
     words = [word.format(finished=finished, tmp=tmp_path) for word in words]
     other = run_test(finished, tmp_path / "out", *words)
     assert look(other) != look(usual_test)
-    changing = {
+    changing = [
         "checkpoint",
         "data",
         "output",
@@ -423,7 +423,7 @@ def test_flag_of_the_test_changes_something(name, finished, usual_test, tmp_path
         "weighting",
         "flips",
         "precision",
-    }
+    ]
     if name != "device" or not torch.cuda.is_available():
         assert (other.cases != usual_test.cases) == (name in changing)
 
