@@ -43,7 +43,7 @@ def forked(function, *words):
 
 
 def wait_for(condition):
-    patience = time.monotonic() + 60
+    patience = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < patience, "it did not come about"
         time.sleep(0.01)

@@ -359,7 +359,7 @@ class Paused:
             stderr=subprocess.PIPE,
             text=True,
         )
-        patience = time.monotonic() + 60
+        patience = time.monotonic() + 300
         while not (place / "ready").exists():
             assert self.process.poll() is None, self.process.stderr.read()
             assert time.monotonic() < patience, "the training did not begin"
@@ -373,7 +373,7 @@ class Paused:
     def end(self):
         try:
             # Workers share stderr, which therefore ends with the last of them.
-            _, err = self.process.communicate(timeout=30)
+            _, err = self.process.communicate(timeout=120)
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
             pytest.fail("the training or one of its workers did not end")
