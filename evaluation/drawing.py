@@ -6,6 +6,7 @@ fails where that module is missing. No backend is needed here: a Figure has its 
 
 import os
 from contextlib import suppress
+from typing import Any
 
 _backend = os.environ.pop("MPLBACKEND", None)
 try:
@@ -21,4 +22,7 @@ if _backend:
     with suppress(ValueError):  # for a notebook that imports this and draws with pyplot
         matplotlib.rcParams["backend"] = _backend
 
-__all__ = ["Axes", "Figure", "FigureCanvasAgg", "withStroke"]
+WIDTH = 7.0  # of a page, in inches
+FONT: dict[str, Any] = {"family": "DejaVu Sans", "size": 8}
+
+__all__ = ["FONT", "WIDTH", "Axes", "Figure", "FigureCanvasAgg", "withStroke"]

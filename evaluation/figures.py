@@ -1,27 +1,20 @@
-"""Figures for a paper: a network's maps of some scans, several runs next to the label, curves, and Dice by scan."""
+"""Figures of scans for a paper: a network's maps of some scans, and several runs next to the label."""
 
 import io
-import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from scipy import stats
 
-from evaluation.drawing import Axes, Figure, FigureCanvasAgg, withStroke
+from evaluation.drawing import FONT, WIDTH, Axes, Figure, FigureCanvasAgg, withStroke
 from evaluation.slices import COLOURS, LABEL, fixed_slice
 from evaluation.surfaces import Camera, camera_around, render, surface
 from utils.masks import box_of
 
-WIDTH = 7.0  # of a page, in inches
-FONT: dict[str, Any] = {"family": "DejaVu Sans", "size": 8}
 TITLES = {"image": "image", "label": "label Y", "z": "map z", "m": "mask m", "p": "output p", "q": "output q"}
-CURVE_COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")  # Okabe and Ito's
-CURVES = dict(zip(("seg", "sdm", "consistency"), CURVE_COLOURS, strict=False))  # the last part of a tag
-CURVES |= {"mask": CURVES["sdm"], "dis": CURVES["sdm"], "lambda": CURVES["consistency"]}
 SURFACE_PIXELS, SURFACE_FACES = 480, 40000
 
 
@@ -229,136 +222,6 @@ def draw_surface(volume: NDArray, spacing: Sequence[float], camera: Camera, *, i
     classes = range(1, int(volume.max()) + 1)
     surfaces = [(surface(volume == c, spacing, SURFACE_FACES), colour_of(c, is_label)) for c in classes]
     return render(surfaces, camera, SURFACE_PIXELS)
-
-
-def colours_of(tags: Sequence[str]) -> dict[str, str]:
-    """Tag -> colour for the tags of one panel.
-
-    Tags of M_s, of M_d and of both have the same colour in all panels. Two tags of a panel have different colours as
-    long as there are enough.
-    """
-    colours: dict[str, str] = {}
-    for tag in tags:
-        usual = CURVES.get(tag.rpartition("/")[2].removeprefix("train_"), "")
-        candidates = (usual, *CURVE_COLOURS[3:], *CURVE_COLOURS[:3])
-        unused = [colour for colour in candidates if colour and colour not in colours.values()]
-        colours[tag] = unused[0] if unused else CURVE_COLOURS[len(colours) % len(CURVE_COLOURS)]
-    return colours
-
-
-def draw_curves(runs: dict[str, dict[str, NDArray]], panels: Sequence[tuple[str, Sequence[str]]]) -> Figure:
-    """Training curves of several runs side by side.
-
-    Args:
-        runs: name -> column of scalars.csv -> values; each run is a column of panels.
-        panels: for each row of panels its title and the tags drawn in it.
-    """
-    figure = Figure(figsize=(WIDTH, 1.25 * len(panels) + 0.4), layout="constrained")
-    axes = figure.subplots(len(panels), len(runs), sharex="col", sharey="row", squeeze=False)
-    for column, (name, scalars) in enumerate(runs.items()):
-        axes[0, column].set_title(textwrap.fill(name, 88 // len(runs)), **FONT)
-        axes[-1, column].set_xlabel("iteration", fontsize=7)
-        for row, (title, tags) in enumerate(panels):
-            for tag, colour in colours_of(tags).items():
-                if tag not in scalars:
-                    continue
-                steps, values = scalars["iteration"], scalars[tag]
-                width = max(len(values) // 60, 1)
-                smooth = np.convolve(values, np.ones(width) / width, "valid")
-                axes[row, column].plot(steps, values, color=colour, alpha=0.2, linewidth=0.6)
-                axes[row, column].plot(
-                    steps[width // 2 :][: len(smooth)], smooth, color=colour, linewidth=1.2, label=tag
-                )
-            axes[row, column].tick_params(labelsize=6)
-            axes[row, column].spines[["top", "right"]].set_visible(False)
-            if title.startswith("live"):  # from a hundredth to 0
-                axes[row, column].set_yscale("symlog", linthresh=1e-5)
-                axes[row, column].set_yticks([0, 1e-4, 1e-2], labels=["0", "0.0001", "0.01"])
-    for row, (title, tags) in enumerate(panels):
-        axes[row, 0].set_ylabel(title, fontsize=7)
-        lines = {line.get_label(): line for panel in axes[row] for line in panel.lines}
-        drawn = {tag: lines[tag] for tag in tags if tag in lines}
-        axes[row, -1].legend(
-            drawn.values(), drawn, fontsize=6, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5)
-        )
-    return figure
-
-
-def draw_differences(rows: Sequence[tuple[str, Sequence[float], tuple[float, float, float]]], title: str) -> Figure:
-    """Draws differences: for each row the scans as dots, their mean, and its interval as a bar.
-
-    The bar is blue if the interval is above 0, orange if it is below 0, and grey if it contains 0.
-
-    Args:
-        rows: name, differences of the scans, and (mean, low, high).
-        title: label of the x axis.
-    """
-    figure = Figure(figsize=(WIDTH, 0.7 + 0.27 * len(rows)), layout="constrained")
-    axes = figure.add_subplot()
-    for y, (_, scans, (mean, low, high)) in enumerate(rows):
-        colour = "#0072b2" if low > 0 else "#d55e00" if high < 0 else "0.25"
-        axes.scatter(scans, [y] * len(scans), s=9, color="0.7", linewidths=0)
-        axes.plot([low, high], [y, y], color=colour, linewidth=2.5, solid_capstyle="butt")
-        axes.scatter([mean], [y], s=28, color=colour, zorder=3)
-    axes.axvline(0, color="0.5", linewidth=0.8)
-    axes.set_yticks(range(len(rows)), [name for name, *_ in rows], **FONT)
-    axes.invert_yaxis()
-    axes.set_xlabel(title, **FONT)
-    axes.tick_params(labelsize=7)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    return figure
-
-
-def draw_labels(lines: Mapping[str, Mapping[int, Sequence[float]]]) -> Figure:
-    """Dice versus the number of labeled scans: each run as a dot, a line through the means, bars of one SD.
-
-    Args:
-        lines: name -> number of labeled scans -> Dice of each run in percent. A bar is drawn from three runs on.
-    """
-    figure = Figure(figsize=(WIDTH / 2, 3.1), layout="constrained")
-    axes = figure.add_subplot()
-    numbers = sorted({n for points in lines.values() for n in points})
-    for i, (name, points) in enumerate(lines.items()):
-        colour, aside = CURVE_COLOURS[i % len(CURVE_COLOURS)], 1 + 0.04 * (i - (len(lines) - 1) / 2)
-        at, dices = [n * aside for n in sorted(points)], [points[n] for n in sorted(points)]
-        axes.plot(at, [np.mean(dice) for dice in dices], "-", marker="o", markersize=4, color=colour, label=name)
-        for x, dice in zip(at, dices, strict=True):
-            axes.scatter([x] * len(dice), dice, s=9, color=colour, alpha=0.5, linewidths=0)
-            if len(dice) > 2:
-                axes.errorbar(x, np.mean(dice), np.std(dice, ddof=1), color=colour, capsize=2, linewidth=1)
-    axes.set_xscale("log")
-    axes.set_xticks(numbers, [str(n) for n in numbers], minor=False)
-    axes.set_xticks([], minor=True)
-    axes.set_xlabel("labeled scans", **FONT)
-    axes.set_ylabel("Dice %, mean over the scans", **FONT)
-    axes.tick_params(labelsize=7)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=7, frameon=False)
-    return figure
-
-
-def draw_scale(panels: Mapping[str, Sequence[tuple[float, float, float]]], names: Sequence[str]) -> Figure:
-    """Dice versus the SD of a scan's intensities, with rank correlations.
-
-    Args:
-        panels: title -> for each scan its SD, its Dice without and its Dice with normalisation, joined by a line.
-        names: names of the two kinds of Dice.
-    """
-    figure = Figure(figsize=(WIDTH, 3.1), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for panel, (title, scans) in zip(axes, panels.items(), strict=True):
-        sd, *dices = np.array(scans).T
-        panel.vlines(sd, *dices, color="0.75", linewidth=0.8, zorder=0)
-        for dice, name, colour in zip(dices, names, ("#d55e00", "#0072b2"), strict=True):
-            label = f"{name} (rank correlation {stats.spearmanr(sd, dice).statistic:+.2f})"
-            panel.scatter(sd, dice, s=14, color=colour, linewidths=0, label=label)
-        panel.set_title(title, **FONT)
-        panel.set_xlabel("SD of the scan's intensities, as published (no unit)", **FONT)
-        panel.tick_params(labelsize=7)
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16))
-    axes[0].set_ylabel("Dice of the scan, %", **FONT)
-    return figure
 
 
 def as_png(figure: Figure, dpi: int, *, palette: bool) -> bytes:

@@ -2,9 +2,10 @@
 
     python -m tests.mutations                          all of them, as a Markdown table
     python -m tests.mutations --only map-sign          one
-    python -m tests.mutations --beside tests/mutations.md    the same, and the last column of an earlier table
+    python -m tests.mutations --earlier tests/mutations.md    with the last column of an earlier table as `before`
 
-The tests that catch one are run again without it, all in one go. An old text that is no longer in its file
+With an earlier table the test that caught a mutation then is tried first. The tests that catch one are run again
+without it, all in one go. An old text that is no longer in its file
 makes the row say so: give the mutation the text that stands there now.
 """
 
@@ -78,6 +79,20 @@ MUTATIONS = [
              "the teacher's first weights stay for long", METHODS),
     Mutation("teacher-gradient", "losses/ema.py", "copy.deepcopy(student).requires_grad_(False)",
              "copy.deepcopy(student)", "the optimiser moves the teacher", METHODS),
+    Mutation("ema-buffers", "losses/ema.py", "zip(teacher.state_dict().values(), student.state_dict().values(), ",
+             "zip(teacher.parameters(), student.parameters(), ", "a teacher has the first batch-norm statistics",
+             METHODS),
+    Mutation("cross-labels", "methods/cps.py", "ce_loss(logits[i][part], pseudo[1 - i][part]",
+             "ce_loss(logits[i][part], pseudo[i][part]", "each network of CPS learns its own label",
+             "tests/test_cps.py"),
+    Mutation("warm-up-of-bcp", "methods/bcp.py", "if self.started(iteration) else 0.0", "",
+             "the teacher lags behind the student of the warm-up", "tests/test_bcp.py"),
+    Mutation("confidence", "methods/unimatch.py", "(confidence(p)[L:] >= o.threshold)",
+             "(confidence(p)[L:] <= o.threshold)", "UniMatch learns what is uncertain", "tests/test_unimatch.py"),
+    Mutation("turns-of-teachers", "methods/ad_mt.py", "self.turns[:iteration] == turn", "self.turns == turn",
+             "the warm-up of a teacher counts later turns", "tests/test_ad_mt.py"),
+    Mutation("k-means", "networks/kmax.py", "self.value(x) @ hard_assignment(M)", "self.value(x) @ M.softmax(dim=1)",
+             "queries receive shares of all voxels", "tests/test_dk_uxnet.py"),
     Mutation("certain-voxels", "methods/ua_mt.py", "self.uncertainty(image) < self.threshold(",
              "self.uncertainty(image) > self.threshold(", "UA-MT learns where its teacher is uncertain", METHODS),
     Mutation("gradient-of-m", "methods/dtml.py", "consistency_loss(m[first:],", "consistency_loss(m[first:].detach(),",
@@ -108,6 +123,12 @@ MUTATIONS = [
              "--normalize leaves the mean of a scan", "tests/test_normalization.py"),
     Mutation("half-of-a-cell", "utils/resample.py", ">= 0.5", "> 0.5",
              "thin objects vanish at half resolution", "tests/test_sliding_window.py"),
+    Mutation("stale-cache", "dataloaders/disk_cache.py", 'if entry["source"] != source or (', "if (",
+             "a changed scan is trained on as it was", DATA),
+    Mutation("turned-twin", "dataloaders/likeness.py", "for axes in itertools.permutations(range(3))",
+             "for axes in [(0, 1, 2)]", "a turned copy of a scan is another scan", "tests/test_likeness.py"),
+    Mutation("trained-scans", "dataloaders/unseen.py", "        if matches:\n", "        if False:\n",
+             "a scan of the training is tested on", "tests/test_held_out.py"),
     # sliding window
     Mutation("last-window", "evaluation/sliding_window.py", "math.ceil((side - patch) / stride)",
              "math.floor((side - patch) / stride)", "voxels at the far border have no window",
@@ -117,6 +138,10 @@ MUTATIONS = [
     Mutation("flips-back", "evaluation/sliding_window.py", ".flip(axes).rot90(-turns, (2, 3))",
              ".rot90(-turns, (2, 3)).flip(axes)", "predictions of turned windows are averaged in another place",
              "tests/test_beyond.py -k flips"),
+    Mutation("stride-of-half", "evaluation/sliding_window.py", "max(step // downsample, 1)", "max(step, 1)",
+             "at half resolution windows are twice as far apart", "tests/test_sliding_window.py tests/test_test_la.py"),
+    Mutation("held-out", "test_la.py", "for name in train if name not in seen]", "for name in train]",
+             "scans of the training are scored as held out", "tests/test_held_out.py"),
     # metrics and statistics
     Mutation("asd-direction", "evaluation/metrics.py", "float(a_to_b.mean())", "float(b_to_a.mean())",
              "ASD is from the label to the prediction", "tests/test_metrics.py"),
@@ -128,19 +153,41 @@ MUTATIONS = [
              "[sorted(run[case] for case in shared)", "scans are no longer paired", "tests/test_statistics.py"),
     Mutation("holm", "evaluation/statistics.py", "(len(order) - rank) * p[i]", "p[i]",
              "p-values are not corrected", "tests/test_statistics.py"),
+    Mutation("run-bootstrap", "evaluation/statistics.py", "            if k > 1:\n", "            if k > 99:\n",
+             "intervals do not contain the variation of runs", "tests/test_statistics.py"),
+    Mutation("observed-split", "evaluation/statistics.py", "(apart >= observed - 1e-12", "(apart > observed + 1e-12",
+             "the observed split is not counted", "tests/test_statistics.py"),
+    Mutation("spacing-of-score", "evaluation/scores.py", "(a, b, spacing, tolerance)",
+             "(a, b, spacing and (1, 1, 1), tolerance)",
+             "distances in mm are those in voxels", "tests/test_test_la.py tests/test_metrics.py"),
+    Mutation("largest", "utils/masks.py", ".argmax() + 1", ".argmin() + 1", "the smallest component is kept",
+             "tests/test_metrics.py tests/test_predict.py tests/test_test_la.py"),
+    Mutation("at-the-tolerance", "evaluation/metrics.py", "areas[away <= tolerance]", "areas[away < tolerance]",
+             "NSD leaves out what is exactly so near", "tests/test_nsd.py"),
     # checkpoints and resuming
     Mutation("atomic-rename", "utils/checkpoint.py", "        os.replace(partial, path)\n        fsync_folder(folder)",
              "        shutil.copy(partial, path)\n        fsync_folder(folder)",
              "a reader or a power cut finds half a checkpoint", f"{CHECKPOINT} -k 'test_01 or test_02'"),
     Mutation("checksum", "utils/checkpoint.py", "archive.testzip() or", "None or",
-             "flipped bits are loaded without a word", f"{BAD_INPUT} -k test_06"),
+             "flipped bits are loaded without a word", f"{CHECKPOINT} -k test_06"),
     Mutation("pickle", "utils/checkpoint.py", "weights_only=True", "weights_only=False",
-             "loading a checkpoint runs code from it", f"{BAD_INPUT} -k test_07"),
+             "loading a checkpoint runs code from it", f"{CHECKPOINT} -k test_07"),
     Mutation("optimiser-state", "train_dtml.py", 'fit_optimizer(optimizer, state["optimizer"])', "pass",
              "a resumed run has no momentum", f"{RESUME} -k test_11"),
     Mutation("seed-of-iteration", "train_dtml.py", "seed_iteration(o.seed, iteration, RANK)",
              "seed_iteration(o.seed, iteration - start, RANK)", "a resumed run draws other dropout masks",
              f"{RESUME} -k test_11"),
+    Mutation("stale-lock", "utils/run_lock.py", 'owner["born"] != _birth(owner["pid"])', "False",
+             "a lock of a process that is gone is kept by another one", "tests/faults/test_lock.py"),
+    Mutation("mean-of-ranks", "utils/distributed.py", "(flat / RANKS)", "flat",
+             "a critic on two GPUs learns twice as fast", "tests/test_distributed.py"),
+    Mutation("shared-biases", "tools/share.py", "weight.dim() < 2 or ", "", "batch norms are rounded too",
+             "tests/test_share.py"),
+    Mutation("released-heads", "methods/released.py", '{"seg": "heads.sdm.", "sdm": "heads.seg."}',
+             '{"seg": "heads.seg.", "sdm": "heads.sdm."}', "the heads that the released DTML uses are dropped",
+             "tests/test_released.py"),
+    Mutation("best-checkpoint", "train_dtml.py", 'dice > (best["dice"] if best else -1)',
+             'dice < (best["dice"] if best else 2)', "best.pt is the worst in validation", "tests/test_validation.py"),
     # conversion and prediction
     Mutation("origin", "dataloaders/orientation.py", "shape[axis] - 1 if", "shape[axis] if",
              "a turned scan lies a voxel aside", "tests/test_orientation.py"),
@@ -157,6 +204,8 @@ MUTATIONS = [
              "a record of half a training counts", f"{REPRODUCE} -k 'record'"),
     Mutation("other-options", "tools/runs.py", "if now[name] != then[name]]", "if now[name] is Ellipsis]",
              "a record of other options counts", f"{REPRODUCE} -k 'record'"),
+    Mutation("recorded-seeds", "tools/runs.py", "set(o.seeds or [*usual, *recorded[key]])", "set(o.seeds or usual)",
+             "records of further seeds are left out of the tables", REPRODUCE),
     Mutation("idle-flag", "utils/options.py", "chosen[f.name] == usual(f.name)", "True",
              "a flag that does nothing is taken", "tests/test_idle.py"),
     Mutation("resume-options", "utils/options.py", "name not in harmless and value != saved.get(name)",
@@ -208,15 +257,16 @@ def failures(copy: Path, tests: str) -> list[str]:
     return failed
 
 
-def outcome(copy: Path, mutation: Mutation) -> str:
-    """The test that catches it, or why none does."""
+def outcome(copy: Path, mutation: Mutation, before: str = "") -> str:
+    """The test that catches it, or why none does. before: the cell of the test that did in an earlier table."""
     path = copy / mutation.file
     text = path.read_text(encoding="utf-8")
     if text.count(mutation.old) != 1:
         return f"not applied: its text stands {text.count(mutation.old)} times"
     try:
         path.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
-        return next(iter(failures(copy, f"-x {mutation.tests}")), NOT_CAUGHT)
+        caught = failures(copy, f"-x {one}") if (one := known(copy, before)) else []
+        return next(iter(caught or failures(copy, f"-x {mutation.tests}")), NOT_CAUGHT)
     finally:
         path.write_text(text, encoding="utf-8")
 
@@ -225,6 +275,14 @@ def shown(test: str) -> str:
     """A cell of the table."""
     file, _, name = test.partition("::")
     return f"`{name}` of {file.removeprefix('tests/')}" if name else test
+
+
+def known(copy: Path, cell: str) -> str:
+    """The words for pytest that select the test of a cell; '' if it is no longer there."""
+    match = re.match(r"`(\w+).*` of (\S+)$", cell)
+    if match and f"def {match[1]}(" in (copy / "tests" / match[2]).read_text(encoding="utf-8"):
+        return f"tests/{match[2]} -k {match[1]}"
+    return ""
 
 
 def earlier(table: Path) -> dict[str, str]:
@@ -236,18 +294,19 @@ def earlier(table: Path) -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these mutations alone")
-    parser.add_argument("--beside", type=Path, metavar="TABLE", help="an earlier table, shown as the column before")
+    parser.add_argument("--earlier", type=Path, metavar="TABLE", help="an earlier table, shown as the column before")
     options = parser.parse_args()
     torch.set_num_threads(1)
     chosen = [mutation for mutation in MUTATIONS if not options.only or mutation.name in options.only]
-    before = earlier(options.beside) if options.beside else None
+    before = earlier(options.earlier) if options.earlier else None
     columns = " before | after |" if before is not None else " caught by |"
     print(f"{HEAD}{columns}\n{'|---' * (HEAD + columns).count(' |')}|")
     with tempfile.TemporaryDirectory() as folder:
         copy, caught_by = copied(Path(folder)), []
         for mutation in chosen:
-            was = "" if before is None else f" {before.get(mutation.name, '')} |"
-            caught_by.append(outcome(copy, mutation))
+            cell = (before or {}).get(mutation.name, "")
+            was = "" if before is None else f" {cell} |"
+            caught_by.append(outcome(copy, mutation, cell))
             print(
                 f"| {mutation.name} | {mutation.file} | {mutation.breaks} |{was} {shown(caught_by[-1])} |", flush=True
             )

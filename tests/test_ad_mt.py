@@ -97,13 +97,6 @@ def test_the_losses_are_the_formulas_of_the_docstring(turn, classes, monkeypatch
     assert found.monitors["pseudo/sure"].item() == pytest.approx((c >= 0.8).mean(), rel=1e-6)
 
 
-def test_no_sure_voxel_is_no_loss():
-    method = make(threshold=1.0)
-    losses = method(batch(), 50)
-    losses.total.backward()
-    assert losses.terms["pseudo"] == 0 and all(p.grad.isfinite().all() for p in method.student.parameters())
-
-
 def test_no_gradient_reaches_the_teachers_or_the_pseudo_label(monkeypatch):
     method, data = make(threshold=0.5), batch()
     monkeypatch.setattr(ad_mt, "strong_view", lambda image, strength: image.detach())
@@ -132,20 +125,3 @@ def test_one_teacher_follows_at_a_time_by_its_own_number_of_updates():
         others = [key for key in after if not key.startswith(f"teacher_{turn + 1}.")]
         assert others and all(torch.equal(after[key], before[key]) for key in others)
     assert min(updates) > 5 and not any(module.training for module in method.train().ema.modules())
-
-
-def test_the_boxes_of_cutmix_have_the_sides_of_their_shares():
-    torch.manual_seed(0)
-    boxes = ad_mt.mixing_boxes(torch.zeros(300, 1, 20, 20, 20))
-    sides = np.array([np.ptp(np.argwhere(box.numpy()), axis=0) + 1 for box in boxes])
-    assert (sides == sides[:, :1]).all()  # of a cube
-    b = 1 - ((sides[:, 0] + 0.5) / 20) ** 2  # of Beta(4, 4): mean 1/2, SD 1/6
-    assert b.mean() == pytest.approx(0.5, abs=0.04) and b.std() == pytest.approx(1 / 6, abs=0.03)
-
-
-def test_labels_alone_are_its_control():
-    method, data = make().eval(), batch()
-    for turn in (0, 1):
-        method.turns[:] = turn
-        alone, both = method({**data, "image": data["image"][:2]}, 50), method(data, 50)
-        assert alone.total.item() == pytest.approx(both.terms["seg"].item(), abs=1e-12)

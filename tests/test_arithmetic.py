@@ -85,20 +85,7 @@ def test_recomputing_changes_nothing_but_the_memory(kind):
     assert again[0] < 0.6 * plain[0]
 
 
-def test_recomputing_on_the_layout_of_a_gpu_leaves_the_statistics_alone_too():
-    def statistics(recompute):
-        torch.manual_seed(0)
-        network = VNet(heads={"seg": 1}, filters=2).train()
-        network.cpu_layout = torch.contiguous_format  # torch's own batch norm
-        set_recompute(network, recompute)
-        network(torch.randn(2, 1, 16, 16, 16))["seg"].sum().backward()
-        return list(network.buffers())
-
-    for a, b in zip(statistics(False), statistics(True), strict=True):
-        assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
 def test_compiled_networks_have_the_same_losses_and_gradients(precision, monkeypatch):
     """With torch's plainest backend: what its C++ one makes takes minutes to build on a CPU."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))

@@ -1,21 +1,17 @@
 """The benchmarks run, their forms agree and their tables are whole; at a size of seconds."""
 
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import ROOT, TINY, make_set
+from conftest import TINY, make_set
 
 import settings
 import train_dtml
-from benchmarks import data, metrics, precision, scale, sdm, step, stream, window
+from benchmarks import data, metrics, precision, scale, sdm, step, window
 from benchmarks import methods as bench
 from benchmarks.timing import side_by_side, table
-from dataloaders.cases import find_cases, lists_of, read_case
 from methods import METHODS
 from utils.errors import UserError
 
@@ -72,43 +68,9 @@ def test_the_tables_of_single_parts(part, small_scans, capsys, tmp_path, monkeyp
     assert not any("NO" in line for line in lines)
 
 
-def test_emulated_tf32_keeps_ten_bits_and_rounds_to_even():
-    x = torch.tensor([1.0, 1 + 2**-10, 1 + 2**-11, 1 + 3 * 2**-11, -(1 + 2**-11 + 2**-20), 0.0, 3e38])
-    rounded = precision.Rounded.apply(x)
-    assert rounded.tolist() == [1.0, 1 + 2**-10, 1.0, 1 + 2**-9, -(1 + 2**-10), 0.0, rounded[-1].item()]
-    assert abs(rounded[-1] / x[-1] - 1) < 2**-11
-    assert precision.Rounded.apply(rounded).equal(rounded)
-
-
 TWO_CORES = pytest.mark.skipif(
     not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs two cores to pin to"
 )
-
-
-@TWO_CORES
-def test_two_processes_beside_one(tmp_path):
-    make_set(tmp_path / "set")
-    words = ["--data", "set", "--patch-size", "16", "16", "16", "--filters", "2", "--rounds", "1", "--steps", "2"]
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.scale", *words],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stdout.splitlines() if line.startswith("|")]
-    assert len(lines) == (2 + 3) + (2 + 1) + (2 + 2 * 3) and "| 1 process, 4 crops |" in lines[2]
-    assert lines[7].endswith("| yes |")  # the replicas
-
-
-@pytest.mark.parametrize("other", ["0000ffff1234abcd", "0000fffe1234abcd"])
-def test_replicas_that_differ_are_told(other, monkeypatch):
-    """`any_rank` as between this process and another one."""
-
-    def any_rank(*mine, device):
-        theirs = [int(other[i : i + 4], 16) for i in (0, 4, 8, 12)]
-        return list(map(max, mine, [*theirs, *(-x for x in theirs)]))
-
-    monkeypatch.setattr(scale, "any_rank", any_rank)
-    assert scale.on_all_ranks_equal("0000ffff1234abcd") == (other == "0000ffff1234abcd")
 
 
 def test_the_projection_by_hand():
@@ -124,26 +86,3 @@ def test_what_cannot_be_pinned_or_shared_out_is_a_user_s_mistake():
         scale.main(["--processes", "4000"])
     with pytest.raises(UserError, match="multiple of 4"):
         scale.main(["--batch-size", "6"])
-
-
-def test_a_set_is_streamed_from_its_files(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    words = ["--volumes", "20", "--distinct", "2", "--shape", "40", "36", "20", "--patch-size", "16", "16", "16"]
-    stream.main([*words, "--rounds", "1", "--batches", "2", "--folder", str(tmp_path)])
-    assert not list(tmp_path.iterdir())
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert len(lines) == (2 + 2) + (2 + len(stream.LAYOUTS))
-    assert lines[2].startswith("| first |") and lines[3].startswith("| later |")
-    assert all(line.endswith("| yes |") for line in lines[6:])
-
-
-def test_the_set_that_is_streamed_is_listed_and_linked(tmp_path):
-    o = stream.Options(volumes=20, distinct=2, shape=[40, 36, 20], folder=str(tmp_path))
-    written = stream.make(o)["bytes"]
-    assert written == sum((tmp_path / f"ct0000{i}.h5").stat().st_size for i in (0, 1))
-    assert os.path.samefile(tmp_path / "ct00001.h5", tmp_path / "ct00019.h5")
-    train, test = lists_of(tmp_path)
-    cases, problems = find_cases(tmp_path, train, labeled=True)
-    assert (len(cases), problems, len(test)) == (20, [], 1)
-    image, label = read_case(cases[0])
-    assert image.shape == (40, 36, 20) and set(label.flat) <= {0, 1}

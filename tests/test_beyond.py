@@ -1,7 +1,5 @@
 """What DTML's paper does not have: schedules, crops that agree, intensity augmentation, distances of whole scans."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -13,10 +11,6 @@ from dataloaders.augmentation import draw_augmentation, random_intensities, turn
 from dataloaders.two_stream import Slot
 from evaluation.sliding_window import FLIPS, mean_of_flips
 from losses.ramps import cosine_rate
-from losses.terms import sdm_to_mask
-
-T = 60  # iterations of `make`
-
 
 # -- schedules --
 
@@ -44,30 +38,6 @@ def test_the_consistency_is_over_the_crops_that_its_option_names(crops, first):
     m = 1 / (1 + torch.exp(3 * z.double()))
     assert len(p) == 4 and found == pytest.approx((m - p.double())[first:].square().mean().item(), rel=1e-5)
     assert method.needs_unlabeled == (first > 0)
-
-
-@pytest.mark.parametrize("end", [0.0, 0.2, 1.0])
-def test_lambda_is_largest_from_the_end_of_its_ramp_on(end):
-    method, batch = make("dtml", ramp_end=end), make_batch()
-    for t in (0, 6, 12, 30, 59):
-        expected = 0.1 * math.exp(-5 * max(1 - t / (end * T), 0) ** 2) if end else 0.1
-        assert method(batch, t).weights["lambda"] == pytest.approx(expected, rel=1e-9)
-
-
-def test_a_stop_gradient_on_the_target_would_change_no_gradient():
-    """M_s takes m as it is, and M_d p, in the gradient of C itself: the two problems share no weight."""
-    method, batch = make("dtml", k=3.0), make_batch()
-
-    def gradients(consistency):
-        torch.manual_seed(3)
-        p, m = method.M_s(batch["image"])["seg"].sigmoid(), sdm_to_mask(method.M_d(batch["image"])["sdm"], 3.0)
-        weights = [w for name in ("M_s", "M_d") for w in getattr(method, name).parameters()]
-        return torch.autograd.grad(consistency(m, p), weights, allow_unused=True)
-
-    one = gradients(lambda m, p: (m - p).square().mean())
-    other = gradients(lambda m, p: (m.detach() - p).square().mean() + (m - p.detach()).square().mean())
-    for a, b in zip(one, other, strict=True):
-        torch.testing.assert_close(a, b)
 
 
 # -- crops --

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import active_children
 from pathlib import Path
@@ -10,10 +9,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from conftest import TINY
 from scans import OBLIQUE, ball, make_scans, turned, write
 
-import train_dtml
 from dataloaders.cases import Case, find_cases, lists_of, read_case, read_geometry
 from dataloaders.images import read_image, to_physical
 from tools import convert
@@ -86,15 +83,6 @@ def test_resampling_keeps_the_object_in_its_place(scans, tmp_path):
         truth = ball(image.shape, geometry, centre, 7) > 0
         assert 2 * (truth & (label > 0)).sum() / (truth.sum() + label.sum()) > 0.88  # nearest voxels: a rough edge
         assert image[truth].mean() > image[~truth].mean() + 1
-
-
-def test_interpolation_is_what_differs_between_linear_and_bspline(scans, tmp_path):
-    words = ["--spacing", "1", "1", "1"]
-    linear, bspline = (
-        read(converted(scans, tmp_path / how, *words, "--interpolation", how), "patient0")[0]
-        for how in ("linear", "bspline")
-    )
-    assert linear.shape == bspline.shape and 0 < np.abs(linear - bspline).mean() < 0.5 and linear.std() < bspline.std()
 
 
 def job(name: str = "a", crop: str = "label", seed: int = 1337) -> Job:
@@ -225,16 +213,6 @@ def test_good_scans_are_there_when_others_are_refused_and_lists_only_grow(tmp_pa
     assert not list((tmp_path / "set").rglob("*.partial"))
 
 
-def test_the_split_is_drawn_from_the_seed_and_its_share(scans, tmp_path):
-    sizes = {
-        share: len(lists_of(converted(scans, tmp_path / share, "--test-share", share))[1])
-        for share in ("0", "0.5", "1")
-    }
-    assert sizes == {"0": 1, "0.5": 2, "1": 3}  # at least one to train on and one to test on
-    drawn = {lists_of(converted(scans, tmp_path / f"s{seed}", "--seed", str(seed)))[1][0] for seed in range(5)}
-    assert len(drawn) > 1
-
-
 def test_a_csv_names_files_labels_splits_and_cases(tmp_path):
     make_scans(tmp_path / "made", ending=".nrrd")
     rows = ["image,label,split,name"]
@@ -257,23 +235,6 @@ def test_label_values_are_kept_mapped_or_refused():
         convert.CaseError, match=r"has the label values 0 1000 3000 7000. Name those you mean by --labels"
     ):
         map_labels(1000 * label, None)
-
-
-def test_labels_of_several_values_reach_the_case(tmp_path, capsys):
-    for i in range(3):
-        label = (
-            ball(SHAPE, OBLIQUE, to_physical(OBLIQUE, (10, 14, 9)), 4) * 3
-            + ball(SHAPE, OBLIQUE, to_physical(OBLIQUE, (22, 14, 9)), 4) * 7
-        )
-        write(tmp_path / "s" / f"p{i}" / "image.mha", np.random.default_rng(i).random(SHAPE))
-        write(tmp_path / "s" / f"p{i}" / "label.mha", label.astype(np.int16))
-    converted(tmp_path / "s", tmp_path / "set", "--labels", "7", "3")
-    assert "label values: 1 in 3 cases, 2 in 3 cases" in capsys.readouterr().out
-    with h5py.File(tmp_path / "set" / "p0" / "mri_norm2.h5") as f:
-        assert set(np.unique(f["label"])) == {0, 1, 2}
-        there = turned(np.zeros(SHAPE), OBLIQUE)[1]
-        place = to_physical(there, np.argwhere(f["label"][()] == 1).mean(0))
-        np.testing.assert_allclose(place, to_physical(OBLIQUE, (22, 14, 9)), atol=0.3)
 
 
 def spoil(folder: Path, what: str) -> None:
@@ -334,47 +295,10 @@ def test_sources_that_make_no_set_are_refused(make, message, tmp_path):
     assert not (tmp_path / "set").exists()
 
 
-def test_flags_that_make_no_sense_are_refused(scans, tmp_path):
-    for words, message in (
-        (["--source", str(scans)], "--out is missing"),
-        (["--out", "x"], "--source is missing"),
-        (["--source", str(scans), "--out", str(tmp_path), "--labels", "1", "1"], "--labels names a value twice"),
-        (["--source", str(scans), "--out", str(tmp_path), "--spacing", "0", "1", "1"], "below 0.001"),
-    ):
-        with pytest.raises(UserError, match=message):
-            convert.main(words)
-
-
 def test_every_flag_is_tested_here():
     tested = {"source", "out", "spacing", "interpolation", "labels", "crop", "test_share", "seed", "workers"}
     assert {f.name for f in dataclasses.fields(convert.Options)} == tested | {"images_ts", "validation_share"}
     # the last two: tests/test_sources.py
-
-
-@pytest.mark.la
-def test_the_challenge_s_folders_become_the_la_layout_that_is_trained_on(la, tmp_path):
-    """Real volumes in larger frames of air, as NRRD with labels of 255, come back as they were, all slices kept."""
-    names = [*lists_of(la)[0][:3], lists_of(la)[1][0]]
-    frame = np.array([(20, 30), (25, 20), (0, 0)])
-    sources = {}
-    for case in find_cases(la, names, labeled=True)[0]:
-        image, label = read_case(case)
-        sources[case.name] = np.pad(100 * image + 1000, frame), np.pad(label, frame)
-        geometry = {"spacing": (0.625,) * 3, "origin": (1.0, 2.0, 3.0), "direction": (1.0, 0, 0, 0, 1, 0, 0, 0, 1)}
-        write(tmp_path / "scans" / case.name / "lgemri.nrrd", sources[case.name][0], geometry)
-        write(tmp_path / "scans" / case.name / "laendo.nrrd", 255 * sources[case.name][1], geometry)
-    out = converted(tmp_path / "scans", tmp_path / "set")
-    assert lists_of(out) == (names[:3], names[3:])
-    for name, (image, label) in sources.items():
-        found, found_label, geometry, about = read(out, name)
-        box = tuple(slice(a, a + n) for a, n in zip(about["crop_corner"], found.shape, strict=True))
-        assert found.shape[2] == 88 == image.shape[2] and found.shape[0] >= 112 <= found.shape[1]
-        assert (found_label == label[box]).all() and found_label.sum() == label.sum() and about["crop"] == "label-xy"
-        np.testing.assert_allclose(found, ((image - image.mean(dtype=float)) / image.std(dtype=float))[box], atol=1e-3)
-        np.testing.assert_allclose(geometry["origin"], np.array((1, 2, 3)) + 0.625 * np.array(about["crop_corner"]))
-    words = ["--data", str(out), *TINY, "--labeled", "2", "--iterations", "2", "--device", "cpu"]
-    train_dtml.main([*words, "--runs", str(tmp_path / "runs"), "--name", "run"])
-    assert os.path.exists(tmp_path / "runs" / "run" / "last.pt")
 
 
 def test_labeled_cases_come_first_whatever_they_are_called(tmp_path):

@@ -75,13 +75,3 @@ def test_labels_alone_are_its_control(on):
     alone, both = method({**data, "image": data["image"][:2]}, 3), method(data, 3)
     assert alone.terms["seg"].item() == pytest.approx(both.terms["seg"].item(), abs=1e-12)
     assert (alone.terms["pseudo"] == 0) == (on == "unlabeled") and not method.needs_unlabeled
-
-
-def test_the_networks_begin_differently_and_the_mean_is_theirs():
-    method, image = make(classes=2).eval(), batch()["image"]
-    one, two = ([p for p in network.parameters() if p.dim() > 1] for network in method.networks)
-    assert not any(torch.equal(a, b) for a, b in zip(one, two, strict=True))
-    with torch.no_grad():
-        first, second, mean = method.predict(image, method.outputs).chunk(3, dim=1)
-    torch.testing.assert_close(mean, (first + second) / 2)
-    assert first.shape == (5, 2, 16, 16, 16) and not torch.allclose(first, second)

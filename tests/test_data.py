@@ -12,7 +12,6 @@ from conftest import make_set, write_case
 
 from dataloaders.augmentation import Draw, draw_augmentation, turn_and_flip
 from dataloaders.cases import Case, CaseError, find_cases, known_spacing, lists_of, read_case, read_geometry
-from dataloaders.orientation import known_orientation
 from dataloaders.two_stream import Patches, Slot, TwoStreamBatchSampler, collate, make_loader
 from dataloaders.volumes import Volumes
 from losses.sdm import signed_distance_map
@@ -36,20 +35,6 @@ def test_d4_has_all_eight_turns_and_reflections_and_mirror_the_four_reflections(
     assert orbit("d4") == turned | mirrored
     assert orbit("mirror") == mirrored
     assert orbit("none") == {(1.0, 2.0, 3.0, 4.0)}
-
-
-def test_the_eight_of_d4_are_equally_likely():
-    square, counts = torch.tensor([[1.0, 2.0], [3.0, 4.0]])[:, :, None], {}
-    for seed in range(4000):
-        draw = draw_augmentation(np.random.default_rng(seed), (2, 2, 1), (2, 2, 1))
-        key = tuple(turn_and_flip(square, draw).flatten().tolist())
-        counts[key] = counts.get(key, 0) + 1
-    assert all(abs(n - 500) < 5 * np.sqrt(500) for n in counts.values())
-
-
-def test_an_unknown_augmentation_is_refused():
-    with pytest.raises(ValueError, match="elastic"):
-        draw_augmentation(np.random.default_rng(0), (4, 4, 4), (2, 2, 2), "elastic")
 
 
 def test_every_offset_is_drawn_the_last_one_included():
@@ -170,19 +155,6 @@ def assert_read(found: Volumes, expected: Volumes) -> None:
             assert (one is None and other is None) or torch.equal(one, other)
 
 
-@pytest.mark.parametrize(("cache", "downsample"), [("disk", 2), ("none", 1)])
-def test_two_sets_in_one_cache_folder_keep_to_their_own_data(cache, downsample, tmp_path, opened):
-    sets = twin_sets(tmp_path)
-    own = {data: volumes(data, cache="ram", downsample=downsample) for data in sets}
-    assert own[sets[0]].checksums != own[sets[1]].checksums
-    for again in (False, True):
-        for data in sets:
-            opened.clear()
-            found = volumes(data, cache=cache, folder=tmp_path / "cache", downsample=downsample)
-            assert opened == ([] if again else lists_of(data)[0])
-            assert_read(found, own[data])
-
-
 @pytest.mark.parametrize(
     ("how", "cache"),
     [("swapped", "disk"), ("written over", "none"), ("put in its place", "disk"), ("linked in its place", "none"),
@@ -216,20 +188,6 @@ def test_another_file_in_the_place_of_the_first_is_read_anew(how, cache, tmp_pat
     assert_read(volumes(a, cache=cache, folder=tmp_path / "cache"), volumes(a, cache="ram"))
 
 
-@pytest.mark.parametrize("cache", ["disk", "none"])
-def test_a_set_that_is_moved_with_its_cache_is_not_decoded_again(cache, tmp_path, opened):
-    data = make_set(tmp_path / "here" / "set")
-    first = volumes(data, cache=cache, folder=data / ".cache")
-    there = (tmp_path / "here").rename(tmp_path / "there") / "set"
-    opened.clear()
-    found = volumes(there, cache=cache, folder=there / ".cache")
-    assert opened == []
-    (tmp_path / "link").symlink_to(there)
-    assert volumes(tmp_path / "link", cache=cache, folder=tmp_path / "link" / ".cache").checksums == first.checksums
-    assert opened == []
-    assert_read(found, volumes(there, cache="ram"))
-
-
 def test_what_a_run_does_to_its_crops_stays_out_of_the_disk_cache(tiny_set, tmp_path):
     found = volumes(tiny_set, cache="disk", folder=tmp_path)
     image, label = found.read(0, (slice(None),) * 3)
@@ -246,41 +204,6 @@ def test_a_disk_cache_that_cannot_be_written_is_a_user_s_mistake(tiny_set, tmp_p
         volumes(tiny_set, cache="disk", folder=tmp_path / "file")
 
 
-def test_a_check_is_remembered_while_the_source_is_the_same(tmp_path, opened):
-    data, cache = make_set(tmp_path / "set", labeled=6), tmp_path / "cache"
-    train, _ = lists_of(data)
-    opened.clear()
-    first = volumes(data, cache="none", folder=cache)
-    assert opened == train
-    assert set(cache.rglob("*.*")) == {kept(cache / "checked", name, "json") for name in train}
-    opened.clear()
-    again = volumes(data, cache="none", folder=cache)
-    assert opened == [] and (again.checksums, again.shapes) == (first.checksums, first.shapes)
-    assert volumes(data, cache="none", folder=cache, downsample=2).shapes != first.shapes and opened == []
-    # case 4 and 5 have a label now, which nobody has looked at
-    labeled = volumes(data, labeled=6, cache="none", folder=cache)
-    assert opened == train[4:6] and labeled.checksums.keys() == first.checksums.keys()
-    opened.clear()
-    assert volumes(data, cache="none", folder=cache).checksums == first.checksums and opened == []
-
-    image, label = read_case(Case("", data / train[2] / "mri_norm2.h5", True))
-    write_case(data / train[1] / "mri_norm2.h5", image, label)
-    os.utime(data / train[3] / "mri_norm2.h5", ns=(0, 1))
-    kept(cache / "checked", train[5], "json").write_text("[]")
-    opened.clear()
-    again = volumes(data, cache="none", folder=cache)
-    assert opened == [train[i] for i in (1, 3, 5)] and not list(cache.rglob(".*"))
-    assert again.checksums == {**first.checksums, train[1]: first.checksums[train[2]]}
-
-    write_case(data / train[2] / "mri_norm2.h5", image, 2 * label)
-    with pytest.raises(UserError, match=rf"{train[2]}.*only 0 and 1"):
-        volumes(data, cache="none", folder=cache)
-    with pytest.raises(UserError, match=rf"{train[2]}.*only 0 and 1"):  # a bad one is never remembered
-        volumes(data, cache="none", folder=cache)
-    with pytest.raises(UserError, match=r"too few for --downsample 19(?s:.*)too few"):
-        volumes(data, cache="none", folder=cache, downsample=19)
-
-
 def test_a_source_that_changes_while_it_is_read_is_not_remembered(tiny_set, tmp_path, monkeypatch):
     def read_and_touch(case):
         found = read_case(case)
@@ -293,19 +216,6 @@ def test_a_source_that_changes_while_it_is_read_is_not_remembered(tiny_set, tmp_
             volumes(tiny_set, cache=cache, folder=tmp_path)
     monkeypatch.undo()
     assert volumes(tiny_set, cache="none", folder=tmp_path).kind == "none"
-
-
-def test_where_checks_cannot_be_kept_they_are_repeated_with_one_warning(tiny_set, tmp_path, opened, capsys):
-    (tmp_path / "file").write_text("")
-    for _ in range(2):
-        opened.clear()
-        found = volumes(tiny_set, cache="none", folder=tmp_path / "file")
-        assert opened == lists_of(tiny_set)[0] and found.read(0, (slice(0, 2),) * 3)[0].shape == (2, 2, 2)
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("warning: ") and "--cache-folder" in line
-    opened.clear()
-    volumes(tiny_set, cache="none")  # no folder, nothing written, nothing to warn of
-    assert opened == lists_of(tiny_set)[0] and capsys.readouterr().err == ""
 
 
 def test_processes_share_out_the_check(tiny_set, tmp_path, opened, monkeypatch):
@@ -382,30 +292,6 @@ def test_labels_stand_first_in_a_batch_and_only_labeled_items_have_one(tiny_set)
         }
 
 
-def test_a_few_unlabeled_cases_serve_a_long_epoch_evenly():
-    sampler = TwoStreamBatchSampler(8, 3, batch_size=3, labeled_batch=1, seed=0, start=0, iterations=8)
-    used = [case for step in range(8) for case in sampler.cases(step)[1:]]
-    assert {used.count(case) for case in (8, 9, 10)} <= {5, 6} and len(used) == 16
-
-
-def test_making_a_loader_leaves_the_global_generator_alone(tiny_set):
-    sampler = TwoStreamBatchSampler(4, 4, batch_size=2, labeled_batch=1, seed=0, start=0, iterations=2)
-    torch.manual_seed(0)
-    before = torch.get_rng_state()
-    list(make_loader(patches(tiny_set), sampler, workers=0))
-    assert torch.equal(before, torch.get_rng_state())
-
-
-def test_geometry_comes_from_the_attributes(tmp_path):
-    image = np.random.default_rng(0).random((4, 5, 6), np.float32)
-    write_case(tmp_path / "a.h5", image, None, spacing=(0.5, 0.6, 2), origin=(1, 2, 3))
-    geometry = read_geometry(Case("a", tmp_path / "a.h5", labeled=False))
-    assert geometry["spacing"] == (0.5, 0.6, 2) and geometry["origin"] == (1, 2, 3)
-    assert geometry["direction"] == (1, 0, 0, 0, 1, 0, 0, 0, 1)
-    assert known_spacing(Case("a", tmp_path / "a.h5", labeled=False)) == (0.5, 0.6, 2)
-    assert known_orientation(Case("a", tmp_path / "a.h5", labeled=False)) is None
-
-
 PUBLISHED = "06SR5RBREL16DQ6M8LWS"
 LAYOUTS = ("2018LA_Seg_Training Set/{}/mri_norm2.h5", "{}/mri_norm2.h5", "{}.h5")
 
@@ -454,26 +340,3 @@ def test_a_direction_that_is_none_is_refused(axes, message, tmp_path):
     write_case(tmp_path / "a.h5", image, None, direction=np.ravel(axes))
     with pytest.raises(CaseError, match=message):
         read_geometry(Case("a", tmp_path / "a.h5", labeled=False))
-
-
-def test_a_patch_turned_a_quarter_takes_its_box_with_sides_swapped():
-    found = {draw_augmentation(np.random.default_rng(i), (9, 9, 9), (4, 3, 2)).size for i in range(50)}
-    assert found == {(4, 3, 2), (3, 4, 2)}
-    assert turn_and_flip(torch.zeros(3, 4, 2), Draw((0, 0, 0), (3, 4, 2), turns=1, flip=0)).shape == (4, 3, 2)
-
-
-@pytest.mark.la
-def test_the_real_set_is_what_its_description_says(la):
-    train, test = lists_of(la)
-    assert (
-        len(train) == 80
-        and len(test) == 20
-        and train[0] == "06SR5RBREL16DQ6M8LWS"
-        and train[15] == "5BHTH9RHH3PQT913I59W"
-    )
-    cases, problems = find_cases(la, train[:3] + test[:2], labeled=True)
-    assert not problems
-    for case in cases:
-        image, label = read_case(case)
-        assert image.shape[2] == 88 and image.shape == label.shape and 76_000 < label.sum() < 541_000
-        assert all(side >= patch for side, patch in zip(image.shape, (112, 112, 80), strict=True))

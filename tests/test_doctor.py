@@ -1,15 +1,13 @@
 """The report of python -m tools.doctor: true, harmless to show, and without a traceback whatever the set is like."""
 
-import ast
 import socket
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, make_set, write_case
+from conftest import make_set
 
 from tools import doctor
-from utils.errors import UserError
 
 
 def report(capsys, *words):
@@ -56,34 +54,8 @@ def test_it_tells_no_names_of_users_and_folders(capsys, tmp_path, monkeypatch):
     assert "- folder: .../set" in report(capsys, "--data", str(data))
 
 
-def test_every_n_th_case_stands_for_the_others(tiny_set, capsys):
-    assert "- volumes: 3 read" in report(capsys, "--data", str(tiny_set), "--every", "4")
-    with pytest.raises(UserError, match="--every"):
-        doctor.main(["--every", "0"])
-
-
 def test_it_tells_what_would_be_slow(monkeypatch):
     monkeypatch.setattr(doctor, "total_memory", lambda: 4.0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     text = "\n".join(doctor.slow(3.0))
     assert "no GPU" in text and "a full-size iteration needs" in text and "--cache disk" in text
-
-
-def test_a_large_volume_counts_as_large(tmp_path):
-    import numpy as np
-
-    image = np.random.default_rng(0).standard_normal((64, 64, 64)).astype(np.float32)
-    write_case(tmp_path / "a.h5", image, (image > 1).astype(np.uint8))
-    for name in ("train", "test"):
-        (tmp_path / f"{name}.list").write_text("a\n" if name == "test" else "b\n")
-    about, memory = doctor.data_set(tmp_path, 1)
-    assert "b: listed" in about["PROBLEM"] and memory == pytest.approx(5 * 64**3 / 2**30)
-
-
-def test_nothing_imports_it():
-    """It is a program among the utilities, and may use what is above them only because nothing stands on it."""
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/*.py")]:
-        if path != Path(__file__):
-            for node in ast.walk(ast.parse(path.read_text())):
-                assert not (isinstance(node, ast.ImportFrom) and "doctor" in (node.module or "")), path
-                assert not (isinstance(node, ast.Import) and any("doctor" in a.name for a in node.names)), path

@@ -1,7 +1,5 @@
 """DTML+: its losses against the formulas in numpy, what gets a gradient, its schedule and its strong views."""
 
-import copy
-
 import numpy as np
 import pytest
 import torch
@@ -51,18 +49,6 @@ def test_weighted_seg_loss_is_the_formula_in_numpy():
     assert seg_loss(logits, label, 1, ones).item() == pytest.approx(seg_loss(logits, label, 1).item(), abs=1e-12)
 
 
-def test_weighted_softmax_seg_loss_is_the_formula_in_numpy():
-    """Two classes and the background's channel; the Dice of both classes weighs as many voxels."""
-    torch.manual_seed(2)
-    logits, label = torch.randn(2, 3, 5, 4, 3, dtype=torch.float64), torch.randint(0, 3, (2, 5, 4, 3))
-    a = torch.rand(2, 1, 5, 4, 3, dtype=torch.float64)
-    e = np.exp(logits.numpy())
-    p, y, w = e / e.sum(1, keepdims=True), np.eye(3)[label.numpy()].transpose(0, 4, 1, 2, 3), a.numpy()
-    ce = (w * -(y * np.log(p)).sum(1, keepdims=True)).mean()
-    dice = np.mean([dice_by_hand(p[:, c : c + 1], y[:, c : c + 1], w) for c in (1, 2)])
-    assert seg_loss(logits, label, 2, a).item() == pytest.approx(0.5 * (ce + dice), abs=1e-12)
-
-
 @pytest.mark.parametrize("trust", ["all", "voxel", "both"])
 def test_the_losses_are_the_formulas_of_the_docstring(trust):
     method, data = make(trust=trust, start=0.0, full=0.0, strong=0.0, pseudo_weight=0.7), batch()
@@ -96,17 +82,6 @@ def test_the_losses_are_the_formulas_of_the_docstring(trust):
     assert found.total.item() == pytest.approx(total, rel=1e-6)
 
 
-def test_no_gradient_reaches_the_averages_and_each_network_gets_its_own():
-    method, data = make(start=0.0, full=0.0, trust="all"), batch()
-    losses = method(data, 5)
-    losses.terms["pseudo_seg"].backward(retain_graph=True)
-    assert all(w.grad is None for w in method.ema.parameters()) and all(w.grad is None for w in method.M_d.parameters())
-    assert any(w.grad is not None and w.grad.abs().sum() > 0 for w in method.M_s.parameters())
-    before = {name: value.clone() for name, value in method.ema.state_dict().items()}
-    method(data, 6)
-    assert all(torch.equal(value, before[name]) for name, value in method.ema.state_dict().items())
-
-
 def test_the_weight_waits_rises_and_stays():
     method = make(iterations=100, start=0.2, full=0.4)
     found = [method.ramp(t) for t in range(100)]
@@ -122,34 +97,6 @@ def test_labels_alone_are_its_control():
     data = batch()
     alone, both = method({**data, "image": data["image"][:2]}, 5), method(data, 5)
     assert alone.total.item() == pytest.approx((both.terms["seg"] + both.terms["mask"]).item(), abs=1e-12)
-
-
-def test_the_averages_follow_their_networks():
-    method, data = make(start=0.0, full=0.0), batch()
-    expected = {name: copy.deepcopy(getattr(method, name).state_dict()) for name in ("M_s", "M_d")}
-    for t in range(3):
-        method(data, t).total.backward()
-        with torch.no_grad():
-            for weight in [*method.M_s.parameters(), *method.M_d.parameters()]:
-                weight -= 0.1 * weight.grad
-                weight.grad = None
-        method.after_step(data, t)
-        alpha = min(1 - 1 / (t + 1), 0.99)
-        for name, average in expected.items():
-            for key, value in getattr(method, name).state_dict().items():
-                average[key] = alpha * average[key] + (1 - alpha) * value if value.is_floating_point() else value
-    for name, average in expected.items():
-        for key, value in method.ema[name].state_dict().items():
-            torch.testing.assert_close(value, average[key])
-    assert not any(weight.requires_grad for weight in method.ema.parameters())
-
-
-def test_the_averages_are_used_in_evaluation_mode():
-    method = make()
-    assert not any(module.training for module in method.ema.modules()) and method.M_s.training
-    method.eval()
-    method.train()
-    assert not any(module.training for module in method.ema.modules()) and method.M_d.training
 
 
 @pytest.mark.parametrize("classes", [1, 2])

@@ -13,7 +13,7 @@ from typing import Any
 import h5py
 import pytest
 import torch
-from conftest import ROOT, TINY, flat, make_set, make_validated_set, method_words
+from conftest import TINY, flat, make_set, make_validated_set, method_words
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import predict
@@ -21,12 +21,10 @@ import settings
 import test_la
 import train_dtml
 from dataloaders.two_stream import Patches
-from methods import METHODS, restore
+from methods import METHODS
 from networks import backbone
 from tools import convert
-from utils.checkpoint import load_checkpoint
-from utils.errors import Diverged, UserError
-from utils.options import default_of
+from utils.options import as_flags, default_of
 
 OPENED = 4 * 8 + 2 * 4
 """h5 files that a run on the set opens at its start: all 8 for the volumes and, thrice, for where they lie in mm; the 4
@@ -175,187 +173,64 @@ SHARED = {
     "weight_decay": [("--weight-decay 0.01", ""), ("--weight-decay 0.3", "--optimizer adamw")],
     "seed": [("--seed 2", "")],
 }
-TEACHER = {
-    "filters": [("--filters 3", "")],
-    "softmax": [("--softmax", "")],
-    "lambda_max": [("--lambda-max 1", "")],
-    "ramp": [("--ramp steps", "")],
-    "ema_decay": [("--ema-decay 0.3", "")],
-    "noise": [("--noise 0", "")],
-}
+TEACHER = "--filters 3, --softmax, --lambda-max 1, --ramp steps, --ema-decay 0.3, --noise 0"
 LEARNS = "--start 0 --full 0 --filters 8 --lr 0.3"  # enough for two networks that agree in part
 BROKEN = "--filters 4 --ema-decay 0"  # with which a pseudo-label has several components
-HEADS = {"filters": [("--filters 3", "")], "beta": [("--beta 1", "")]}
-OWN = {
-    "dtml": {
-        "softmax": [("--softmax", "")],
-        "filters": [("--filters 3", "")],
-        "sdm_loss": [("--sdm-loss dis", ""), ("--sdm-loss both", ""), ("--sdm-loss both", "--sdm-loss dis --k 20")],
-        "dis_weight": [("--dis-weight 2", "--sdm-loss both")],
-        "k": [("--k 20", "")],
-        "lambda_max": [("--lambda-max 1", "")],
-        "ramp": [("--ramp steps", ""), ("--ramp literal", ""), ("--ramp literal", "--ramp steps")],
-        "consistency_times": [("--consistency-times 2", "")],
-        "ramp_end": [("--ramp-end 0.5", ""), ("--ramp-end 0", "--ramp-end 0.5")],
-        "consistency_on": [("--consistency-on unlabeled", "")],
-    },
-    "dtml-plus": {
-        "filters": [("--filters 3", "")],
-        "k": [("--k 20", "")],
-        "ema_decay": [("--ema-decay 0.3", "--start 0 --full 0"), ("--ema-decay 0.6", "--ema-decay 0.3 --start 0")],
-        "pseudo_weight": [("--pseudo-weight 1", "--start 0 --full 0 --trust all")],
-        "start": [("--start 0", "--trust all")],
-        "full": [("--full 0.9", "--start 0 --trust all")],
-        "trust": [("--trust all", LEARNS), ("--trust voxel", LEARNS)],
-        "strong": [("--strong 1", "")],
-    },
-    "supervised": {
-        "filters": [("--filters 3", "")],
-        "head": [("--head sdm", "")],
-        "softmax": [("--softmax", ""), ("--softmax", "--no-softmax")],
-        "k": [("--k 20", "--head sdm")],
-    },
-    "mean-teacher": {
-        **TEACHER,
-        "consistency_on": [("--consistency-on unlabeled", "")],
-        "ema_decay": [("--ema-decay 0.3", ""), ("--ema-decay 0.6", "--iterations 4")],  # it limits 1 - 1/(t+1)
-        "noise": [("--noise 0", ""), ("--noise 0.2", "")],
-    },
-    "ua-mt": {
-        **TEACHER,
-        "consistency_on": [("--consistency-on all", "")],
-        "passes": [("--passes 7", ""), ("--passes 1", "--passes 2")],
-        "entropy_epsilon": [("--entropy-epsilon 0.5", "")],
-    },
-    "tcse": {
-        **TEACHER,
-        "consistency_on": [("--consistency-on unlabeled", "")],
-        "scale": [("--scale 0.2", ""), ("--scale 0.1", "--scale 0.2")],
-    },
-    "double-unc": {
-        **TEACHER,
-        "consistency_on": [("--consistency-on unlabeled", "")],
-        "passes": [("--passes 7", "")],
-        "learnable": [("--no-learnable", "")],
-        "gamma": [("--gamma 2", "")],
-        "feature_blocks": [
-            ("--feature-blocks bottom", ""),
-            ("--feature-blocks none", ""),
-            ("--feature-blocks none", "--no-learnable"),
-        ],
-    },
-    "dtc": {
-        "softmax": [("--softmax", "")],
-        **HEADS,
-        "k": [("--k 20", "")],
-        "lambda_max": [("--lambda-max 0.1", "")],
-        "ramp": [("--ramp steps", "")],
-    },
-    "sassnet": {
-        "softmax": [("--softmax", "")],
-        **HEADS,
-        "adversarial_max": [("--adversarial-max 0.015", "")],
-        "ramp": [("--ramp steps", "")],
-        "critic_lr": [("--critic-lr 0.001", ""), ("--critic-lr 0", "")],
-    },
-    "asdnet": {
-        "filters": [("--filters 3", "")],
-        "softmax": [("--softmax", "")],
-        "attention": [
-            ("--attention none", ""),
-            ("--attention released", ""),
-            ("--attention none", "--attention released"),
-        ],
-        "lambda_adv": [("--lambda-adv 0.1", "")],
-        "lambda_semi": [("--lambda-semi 0.2", "")],
-        "threshold": [("--threshold 0.46", ""), ("--threshold 0.9", "--threshold 0.46")],
-        "semi_start": [("--semi-start 0", ""), ("--semi-start 0.5", "--semi-start 0"), ("--semi-start 1", "")],
-        "critic_lr": [("--critic-lr 0.001", "")],
-        "critic_image": [("--critic-image", "")],
-    },
-    "dk-uxnet": {
-        "backbone": [("--backbone vnet", "")],
-        "filters": [("--filters 3", "")],
-        "kmax": [("--no-kmax", "")],
-        "groups": [("--groups 2 3", ""), ("--groups 2 3 2", "--groups 2 3")],
-        "query_channels": [("--query-channels 48", "")],  # no profile has it
-        "levels": [("--levels 16 8 4", ""), ("--levels 8", "")],
-        "bn_momentum": [("--bn-momentum 0.01", "")],
-        "logit_scale": [("--logit-scale 0.1", "")],
-        "share_weights": [("--no-share-weights", "")],
-        "crops": [("--crops independent", "")],
-        "noise_variance": [("--noise-variance 0", ""), ("--noise-variance 5", "")],
-        "qd_weight": [("--qd-weight 0", "")],
-        "deep_weight": [("--deep-weight 0", ""), ("--deep-weight 1", "")],
-        "consistency_terms": [(f"--consistency-terms {which}", "") for which in ("segc", "qdc", "none")],
-        "contrast": [("--contrast sum", ""), ("--contrast mse", "")],
-        "temperature": [("--temperature 1", "")],
-        "lambda_max": [("--lambda-max 1", "")],
-        "ramp": [("--ramp steps", ""), ("--ramp epochs", "")],
-    },
-    "cps": {
-        "filters": [("--filters 3", "")],
-        "pseudo_weight": [("--pseudo-weight 1", "")],
-        "pseudo_on": [("--pseudo-on unlabeled", "")],
-        "ramp_end": [("--ramp-end 0.5", ""), ("--ramp-end 1", "--ramp-end 0.5")],
-    },
-    "bcp": {
-        "filters": [("--filters 3", "")],
-        "start": [("--start 0.5", "")],
-        "box": [("--box 0.5", "")],
-        "pseudo_weight": [("--pseudo-weight 1", "")],
-        "largest_component": [("--no-largest-component", BROKEN)],
-        "ema_decay": [("--ema-decay 0.3", "")],
-    },
-    "ad-mt": {
-        "filters": [("--filters 3", "")],
-        "ema_decay": [("--ema-decay 0.3", "")],
-        "period": [("--period 1", "")],
-        "pseudo_weight": [("--pseudo-weight 1", "--threshold 0.5")],
-        "ramp_end": [("--ramp-end 0.9", "--threshold 0.5"), ("--ramp-end 0", "--threshold 0.5 --ramp-end 0.9")],
-        "threshold": [("--threshold 0.5", "")],
-        "strong": [("--strong 1", "")],
-    },
-    "mc-net-plus": {
-        "filters": [("--filters 3", "")],
-        "softmax": [("--softmax", "")],
-        "temperature": [("--temperature 0.5", "")],
-        "target_gradient": [("--target-gradient", "")],
-        "seg_weight": [("--seg-weight 1", "")],
-        "lambda_max": [("--lambda-max 0.1", "")],
-        "ramp": [("--ramp literal", ""), ("--ramp steps", "--ramp-end 0.9")],
-        "ramp_end": [("--ramp-end 1", "")],
-    },
-    "ss-net": {
-        "filters": [("--filters 3", "")],
-        "softmax": [("--softmax", "")],
-        "distance": [("--distance agreement", "")],
-        "magnitude": [("--magnitude 1", "")],
-        "xi": [("--xi 1", "")],
-        "separation": [("--separation 1", "")],
-        "prototypes": [("--prototypes 4", "")],
-        "rank": [("--rank lowest", "")],
-        "background": [("--no-background", "")],
-        "lambda_max": [("--lambda-max 0.1", "")],
-        "ramp": [("--ramp literal", ""), ("--ramp steps", "--ramp-end 0.9")],
-        "ramp_end": [("--ramp-end 1", "")],
-    },
-    "unimatch": {
-        "filters": [("--filters 3", "")],
-        "softmax": [("--softmax", "")],
-        "threshold": [("--threshold 0", ""), ("--threshold 0.7", "--threshold 0")],
-        "pseudo_loss": [("--pseudo-loss dice", "--threshold 0")],
-        "feature_weight": [("--feature-weight 1", "--threshold 0")],
-        "feature_dropout": [("--feature-dropout 0.2", "")],
-        "strong_weight": [("--strong-weight 1", "--threshold 0")],
-        "strong": [("--strong 1", "--threshold 0")],
-        "cutmix": [("--cutmix 1", "--threshold 0"), ("--cutmix 0", "--threshold 0")],
-    },
+# Method: for each of its options flags that change the result, and where needed those beside which they do.
+OWN_FLAGS = {
+    "dtml": "--softmax, --filters 3, --k 20, --lambda-max 1, --consistency-times 2, --consistency-on unlabeled, "
+    "--sdm-loss dis, --sdm-loss both, --sdm-loss both beside --sdm-loss dis --k 20, --dis-weight 2 beside --sdm-loss "
+    "both, --ramp steps, --ramp literal, --ramp literal beside --ramp steps, --ramp-end 0.5, --ramp-end 0 beside "
+    "--ramp-end 0.5",
+    "dtml-plus": "--filters 3, --k 20, --strong 1, --ema-decay 0.3 beside --start 0 --full 0, --ema-decay 0.6 beside "
+    "--ema-decay 0.3 --start 0, --pseudo-weight 1 beside --start 0 --full 0 --trust all, --start 0 beside --trust all, "
+    f"--full 0.9 beside --start 0 --trust all, --trust all beside {LEARNS}, --trust voxel beside {LEARNS}",
+    "supervised": "--filters 3, --head sdm, --softmax, --softmax beside --no-softmax, --k 20 beside --head sdm",
+    "mean-teacher": f"{TEACHER}, --consistency-on unlabeled, --ema-decay 0.6 beside --iterations 4, --noise 0.2",
+    "ua-mt": f"{TEACHER}, --consistency-on all, --passes 7, --passes 1 beside --passes 2, --entropy-epsilon 0.5",
+    "tcse": f"{TEACHER}, --consistency-on unlabeled, --scale 0.2, --scale 0.1 beside --scale 0.2",
+    "double-unc": f"{TEACHER}, --consistency-on unlabeled, --passes 7, --no-learnable, --gamma 2, --feature-blocks "
+    "bottom, --feature-blocks none, --feature-blocks none beside --no-learnable",
+    "dtc": "--softmax, --filters 3, --beta 1, --k 20, --lambda-max 0.1, --ramp steps",
+    "sassnet": "--softmax, --filters 3, --beta 1, --adversarial-max 0.015, --ramp steps, --critic-lr 0.001, "
+    "--critic-lr 0",
+    "asdnet": "--filters 3, --softmax, --attention none, --attention released, --attention none beside --attention "
+    "released, --lambda-adv 0.1, --lambda-semi 0.2, --threshold 0.46, --threshold 0.9 beside --threshold 0.46, "
+    "--semi-start 0, --semi-start 0.5 beside --semi-start 0, --semi-start 1, --critic-lr 0.001, --critic-image",
+    "dk-uxnet": "--backbone vnet, --filters 3, --no-kmax, --groups 2 3, --groups 2 3 2 beside --groups 2 3, "
+    "--query-channels 48, --levels 16 8 4, --levels 8, --bn-momentum 0.01, --logit-scale 0.1, --no-share-weights, "
+    "--crops independent, --noise-variance 0, --noise-variance 5, --qd-weight 0, --deep-weight 0, --deep-weight 1, "
+    "--consistency-terms segc, --consistency-terms qdc, --consistency-terms none, --contrast sum, --contrast mse, "
+    "--temperature 1, --lambda-max 1, --ramp steps, --ramp epochs",
+    "cps": "--filters 3, --pseudo-weight 1, --pseudo-on unlabeled, --ramp-end 0.5, --ramp-end 1 beside --ramp-end 0.5",
+    "bcp": "--filters 3, --start 0.5, --box 0.5, --pseudo-weight 1, --ema-decay 0.3, --no-largest-component beside "
+    f"{BROKEN}",
+    "ad-mt": "--filters 3, --ema-decay 0.3, --period 1, --threshold 0.5, --strong 1, --pseudo-weight 1 beside "
+    "--threshold 0.5, --ramp-end 0.9 beside --threshold 0.5, --ramp-end 0 beside --threshold 0.5 --ramp-end 0.9",
+    "mc-net-plus": "--filters 3, --softmax, --temperature 0.5, --target-gradient, --seg-weight 1, --lambda-max 0.1, "
+    "--ramp literal, --ramp steps beside --ramp-end 0.9, --ramp-end 1",
+    "ss-net": "--filters 3, --softmax, --distance agreement, --magnitude 1, --xi 1, --separation 1, --prototypes 4, "
+    "--rank lowest, --no-background, --lambda-max 0.1, --ramp literal, --ramp steps beside --ramp-end 0.9, "
+    "--ramp-end 1",
+    "unimatch": "--filters 3, --softmax, --threshold 0, --threshold 0.7 beside --threshold 0, --feature-dropout 0.2, "
+    "--pseudo-loss dice beside --threshold 0, --feature-weight 1 beside --threshold 0, --strong-weight 1 beside "
+    "--threshold 0, --strong 1 beside --threshold 0, --cutmix 1 beside --threshold 0, --cutmix 0 beside --threshold 0",
 }
-for own in OWN.values():
-    own.setdefault("backbone", [("--backbone uxnet", "")])
-for name, own in OWN.items():  # the others refuse it: test_classes.py
-    own["classes"] = [("--classes 2 --data two", "")] if METHODS[name].multiclass else []
+
+
+def pairs_of(method: str) -> dict[str, list[tuple[str, str]]]:
+    """Option -> flags that change the result, and the flags beside which they do."""
+    pairs: dict[str, list[tuple[str, str]]] = {}
+    for entry in OWN_FLAGS[method].split(", "):
+        changed, _, beside = entry.partition(" beside ")
+        name = changed.split()[0].removeprefix("--").removeprefix("no-").replace("-", "_")
+        pairs.setdefault(name, []).append((changed, beside))
+    pairs.setdefault("backbone", [("--backbone uxnet", "")])
+    pairs["classes"] = [("--classes 2 --data two", "")] if METHODS[method].multiclass else []  # else: test_classes.py
+    return pairs
+
+
+OWN = {method: pairs_of(method) for method in OWN_FLAGS}
 
 
 def words_of(method: str, *flags: str) -> list[str]:
@@ -374,34 +249,6 @@ LEARNING += [(m, f"--preset {preset}", "") for m in OWN if m != "dtml" for prese
 def test_flag_changes_the_result(method, changed, beside, run):
     usual, other = run(*words_of(method, beside)), run(*words_of(method, beside, changed))
     assert not same(learned(usual.weights), learned(other.weights))
-
-
-def test_learning_rate_follows_its_flags(run):
-    rates = [row["lr"] for row in run("--lr", "0.04", "--lr-steps", "2", "1", "--lr-gamma", "0.5").scalars]
-    assert rates == [0.04, 0.02, 0.01]
-    assert [row["lr"] for row in run("--lr-steps").scalars] == [0.01] * 3
-
-
-@pytest.mark.parametrize(
-    ("words", "factors"),
-    [
-        ("", {"mask": 1, "consistency": 1}),
-        ("--sdm-loss both --dis-weight 2 --consistency-times 3", {"mask": 1, "dis": 2, "consistency": 3}),
-        ("--method dtml-plus --start 0", {"mask": 1, "pseudo_seg": 1, "pseudo_mask": 1}),
-        ("--method ua-mt", {"consistency": 1}),
-        ("--method sassnet --beta 1", {"sdm": 1, "adversarial": 1}),
-        ("--method asdnet --lambda-adv 0.1", {"adversarial": 0.1, "semi": 1}),
-    ],
-)
-def test_total_is_the_sum_that_the_flags_describe(words, factors, run):
-    for row in run(*words.split()).scalars:
-        assert {name.partition("/")[2] for name in row if name.startswith("loss/")} == {"total", "seg", *factors}
-        parts = {name: row[f"loss/{name}"] * factor for name, factor in factors.items()}
-        for weight in (name for name in row if name.startswith("lambda")):  # of the term that has a weight of its own
-            usual = "consistency" if "consistency" in factors else list(factors)[-1]
-            parts["semi" if weight == "lambda_semi" else usual] *= row[weight]
-        parts = {name: part * row.get("w", 1) if name.startswith("pseudo") else part for name, part in parts.items()}
-        assert row["loss/total"] == pytest.approx(row["loss/seg"] + sum(parts.values()), rel=2e-5)
 
 
 # -- what is harmless --
@@ -442,58 +289,18 @@ def test_harmless_flag_changes_something_but_not_the_result(name, run, tmp_path,
     usual = run()
     if name == "runs":
         train_dtml.main(["--data", "set", *BASE, *flags.split()])
-        (found,) = Path("elsewhere").rglob("last.pt")
-        other = dataclasses.replace(usual, folder=found.parent, weights=torch.load(found, weights_only=True)["method"])
+        (last,) = Path("elsewhere").rglob("last.pt")
+        other = dataclasses.replace(usual, folder=last.parent, weights=torch.load(last, weights_only=True)["method"])
     else:
         other = train(tmp_path / "runs", "--data", "set", *BASE, *flags.split())
     assert look(other) == expected != look(usual)
     assert same(other.weights, usual.weights)
 
 
-def test_pictures_come_when_they_should(run, tmp_path):
-    folder = train(tmp_path / "runs", "--data", "set", *BASE, "--picture-every", "2").folder
-    events = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
-    assert [event.step for event in events.Images("labeled")] == [1, 2]
-    assert run().pictures == []
-
-
-@pytest.mark.parametrize("method", ["dtml", "supervised", "ua-mt", "asdnet"])
-def test_pictures_show_the_maps_of_a_method_and_change_nothing(method, run, tmp_path):
-    words = words_of(method, *["--unlabeled 2"] * METHODS[method].uses_unlabeled)
-    other = train(tmp_path / "runs", "--data", "set", *BASE, *words, "--picture-every", "1")
-    assert other.pictures == (["labeled", "unlabeled"] if METHODS[method].uses_unlabeled else ["labeled"])
-    assert same(other.weights, run(*words).weights)
-
-
-def test_resume_goes_on_where_the_run_was(run, tmp_path):
-    first = train(tmp_path / "runs", "--data", "set", *BASE, "--save-every", "2")
-    assert torch.load(first.folder / "previous.pt", weights_only=True)["iteration"] == 2
-    (first.folder / "previous.pt").replace(first.folder / "last.pt")
-    made = []
-    with pytest.MonkeyPatch.context() as patch:
-        one = Patches.__getitem__
-        patch.setattr(Patches, "__getitem__", lambda self, slot: made.append(slot) or one(self, slot))
-        train_dtml.main(["--runs", str(tmp_path / "runs"), "--data", "set", *BASE, "--resume", "auto"])
-    assert {slot.step for slot in made} == {2}
-    assert same(torch.load(first.folder / "last.pt", weights_only=True)["method"], run().weights)
-
-
-def test_fresh_starts_again(run, tmp_path):
-    argv = ["--runs", str(tmp_path), "--data", "set", *BASE, "--name", "run"]
-    train_dtml.main(argv)
-    (tmp_path / "run" / "mine.txt").write_text("old")
-    with pytest.raises(UserError, match="--fresh"):
-        train_dtml.main(argv)
-    train_dtml.main([*argv, "--fresh"])
-    assert not (tmp_path / "run" / "mine.txt").exists() and len(list(tmp_path.glob("run.*/mine.txt"))) == 1
-    assert same(torch.load(tmp_path / "run" / "last.pt", weights_only=True)["method"], run().weights)
-
-
 def test_threads_change_only_the_rounding(run, tmp_path):
     usual = run("--iterations", "1")
     other = train(tmp_path / "runs", "--data", "set", *BASE, "--iterations", "1", "--threads", "2")
-    found = [json.loads((r.folder / "manifest.json").read_text())["threads"] for r in (usual, other)]
-    assert found == [1, 2]
+    assert [json.loads((r.folder / "manifest.json").read_text())["threads"] for r in (usual, other)] == [1, 2]
     for name, weight in usual.weights.items():
         torch.testing.assert_close(other.weights[name], weight, rtol=1e-4, atol=1e-6)
 
@@ -507,20 +314,12 @@ def test_compile_makes_one_program_of_each_network(run, tmp_path, monkeypatch):
     assert "-compileTrue-" in other.folder.name
 
 
-def test_a_diagnostic_file_is_replayed_and_nothing_is_trained(tmp_path, capsys):
-    argv = ["--runs", str(tmp_path), "--data", "set", *BASE, "--name", "run", "--lr", "1e37"]
-    with pytest.raises(Diverged):
-        train_dtml.main(argv)
-    train_dtml.main(["--from-diagnostic", str(tmp_path / "run" / "diverged-rank0.pt")])
-    assert "NOT FINITE" in capsys.readouterr().out and not (tmp_path / "run" / "last.pt").exists()
-
-
 ELSEWHERE = {
     "compile": test_compile_makes_one_program_of_each_network,
-    "resume": test_resume_goes_on_where_the_run_was,
-    "from_diagnostic": test_a_diagnostic_file_is_replayed_and_nothing_is_trained,
-    "fresh": test_fresh_starts_again,
     "threads": test_threads_change_only_the_rounding,
+    "resume": "faults/test_stop_and_resume.py",
+    "fresh": "faults/test_bad_input.py",
+    "from_diagnostic": "faults/test_diagnostic.py",
 }
 
 
@@ -614,7 +413,7 @@ def test_flag_of_the_test_changes_something(name, finished, usual_test, tmp_path
     words = [word.format(finished=finished, tmp=tmp_path) for word in words]
     other = run_test(finished, tmp_path / "out", *words)
     assert look(other) != look(usual_test)
-    changing = (
+    changing = [
         "checkpoint",
         "data",
         "output",
@@ -624,16 +423,9 @@ def test_flag_of_the_test_changes_something(name, finished, usual_test, tmp_path
         "weighting",
         "flips",
         "precision",
-    )
+    ]
     if name != "device" or not torch.cuda.is_available():
         assert (other.cases != usual_test.cases) == (name in changing)
-
-
-def test_output_named_twice_counts_once(finished, tmp_path):
-    rows = csv.DictReader(run_test(finished, tmp_path / "out", "--output", "seg", "seg").cases.splitlines())
-    assert [(row["output"], row["component"]) for row in rows if row["case"] == "case08"] == [
-        ("seg", "all"), ("seg", "largest")
-    ]  # fmt: skip
 
 
 # -- no flag is forgotten --
@@ -659,15 +451,15 @@ def help_of(main: Callable[[list[str]], None], argv: list[str], capsys: pytest.C
     with pytest.raises(SystemExit) as ended:
         main([*argv, "--help"])
     assert ended.value.code == 0
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     flag = ""
     for line in capsys.readouterr().out.partition("options:")[2].splitlines():
         if line.startswith("  -"):
             flag = line.split()[0].rstrip(",")
-            found[flag] = line
+            texts[flag] = line
         elif line.startswith("   ") and flag:
-            found[flag] += " " + line
-    return {flag: " ".join(text.split()) for flag, text in found.items()}
+            texts[flag] += " " + line
+    return {flag: " ".join(text.split()) for flag, text in texts.items()}
 
 
 OTHERS = {"test": test_la, "predict": predict, "convert": convert}
@@ -707,22 +499,6 @@ def test_underscores_are_hyphens_but_in_values():
     assert (o.patch_size, o.lr_gamma, folder.name) == ([32, 16, 16], 0.5, "my_run")
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        "--preset authors --seed 3 --lr-steps 2 --unlabeled 3 --save-every 2",
-        "--lr-steps",
-        "--method asdnet --attention none --critic-image",
-        "--resume auto",
-    ],
-)
-def test_options_file_replays_a_run_under_another_name(words, run, tmp_path):
-    first = run(*words.split())
-    again = train(tmp_path, f"@{first.folder / 'options.txt'}", "--runs", str(tmp_path), "--name", "again")
-    assert again.folder == tmp_path / "again"
-    assert same(first.weights, again.weights) and first.scalars == again.scalars
-
-
 def test_later_flags_win_over_an_options_file(run, tmp_path):
     (tmp_path / "options.txt").write_text("# a comment\n--lr 0.5 --seed 7\n--name 'from file'\n")
     o, _, folder, *_ = settings.read_options(["--data", "set", f"@{tmp_path / 'options.txt'}", "--lr", "0.25"])
@@ -742,50 +518,18 @@ def settled(*words: str) -> dict[str, Any]:
 AUTHORS = {"lambda_max": 1.0, "ramp": "steps", "consistency_times": 2, "augment": "mirror"}
 
 
-def test_options_of_an_early_run_are_those_of_today():
-    """Its preset has another name now, `tuned` normalizes each scan, and options that did nothing are gone."""
-    folder = ROOT / "results" / "half" / "tuned-16-seed1338"
-    assert (
-        "--preset best" in (folder / "options.txt").read_text() and "--k-start" in (folder / "options.txt").read_text()
-    )
-    o, method_options, *_ = settings.read_options([f"@{folder}/options.txt"])
-    now = settled("--profile", "half", "--preset", "tuned")
-    assert (o.preset, o.normalize, now["normalize"]) == ("tuned", "none", "scan")
-    assert {name: now[name] for name in vars(method_options)} == vars(method_options)
-    with pytest.raises(UserError, match=r"--preset best is none of this method's\. Choose from .*\btuned\b"):
-        settings.read_options(["--preset", "best"])
-
-
-@pytest.mark.parametrize(("old", "new"), [("--mix 0.0", "--mix 1.0"), ("--consistency mask", "--consistency map")])
-def test_options_of_an_early_run_that_are_gone_are_refused(tmp_path, old, new):
-    text = (ROOT / "results" / "half" / "tuned-16-seed1338" / "options.txt").read_text()
-    assert old in text
-    (tmp_path / "options.txt").write_text(text.replace(old, new))
-    with pytest.raises(UserError, match=f"{new}, an option that dtml no longer has"):
-        settings.read_options([f"@{tmp_path}/options.txt"])
-
-
-def test_a_checkpoint_with_options_that_are_gone_is_read_if_they_did_nothing(tmp_path):
-    folder = train(tmp_path, "--data", "set", *BASE).folder
-    state = torch.load(folder / "last.pt", weights_only=True)
-    usual = vars(restore(load_checkpoint(folder)).options)
-    state["options"] |= {"preset": "best", "k_start": 0.0, "consistency": "mask", "mix": 0.0, "ema_decay": 0.0}
-    torch.save(state, folder / "last.pt")
-    assert vars(restore(load_checkpoint(folder)).options) == usual
-    assert settings.read_options(["--resume", str(folder)])[0].preset == "tuned"
-    state["options"]["mix"] = 1.0
-    torch.save(state, folder / "last.pt")
-    with pytest.raises(UserError, match=r"this run has --mix 1\.0, an option that dtml no longer has"):
-        settings.read_options(["--resume", str(folder)])
-
-
-@pytest.mark.parametrize(("name", "value"), [("ramp", "gaussian"), ("lambda_max", 0.3)])
-@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
-def test_flag_wins_over_a_preset(name, value, first):
-    flag, preset = ["--" + name.replace("_", "-"), str(value)], ["--preset", "authors"]
-    words = [*flag, *preset] if first else [*preset, *flag]
-    found = settled("--data", "set", *words)
-    assert {key: found[key] for key in AUTHORS} == {**AUTHORS, name: value}
+@pytest.mark.parametrize(
+    ("choice", "name", "value"),
+    [("--preset authors", "ramp", "gaussian"), ("--preset authors", "lambda_max", 0.3),
+     ("--profile half", "patch_size", [32, 48, 16]), ("--profile half", "iterations", 60)],
+)  # fmt: skip
+def test_flag_wins_over_a_preset_and_a_profile(choice, name, value):
+    flag = shlex.split(as_flags({name: value}))
+    usual = settled("--data", "set", *choice.split())
+    for words in ([*flag, *choice.split()], [*choice.split(), *flag]):
+        options = settled("--data", "set", *words)
+        assert options[name] == value != usual[name]
+        assert {other for other in options if options[other] != usual[other]} <= {name, "lr_steps"}
 
 
 @pytest.mark.parametrize(
@@ -815,25 +559,14 @@ def test_profile_sets_the_scale_and_nothing_else():
     assert {name: both[name] for name in (*scale, *AUTHORS)} == {**scale, **AUTHORS}
 
 
-@pytest.mark.parametrize(("flag", "value"), [("patch_size", [32, 48, 16]), ("iterations", 60)])
-def test_flag_wins_over_a_profile(flag, value):
-    words = [str(v) for v in (value if isinstance(value, list) else [value])]
-    words, profile = ["--" + flag.replace("_", "-"), *words], ["--profile", "half"]
-    usual = settled("--data", "set", *profile)
-    for order in ([*profile, *words], [*words, *profile]):
-        found = settled("--data", "set", *order)
-        differ = {name for name in found if found[name] != usual[name]}
-        assert found[flag] == value and differ == ({flag, "lr_steps"} if flag == "iterations" else {flag})
-
-
 def test_without_la_the_phantom_set_is_taken(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    found = settled()
-    assert (found["data"], found["profile"], found["labeled"]) == ("data/phantom", "phantom", 8)
-    assert settled("--data", "data/phantom") == found and found["iterations"] < 6000
+    options = settled()
+    assert (options["data"], options["profile"], options["labeled"]) == ("data/phantom", "phantom", 8)
+    assert settled("--data", "data/phantom") == options and options["iterations"] < 6000
     (tmp_path / "data" / "la").mkdir(parents=True)
-    found = settled()
-    assert (found["data"], found["profile"], found["labeled"]) == ("data/la", "full", 16)
+    options = settled()
+    assert (options["data"], options["profile"], options["labeled"]) == ("data/la", "full", 16)
 
 
 @pytest.mark.parametrize(

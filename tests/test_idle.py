@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_flags import OWN, SHARED
+from test_flags import OWN
 from test_methods import make_batch, with_sdm
 
 import settings
@@ -150,43 +150,3 @@ def test_conditions_name_options_or_what_a_method_says():
         for name in {name for condition in f.metadata["only_if"] for name in condition}:
             settings.values_of(o, method_options, kind)(name)
             assert name in settings.WHY or hasattr(o, name) or hasattr(method_options, name)
-
-
-OFF = {  # option of the script: flags that switch it off, and its own
-    "unlabeled": ("--method supervised", "--unlabeled 2"),
-    "sdm_of": ("--method ua-mt", "--sdm-of scan"),
-    "init": ("--resume elsewhere", "--init origin"),
-    "lr_steps": ("--lr-schedule cosine", "--lr-steps 2"),
-    "lr_gamma": ("--lr-steps", "--lr-gamma 0.5"),
-    "momentum": ("--optimizer adamw", "--momentum 0.5"),
-}
-
-
-def test_every_condition_of_the_script_is_tested():
-    harmful = {
-        f.name for f in dataclasses.fields(settings.Options) if f.metadata["only_if"] and not f.metadata["harmless"]
-    }
-    assert harmful == set(OFF) <= set(SHARED)
-
-
-HARMLESS_WITH = {  # option that changes no result: with which it would not even do what it is there for
-    **dict.fromkeys(
-        ["data", "cache", "workers", "recompute", "runs", "name", "resume", "fresh", "save_every",
-         "validate_every", "log_every", "picture_every"], "--from-diagnostic x.pt",
-    ),
-    "cache_folder": "--cache ram",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(settings.Options) if f.metadata["only_if"]])
-def test_option_of_the_script_is_refused_where_it_does_nothing(name):
-    f = next(f for f in dataclasses.fields(settings.Options) if f.name == name)
-    if name in OFF:
-        off, own = OFF[name]
-    else:
-        default = default_of(f)
-        other = {bool: True, int: 7, str: (f.metadata["choices"] or ["", "elsewhere"])[1]}[type(default)]
-        off, own = HARMLESS_WITH[name], as_flags({name: other})
-    method = off.split()[-1] if "--method" in off else "dtml"
-    assert not refusal(method, off)
-    assert f"{own.split()[0]} does nothing" in refusal(method, f"{off} {own}")

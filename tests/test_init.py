@@ -1,6 +1,5 @@
 """--init: what a run takes from the weights of another one, what begins anew, and what is refused."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -11,7 +10,6 @@ from conftest import TINY, flat, make_set
 import test_la
 import train_dtml
 from methods import METHODS
-from tools import share
 from utils.errors import UserError
 
 WORDS = [*TINY, "--iterations", "2", "--save-every", "1", "--device", "cpu"]
@@ -64,27 +62,6 @@ def test_iteration_and_optimiser_begin_anew(folder):
     )
     momentum = after["optimizer"]["state"][0]["momentum_buffer"]
     torch.testing.assert_close(after["method"][name], before["method"][name] - 0.01 * momentum)
-
-
-@pytest.mark.parametrize("what", ["file", "shared"])
-def test_a_file_and_shared_weights_start_the_same_run(what, folder, tmp_path):
-    usual = train(folder, f"of-folder-{what}", "--init", str(folder / "pre"))
-    origin = folder / "pre" / "last.pt"
-    if what == "shared":
-        share.main([str(folder / "pre"), str(tmp_path / "weights"), "--exact"])
-        origin = tmp_path / "weights"
-    other = train(folder, f"of-{what}", "--init", str(origin))
-    assert flat(load(usual / "last.pt")["method"]) == flat(load(other / "last.pt")["method"])
-
-
-def test_where_the_weights_come_from_is_written_down_and_replayed(folder):
-    run = train(folder, "first", "--init", str(folder / "pre"))
-    about = json.loads((run / "manifest.json").read_text())
-    assert about["options"]["init"] == about["init"]["file"][: len(str(folder / "pre"))] == str(folder / "pre")
-    assert (about["init"]["method"], about["init"]["iteration"], len(about["init"]["weights"])) == ("dtml", 2, 16)
-    again = train(folder, "again", f"@{run / 'options.txt'}", "--name", "again")
-    assert flat(load(run / "last.pt")["method"]) == flat(load(again / "last.pt")["method"])
-    assert "init" not in json.loads((folder / "pre" / "manifest.json").read_text())
 
 
 def test_a_run_goes_on_without_the_weights_that_it_began_with(folder, tmp_path):

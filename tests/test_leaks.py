@@ -171,22 +171,6 @@ def test_no_file_of_a_test_case_is_opened(tiny_set, tmp_path):
         assert not [name for name in seen if any(str(path.parent) in name for path in files(tiny_set, "test"))]
 
 
-def test_training_does_not_need_the_files_of_the_test_cases(clean, tmp_path):
-    data = make_set(tmp_path / "set")
-    gone, garbage = files(data, "test")
-    gone.unlink()
-    garbage.write_bytes(b"garbage")
-    train(data, tmp_path / "run", "--sdm-loss", "both")
-    assert result(tmp_path / "run") == clean("--sdm-loss", "both")
-
-
-def test_a_test_case_is_in_no_batch_and_in_no_checksum(tiny_set, tmp_path):
-    train(tiny_set, tmp_path / "run")
-    checksums = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["checksums"]
-    assert list(checksums) == (tiny_set / "train.list").read_text().split()
-    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["checksums"] == checksums
-
-
 # Batches.
 
 
@@ -240,33 +224,3 @@ def test_processes_share_one_sequence(ranks, start):
     whole = list(sampler(16, 64, 4, 2, iterations=40 * ranks))
     parts = [list(sampler(16, 64, 4, 2, start=start, rank=rank, ranks=ranks)) for rank in range(ranks)]
     assert [batch for together in zip(*parts, strict=True) for batch in together] == whole[start * ranks :]
-
-
-def test_batches_of_a_run_are_labeled_cases_first(tmp_path, monkeypatch):
-    workers = 2
-    data = make_set(tmp_path / "set", train=40, test=1, labeled=16, shape=(17, 16, 18))
-    names = (data / "train.list").read_text().split()
-    batches = []
-    real = METHODS["dtml"].forward
-
-    def spy(self, batch, iteration):
-        assert iteration == len(batches)
-        batches.append(batch)
-        return real(self, batch, iteration)
-
-    monkeypatch.setattr(METHODS["dtml"], "forward", spy)
-    flags = ["--labeled", "16", "--batch-size", "4", "--iterations", "16", "--workers", str(workers)]
-    train(data, tmp_path / "run", *flags)
-    assert len(batches) == 16
-    for epoch in (batches[:8], batches[8:]):
-        labeled = [case for batch in epoch for case in batch["case"][:2]]
-        unlabeled = [case for batch in epoch for case in batch["case"][2:]]
-        assert sorted(labeled) == names[:16]
-        assert len(set(unlabeled)) == len(unlabeled) == 16 and set(unlabeled) <= set(names[16:])
-    for batch in batches:
-        assert set(batch) == {"image", "label", "case"}
-        assert batch["image"].shape == (4, 1, 16, 16, 16) and batch["image"].dtype == torch.float32
-        assert batch["label"].shape == (2, 16, 16, 16) and batch["label"].dtype == torch.uint8
-        # An image of this set is its label and noise, so it tells whether the label is its own.
-        inside, outside = (batch["image"][:2, 0][batch["label"] == value].mean() for value in (1, 0))
-        assert abs(inside - 1) < 0.1 and abs(outside) < 0.1

@@ -5,7 +5,6 @@ import itertools
 import numpy as np
 import pytest
 
-from dataloaders.cases import find_cases, lists_of, read_case
 from dataloaders.likeness import alike, fingerprint, groups
 from utils.run_folder import digest
 
@@ -76,11 +75,3 @@ def test_groups_are_of_all_that_belong_together():
 def test_what_is_no_fingerprint_is_like_none():
     mark = fingerprint(scan(1))
     assert alike(mark, ["", "nonsense" * 200, mark[:30], mark[:16], mark]).tolist() == [False, False, True, True, True]
-
-
-@pytest.mark.la
-def test_no_two_scans_of_la_are_one(la):
-    cases = find_cases(la, lists_of(la)[0][:12], labeled=False)[0]
-    images = [read_case(case)[0] for case in cases]
-    marks = [fingerprint(image) for image in images]
-    assert groups([*marks, fingerprint(images[3][:, ::-1].transpose(1, 0, 2).astype(np.float16))]) == [[3, 12]]

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 
 from methods.mc_net_plus import MCNetPlus, sharpened
-from networks.backbones import BACKBONES
 from networks.decoders import UPS, Decoders, Doubled, upsampling
 from networks.vnet import VNet, parameter_count
 from utils.options import fill
@@ -96,19 +95,3 @@ def test_the_decoders_share_one_encoder_and_the_first_is_a_backbone():
     full, ours = parameter_count(VNet(heads={"seg": 1}, filters=2)), parameter_count(network.first)
     assert full == ours and not hasattr(network.others[0], "encoder")
     assert {n.split(".")[2] for n, _ in network.others.named_parameters(prefix="others")} == {"up", "decoder", "heads"}
-
-
-@pytest.mark.parametrize("backbone", BACKBONES)
-def test_outputs_are_the_decoders_and_their_mean(backbone):
-    method, image = make(backbone=backbone, classes=2).eval(), batch()["image"][:1]
-    with torch.no_grad():
-        p = method.predict(image, method.outputs).unflatten(1, (4, 2))
-        one = method.predict(image, ("mean", "nearest"))
-    torch.testing.assert_close(p[:, 3], p[:, :3].mean(dim=1))
-    torch.testing.assert_close(one, torch.cat([p[:, 3], p[:, 2]], dim=1))
-
-
-def test_labels_alone_keep_the_consistency_of_labeled_crops():
-    method, data = make(), batch()
-    losses = method({**data, "image": data["image"][:2]}, 50)
-    assert losses.terms["consistency"] > 0 and losses.total.isfinite()

@@ -5,9 +5,8 @@ import math
 import numpy as np
 import pytest
 from medpy.metric import binary
-from scipy.ndimage import gaussian_filter, label, shift
+from scipy.ndimage import gaussian_filter, label
 
-from dataloaders.cases import find_cases, lists_of, read_case
 from evaluation import metrics
 from evaluation.metrics import (
     distance_text,
@@ -177,39 +176,8 @@ def test_scans_without_a_prediction_a_label_and_either_are_counted_apart():
     assert overlap_text(rows, "dice") == "20.00 ± 40.00 (4 of 5)" and overlap_text(rows[:1], "dice") == "80.00"
 
 
-def test_shapes_must_agree():
-    with pytest.raises(ValueError, match=r"\(3, 3, 3\)"):
-        segmentation_metrics(np.ones((3, 3, 3)), np.ones((3, 3, 4)))
-
-
-def test_largest_component_is_26_connected():
-    mask = np.zeros((10, 10, 10), bool)
-    mask[1, 1, 1] = mask[2, 2, 2] = mask[3, 3, 3] = True  # one component along the diagonal
-    mask[7:9, 7, 7] = True
-    kept = largest_component(mask)
-    assert kept.sum() == 3 and kept[2, 2, 2] and not kept[7, 7, 7]
-
-
-def test_of_equal_components_the_first_is_kept_and_empty_stays_empty():
-    mask = np.zeros((9, 3, 3), bool)
-    mask[0, 0, 0] = mask[5, 0, 0] = True
-    assert np.argwhere(largest_component(mask)).tolist() == [[0, 0, 0]]
-    assert not largest_component(np.zeros((3, 3, 3))).any()
-
-
 def test_largest_component_equals_scipy_on_noise():
     mask = np.random.default_rng(0).random((20, 20, 20)) < 0.08
     labels, _ = label(mask, np.ones((3, 3, 3)))
     sizes = np.bincount(labels.ravel())[1:]
     assert (largest_component(mask) == (labels == sizes.argmax() + 1)).all()
-
-
-@pytest.mark.la
-def test_equal_to_medpy_on_real_labels(la):
-    _, test = lists_of(la)
-    cases, _ = find_cases(la, test[:2], labeled=True)
-    for case in cases:
-        truth = read_case(case)[1] > 0
-        moved = shift(truth.astype(float), (3, -2, 1), order=0) > 0
-        spacing = (0.625, 0.625, 0.625)
-        assert segmentation_metrics(moved, truth, spacing) == from_medpy(moved, truth, spacing)

@@ -9,16 +9,15 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import TINY, make_set, write_case
+from conftest import TINY, make_set
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from scans import OBLIQUE, ball, picture_of, turned, write
 from scipy.spatial.transform import Rotation
 
 import predict
 import train_dtml
-from dataloaders.cases import Case
 from dataloaders.images import read_image, read_label, to_physical
-from dataloaders.orientation import Turn, common_orientation, orientation_of, turn_to
+from dataloaders.orientation import Turn, orientation_of, turn_to
 from tools import convert
 from utils.checkpoint import load_checkpoint
 
@@ -90,8 +89,7 @@ def test_what_is_not_known_is_not_turned():
     assert Turn()(array) is array
 
 
-@pytest.mark.parametrize("angle", [45.0, 44.999, 135.0])
-@pytest.mark.parametrize("axis", ["x", "y", "z"])
+@pytest.mark.parametrize(("axis", "angle"), [("x", 45.0), ("y", 44.999), ("z", 135.0)])
 def test_axes_midway_are_turned_alike_however_they_are_stored(axis, angle):
     """Nothing is nearest there, but the same patient must become the same array; files round to 32 bits."""
     array = RNG.random((5, 4, 3))
@@ -204,45 +202,6 @@ def test_a_checkpoint_has_the_orientation_of_its_own_cases(tmp_path, patients, c
     assert "does not state where the axes of its training scans point" in capsys.readouterr().err
     with pytest.raises(predict.UserError, match=r"different orientations: LPS, unknown"):
         predict.main(["--checkpoint", str(tmp_path / "lps"), str(tmp_path / "old.pt"), str(straight), "-o", "x"])
-
-
-def test_one_orientation_of_all_cases_or_none(tmp_path):
-    cases = []
-    for i, signs in enumerate(((-1, -1), (-1, -1), (1, 1))):
-        write_case(tmp_path / f"{i}.h5", RNG.random((3, 4, 5)), None, direction=np.diag([*signs, 1.0]).ravel())
-        cases.append(Case(str(i), tmp_path / f"{i}.h5", labeled=i < 1))
-    write_case(tmp_path / "3.h5", RNG.random((3, 4, 5)), None)
-    assert common_orientation(cases[:2]) == "RAS" and common_orientation(cases) is None
-    assert common_orientation([Case("3", tmp_path / "3.h5", labeled=True)]) is None
-    assert common_orientation([cases[0], Case("3", tmp_path / "3.h5", labeled=True)]) is None
-
-
-def test_h5_cases_are_predicted_by_their_attributes(run, tmp_path, capsys):
-    image = RNG.standard_normal((20, 18, 17)).astype(np.float32)
-    geometry = {**OBLIQUE, "spacing": (1.1, 0.9, 1.5)}
-    straight, straight_geometry = turned(image, geometry)
-    for name, array, attributes in (
-        ("stored", image, geometry),
-        ("ras", straight, straight_geometry),
-        ("untold", straight, {"spacing": straight_geometry["spacing"]}),
-        ("nothing", straight, {}),
-    ):
-        write_case(tmp_path / f"{name}.h5", array, None, **attributes)
-        capsys.readouterr()
-        argv = ["--checkpoint", str(run), str(tmp_path / f"{name}.h5"), "-o", str(tmp_path / "out"), "--device", "cpu"]
-        predict.main([*argv, "--probabilities", "float32", "--report", str(tmp_path / f"{name}.csv")])
-        out, err = capsys.readouterr()
-        assert ("does not state where its axes point" in err) == (name in ("untold", "nothing"))
-        assert ("does not state the size of its voxels" in err) == ("| unknown |" in out) == (name == "nothing")
-    stored, ras, untold, nothing = (
-        read_image(tmp_path / "out" / f"{name}_probability.nii.gz")[0]
-        for name in ("stored", "ras", "untold", "nothing")
-    )
-    spacing = straight_geometry["spacing"]
-    assert (turned(stored, geometry)[0] == ras).all() and (ras == untold).all()
-    assert spacing == (1.1, 0.9, 1.5) and nothing.shape == ras.shape  # not resampled, as if it had the training's
-    assert (nothing == ras).all()
-    assert (tmp_path / "nothing.csv").read_text().splitlines()[1].endswith(",")
 
 
 def test_the_challenge_s_folders_keep_their_axes_as_the_published_set_does(tmp_path):

@@ -1,7 +1,6 @@
 """Surfaces against closed forms, one camera for all, figures of run folders, and the mesh in TensorBoard's files."""
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,6 @@ from tensorboard.plugins.mesh import plugin_data_pb2
 import test_la
 import train_dtml
 from dataloaders.cases import Case, case_file, lists_of, read_case
-from evaluation.figures import around
 from evaluation.slices import COLOURS, LABEL, prediction_mesh
 from evaluation.surfaces import Camera, Surface, camera_around, render, surface
 from tools import framework, pictures
@@ -173,29 +171,19 @@ def test_scale_has_a_point_for_each_scan_without_and_with_normalization(tmp_path
     """Each the mean over its runs, at the SD of the volume, which is measured once and then read."""
     data = make_set(tmp_path / "set")
     names = lists_of(data)[1]
-    dices = {"plain-seed1": 0.5, "plain-seed2": 0.7, "scaled-seed1": 0.9}
-    for name, dice in dices.items():
+    for name, dice in {"plain-seed1": 0.5, "plain-seed2": 0.7, "scaled-seed1": 0.9}.items():
         (tmp_path / name).mkdir()
         lines = [f"{case},seg,all,{dice + i / 100}" for i, case in enumerate(names)]
         (tmp_path / name / "cases.csv").write_text("\n".join(["case,output,component,dice", *lines, ""]))
-    paths = [str(tmp_path / name) for name in ("plain-seed*", "scaled-seed*")] * 2
-    options = pictures.Options(titles=["8", "16"])
-    with pytest.raises(UserError, match=r"scales\.csv\. Give --data"):
-        pictures.scale(paths, options)
-    pictures.scale(paths, pictures.Options(titles=["8", "16"], data=str(data)))
-    assert len((tmp_path / "scales.csv").read_text().splitlines()) == sum(map(len, lists_of(data))) + 1
+    paths = [str(tmp_path / name) for name in ("plain-seed*", "scaled-seed*")]
+    pictures.scale(paths, pictures.Options(titles=["8"], data=str(data)))
     sds = [read_case(Case(n, case_file(data, n), labeled=True))[0].astype(float).std() for n in names]
-    panels = pictures.scale(paths, options).axes
-    assert [axes.get_title() for axes in panels] == ["8", "16"]
-    for axes in panels:
-        lines, *dots = axes.collections
-        assert len(lines.get_segments()) == len(names) and len(dots) == 2
-        for found, first in zip(dots, (60, 90), strict=True):
-            x, y = np.asarray(found.get_offsets()).T
-            assert x == pytest.approx(sds, abs=1e-4) and y == pytest.approx([first + i for i in range(len(names))])
-    (tmp_path / "scales.csv").write_text("case,sd\nother,1.0\n")
-    with pytest.raises(UserError, match=r"scales\.csv lacks some"):
-        pictures.scale(paths, options)
+    (axes,) = pictures.scale(paths, pictures.Options(titles=["8"])).axes
+    lines, *dots = axes.collections
+    assert axes.get_title() == "8" and len(lines.get_segments()) == len(names) and len(dots) == 2
+    for points, first in zip(dots, (60, 90), strict=True):
+        x, y = np.asarray(points.get_offsets()).T
+        assert x == pytest.approx(sds, abs=1e-4) and y == pytest.approx([first + i for i in range(len(names))])
 
 
 def test_labels_has_a_dot_for_each_run_and_a_line_through_the_means(tmp_path):
@@ -245,47 +233,6 @@ def test_differences_are_each_scan_s_and_their_mean(tmp_path):
     assert axes.get_xlabel().endswith("(none: too few scans)")
 
 
-def test_a_curve_has_one_colour_in_every_run_and_no_other_has_it(tmp_path):
-    """Runs of methods that log different terms, so that the first that one draws is not the first of another."""
-    logged = {
-        "both": ["loss/seg", "loss/mask", "loss/consistency", "lambda", "dice/train_seg", "dice/train_sdm",
-                 "live_gradient/sdm"],
-        "m_d": ["loss/mask", "dice/train_sdm", "live_gradient/sdm"],
-        "m_s": ["loss/seg", "dice/train_seg"],
-        "dtc": ["loss/seg", "loss/consistency", "lambda", "dice/train_seg", "live_share/sdm"],
-        "again/m_d": ["loss/consistency", "loss/mask"],
-    }  # fmt: skip
-    values = {}
-    for i, (name, tags) in enumerate(logged.items()):
-        (tmp_path / name).mkdir(parents=True)
-        table = [[10 * k + 9, *(100 * i + 10 * k + j for j in range(len(tags)))] for k in range(4)]
-        lines = [",".join(["iteration", *tags]), *(",".join(map(str, row)) for row in table)]
-        (tmp_path / name / "scalars.csv").write_text("\n".join(lines) + "\n")
-        values[i] = {tag: [row[1 + j] for row in table] for j, tag in enumerate(tags)}
-    paths = [str(tmp_path / name) for name in logged]
-    figure = pictures.curves(paths, pictures.Options())
-    titles = [axes.get_title().replace("\n", "") for axes in figure.axes[:5]]
-    assert titles == ["both", paths[1], "m_s", "dtc", paths[4]]  # a column for each, though two have one name
-    colours = {}
-    for i, axes in enumerate(figure.axes):
-        for line in axes.lines:
-            if not line.get_label().startswith("_"):
-                tag = line.get_label()
-                assert list(line.get_ydata()) == values[i % 5].pop(tag) and list(line.get_xdata()) == [9, 19, 29, 39]
-                colours.setdefault(tag, set()).add(line.get_color())
-    assert not any(values.values())  # every curve was drawn, in its own column
-    assert all(len(found) == 1 for found in colours.values())
-    colour = {tag: found.pop() for tag, found in colours.items()}
-    for panel in (["loss/seg", "loss/mask", "loss/consistency"], ["dice/train_seg", "dice/train_sdm"],
-                  ["live_gradient/sdm", "live_share/sdm"]):  # fmt: skip
-        assert len({colour[tag] for tag in panel}) == len(panel)
-    assert colour["loss/seg"] == colour["dice/train_seg"] and colour["loss/mask"] == colour["dice/train_sdm"]
-    for axes in figure.axes[4::5]:
-        key = axes.get_legend()
-        for text, line in zip(key.get_texts(), key.get_lines(), strict=True):
-            assert line.get_color() == colour[text.get_text()]
-
-
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -307,32 +254,6 @@ def test_mistakes_are_named(words, says, runs, tmp_path):
     with pytest.raises(UserError, match=says):
         draw(tmp_path, *(word.format(runs=runs) for word in words))
     assert not list(tmp_path.iterdir())
-
-
-def test_a_figure_that_is_there_is_not_replaced_unless_asked(runs, tmp_path):
-    out = draw(tmp_path, "curves", str(runs / "dtml"))
-    before = out.read_bytes()
-    with pytest.raises(UserError, match="--overwrite"):
-        pictures.main(["curves", str(runs / "dtc"), "--out", str(out)])
-    assert out.read_bytes() == before
-    pictures.main(["curves", str(runs / "dtc"), "--out", str(out), "--overwrite"])
-    assert out.read_bytes() != before
-
-
-def test_a_damaged_prediction_is_named(runs, tmp_path):
-    shutil.copytree(runs / "dtml", tmp_path / "dtml")
-    (tmp_path / "dtml" / "test" / "predictions" / "seg" / "case08.nii.gz").write_bytes(b"no")
-    with pytest.raises(UserError, match=r"cannot read .*case08"):
-        draw(tmp_path, "figure3", str(tmp_path / "dtml"), "--cases", "case08")
-
-
-@pytest.mark.parametrize("x", [0, 18, 36])
-def test_the_square_around_a_mask_holds_it_and_lies_in_the_slice(x):
-    mask = np.zeros((40, 20), bool)
-    mask[x : x + 4, 3:9] = True
-    box = around(mask)
-    assert mask[box].sum() == mask.sum() and mask[box].shape == (10, 10)
-    assert mask[around(np.zeros_like(mask))].shape == mask.shape
 
 
 # -- TensorBoard --

@@ -3,7 +3,6 @@
 And --deterministic: no operation that a GPU then refuses.
 """
 
-import copy
 import itertools
 import math
 
@@ -22,8 +21,8 @@ from networks.uxnet import Depthwise
 from utils.devices import seed_iteration
 from utils.options import fill
 
-CROPS = [(16, 16, 16), (32, 32, 32), (48, 48, 32)]
-REPEATS = {CROPS[0]: 10, CROPS[1]: 2, CROPS[2]: 1}
+CROPS = [(16, 16, 16), (32, 32, 32)]
+REPEATS = {CROPS[0]: 5, CROPS[1]: 1}
 LAYOUTS = [torch.channels_last_3d, torch.contiguous_format]
 
 
@@ -91,13 +90,13 @@ def test_a_convolution_in_bf16_is_that_of_the_rounded_numbers(layer, sides, layo
         g = torch.randn(y.shape).bfloat16()
         litter()
         y.backward(g)
-        found = [y, low.grad, *(p.grad for p in conv.parameters())]
+        ours = [y, low.grad, *(p.grad for p in conv.parameters())]
         conv.zero_grad()
         conv.bfloat16().double()
         z = conv(exact)
         z.backward(g.double())
         expected = [z, exact.grad, *(p.grad for p in conv.parameters())]
-        for a, b in zip(found, expected, strict=True):
+        for a, b in zip(ours, expected, strict=True):
             assert cosine(a, b) > 0.9999, shape
             assert float(a.detach().double().norm() / b.detach().norm()) == pytest.approx(1, abs=0.01), shape
 
@@ -132,48 +131,6 @@ def test_in_bf16_the_gradients_of_every_layer_are_those_of_what_entered_it(backb
                 sums, sizes = (t.double().sum(dim=(0, 2, 3, 4)) for t in (of_y, of_y.abs()))
                 assert ((m.bias.grad - sums).abs() <= 2**-8 * sizes).all(), name
             assert of_x is None or cosine(of_x, exact) > 0.999, name
-
-
-class Rounded(torch.autograd.Function):
-    """To bfloat16 and back, the map and its gradient."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.bfloat16().float()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad.bfloat16().float()
-
-
-def rounded_by_hand(network):
-    """What bf16 is, in float32 arithmetic: weights, every layer's output and its gradient, rounded."""
-    network = copy.deepcopy(network)
-    for name, module in network.named_modules():
-        if not list(module.children()) and "heads" not in name and "last" not in name:
-            module.register_forward_hook(lambda m, x, y: Rounded.apply(y))
-            for p in module.parameters():
-                p.data = p.data.bfloat16().float()
-    return network
-
-
-@pytest.mark.parametrize("crop", CROPS)
-@pytest.mark.parametrize(("backbone", "mode"), [("vnet", "train"), ("vnet", "eval"), ("uxnet", "train")])
-def test_in_bf16_the_gradients_of_a_network_are_near_those_of_float32(backbone, mode, crop):
-    """Those that are more than noise: that bf16's rounding, done by hand in float32 arithmetic, does not turn.
-
-    With the statistics of the batch most of the V-Net's first gradients are noise in this sense, with the running ones
-    hardly any is.
-    """
-    network, (image, label) = make_network(backbone).train(mode == "train"), make_crops(crop)
-    plain = gradients(network, image, label, "fp32")
-    by_hand = gradients(rounded_by_hand(network), image.bfloat16().float(), label, "fp32")
-    sound = [name for name, g in plain.items() if g.any() and cosine(by_hand[name], g) > 0.98]
-    assert len(sound) > {"vnet train": 5, "vnet eval": 110, "uxnet train": 60}[f"{backbone} {mode}"]
-    for _ in range(REPEATS[crop]):
-        low = gradients(network, image, label, "bf16")
-        assert all(g.isfinite().all() for g in low.values())
-        assert {name: c for name in sound if not (c := cosine(low[name], plain[name])) > 0.9} == {}
 
 
 # -- tf32 --
@@ -286,25 +243,6 @@ def test_every_part_finds_its_own_tf32_flag_in_every_iteration_and_leaves_none(
     for (weight, way), flags in seen[0].items():
         network = [p for p, m in method.named_modules() if isinstance(m, Backbone) and weight.startswith(f"{p}.")]
         assert flags == {own_flag(method, weight, precision) if network else outside}, (weight, way)
-
-
-@pytest.mark.parametrize(("case", "recompute"), [(case, i % 2 == 1) for i, case in enumerate(CASES)])
-def test_in_tf32_all_gradients_are_those_of_float32_where_the_flag_means_nothing(case, recompute, monkeypatch):
-    """On a CPU, bit for bit: the way is another one, the numbers are the same."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    found = []
-    for precision in ("fp32", "tf32"):
-        name, options = CASES[case]
-        method = make_method(name, **options)
-        set_precision(method, precision, training=True)
-        set_recompute(method, recompute)
-        seed_iteration(1, 1)
-        losses = method(make_batch(method), 1)
-        losses.total.backward()
-        grads = {n: p.grad for n, p in method.named_parameters() if p.grad is not None}
-        found.append({"total": losses.total, **grads, **dict(method.named_buffers())})
-    assert found[0].keys() == found[1].keys()
-    assert [n for n in found[0] if not torch.equal(found[0][n], found[1][n])] == []
 
 
 # -- deterministic --

@@ -4,8 +4,6 @@ import csv
 import dataclasses
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import nibabel
@@ -13,8 +11,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import ROOT, TINY, make_set, write_case
-from scans import OBLIQUE, ball, make_scans, picture_of, write
+from conftest import TINY, make_set, write_case
+from scans import OBLIQUE, ball, make_scans, write
 from scipy import ndimage
 
 import predict
@@ -107,18 +105,6 @@ def test_a_bright_object_is_found_where_it_is_whatever_the_spacing(spacing, axes
     assert np.linalg.norm(to_physical(after, np.argwhere(found)).mean(0) - place) < 0.4 and dice(found, label) > 0.8
 
 
-@pytest.mark.parametrize("ending", [".nii.gz", ".nrrd"])
-def test_a_prediction_has_its_scan_s_format_size_and_geometry(ending, world, tmp_path):
-    path = write(tmp_path / f"one{ending}", np.random.default_rng(0).random((19, 23, 11)).astype(np.float32))
-    out = predicted(world / "runs" / "dtml", [path], tmp_path / "out", "--probabilities", "float32")
-    assert sorted(os.listdir(out)) == [f"one{ending}", f"one_probability{ending}"]
-    for name in os.listdir(out):
-        found, source = (sitk.ReadImage(str(p)) for p in (out / name, path))
-        assert found.GetSize() == source.GetSize()
-        for what in ("GetSpacing", "GetOrigin", "GetDirection"):
-            np.testing.assert_allclose(getattr(found, what)(), getattr(source, what)(), atol=1e-6)
-
-
 def test_an_h5_case_is_taken_as_it_is_and_predicted_as_test_la_does(tmp_path):
     """The same windows by the other script, which has a reference and is tested against it."""
     data = make_set(tmp_path / "set")
@@ -133,18 +119,6 @@ def test_an_h5_case_is_taken_as_it_is_and_predicted_as_test_la_does(tmp_path):
                 read_label(path) for path in (out / name, tmp_path / "tested" / "predictions" / output / name)
             )
             assert (mine == theirs).all() and geometry == expected and geometry["spacing"] == (1.0, 1.0, 2.0)
-
-
-def test_half_resolution_runs_predict_on_the_scan_s_grid(tmp_path):
-    data = make_set(tmp_path / "set", shape=(40, 37, 35))
-    run = trained(tmp_path / "runs" / "run", data, "--downsample", "2")
-    stride = ["--stride", "8", "8", "8"]
-    test_la.main(
-        ["--checkpoint", str(run), "--save", "all", *stride, "--device", "cpu", "--out", str(tmp_path / "tested")]
-    )
-    out = predicted(run, [data / "case08" / "mri_norm2.h5"], tmp_path / "out", *stride)
-    mine, theirs = out / "case08.nii.gz", tmp_path / "tested" / "predictions" / "seg" / "case08.nii.gz"
-    assert read_label(mine)[0].shape == (40, 37, 35) and (read_label(mine)[0] == read_label(theirs)[0]).all()
 
 
 def test_a_nifti_s_prediction_has_the_scan_s_own_header(world, tmp_path, capfd):
@@ -170,36 +144,6 @@ def test_a_nifti_s_prediction_has_the_scan_s_own_header(world, tmp_path, capfd):
             assert after["cal_max"] == 0
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda data, header: data.__setitem__((3, 2, 1), np.nan), "not a number or infinite|holds nan, and labels"),
-        (lambda data, header: data.__setitem__((3, 2, 1), -np.inf), "not a number or infinite|holds inf, and labels"),
-        (
-            lambda data, header: header.__setitem__("srow_x", 2 * header["srow_x"]),
-            "contradicts itself: its sform makes",
-        ),
-        (lambda data, header: header.__setitem__("xyzt_units", 3), "states its lengths in microns"),
-    ],
-)
-def test_a_nifti_that_is_wrong_is_refused_by_convert_and_predict(change, message, world, tmp_path):
-    for folder in ("images", "labels"):
-        made = tmp_path / folder
-        make_scans(made / "scans", labeled=3, unlabeled=0)
-        path = made / "scans" / folder / "patient0.nii.gz"
-        image = nibabel.load(path)
-        data, header = image.get_fdata(), image.header.copy()
-        header.set_data_dtype(np.float64)
-        change(data, header)
-        nibabel.save(nibabel.Nifti1Image(data, None, header), path)
-        with pytest.raises(UserError, match=rf"1 of 3 scans were refused.*\n  patient0: .*{folder}/.*({message})"):
-            convert.main(["--source", str(made / "scans"), "--out", str(made / "set")])
-        if folder == "images":
-            with pytest.raises(UserError, match=rf"1 of 1 scans were not predicted.*\n.*({message})"):
-                predicted(world / "runs" / "dtml", [path], made / "out")
-            assert not (made / "out").exists()
-
-
 # -- what is predicted --
 
 
@@ -223,25 +167,6 @@ def test_several_checkpoints_are_averaged(world, tmp_path):
     both = probability_of(runs, scan(world), tmp_path / "both")
     assert np.abs(each[0] - each[1]).max() > 0.01
     np.testing.assert_allclose(both, (each[0] + each[1]) / 2, atol=1e-6)
-
-
-@pytest.mark.parametrize("flips", ["8"])
-def test_with_flips_a_flipped_scan_has_the_flipped_prediction(flips, world, tmp_path):
-    """One window alone, as windows of a flipped scan may begin elsewhere."""
-    array = np.random.default_rng(0).random((16, 16, 16)).astype(np.float32)
-    moves = {"as it is": lambda a: a, "x": lambda a: a[::-1], "y": lambda a: a[:, ::-1]}
-    if flips == "8":
-        moves["turned"] = lambda a: np.rot90(a)
-
-    def p_of(name: str, *words: str) -> np.ndarray:
-        path = write(tmp_path / f"{name}.nii.gz", np.ascontiguousarray(moves[name](array)), cubes)
-        return probability_of([world / "runs" / "dtml"], path, tmp_path / " ".join((name, *words)), *words)
-
-    cubes = {**OBLIQUE, "spacing": (1.0, 1.0, 1.5)}
-    straight = p_of("as it is", "--flips", flips)
-    for name in list(moves)[1:]:
-        np.testing.assert_allclose(p_of(name, "--flips", flips), moves[name](straight), atol=1e-5)
-        assert np.abs(p_of(name) - moves[name](p_of("as it is", "--overwrite"))).max() > 1e-4
 
 
 def test_the_largest_component_and_the_report(world, tmp_path, monkeypatch, capsys):
@@ -333,19 +258,6 @@ def test_results_that_are_there_are_left_unless_told_otherwise(world, tmp_path):
     assert (out / "patient0.nii.gz").read_bytes() == kept
 
 
-def test_overwritten_results_leave_none_of_an_earlier_prediction(world, tmp_path):
-    run, out, report = world / "runs" / "dtml", tmp_path / "out", tmp_path / "volumes.csv"
-    predicted(run, [scan(world)], out, "--probabilities", "uint8", "--report", str(report))
-    for name in ("patient0_probability_2.nii.gz", "patient00_probability.nii.gz", "patient0_probability.nrrd"):
-        (out / name).write_bytes(b"")
-    predicted(run, [scan(world)], out, "--overwrite")
-    assert sorted(os.listdir(out)) == ["patient0.nii.gz", "patient00_probability.nii.gz", "patient0_probability.nrrd"]
-    flat = write(tmp_path / "flat.nii.gz", np.ones((9, 9, 9)))
-    with pytest.raises(UserError, match="1 of 1 scans were not predicted"):
-        predicted(run, [flat], out, "--overwrite", "--report", str(report))
-    assert not report.exists()
-
-
 def test_bad_scans_are_named_and_the_others_predicted(world, tmp_path):
     shutil.copy(scan(world), tmp_path / "good.nii.gz")
     (tmp_path / "cut.nii.gz").write_bytes(scan(world).read_bytes()[:999])
@@ -368,23 +280,6 @@ def test_scans_and_places_that_would_get_in_each_other_s_way_are_refused(world, 
     with pytest.raises(UserError, match="is where the scans are: they would be replaced"):
         predicted(run, [scan(world)], scan(world).parent, "--overwrite")
     assert not (tmp_path / "out").exists()
-
-
-def test_flags_that_make_no_sense_are_refused(world, tmp_path):
-    run = world / "runs" / "dtml"
-    for words, message in (
-        (["--output", "cluster"], "--output cluster is none of dtml's: seg sdm mean"),
-        (["--patch-size", "15", "16", "16"], "must be multiples of 16"),
-        (["--stride", "17", "16", "16"], "or voxels are skipped"),
-        (["--flips", "3"], "invalid choice: 3"),
-        (["--precison", "bf16"], "Did you mean --precision"),
-    ):
-        with pytest.raises(UserError, match=message):
-            predicted(run, [scan(world)], tmp_path / "out", *words)
-    with pytest.raises(UserError, match="--checkpoint is missing"):
-        predict.main([str(scan(world)), "-o", str(tmp_path / "out")])
-    with pytest.raises(UserError, match="--out is missing"):
-        predict.main(["--checkpoint", str(run), str(scan(world))])
 
 
 def test_checkpoints_that_cannot_be_averaged_are_refused(world, tmp_path):
@@ -432,23 +327,3 @@ def test_a_checkpoint_tells_the_median_spacing_of_its_labeled_cases(tmp_path):
 
 
 # -- memory --
-
-
-@pytest.mark.slow
-def test_memory_grows_by_few_volumes_with_the_scan(world, tmp_path):
-    """Peak memory of the program for a large scan, less that for a small one, in volumes of float32."""
-    code = (
-        "import resource, sys, predict; predict.main(sys.argv[1:]); "
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
-    )
-    peaks = []
-    for name, shape in (("small", (64, 64, 32)), ("large", (256, 256, 96))):
-        path = tmp_path / f"{name}.nii"
-        sitk.WriteImage(picture_of(np.random.default_rng(0).random(shape, dtype=np.float32), OBLIQUE), str(path))
-        words = ["--patch-size", "64", "64", "32", "--stride", "64", "64", "32", "--spacing", "0.8", "1", "1.7"]
-        where = ["--checkpoint", str(world / "runs" / "dtml"), str(path), "-o", str(tmp_path / name)]
-        argv = [sys.executable, "-c", code, *where]
-        env = {**os.environ, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run([*argv, *words, "--threads", "1"], env=env, capture_output=True, text=True, check=True)
-        peaks.append(1024 * int(done.stderr.split()[-1]))
-    assert (peaks[1] - peaks[0]) / (4 * 256 * 256 * 96) < 6

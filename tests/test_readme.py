@@ -12,8 +12,7 @@ import pytest
 import predict
 import settings
 import test_la
-from methods import METHODS
-from tools import check, convert, pictures, reproduce, share
+from tools import check, pictures, reproduce, share
 from utils.checkpoint import load_checkpoint
 from utils.options import Parser, fill
 
@@ -131,24 +130,3 @@ def test_the_nine_promises_name_tests_that_are_there():
     assert [number for number, *_ in PROMISES] == [str(n) for n in range(1, 10)]
     for _, name, file in PROMISES:
         assert f"\ndef {name}(" in (RELIABILITY.parent / file).read_text(), name
-
-
-def test_flags_named_exist():
-    parser = Parser()
-    parser.add_dataclass(settings.Options)
-    known = set(parser._option_string_actions) | {
-        "--checkpoint",
-        "--weighting",
-        "--sdm-weights",
-        "--nproc-per-node",
-        "--logdir",
-    }
-    known |= {"--metric", "--picture", "--dist", "--requeue", "--max-restarts"}  # of other programs
-    for program in (test_la, predict, convert, pictures, share):
-        known |= {f"--{name.replace('_', '-')}" for name in program.Options.__dataclass_fields__}
-    known |= {f"--{name}" for name in reproduce.Options.__dataclass_fields__}
-    for kind in METHODS.values():
-        for name, f in kind.Options.__dataclass_fields__.items():
-            known |= {f"--{no}{name.replace('_', '-')}" for no in (["", "no-"] if f.type is bool else [""])}
-    for path, text in PAGES.items():
-        assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= known, path

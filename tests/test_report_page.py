@@ -6,13 +6,11 @@ import io
 import json
 import re
 import shutil
-import subprocess
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -21,7 +19,7 @@ from PIL import Image
 from skimage.draw import polygon2mask
 
 from evaluation.metrics import segmentation_metrics, with_penalties
-from tools import report_page, report_scans
+from tools import report_page
 from utils.errors import UserError
 from utils.run_folder import write_json
 
@@ -220,26 +218,6 @@ def test_slices_contours_and_surfaces_are_those_of_the_scan(test):
         assert (a * np.cross(b, c)).sum() / 6 == pytest.approx(4 / 3 * np.pi * radius**3, rel=0.15)
 
 
-def test_classes_have_a_contour_and_a_surface_each(tmp_path, monkeypatch):
-    def read(case):
-        with h5py.File(case.path) as f:
-            return f["image"][()], f["label"][()]
-
-    monkeypatch.setattr(report_scans, "read_case", read)
-    page = parse(make_test(tmp_path, ["case0", "case1"], classes=2))
-    for one in page.data:
-        assert len(one["contours"]["label"]) == 2 and all(any(paths) for paths in one["contours"]["label"])
-        colours = [[tuple(part["colour"]) for part in parts] for parts in one["surfaces"]]
-        assert colours[0] == colours[1] and len(set(colours[0])) == 2
-
-
-def test_a_large_scan_stays_small_on_the_page(monkeypatch):
-    noise = np.random.default_rng(0).random((300, 300, 40), np.float32)
-    monkeypatch.setattr(report_scans, "MOST_BYTES", 400_000)
-    found = report_scans.jpeg_slices(noise, (1, 1, 1))
-    assert len(found) == 40 and sum(map(len, found)) * 3 / 4 < 400_000
-
-
 def test_without_predictions_or_with_one_scan(tmp_path):
     page = parse(make_test(tmp_path / "none", ["case0", "case1"], saved="none"))
     assert page.data == [] and any("no predictions" in text for text in page.texts)
@@ -264,68 +242,3 @@ def test_what_is_missing_is_named(harm: Callable[[Path], Any], says, test):
 
 
 # -- with one --
-
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
-PROBE = """<script>addEventListener("load", () => { setTimeout(() => {
-const box = document.querySelector(".case"), slider = box.querySelector("input[type=range]");
-const state = () => [box.querySelector(".slice img").src, box.querySelector("path[data-set=label]").getAttribute("d"),
-  box.querySelector("output").textContent, slider.value];
-const seen = [state()];
-box.querySelector(".slice").dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowUp"})); seen.push(state());
-slider.value = 0; slider.dispatchEvent(new Event("input")); seen.push(state());
-const choice = document.getElementById("choice"); choice.value = "3"; choice.dispatchEvent(new Event("change"));
-const tables = [...document.querySelectorAll(".perkey")].map(one => one.hidden);
-const wide = document.documentElement.scrollWidth, means = document.getElementById("means").innerText;
-const pre = document.createElement("pre"); pre.id = "probe";
-pre.textContent = JSON.stringify({seen, tables, wide, means, canvases: document.querySelectorAll("canvas").length});
-document.body.append(pre); }, 300); });</script></body>"""
-
-
-def browse(page: Path, folder: Path, *words: str) -> tuple[str, str]:
-    """What Chromium makes of a page: the document, and its log."""
-    command = [str(BROWSER), "--headless", "--no-sandbox", "--enable-unsafe-swiftshader", "--hide-scrollbars",
-               f"--user-data-dir={folder / 'browser'}", "--enable-logging=stderr",
-               "--virtual-time-budget=3000"]  # fmt: skip
-    done = subprocess.run([*command, *words, page.as_uri()], capture_output=True, text=True, timeout=120)
-    return done.stdout, done.stderr
-
-
-@needs_browser
-def test_in_a_browser_the_slider_and_the_choice_work_and_nothing_is_complained_of(test, tmp_path):
-    page = report_page.write_report(test)
-    probed = tmp_path / "probed.html"
-    probed.write_text(page.read_text(encoding="utf-8").replace("</body>", PROBE), encoding="utf-8")
-    document, log = browse(probed, tmp_path, "--dump-dom", "--window-size=400,900")
-    complaints = [line for line in log.splitlines() if "CONSOLE" in line and "ReadPixels" not in line]
-    assert complaints == []
-    found = json.loads(
-        re.search(r'<pre id="probe">(.*?)</pre>', document, re.S)[1].replace("&lt;", "<").replace("&amp;", "&")
-    )
-    data = Page(page.read_text(encoding="utf-8")).data[0]
-    for image, path, text, z in found["seen"]:
-        assert image.endswith(data["slices"][int(z)]) and path == data["contours"]["label"][0][int(z)]
-        assert text == f"slice {z} of {SHAPE[2] - 1}"
-    (_, _, _, first), (_, _, _, second), (_, _, _, last) = found["seen"]
-    assert int(second) == int(first) + 1 and last == "0"
-    assert found["tables"] == [True, True, True, False]
-    assert found["wide"] <= 500  # Chromium's narrowest window; nothing sticks out
-    dice = np.mean(
-        [100 * float(row["dice"]) for row in scores(test) if (row["output"], row["component"]) == ("seg", "all")]
-    )
-    assert f"{dice:.2f} ±" in found["means"]
-
-
-@needs_browser
-def test_a_browser_draws_it_light_and_dark(test, tmp_path):
-    page = report_page.write_report(test)
-    means = []
-    for words in ([], ["--blink-settings=preferredColorScheme=0"]):
-        browse(page, tmp_path, f"--screenshot={tmp_path / 'shot.png'}", "--window-size=1000,1600", *words)
-        with Image.open(tmp_path / "shot.png") as shot:
-            picture = np.asarray(shot.convert("RGB")).astype(int)
-        means.append(picture[:200].mean())
-        r, g, b = picture.reshape(-1, 3).T
-        assert ((r > 180) & (g > 110) & (g < 190) & (b < 60)).sum() > 1500  # the orange surface is there, lit
-        assert ((r < 60) & (g > 150) & (b > 100)).sum() > 1500  # and the label's
-    assert means[0] > 220 and means[1] < 60

@@ -6,13 +6,11 @@ import math
 import pytest
 import torch
 
-from dataloaders.cases import find_cases, lists_of, read_case
 from evaluation.sliding_window import gaussian_weights, sliding_slabs, sliding_window, window_starts, windows
 from utils.resample import downsample_image, downsample_label, padding, upsample_probability
 
 PATCH, STRIDE = (112, 112, 80), (18, 18, 4)
 # Test cases of LA have these sizes; 1128 windows in all.
-LA_WINDOWS = 1128
 
 
 def test_starts_by_hand_and_the_last_window_is_flush():
@@ -48,14 +46,6 @@ def test_overlapping_windows_are_averaged_uniformly():
     for x in range(12):
         covering = [start for start in (0, 3, 6, 8) if start <= x < start + 4]
         assert out[0, x].unique().item() == pytest.approx(sum(covering) / len(covering))
-
-
-@pytest.mark.parametrize("batch_size", [2, 100])
-def test_the_batch_of_windows_changes_nothing(batch_size):
-    volume = torch.randn(20, 17, 12)
-    network = torch.nn.Conv3d(1, 1, 3, padding=1)
-    one = sliding_window(network, volume, (8, 8, 8), (3, 3, 3), batch_size=1)
-    assert torch.allclose(one, sliding_window(network, volume, (8, 8, 8), (3, 3, 3), batch_size=batch_size), atol=1e-6)
 
 
 def windows_by_hand(predict, volume, patch, stride, batch_size, weights):
@@ -109,15 +99,6 @@ def test_gaussian_weights_are_symmetric_and_highest_in_the_middle():
     r2 = (0.5**2 - 2.5**2) / 1**2  # an SD of 8/8 voxels along x: 2.5 and 0.5 voxels from the middle
     assert weights[1, 2, 1] / weights[3, 2, 1] == pytest.approx(math.exp(r2 / 2))
     assert gaussian_weights((8, 8, 8))[0, 0, 0] == pytest.approx(1e-3)
-
-
-@pytest.mark.la
-def test_1128_windows_on_the_test_list(la):
-    counts = {}
-    _, test = lists_of(la)
-    for case in find_cases(la, test, labeled=False)[0]:
-        counts[case.name] = len(windows(read_case(case)[0].shape, PATCH, STRIDE))
-    assert sum(counts.values()) == LA_WINDOWS and (min(counts.values()), max(counts.values())) == (45, 84)
 
 
 def test_half_resolution_pools_cells_and_averages_what_an_edge_cell_holds():

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from evaluation import statistics
-from evaluation.rows import mean_over, read_row, read_runs
+from evaluation.rows import read_row, read_runs
 from evaluation.statistics import compare, compare_scans, hodges_lehmann, holm, interval, permutation_p
 from utils.errors import UserError
 
@@ -37,34 +37,13 @@ def simulated(seed, k, n, *, run_sd, scan_sd=2.0, noise=1.0, difference=1.0):
 # -- the interval --
 
 
-@pytest.mark.parametrize(("k", "run_sd"), [(1, 0.0), (2, 1.0), (3, 3.0)])
+@pytest.mark.parametrize(("k", "run_sd"), [(1, 0.0), (3, 3.0)])
 def test_the_interval_covers_the_true_difference_at_least_as_often_as_it_says(k, run_sd):
     """Of 300: 95 % are 285, two standard errors below that 277."""
     sides = [simulated(seed, k, 20, run_sd=run_sd) for seed in range(300)]
     found = [interval(*pair, resamples=999) for pair in sides]
     hits = sum(low <= 1 <= high for low, high in found)
     assert hits >= (274 if k == 1 else 277)  # scans alone: a percentile interval of 20 is a little narrow
-
-
-def test_an_interval_that_leaves_the_runs_out_is_too_narrow():
-    """Means over the runs resampled by scan alone, as if three runs told all: what this is not."""
-    naive = ours = 0
-    for seed in range(300):
-        a, b = simulated(seed, 3, 20, run_sd=2.0)
-        d = (b - a).mean(0)
-        means = d[np.random.default_rng(0).integers(0, 20, (999, 20))].mean(1)
-        naive += np.quantile(means, 0.025) <= 1 <= np.quantile(means, 0.975)
-        low, high = interval(a, b, resamples=999)
-        ours += low <= 1 <= high
-    assert naive < 0.6 * 300 and ours >= 277
-
-
-def test_many_runs_and_scans_give_the_interval_of_the_normal_law():
-    a, b = simulated(0, 40, 200, run_sd=1.0)
-    difference = (b - a).mean()
-    variance = a.mean(1).var(ddof=1) / 40 + b.mean(1).var(ddof=1) / 40 + (b.mean(0) - a.mean(0)).var(ddof=1) / 200
-    expected = difference - 1.96 * variance**0.5, difference + 1.96 * variance**0.5
-    assert interval(a, b) == pytest.approx(expected, abs=0.05 * variance**0.5 * 4)
 
 
 def test_two_runs_a_side_by_hand():
@@ -85,14 +64,6 @@ def test_six_scans_by_hand():
     assert interval(a, b) == pytest.approx((1 / 6 - factor / 6, 1 / 6 + factor * 2 / 6))
 
 
-def test_scans_are_the_same_on_both_sides():
-    """What is hard for both is no difference: an interval of unpaired scans would be 50 times as wide."""
-    scans = np.random.default_rng(0).normal(0, 50, 20)
-    a, b = (scans + np.random.default_rng(seed).normal(0, 0.1, (3, 20)) for seed in (1, 2))
-    low, high = interval(a, b)
-    assert -1 < low < high < 1
-
-
 @pytest.mark.parametrize("runs", [(2, 5), (1, 1)])
 def test_it_is_the_same_each_time_and_turns_with_its_sides(runs):
     a, b = (side[:k] for side, k in zip(simulated(1, 5, 20, run_sd=1.0), runs, strict=True))
@@ -101,20 +72,9 @@ def test_it_is_the_same_each_time_and_turns_with_its_sides(runs):
     assert (-high, -low) == pytest.approx(interval(a, b), rel=1e-12)
 
 
-def test_one_run_of_another_method_collapsing_decides_nothing():
-    """Averaged over the runs first, a test of scans calls this certain."""
-    good = {seed: row(seed) for seed in range(3)}
-    bad = {0: row(10), 1: row(11), 2: {case: value - 0.5 for case, value in row(12).items()}}
-    a, b = (np.array(list(mean_over(side).values())) for side in (good, bad))
-    assert stats.wilcoxon(b - a).pvalue < 1e-4
-    found = compare(good, bad, most=1)
-    assert found.low < 0 < found.high and math.isnan(found.p) and found.pairs == 3
-
-
 @pytest.mark.parametrize(
     ("runs", "over"),
-    [((1, 1), "scans only, one run each"), ((3, 2), "runs and scans"), ((1, 2), "scans, and the runs of the row"),
-     ((2, 1), "scans, and the runs of the reference")],
+    [((1, 1), "scans only, one run each"), ((3, 2), "runs and scans"), ((1, 2), "scans, and the runs of the row")],
 )  # fmt: skip
 def test_it_says_what_it_is_over(runs, over):
     sides = [{seed: row(100 * side + seed) for seed in range(k)} for side, k in enumerate(runs)]
@@ -129,13 +89,6 @@ def test_below_six_scans_there_is_neither_interval_nor_p(n):
     found = compare(*sides)
     assert math.isnan(found.low) == math.isnan(found.high) == math.isnan(found.p) == (n < 6)
     assert math.isnan(compare_scans(row(0, n), row(1, n)).p) == (n < 6) and math.isfinite(found.difference)
-
-
-def test_what_cannot_be_is_in_no_interval():
-    a, b = (
-        {seed: {f"case{i}": value for i in range(8)} for seed, value in enumerate(side)} for side in ((0, 1), (1, 0))
-    )
-    assert (compare(a, b, most=1).low, compare(a, b, most=1).high) == (-1, 1) and compare(a, b).high > 1
 
 
 # -- runs --
@@ -171,15 +124,6 @@ def test_p_needs_five_runs_on_each_side(runs):
     if min(runs) >= 5:
         means = [np.array([np.mean(list(scans.values())) for scans in side.values()]) for side in sides]
         assert found.p == permutation_p(*means)
-
-
-def test_pairs_of_runs_are_those_of_one_seed():
-    flat = {seed: dict.fromkeys(("a", "b"), value) for seed, value in {1: 0.5, 2: 0.5, 3: 0.9, 7: 0.1}.items()}
-    other = {seed: dict.fromkeys(("a", "b"), value) for seed, value in {2: 0.6, 3: 0.8, 1: 0.7, 8: 1.0}.items()}
-    found = compare(flat, other)
-    assert (found.higher, found.pairs) == (2, 3)
-    assert (compare({1: flat[1]}, {2: other[2]}).higher, compare({1: flat[1]}, {2: other[2]}).pairs) == (1, 1)
-    assert compare({1: flat[1], 2: flat[2]}, {8: other[8], 9: other[8]}).pairs == 0
 
 
 # -- scans of one pair of runs --
@@ -223,11 +167,6 @@ def test_holm_by_hand():
 
 
 # -- scans --
-
-
-def test_the_order_of_the_cases_does_not_matter():
-    a, b = row(0), row(1)
-    assert compare({1: a}, {1: dict(reversed(b.items()))}) == compare({1: a}, {1: b})
 
 
 def test_a_scan_without_a_number_in_one_run_is_left_out_and_counted():

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, flat, make_set, make_validated_set, write_case
+from conftest import TINY, flat, make_validated_set, write_case
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import predict
@@ -97,17 +97,6 @@ def test_best_is_tested_and_predicted_with_and_called_finished(folder, tmp_path,
     assert "not finished: 20 of 30" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method", ["supervised", "ua-mt"])
-def test_other_methods_are_validated_by_their_first_output(method, folder, tmp_path):
-    more = ["--batch-size", "3"] if method == "ua-mt" else []
-    words = ["--data", str(folder / "set"), "--runs", str(tmp_path), "--name", "run", *SHORT, "--method", method, *more]
-    train_dtml.main([*words, "--device", "cpu"])
-    run = tmp_path / "run"
-    rows = rows_of(run / "best-validation", "--checkpoint", str(run / "best.pt"), "--scans", "validation")
-    dices = [float(row["dice"]) for row in rows if (row["output"], row["component"]) == ("seg", "all")]
-    assert np.mean(dices) == pytest.approx(load(run / "best.pt")["best"]["dice"], abs=2e-6)
-
-
 def faked(monkeypatch: pytest.MonkeyPatch, *dices: float) -> None:
     values = iter(dices)
     monkeypatch.setattr(train_dtml, "validation_dice", lambda *words, **more: next(values))
@@ -127,38 +116,6 @@ def test_a_resumed_run_keeps_the_best_of_before_and_ends_as_if_nothing_had_been(
         assert flat(whole[part]) == flat(resumed[part])
     for name in ("best.pt", "scalars.csv"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes()
-
-
-def test_where_nothing_is_labeled_and_nothing_predicted_nothing_is_best(folder, tmp_path, monkeypatch):
-    faked(monkeypatch, math.nan, 0.0, math.nan)
-    train_dtml.main(["--data", str(folder / "set"), "--runs", str(tmp_path), "--name", "run", *SHORT])
-    assert load(tmp_path / "run" / "best.pt")["iteration"] == 4
-
-
-def test_a_resumed_run_may_begin_to_validate(folder, tmp_path):
-    words = ["--data", str(folder / "set"), "--runs", str(tmp_path), "--name", "run", *SHORT]
-    train_dtml.main([*words, "--validate-every", "0"])
-    assert "dice/validation" not in scalars(tmp_path / "run")[0] and not (tmp_path / "run" / "best.pt").exists()
-    (tmp_path / "run" / "previous.pt").replace(tmp_path / "run" / "last.pt")
-    train_dtml.main([*words, "--resume", "auto"])
-    curve = [float(row["dice/validation"]) for row in scalars(tmp_path / "run")]
-    assert [math.isnan(dice) for dice in curve] == [True, True, False]
-
-
-def test_a_failing_disk_leaves_the_best_before_it(folder, tmp_path, monkeypatch):
-    faked(monkeypatch, 0.1, 0.2, 0.3)
-    real, calls = torch.save, []
-
-    def fail(state, file):
-        calls.append(state["iteration"])
-        if len(calls) == 2:  # the second best.pt
-            raise OSError(28, "No space left on device")
-        real(state, file)
-
-    monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(UserError, match="No space left"):
-        train_dtml.main(["--data", str(folder / "set"), "--runs", str(tmp_path), "--name", "run", *SHORT])
-    assert load(tmp_path / "run" / "best.pt")["iteration"] == 2
 
 
 # -- what is refused --
@@ -204,9 +161,3 @@ def test_lists_and_cases_that_cannot_be_validated_on_are_refused(how, tmp_path):
     with pytest.raises(UserError, match=REFUSED[how]):
         train_dtml.main(["--data", str(data), "--runs", str(tmp_path / "runs"), "--name", "run", *SHORT])
     assert not (tmp_path / "runs").exists()
-
-
-def test_scans_of_a_list_that_is_not_there_are_not_tested(folder, tmp_path):
-    words = ["--checkpoint", str(folder / "plain"), "--data", str(make_set(tmp_path / "set")), "--out", str(tmp_path)]
-    with pytest.raises(UserError, match=r"--scans validation: there is no .*validation\.list"):
-        test_la.main([*words, "--scans", "validation"])

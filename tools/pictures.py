@@ -31,19 +31,8 @@ from numpy.typing import NDArray
 from dataloaders.cases import MOST_CLASSES, Case, CaseError, case_file, lists_of, read_case, read_geometry
 from dataloaders.normalization import normalized
 from evaluation.drawing import Figure
-from evaluation.figures import (
-    ComparedCase,
-    MapsRow,
-    around,
-    as_png,
-    draw_comparison,
-    draw_curves,
-    draw_differences,
-    draw_labels,
-    draw_maps,
-    draw_scale,
-    slice_of,
-)
+from evaluation.figures import ComparedCase, MapsRow, around, as_png, draw_comparison, draw_maps, slice_of
+from evaluation.graphs import draw_curves, draw_differences, draw_labels, draw_scale
 from evaluation.metrics import mean_and_sd, segmentation_metrics
 from evaluation.predictions import read_prediction, read_scores
 from evaluation.rows import mean_over, read_row, read_runs, runs_of

@@ -2,13 +2,12 @@
 
     python -m tests.faults.fuzz --executions 100000
 
-Mutations of whole files, or with --target guided by coverage, where atheris is installed. A finding is any end but the
-error made for it, or an input that takes longer than ten seconds; it is kept in --out. Exit code 1 on a finding.
+A finding is any end but the error made for it, or an input that takes longer than ten seconds; it is kept in --out.
+Exit code 1 on a finding.
 """
 
 import argparse
 import collections
-import contextlib
 import io
 import random
 import signal
@@ -23,16 +22,9 @@ import h5py
 import numpy as np
 import torch
 
+from dataloaders.cases import Case, CaseError, read_case, read_geometry, read_list
+from utils.checkpoint import CONTENTS, FORMAT, load_checkpoint
 from utils.errors import UserError
-
-try:
-    import atheris  # type: ignore[import-not-found]
-except ImportError:
-    atheris = None
-GUIDING = ["dataloaders.cases", "utils.checkpoint", "utils.text", "zipfile", "torch._weights_only_unpickler"]
-with atheris.instrument_imports(include=GUIDING) if atheris else contextlib.nullcontext():
-    from dataloaders.cases import Case, CaseError, read_case, read_geometry, read_list
-    from utils.checkpoint import CONTENTS, FORMAT, load_checkpoint
 
 SECONDS = 10
 
@@ -147,9 +139,9 @@ class Fuzzer:
     def executions(self) -> int:
         return sum(self.ends.values()) + sum(self.findings.values())
 
-    def line(self, how: str, seconds: float) -> str:
+    def line(self, seconds: float) -> str:
         """A row of the table."""
-        cells = [self.name, how, self.executions, self.ends["read"], self.ends["refused"], sum(self.findings.values())]
+        cells = [self.name, self.executions, self.ends["read"], self.ends["refused"], sum(self.findings.values())]
         return f"| {' | '.join(map(str, cells))} | {seconds:.0f} | {self.slowest:.2f} |"
 
 
@@ -160,10 +152,9 @@ class TooSlow(Exception):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--executions", type=int, default=100_000, help="of each target")
-    parser.add_argument("--target", choices=list(TARGETS), help="one alone (atheris does one in a process)")
+    parser.add_argument("--target", choices=list(TARGETS), help="one alone")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("fuzz"))
-    parser.add_argument("--guided", action=argparse.BooleanOptionalAction, default=atheris is not None)
     o = parser.parse_args()
 
     def too_slow(number: int, frame: object) -> None:
@@ -174,29 +165,12 @@ def main() -> None:
     found = 0
     for name in [o.target] if o.target else TARGETS:
         fuzzer, began = Fuzzer(name, o.out), time.monotonic()
-        if o.guided and o.target:
-            for i, seed in enumerate(fuzzer.seeds):
-                corpus = o.out / f"{name}-corpus"
-                corpus.mkdir(exist_ok=True)
-                (corpus / str(i)).write_bytes(seed)
-            last = time.monotonic()
-
-            def one(data: bytes, fuzzer: Fuzzer = fuzzer, began: float = began) -> None:
-                nonlocal last
-                fuzzer.one(data)
-                if time.monotonic() - last > 5 or fuzzer.executions >= o.executions:
-                    last = time.monotonic()
-                    (o.out / f"{fuzzer.name}.txt").write_text(fuzzer.line("atheris", last - began) + "\n")
-
-            words = [f"-runs={o.executions}", f"-seed={o.seed + 1}", "-max_len=16384", str(corpus)]
-            atheris.Setup([sys.argv[0], *words], one)
-            atheris.Fuzz()  # does not come back
         draw = random.Random(o.seed)
         for seed in fuzzer.seeds:
             fuzzer.one(seed)
         while fuzzer.executions < o.executions:
             fuzzer.one(mutated(draw, draw.choice(fuzzer.seeds)))
-        print(fuzzer.line("mutations", time.monotonic() - began), flush=True)
+        print(fuzzer.line(time.monotonic() - began), flush=True)
         for finding, count in fuzzer.findings.items():
             print(f"  {count} x {finding}", flush=True)
         found += len(fuzzer.findings)

@@ -27,33 +27,16 @@ from tests.conftest import flat
 from utils.errors import run
 
 SIGNALS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -9}
-SIZE = ["--data", "phantoms", "--patch-size", "16", "16", "16", "--filters", "2", "--labeled", "8", "--lr-steps", "50"]
 FLAGS = [
-    *SIZE,
-    "--iterations",
-    "80",
-    "--save-every",
-    "5",
-    "--log-every",
-    "1",
-    "--picture-every",
-    "25",
-    "--threads",
-    "1",
+    *("--data", "phantoms", "--patch-size", "16", "16", "16", "--filters", "2", "--labeled", "8", "--lr-steps", "50"),
+    *("--iterations", "80", "--save-every", "5", "--log-every", "1", "--picture-every", "25", "--threads", "1"),
 ]
 
 
 def flags(o: argparse.Namespace, folder: Path, *more: str) -> list[str]:
     """The command line of a part of a run."""
-    return [
-        *FLAGS,
-        *(["--method", o.method] if o.method else []),
-        "--runs",
-        str(folder.parent),
-        "--name",
-        folder.name,
-        *more,
-    ]
+    method = ["--method", o.method] if o.method else []
+    return [*FLAGS, *method, "--runs", str(folder.parent), "--name", folder.name, *more]
 
 
 def start(words: list[str], log: Path) -> int:

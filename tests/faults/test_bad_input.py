@@ -1,23 +1,22 @@
 """Mistakes of the user: each is named in one text, before the first iteration, and leaves nothing behind."""
 
 import errno
-import os
 import shutil
-import zipfile
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, flat, make_set, method_words, write_case
+from conftest import TINY, flat, make_set, method_words
 
 import settings
 import test_la
 import train_dtml
+from dataloaders.cases import find_cases, read_case, read_list
 from methods import METHODS
+from utils.devices import enough_memory
 from utils.errors import UserError
-from utils.errors import run as run_program
 
 SHAPE = (24, 22, 18)
 
@@ -88,61 +87,58 @@ def label(value: float = 1, dtype: type = np.uint8) -> np.ndarray:
     return box
 
 
+@pytest.fixture(scope="module")
+def whole_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `tiny_set`, which no test may change."""
+    return make_set(tmp_path_factory.mktemp("whole") / "set")
+
+
 # -- cases that cannot be used --
 
-BROKEN_CASES = {
-    "no file": (lambda s: (s / "case01" / "mri_norm2.h5").unlink(), "there is no"),
-    "a file cut in half": (lambda s: cut(s / "case01" / "mri_norm2.h5", 0.5), "no whole h5 file"),
-    "a file of no bytes": (lambda s: cut(s / "case01" / "mri_norm2.h5", 0), "no whole h5 file"),
-    "a text named .h5": (lambda s: (s / "case01" / "mri_norm2.h5").write_text("image: none\n"), "no whole h5 file"),
-    "no image": (lambda s: edit(s, "case01", image=None), "no dataset 'image'"),
-    "no label": (lambda s: edit(s, "case01", label=None), "without a dataset 'label'"),
-    "another shape of the label": (lambda s: edit(s, "case01", label=label()[1:]), "(23, 22, 18)"),
-    "an image of four axes": (lambda s: edit(s, "case01", image=image()[None]), "three-dimensional"),
-    "an image that is one number": (lambda s: edit(s, "case01", image=1.5), "three-dimensional"),
-    "an image of text": (lambda s: edit(s, "case01", image=np.full(SHAPE, b"a")), "three-dimensional numbers"),
-    "an image without voxels": (lambda s: edit(s, "case01", image=image()[:0]), "empty"),
-    "not a number": (lambda s: edit(s, "case01", image=image(np.nan)), "not a number"),
-    "infinity": (lambda s: edit(s, "case01", image=image(np.inf)), "infinite"),
-    "minus infinity": (lambda s: edit(s, "case01", image=image(-np.inf)), "infinite"),
-    "a constant image": (lambda s: edit(s, "case01", image=np.full(SHAPE, 7, np.float32)), "constant (7)"),
-    "a label of 2": (lambda s: edit(s, "case01", label=label(2)), "holds 0, 1, 2 "),
-    "a label of 255": (lambda s: edit(s, "case01", label=label() * 255), "divide by 255"),
-    "a label of a half": (lambda s: edit(s, "case01", label=label(0.5, np.float32)), "holds 0, 0.5, 1 "),
-    "a label of minus one": (lambda s: edit(s, "case01", label=label(-1, np.int16)), "holds -1, 0, 1 "),
-    "a label of not a number": (lambda s: edit(s, "case01", label=label(np.nan, np.float32)), "nan"),
-}
+BROKEN_CASES = [  # what is done to a labeled case, and what is said of it
+    (lambda s, c: (s / c / "mri_norm2.h5").unlink(), "there is no"),
+    (lambda s, c: cut(s / c / "mri_norm2.h5", 0.5), "no whole h5 file"),
+    (lambda s, c: cut(s / c / "mri_norm2.h5", 0), "no whole h5 file"),
+    (lambda s, c: (s / c / "mri_norm2.h5").write_text("image: none\n"), "no whole h5 file"),
+    (lambda s, c: edit(s, c, image=None), "no dataset 'image'"),
+    (lambda s, c: edit(s, c, label=None), "without a dataset 'label'"),
+    (lambda s, c: edit(s, c, label=label()[1:]), "(23, 22, 18)"),
+    (lambda s, c: edit(s, c, image=image()[None]), "three-dimensional"),
+    (lambda s, c: edit(s, c, image=1.5), "three-dimensional"),
+    (lambda s, c: edit(s, c, image=np.full(SHAPE, b"a")), "three-dimensional numbers"),
+    (lambda s, c: edit(s, c, image=image()[:0]), "empty"),
+    (lambda s, c: edit(s, c, image=image(np.nan)), "not a number"),
+    (lambda s, c: edit(s, c, image=image(np.inf)), "infinite"),
+    (lambda s, c: edit(s, c, image=image(-np.inf)), "infinite"),
+    (lambda s, c: edit(s, c, image=np.full(SHAPE, 7, np.float32)), "constant (7)"),
+    (lambda s, c: edit(s, c, label=label(2)), "holds 0, 1, 2 "),
+    (lambda s, c: edit(s, c, label=label() * 255), "divide by 255"),
+    (lambda s, c: edit(s, c, label=label(0.5, np.float32)), "holds 0, 0.5, 1 "),
+    (lambda s, c: edit(s, c, label=label(-1, np.int16)), "holds -1, 0, 1 "),
+    (lambda s, c: edit(s, c, label=label(np.nan, np.float32)), "nan"),
+]
 
 
-@pytest.mark.parametrize("kind", BROKEN_CASES)
-def test_21_case_that_cannot_be_used_is_named(kind, tiny_set):
-    break_it, text = BROKEN_CASES[kind]
-    break_it(tiny_set)
-    message = refuse(flags(tiny_set), text, "case01", "mri_norm2.h5", "1 case is", untouched=tiny_set.parent)
-    assert "case00" not in message and "case02" not in message
-
-
-@pytest.mark.parametrize("kind", ["no file", "no label", "not a number", "a label of 2"])
-def test_21_case_that_cannot_be_tested_on_is_named(kind, tiny_set, checkpoint):
-    (tiny_set / "train.list").write_text("case00\n")
-    (tiny_set / "test.list").write_text("case01\ncase08\n")
-    break_it, text = BROKEN_CASES[kind]
-    break_it(tiny_set)
-    argv = ["--checkpoint", str(checkpoint), "--data", str(tiny_set), "--stride", "16", "16", "16"]
-    message = refuse(argv, text, "case01", "mri_norm2.h5", untouched=tiny_set.parent, main=test_la.main)
-    assert "case08" not in message
-
-
-def test_21_all_bad_cases_are_named_at_once(tiny_set):
-    edit(tiny_set, "case00", image=image(np.nan))
-    shutil.rmtree(tiny_set / "case02")
-    edit(tiny_set, "case03", label=label(2))
-    cut(tiny_set / "case06" / "mri_norm2.h5", 0.5)
-    message = refuse(flags(tiny_set), "4 cases are", untouched=tiny_set.parent)
+@pytest.mark.parametrize("script", ["train", "test"])
+def test_21_cases_that_cannot_be_used_are_named_all_at_once(script, tmp_path, checkpoint):
+    n = len(BROKEN_CASES)
+    folder = make_set(tmp_path / "set", train=n + 2, labeled=n + 1)
+    if script == "test":
+        names = (folder / "train.list").read_text().split()
+        (folder / "train.list").write_text(names.pop() + "\n")
+        (folder / "test.list").write_text("\n".join(names) + "\n")
+    for i, (break_it, _) in enumerate(BROKEN_CASES):
+        break_it(folder, f"case{i:02d}")
+    argv = {
+        "train": flags(folder, "--labeled", str(n + 1)),
+        "test": ["--checkpoint", str(checkpoint), "--data", str(folder)],
+    }
+    main = {"train": train_dtml.main, "test": test_la.main}[script]
+    message = refuse(argv[script], f"{n} cases are", untouched=tmp_path, main=main)
     lines = {line.strip().partition(":")[0]: line for line in message.splitlines()[1:]}
-    assert sorted(lines) == ["case00", "case02", "case03", "case06"]
-    for name, text in {"case00": "not a number", "case02": "no ", "case03": "holds", "case06": "h5"}.items():
-        assert text in lines[name]
+    assert sorted(lines) == [f"case{i:02d}" for i in range(n)]
+    for i, (_, text) in enumerate(BROKEN_CASES):
+        assert text in lines[f"case{i:02d}"] and "mri_norm2.h5" in lines[f"case{i:02d}"]
 
 
 # -- folders and lists that cannot be used --
@@ -181,46 +177,19 @@ def test_32_case_in_both_lists_is_refused(shared, tiny_set):
 # -- data that are fine --
 
 
-def test_23_unlabeled_cases_need_no_label_and_never_have_it_read(tiny_set):
-    assert not any("label" in h5py.File(tiny_set / f"case0{i}" / "mri_norm2.h5") for i in range(4, 8))
-    without = train(tiny_set)
-    for i, garbage in enumerate([label(255), label()[1:], np.full(SHAPE, np.nan, np.float32), b"none"], 4):
-        edit(tiny_set, f"case0{i}", label=garbage)
-    assert same_weights(train(tiny_set, "--name", "garbage"), without)
-    assert same_weights(train(tiny_set, "--name", "uncached", "--cache", "none"), without)
+def test_32_white_space_in_lists_is_ignored(whole_set):
+    for form in ("\ufeff{}", "\n  {}\t \r\n\n"):
+        text = "\n".join(form.format(name) if i == 0 or "\ufeff" not in form else name for i, name in enumerate("abc"))
+        (whole_set.parent / "a.list").write_bytes(text.encode())
+        assert read_list(whole_set.parent / "a.list") == ["a", "b", "c"]
 
 
-@pytest.mark.parametrize("form", ["\ufeff{}", "\n  {}\t \r\n\n"])
-def test_32_white_space_in_lists_is_ignored(form, tiny_set):
-    plain = train(tiny_set)
-    for split in ("train", "test"):
-        names = (tiny_set / f"{split}.list").read_text().split()
-        text = "\ufeff" + "\n".join(names) if "\ufeff" in form else "\n".join(form.format(name) for name in names)
-        (tiny_set / f"{split}.list").write_bytes(text.encode())
-    again = train(tiny_set, "--name", "again")
-    assert same_weights(plain, again) and list(again["checksums"]) == [f"case0{i}" for i in range(8)]
-
-
-def test_21_cases_may_lie_in_other_layouts(tiny_set):
-    layout = "2018LA_Seg_Training Set/{}/mri_norm2.h5"
-    plain = train(tiny_set)
-    for path in sorted(tiny_set.glob("case*/mri_norm2.h5")):
-        target = tiny_set / layout.format(path.parent.name)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        path.rename(target)
-        path.parent.rmdir()
-    assert same_weights(plain, train(tiny_set, "--name", "again"))
-
-
-@pytest.mark.parametrize("dtype", [bool, np.float64])
-def test_28_labels_of_other_types_are_taken(dtype, tiny_set):
-    plain = train(tiny_set)
-    for i in range(4):
-        with h5py.File(tiny_set / f"case0{i}" / "mri_norm2.h5", "a") as f:
-            values = f["label"][()].astype(dtype)
-            del f["label"]
-            f["label"] = values
-    assert same_weights(plain, train(tiny_set, "--name", "again", "--cache", "none"))
+def test_28_labels_of_other_types_are_taken(tiny_set):
+    before = [read_case(case)[1] for case in find_cases(tiny_set, ["case00", "case01"], labeled=True)[0]]
+    for name, dtype in (("case00", bool), ("case01", np.float64)):
+        edit(tiny_set, name, label=before[name == "case01"].astype(dtype))
+    after = [read_case(case)[1] for case in find_cases(tiny_set, ["case00", "case01"], labeled=True)[0]]
+    assert all(np.array_equal(a, b) and b.dtype == np.uint8 for a, b in zip(before, after, strict=True))
 
 
 @pytest.mark.parametrize("method", [["--sdm-loss", "both"], ["--method", "supervised", "--head", "sdm"]], ids=" ".join)
@@ -290,121 +259,98 @@ BAD_FLAGS = {
 
 
 @pytest.mark.parametrize("words", BAD_FLAGS)
-def test_34_bad_flag_is_named(words, tiny_set):
-    refuse(flags(tiny_set, *words.split()), *BAD_FLAGS[words], untouched=tiny_set.parent)
+def test_34_bad_flag_is_named(words, whole_set):
+    refuse(flags(whole_set, *words.split()), *BAD_FLAGS[words], untouched=whole_set.parent)
 
 
 NEED_UNLABELED = ["ua-mt", "sassnet", "asdnet", *(f"{m} --consistency-on unlabeled" for m in ("mean-teacher", "tcse"))]
 
 
-@pytest.mark.parametrize(
-    ("method", "words"),
-    [(m, ("--labeled 8", "--unlabeled 0")[i % 2]) for i, m in enumerate(NEED_UNLABELED)],
-)
-def test_33_method_that_needs_unlabeled_scans_is_refused_without(words, method, tiny_set, capsys):
-    argv = flags(tiny_set, "--method", *method.split(), *words.split())
-    texts = (f"--method {method.split()[0]} needs unlabeled scans", f"all {8 if '8' in words else 4} are labeled")
-    refuse(argv, *texts, "--labeled", "--unlabeled 0", untouched=tiny_set.parent)
-    before = files(tiny_set.parent)
-    with pytest.raises(SystemExit) as left:
-        run_program(lambda: train_dtml.main(argv))
-    assert left.value.code == 2 and "error: --method" in capsys.readouterr().err
-    assert files(tiny_set.parent) == before
+@pytest.mark.parametrize("method", NEED_UNLABELED)
+def test_33_method_that_needs_unlabeled_scans_is_refused_without(method, whole_set):
+    for words, labeled in (("--unlabeled 0", 4), ("--labeled 8", 8)):
+        argv = flags(whole_set, "--method", *method.split(), *words.split())
+        text = f"--method {method.split()[0]} needs unlabeled scans"
+        refuse(argv, text, f"all {labeled} are labeled", "--unlabeled 0", untouched=whole_set.parent)
 
 
 @pytest.mark.parametrize(
     "method", [m for m, kind in METHODS.items() if kind.uses_unlabeled and m not in NEED_UNLABELED]
 )
 def test_33_method_that_needs_none_trains_without_unlabeled_scans(method, tiny_set):
+    words = [*method_words(method), "--unlabeled", "0"]
     options = settings.read_options(flags(tiny_set, *method_words(method)))[1]
     if METHODS[method](options, iterations=1).needs_unlabeled:  # one that is not yet in the list
-        refuse(
-            flags(tiny_set, *method_words(method), "--unlabeled", "0"),
-            "needs unlabeled scans",
-            untouched=tiny_set.parent,
-        )
-        return
-    state = train(tiny_set, *method_words(method), "--unlabeled", "0")
-    assert len(state["checksums"]) == 4
-
-
-@pytest.mark.parametrize("words", ["--max-it 4", "--epochs 4", "--gpu 0", "--head sdm"])
-def test_34_flag_like_no_other_gets_no_far_fetched_suggestion(words, tiny_set):
-    message = refuse(flags(tiny_set, *words.split()), words.split()[0], untouched=tiny_set.parent)
-    for far in ("--data", "--patch-size", "--runs", "--threads"):
-        assert far not in message
+        refuse(flags(tiny_set, *words), "needs unlabeled scans", untouched=tiny_set.parent)
+    else:
+        assert len(train(tiny_set, *words)["checksums"]) == 4
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_40_gpu_that_is_not_there_is_refused(tiny_set):
-    name = "cuda:1"
-    refuse(flags(tiny_set, "--device", name), f"--device {name}", "--device cpu", untouched=tiny_set.parent)
+def test_40_gpu_that_is_not_there_is_refused(whole_set):
+    argv = flags(whole_set, "--device", "cuda:1")
+    refuse(argv, "--device cuda:1", "--device cpu", untouched=whole_set.parent)
 
 
-NO_MEMORY = {
-    "the computer's, by torch": (
-        RuntimeError("[enforce fail at alloc_cpu.cpp:127] data. DefaultCPUAllocator: can't allocate memory: 4 GB"),
-        "the memory does not suffice",
-    ),
-    "the computer's": (MemoryError(), "the memory does not suffice"),
-    "the GPU's": (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4 GiB."), "the GPU's memory does not"),
-    "the computer's, by C++": (RuntimeError("std::bad_alloc"), r"the memory does not suffice \(std::bad_alloc"),
-    "the computer's, by the system": (OSError(errno.ENOMEM, "Cannot allocate memory"), "the memory does not suffice"),
-    "a data worker's": (
+OURS, GPU_S = "the memory does not suffice", "the GPU's memory does not suffice"
+NO_MEMORY = [
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:127] data. DefaultCPUAllocator: can't allocate memory: 4 GB"), OURS),
+    (RuntimeError("std::bad_alloc"), rf"{OURS} \(std::bad_alloc"),
+    (MemoryError(), OURS),
+    (OSError(errno.ENOMEM, "Cannot allocate memory"), OURS),
+    (
         RuntimeError(
             "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
             "RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
         ),
-        r"the memory does not suffice \(RuntimeError: \[enforce fail\] DefaultCPUAllocator: can't allocate memory",
+        rf"{OURS} \(RuntimeError: \[enforce fail\] DefaultCPUAllocator: can't allocate memory",
     ),
-    **{
-        text: (RuntimeError(text), "the GPU's memory does not suffice")
-        for text in (
-            "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
-            "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed in a non-contiguous input.",
-            "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
-            "FIND was unable to find an engine to execute this computation",
-            "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call",
-            "NCCL Error 1: unhandled cuda error, Cuda failure 2 'out of memory'",
-        )
-    },
-}
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4 GiB."), GPU_S),
+    (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), GPU_S),
+    (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed in a tensor."), GPU_S),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), GPU_S),
+    (RuntimeError("FIND was unable to find an engine to execute this computation"), GPU_S),
+    (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported later"), GPU_S),
+    (RuntimeError("NCCL Error 1: unhandled cuda error, Cuda failure 2 'out of memory'"), GPU_S),
+]
+OTHER_ERRORS = [
+    RuntimeError("mat1 and mat2 shapes cannot be multiplied (size mismatch)"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+    OSError(errno.EIO, "out of memory"),
+]
 
 
-@pytest.mark.parametrize("kind", NO_MEMORY)
-def test_40_memory_that_does_not_suffice_is_told_in_words(kind, tiny_set, monkeypatch):
-    error, text = NO_MEMORY[kind]
+def failing(error: Exception):
+    """A function that fails so, wrapped as the scripts are."""
 
-    def forward(self, batch, iteration):
+    @enough_memory("Lower --batch-size.")
+    def fail() -> None:
         raise error
 
-    monkeypatch.setattr(METHODS["dtml"], "forward", forward)
-    with pytest.raises(UserError, match=f"{text}.* Use --recompute.* Then lower --batch-size, --patch-size or --filters"):
-        train(tiny_set)
-    assert list(tiny_set.parent.rglob("*.pt")) == []
+    return fail
 
 
-def test_40_other_errors_of_torch_are_no_lack_of_memory(tiny_set, monkeypatch):
-    monkeypatch.setattr(METHODS["dtml"], "forward", lambda self, batch, iteration: torch.zeros(2) @ torch.zeros(3))
-    with pytest.raises(RuntimeError, match="size"):
-        train(tiny_set)
-    for error in (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), OSError(errno.EIO, "out of memory")):
-
-        def forward(self, batch, iteration, error=error):
-            raise error
-
-        monkeypatch.setattr(METHODS["dtml"], "forward", forward)
+def test_40_memory_that_does_not_suffice_is_said_in_words_and_nothing_else_is_called_so():
+    for error, text in NO_MEMORY:
+        with pytest.raises(UserError, match=f"{text}.* Lower --batch-size"):
+            failing(error)()
+    for error in OTHER_ERRORS:
         with pytest.raises(type(error), match=str(error)[:9]):
-            train(tiny_set, "--fresh")
+            failing(error)()
 
 
-def test_40_memory_that_does_not_suffice_for_testing_is_told_in_words(tiny_set, checkpoint, monkeypatch):
-    def predict(self, image, outputs):
+@pytest.mark.parametrize("script", ["train", "test"])
+def test_40_both_scripts_say_what_to_lower_where_memory_does_not_suffice(script, tiny_set, checkpoint, monkeypatch):
+    def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(METHODS["dtml"], "predict", predict)
-    argv = ["--checkpoint", str(checkpoint), "--data", str(tiny_set), "--stride", "16", "16", "16"]
-    refuse(argv, "the GPU's memory does not", "Lower --batch-size or", untouched=tiny_set.parent, main=test_la.main)
+    monkeypatch.setattr(METHODS["dtml"], {"train": "forward", "test": "predict"}[script], fail)
+    with pytest.raises(UserError, match=r"the GPU's memory does not suffice.* Lower --batch-size"):
+        if script == "train":
+            train(tiny_set)
+        else:
+            test_la.main(["--checkpoint", str(checkpoint), "--data", str(tiny_set), "--stride", "16", "16", "16"])
+    assert list((tiny_set.parent / "runs").rglob("*.pt")) == []
 
 
 @pytest.mark.parametrize("words", [["--runs", "set/train.list"], ["--name", "x" * 300]], ids=["a file", "too long"])
@@ -419,35 +365,19 @@ def test_35_run_folder_that_cannot_be_made_is_named(words, tiny_set, monkeypatch
 # -- run folders that are there already --
 
 
-def test_35_existing_run_folder_is_left_alone(tiny_set):
-    train(tiny_set)
+def test_35_existing_run_folder_is_left_alone_unless_fresh_moves_it_aside(tiny_set, monkeypatch):
+    runs, first = tiny_set.parent / "runs", train(tiny_set)
+    before = {path.name: path.read_bytes() for path in (runs / "run").iterdir()}
     refuse(flags(tiny_set, "--name", "run"), "runs/run exists", "--resume", "--fresh", untouched=tiny_set.parent)
     refuse(flags(tiny_set, "--name", "run", "--seed", "2"), "runs/run exists", untouched=tiny_set.parent)
-
-
-def test_35_fresh_moves_the_old_run_aside(tiny_set):
-    runs = tiny_set.parent / "runs"
-    first = train(tiny_set)
-    before = {path.name: path.read_bytes() for path in (runs / "run").iterdir()}
+    monkeypatch.setattr("utils.run_folder.time.strftime", lambda *_: "20210101-000000")
     second = train(tiny_set, "--fresh", "--seed", "2")
     (old,) = [path for path in runs.iterdir() if path.name != "run"]
-    assert old.name.startswith("run.")
-    assert {path.name: path.read_bytes() for path in old.iterdir()} == before
+    assert old.name.startswith("run.") and {path.name: path.read_bytes() for path in old.iterdir()} == before
     assert not same_weights(first, second)
-
-
-def test_35_fresh_twice_within_a_second_keeps_every_run(tiny_set, monkeypatch):
-    train(tiny_set)
-    monkeypatch.setattr("utils.run_folder.time.strftime", lambda *_: "20210101-000000")
-    for _ in range(2):
-        train(tiny_set, "--fresh")
-    runs = [path for path in (tiny_set.parent / "runs").iterdir() if (path / "last.pt").exists()]
-    assert len(runs) == 3
-
-
-def test_35_fresh_moves_nothing_when_the_run_cannot_start(tiny_set):
-    train(tiny_set)
-    edit(tiny_set, "case01", image=image(np.nan))
+    train(tiny_set, "--fresh")  # within a second of the one before
+    assert len([path for path in runs.iterdir() if (path / "last.pt").exists()]) == 3
+    edit(tiny_set, "case01", image=image(np.nan))  # a run that cannot start moves nothing
     refuse(flags(tiny_set, "--name", "run", "--fresh"), "case01", untouched=tiny_set.parent)
 
 
@@ -479,16 +409,15 @@ def test_13_resume_with_harmless_options_goes_on(tiny_set):
     assert [row.split(",")[0] for row in (run / "scalars.csv").read_text().splitlines()] == ["iteration", "3"]
 
 
-@pytest.mark.parametrize("how", ["auto", "folder", "file"])
-def test_14_resume_of_a_finished_run_says_so_and_touches_nothing(how, tiny_set, capsys):
+def test_14_resume_of_a_finished_run_says_so_and_touches_nothing(tiny_set, capsys):
     train(tiny_set)
     run = tiny_set.parent / "runs" / "run"
     before = files(tiny_set.parent)
-    capsys.readouterr()
-    argv = {"auto": flags(tiny_set, "--name", "run", "--resume", "auto"), "folder": ["--resume", str(run)]}
-    train_dtml.main(argv.get(how, ["--resume", str(run / "last.pt")]))
-    assert "already done: 1 of 1" in capsys.readouterr().err
-    assert files(tiny_set.parent) == before
+    for argv in (flags(tiny_set, "--name", "run", "--resume", "auto"), ["--resume", str(run)],
+                 ["--resume", str(run / "last.pt")]):  # fmt: skip
+        capsys.readouterr()
+        train_dtml.main(argv)
+        assert "already done: 1 of 1" in capsys.readouterr().err and files(tiny_set.parent) == before
 
 
 def test_13_resume_with_other_volumes_is_refused(tiny_set):
@@ -496,10 +425,6 @@ def test_13_resume_with_other_volumes_is_refused(tiny_set):
     edit(tiny_set, "case05", image=image())
     run = tiny_set.parent / "runs" / "run"
     refuse(["--resume", str(run / "previous.pt")], str(tiny_set), "not those", untouched=tiny_set.parent)
-
-
-def test_14_resume_of_a_folder_that_is_no_run_is_refused(tiny_set):
-    refuse(["--resume", str(tiny_set)], str(tiny_set), "no checkpoint", untouched=tiny_set.parent)
 
 
 # -- checkpoints --
@@ -545,76 +470,11 @@ def test_14_checkpoint_that_is_missing_is_named(script, tmp_path):
 
 
 @BOTH
-@pytest.mark.parametrize("percent", [0, 99.9])
-def test_05_checkpoint_cut_short_is_refused(percent, script, checkpoint):
-    cut(checkpoint, percent / 100)
-    refuse_checkpoint(script, checkpoint, "incomplete or no checkpoint")
-    refuse_checkpoint(script, checkpoint.parent, "incomplete or no checkpoint")
-
-
-def place_of(path: Path, entry: str) -> tuple[int, int]:
-    """Offset and size of the data of one entry of a zip file."""
-    with zipfile.ZipFile(path) as archive:
-        info = next(i for i in archive.infolist() if i.filename.endswith(entry))
-    header = path.read_bytes()[info.header_offset : info.header_offset + 30]
-    names = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-    return info.header_offset + 30 + names, info.file_size
-
-
-def flip(path: Path, place: int, bit: int = 0) -> None:
-    """Flips one bit of a file."""
-    data = bytearray(path.read_bytes())
-    data[place] ^= 1 << bit
-    path.write_bytes(data)
-
-
-@BOTH
-def test_06_one_flipped_bit_of_a_tensor_is_noticed(script, checkpoint):
-    start, size = place_of(checkpoint, "/data/0")
-    flip(checkpoint, start + size // 2)
-    torch.load(checkpoint, weights_only=True)  # torch itself does not notice
-    refuse_checkpoint(script, checkpoint, "damaged", "checksum", "/data/0")
-
-
-class Evil:
-    """Runs a command when it is unpickled."""
-
-    def __init__(self, marker: Path):
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.system, (f"touch '{self.marker}'",)
-
-
-@BOTH
-def test_07_code_in_a_checkpoint_is_not_run(script, checkpoint, tmp_path):
-    marker = tmp_path / "marker"
-    rewrite(checkpoint, seconds=Evil(marker))
-    refuse_checkpoint(script, checkpoint, "not loaded", "nothing in it was run")
-    assert not marker.exists()
-    torch.load(checkpoint, weights_only=False)
-    assert marker.exists(), "the file would have run the command"
-
-
-@BOTH
-@pytest.mark.parametrize("entry", ["options", "method", "iteration"])
-def test_10_checkpoint_that_lacks_something_is_refused(entry, script, checkpoint):
-    rewrite(checkpoint, **{entry: None})
-    refuse_checkpoint(script, checkpoint, entry)
-
-
-@BOTH
-def test_08_weights_that_do_not_fit_are_refused(script, checkpoint):
+def test_08_weights_that_do_not_fit_and_unknown_methods_are_refused(script, checkpoint):
     options = torch.load(checkpoint, weights_only=True)["options"]
-    rewrite(checkpoint, options={**options, "filters": 3})
-    refuse_checkpoint(script, checkpoint, "does not fit")
-
-
-@BOTH
-def test_08_method_unknown_to_this_code_is_refused(script, checkpoint):
-    options = torch.load(checkpoint, weights_only=True)["options"]
-    rewrite(checkpoint, options={**options, "method": "tomorrow"})
-    refuse_checkpoint(script, checkpoint, "tomorrow")
+    for change, text in ({"filters": 3}, "does not fit"), ({"method": "tomorrow"}, "tomorrow"):
+        rewrite(checkpoint, options={**options, **change})
+        refuse_checkpoint(script, checkpoint, text)
 
 
 # -- checkpoints of a method with a critic --
@@ -681,10 +541,10 @@ def test_08_damaged_state_of_a_critic_is_refused(kind, unfinished):
     refuse_checkpoint("resume", unfinished, "does not fit")
 
 
-@pytest.mark.parametrize("state", [{}, "state", {"state": {}, "param_groups": []}], ids=str)
-def test_08_damaged_state_of_the_optimiser_is_refused(state, unfinished):
-    rewrite(unfinished, optimizer=state)
-    refuse_checkpoint("resume", unfinished, "does not fit")
+def test_08_damaged_state_of_the_optimiser_is_refused(unfinished):
+    for state in ({}, "state", {"state": {}, "param_groups": []}):
+        rewrite(unfinished, optimizer=state)
+        refuse_checkpoint("resume", unfinished, "does not fit")
 
 
 # -- flags of the test --
@@ -702,14 +562,7 @@ BAD_TEST_FLAGS = {
 }
 
 
-@pytest.mark.parametrize("words", BAD_TEST_FLAGS)
-def test_34_bad_flag_of_the_test_is_named(words, checkpoint):
-    argv = ["--checkpoint", str(checkpoint), "--stride", "8", "8", "8", *words.split()]
-    refuse(argv, *BAD_TEST_FLAGS[words], untouched=checkpoint.parent.parent, main=test_la.main)
-
-
-def test_21_bad_spacing_is_named(checkpoint, tmp_path):
-    folder = make_set(tmp_path / "other")
-    write_case(folder / "case09" / "mri_norm2.h5", image(), label(), spacing=(1.0, 1.0))
-    argv = ["--checkpoint", str(checkpoint), "--data", str(folder), "--stride", "16", "16", "16"]
-    refuse(argv, "case09", "spacing", untouched=tmp_path, main=test_la.main)
+def test_34_bad_flag_of_the_test_is_named(checkpoint):
+    for words, texts in BAD_TEST_FLAGS.items():
+        argv = ["--checkpoint", str(checkpoint), "--stride", "8", "8", "8", *words.split()]
+        refuse(argv, *texts, untouched=checkpoint.parent.parent, main=test_la.main)

@@ -8,7 +8,6 @@ import train_dtml
 from dataloaders.augmentation import Draw, turn_and_flip
 from dataloaders.cases import Case, read_case
 from methods import METHODS
-from methods.adversary import Adversary
 from utils.checkpoint import load_checkpoint
 from utils.errors import Diverged, UserError
 
@@ -112,18 +111,6 @@ def test_19_a_gradient_alone_is_named_by_its_weights(tiny_set, tmp_path, monkeyp
     assert flat(last["optimizer"]) == flat(kept["optimizer"]), "the optimiser's moments are those of before, too"
     out = replayed(tmp_path / "run", capsys)
     assert "now:   the gradient of M_s.encoder.0.0.weight" in out and "now:   1 of" in out
-
-
-def test_18_a_critic_s_loss_is_replayed_by_the_critic_s_step(tiny_set, tmp_path, monkeypatch, capsys):
-    real = Adversary.step
-
-    def step(self, loss, batch, iteration):
-        spoil = float("nan") if iteration == 2 else 1.0
-        return real(self, lambda critic: loss(critic) * spoil, batch, iteration)
-
-    monkeypatch.setattr(Adversary, "step", step)
-    diverge(tiny_set, tmp_path / "run", "--method", "sassnet")
-    assert "now:   at iteration 2 the loss critic is not finite" in replayed(tmp_path / "run", capsys)
 
 
 # What is no diagnostic file, or cannot be written.

@@ -7,12 +7,10 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from conftest import make_set
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_checkpoint_faults import bounded_memory
 
-import train_dtml
 from dataloaders.cases import Case, CaseError, case_file, find_cases, read_case, read_geometry, read_list
 from settings import read_options
 from utils.errors import UserError
@@ -104,19 +102,6 @@ def test_21_h5_that_leads_elsewhere_or_claims_terabytes_is_refused_from_its_head
         read_case(Case("a", tmp_path / "a.h5", True))
 
 
-def test_21_links_and_sizes_are_named_before_the_first_iteration(tmp_path):
-    data = make_set(tmp_path / "set")
-    for case, how in {"case01": external_link, "case05": terabytes}.items():
-        with h5py.File(data / case / "mri_norm2.h5", "r+") as f:
-            del f["image"]
-            how(f, "image", NOISE)
-    with pytest.raises(UserError, match=r"2 cases are not usable") as refused:
-        train_dtml.main(
-            ["--data", str(data), "--labeled", "4", "--patch-size", "16", "16", "16", "--runs", str(tmp_path)]
-        )
-    assert "'image' is a link" in str(refused.value) and "'image' claims" in str(refused.value)
-
-
 def test_21_a_file_that_is_no_file_is_not_waited_for(tmp_path):
     """A pipe, whose opening would wait for a writer that never comes."""
     (tmp_path / "case").mkdir()
@@ -192,18 +177,6 @@ def test_34_any_words_are_options_or_a_user_s_mistake(tmp_path, words):
         assert str(e)[-1] in ".?" or "\n" in str(e)
         return
     assert state is None and options.lr >= 0 and isinstance(folder, Path)
-
-
-@settings(STEADY, max_examples=200)
-@given(st.text(max_size=60))
-def test_34_any_text_is_an_options_file_or_a_user_s_mistake(tmp_path, text):
-    (tmp_path / "options.txt").write_text(text, encoding="utf-8", errors="surrogatepass")
-    try:
-        words = Parser().expand([f"@{tmp_path / 'options.txt'}"])
-    except UserError as e:
-        assert "options.txt" in str(e)
-    else:
-        assert all(isinstance(word, str) for word in words)
 
 
 @pytest.fixture(scope="module")

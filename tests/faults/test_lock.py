@@ -43,7 +43,7 @@ def forked(function, *words):
 
 
 def wait_for(condition):
-    patience = time.monotonic() + 60
+    patience = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < patience, "it did not come about"
         time.sleep(0.01)
@@ -142,17 +142,6 @@ def test_41_a_stale_lock_is_recognised(kind, tmp_path, monkeypatch, capsys):
         assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
         assert "without a word" in capsys.readouterr().err
     assert not (tmp_path / LOCK).exists()
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", "{", "[]", "[" * 10_000, "\udcff", '{"pid": "x"}', '{"pid": -1, "born": "", "host": "", "job": ""}', "\0"],
-)
-def test_41_a_lock_that_says_nothing_is_none(text, tmp_path):
-    (tmp_path / LOCK).write_text(text, errors="surrogateescape")
-    refuse_locked(tmp_path)
-    with run_lock(tmp_path), pytest.raises(UserError):
-        refuse_locked(tmp_path)
 
 
 def take_turns(folder, count, log):

@@ -1,34 +1,24 @@
 """A run that was stopped, killed or resumed equals one that was not, bit for bit."""
 
 import csv
-import errno
-import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-from multiprocessing import active_children
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, TINY, flat, make_set, method_words
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.summary.writer import event_file_writer
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 import train_dtml
 from dataloaders import volumes
 from dataloaders.two_stream import Patches
 from methods import METHODS
 from utils import checkpoint
-from utils.checkpoint import load_checkpoint
 from utils.devices import seed_iteration
 from utils.errors import Stopped, UserError
-from utils.report import Report
 
 N = 9
 FLAGS = [*TINY, "--batch-size", "2", "--iterations", str(N), "--log-every", "1"]
@@ -126,26 +116,15 @@ def assert_same_run(folder, expected):
     """Weights, batch-norm buffers, optimisers, data and curves are equal to the last bit, teachers and critics too."""
     a, b = load(folder), load(expected)
     for part in ("method", "optimizer", "iteration", "checksums"):
-        found, wanted = flat(a[part]), flat(b[part])
-        assert list(found) == list(wanted)
-        assert [name for name in wanted if found[name] != wanted[name]] == [], f"{part} differs"
+        ours, theirs = flat(a[part]), flat(b[part])
+        assert list(ours) == list(theirs)
+        assert [name for name in theirs if ours[name] != theirs[name]] == [], f"{part} differs"
     assert (folder / "scalars.csv").read_text() == (expected / "scalars.csv").read_text()
 
 
 def iterations_of(folder):
     with open(folder / "scalars.csv", newline="") as f:
         return [int(row["iteration"]) for row in csv.DictReader(f)]
-
-
-def test_11_the_comparison_sees_the_critic_s_optimiser(undisturbed, tmp_path):
-    shutil.copytree(undisturbed("asdnet"), tmp_path / "run")
-    state = load(tmp_path / "run")
-    adam = state["method"]["adversary._extra_state"]["state"]
-    assert all(moments["step"] == N and moments["exp_avg_sq"].abs().sum() > 0 for moments in adam.values())
-    adam[max(adam)]["exp_avg"].view(torch.int32)[-1] ^= 1
-    torch.save(state, tmp_path / "run" / "last.pt")
-    with pytest.raises(AssertionError, match=r"adversary\._extra_state/state/\d+/exp_avg"):
-        assert_same_run(tmp_path / "run", undisturbed("asdnet"))
 
 
 # After the first iteration, at the end of an epoch, within one.
@@ -262,26 +241,6 @@ def test_17_a_killed_worker_is_named_with_its_case_and_the_run_goes_on_from_its_
     assert_same_run(tmp_path / "run", undisturbed())
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_17_a_worker_whose_pipe_breaks_before_its_end_is_seen_is_named_all_the_same(data, tmp_path, monkeypatch):
-    """Its batches pass through a socket of its own, which a kill closes a moment before the process is gone."""
-    real, pid, others = _MultiProcessingDataLoaderIter._try_get_data, tmp_path / "pid", set(active_children())
-
-    def broken(batches, *timeout):
-        if not (tmp_path / "run" / "last.pt").exists():
-            return real(batches, *timeout)
-        victim = batches._workers[0].pid
-        pid.write_text(str(victim))
-        threading.Timer(0.2, os.kill, (victim, signal.SIGKILL)).start()
-        raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
-
-    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_try_get_data", broken)
-    with pytest.raises(RuntimeError, match=r"data worker \d+ was killed while it read case0\d .*mri_norm2.h5") as error:
-        train(data, tmp_path / "run", "--workers", "2", "--save-every", "2")
-    assert f"worker {pid.read_text()} was" in str(error.value)
-    assert others.issuperset(active_children())  # though the error holds the loader
-
-
 def test_42_a_run_that_moved_to_another_computer_with_another_clock_goes_on(
     data, undisturbed, after_step, tmp_path, monkeypatch
 ):
@@ -306,34 +265,13 @@ def crash_after(k):
     return crash
 
 
-@pytest.mark.parametrize("behind", [0, 3600])
-def test_11_curves_of_a_run_resumed_at_once_or_where_the_clock_is_behind_are_whole(behind, tmp_path, monkeypatch):
-    first = time.time()
-    for i, start in enumerate([0, 4, 6]):
-        now = first - i * behind
-        with monkeypatch.context() as clock:
-            clock.setattr(time, "time", lambda now=now: now)
-            clock.setattr(event_file_writer, "_global_uid", SimpleNamespace(get=lambda i=i: 9 + i))  # 10 sorts before 9
-            with Report(tmp_path, start=start, iterations=8, log_every=1) as report:
-                for step in range(start, start + 4):
-                    report.board.add_scalar("lr", i, step)
-    board = EventAccumulator(str(tmp_path)).Reload()
-    assert [(event.step, event.value) for event in board.Scalars("lr")] == [
-        *((step, 0) for step in range(4)),
-        *((step, 1) for step in (4, 5)),
-        *((step, 2) for step in range(6, 10)),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("hook", "end", "every"), [(signal_after(4), Stopped, 1), (crash_after(7), ZeroDivisionError, 2)]
-)
 def test_11_tensorboard_and_scalars_csv_of_a_resumed_run_have_each_iteration_once_and_count_alike(
-    hook, end, every, data, after_step, tmp_path
+    data, after_step, tmp_path
 ):
+    every = 2
     words = ["--save-every", "4", "--picture-every", "4", "--log-every", str(every)]
-    after_step(hook)
-    with pytest.raises(end):
+    after_step(crash_after(7))
+    with pytest.raises(ZeroDivisionError):
         train(data, tmp_path / "run", *words)
     after_step(None)
     train(data, tmp_path / "run", *words, "--resume", "auto")
@@ -375,30 +313,12 @@ def test_11_any_checkpoint_of_a_run_resumes_it(source, done, data, undisturbed, 
 
 
 def test_14_resume_auto_starts_again_what_ended_before_its_first_checkpoint(data, undisturbed, after_step, tmp_path):
-    def crash(iteration):
-        if iteration == 2:
-            raise ZeroDivisionError
-
-    after_step(crash)
+    after_step(crash_after(3))
     with pytest.raises(ZeroDivisionError):
         train(data, tmp_path / "run", "--resume", "auto")
     after_step(None)
     train(data, tmp_path / "run", "--resume", "auto")
     assert_same_run(tmp_path / "run", undisturbed())
-
-
-def test_14_a_run_killed_after_its_last_checkpoint_is_told_its_speed(data, tmp_path):
-    train(data, tmp_path / "run")
-    path = tmp_path / "run" / "manifest.json"
-    whole = json.loads(path.read_text())
-    left = {key: value for key, value in whole.items() if key not in ("wall_s", "iterations_per_s", "time_shares")}
-    path.write_text(json.dumps(left))
-    train(data, tmp_path / "run", "--resume", "auto")
-    found = json.loads(path.read_text())
-    seconds = load_checkpoint(tmp_path / "run")["seconds"]
-    assert found["wall_s"] == round(seconds, 1) and 0.5 * whole["wall_s"] - 0.1 <= found["wall_s"] <= whole["wall_s"]
-    assert found["iterations_per_s"] == round(found["options"]["iterations"] / seconds, 4)
-    assert {key: found[key] for key in left} == left
 
 
 # A process of its own: real signals, its workers, kill -9.
@@ -407,52 +327,31 @@ DRIVER = """
 import sys, time
 from pathlib import Path
 import train_dtml
-from dataloaders.two_stream import Patches
 from methods import METHODS
 from utils.errors import run
 
-place, where, at = Path(__file__).parent, sys.argv.pop(1), int(sys.argv.pop(1))
-make = Patches.__getitem__
+place, at = Path(__file__).parent, int(sys.argv.pop(1))
 
-def pause(iteration):
+def pause(self, batch, iteration):
     if iteration == at:
         (place / "ready").touch()
         while not (place / "go").exists():
             time.sleep(0.01)
-        if where == "error":
-            raise ZeroDivisionError
 
-def halted(self, slot):
-    pause(slot.step)
-    return make(self, slot)
-
-if where == "crops":
-    Patches.__getitem__ = halted
-else:
-    METHODS["dtml"].after_step = lambda self, batch, iteration: pause(iteration)
+METHODS["dtml"].after_step = pause
 run(train_dtml.main)
 """
 
 
 class Paused:
-    """A training process, halted inside iteration `at`, in a process group of its own: after the step, or while the
-    crops are made; after the step too where an error is raised as it goes on."""
+    """A training process, halted after the step of iteration `at`, in a process group of its own."""
 
-    def __init__(self, data, place, at, *flags, where="step"):
+    def __init__(self, data, place, at, *flags):
         self.place = place
         (place / "driver.py").write_text(DRIVER)
+        words = ["--data", str(data), *FLAGS, *in_folder(place / "run"), *flags]
         self.process = subprocess.Popen(
-            [
-                sys.executable,
-                "driver.py",
-                where,
-                str(at),
-                "--data",
-                str(data),
-                *FLAGS,
-                *in_folder(place / "run"),
-                *flags,
-            ],
+            [sys.executable, "driver.py", str(at), *words],
             cwd=place,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             start_new_session=True,
@@ -460,7 +359,7 @@ class Paused:
             stderr=subprocess.PIPE,
             text=True,
         )
-        patience = time.monotonic() + 60
+        patience = time.monotonic() + 300
         while not (place / "ready").exists():
             assert self.process.poll() is None, self.process.stderr.read()
             assert time.monotonic() < patience, "the training did not begin"
@@ -474,7 +373,7 @@ class Paused:
     def end(self):
         try:
             # Workers share stderr, which therefore ends with the last of them.
-            _, err = self.process.communicate(timeout=30)
+            _, err = self.process.communicate(timeout=120)
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
             pytest.fail("the training or one of its workers did not end")
@@ -505,28 +404,6 @@ def test_15_a_signalled_process_saves_and_leaves_no_worker(
     else:
         train_dtml.main(["--resume", str(tmp_path / "run")])
     assert_same_run(tmp_path / "run", undisturbed())
-
-
-@pytest.mark.slow
-def test_15_a_group_signalled_while_it_waits_for_a_batch_keeps_its_workers_until_it_has_saved(data, tmp_path):
-    paused = Paused(data, tmp_path, 4, "--workers", "1", "--log-every", "1", where="crops")
-    log = tmp_path / "run" / "log.txt"
-    while not (log.exists() and f"4/{N} " in log.read_text()):  # the next batch is the one that does not come
-        assert paused.process.poll() is None, paused.process.stderr.read()
-        time.sleep(0.02)
-    os.killpg(paused.process.pid, signal.SIGTERM)
-    time.sleep(0.2)
-    returncode, err = paused.go()
-    assert returncode == 143, err
-    assert load(tmp_path / "run")["iteration"] == 5
-
-
-@pytest.mark.slow
-def test_17_a_process_that_ends_by_an_error_does_end_and_leaves_no_worker(data, tmp_path):
-    paused = Paused(data, tmp_path, 1, "--workers", "2", "--save-every", "1", where="error")
-    returncode, err = paused.go()
-    assert returncode == 1 and "ZeroDivisionError" in err
-    assert load(tmp_path / "run")["iteration"] >= 1
 
 
 @pytest.mark.slow

@@ -3,15 +3,13 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from multiprocessing import active_children
 
 import pytest
 import torch
-from conftest import ROOT, TINY, flat, make_set
+from conftest import TINY, flat, make_set
 
 import train_dtml
 from dataloaders import watched
@@ -115,25 +113,3 @@ def test_17_a_worker_that_died_of_a_page_without_memory_blames_the_shared_memory
     monkeypatch.setattr(Patches, "__getitem__", struck)
     with pytest.raises(UserError, match=r"was killed while it read case0\d .*/dev/shm has .*--workers 0"):
         train_dtml.main(words(data, tmp_path / "run"))
-
-
-@pytest.mark.slow
-def test_17_a_real_shared_memory_that_is_too_small_ends_the_run_and_without_workers_it_goes_on(data, tmp_path):
-    """A private mount, so nothing else sees it; 64 KiB hold the queues and no batch of four crops of 32 x 16 x 16."""
-    if subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"], capture_output=True).returncode:
-        pytest.skip("no private mounts here")
-
-    def train(*more):
-        command = [sys.executable, "train_dtml.py", *words(data, tmp_path / "run", "--resume", "auto", *more)]
-        mount = 'mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$@"'
-        mounted = ["unshare", "-m", "sh", "-c", mount, "sh", *command]
-        return subprocess.run(mounted, cwd=ROOT, capture_output=True, text=True, timeout=120)
-
-    wide = ["--batch-size", "4", "--patch-size", "32", "16", "16"]
-    told = train(*wide)
-    assert told.returncode == 2 and "Traceback" not in told.stderr
-    # image float32 and, of the half with labels, uint8
-    assert f"its batch of {32 * 16 * 16 * (4 * 4 + 2) / 2**20:.1f} MiB" in told.stderr
-    assert "/dev/shm has 0.1 MiB" in told.stderr and "--workers 0" in told.stderr
-    done = train(*wide, "--workers", "0")
-    assert done.returncode == 0 and "done: 6 iterations" in done.stderr
