@@ -170,7 +170,7 @@ class Options:
     picture_every: int = option(500, "iterations between pictures; 0: none", harmless=True, minimum=0, only_if=TRAINS)
 
 
-NOT_REPLAYED = {"resume", "from_diagnostic", "fresh"}
+NOT_REPLAYED = {"resume", "from_diagnostic", "fresh", "channels"}
 EVERY = {
     "method", "preset", "data", "profile", "labeled", "downsample", "patch_size", "augment", "iterations", "batch_size",
     "lr", "lr_steps", "lr_gamma", "momentum", "weight_decay", "seed",

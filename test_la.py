@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dataloaders.cases import Case, known_spacing, lists_of, read_case, read_geometry, validation_of
+from dataloaders.channels import refuse_other_channels
 from dataloaders.class_names import class_names
 from dataloaders.images import write_image
 from dataloaders.normalization import normalized
@@ -47,7 +48,7 @@ from evaluation.sliding_window import (
 from methods.released import RELEASED, load_trained
 from networks.backbone import PRECISIONS, set_precision
 from tools.report_page import write_report
-from utils.checkpoint import BEST, unfinished, write_whole
+from utils.checkpoint import BEST, channels_of_state, unfinished, write_whole
 from utils.devices import choose_device, enough_memory, keep_freed_memory, refuse_precision, set_arithmetic
 from utils.distributed import RANK, RANKS, in_turn, process_group
 from utils.errors import UserError, run
@@ -206,7 +207,10 @@ def main(argv: list[str] | None = None) -> None:
     if unfinished(state) and RANK == 0:
         print(f"warning: {path} is not finished: {unfinished(state)}.", file=sys.stderr)
     folder, seen = Path(o.data or trained["data"]), state["checksums"]  # empty for bare weights
-    cases, shapes = open_cases(folder, names_of(folder, o.scans, seen), classes, seen, state.get("images", {}))
+    cases, shapes = open_cases(
+        folder, names_of(folder, o.scans, seen), classes, seen, state.get("images", {}), method.options.channels
+    )
+    refuse_other_channels(folder, channels_of_state(state))
     if o.nsd_tolerance is not None:
         refuse_unknown_spacing(cases, folder, o.nsd_tolerance)
     count = sum(len(windows([-(-side // downsample) for side in shape], patch_size, stride)) for shape in shapes)

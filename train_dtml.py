@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from dataloaders.channels import channel_names, channels_of_set
 from dataloaders.diagnostic import kept_for_diagnosis
 from dataloaders.findings import warnings_of
 from dataloaders.orientation import common_orientation
@@ -171,6 +172,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # method and data
     kind = METHODS[o.method]
+    if state is None:
+        method_options.channels = channels_of_set(Path(o.data))
     torch.manual_seed(o.seed)
     method = restore(state) if state else kind(method_options, iterations=o.iterations)
     origin = load_checkpoint(Path(o.init)) if o.init and state is None else None
@@ -187,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
     cases, problems, labeled_batch = training_cases(
         Path(o.data), labeled=o.labeled, unlabeled=o.unlabeled, batch_size=o.batch_size,
         labeled_batch=o.labeled_batch, patch_size=o.patch_size, multiple=kind.side_multiple,
-        classes=method_options.classes,
+        classes=method_options.classes, channels=method_options.channels,
     )  # fmt: skip
     if method.needs_unlabeled and labeled_batch == o.batch_size:
         raise UserError(
@@ -202,7 +205,10 @@ def main(argv: list[str] | None = None) -> None:
     if state is None:
         refuse_classes(cases, volumes.facts, method_options.classes)
     images = volumes.fingerprints | earlier_images(origin, state, volumes.fingerprints)
-    validation, _ = open_cases(Path(o.data), to_validate, method_options.classes, volumes.checksums, images)
+    validation, _ = open_cases(
+        Path(o.data), to_validate, method_options.classes, volumes.checksums, images, method_options.channels
+    )
+    names = channel_names(Path(o.data), method_options.channels)
     method.to(device)
     choose_arithmetic(method, o, device)
     trained = [p for p in method.parameters() if p.requires_grad]  # not a teacher or a critic
@@ -236,7 +242,7 @@ def main(argv: list[str] | None = None) -> None:
         return {
             "options": everything, "iteration": done, "seconds": time.monotonic() - began,
             "checksums": volumes.checksums, "images": images, "processes": RANKS, "spacing": spacing,
-            "orientation": orientation,
+            "orientation": orientation, "channel_names": names,
             "method": method.state_dict(), "optimizer": optimizer.state_dict(), **({"best": best} if best else {}),
         }  # fmt: skip
 
@@ -257,6 +263,7 @@ def main(argv: list[str] | None = None) -> None:
                 chosen = {name: flags.get(name) for name in replay} if start == 0 else replay
                 write_whole(folder / OPTIONS, options_file(chosen, replay).encode())
             manifest = make_manifest(device, processes=RANKS, options=replay, checksums=volumes.checksums,
+                                     channel_names=names,
                                      **({"init": began_from} if began_from else {}))  # fmt: skip
             manifest = start_manifest(folder, start, manifest)
             report.text({"options": replay, "manifest": {k: v for k, v in manifest.items() if k not in LONG}})

@@ -4,10 +4,13 @@ No paper does this. LA's published volumes were normalised over the whole scan a
 of the cropped volumes therefore range from 0.31 to 1.66.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from utils.channels import with_channels
 
 NORMALIZATIONS = ("none", "scan")
 CLIPPED = (0.5, 99.5)
@@ -50,7 +53,20 @@ def scaling_of(image: NDArray[np.float32], kind: str) -> Scaling | None:
     return Scaling(low, high, float(mean), sd or 1.0)  # resampling can make a scan constant
 
 
+def scalings_of(image: NDArray[np.float32], kind: str) -> list[Scaling] | None:
+    """`scaling_of` each channel of (W,H,D) or (K,W,H,D); None for kind 'none'."""
+    scalings = [scaling for channel in with_channels(image) if (scaling := scaling_of(channel, kind)) is not None]
+    return scalings or None
+
+
+def scaled(image: NDArray[np.float32], scalings: Sequence[Scaling] | None) -> NDArray[np.float32]:
+    """Scales each channel of a whole image or a part of it, (W,H,D) or (K,W,H,D)."""
+    if scalings is None:
+        return image
+    channels = [scaling(channel) for scaling, channel in zip(scalings, with_channels(image), strict=True)]
+    return channels[0] if image.ndim == 3 else np.stack(channels)
+
+
 def normalized(image: NDArray[np.float32], kind: str) -> NDArray[np.float32]:
-    """Scales a whole volume (W,H,D), see `scaling_of`."""
-    scaling = scaling_of(image, kind)
-    return image if scaling is None else scaling(image)
+    """Scales each channel of a whole image (W,H,D) or (K,W,H,D), see `scaling_of`."""
+    return scaled(image, scalings_of(image, kind))

@@ -12,6 +12,7 @@ from dataloaders.augmentation import Draw, draw_augmentation, random_intensities
 from dataloaders.volumes import Volumes
 from dataloaders.watched import Noted, WatchedLoader
 from losses.sdm import signed_distance_map
+from utils.channels import with_channels
 from utils.errors import StopSignal, ignore_stop_signals
 from utils.resample import pad, padding
 
@@ -94,7 +95,7 @@ class TwoStreamBatchSampler(Sampler[list[Slot]]):
 class Patches(Dataset[dict[str, Any]]):
     """Augmented crops, indexed by a Slot.
 
-    An item holds image (1,w,h,d) float32 and case (its name). A labeled case also has label (w,h,d) uint8 and, with
+    An item holds image (K,w,h,d) float32 and case (its name). A labeled case also has label (w,h,d) uint8 and, with
     `sdm`, sdm (C,w,h,d) float32 in [-1,1].
 
     Args:
@@ -135,7 +136,8 @@ class Patches(Dataset[dict[str, Any]]):
         draws, generator = self.draws(slot)
         item, *second = (self.crop(slot.case, draw) for draw in draws)
         for crop in (item, *second) if self.intensity else ():
-            crop["image"] = random_intensities(crop["image"], generator, self.intensity)
+            channels = [random_intensities(channel, generator, self.intensity) for channel in crop["image"]]
+            crop["image"] = torch.stack(channels)
         for crop in second:
             item |= {f"other_{name}": crop[name] for name in ("image", "label") if name in crop}
         return item
@@ -152,9 +154,9 @@ class Patches(Dataset[dict[str, Any]]):
         # Along sides shorter than the box the whole volume is taken and padded with zeros at both ends.
         box = tuple(slice(a, min(a + s, side)) for a, s, side in zip(draw.start, draw.size, shape, strict=True))
         image, label = self.volumes.read(case, box)  # type: ignore[arg-type]
-        margins = padding(image.shape, draw.size)
+        margins = padding(image.shape[-3:], draw.size)
         item: dict[str, Any] = {
-            "image": turn_and_flip(pad(image, margins), draw)[None],
+            "image": with_channels(turn_and_flip(pad(image, margins), draw)),
             "case": self.volumes.cases[case].name,
         }
         if label is not None:

@@ -28,9 +28,9 @@ from utils.checkpoint import load_checkpoint
 from utils.errors import Diverged, UserError
 from utils.options import default_of
 
-OPENED = 4 * 8 + 2 * 4
-"""h5 files that a run on the set opens at its start: all 8 for the volumes and, thrice, for where they lie in mm; the 4
-labeled ones to see that they have a label, and for their spacing."""
+OPENED = 1 + 4 * 8 + 2 * 4
+"""h5 files that a run on the set opens at its start: the first for the number of its channels; all 8 for the volumes
+and, thrice, for where they lie in mm; the 4 labeled ones to see that they have a label, and for their spacing."""
 BASE = [*TINY, "--device", "cpu", "--iterations", "3", "--log-every", "1"]
 
 
@@ -640,8 +640,8 @@ def test_output_named_twice_counts_once(finished, tmp_path):
 
 
 def names(cls: type) -> set[str]:
-    """The options of a dataclass."""
-    return {f.name for f in dataclasses.fields(cls)}
+    """The options of a dataclass that are flags."""
+    return {f.name for f in dataclasses.fields(cls) if f.metadata["flag"]}
 
 
 def test_every_flag_is_tested_here():
@@ -681,7 +681,7 @@ def test_help_lists_every_option_with_its_default(script, capsys):
     else:
         classes = [settings.Options, METHODS[script].Options]
         shown = help_of(train_dtml.main, ["--method", script], capsys)
-    fields = [f for cls in classes for f in dataclasses.fields(cls)]
+    fields = [f for cls in classes for f in dataclasses.fields(cls) if f.metadata["flag"]]
     assert set(shown) == {"-h", *("--" + f.name.replace("_", "-") for f in fields)}
     for f in fields:
         text, default = shown["--" + f.name.replace("_", "-")], default_of(f)
