@@ -8,11 +8,11 @@
 
 A scan is NIfTI (.nii, .nii.gz), NRRD, MetaImage or an h5 case. Its axes are brought to the orientation of the training
 cases. It is normalised to zero mean and unit variance over all its voxels, as `python -m tools.convert` does it, and
-resampled to the spacing of the training cases. It is predicted in windows, and the result is brought back: the
-segmentation has the scan's own format, size, spacing, origin and direction. A NIfTI has the scan's own header. An h5
-case is taken as normalised, and its segmentation is NIfTI. The last table on stdout gives each class's volume. The
-channels of a scan, for a network that was trained on several, are files NAME_0000, NAME_0001, ..., any files joined by
-commas, t1.nii.gz,t2.nii.gz, or one 4-D NIfTI.
+resampled to the spacing of the training cases, then scaled by --normalize of the training. It is predicted in windows,
+and the result is brought back: the segmentation has the scan's own format, size, spacing, origin and direction. A
+NIfTI has the scan's own header. An h5 case is taken as normalised, and its segmentation is NIfTI. The last table on
+stdout gives each class's volume. The channels of a scan, for a network that was trained on several, are files
+NAME_0000, NAME_0001, ..., any files joined by commas, t1.nii.gz,t2.nii.gz, or one 4-D NIfTI.
 """
 
 import dataclasses
@@ -30,6 +30,7 @@ import torch
 from dataloaders.cases import CaseError
 from dataloaders.channels import Scan, scans_of
 from dataloaders.images import INTERPOLATORS, WRITTEN_AS, ending_of, write_image
+from dataloaders.normalization import normalization_of
 from evaluation.scores import as_csv
 from evaluation.sliding_window import WEIGHTINGS, flips_option, half_a_patch, refuse_window, three_voxels
 from methods.released import RELEASED, load_trained
@@ -107,12 +108,10 @@ def load_model(o: Options, device: torch.device) -> Model:
     for state in states:
         if unfinished(state):
             print(f"warning: {state['file']} is not finished: {unfinished(state)}.", file=sys.stderr)
-    for name, usual in (("downsample", 1), ("classes", 1), ("channels", 1), ("normalize", "none")):
-        values = {options.get(name, usual) for options in trained}
+    for name, usual in (("downsample", 1), ("classes", 1), ("channels", 1), ("normalize", "none"), ("window", None)):
+        values = {str(options.get(name, usual)) for options in trained}
         if len(values) > 1:
-            raise UserError(
-                f"the checkpoints differ in --{name}: {', '.join(map(str, sorted(values)))}. Average like with like."
-            )
+            raise UserError(f"the checkpoints differ in --{name}: {', '.join(sorted(values))}. Average like with like.")
     channels = [channels_of_state(state) for state in states]
     if any(names != channels[0] for names in channels) and len(channels[0]) > 1:
         shown = "; ".join(sorted({", ".join(names) for names in channels}))
@@ -149,7 +148,7 @@ def load_model(o: Options, device: torch.device) -> Model:
     taken = [o.output or names[0] for names in outputs]
     classes = trained[0].get("classes", 1)
     return Model(
-        list(methods), taken, trained[0]["downsample"], trained[0].get("normalize", "none"), sizes.pop(),
+        list(methods), taken, trained[0]["downsample"], normalization_of(trained[0]), sizes.pop(),
         spacing or None, orientation, classes, o.flips, channels[0],
     )  # fmt: skip
 

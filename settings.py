@@ -99,11 +99,16 @@ class Options:
     patch_size: list[int] = option([112, 112, 80], "voxels of a crop along x, y, z", group="data", nargs=3, minimum=1)
     normalize: str = option(
         "none",
-        "scan: each volume is clipped to its 0.5 and 99.5 percentiles, then scaled to zero mean and unit variance, in "
-        "tests and predictions too",
+        "how intensities are scaled, in tests and predictions too. scan: each volume is clipped to its 0.5 and 99.5 "
+        "percentiles, then has zero mean and unit variance; foreground: zero mean and unit variance over the voxels "
+        "that are not 0 in the scan; window: --window becomes 0 to 1",
         group="data",
         choices=NORMALIZATIONS,
     )
+    window: list[float] | None = option(
+        None, "LEVEL WIDTH of --normalize window, in the scan's own intensities, such as 40 400 HU (default none)",
+        group="data", type=float, nargs=2, only_if={"normalize": ("window",)},
+    )  # fmt: skip
     augment: str = option("d4", "turns and flips of a crop", group="data", choices=AUGMENTATIONS)
     intensity: float = option(0.0, "intensity augmentation: random gamma, contrast and brightness, up to this "
                               "strength; 0: none", group="data", minimum=0, maximum=2)  # fmt: skip
@@ -340,6 +345,10 @@ def settle(flags: dict[str, Any], kind: type[Method]) -> tuple[Options, Method.O
         return next(getattr(part, name) for part in options if hasattr(part, name))
 
     refuse_idle(flags, [Options, kind.Options], values_of(o, method_options, kind), without, WHY)
+    if o.normalize == "window" and o.window is None:
+        raise UserError("--normalize window needs --window LEVEL WIDTH, as --window 40 400 for the abdomen in CT.")
+    if o.window is not None and not (math.isfinite(o.window[0]) and 0 < o.window[1] < math.inf):
+        raise UserError(f"--window {o.window[0]:g} {o.window[1]:g}: the width must be above 0, and both be finite.")
     never = [step for step in flags.get("lr_steps") or () if step >= o.iterations]
     if never:
         raise UserError(f"--lr-steps {never[0]} never comes in --iterations {o.iterations}. Give steps below that.")

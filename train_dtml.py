@@ -25,6 +25,7 @@ import torch
 from dataloaders.channels import channel_names, channels_of_set
 from dataloaders.diagnostic import kept_for_diagnosis
 from dataloaders.findings import warnings_of
+from dataloaders.normalization import normalization_of
 from dataloaders.orientation import common_orientation
 from dataloaders.training import median_spacing, refuse_classes, training_cases, validation_names
 from dataloaders.two_stream import Patches, TwoStreamBatchSampler, make_loader
@@ -198,15 +199,16 @@ def main(argv: list[str] | None = None) -> None:
             "out --unlabeled 0."
         )
     to_validate = validation_names(Path(o.data)) if o.validate_every else []
+    normalize = normalization_of(dataclasses.asdict(o))
     volumes = Volumes(
         cases, cache=o.cache, folder=Path(o.cache_folder or Path(o.data, ".cache")), downsample=o.downsample,
-        normalize=o.normalize, device=device, problems=problems,
+        normalize=normalize, device=device, problems=problems,
     )  # fmt: skip
     if state is None:
         refuse_classes(cases, volumes.facts, method_options.classes)
     images = volumes.fingerprints | earlier_images(origin, state, volumes.fingerprints)
     validation, _ = open_cases(
-        Path(o.data), to_validate, method_options.classes, volumes.checksums, images, method_options.channels
+        Path(o.data), to_validate, method_options.classes, volumes.checksums, images, method_options.channels, normalize
     )
     names = channel_names(Path(o.data), method_options.channels)
     method.to(device)
@@ -296,7 +298,7 @@ def main(argv: list[str] | None = None) -> None:
             if validation and (done % o.validate_every == 0 or done == o.iterations):
                 watch.settle()
                 scores["dice/validation"] = dice = validation_dice(
-                    method, validation, device, downsample=o.downsample, normalize=o.normalize,
+                    method, validation, device, downsample=o.downsample, normalize=normalize,
                     patch_size=o.patch_size, batch_size=o.batch_size,
                 )  # fmt: skip
                 clock.lap("validation")

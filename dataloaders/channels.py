@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from dataloaders.cases import UNTOLD, CaseError, case_file, lists_of
 from dataloaders.class_names import DATASET, read_dataset
-from dataloaders.images import Geometry, read_image, same_grid, scan_name
+from dataloaders.images import Geometry, normalise, read_image, same_grid, scan_name
+from utils.channels import with_channels
 from utils.errors import UserError
 
 NUMBERED = re.compile(r"(.+)_(\d{4})")
@@ -110,6 +111,17 @@ def read_channels(paths: Sequence[Path]) -> tuple[NDArray[np.float32], Geometry]
             )
         channels.append(image)
     return np.stack(channels), first
+
+
+def normalise_channels(image: NDArray[np.float32]) -> tuple[NDArray[np.float32], list[tuple[float, float]]]:
+    """`normalise` of each channel of (W,H,D) or (K,W,H,D); the scaled image, and each channel's mean and sd before.
+
+    Raises:
+        CaseError: for a channel that is constant.
+    """
+    parts = [normalise(channel) for channel in with_channels(image)]
+    scaled = parts[0][0] if image.ndim == 3 else np.stack([channel for channel, *_ in parts])
+    return scaled, [(mean, sd) for _, mean, sd in parts]
 
 
 def described(shape: Sequence[int], geometry: Geometry) -> str:

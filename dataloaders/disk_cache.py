@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from dataloaders.cases import Case, CaseError, refuse_channels
 from dataloaders.likeness import DIGITS
-from dataloaders.normalization import Scaling, normalized, scalings_of
+from dataloaders.normalization import NONE, Normalization, Scaling, scaled, scalings_of_case
 from utils.checkpoint import write_whole
 from utils.distributed import RANK
 from utils.errors import UserError
@@ -54,10 +54,10 @@ class Checks:
 
     Args:
         folder: folder of the entries, or None.
-        normalize: one of dataloaders.normalization.NORMALIZATIONS.
+        normalize: how the images are scaled.
     """
 
-    def __init__(self, folder: Path | None, normalize: str = "none"):
+    def __init__(self, folder: Path | None, normalize: Normalization = NONE):
         self.folder, self.normalize = folder, normalize
         self._entries: dict[str, dict[str, Any]] = {}
         self._sources: dict[str, list[int]] = {}
@@ -87,6 +87,7 @@ class Checks:
 
         Raises:
             UserError: if the folder cannot be written and was to hold the arrays.
+            CaseError: if the image cannot be scaled.
         """
         entry = {
             "source": self._sources[case.name],
@@ -94,12 +95,12 @@ class Checks:
             "fingerprint": fingerprint,
             "both": None if label is None else digest(image, label),
             "classes": 1 if label is None else max(int(label.max()), 1),
-            "scaling": scalings_of(image, self.normalize),
+            "scaling": scalings_of_case(case, image, self.normalize),
         }
         if self.folder is not None:
             try:
                 self._path(case, "json").parent.mkdir(parents=True, exist_ok=True)
-                self._write(case, image, label)
+                self._write(case, scaled(image, entry["scaling"]), label)
                 write_whole(self._path(case, "json"), json.dumps(entry).encode())  # last: it refers to the others
             except OSError as e:
                 self._refused(e)
@@ -112,12 +113,12 @@ class Checks:
         return self.folder / f"{case.name}-{hashlib.sha256(os.fsencode(place)).hexdigest()[:16]}.{what}"
 
     def _kept(self, case: Case, entry: dict[str, Any]) -> Kept:
-        scalings = None if self.normalize == "none" else [Scaling(*values) for values in entry["scaling"]]
+        scalings = None if self.normalize.kind == "none" else [Scaling(*values) for values in entry["scaling"]]
         mark = entry["fingerprint"]
         return Kept(tuple(entry["shape"]), entry["both"] if case.labeled else mark[:DIGITS], mark, scalings)
 
     def _write(self, case: Case, image: NDArray, label: NDArray | None) -> None:
-        """Writes further files of the entry; none here."""
+        """Writes further files of the entry, from the scaled image; none here."""
 
     def _refused(self, e: OSError) -> None:
         folder, self.folder = self.folder, None
@@ -137,10 +138,10 @@ class DiskCache(Checks):
     Args:
         folder: folder of the entries.
         pool: (volume, is_label) -> array to keep.
-        normalize: one of dataloaders.normalization.NORMALIZATIONS.
+        normalize: how the images are scaled.
     """
 
-    def __init__(self, folder: Path, pool: Callable[[NDArray, bool], NDArray], normalize: str = "none"):
+    def __init__(self, folder: Path, pool: Callable[[NDArray, bool], NDArray], normalize: Normalization = NONE):
         super().__init__(folder, normalize)
         self.pool = pool
 
@@ -152,7 +153,7 @@ class DiskCache(Checks):
         return dataclasses.replace(kept, scalings=None, image=image, label=label)
 
     def _write(self, case: Case, image: NDArray, label: NDArray | None) -> None:
-        write_whole(self._path(case, "image.npy"), _npy(self.pool(normalized(image, self.normalize), False)))
+        write_whole(self._path(case, "image.npy"), _npy(self.pool(image, False)))
         if label is not None:
             write_whole(self._path(case, "label.npy"), _npy(self.pool(label, True)))
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from dataloaders.cases import Case, CaseError, check_all, find_cases, read_case, read_geometry
 from dataloaders.likeness import DIGITS, alike, fingerprint
+from dataloaders.normalization import NONE, OF_RAW, Normalization, scalings_of_case
 from utils.run_folder import digest
 
 
@@ -15,6 +16,7 @@ def open_cases(
     seen: Mapping[str, str],
     images: Mapping[str, str],
     channels: int | None = None,
+    normalize: Normalization = NONE,
 ) -> tuple[list[Case], list[tuple[int, ...]]]:
     """Reads all cases once, so that errors are raised before any prediction.
 
@@ -25,6 +27,7 @@ def open_cases(
         seen: name -> checksum of the scans used in training.
         images: name -> fingerprint of these scans; empty for early checkpoints.
         channels: K, the number of channels of every case.
+        normalize: how their images are to be scaled.
 
     Returns:
         The cases and their shapes.
@@ -40,6 +43,8 @@ def open_cases(
         image, label = read_case(case)
         assert label is not None
         read_geometry(case)
+        if normalize.kind in OF_RAW:
+            scalings_of_case(case, image, normalize)  # raises what would be raised later
         mark = fingerprint(image)
         matches = [name for name, same in zip(images, alike(mark, list(images.values())), strict=True) if same]
         matches += [marks[x] for x in (mark[:DIGITS], digest(image, label)) if x in marks]

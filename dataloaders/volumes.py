@@ -13,7 +13,7 @@ from dataloaders.cases import Case, CaseError, check_all, read_case
 from dataloaders.disk_cache import Checks, DiskCache
 from dataloaders.findings import Facts, facts_of
 from dataloaders.likeness import DIGITS
-from dataloaders.normalization import Scaling, normalized, scaled
+from dataloaders.normalization import NONE, Normalization, Scaling, normalized_case, scaled
 from utils.distributed import RANK, RANKS
 from utils.errors import UserError
 from utils.resample import downsample_image, downsample_label
@@ -46,7 +46,7 @@ class Volumes:
         *,
         cache: str = "auto",
         downsample: int = 1,
-        normalize: str = "none",
+        normalize: Normalization = NONE,
         device: torch.device | None = None,
         folder: Path | None = None,
         problems: Sequence[str] = (),
@@ -66,11 +66,10 @@ class Volumes:
             return down(torch.from_numpy(volume), downsample).numpy()
 
         checks: Checks | None = None
-        suffix = "" if normalize == "none" else f"-{normalize}"
         if cache == "disk":
-            checks = DiskCache((folder or Path()) / f"downsample{downsample}{suffix}", pool, normalize)
+            checks = DiskCache((folder or Path()) / f"downsample{downsample}{normalize.suffix}", pool, normalize)
         elif cache == "none":
-            checks = Checks(folder and folder / f"checked{suffix}", normalize)
+            checks = Checks(folder and folder / f"checked{normalize.suffix}", normalize)
 
         def check(case: Case) -> None:
             kept = checks.find(case) if checks else None
@@ -85,8 +84,9 @@ class Volumes:
                 checks.add(case, image, label, facts.fingerprint)
                 return
             checksum = facts.fingerprint[:DIGITS] if label is None else digest(image, label)
+            kept_image = pool(normalized_case(case, image, normalize), False)
             self._note(case, image.shape, checksum, facts.fingerprint)
-            self._keep(pool(normalized(image, normalize), False), None if label is None else pool(label, True))
+            self._keep(kept_image, None if label is None else pool(label, True))
 
         # Each process begins with another case, and skips the cases that another process has checked meanwhile.
         first = RANK * len(cases) // RANKS if checks else 0

@@ -24,6 +24,7 @@ import train_dtml
 from dataloaders.augmentation import random_intensities
 from dataloaders.cases import Case, read_case
 from dataloaders.images import read_image, read_label, to_physical
+from dataloaders.normalization import Normalization
 from dataloaders.two_stream import Patches, Slot
 from dataloaders.volumes import Volumes
 from evaluation.sliding_window import sliding_window
@@ -34,6 +35,7 @@ from tools import check, convert, pictures
 from utils.errors import UserError
 
 SHAPE = (30, 28, 18)
+SCAN = Normalization("scan")
 NAMES = ["T1", "FLAIR"]
 
 
@@ -221,7 +223,7 @@ def test_crops_are_those_of_each_channel_alone(cache, downsample, tmp_path):
             image, label = read_case(Case("", tmp_path / "two" / case.name / "mri_norm2.h5", True))
             write_case(case.path, image[c], label)
         for _ in range(1 + (cache != "ram")):  # what a first run left on disk is read too
-            volumes = Volumes(cases, cache=cache, downsample=downsample, normalize="scan", folder=tmp_path / f"c{name}")
+            volumes = Volumes(cases, cache=cache, downsample=downsample, normalize=SCAN, folder=tmp_path / f"c{name}")
         patches = Patches(volumes, patch_size=(16, 16, 16), augment="d4", seed=3, sdm=True)
         crops[name] = [patches[Slot(step, 0, step % 2)] for step in range(8)]
     for two, *ones in zip(*crops.values(), strict=True):

@@ -14,12 +14,11 @@ from numpy.typing import NDArray
 from skimage.filters import threshold_otsu
 
 from dataloaders.cases import UNTOLD, CaseError
-from dataloaders.channels import described, read_channels, refuse_number
+from dataloaders.channels import described, normalise_channels, read_channels, refuse_number
 from dataloaders.images import (
     Geometry,
     grid_of_spacing,
     moved,
-    normalise,
     read_image,
     read_label,
     resample,
@@ -164,8 +163,8 @@ def make_case(job: Job) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None, 
                 + _advice(size, stored_geometry, stored_label.shape, label_stated)
             )
         label = map_labels(turned_label, job.labels)
-    parts, means, sds = zip(*map(normalise, with_channels(source)), strict=True)
-    image, mean, sd = (parts[0], means[0], sds[0]) if source.ndim == 3 else (np.stack(parts), means, sds)
+    image, raw = normalise_channels(source)
+    mean, sd = raw[0] if source.ndim == 3 else zip(*raw, strict=True)
     if job.spacing is not None and "spacing" not in stated:
         raise CaseError(
             f"{job.scan.image} does not state the size of its voxels. Write it into the file, or leave out --spacing"

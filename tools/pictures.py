@@ -29,7 +29,7 @@ import torch
 from numpy.typing import NDArray
 
 from dataloaders.cases import MOST_CLASSES, Case, CaseError, case_file, lists_of, read_case, read_geometry
-from dataloaders.normalization import normalized
+from dataloaders.normalization import normalization_of, normalized_case
 from evaluation.drawing import Figure
 from evaluation.figures import (
     ComparedCase,
@@ -128,9 +128,13 @@ def figure2(paths: Sequence[str], o: Options) -> Figure:
     folder = Path(o.data or trained["data"])
     rows = []
     for name in o.cases or lists_of(folder)[1][:3]:
-        image, label, spacing, z = read_scan(find_case(folder, name), o.slice)
+        case = find_case(folder, name)
+        image, label, spacing, z = read_scan(case, o.slice)
         x, y = around(label[..., z] > 0)
-        scaled = normalized(image, trained.get("normalize", "none"))
+        try:
+            scaled = normalized_case(case, image, normalization_of(trained))
+        except CaseError as e:
+            raise UserError(f"{name}: {case.path} {e}.") from e
         maps = maps_of_slice(method, scaled, z, trained["patch_size"], trained["downsample"])
         shown = {key: maps[key][x, y] for key in sorted(maps, key="pqmz".find, reverse=True)}
         rows.append(MapsRow(name, with_channels(image)[0, x, y, z], label[x, y, z], shown, spacing))

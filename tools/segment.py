@@ -12,18 +12,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from dataloaders.cases import UNTOLD
-from dataloaders.channels import Scan, read_channels, refuse_number
+from dataloaders.cases import UNTOLD, Case
+from dataloaders.channels import Scan, normalise_channels, read_channels, refuse_number
 from dataloaders.images import (
     Geometry,
     anti_alias,
     ending_of,
     grid_of_spacing,
     moved,
-    normalise,
     resample,
 )
-from dataloaders.normalization import normalized
+from dataloaders.normalization import Normalization, normalized, raw_of
 from dataloaders.orientation import turn_to
 from evaluation.sliding_window import mean_of_flips, sliding_slabs, windows
 from methods import Method
@@ -42,8 +41,8 @@ class Model:
     outputs: list[str]
     """The output that is used of each method."""
     downsample: int
-    normalize: str
-    """How training normalised each volume, see dataloaders/normalization.py."""
+    normalize: Normalization
+    """How training normalised each volume."""
     patch_size: tuple[int, ...]
     spacing: tuple[float, ...] | None
     """mm along x, y, z, or None for the scan's own."""
@@ -120,7 +119,8 @@ def predict_scan(
         `label` (W,H,D) uint8; `probability`, a volume (W,H,D) for each class, or None; `geometry` of the file.
 
     Raises:
-        CaseError: a scan that cannot be read, has other channels than the model takes, or is constant.
+        CaseError: a scan that cannot be read, has other channels than the model takes, or is constant, also within
+            the window.
     """
     path = scan.files[0]
     source, stated = read_channels(scan.files)
@@ -129,7 +129,8 @@ def predict_scan(
     turn = turn_to(model.orientation, stated.get("direction"))
     source = turn(source)
     shape = source.shape[-3:]
-    image = source if ending_of(path) == ".h5" else each_channel(lambda x: normalise(x)[0], source)
+    is_case = ending_of(path) == ".h5"
+    image, raw = (source, raw_of(Case(scan.name, path, labeled=False))) if is_case else normalise_channels(source)
     del source
     # The origin is left out: its rounding depends on how the scan is stored. The header brings the result to its place.
     spacing = turn.geometry(stated, shape).get("spacing")
@@ -137,7 +138,7 @@ def predict_scan(
     size, grid = grid_of_spacing(shape, geometry, model.spacing if spacing else None)
     if grid is not geometry:
         image = each_channel(lambda x: resample(x, geometry, size, grid, interpolation), image)
-    image = normalized(image, model.normalize)
+    image = normalized(image, model.normalize, raw)
     coarse = [-(-side // model.downsample) for side in size]
     count = len(windows(coarse, window["patch_size"], window["stride"]))
     with tqdm(total=count, desc=scan.name, unit="window", disable=not sys.stderr.isatty()) as bar:

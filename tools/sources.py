@@ -273,8 +273,8 @@ def read_manifest(path: Path) -> tuple[list[Source], list[str]]:
     unknown = [name for name in columns if name not in (*images, *COLUMNS)]
     if not images or (len(images) > 1 and "image" in images) or unknown or any(None in row for row in rows):
         raise UserError(
-            f"{path} has the columns {', '.join(columns) or 'none'}. Use image, or a column image_NAME for each of "
-            "several channels, and, if wanted, label, split, name."
+            f"{path} has the columns {', '.join(columns) or 'none'}. Use image and, if wanted, label, split, name; "
+            "several channels are a column image_NAME each."
         )
     scans = []
     for line, row in enumerate(rows, 2):
