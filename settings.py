@@ -112,6 +112,8 @@ class Options:
     augment: str = option("d4", "turns and flips of a crop", group="data", choices=AUGMENTATIONS)
     intensity: float = option(0.0, "intensity augmentation: random gamma, contrast and brightness, up to this "
                               "strength; 0: none", group="data", minimum=0, maximum=2)  # fmt: skip
+    object_share: float = option(0.0, "share of the labeled crops placed around a voxel of the object, of all classes "
+                                 "alike; for small organs", group="data", minimum=0, maximum=1)  # fmt: skip
     sdm_of: str = option("crop", "distance maps of the crop, or cut out of those of the whole scan", group="data",
                          choices=SDM_OF, only_if={"needs_sdm": bool})  # fmt: skip
     cache: str = option(

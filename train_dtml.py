@@ -232,6 +232,7 @@ def main(argv: list[str] | None = None) -> None:
     patches = Patches(
         volumes, patch_size=o.patch_size, augment=o.augment, seed=o.seed, sdm=method.needs_sdm,
         other=method.needs_other_crop, intensity=o.intensity, sdm_of=o.sdm_of,
+        object_share=o.object_share,
     )  # fmt: skip
     sampler = TwoStreamBatchSampler(
         o.labeled, len(cases) - o.labeled, batch_size=o.batch_size, labeled_batch=labeled_batch,

@@ -1,10 +1,12 @@
 """Two-stream batches: L labeled crops, then unlabeled ones, as a pure function of (seed, iteration)."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -17,6 +19,8 @@ from utils.errors import StopSignal, ignore_stop_signals
 from utils.resample import pad, padding
 
 SDM_OF = ("crop", "scan")
+MOST_VOXELS = 10_000
+"""Voxels of a class of a case that crops are placed around; 240 kB in memory."""
 
 
 class Slot(NamedTuple):
@@ -107,6 +111,7 @@ class Patches(Dataset[dict[str, Any]]):
         other: whether to add other_image and other_label of a second, independent crop.
         intensity: strength of `random_intensities`; 0: none.
         sdm_of: compute distance maps in the 'crop', as in the released codes, or in the whole 'scan' before cropping.
+        object_share: probability that a labeled crop is placed around a voxel of the object, see `onto_object`.
     """
 
     def __init__(
@@ -120,17 +125,47 @@ class Patches(Dataset[dict[str, Any]]):
         other: bool = False,
         intensity: float = 0.0,
         sdm_of: str = "crop",
+        object_share: float = 0.0,
     ):
         self.volumes, self.patch_size, self.augment, self.seed = volumes, patch_size, augment, seed
         self.sdm, self.other, self.intensity, self.sdm_of = sdm, other, intensity, sdm_of
+        self.object_share = object_share
         self._distances: dict[int, Tensor] = {}
+        self._objects: dict[int, list[NDArray[np.int64]]] = {}
 
     def draws(self, slot: Slot) -> tuple[list[Draw], np.random.Generator]:
         """Parameters of the crop of a slot, with `other` of the second crop too, and the generator after drawing."""
         shape = self.volumes.shapes[slot.case]
         generator = np.random.default_rng([self.seed, 1, slot.step, slot.slot])
         draws = [draw_augmentation(generator, shape, self.patch_size, self.augment) for _ in range(1 + self.other)]
+        if self.object_share and self.volumes.cases[slot.case].labeled:
+            chance = np.random.default_rng([self.seed, 2, slot.step, slot.slot])  # the draws above stay as they are
+            draws = [self.onto_object(draw, slot.case, chance) for draw in draws]
         return draws, generator
+
+    def onto_object(self, draw: Draw, case: int, chance: np.random.Generator) -> Draw:
+        """The draw, with probability `object_share` moved so that a voxel of the object is the centre of its box.
+
+        The class is drawn from those in the label, all alike, then a voxel of that class, all alike. At the border of
+        the volume the box is moved inwards. An empty label leaves the draw as it is.
+        """
+        objects = self.objects_of(case)
+        if chance.random() >= self.object_share or not objects:
+            return draw
+        voxels = objects[chance.integers(len(objects))]
+        centre = voxels[chance.integers(len(voxels))].tolist()
+        sides = zip(centre, draw.size, self.volumes.shapes[case], strict=True)
+        start = tuple(min(max(x - size // 2, 0), max(side - size, 0)) for x, size, side in sides)
+        return dataclasses.replace(draw, start=start)
+
+    def objects_of(self, case: int) -> list[NDArray[np.int64]]:
+        """Voxels (n,3) of each class in the label of a case, at most MOST_VOXELS each; read once and kept."""
+        if case not in self._objects:
+            whole = tuple(slice(0, side) for side in self.volumes.shapes[case])
+            _, label = self.volumes.read(case, whole)  # type: ignore[arg-type]
+            assert label is not None
+            self._objects[case] = voxels_of_classes(label.cpu().numpy())
+        return self._objects[case]
 
     def __getitem__(self, slot: Slot) -> dict[str, Any]:
         draws, generator = self.draws(slot)
@@ -183,6 +218,13 @@ class Patches(Dataset[dict[str, Any]]):
             assert label is not None
             self._distances[case] = self.distances_of(label, case)
         return self._distances[case]
+
+
+def voxels_of_classes(label: NDArray[np.uint8]) -> list[NDArray[np.int64]]:
+    """Label map (W,H,D) -> voxels (n,3) of each class that occurs; of more than MOST_VOXELS a random choice."""
+    voxels = [np.argwhere(label == c) for c in range(1, int(label.max(initial=0)) + 1)]
+    rng = np.random.default_rng(0)
+    return [x if len(x) <= MOST_VOXELS else x[rng.choice(len(x), MOST_VOXELS, replace=False)] for x in voxels if len(x)]
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:

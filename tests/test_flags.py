@@ -161,6 +161,7 @@ SHARED = {
     "normalize": [("--normalize scan", ""), ("--normalize foreground", "")],
     "window": [("--window 0.5 2", "--normalize window --window 0.4 3")],
     "intensity": [("--intensity 0.3", ""), ("--intensity 0.3", "--intensity 0.1")],
+    "object_share": [("--object-share 1", "")],
     "sdm_of": [("--sdm-of scan", "--sdm-loss both")],
     "init": [("--init origin", "")],
     "iterations": [("--iterations 4", "")],
