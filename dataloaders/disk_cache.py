@@ -89,18 +89,19 @@ class Checks:
             UserError: if the folder cannot be written and was to hold the arrays.
             CaseError: if the image cannot be scaled.
         """
+        scalings = scalings_of_case(case, image, self.normalize)
         entry = {
             "source": self._sources[case.name],
             "shape": image.shape,
             "fingerprint": fingerprint,
             "both": None if label is None else digest(image, label),
             "classes": 1 if label is None else max(int(label.max()), 1),
-            "scaling": scalings_of_case(case, image, self.normalize),
+            "scaling": scalings,
         }
         if self.folder is not None:
             try:
                 self._path(case, "json").parent.mkdir(parents=True, exist_ok=True)
-                self._write(case, scaled(image, entry["scaling"]), label)
+                self._write(case, scaled(image, scalings), label)
                 write_whole(self._path(case, "json"), json.dumps(entry).encode())  # last: it refers to the others
             except OSError as e:
                 self._refused(e)

@@ -148,7 +148,7 @@ def _window_scaling(image: NDArray[np.float32], how: Normalization, mean_before:
 def scalings_of(image: NDArray[np.float32], how: Normalization, raw: Raw | None = None) -> list[Scaling] | None:
     """`scaling_of` each channel of (W,H,D) or (K,W,H,D); None for kind 'none'."""
     channels = with_channels(image)
-    raws = raw or [None] * len(channels)
+    raws: Sequence[tuple[float, float] | None] = raw or [None] * len(channels)
     scalings = [scaling_of(channel, how, one) for channel, one in zip(channels, raws, strict=True)]
     return [scaling for scaling in scalings if scaling is not None] or None
 

@@ -360,7 +360,10 @@ def main(argv: list[str] | None = None) -> None:
     if lists["train"] and lists["test"]:
         write_set(out, lists, labeled, names, channels)
         lines = summary([*outcomes, *kept], lists, labeled, names)
-        lines += [f"channels: {', '.join(channels)}"] if len(channels) > 1 else []
+        if len(channels) > 1:
+            lines.append(f"channels: {', '.join(channels)}")
+        elif len(source_set.channels) > 1:
+            lines.append(f"the scans have one channel, and {DATASET} names {', '.join(source_set.channels)}")
         print("\n".join(lines + remarks(source_set, lists, before, o.test_share, o.validation_share, Path(o.source))))
     if refused:
         listing = "\n".join(f"  {name}: {why}" for name, why in refused.items())
