@@ -10,7 +10,7 @@ A scan is NIfTI (.nii, .nii.gz), NRRD, MetaImage or an h5 case. Its axes are bro
 cases. It is normalised to zero mean and unit variance over all its voxels, as `python -m tools.convert` does it, and
 resampled to the spacing of the training cases, then scaled by --normalize of the training. It is predicted in windows,
 and the result is brought back: the segmentation has the scan's own format, size, spacing, origin and direction. A
-NIfTI has the scan's own header. An h5 case is taken as normalised, and its segmentation is NIfTI. The last table on
+NIfTI has the scan's own header. An h5 case is taken as converted, and its segmentation is NIfTI. The last table on
 stdout gives each class's volume. The channels of a scan, for a network that was trained on several, are files
 NAME_0000, NAME_0001, ..., any files joined by commas, t1.nii.gz,t2.nii.gz, or one 4-D NIfTI.
 """
