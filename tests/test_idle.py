@@ -159,6 +159,7 @@ OFF = {  # option of the script: flags that switch it off, and its own
     "lr_steps": ("--lr-schedule cosine", "--lr-steps 2"),
     "lr_gamma": ("--lr-steps", "--lr-gamma 0.5"),
     "momentum": ("--optimizer adamw", "--momentum 0.5"),
+    "window": ("--normalize scan", "--window 40 400"),
 }
 
 
