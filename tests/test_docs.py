@@ -185,7 +185,7 @@ def test_the_worked_example_is_taken_in_by_the_tests_and_passes_them(copy):
     names = ("methods", "flags", "idle", "golden", "curves", "precision", "docs")
     files = [*(f"tests/test_{name}.py" for name in names), "tests/faults/test_stop_and_resume.py"]
     found = python(copy, "-m", "pytest", "-p", "no:cacheprovider", "-k", chosen, *files)
-    assert int(re.search(r"(\d+) passed", found)[1]) > 20, found
+    assert int(re.search(r"(\d+) passed", found)[1]) >= 15, found
 
 
 # -- findings --
