@@ -17,6 +17,7 @@ from torch import nn
 
 from dataloaders.augmentation import AUGMENTATIONS
 from dataloaders.cases import LA_FOLDER, PHANTOM_FOLDER
+from dataloaders.folds import fold_text
 from dataloaders.normalization import NORMALIZATIONS
 from dataloaders.training import is_phantom, usual_labeled
 from dataloaders.two_stream import SDM_OF
@@ -95,6 +96,8 @@ class Options:
                           "of other sets all that have a label)", group="data", type=int)  # fmt: skip
     unlabeled: int | None = option(None, "scans used without label (default all others; 0: none)", group="data",
                                    type=int, only_if={"uses_unlabeled": bool})  # fmt: skip
+    fold: str = option("", "I/K: cross-validation, the labeled scans are dealt out to K folds, and fold I (from 0) is "
+                       "left out for validation (default none)", group="data", type=fold_text)  # fmt: skip
     downsample: int = option(1, "pool this many voxels along each axis into one", group="data", minimum=1)
     patch_size: list[int] = option([112, 112, 80], "voxels of a crop along x, y, z", group="data", nargs=3, minimum=1)
     normalize: str = option(
@@ -162,8 +165,8 @@ class Options:
                          only_if={"resume": ("",), **TRAINS})  # fmt: skip
     save_every: int = option(500, "iterations between checkpoints", harmless=True, minimum=1, only_if=TRAINS)
     validate_every: int = option(
-        0, "iterations between scores of the scans of validation.list; the checkpoint with the best Dice is kept as "
-        "best.pt; 0: none. LA has no validation set: its last iteration counts", harmless=True, minimum=0,
+        0, "iterations between scores of the scans of validation.list, or of the --fold; the checkpoint with the best "
+        "Dice is kept as best.pt; 0: none. LA has no validation set: its last iteration counts", harmless=True, minimum=0,
         only_if=TRAINS,
     )  # fmt: skip
     log_every: int = option(10, "iterations between points of the curves", harmless=True, minimum=1, only_if=TRAINS)

@@ -4,6 +4,7 @@
     torchrun --nproc-per-node 4 test_la.py --checkpoint RUN      the scans distributed over four GPUs
     python test_la.py --checkpoint RUN/best.pt                   the checkpoint with the best Dice in validation
     python test_la.py --checkpoint RUN --scans held-out          on training scans that the run did not use
+    python test_la.py --checkpoint RUN --scans validation        of a run with --fold: on the scans of its fold
     python test_la.py --checkpoint best_model.pth --method dtc   bare weights, as the released codes save them
     python test_la.py --checkpoint best_model_seg.pth --sdm-weights best_model_dis.pth --method dtml
 
@@ -17,7 +18,7 @@ import dataclasses
 import math
 import sys
 from collections import deque
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from tqdm import tqdm
 
 from dataloaders.cases import Case, known_spacing, lists_of, read_case, read_geometry, validation_of
 from dataloaders.class_names import class_names
+from dataloaders.folds import split_fold
 from dataloaders.images import write_image
 from dataloaders.normalization import normalized
 from dataloaders.unseen import open_cases
@@ -71,8 +73,8 @@ class Options:
     )
     sdm_weights: str = option("", "bare weights of M_d, with --method dtml (default: M_s alone)", group="what")
     data: str = option("", "folder of the data set (default that of the training)", group="what")
-    scans: str = option("test", "the scans of test.list, of validation.list, or those of train.list that the training "
-                        "left unused", group="what", choices=SCANS)  # fmt: skip
+    scans: str = option("test", "the scans of test.list; of validation.list, or of the run's --fold; or those of "
+                        "train.list that the training left unused", group="what", choices=SCANS)  # fmt: skip
     output: list[str] = option(
         [],
         "which outputs of the method to score, of dtml: seg (M_s), sdm (M_d), mean (default all)",
@@ -136,14 +138,15 @@ def score_scan(
     return rows
 
 
-def names_of(folder: Path, scans: str, seen: Container[str]) -> list[str]:
+def names_of(folder: Path, scans: str, seen: Container[str], trained: Mapping[str, Any]) -> list[str]:
     """The names of the scans to test.
 
     Args:
         folder: the data set.
-        scans: 'test' for test.list, 'validation' for validation.list, 'held-out' for the scans of train.list that are
-            not in `seen`.
+        scans: 'test' for test.list, 'validation' for validation.list, or the fold of a run with --fold, 'held-out' for
+            the scans of train.list that are not in `seen`.
         seen: names of the scans used in training.
+        trained: options of the training.
 
     Raises:
         UserError: for lists that are not valid, or if there is no such scan.
@@ -152,7 +155,8 @@ def names_of(folder: Path, scans: str, seen: Container[str]) -> list[str]:
     if scans == "test":
         return test
     if scans == "validation":
-        validation = validation_of(folder)
+        fold = trained.get("fold", "")  # early checkpoints do not state it
+        validation = split_fold(train[: trained["labeled"]], fold)[1] if fold else validation_of(folder)
         if not validation:
             raise UserError(f"--scans validation: there is no {folder}/validation.list. Choose other --scans.")
         return validation
@@ -206,7 +210,7 @@ def main(argv: list[str] | None = None) -> None:
     if unfinished(state) and RANK == 0:
         print(f"warning: {path} is not finished: {unfinished(state)}.", file=sys.stderr)
     folder, seen = Path(o.data or trained["data"]), state["checksums"]  # empty for bare weights
-    cases, shapes = open_cases(folder, names_of(folder, o.scans, seen), classes, seen, state.get("images", {}))
+    cases, shapes = open_cases(folder, names_of(folder, o.scans, seen, trained), classes, seen, state.get("images", {}))
     if o.nsd_tolerance is not None:
         refuse_unknown_spacing(cases, folder, o.nsd_tolerance)
     count = sum(len(windows([-(-side // downsample) for side in shape], patch_size, stride)) for shape in shapes)

@@ -187,14 +187,15 @@ def main(argv: list[str] | None = None) -> None:
     cases, problems, labeled_batch = training_cases(
         Path(o.data), labeled=o.labeled, unlabeled=o.unlabeled, batch_size=o.batch_size,
         labeled_batch=o.labeled_batch, patch_size=o.patch_size, multiple=kind.side_multiple,
-        classes=method_options.classes,
+        classes=method_options.classes, fold=o.fold,
     )  # fmt: skip
+    labeled = sum(case.labeled for case in cases)
     if method.needs_unlabeled and labeled_batch == o.batch_size:
         raise UserError(
             f"--method {o.method} needs unlabeled scans, but all {o.labeled} are labeled. Lower --labeled, or leave "
             "out --unlabeled 0."
         )
-    to_validate = validation_names(Path(o.data)) if o.validate_every else []
+    to_validate = validation_names(Path(o.data), o.labeled, o.fold) if o.validate_every else []
     volumes = Volumes(
         cases, cache=o.cache, folder=Path(o.cache_folder or Path(o.data, ".cache")), downsample=o.downsample,
         normalize=o.normalize, device=device, problems=problems,
@@ -226,7 +227,7 @@ def main(argv: list[str] | None = None) -> None:
         other=method.needs_other_crop, intensity=o.intensity, sdm_of=o.sdm_of,
     )  # fmt: skip
     sampler = TwoStreamBatchSampler(
-        o.labeled, len(cases) - o.labeled, batch_size=o.batch_size, labeled_batch=labeled_batch,
+        labeled, len(cases) - labeled, batch_size=o.batch_size, labeled_batch=labeled_batch,
         seed=o.seed, start=start, iterations=o.iterations, rank=RANK, ranks=RANKS,
     )  # fmt: skip
     spacing, orientation = median_spacing(cases), common_orientation(cases)
@@ -305,7 +306,7 @@ def main(argv: list[str] | None = None) -> None:
                 rate = optimizer.param_groups[0]["lr"]
                 report.iteration(iteration, losses, rate, clock, peak_memory_gib(device), scores)
                 if o.picture_every and (done % o.picture_every == 0 or done == o.iterations):
-                    show(report, method, patches, o.labeled, spacing or [1.0] * 3, done, device)
+                    show(report, method, patches, labeled, spacing or [1.0] * 3, done, device)
                 clock.lap("logging")
             saving = done % o.save_every == 0 or done == o.iterations
             ask = device.type == "cpu" or done % STOP_EVERY == 0 or saving

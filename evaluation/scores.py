@@ -19,6 +19,8 @@ from evaluation.metrics import (
     distance_text,
     distances_of,
     empties,
+    mean_and_sd,
+    mean_text,
     overlap_text,
     segmentation_metrics,
     with_penalties,
@@ -78,9 +80,15 @@ def mean_dice(prediction: NDArray, label: NDArray, classes: int) -> float:
     return float(np.mean(dices)) if dices else math.nan
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown table of mean and SD over the scans, a line per output, filter and class; columns as in the papers, and
-    NSD if the rows have it."""
+def table(rows: Sequence[dict[str, Any]], over: str = "") -> str:
+    """Markdown table of mean and SD, a line per output, filter and class; columns as in the papers, and NSD if the rows
+    have it.
+
+    Args:
+        rows: rows of cases.csv.
+        over: '' for mean and SD over the scans; or a column of the rows, such as fold: mean and SD over its values, of
+            the means over the scans of each.
+    """
     names = ["output", "component", *(["class"] if "class" in rows[0] else [])]
     units = ["scans", "Dice %", "Jaccard %", "ASD voxel", "95HD voxel", "ASD mm", "95HD mm"]
     nsd = OVERLAPS[2:] if "nsd" in rows[0] else ()
@@ -92,11 +100,23 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
     for key in dict.fromkeys(map(key_of, rows)):
         chosen = [row for row in rows if key_of(row) == key]
-        cells = [overlap_text(chosen, name) for name in METRICS[:2]]
-        cells += [distance_text([distances_of(chosen, name)]) for name in (*METRICS[2:], *MM)]
-        cells += [overlap_text(chosen, name) for name in nsd]
+        values = dict.fromkeys(row[over] for row in chosen) if over else {}
+        groups = [[row for row in chosen if row[over] == value] for value in values] or [chosen]
+        cells = [overlap_cell(groups, name) for name in METRICS[:2]]
+        cells += [
+            distance_text([distances_of(group, name) for group in groups], over_runs=bool(over))
+            for name in (*METRICS[2:], *MM)
+        ]
+        cells += [overlap_cell(groups, name) for name in nsd]
         lines.append(f"| {' | '.join([*key, str(len(chosen)), *cells, *map(str, empties(chosen))])} |")
     return "\n".join(lines) + "\n"
+
+
+def overlap_cell(groups: Sequence[Sequence[dict[str, Any]]], name: str) -> str:
+    """Mean ± SD in per cent over the scans of one group of rows, or over the means of several groups."""
+    if len(groups) == 1:
+        return overlap_text(groups[0], name)
+    return mean_text([mean_and_sd([100 * row[name] for row in group])[0] for group in groups])
 
 
 def as_csv(rows: Sequence[dict[str, Any]]) -> str:

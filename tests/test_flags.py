@@ -155,6 +155,7 @@ SHARED = {
     "profile": [("--profile half", "")],
     "labeled": [("--labeled 3", "")],
     "unlabeled": [("--unlabeled 2", ""), ("--unlabeled 0", "")],
+    "fold": [("--fold 0/2", "")],
     "downsample": [("--downsample 2", "")],
     "patch_size": [("--patch-size 16 32 16", ""), ("--patch-size 32 16 16", "--patch-size 16 32 16")],
     "augment": [("--augment none", ""), ("--augment mirror", ""), ("--augment mirror", "--augment none")],

@@ -314,7 +314,7 @@ def varied(now: Any, usual: Any, skip: Sequence[str] = ()) -> list[str]:
         if f.metadata["harmless"] or f.name in skip or value == getattr(usual, f.name):
             continue
         shown = "x".join(map(str, value)) if isinstance(value, list) else value
-        parts.append(f"{f.name.replace('_', '')}{shown}")
+        parts.append(f"{f.name.replace('_', '')}{shown}".replace("/", "of"))
     return parts
 
 
