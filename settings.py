@@ -166,8 +166,8 @@ class Options:
     save_every: int = option(500, "iterations between checkpoints", harmless=True, minimum=1, only_if=TRAINS)
     validate_every: int = option(
         0, "iterations between scores of the scans of validation.list, or of the --fold; the checkpoint with the best "
-        "Dice is kept as best.pt; 0: none. LA has no validation set: its last iteration counts", harmless=True, minimum=0,
-        only_if=TRAINS,
+        "Dice is kept as best.pt; 0: none. LA has no validation set: its last iteration counts",
+        harmless=True, minimum=0, only_if=TRAINS,
     )  # fmt: skip
     log_every: int = option(10, "iterations between points of the curves", harmless=True, minimum=1, only_if=TRAINS)
     picture_every: int = option(500, "iterations between pictures; 0: none", harmless=True, minimum=0, only_if=TRAINS)
