@@ -1,19 +1,21 @@
 """Segments scans of any size and spacing with one or several checkpoints; no label is needed.
 
     python predict.py --checkpoint runs/mine/dtml-16-seed1337 scan.nii.gz -o predictions
-    python predict.py --checkpoint RUN scans/*.nii.gz -o predictions --largest-component --report volumes.csv
+    python predict.py --checkpoint RUN scans 'more/*.nii.gz' -o predictions --largest-component   folders, patterns
+    python predict.py --checkpoint RUN patient1/T1 -o predictions                the folder of a DICOM series
     python predict.py --checkpoint best_model.pth --method dtc scan.nii.gz -o out      weights of a released code
     python predict.py --checkpoint RUN1 RUN2 RUN3 scan.nrrd -o predictions --flips 8 --probabilities float32
 
-A scan is NIfTI (.nii, .nii.gz), NRRD, MetaImage or an h5 case. Its axes are brought to the orientation of the training
-cases. It is normalised to zero mean and unit variance over all its voxels, as `python -m tools.convert` does it, and
-resampled to the spacing of the training cases. It is predicted in windows, and the result is brought back: the
-segmentation has the scan's own format, size, spacing, origin and direction. A NIfTI has the scan's own header. An h5
-case is taken as normalised, and its segmentation is NIfTI. The last table on stdout gives each class's volume.
+A scan is NIfTI (.nii, .nii.gz), NRRD, MetaImage, a DICOM series or an h5 case. Its axes are brought to the orientation
+of the training cases. It is normalised to zero mean and unit variance over all its voxels, as `python -m tools.convert`
+does it, and resampled to the spacing of the training cases. It is predicted in windows, and the result is brought back:
+the segmentation has the scan's own format, size, spacing, origin and direction. A NIfTI has the scan's own header. An
+h5 case is taken as normalised. Its segmentation and that of a DICOM series, called as its folder, are NIfTI. The table
+on stdout, and volumes.csv with the segmentations, give each class's volume.
 """
 
 import dataclasses
-import math
+import glob
 import re
 import sys
 import time
@@ -21,20 +23,22 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from dataloaders.cases import CaseError
-from dataloaders.images import INTERPOLATORS, WRITTEN_AS, ending_of, scan_name, write_image
-from evaluation.scores import as_csv
+from dataloaders.images import INTERPOLATORS, ending_of, scan_name, write_image, written_as
 from evaluation.sliding_window import WEIGHTINGS, flips_option, half_a_patch, refuse_window, three_voxels
 from methods.released import RELEASED, load_trained
 from networks.backbone import PRECISIONS, set_precision
+from tools.given_scans import DICOM_ENDINGS, Scan, given_scans
 from tools.segment import Model, predict_scan
-from utils.checkpoint import unfinished, write_whole
+from tools.volumes import read_volumes, volume_rows, volumes_table, write_volumes
+from utils.checkpoint import unfinished
 from utils.devices import choose_device, enough_memory, keep_freed_memory, refuse_precision, set_arithmetic
 from utils.errors import UserError, run
 from utils.options import Parser, fill, option
+from utils.run_folder import has_checkpoint
+from utils.shared_weights import PIECES
 
 
 @dataclasses.dataclass
@@ -52,6 +56,8 @@ class Options:
         "", "method of the bare weights of a released code (default: a checkpoint knows its own)",
         group="what", choices=list(RELEASED),
     )  # fmt: skip
+    series: list[str] = option([], "UIDs of the DICOM series to take, where a folder holds several (default none)",
+                               group="what", type=str, nargs="+")  # fmt: skip
     out: str = option("", "folder of the segmentations; -o is the same", group="what")
     output: str = option(
         "",
@@ -74,7 +80,7 @@ class Options:
     stride: list[int] | None = three_voxels(
         "step from window to window (default half the patch, so that each voxel is seen by eight windows)"
     )
-    weighting: str = option("uniform", "how overlapping windows are averaged", group="window", choices=WEIGHTINGS)
+    weighting: str = option("gaussian", "how overlapping windows are averaged", group="window", choices=WEIGHTINGS)
     batch_size: int | None = option(
         None, "windows at a time (default 1, on a GPU 4)", group="window", type=int, minimum=1
     )
@@ -85,7 +91,9 @@ class Options:
         group="results",
         choices=("none", "float32", "uint8"),
     )
-    report: str = option("", "CSV with the volume of each class in ml (default none)", group="results")
+    report: str = option("", "CSV with each class's volume in ml; rows of other scans stay (default volumes.csv in "
+                         "--out)",
+                         group="results")  # fmt: skip
     overwrite: bool = option(False, "replace results that are there", group="results")
     precision: str = option("fp32", "arithmetic of the convolutions", choices=(*PRECISIONS, "fp16"))
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
@@ -143,12 +151,45 @@ def load_model(o: Options, device: torch.device) -> Model:
     return Model(
         list(methods), taken, trained[0]["downsample"], trained[0].get("normalize", "none"), sizes.pop(),
         spacing or None, orientation, classes, o.flips,
+        {int(c): name for c, name in states[0].get("class_names", {}).items()},
     )  # fmt: skip
+
+
+def sort_words(flags: dict[str, Any]) -> list[str]:
+    """Takes the scans out of the flags, which stand among the checkpoints or the series if they follow these.
+
+    Patterns of checkpoints are replaced by what they match.
+
+    Args:
+        flags: option -> value; `scans` is taken out, `checkpoint` and `series` keep what is no scan.
+
+    Returns:
+        Files, folders and patterns of scans.
+    """
+    words = flags.pop("scans", [])
+    given = {word: [word] for word in flags.get("checkpoint", [])}
+    given |= {word: sorted(glob.glob(word)) or [word] for word in given if not Path(word).exists()}
+    scans = [word for word, paths in given.items() if any(map(may_be_scan, paths))]
+    if len(scans) < len(given):
+        flags["checkpoint"] = [path for word, paths in given.items() if word not in scans for path in paths]
+        words += scans
+    words += [word for word in flags.get("series", []) if Path(word).exists() or glob.has_magic(word)]
+    if "series" in flags:
+        flags["series"] = [word for word in flags["series"] if word not in words]
+    return words
+
+
+def may_be_scan(word: str) -> bool:
+    """Whether a word after --checkpoint is a folder without a checkpoint, a file of a scan or a pattern."""
+    path = Path(word)
+    if path.is_dir():
+        return not has_checkpoint(path) and next(path.glob(PIECES), None) is None
+    return bool(ending_of(path)) or path.suffix.lower() in DICOM_ENDINGS or glob.has_magic(word)
 
 
 def results_of(path: Path, out: Path, probabilities: str, classes: int) -> list[Path]:
     """The files of a scan's prediction: the segmentation, then the probability of each class."""
-    name, ending = scan_name(path), WRITTEN_AS[ending_of(path)]
+    name, ending = scan_name(path), written_as(path)
     numbers = [""] if classes == 1 else [f"_{number}" for number in range(1, classes + 1)]
     more = [] if probabilities == "none" else [f"{name}_probability{number}{ending}" for number in numbers]
     return [out / file for file in (name + ending, *more)]
@@ -156,36 +197,27 @@ def results_of(path: Path, out: Path, probabilities: str, classes: int) -> list[
 
 def stale_results(path: Path, out: Path) -> list[Path]:
     """Probabilities of an earlier prediction of this scan, whether or not this prediction writes them too."""
-    name = re.compile(rf"{re.escape(scan_name(path))}_probability(_\d+)?{re.escape(WRITTEN_AS[ending_of(path)])}")
+    name = re.compile(rf"{re.escape(scan_name(path))}_probability(_\d+)?{re.escape(written_as(path))}")
     return [file for file in out.iterdir() if name.fullmatch(file.name)]
 
 
-def refuse_scans(scans: list[Path], o: Options, classes: int) -> None:
-    """Raises UserError for scans that are missing or have the same name, and for results that exist already."""
-    missing = [str(path) for path in scans if not path.is_file()]
-    if missing or not scans:
-        what = f"there is no {', '.join(missing)}" if missing else "no scan is given"
-        raise UserError(f"{what}. Give files that end in {', '.join(WRITTEN_AS)}.")
-    twice = [name for name, count in Counter(map(scan_name, scans)).items() if count > 1]
-    if twice:
+def refuse_scans(scans: list[Scan], o: Options, classes: int) -> None:
+    """Raises UserError for scans whose results would have one name or replace a scan, and for results that exist."""
+    out, paths = Path(o.out), [scan.path for scan in scans]
+    files = [file for path in paths for file in results_of(path, out, o.probabilities, classes)]
+    names = [name for name, count in Counter(map(scan_name, paths)).items() if count > 1]
+    names = names or [scan_name(file) for file, count in Counter(files).items() if count > 1]
+    if names:
+        which = ", ".join(str(path) for path in paths if scan_name(path) in names) or names[0]
         raise UserError(
-            f"two scans are called {', '.join(twice)}, and so would be what is written. Predict one at a time."
+            f"two scans are called {', '.join(names)}, and so would be what is written: {which}. Predict them into "
+            "folders of their own."
         )
-    files = [file for path in scans for file in results_of(path, Path(o.out), o.probabilities, classes)]
-    there = [str(file) for file in (*files, *([Path(o.report)] if o.report else [])) if file.exists()]
+    there = [str(file) for file in files if file.exists()]
     if there and not o.overwrite:
         raise UserError(f"{', '.join(there[:5])} exists already. Choose another --out, or --overwrite.")
-    if {file.resolve() for file in files} & {path.resolve() for path in scans}:
+    if {file.resolve() for file in (*files, out)} & {path.resolve() for path in paths}:
         raise UserError(f"--out {o.out} is where the scans are: they would be replaced. Choose another folder.")
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a line per scan and class."""
-    lines = ["| scan | class | voxels | ml |", "|---|---|---|---|"]
-    for r in rows:
-        ml = "unknown" if r["ml"] == "" else f"{r['ml']:.3f}"
-        lines.append(f"| {r['scan']} | {r['class']} | {r['voxels']} | {ml} |")
-    return "\n".join(lines) + "\n"
 
 
 @enough_memory("Lower --batch-size or --patch-size.")
@@ -196,13 +228,14 @@ def main(argv: list[str] | None = None) -> None:
         usage="predict.py --checkpoint RUN [RUN ...] SCAN [SCAN ...] -o DIR [options]",
     )
     parser.add_dataclass(Options)
+    parser.add_argument("scans", nargs="*", metavar="SCAN", help="file, folder of scans or of a DICOM series, pattern")
     parser.add_argument("-o", dest="out", metavar="DIR", help="the same as --out")
     # A scan is recognised by its ending anywhere on the command line, also after the checkpoints.
     arguments = parser.expand(argv)
-    scans = [Path(text) for text in arguments if not text.startswith("-") and ending_of(Path(text))]
-    o: Options = fill(
-        Options, parser.parse([text for text in arguments if text.startswith("-") or not ending_of(Path(text))])
-    )
+    named = [text for text in arguments if not text.startswith("-") and ending_of(Path(text))]
+    flags = parser.parse([text for text in arguments if text not in named])
+    words = [*named, *sort_words(flags)]
+    o: Options = fill(Options, flags)
     for name in ("checkpoint", "out"):
         if not getattr(o, name):
             raise UserError(f"--{name} is missing. See --help.")
@@ -213,6 +246,7 @@ def main(argv: list[str] | None = None) -> None:
     keep_freed_memory()
     refuse_precision(o.precision, device)
 
+    scans = given_scans(words, o.series)
     model = load_model(o, device)
     stride = tuple(o.stride or half_a_patch(model.patch_size))
     for method in model.methods:
@@ -221,13 +255,13 @@ def main(argv: list[str] | None = None) -> None:
     window = {"patch_size": model.patch_size, "stride": stride, "weighting": o.weighting, "batch_size": batch_size}
     refuse_scans(scans, o, model.classes)
 
+    report = Path(o.report) if o.report else Path(o.out, "volumes.csv")
+    earlier = read_volumes(report)
     rows: list[dict[str, Any]] = []
     refused: list[str] = []
     written: set[Path] = set()
-    if o.report:
-        Path(o.report).unlink(missing_ok=True)
-    for path in scans:
-        began = time.monotonic()
+    for scan in scans:
+        began, path = time.monotonic(), scan.path
         try:
             result = predict_scan(
                 model,
@@ -237,6 +271,7 @@ def main(argv: list[str] | None = None) -> None:
                 interpolation=o.interpolation,
                 largest_component=o.largest_component,
                 probabilities=o.probabilities,
+                slices=scan.slices,
             )
         except CaseError as e:
             refused.append(f"{path} {e}")
@@ -250,18 +285,13 @@ def main(argv: list[str] | None = None) -> None:
         for file in stale_results(path, Path(o.out)) if o.overwrite else []:
             if file not in written:
                 file.unlink()
-        counts = np.bincount(label.ravel(), minlength=model.classes + 1)
-        for number in range(1, model.classes + 1):
-            voxels = int(counts[number])
-            ml = voxels * math.prod(geometry["spacing"]) / 1000 if "spacing" in geometry else ""
-            rows.append({"scan": scan_name(path), "class": number, "voxels": voxels, "ml": ml})
+        rows += volume_rows(scan_name(path), label, geometry, model.names, model.classes)
+        write_volumes(report, earlier, rows)
         print(f"{path}: {time.monotonic() - began:.1f} s", file=sys.stderr)
 
-    if rows and o.report:
-        Path(o.report).parent.mkdir(parents=True, exist_ok=True)
-        write_whole(Path(o.report), as_csv(rows).encode())
     if rows:
-        print(table(rows))
+        print(volumes_table(rows))
+        print(f"volumes: {report}", file=sys.stderr)
     if refused:
         listing = "\n".join(f"  {line}" for line in refused)
         raise UserError(

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from dataloaders.class_names import class_names
 from dataloaders.diagnostic import kept_for_diagnosis
 from dataloaders.findings import warnings_of
 from dataloaders.orientation import common_orientation
@@ -231,13 +232,14 @@ def main(argv: list[str] | None = None) -> None:
         seed=o.seed, start=start, iterations=o.iterations, rank=RANK, ranks=RANKS,
     )  # fmt: skip
     spacing, orientation = median_spacing(cases), common_orientation(cases)
+    names = {str(c): name for c, name in class_names(Path(o.data)).items() if c <= method_options.classes}
     everything = {**dataclasses.asdict(o), **dataclasses.asdict(method_options)}
 
     def contents(done: int) -> dict[str, Any]:
         return {
             "options": everything, "iteration": done, "seconds": time.monotonic() - began,
             "checksums": volumes.checksums, "images": images, "processes": RANKS, "spacing": spacing,
-            "orientation": orientation,
+            "orientation": orientation, **({"class_names": names} if names else {}),
             "method": method.state_dict(), "optimizer": optimizer.state_dict(), **({"best": best} if best else {}),
         }  # fmt: skip
 

@@ -111,8 +111,8 @@ def test_a_bright_object_is_found_where_it_is_whatever_the_spacing(spacing, axes
 def test_a_prediction_has_its_scan_s_format_size_and_geometry(ending, world, tmp_path):
     path = write(tmp_path / f"one{ending}", np.random.default_rng(0).random((19, 23, 11)).astype(np.float32))
     out = predicted(world / "runs" / "dtml", [path], tmp_path / "out", "--probabilities", "float32")
-    assert sorted(os.listdir(out)) == [f"one{ending}", f"one_probability{ending}"]
-    for name in os.listdir(out):
+    assert sorted(os.listdir(out)) == [f"one{ending}", f"one_probability{ending}", "volumes.csv"]
+    for name in (f"one{ending}", f"one_probability{ending}"):
         found, source = (sitk.ReadImage(str(p)) for p in (out / name, path))
         assert found.GetSize() == source.GetSize()
         for what in ("GetSpacing", "GetOrigin", "GetDirection"):
@@ -127,7 +127,8 @@ def test_an_h5_case_is_taken_as_it_is_and_predicted_as_test_la_does(tmp_path):
     test_la.main([*words, "--out", str(tmp_path / "tested")])
     for output in ("seg", "sdm", "mean"):
         cases = [data / name / "mri_norm2.h5" for name in ("case08", "case09")]
-        out = predicted(run, cases, tmp_path / output, "--stride", "8", "8", "8", "--output", output)
+        words = ["--stride", "8", "8", "8", "--weighting", "uniform"]
+        out = predicted(run, cases, tmp_path / output, *words, "--output", output)
         for name in ("case08.nii.gz", "case09.nii.gz"):
             (mine, geometry), (theirs, expected) = (
                 read_label(path) for path in (out / name, tmp_path / "tested" / "predictions" / output / name)
@@ -299,7 +300,7 @@ def test_several_classes_are_predicted_each_in_its_place(tmp_path, monkeypatch):
         (["--interpolation", "bspline"], True),
         (["--patch-size", "32", "16", "16"], True),
         (["--stride", "5", "16", "7"], True),
-        (["--weighting", "gaussian"], True),
+        (["--weighting", "uniform"], True),
         (["--precision", "bf16"], True),
         (["--batch-size", "3"], False),
         (["--threads", "2"], False),
@@ -311,7 +312,17 @@ def test_flags_change_the_probability_or_only_its_rounding(words, changes, world
     assert (np.abs(usual - other).max() > 1e-4) == changes
 
 
-ELSEWHERE = {"checkpoint", "method", "out", "flips", "largest_component", "probabilities", "report", "overwrite"}
+ELSEWHERE = {
+    "checkpoint",
+    "method",
+    "out",
+    "series",
+    "flips",
+    "largest_component",
+    "probabilities",
+    "report",
+    "overwrite",
+}
 
 
 def test_every_flag_is_tested_here():
@@ -328,7 +339,10 @@ def test_results_that_are_there_are_left_unless_told_otherwise(world, tmp_path):
     (out / "patient0.nii.gz").write_bytes(b"mine")
     with pytest.raises(UserError, match=r"patient0.nii.gz exists already. Choose another --out, or --overwrite"):
         predicted(world / "runs" / "dtml", [scan(world, 1), scan(world)], out)
-    assert os.listdir(out) == ["patient0.nii.gz"] and (out / "patient0.nii.gz").read_bytes() == b"mine"
+    assert (
+        sorted(os.listdir(out)) == ["patient0.nii.gz", "volumes.csv"]
+        and (out / "patient0.nii.gz").read_bytes() == b"mine"
+    )
     predicted(world / "runs" / "dtml", [scan(world)], out, "--overwrite")
     assert (out / "patient0.nii.gz").read_bytes() == kept
 
@@ -339,11 +353,12 @@ def test_overwritten_results_leave_none_of_an_earlier_prediction(world, tmp_path
     for name in ("patient0_probability_2.nii.gz", "patient00_probability.nii.gz", "patient0_probability.nrrd"):
         (out / name).write_bytes(b"")
     predicted(run, [scan(world)], out, "--overwrite")
-    assert sorted(os.listdir(out)) == ["patient0.nii.gz", "patient00_probability.nii.gz", "patient0_probability.nrrd"]
+    kept = ["patient0.nii.gz", "patient00_probability.nii.gz", "patient0_probability.nrrd"]
+    assert sorted(os.listdir(out)) == [*kept, "volumes.csv"]
     flat = write(tmp_path / "flat.nii.gz", np.ones((9, 9, 9)))
     with pytest.raises(UserError, match="1 of 1 scans were not predicted"):
         predicted(run, [flat], out, "--overwrite", "--report", str(report))
-    assert not report.exists()
+    assert [row["scan"] for row in csv.DictReader(report.open())] == ["patient0"]
 
 
 def test_bad_scans_are_named_and_the_others_predicted(world, tmp_path):
@@ -353,7 +368,7 @@ def test_bad_scans_are_named_and_the_others_predicted(world, tmp_path):
     scans = [tmp_path / "cut.nii.gz", flat, tmp_path / "good.nii.gz"]
     with pytest.raises(UserError, match=r"2 of 3 scans .*\n  .*cut.nii.gz is cut short.*\n  .*flat.nrrd is constant"):
         predicted(world / "runs" / "dtml", scans, tmp_path / "out")
-    assert os.listdir(tmp_path / "out") == ["good.nii.gz"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["good.nii.gz", "volumes.csv"]
 
 
 def test_scans_and_places_that_would_get_in_each_other_s_way_are_refused(world, tmp_path):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dataloaders.cases import UNTOLD
+from dataloaders.dicom import read_series
 from dataloaders.images import (
     Geometry,
     anti_alias,
@@ -51,6 +52,8 @@ class Model:
     """Where the axes of the training cases point, or None if their files do not say: axes are taken as stored."""
     classes: int
     flips: int
+    names: dict[int, str] = dataclasses.field(default_factory=dict)
+    """Class -> its name, of the classes that the training set names."""
 
     def predict(self, patches: Tensor) -> Tensor:
         """(N,1,w,h,d) -> mean probability (N,C,w,h,d) over the methods and the flips."""
@@ -103,14 +106,16 @@ def predict_scan(
     interpolation: str,
     largest_component: bool,
     probabilities: str,
+    slices: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Segments the scan of a file.
+    """Segments the scan of a file, or a DICOM series.
 
     Args:
         window: patch_size, stride, weighting and batch_size of the sliding window.
         interpolation: of the intensities, a key of INTERPOLATORS.
         largest_component: whether only the largest component of each class is kept.
         probabilities: the type in which they are returned too, or 'none'.
+        slices: the files of a DICOM series, whose folder is `path`.
 
     Returns:
         `label` (W,H,D) uint8; `probability`, a volume (W,H,D) for each class, or None; `geometry` of the file.
@@ -118,7 +123,7 @@ def predict_scan(
     Raises:
         CaseError: a scan that cannot be read or is constant.
     """
-    source, stated = read_image(path)
+    source, stated = read_series(slices) if slices else read_image(path)
     warn_of_unknown(path, stated, model)
     turn = turn_to(model.orientation, stated.get("direction"))
     source = turn(source)

@@ -107,7 +107,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv: Sequence[str] | None = None) -> dict[str, Any]:
         """Option name -> value, only of the options on the command line."""
-        options, unknown = self.parse_known_args(self.expand(argv))
+        # Positional words may stand anywhere among the flags.
+        options, unknown = self.parse_known_intermixed_args(self.expand(argv))
         if unknown:
             flag = next((w for w in unknown if w.startswith("-")), unknown[0]).partition("=")[0]
             new = self.renamed.get(flag.lstrip("-").replace("-", "_"))
