@@ -34,9 +34,9 @@ from dataloaders.folds import split_fold
 from dataloaders.images import write_image
 from dataloaders.normalization import normalized
 from dataloaders.unseen import open_cases
-from evaluation.metrics import COMPONENTS
+from evaluation.metrics import COMPONENTS, MORE
 from evaluation.predictions import new_test, replace_test
-from evaluation.scores import CAPTION, NSD_CAPTION, as_csv, class_scores, table
+from evaluation.scores import as_csv, caption_of, class_scores, table
 from evaluation.sliding_window import (
     WEIGHTINGS,
     flips_option,
@@ -56,6 +56,7 @@ from utils.errors import UserError, run
 from utils.masks import label_map, largest_components
 from utils.options import Parser, fill, option
 from utils.run_folder import make_manifest, write_json
+from utils.text import did_you_mean
 
 SCANS = ("test", "validation", "held-out")
 
@@ -75,6 +76,7 @@ class Options:
     data: str = option("", "folder of the data set (default that of the training)", group="what")
     scans: str = option("test", "the scans of test.list; of validation.list, or of the run's --fold; or those of "
                         "train.list that the training left unused", group="what", choices=SCANS)  # fmt: skip
+    cases: list[str] = option([], "only these of the scans (default all)", group="what", type=str, nargs="+")
     output: list[str] = option(
         [],
         "which outputs of the method to score, of dtml: seg (M_s), sdm (M_d), mean (default all)",
@@ -86,13 +88,18 @@ class Options:
         None, "mm: score NSD too, the share of both surfaces that is so near to the other one (default no NSD)",
         group="what", type=float, minimum=0,
     )  # fmt: skip
+    metrics: list[str] = option([], "score these too: assd, the average symmetric surface distance; rve, the relative "
+                                "volume error (default neither)", group="what", type=str, choices=MORE,
+                                nargs="+")  # fmt: skip
     patch_size: list[int] | None = three_voxels("voxels of a window along x, y, z (default that of training)")
     stride: list[int] | None = three_voxels("step from window to window (default 18 18 4, divided by --downsample)")
     weighting: str = option("uniform", "how overlapping windows are averaged", group="window", choices=WEIGHTINGS)
     flips: int = flips_option("window")
     batch_size: int = option(4, "windows at a time", group="window", minimum=1)
     out: str = option(
-        "", "folder of the results (default RUN/SCANS, of best.pt RUN/best-SCANS, of bare weights FILE-test)"
+        "",
+        "folder of the results (default RUN/SCANS, of best.pt RUN/best-SCANS, of bare weights FILE-test; with --cases "
+        "these and -cases)",
     )
     save: str = option("largest", "predictions to write as NIfTI", choices=(*COMPONENTS, "none"))
     precision: str = option("fp32", "arithmetic of the convolutions", choices=(*PRECISIONS, "fp16"))
@@ -109,6 +116,7 @@ def score_scan(
     predictions: Path,
     save: str,
     tolerance: float | None,
+    more: Sequence[str],
 ) -> list[dict[str, Any]]:
     """Scores the predictions of a case and saves them.
 
@@ -119,6 +127,7 @@ def score_scan(
         predictions: folder of the predictions.
         save: one of COMPONENTS, the kind to save, or 'none'.
         tolerance: of NSD, in mm; None: no NSD.
+        more: further metrics, of MORE.
 
     Returns:
         The case's rows of cases.csv.
@@ -129,7 +138,7 @@ def score_scan(
         variants = {"all": prediction, "largest": largest_components(prediction, case.classes)}
         for component, variant in variants.items():
             if component == "all" or not np.array_equal(variant, prediction):
-                scores = class_scores(variant, label, case.classes, spacing, tolerance)
+                scores = class_scores(variant, label, case.classes, spacing, tolerance, more)
             shape = "x".join(map(str, label.shape))
             keys = {"case": case.name, "shape": shape, "output": output, "component": component}
             rows += [{**keys, **score} for score in scores]
@@ -167,6 +176,21 @@ def names_of(folder: Path, scans: str, seen: Container[str], trained: Mapping[st
             "--unlabeled, and the last of the list are held out."
         )
     return held_out
+
+
+def chosen_cases(names: Sequence[str], cases: Sequence[str], scans: str) -> list[str]:
+    """The scans to test of `names`, in their order: those of --cases, or all.
+
+    Raises:
+        UserError: for cases that are not among the scans, with the name most like each.
+    """
+    unknown = [name for name in cases if name not in names]
+    if unknown:
+        lines = "\n".join(f"  {name}.{did_you_mean(name, names)}" for name in unknown)
+        raise UserError(
+            f"--cases: {len(unknown)} of {len(cases)} are not among the {len(names)} {scans} scans:\n{lines}"
+        )
+    return [name for name in names if name in cases] if cases else list(names)
 
 
 def refuse_unknown_spacing(cases: Sequence[Case], folder: Path, tolerance: float) -> None:
@@ -210,7 +234,8 @@ def main(argv: list[str] | None = None) -> None:
     if unfinished(state) and RANK == 0:
         print(f"warning: {path} is not finished: {unfinished(state)}.", file=sys.stderr)
     folder, seen = Path(o.data or trained["data"]), state["checksums"]  # empty for bare weights
-    cases, shapes = open_cases(folder, names_of(folder, o.scans, seen, trained), classes, seen, state.get("images", {}))
+    tested = chosen_cases(names_of(folder, o.scans, seen, trained), o.cases, o.scans)
+    cases, shapes = open_cases(folder, tested, classes, seen, state.get("images", {}))
     if o.nsd_tolerance is not None:
         refuse_unknown_spacing(cases, folder, o.nsd_tolerance)
     count = sum(len(windows([-(-side // downsample) for side in shape], patch_size, stride)) for shape in shapes)
@@ -218,6 +243,7 @@ def main(argv: list[str] | None = None) -> None:
     # Several released files are in one folder.
     usual_out = path.with_name(f"{path.stem}-test") if o.method else (path if path.is_dir() else path.parent) / o.scans
     usual_out = path.with_name(f"{path.stem}-{o.scans}") if path.name == BEST else usual_out
+    usual_out = usual_out.with_name(f"{usual_out.name}-cases") if o.cases else usual_out  # next to the test of all
     out = Path(o.out) if o.out else usual_out
 
     # predict, and score earlier scans meanwhile
@@ -253,7 +279,9 @@ def main(argv: list[str] | None = None) -> None:
                 patch_size=patch_size, stride=stride, weighting=o.weighting, batch_size=o.batch_size, flips=o.flips,
             )  # fmt: skip
             maps = {name: label_map(part).cpu().numpy() for name, part in zip(outputs, p.split(classes), strict=True)}
-            waiting.append(scorers.submit(score_scan, case, maps, label, new / "predictions", o.save, o.nsd_tolerance))
+            waiting.append(scorers.submit(
+                score_scan, case, maps, label, new / "predictions", o.save, o.nsd_tolerance, o.metrics
+            ))  # fmt: skip
             collect(2 * o.workers)
         collect(0)
         rows = in_turn(rows, len(COMPONENTS) * len(outputs) * (classes + (classes > 1)))
@@ -262,18 +290,20 @@ def main(argv: list[str] | None = None) -> None:
 
     # results
     new.mkdir(parents=True, exist_ok=True)
-    caption = CAPTION if o.nsd_tolerance is None else CAPTION + NSD_CAPTION.format(o.nsd_tolerance)
-    means = f"{caption}\n{table(rows)}"
+    means = f"{caption_of(o.nsd_tolerance, o.metrics)}\n{table(rows)}"
     write_whole(new / "cases.csv", as_csv(rows).encode())
     write_whole(new / "table.md", means.encode())
     settings = {"patch_size": patch_size, "stride": stride, "windows": count, "weighting": o.weighting,
-                "flips": o.flips, "precision": o.precision, "scans": o.scans}  # fmt: skip
+                "flips": o.flips, "precision": o.precision, "scans": o.scans,
+                **({"cases": tested} if o.cases else {})}  # fmt: skip
     about = {"checkpoint": str(path), "iteration": state["iteration"], "downsample": downsample,
             "normalize": normalize, "data": str(folder), "saved": o.save}  # fmt: skip
     if names:
         about["class_names"] = names
     if o.nsd_tolerance is not None:
         about["nsd_tolerance_mm"] = o.nsd_tolerance
+    if o.metrics:
+        about["metrics"] = o.metrics
     if o.method:
         about |= {"method": o.method, "released": state["released"]}
     write_json(new / "test.json", make_manifest(device, **settings, **about))

@@ -121,7 +121,7 @@ def read_series(files: Sequence[str]) -> tuple[NDArray[np.float32], Geometry]:
     mean = steps.mean(axis=0)  # less rounded than one step
     length = float(np.linalg.norm(mean))
     axes = np.stack([cosines[0, :3], cosines[0, 3:], mean / length], axis=1)
-    refuse_direction(axes.ravel())
+    refuse_direction(axes.ravel().tolist())
     reader = sitk.ImageSeriesReader()
     reader.SetImageIO("GDCMImageIO")
     reader.SetFileNames(list(files))

@@ -17,7 +17,7 @@ from typing import Any
 
 from evaluation.predictions import read_scores
 from evaluation.rows import runs_of
-from evaluation.scores import CAPTION, as_csv, table
+from evaluation.scores import as_csv, caption_of, table
 from settings import Options as TrainingOptions
 from utils.checkpoint import write_whole
 from utils.errors import UserError, run
@@ -25,7 +25,17 @@ from utils.options import Parser, fill, flag_of, harmless_names, option
 from utils.run_folder import MANIFEST, read_json
 
 TESTED = "validation"  # folder of test_la.py --scans validation in a run folder
-OF_THE_TEST = ("scans", "iteration", "patch_size", "stride", "weighting", "flips", "precision", "nsd_tolerance_mm")
+OF_THE_TEST = (
+    "scans",
+    "iteration",
+    "patch_size",
+    "stride",
+    "weighting",
+    "flips",
+    "precision",
+    "nsd_tolerance_mm",
+    "metrics",
+)
 
 
 @dataclasses.dataclass
@@ -128,12 +138,13 @@ def main(argv: list[str] | None = None) -> None:
         print(f"warning: fold {', '.join(map(str, missing))} of {folds[0].folds} is missing.", file=sys.stderr)
     rows = [{"case": row["case"], "fold": fold.number, **row} for fold in folds for row in fold.rows]
     counts = ", ".join(f"{fold.number}: {len({row['case'] for row in fold.rows})}" for fold in folds)
-    names = folds[0].about.get("class_names", {})
+    about = folds[0].about
+    names = about.get("class_names", {})
     lines = [f"{len(folds)} of {folds[0].folds} folds, scans of fold {counts}.", "", "Over all scans:", "", table(rows)]
     if len(folds) > 1:
         lines += ["Over the folds: mean ± SD of their means, with an SD from three folds on.", "", table(rows, "fold")]
     lines += [f"Classes: {', '.join(f'{c} {name}' for c, name in names.items())}.", ""] if names else []
-    text = CAPTION + "\n" + "\n".join(lines)
+    text = caption_of(about.get("nsd_tolerance_mm"), about.get("metrics", [])) + "\n" + "\n".join(lines)
     if o.out:
         Path(o.out).mkdir(parents=True, exist_ok=True)
         write_whole(Path(o.out, "cases.csv"), as_csv(rows).encode())

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from utils.errors import UserError
-from utils.text import read_text
+from utils.text import did_you_mean, read_text
 
 Condition = Mapping[str, tuple[Any, ...] | Callable[[Any], Any]]
 """Name of another option -> the values of it, or the test of its value, with which an option does something."""
@@ -122,10 +122,9 @@ class Parser(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
             choices = [str(choice) for choice in action.choices]
-            near = difflib.get_close_matches(str(value), choices, n=1)
+            near = did_you_mean(str(value), choices)
             if near:
-                text = f"{value!r} is none of {', '.join(choices)}. Did you mean {near[0]}?"
-                raise argparse.ArgumentError(action, text)
+                raise argparse.ArgumentError(action, f"{value!r} is none of {', '.join(choices)}.{near}")
         super()._check_value(action, value)
 
     def error(self, message: str) -> NoReturn:
