@@ -25,6 +25,7 @@ from dataloaders.volumes import CACHES
 from losses.ramps import SCHEDULES, default_lr_steps
 from methods import METHODS, Method
 from networks.backbone import PRECISIONS
+from tools.starting import go_further
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
 from utils.options import (
@@ -236,6 +237,8 @@ def read_options(
             raise UserError(f"{state['file']} holds weights to hand on, from which no training goes on. Give its run.")
         saved = state["options"]
         refuse_removed(saved["method"], saved)
+        steps = PROFILES[saved.get("profile", "full")].get("lr_steps")
+        saved = go_further(state, flags, [steps, default_lr_steps(saved["iterations"])])
         refuse_differences(flags, saved, harmless_names([Options, kind.Options]), folder)
         o, method_options = (fill(cls, saved, flags) for cls in (Options, kind.Options))
         refuse_idle(flags, [Options], values_of(o, method_options, kind), saved.get, WHY)

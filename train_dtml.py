@@ -36,7 +36,7 @@ from methods import METHODS, Method, Watch, restore
 from networks.backbone import STEEPEST, compile_networks, set_precision, set_recompute
 from settings import NOT_REPLAYED, OPTIMIZERS, Options, chosen_flags, flags_of, read_options
 from tools.replay import replay_batch
-from tools.starting import start_from
+from tools.starting import further, header, keep_finished, start_from
 from tools.validation import validation_dice
 from utils.checkpoint import BEST, fit_optimizer, load_checkpoint, save_checkpoint, write_whole
 from utils.clock import Clock
@@ -48,12 +48,14 @@ from utils.devices import (
     refuse_precision,
     seed_iteration,
     set_arithmetic,
+    why_device,
 )
 from utils.distributed import RANK, RANKS, process_group, replicate, stop_of_any_rank, wait_for_rank_0
 from utils.errors import Stopped, StopSignal, UserError, run
 from utils.masks import label_map
 from utils.options import (
     Parser,
+    fill,
     options_file,
 )
 from utils.report import Report
@@ -180,7 +182,8 @@ def main(argv: list[str] | None = None) -> None:
         print("\n".join(replay_batch(method, state, device)))
         return
     if state is not None and state["iteration"] >= o.iterations:
-        print(f"{folder} is already done: {state['iteration']} of {o.iterations} iterations.", file=sys.stderr)
+        print(f"{folder} is already done: {state['iteration']} of {o.iterations} iterations. --resume {folder} with "
+              "more --iterations goes on from there.", file=sys.stderr)  # fmt: skip
         manifest = read_json(folder / MANIFEST)
         if RANK == 0 and manifest and "wall_s" not in manifest:  # killed between its last checkpoint and the manifest
             write_json(folder / MANIFEST, {**manifest, **speed(o.iterations, state["seconds"])})
@@ -211,6 +214,7 @@ def main(argv: list[str] | None = None) -> None:
     optimizer = OPTIMIZERS[o.optimizer](trained, o)
     start, seconds = 0, 0.0
     best: dict[str, Any] | None = state.get("best") if state else None
+    extended: list[int] = state.get("extended", []) if state else []
     if state is not None:
         if state["checksums"] != volumes.checksums:
             raise UserError(f"the volumes in {o.data} are not those {folder} began with. Resume with the same data.")
@@ -241,6 +245,7 @@ def main(argv: list[str] | None = None) -> None:
             "checksums": volumes.checksums, "images": images, "processes": RANKS, "spacing": spacing,
             "orientation": orientation, **({"class_names": names} if names else {}),
             "method": method.state_dict(), "optimizer": optimizer.state_dict(), **({"best": best} if best else {}),
+            **({"extended": extended} if extended else {}),
         }  # fmt: skip
 
     with (
@@ -251,6 +256,15 @@ def main(argv: list[str] | None = None) -> None:
         kept_for_diagnosis(folder, patches, sampler, contents),
     ):
         if report:
+            for line in header(
+                o, folder, labeled, len(cases) - labeled, len(validation), labeled_batch,
+                sum(p.numel() for p in trained), why_device(o.device, device), start, current_lr(start, o),
+            ):  # fmt: skip
+                report.say(line)
+            if state and "before" in state:
+                report.say(further(state, o.iterations, current_lr(start - 1, fill(Options, state["before"])),
+                                   current_lr(start, o)))  # fmt: skip
+                keep_finished(folder, state)
             for line in warnings_of(
                 volumes.facts, patch_size=o.patch_size, downsample=o.downsample, normalize=o.normalize
             ):
@@ -261,7 +275,9 @@ def main(argv: list[str] | None = None) -> None:
                 write_whole(folder / OPTIONS, options_file(chosen, replay).encode())
             manifest = make_manifest(device, processes=RANKS, options=replay, checksums=volumes.checksums,
                                      **({"init": began_from} if began_from else {}))  # fmt: skip
-            manifest = start_manifest(folder, start, manifest)
+            manifest = start_manifest(folder, start, {**manifest, **({"extended": extended} if extended else {})})
+            if start == 0:
+                report.settings(replay, "dice/validation" if validation else "loss/total")
             report.text({"options": replay, "manifest": {k: v for k, v in manifest.items() if k not in LONG}})
         wait_for_rank_0()
         model = replicate(method, device)

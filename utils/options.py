@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from utils.errors import UserError
+from utils.other_names import called_here
 from utils.text import did_you_mean, read_text
 
 Condition = Mapping[str, tuple[Any, ...] | Callable[[Any], Any]]
@@ -115,6 +116,9 @@ class Parser(argparse.ArgumentParser):
             if new:
                 self.error(f"unknown argument {flag}: it is called {flag_of(new)} now.")
             names = [name.lstrip("-") for name in self._option_string_actions]  # the dashes would make all look alike
+            here = called_here(flag.lstrip("-"), names)
+            if here:
+                self.error(f"unknown argument {flag}. Here it is {here}.")
             near = difflib.get_close_matches(flag.lstrip("-"), names, n=1, cutoff=0.75)
             self.error(f"unknown argument {flag}." + (f" Did you mean --{near[0]}?" if near else " See --help."))
         return vars(options)
@@ -323,7 +327,8 @@ def refuse_differences(chosen: dict[str, Any], saved: dict[str, Any], harmless: 
     differ = [name for name, value in chosen.items() if name not in harmless and value != saved.get(name)]
     if differ:
         lines = [f"  {flag_of(name)}: {saved.get(name)} before, {chosen[name]} now" for name in differ]
+        more = "\n  --iterations can be raised once the run is finished." if "iterations" in differ else ""
         raise UserError(
             f"the run {folder} was started with other options. Resume it without these, or start another run with "
-            "--fresh or --name:\n" + "\n".join(lines)
+            "--fresh or --name:\n" + "\n".join(lines) + more
         )
