@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY, make_set
@@ -16,6 +17,7 @@ from test_validation import load
 import predict
 import test_la
 import train_dtml
+from evaluation.slices import LABEL, PREDICTION, panels
 from losses.ramps import ramp_up
 from methods import restore
 from utils.checkpoint import load_checkpoint
@@ -144,3 +146,16 @@ def test_scans_that_were_not_converted_name_the_command_that_does_it(where, tmp_
         train_dtml.main(["--data", str(tmp_path / "raw" / where), *TINY])
     assert f"python -m tools.convert --source {tmp_path / 'raw'} --out data/mine" in str(caught.value)
     assert "patient0.nii.gz and no converted data set" in str(caught.value)
+
+
+def test_the_caption_of_a_narrow_picture_is_wrapped_and_not_cut_off():
+    image = np.random.default_rng(0).random((32, 48))
+    contours = {"prediction": (np.zeros((32, 48)), PREDICTION), "label": (np.zeros((32, 48)), LABEL)}
+    for title in (
+        "hippocampus_001, iteration 12",
+        "a long name of a patient, of a scan and of a hospital, iteration 12000",
+    ):
+        picture = panels(image, {"p": image}, contours, title)
+        dark = (picture < 128).all(axis=2)
+        rows, columns = np.nonzero(dark[: len(picture) - 290])  # above the panels and their names
+        assert rows.size > 300 and rows.min() > 0 and columns.max() < picture.shape[1] - 5
