@@ -93,7 +93,7 @@ class Report:
         plain = {name: value if isinstance(value, (bool, int, float, str)) else str(value)
                  for name, value in values.items()}  # fmt: skip
         for summary in hparams(plain, {metric: None}):
-            self.board.file_writer.add_summary(summary)
+            self.board._get_file_writer().add_summary(summary)
 
     def iteration(
         self, iteration: int, losses: Any, lr: float, clock: Clock, memory: float, scores: Mapping[str, float] = {}
@@ -107,8 +107,8 @@ class Report:
             self.first = time.monotonic()
         if done == self.start + ESTIMATED_AFTER < self.iterations:
             each = (time.monotonic() - self.first) / (ESTIMATED_AFTER - 1)
-            left = duration(each * (self.iterations - done))
-            self.say(f"about {left} left: {each:.3g} s an iteration, {self.iterations - done} iterations to go")
+            time_left = duration(each * (self.iterations - done))
+            self.say(f"about {time_left} left: {each:.3g} s an iteration, {self.iterations - done} iterations to go")
         if done % self.log_every and done != self.iterations and not scores:
             return
         now = time.monotonic()
