@@ -1,22 +1,24 @@
 """Segments scans of any size and spacing with one or several checkpoints; no label is needed.
 
     python predict.py --checkpoint runs/mine/dtml-16-seed1337 scan.nii.gz -o predictions
-    python predict.py --checkpoint RUN scans/*.nii.gz -o predictions --largest-component --report volumes.csv
+    python predict.py --checkpoint RUN scans 'more/*.nii.gz' -o predictions --largest-component   folders, patterns
+    python predict.py --checkpoint RUN patient1/T1 -o predictions                the folder of a DICOM series
     python predict.py --checkpoint best_model.pth --method dtc scan.nii.gz -o out      weights of a released code
     python predict.py --checkpoint RUN1 RUN2 RUN3 scan.nrrd -o predictions --flips 8 --probabilities float32
     python predict.py --checkpoint RUN patient_0000.nii.gz patient_0001.nii.gz -o out     two channels
 
-A scan is NIfTI (.nii, .nii.gz), NRRD, MetaImage or an h5 case. Its axes are brought to the orientation of the training
-cases. It is normalised to zero mean and unit variance over all its voxels, as `python -m tools.convert` does it, and
-resampled to the spacing of the training cases, then scaled by --normalize of the training. It is predicted in windows,
-and the result is brought back: the segmentation has the scan's own format, size, spacing, origin and direction. A
-NIfTI has the scan's own header. An h5 case is taken as converted, and its segmentation is NIfTI. The last table on
-stdout gives each class's volume. The channels of a scan, for a network that was trained on several, are files
-NAME_0000, NAME_0001, ..., any files joined by commas, t1.nii.gz,t2.nii.gz, or one 4-D NIfTI.
+A scan is NIfTI (.nii, .nii.gz), NRRD, MetaImage, a DICOM series or an h5 case. Its axes are brought to the orientation
+of the training cases. It is normalised to zero mean and unit variance over all its voxels, as `python -m tools.convert`
+does it, and resampled to the spacing of the training cases, then scaled by --normalize of the training. It is predicted
+in windows, and the result is brought back: the segmentation has the scan's own format, size, spacing, origin and
+direction. A NIfTI has the scan's own header. An h5 case is taken as converted. Its segmentation and that of a DICOM
+series, called as its folder, are NIfTI. The table on stdout, and volumes.csv with the segmentations, give each class's
+volume. The channels of a scan, for a network that was trained on several, are files NAME_0000, NAME_0001, ..., any
+files joined by commas, t1.nii.gz,t2.nii.gz, or one 4-D NIfTI.
 """
 
 import dataclasses
-import math
+import glob
 import re
 import sys
 import time
@@ -24,22 +26,23 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from dataloaders.cases import CaseError
-from dataloaders.channels import Scan, scans_of
-from dataloaders.images import INTERPOLATORS, WRITTEN_AS, ending_of, write_image
+from dataloaders.images import INTERPOLATORS, ending_of, write_image, written_as
 from dataloaders.normalization import normalization_of
-from evaluation.scores import as_csv
 from evaluation.sliding_window import WEIGHTINGS, flips_option, half_a_patch, refuse_window, three_voxels
 from methods.released import RELEASED, load_trained
 from networks.backbone import PRECISIONS, set_precision
+from tools.given_scans import DICOM_ENDINGS, Scan, given_scans
 from tools.segment import Model, predict_scan
-from utils.checkpoint import channels_of_state, unfinished, write_whole
+from tools.volumes import read_volumes, volume_rows, volumes_table, write_volumes
+from utils.checkpoint import channels_of_state, unfinished
 from utils.devices import choose_device, enough_memory, keep_freed_memory, refuse_precision, set_arithmetic
 from utils.errors import UserError, run
 from utils.options import Parser, fill, option
+from utils.run_folder import has_checkpoint
+from utils.shared_weights import PIECES
 
 
 @dataclasses.dataclass
@@ -57,6 +60,8 @@ class Options:
         "", "method of the bare weights of a released code (default: a checkpoint knows its own)",
         group="what", choices=list(RELEASED),
     )  # fmt: skip
+    series: list[str] = option([], "UIDs of the DICOM series to take, where a folder holds several (default none)",
+                               group="what", type=str, nargs="+")  # fmt: skip
     out: str = option("", "folder of the segmentations; -o is the same", group="what")
     output: str = option(
         "",
@@ -79,7 +84,7 @@ class Options:
     stride: list[int] | None = three_voxels(
         "step from window to window (default half the patch, so that each voxel is seen by eight windows)"
     )
-    weighting: str = option("uniform", "how overlapping windows are averaged", group="window", choices=WEIGHTINGS)
+    weighting: str = option("gaussian", "how overlapping windows are averaged", group="window", choices=WEIGHTINGS)
     batch_size: int | None = option(
         None, "windows at a time (default 1, on a GPU 4)", group="window", type=int, minimum=1
     )
@@ -90,7 +95,9 @@ class Options:
         group="results",
         choices=("none", "float32", "uint8"),
     )
-    report: str = option("", "CSV with the volume of each class in ml (default none)", group="results")
+    report: str = option("", "CSV with each class's volume in ml; rows of other scans stay (default volumes.csv in "
+                         "--out)",
+                         group="results")  # fmt: skip
     overwrite: bool = option(False, "replace results that are there", group="results")
     precision: str = option("fp32", "arithmetic of the convolutions", choices=(*PRECISIONS, "fp16"))
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
@@ -150,12 +157,45 @@ def load_model(o: Options, device: torch.device) -> Model:
     return Model(
         list(methods), taken, trained[0]["downsample"], normalization_of(trained[0]), sizes.pop(),
         spacing or None, orientation, classes, o.flips, channels[0],
+        {int(c): name for c, name in states[0].get("class_names", {}).items()},
     )  # fmt: skip
+
+
+def sort_words(flags: dict[str, Any]) -> list[str]:
+    """Takes the scans out of the flags, which stand among the checkpoints or the series if they follow these.
+
+    Patterns of checkpoints are replaced by what they match.
+
+    Args:
+        flags: option -> value; `scans` is taken out, `checkpoint` and `series` keep what is no scan.
+
+    Returns:
+        Files, folders and patterns of scans.
+    """
+    words = flags.pop("scans", [])
+    given = {word: [word] for word in flags.get("checkpoint", [])}
+    given |= {word: sorted(glob.glob(word)) or [word] for word in given if not Path(word).exists()}
+    scans = [word for word, paths in given.items() if any(map(may_be_scan, paths))]
+    if len(scans) < len(given):
+        flags["checkpoint"] = [path for word, paths in given.items() if word not in scans for path in paths]
+        words += scans
+    words += [word for word in flags.get("series", []) if Path(word).exists() or glob.has_magic(word)]
+    if "series" in flags:
+        flags["series"] = [word for word in flags["series"] if word not in words]
+    return words
+
+
+def may_be_scan(word: str) -> bool:
+    """Whether a word after --checkpoint is a folder without a checkpoint, a file of a scan or a pattern."""
+    path = Path(word)
+    if path.is_dir():
+        return not has_checkpoint(path) and next(path.glob(PIECES), None) is None
+    return bool(ending_of(path)) or path.suffix.lower() in DICOM_ENDINGS or glob.has_magic(word)
 
 
 def results_of(scan: Scan, out: Path, probabilities: str, classes: int) -> list[Path]:
     """The files of a scan's prediction: the segmentation, then the probability of each class."""
-    name, ending = scan.name, WRITTEN_AS[ending_of(scan.files[0])]
+    name, ending = scan.name, written_as(scan.files[0])
     numbers = [""] if classes == 1 else [f"_{number}" for number in range(1, classes + 1)]
     more = [] if probabilities == "none" else [f"{name}_probability{number}{ending}" for number in numbers]
     return [out / file for file in (name + ending, *more)]
@@ -163,38 +203,28 @@ def results_of(scan: Scan, out: Path, probabilities: str, classes: int) -> list[
 
 def stale_results(scan: Scan, out: Path) -> list[Path]:
     """Probabilities of an earlier prediction of this scan, whether or not this prediction writes them too."""
-    ending = WRITTEN_AS[ending_of(scan.files[0])]
-    name = re.compile(rf"{re.escape(scan.name)}_probability(_\d+)?{re.escape(ending)}")
+    name = re.compile(rf"{re.escape(scan.name)}_probability(_\d+)?{re.escape(written_as(scan.files[0]))}")
     return [file for file in out.iterdir() if name.fullmatch(file.name)]
 
 
 def refuse_scans(scans: list[Scan], o: Options, classes: int) -> None:
-    """Raises UserError for scans that are missing or have the same name, and for results that exist already."""
-    given = [path for scan in scans for path in scan.files]
-    missing = [str(path) for path in given if not path.is_file()]
-    if missing or not scans:
-        what = f"there is no {', '.join(missing)}" if missing else "no scan is given"
-        raise UserError(f"{what}. Give files that end in {', '.join(WRITTEN_AS)}.")
-    twice = [name for name, count in Counter(scan.name for scan in scans).items() if count > 1]
-    if twice:
+    """Raises UserError for scans whose results would have one name or replace a scan, and for results that exist."""
+    out, paths = Path(o.out), [path for scan in scans for path in scan.files]
+    files = {file: scan.name for scan in scans for file in results_of(scan, out, o.probabilities, classes)}
+    written = [file for scan in scans for file in results_of(scan, out, o.probabilities, classes)]
+    names = [name for name, count in Counter(scan.name for scan in scans).items() if count > 1]
+    names = names or [files[file] for file, count in Counter(written).items() if count > 1]
+    if names:
+        which = ", ".join(str(scan.files[0]) for scan in scans if scan.name in names)
         raise UserError(
-            f"two scans are called {', '.join(twice)}, and so would be what is written. Predict one at a time."
+            f"two scans are called {', '.join(names)}, and so would be what is written: {which}. Predict them into "
+            "folders of their own."
         )
-    files = [file for scan in scans for file in results_of(scan, Path(o.out), o.probabilities, classes)]
-    there = [str(file) for file in (*files, *([Path(o.report)] if o.report else [])) if file.exists()]
+    there = [str(file) for file in written if file.exists()]
     if there and not o.overwrite:
         raise UserError(f"{', '.join(there[:5])} exists already. Choose another --out, or --overwrite.")
-    if {file.resolve() for file in files} & {path.resolve() for path in given}:
+    if {file.resolve() for file in (*written, out)} & {path.resolve() for path in paths}:
         raise UserError(f"--out {o.out} is where the scans are: they would be replaced. Choose another folder.")
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a line per scan and class."""
-    lines = ["| scan | class | voxels | ml |", "|---|---|---|---|"]
-    for r in rows:
-        ml = "unknown" if r["ml"] == "" else f"{r['ml']:.3f}"
-        lines.append(f"| {r['scan']} | {r['class']} | {r['voxels']} | {ml} |")
-    return "\n".join(lines) + "\n"
 
 
 @enough_memory("Lower --batch-size or --patch-size.")
@@ -205,13 +235,14 @@ def main(argv: list[str] | None = None) -> None:
         usage="predict.py --checkpoint RUN [RUN ...] SCAN [SCAN ...] -o DIR [options]",
     )
     parser.add_dataclass(Options)
+    parser.add_argument("scans", nargs="*", metavar="SCAN", help="file, folder of scans or of a DICOM series, pattern")
     parser.add_argument("-o", dest="out", metavar="DIR", help="the same as --out")
     # A scan is recognised by its ending anywhere on the command line, also after the checkpoints.
     arguments = parser.expand(argv)
-    words = [text for text in arguments if not text.startswith("-") and ending_of(Path(text))]
-    o: Options = fill(
-        Options, parser.parse([text for text in arguments if text.startswith("-") or not ending_of(Path(text))])
-    )
+    named = [text for text in arguments if not text.startswith("-") and ending_of(Path(text))]
+    flags = parser.parse([text for text in arguments if text not in named])
+    words = [*named, *sort_words(flags)]
+    o: Options = fill(Options, flags)
     for name in ("checkpoint", "out"):
         if not getattr(o, name):
             raise UserError(f"--{name} is missing. See --help.")
@@ -228,14 +259,14 @@ def main(argv: list[str] | None = None) -> None:
         refuse_window(model.patch_size, stride, method.side_multiple)
     batch_size = o.batch_size or (4 if device.type == "cuda" else 1)
     window = {"patch_size": model.patch_size, "stride": stride, "weighting": o.weighting, "batch_size": batch_size}
-    scans = scans_of(words, len(model.channels))
+    scans = given_scans(words, o.series, len(model.channels))
     refuse_scans(scans, o, model.classes)
 
+    report = Path(o.report) if o.report else Path(o.out, "volumes.csv")
+    earlier = read_volumes(report)
     rows: list[dict[str, Any]] = []
     refused: list[str] = []
     written: set[Path] = set()
-    if o.report:
-        Path(o.report).unlink(missing_ok=True)
     for scan in scans:
         began, path = time.monotonic(), scan.files[0]
         try:
@@ -260,18 +291,13 @@ def main(argv: list[str] | None = None) -> None:
         for file in stale_results(scan, Path(o.out)) if o.overwrite else []:
             if file not in written:
                 file.unlink()
-        counts = np.bincount(label.ravel(), minlength=model.classes + 1)
-        for number in range(1, model.classes + 1):
-            voxels = int(counts[number])
-            ml = voxels * math.prod(geometry["spacing"]) / 1000 if "spacing" in geometry else ""
-            rows.append({"scan": scan.name, "class": number, "voxels": voxels, "ml": ml})
+        rows += volume_rows(scan.name, label, geometry, model.names, model.classes)
+        write_volumes(report, earlier, rows)
         print(f"{path}: {time.monotonic() - began:.1f} s", file=sys.stderr)
 
-    if rows and o.report:
-        Path(o.report).parent.mkdir(parents=True, exist_ok=True)
-        write_whole(Path(o.report), as_csv(rows).encode())
     if rows:
-        print(table(rows))
+        print(volumes_table(rows))
+        print(f"volumes: {report}", file=sys.stderr)
     if refused:
         listing = "\n".join(f"  {line}" for line in refused)
         raise UserError(

@@ -17,6 +17,7 @@ from torch import nn
 
 from dataloaders.augmentation import AUGMENTATIONS
 from dataloaders.cases import LA_FOLDER, PHANTOM_FOLDER
+from dataloaders.folds import fold_text
 from dataloaders.normalization import NORMALIZATIONS
 from dataloaders.training import is_phantom, usual_labeled
 from dataloaders.two_stream import SDM_OF
@@ -24,6 +25,7 @@ from dataloaders.volumes import CACHES
 from losses.ramps import SCHEDULES, default_lr_steps
 from methods import METHODS, Method
 from networks.backbone import PRECISIONS
+from tools.starting import go_further
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
 from utils.options import (
@@ -95,6 +97,8 @@ class Options:
                           "of other sets all that have a label)", group="data", type=int)  # fmt: skip
     unlabeled: int | None = option(None, "scans used without label (default all others; 0: none)", group="data",
                                    type=int, only_if={"uses_unlabeled": bool})  # fmt: skip
+    fold: str = option("", "I/K: cross-validation, the labeled scans are dealt out to K folds, and fold I (from 0) is "
+                       "left out for validation (default none)", group="data", type=fold_text)  # fmt: skip
     downsample: int = option(1, "pool this many voxels along each axis into one", group="data", minimum=1)
     patch_size: list[int] = option([112, 112, 80], "voxels of a crop along x, y, z", group="data", nargs=3, minimum=1)
     normalize: str = option(
@@ -169,9 +173,9 @@ class Options:
                          only_if={"resume": ("",), **TRAINS})  # fmt: skip
     save_every: int = option(500, "iterations between checkpoints", harmless=True, minimum=1, only_if=TRAINS)
     validate_every: int = option(
-        0, "iterations between scores of the scans of validation.list; the checkpoint with the best Dice is kept as "
-        "best.pt; 0: none. LA has no validation set: its last iteration counts", harmless=True, minimum=0,
-        only_if=TRAINS,
+        0, "iterations between scores of the scans of validation.list, or of the --fold; the checkpoint with the best "
+        "Dice is kept as best.pt; 0: none. LA has no validation set: its last iteration counts",
+        harmless=True, minimum=0, only_if=TRAINS,
     )  # fmt: skip
     log_every: int = option(10, "iterations between points of the curves", harmless=True, minimum=1, only_if=TRAINS)
     picture_every: int = option(500, "iterations between pictures; 0: none", harmless=True, minimum=0, only_if=TRAINS)
@@ -240,6 +244,8 @@ def read_options(
             raise UserError(f"{state['file']} holds weights to hand on, from which no training goes on. Give its run.")
         saved = state["options"]
         refuse_removed(saved["method"], saved)
+        steps = PROFILES[saved.get("profile", "full")].get("lr_steps")
+        saved = go_further(state, flags, [steps, default_lr_steps(saved["iterations"])])
         refuse_differences(flags, saved, harmless_names([Options, kind.Options]), folder)
         o, method_options = (fill(cls, saved, flags) for cls in (Options, kind.Options))
         refuse_idle(flags, [Options], values_of(o, method_options, kind), saved.get, WHY)

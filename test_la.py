@@ -4,6 +4,7 @@
     torchrun --nproc-per-node 4 test_la.py --checkpoint RUN      the scans distributed over four GPUs
     python test_la.py --checkpoint RUN/best.pt                   the checkpoint with the best Dice in validation
     python test_la.py --checkpoint RUN --scans held-out          on training scans that the run did not use
+    python test_la.py --checkpoint RUN --scans validation        of a run with --fold: on the scans of its fold
     python test_la.py --checkpoint best_model.pth --method dtc   bare weights, as the released codes save them
     python test_la.py --checkpoint best_model_seg.pth --sdm-weights best_model_dis.pth --method dtml
 
@@ -17,7 +18,7 @@ import dataclasses
 import math
 import sys
 from collections import deque
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,13 @@ from tqdm import tqdm
 from dataloaders.cases import Case, known_spacing, lists_of, read_case, read_geometry, validation_of
 from dataloaders.channels import refuse_other_channels
 from dataloaders.class_names import class_names
+from dataloaders.folds import split_fold
 from dataloaders.images import write_image
 from dataloaders.normalization import normalization_of, normalized_case
 from dataloaders.unseen import open_cases
-from evaluation.metrics import COMPONENTS
+from evaluation.metrics import COMPONENTS, MORE
 from evaluation.predictions import new_test, replace_test
-from evaluation.scores import CAPTION, NSD_CAPTION, as_csv, class_scores, table
+from evaluation.scores import as_csv, caption_of, class_scores, table
 from evaluation.sliding_window import (
     WEIGHTINGS,
     flips_option,
@@ -55,6 +57,7 @@ from utils.errors import UserError, run
 from utils.masks import label_map, largest_components
 from utils.options import Parser, fill, option
 from utils.run_folder import make_manifest, write_json
+from utils.text import did_you_mean
 
 SCANS = ("test", "validation", "held-out")
 
@@ -72,8 +75,9 @@ class Options:
     )
     sdm_weights: str = option("", "bare weights of M_d, with --method dtml (default: M_s alone)", group="what")
     data: str = option("", "folder of the data set (default that of the training)", group="what")
-    scans: str = option("test", "the scans of test.list, of validation.list, or those of train.list that the training "
-                        "left unused", group="what", choices=SCANS)  # fmt: skip
+    scans: str = option("test", "the scans of test.list; of validation.list, or of the run's --fold; or those of "
+                        "train.list that the training left unused", group="what", choices=SCANS)  # fmt: skip
+    cases: list[str] = option([], "only these of the scans (default all)", group="what", type=str, nargs="+")
     output: list[str] = option(
         [],
         "which outputs of the method to score, of dtml: seg (M_s), sdm (M_d), mean (default all)",
@@ -85,13 +89,18 @@ class Options:
         None, "mm: score NSD too, the share of both surfaces that is so near to the other one (default no NSD)",
         group="what", type=float, minimum=0,
     )  # fmt: skip
+    metrics: list[str] = option([], "score these too: assd, the average symmetric surface distance; rve, the relative "
+                                "volume error (default neither)", group="what", type=str, choices=MORE,
+                                nargs="+")  # fmt: skip
     patch_size: list[int] | None = three_voxels("voxels of a window along x, y, z (default that of training)")
     stride: list[int] | None = three_voxels("step from window to window (default 18 18 4, divided by --downsample)")
     weighting: str = option("uniform", "how overlapping windows are averaged", group="window", choices=WEIGHTINGS)
     flips: int = flips_option("window")
     batch_size: int = option(4, "windows at a time", group="window", minimum=1)
     out: str = option(
-        "", "folder of the results (default RUN/SCANS, of best.pt RUN/best-SCANS, of bare weights FILE-test)"
+        "",
+        "folder of the results (default RUN/SCANS, of best.pt RUN/best-SCANS, of bare weights FILE-test; with --cases "
+        "these and -cases)",
     )
     save: str = option("largest", "predictions to write as NIfTI", choices=(*COMPONENTS, "none"))
     precision: str = option("fp32", "arithmetic of the convolutions", choices=(*PRECISIONS, "fp16"))
@@ -108,6 +117,7 @@ def score_scan(
     predictions: Path,
     save: str,
     tolerance: float | None,
+    more: Sequence[str],
 ) -> list[dict[str, Any]]:
     """Scores the predictions of a case and saves them.
 
@@ -118,6 +128,7 @@ def score_scan(
         predictions: folder of the predictions.
         save: one of COMPONENTS, the kind to save, or 'none'.
         tolerance: of NSD, in mm; None: no NSD.
+        more: further metrics, of MORE.
 
     Returns:
         The case's rows of cases.csv.
@@ -128,7 +139,7 @@ def score_scan(
         variants = {"all": prediction, "largest": largest_components(prediction, case.classes)}
         for component, variant in variants.items():
             if component == "all" or not np.array_equal(variant, prediction):
-                scores = class_scores(variant, label, case.classes, spacing, tolerance)
+                scores = class_scores(variant, label, case.classes, spacing, tolerance, more)
             shape = "x".join(map(str, label.shape))
             keys = {"case": case.name, "shape": shape, "output": output, "component": component}
             rows += [{**keys, **score} for score in scores]
@@ -137,14 +148,15 @@ def score_scan(
     return rows
 
 
-def names_of(folder: Path, scans: str, seen: Container[str]) -> list[str]:
+def names_of(folder: Path, scans: str, seen: Container[str], trained: Mapping[str, Any]) -> list[str]:
     """The names of the scans to test.
 
     Args:
         folder: the data set.
-        scans: 'test' for test.list, 'validation' for validation.list, 'held-out' for the scans of train.list that are
-            not in `seen`.
+        scans: 'test' for test.list, 'validation' for validation.list, or the fold of a run with --fold, 'held-out' for
+            the scans of train.list that are not in `seen`.
         seen: names of the scans used in training.
+        trained: options of the training.
 
     Raises:
         UserError: for lists that are not valid, or if there is no such scan.
@@ -153,7 +165,8 @@ def names_of(folder: Path, scans: str, seen: Container[str]) -> list[str]:
     if scans == "test":
         return test
     if scans == "validation":
-        validation = validation_of(folder)
+        fold = trained.get("fold", "")  # early checkpoints do not state it
+        validation = split_fold(train[: trained["labeled"]], fold)[1] if fold else validation_of(folder)
         if not validation:
             raise UserError(f"--scans validation: there is no {folder}/validation.list. Choose other --scans.")
         return validation
@@ -164,6 +177,21 @@ def names_of(folder: Path, scans: str, seen: Container[str]) -> list[str]:
             "--unlabeled, and the last of the list are held out."
         )
     return held_out
+
+
+def chosen_cases(names: Sequence[str], cases: Sequence[str], scans: str) -> list[str]:
+    """The scans to test of `names`, in their order: those of --cases, or all.
+
+    Raises:
+        UserError: for cases that are not among the scans, with the name most like each.
+    """
+    unknown = [name for name in cases if name not in names]
+    if unknown:
+        lines = "\n".join(f"  {name}.{did_you_mean(name, names)}" for name in unknown)
+        raise UserError(
+            f"--cases: {len(unknown)} of {len(cases)} are not among the {len(names)} {scans} scans:\n{lines}"
+        )
+    return [name for name in names if name in cases] if cases else list(names)
 
 
 def refuse_unknown_spacing(cases: Sequence[Case], folder: Path, tolerance: float) -> None:
@@ -207,9 +235,10 @@ def main(argv: list[str] | None = None) -> None:
     if unfinished(state) and RANK == 0:
         print(f"warning: {path} is not finished: {unfinished(state)}.", file=sys.stderr)
     folder, seen = Path(o.data or trained["data"]), state["checksums"]  # empty for bare weights
+    tested = chosen_cases(names_of(folder, o.scans, seen, trained), o.cases, o.scans)
     cases, shapes = open_cases(
         folder,
-        names_of(folder, o.scans, seen),
+        tested,
         classes,
         seen,
         state.get("images", {}),
@@ -224,6 +253,7 @@ def main(argv: list[str] | None = None) -> None:
     # Several released files are in one folder.
     usual_out = path.with_name(f"{path.stem}-test") if o.method else (path if path.is_dir() else path.parent) / o.scans
     usual_out = path.with_name(f"{path.stem}-{o.scans}") if path.name == BEST else usual_out
+    usual_out = usual_out.with_name(f"{usual_out.name}-cases") if o.cases else usual_out  # next to the test of all
     out = Path(o.out) if o.out else usual_out
 
     # predict, and score earlier scans meanwhile
@@ -260,7 +290,9 @@ def main(argv: list[str] | None = None) -> None:
                 patch_size=patch_size, stride=stride, weighting=o.weighting, batch_size=o.batch_size, flips=o.flips,
             )  # fmt: skip
             maps = {name: label_map(part).cpu().numpy() for name, part in zip(outputs, p.split(classes), strict=True)}
-            waiting.append(scorers.submit(score_scan, case, maps, label, new / "predictions", o.save, o.nsd_tolerance))
+            waiting.append(scorers.submit(
+                score_scan, case, maps, label, new / "predictions", o.save, o.nsd_tolerance, o.metrics
+            ))  # fmt: skip
             collect(2 * o.workers)
         collect(0)
         rows = in_turn(rows, len(COMPONENTS) * len(outputs) * (classes + (classes > 1)))
@@ -269,12 +301,12 @@ def main(argv: list[str] | None = None) -> None:
 
     # results
     new.mkdir(parents=True, exist_ok=True)
-    caption = CAPTION if o.nsd_tolerance is None else CAPTION + NSD_CAPTION.format(o.nsd_tolerance)
-    means = f"{caption}\n{table(rows)}"
+    means = f"{caption_of(o.nsd_tolerance, o.metrics)}\n{table(rows)}"
     write_whole(new / "cases.csv", as_csv(rows).encode())
     write_whole(new / "table.md", means.encode())
     settings = {"patch_size": patch_size, "stride": stride, "windows": count, "weighting": o.weighting,
-                "flips": o.flips, "precision": o.precision, "scans": o.scans}  # fmt: skip
+                "flips": o.flips, "precision": o.precision, "scans": o.scans,
+                **({"cases": tested} if o.cases else {})}  # fmt: skip
     about = {"checkpoint": str(path), "iteration": state["iteration"], "downsample": downsample,
             "normalize": normalize.kind, "data": str(folder), "saved": o.save}  # fmt: skip
     if normalize.window:
@@ -283,6 +315,8 @@ def main(argv: list[str] | None = None) -> None:
         about["class_names"] = names
     if o.nsd_tolerance is not None:
         about["nsd_tolerance_mm"] = o.nsd_tolerance
+    if o.metrics:
+        about["metrics"] = o.metrics
     if o.method:
         about |= {"method": o.method, "released": state["released"]}
     write_json(new / "test.json", make_manifest(device, **settings, **about))

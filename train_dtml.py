@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from dataloaders.channels import channel_names, channels_of_set
+from dataloaders.class_names import class_names
 from dataloaders.diagnostic import kept_for_diagnosis
 from dataloaders.findings import warnings_of
 from dataloaders.normalization import normalization_of
@@ -37,7 +38,7 @@ from methods import METHODS, Method, Watch, restore
 from networks.backbone import STEEPEST, compile_networks, set_precision, set_recompute
 from settings import NOT_REPLAYED, OPTIMIZERS, Options, chosen_flags, flags_of, read_options
 from tools.replay import replay_batch
-from tools.starting import start_from
+from tools.starting import further, header, keep_finished, start_from
 from tools.validation import validation_dice
 from utils.checkpoint import BEST, fit_optimizer, load_checkpoint, save_checkpoint, write_whole
 from utils.clock import Clock
@@ -49,12 +50,14 @@ from utils.devices import (
     refuse_precision,
     seed_iteration,
     set_arithmetic,
+    why_device,
 )
 from utils.distributed import RANK, RANKS, process_group, replicate, stop_of_any_rank, wait_for_rank_0
 from utils.errors import Stopped, StopSignal, UserError, run
 from utils.masks import label_map
 from utils.options import (
     Parser,
+    fill,
     options_file,
 )
 from utils.report import Report
@@ -186,7 +189,8 @@ def main(argv: list[str] | None = None) -> None:
         print("\n".join(replay_batch(method, state, device)))
         return
     if state is not None and state["iteration"] >= o.iterations:
-        print(f"{folder} is already done: {state['iteration']} of {o.iterations} iterations.", file=sys.stderr)
+        print(f"{folder} is already done: {state['iteration']} of {o.iterations} iterations. --resume {folder} with "
+              "more --iterations goes on from there.", file=sys.stderr)  # fmt: skip
         manifest = read_json(folder / MANIFEST)
         if RANK == 0 and manifest and "wall_s" not in manifest:  # killed between its last checkpoint and the manifest
             write_json(folder / MANIFEST, {**manifest, **speed(o.iterations, state["seconds"])})
@@ -194,14 +198,15 @@ def main(argv: list[str] | None = None) -> None:
     cases, problems, labeled_batch = training_cases(
         Path(o.data), labeled=o.labeled, unlabeled=o.unlabeled, batch_size=o.batch_size,
         labeled_batch=o.labeled_batch, patch_size=o.patch_size, multiple=kind.side_multiple,
-        classes=method_options.classes, channels=method_options.channels,
+        classes=method_options.classes, channels=method_options.channels, fold=o.fold,
     )  # fmt: skip
+    labeled = sum(case.labeled for case in cases)
     if method.needs_unlabeled and labeled_batch == o.batch_size:
         raise UserError(
             f"--method {o.method} needs unlabeled scans, but all {o.labeled} are labeled. Lower --labeled, or leave "
             "out --unlabeled 0."
         )
-    to_validate = validation_names(Path(o.data)) if o.validate_every else []
+    to_validate = validation_names(Path(o.data), o.labeled, o.fold) if o.validate_every else []
     normalize = normalization_of(dataclasses.asdict(o))
     volumes = Volumes(
         cases, cache=o.cache, folder=Path(o.cache_folder or Path(o.data, ".cache")), downsample=o.downsample,
@@ -213,13 +218,14 @@ def main(argv: list[str] | None = None) -> None:
     validation, _ = open_cases(
         Path(o.data), to_validate, method_options.classes, volumes.checksums, images, method_options.channels, normalize
     )
-    names = channel_names(Path(o.data), method_options.channels)
+    channels = channel_names(Path(o.data), method_options.channels)
     method.to(device)
     choose_arithmetic(method, o, device)
     trained = [p for p in method.parameters() if p.requires_grad]  # not a teacher or a critic
     optimizer = OPTIMIZERS[o.optimizer](trained, o)
     start, seconds = 0, 0.0
     best: dict[str, Any] | None = state.get("best") if state else None
+    extended: list[int] = state.get("extended", []) if state else []
     if state is not None:
         if state["checksums"] != volumes.checksums:
             raise UserError(f"the volumes in {o.data} are not those {folder} began with. Resume with the same data.")
@@ -238,18 +244,21 @@ def main(argv: list[str] | None = None) -> None:
         object_share=o.object_share,
     )  # fmt: skip
     sampler = TwoStreamBatchSampler(
-        o.labeled, len(cases) - o.labeled, batch_size=o.batch_size, labeled_batch=labeled_batch,
+        labeled, len(cases) - labeled, batch_size=o.batch_size, labeled_batch=labeled_batch,
         seed=o.seed, start=start, iterations=o.iterations, rank=RANK, ranks=RANKS,
     )  # fmt: skip
     spacing, orientation = median_spacing(cases), common_orientation(cases)
+    names = {str(c): name for c, name in class_names(Path(o.data)).items() if c <= method_options.classes}
     everything = {**dataclasses.asdict(o), **dataclasses.asdict(method_options)}
 
     def contents(done: int) -> dict[str, Any]:
         return {
             "options": everything, "iteration": done, "seconds": time.monotonic() - began,
             "checksums": volumes.checksums, "images": images, "processes": RANKS, "spacing": spacing,
-            "orientation": orientation, "channel_names": names,
+            "orientation": orientation, "channel_names": channels,
+            **({"class_names": names} if names else {}),
             "method": method.state_dict(), "optimizer": optimizer.state_dict(), **({"best": best} if best else {}),
+            **({"extended": extended} if extended else {}),
         }  # fmt: skip
 
     with (
@@ -260,6 +269,15 @@ def main(argv: list[str] | None = None) -> None:
         kept_for_diagnosis(folder, patches, sampler, contents),
     ):
         if report:
+            for line in header(
+                o, folder, labeled, len(cases) - labeled, len(validation), labeled_batch,
+                sum(p.numel() for p in trained), why_device(o.device, device), start, current_lr(start, o),
+            ):  # fmt: skip
+                report.say(line)
+            if state and "before" in state:
+                report.say(further(state, o.iterations, current_lr(start - 1, fill(Options, state["before"])),
+                                   current_lr(start, o)))  # fmt: skip
+                keep_finished(folder, state)
             for line in warnings_of(
                 volumes.facts, patch_size=o.patch_size, downsample=o.downsample, normalize=o.normalize
             ):
@@ -272,9 +290,11 @@ def main(argv: list[str] | None = None) -> None:
                 chosen = {name: flags.get(name) for name in replay} if start == 0 else replay
                 write_whole(folder / OPTIONS, options_file(chosen, replay).encode())
             manifest = make_manifest(device, processes=RANKS, options=replay, checksums=volumes.checksums,
-                                     channel_names=names,
+                                     channel_names=channels,
                                      **({"init": began_from} if began_from else {}))  # fmt: skip
-            manifest = start_manifest(folder, start, manifest)
+            manifest = start_manifest(folder, start, {**manifest, **({"extended": extended} if extended else {})})
+            if start == 0:
+                report.settings(replay, "dice/validation" if validation else "loss/total")
             report.text({"options": replay, "manifest": {k: v for k, v in manifest.items() if k not in LONG}})
         wait_for_rank_0()
         model = replicate(method, device)
@@ -321,7 +341,7 @@ def main(argv: list[str] | None = None) -> None:
                 rate = optimizer.param_groups[0]["lr"]
                 report.iteration(iteration, losses, rate, clock, peak_memory_gib(device), scores)
                 if o.picture_every and (done % o.picture_every == 0 or done == o.iterations):
-                    show(report, method, patches, o.labeled, spacing or [1.0] * 3, done, device)
+                    show(report, method, patches, labeled, spacing or [1.0] * 3, done, device)
                 clock.lap("logging")
             saving = done % o.save_every == 0 or done == o.iterations
             ask = device.type == "cpu" or done % STOP_EVERY == 0 or saving

@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from dataloaders.unconverted import refuse_unconverted
 from utils.channels import with_channels
 from utils.distributed import RANK
 from utils.errors import UserError
@@ -106,10 +107,15 @@ def lists_of(folder: Path) -> tuple[list[str], list[str]]:
     """
     if not folder.is_dir():
         what = "is no folder" if folder.exists() else "does not exist"
-        raise UserError(f"the data folder {folder} {what}. See data/README.md for where LA comes from and the layout.")
+        raise UserError(
+            f"the data folder {folder} {what}. See data/README.md for where LA comes from and the layout, "
+            "docs/own-data.md for scans of your own."
+        )
     own = [(folder / f"{split}.list").exists() for split in ("train", "test")]
     if any(own) and not all(own):
         raise UserError(f"{folder} has only one of train.list and test.list. Put both there, or neither to use LA's.")
+    if not any(own):
+        refuse_unconverted(folder)
     where = folder if all(own) else LA_SPLITS
     train, test = read_list(where / "train.list"), read_list(where / "test.list")
     lists = {f"{where}/train.list": train, f"{where}/test.list": test, f"{folder}/{VALIDATION}": validation_of(folder)}

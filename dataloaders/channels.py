@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import h5py
 import numpy as np
@@ -141,14 +141,6 @@ def refuse_number(image: NDArray, names: Sequence[str]) -> None:
         )
 
 
-class Scan(NamedTuple):
-    """A scan to predict."""
-
-    name: str
-    files: tuple[Path, ...]
-    """One file, or one for each channel."""
-
-
 def by_number(files: Sequence[Path]) -> dict[tuple[Path, str], dict[int, Path]]:
     """Files called NAME_0000, NAME_0001, ... -> folder and NAME -> number -> file. Other files are left out."""
     scans: dict[tuple[Path, str], dict[int, Path]] = {}
@@ -171,25 +163,3 @@ def in_order(name: str, files: dict[int, Path], where: Path | str) -> tuple[Path
             "channels. Add what is missing."
         )
     return tuple(files[i] for i in sorted(files))
-
-
-def scans_of(words: Sequence[str], channels: int) -> list[Scan]:
-    """The scans that a command line names, for a network that takes so many channels.
-
-    A scan is one file, or the files of its channels, joined by commas. Where several channels are needed, it may also
-    be NAME_0000, NAME_0001, ... as in nnU-Net, in any order, and is called NAME.
-
-    Raises:
-        UserError: if numbers are missing between those of a scan.
-    """
-    files = [[Path(word)] if Path(word).exists() else [*map(Path, word.split(","))] for word in words]
-    numbered = by_number([paths[0] for paths in files if len(paths) == 1]) if channels > 1 else {}
-    scans: dict[str, Scan] = {}
-    for word, paths in zip(words, files, strict=True):
-        match = NUMBERED.fullmatch(scan_name(paths[0])) if channels > 1 else None
-        if match and len(paths) == 1:
-            folder, name = paths[0].parent, match[1]
-            scans[f"{folder}/{name}"] = Scan(name, in_order(name, numbered[folder, name], "the command line"))
-        else:
-            scans[word] = Scan(match[1] if match else scan_name(paths[0]), tuple(paths))
-    return list(scans.values())

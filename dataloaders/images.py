@@ -50,6 +50,11 @@ def ending_of(path: Path) -> str:
     return next((ending for ending in WRITTEN_AS if path.name.lower().endswith(ending)), "")
 
 
+def written_as(path: Path) -> str:
+    """The ending of the files written for a scan; NIfTI's for the folder of a DICOM series."""
+    return WRITTEN_AS.get(ending_of(path), ".nii.gz")
+
+
 def scan_name(path: Path) -> str:
     """Name of a scan: the file name without its ending, or the name of the folder for mri_norm2.h5."""
     return path.parent.name if path.name == FILE_NAME else path.name[: len(path.name) - len(ending_of(path))]

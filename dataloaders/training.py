@@ -22,6 +22,7 @@ from dataloaders.cases import (
     validation_of,
 )
 from dataloaders.findings import Facts
+from dataloaders.folds import split_fold
 from dataloaders.phantom import make_phantom_set
 from utils.distributed import RANK
 from utils.errors import UserError
@@ -80,6 +81,7 @@ def training_cases(
     multiple: int,
     classes: int = 1,
     channels: int | None = None,
+    fold: str = "",
 ) -> tuple[list[Case], list[str], int]:
     """Selects the training cases. The phantom set is created on first use. Only the names of test cases are read.
 
@@ -93,6 +95,7 @@ def training_cases(
         multiple: every side of a patch must be a multiple of this.
         classes: C, the largest allowed label value.
         channels: K, the number of channels of every case.
+        fold: I/K leaves the labeled cases of this fold out; '' for all.
 
     Returns:
         The labeled cases and then the unlabeled ones, an error line for each unusable case so far, and the number of
@@ -123,14 +126,16 @@ def training_cases(
     left = len(train) - labeled
     if unlabeled is not None and not 0 <= unlabeled <= left:
         raise UserError(f"--unlabeled {unlabeled} must lie between 0 and {left}, the cases left after --labeled.")
+    names, _ = split_fold(train[:labeled], fold)
     unlabeled_names = train[labeled:] if unlabeled is None else train[labeled : labeled + unlabeled]
     if labeled_batch is None:
         labeled_batch = max(batch_size // 2, 1) if unlabeled_names else batch_size
-    if not 1 <= labeled_batch <= min(batch_size, labeled):
+    if not 1 <= labeled_batch <= min(batch_size, len(names)):
+        here = f" --fold {fold} leaves {len(names)} labeled cases" if fold else f" --labeled {labeled}"
         raise UserError(
-            f"{labeled_batch} labeled crops a batch are asked for, but --batch-size is {batch_size} and --labeled "
-            f"{labeled}. Label more cases, or give {'--labeled-batch' if unlabeled_names else '--batch-size'} "
-            f"{max(min(batch_size - bool(unlabeled_names), labeled), 1)}."
+            f"{labeled_batch} labeled crops a batch are asked for, but --batch-size is {batch_size} and"
+            f"{here}. Label more cases, or give {'--labeled-batch' if unlabeled_names else '--batch-size'} "
+            f"{max(min(batch_size - bool(unlabeled_names), len(names)), 1)}."
         )
     if (labeled_batch < batch_size) != bool(unlabeled_names):
         raise UserError(
@@ -138,7 +143,7 @@ def training_cases(
             f"{len(unlabeled_names)} unlabeled cases. "
             "A batch has unlabeled crops exactly if there are unlabeled cases."
         )
-    cases, problems = find_cases(folder, train[:labeled], labeled=True, classes=classes, channels=channels)
+    cases, problems = find_cases(folder, names, labeled=True, classes=classes, channels=channels)
     without = [case for case in cases if not has_label(case.path)]
     for case in without:
         number = train.index(case.name) + 1
@@ -151,19 +156,25 @@ def training_cases(
     return [case for case in cases if case not in without] + unlabeled_cases, problems + missing, labeled_batch
 
 
-def validation_names(folder: Path) -> list[str]:
+def validation_names(folder: Path, labeled: int, fold: str) -> list[str]:
     """Names of the cases that --validate-every scores.
+
+    Args:
+        folder: the data set.
+        labeled: number of labeled cases, of which a fold is a part.
+        fold: I/K for the cases of this fold; '' for those of validation.list.
 
     Raises:
         UserError: if the set has no validation.list, or lists that are not valid.
     """
-    lists_of(folder)
-    names = validation_of(folder)
+    train, _ = lists_of(folder)
+    names = split_fold(train[:labeled], fold)[1] if fold else validation_of(folder)
     if not names:
         raise UserError(
             f"--validate-every: there is no {folder / VALIDATION}. Make the set with --validation-share of "
-            "tools.convert, or write there, one a line, labeled cases that are in no other list. LA has no validation "
-            "set: leave --validate-every out, and its last iteration counts."
+            "tools.convert, or write there, one a line, labeled cases that are in no other list, or leave out a part "
+            "of the labeled cases with --fold. LA has no validation set: leave --validate-every out, and its last "
+            "iteration counts."
         )
     return names
 

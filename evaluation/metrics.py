@@ -11,6 +11,11 @@ distance to the reference's surface is at most t, and A(R) the converse. A surfa
 voxels where inside and outside meet; its area is that of the marching cubes triangles between the eight voxels around
 that corner. That is the definition of Nikolov et al. (2018, https://arxiv.org/abs/1809.04430) and of their package
 surface-distance, which the Medical Segmentation Decathlon uses.
+
+ASSD, the average symmetric surface distance, is the mean of the distances of all border voxels of P to the border of R
+and of all border voxels of R to the border of P, pooled, as medpy's assd. Others average the two directed means, or
+weight surface elements by their area. RVE, the relative volume error, is (|P| - |R|) / |R| in voxels, as medpy's ravd:
+above 0 if the prediction is too large, and -1 if it is empty.
 """
 
 import dataclasses
@@ -33,6 +38,7 @@ COMPONENTS = ("all", "largest")  # without and with the largest-component filter
 METRICS = ("dice", "jaccard", "asd", "hd95")
 MM = ("asd_mm", "hd95_mm")
 OVERLAPS = ("dice", "jaccard", "nsd")  # in [0,1]; the last only where a tolerance is given
+MORE = ("assd", "rve")  # further metrics, on request
 PENALISED = "_penalised"  # suffix of a distance's name
 EMPTIES = ("no prediction", "no label", "neither")
 NAN = float("nan")
@@ -43,22 +49,28 @@ distances, estimated from PROBES voxels, is below FAR voxels."""
 
 
 def segmentation_metrics(
-    prediction: NDArray, reference: NDArray, spacing: Sequence[float] | None = None, tolerance: float | None = None
+    prediction: NDArray,
+    reference: NDArray,
+    spacing: Sequence[float] | None = None,
+    tolerance: float | None = None,
+    more: Sequence[str] = (),
 ) -> dict[str, float]:
     """Metrics of two masks of the same shape (W,H,D).
 
-    If only one mask is empty, Dice, Jaccard and NSD are 0 and the distances NaN (see `with_penalties`). If both are
-    empty, all metrics are NaN.
+    If only one mask is empty, Dice, Jaccard and NSD are 0 and the distances NaN (see `with_penalties`), and RVE too if
+    that is the reference. If both are empty, all metrics are NaN.
 
     Args:
         prediction, reference: (W,H,D); voxels above 0 are inside.
         spacing: mm along x, y, z, or None.
         tolerance: of NSD, in mm; None: no NSD.
+        more: those of MORE to add.
 
     Returns:
         dice and jaccard in [0,1]; asd, the mean distance from the prediction's border to the reference's (one
         direction, as medpy's asd); hd95, the 95th percentile of the distances in both directions. Distances are in
-        voxels and, with a spacing, also in mm as asd_mm and hd95_mm. With a tolerance nsd in [0,1].
+        voxels and, with a spacing, also in mm as asd_mm and hd95_mm. With a tolerance nsd in [0,1]. With `more` assd, a
+        distance as well, and rve, a fraction.
 
     Raises:
         ValueError: for different shapes, or a tolerance without a spacing.
@@ -69,6 +81,10 @@ def segmentation_metrics(
     if tolerance is not None and spacing is None:
         raise ValueError(f"a tolerance of {tolerance:g} mm needs a spacing")
     units = {"": np.ones(a.ndim)} | ({} if spacing is None else {"_mm": np.asarray(spacing, float)})
+    volume_error = {}
+    if "rve" in more:
+        inside = int(b.sum())
+        volume_error["rve"] = (int(a.sum()) - inside) / inside if inside else NAN
     if a.any() and b.any():
         box = box_of(a | b)
         a, b = a[box], b[box]
@@ -81,11 +97,15 @@ def segmentation_metrics(
         for unit, a_to_b, b_to_a in zip(units, forward, backward, strict=True):
             scores[f"asd{unit}"] = float(a_to_b.mean())
             scores[f"hd95{unit}"] = float(np.percentile(np.hstack((a_to_b, b_to_a)), 95))
-        return {**scores, **nsd}
+        if "assd" in more:
+            for unit, a_to_b, b_to_a in zip(units, forward, backward, strict=True):
+                scores[f"assd{unit}"] = float(np.hstack((a_to_b, b_to_a)).mean())
+        return {**scores, **nsd, **volume_error}
     overlap = 0.0 if a.any() or b.any() else NAN
     names = [f"{name}{unit}" for unit in units for name in METRICS[2:]]
+    names += [f"assd{unit}" for unit in units if "assd" in more]
     nsd = {} if tolerance is None else {"nsd": overlap}
-    return {"dice": overlap, "jaccard": overlap, **dict.fromkeys(names, NAN), **nsd}
+    return {"dice": overlap, "jaccard": overlap, **dict.fromkeys(names, NAN), **nsd, **volume_error}
 
 
 def surface_dice(a: NDArray[np.bool_], b: NDArray[np.bool_], spacing: Sequence[float], tolerance: float) -> float:
@@ -148,7 +168,7 @@ def with_penalties(
         sides["_mm"] = sides[""] * np.asarray(spacing, float)
     penalised = {}
     for unit, lengths in sides.items():
-        for name in METRICS[2:]:
+        for name in [*METRICS[2:], *(["assd"] if "assd" in scores else [])]:
             one_is_empty = math.isnan(scores[f"{name}{unit}"]) and not math.isnan(scores["dice"])
             penalised[f"{name}{unit}{PENALISED}"] = (
                 float(np.linalg.norm(lengths)) if one_is_empty else scores[f"{name}{unit}"]

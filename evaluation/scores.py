@@ -19,6 +19,8 @@ from evaluation.metrics import (
     distance_text,
     distances_of,
     empties,
+    mean_and_sd,
+    mean_text,
     overlap_text,
     segmentation_metrics,
     with_penalties,
@@ -31,7 +33,22 @@ In brackets: how many scans have a distance. A scan with only the prediction or 
 diagonal of its volume counts instead, and `these alone` is the mean of the others. Where both are empty the scan is
 not measured. The last three columns count such scans.
 """
+MORE_CAPTIONS = {
+    "assd": "ASSD is the mean distance over the border voxels of both, each to the border of the other.\n",
+    "rve": "RVE is the relative volume error, above 0 where the prediction is larger than the label.\n",
+}
 NSD_CAPTION = "NSD is the share of both surfaces that is at most {:g} mm from the other one.\n"
+
+
+def caption_of(tolerance: float | None, more: Sequence[str]) -> str:
+    """What stands above a table.
+
+    Args:
+        tolerance: of NSD, in mm; None: no NSD.
+        more: those of MORE that the table has.
+    """
+    nsd = "" if tolerance is None else NSD_CAPTION.format(tolerance)
+    return CAPTION + nsd + "".join(text for name, text in MORE_CAPTIONS.items() if name in more)
 
 
 def class_scores(
@@ -40,6 +57,7 @@ def class_scores(
     classes: int,
     spacing: Sequence[float] | None,
     tolerance: float | None = None,
+    more: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Metrics, penalised distances and voxel counts of two label maps.
 
@@ -48,6 +66,7 @@ def class_scores(
         classes: C.
         spacing: mm along x, y, z; None: distances in mm are NaN.
         tolerance: of NSD, in mm; None: no NSD.
+        more: those of MORE to add.
 
     Returns:
         One entry for a single class; for several an entry for each and one for their mean. The mean is over the classes
@@ -57,8 +76,9 @@ def class_scores(
     for c in range(1, classes + 1):
         a, b = prediction == c, label == c
         voxels = {"voxels": int(a.sum()), "label_voxels": int(b.sum())}
-        measured = with_penalties(segmentation_metrics(a, b, spacing, tolerance), label.shape, spacing)
-        in_mm = {} if spacing else dict.fromkeys([*MM, *(name + PENALISED for name in MM)], math.nan)
+        measured = with_penalties(segmentation_metrics(a, b, spacing, tolerance, more), label.shape, spacing)
+        names = [*MM, *(["assd_mm"] if "assd" in more else [])]
+        in_mm = {} if spacing else dict.fromkeys([*names, *(name + PENALISED for name in names)], math.nan)
         scores.append({"class": c, **measured, **in_mm, **voxels})
     if classes == 1:
         return [{key: value for key, value in scores[0].items() if key != "class"}]
@@ -78,13 +98,21 @@ def mean_dice(prediction: NDArray, label: NDArray, classes: int) -> float:
     return float(np.mean(dices)) if dices else math.nan
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown table of mean and SD over the scans, a line per output, filter and class; columns as in the papers, and
-    NSD if the rows have it."""
+def table(rows: Sequence[dict[str, Any]], over: str = "") -> str:
+    """Markdown table of mean and SD, a line per output, filter and class; columns as in the papers, and NSD,
+    ASSD and RVE if the rows have them.
+
+    Args:
+        rows: rows of cases.csv.
+        over: '' for mean and SD over the scans; or a column of the rows, such as fold: mean and SD over its values, of
+            the means over the scans of each.
+    """
     names = ["output", "component", *(["class"] if "class" in rows[0] else [])]
     units = ["scans", "Dice %", "Jaccard %", "ASD voxel", "95HD voxel", "ASD mm", "95HD mm"]
     nsd = OVERLAPS[2:] if "nsd" in rows[0] else ()
-    header = [*names, *units, *("NSD %" for _ in nsd), *EMPTIES]
+    assd, rve = (("assd", "assd_mm") if "assd" in rows[0] else ()), (("rve",) if "rve" in rows[0] else ())
+    more = [f"ASSD {unit}" for unit in ("voxel", "mm") if assd] + ["NSD %" for _ in nsd] + ["RVE %" for _ in rve]
+    header = [*names, *units, *more, *EMPTIES]
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
 
     def key_of(row: dict[str, Any]) -> tuple[str, ...]:
@@ -92,15 +120,27 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
     for key in dict.fromkeys(map(key_of, rows)):
         chosen = [row for row in rows if key_of(row) == key]
-        cells = [overlap_text(chosen, name) for name in METRICS[:2]]
-        cells += [distance_text([distances_of(chosen, name)]) for name in (*METRICS[2:], *MM)]
-        cells += [overlap_text(chosen, name) for name in nsd]
+        values = dict.fromkeys(row[over] for row in chosen) if over else {}
+        groups = [[row for row in chosen if row[over] == value] for value in values] or [chosen]
+        cells = [overlap_cell(groups, name) for name in METRICS[:2]]
+        cells += [
+            distance_text([distances_of(group, name) for group in groups], over_runs=bool(over))
+            for name in (*METRICS[2:], *MM, *assd)
+        ]
+        cells += [overlap_cell(groups, name) for name in (*nsd, *rve)]
         lines.append(f"| {' | '.join([*key, str(len(chosen)), *cells, *map(str, empties(chosen))])} |")
     return "\n".join(lines) + "\n"
 
 
+def overlap_cell(groups: Sequence[Sequence[dict[str, Any]]], name: str) -> str:
+    """Mean ± SD in per cent over the scans of one group of rows, or over the means of several groups."""
+    if len(groups) == 1:
+        return overlap_text(groups[0], name)
+    return mean_text([mean_and_sd([100 * row[name] for row in group])[0] for group in groups])
+
+
 def as_csv(rows: Sequence[dict[str, Any]]) -> str:
-    """CSV with a line per case, output, filter and, if there are several, class; Dice, Jaccard and NSD in [0,1]."""
+    """CSV with a line per case, output, filter and, if there are several, class; overlaps and RVE are fractions."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()

@@ -1,5 +1,6 @@
 """Pictures of a scan during training: a slice and its maps with contours, and surfaces of prediction and label."""
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ COLOURS = (
     "#5fd3f3",
 )  # of classes 1, 2, ..., distinguishable with colour blindness
 PREDICTION = COLOURS[0]
+LETTERS = 16  # of 8 points that an inch holds
 
 
 def fixed_slice(label: NDArray | None, depth: int) -> int:
@@ -46,10 +48,14 @@ def panels(
         Picture (height, width, 3).
     """
     w, h = image.shape
-    figure = Figure(figsize=((len(maps) + 1) * height * w / h * 1.02, height + 0.5), dpi=100, facecolor="white")
+    width = (len(maps) + 1) * height * w / h * 1.02
+    key = ", ".join(f"{name} {'orange' if colour == PREDICTION else 'green'}" for name, (_, colour) in contours.items())
+    lines = textwrap.wrap(f"{title}   contours: {key}", max(int(LETTERS * width), 1))
+    above = 0.35 + 0.15 * len(lines)
+    figure = Figure(figsize=(width, height + above), dpi=100, facecolor="white")
     canvas = FigureCanvasAgg(figure)
     for i, (name, values) in enumerate({"image": image, **maps}.items()):
-        axes = figure.add_axes((i / (len(maps) + 1), 0, 0.98 / (len(maps) + 1), height / (height + 0.5)))
+        axes = figure.add_axes((i / (len(maps) + 1), 0, 0.98 / (len(maps) + 1), height / (height + above)))
         look: dict[str, Any] = {"cmap": "gray", "vmin": 0, "vmax": 1}
         if name == "image":
             look["vmin"], look["vmax"] = np.percentile(values, (1, 99))
@@ -62,8 +68,7 @@ def panels(
                     axes.contour(mask.T.astype(float), [0.5], colors=[colour], linewidths=1.2)
         axes.set_axis_off()
         axes.set_title(name, fontsize=10, pad=3)
-    key = ", ".join(f"{name} {'orange' if colour == PREDICTION else 'green'}" for name, (_, colour) in contours.items())
-    figure.text(0.002, 0.985, f"{title}   contours: {key}", fontsize=8, va="top")
+    figure.text(0.002, 1 - 0.045 / (height + above), "\n".join(lines), fontsize=8, va="top")
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 

@@ -113,7 +113,8 @@ def test_an_h5_case_is_taken_as_it_is_and_predicted_as_test_la_does(tmp_path):
     test_la.main([*words, "--out", str(tmp_path / "tested")])
     for output in ("seg", "sdm", "mean"):
         cases = [data / name / "mri_norm2.h5" for name in ("case08", "case09")]
-        out = predicted(run, cases, tmp_path / output, "--stride", "8", "8", "8", "--output", output)
+        words = ["--stride", "8", "8", "8", "--weighting", "uniform"]
+        out = predicted(run, cases, tmp_path / output, *words, "--output", output)
         for name in ("case08.nii.gz", "case09.nii.gz"):
             (mine, geometry), (theirs, expected) = (
                 read_label(path) for path in (out / name, tmp_path / "tested" / "predictions" / output / name)
@@ -224,7 +225,7 @@ def test_several_classes_are_predicted_each_in_its_place(tmp_path, monkeypatch):
         (["--interpolation", "bspline"], True),
         (["--patch-size", "32", "16", "16"], True),
         (["--stride", "5", "16", "7"], True),
-        (["--weighting", "gaussian"], True),
+        (["--weighting", "uniform"], True),
         (["--precision", "bf16"], True),
         (["--batch-size", "3"], False),
         (["--threads", "2"], False),
@@ -236,7 +237,17 @@ def test_flags_change_the_probability_or_only_its_rounding(words, changes, world
     assert (np.abs(usual - other).max() > 1e-4) == changes
 
 
-ELSEWHERE = {"checkpoint", "method", "out", "flips", "largest_component", "probabilities", "report", "overwrite"}
+ELSEWHERE = {
+    "checkpoint",
+    "method",
+    "out",
+    "series",
+    "flips",
+    "largest_component",
+    "probabilities",
+    "report",
+    "overwrite",
+}
 
 
 def test_every_flag_is_tested_here():
@@ -253,7 +264,10 @@ def test_results_that_are_there_are_left_unless_told_otherwise(world, tmp_path):
     (out / "patient0.nii.gz").write_bytes(b"mine")
     with pytest.raises(UserError, match=r"patient0.nii.gz exists already. Choose another --out, or --overwrite"):
         predicted(world / "runs" / "dtml", [scan(world, 1), scan(world)], out)
-    assert os.listdir(out) == ["patient0.nii.gz"] and (out / "patient0.nii.gz").read_bytes() == b"mine"
+    assert (
+        sorted(os.listdir(out)) == ["patient0.nii.gz", "volumes.csv"]
+        and (out / "patient0.nii.gz").read_bytes() == b"mine"
+    )
     predicted(world / "runs" / "dtml", [scan(world)], out, "--overwrite")
     assert (out / "patient0.nii.gz").read_bytes() == kept
 
@@ -265,7 +279,7 @@ def test_bad_scans_are_named_and_the_others_predicted(world, tmp_path):
     scans = [tmp_path / "cut.nii.gz", flat, tmp_path / "good.nii.gz"]
     with pytest.raises(UserError, match=r"2 of 3 scans .*\n  .*cut.nii.gz is cut short.*\n  .*flat.nrrd is constant"):
         predicted(world / "runs" / "dtml", scans, tmp_path / "out")
-    assert os.listdir(tmp_path / "out") == ["good.nii.gz"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["good.nii.gz", "volumes.csv"]
 
 
 def test_scans_and_places_that_would_get_in_each_other_s_way_are_refused(world, tmp_path):

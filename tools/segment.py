@@ -13,7 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dataloaders.cases import UNTOLD, Case
-from dataloaders.channels import Scan, normalise_channels, read_channels, refuse_number
+from dataloaders.channels import normalise_channels, read_channels, refuse_number
+from dataloaders.dicom import read_series
 from dataloaders.images import (
     Geometry,
     anti_alias,
@@ -26,6 +27,7 @@ from dataloaders.normalization import Normalization, normalized, raw_of
 from dataloaders.orientation import turn_to
 from evaluation.sliding_window import mean_of_flips, sliding_slabs, windows
 from methods import Method
+from tools.given_scans import Scan
 from utils.channels import each_channel
 from utils.masks import label_map, largest_components
 from utils.resample import downsample_image, upsample_probability
@@ -52,6 +54,8 @@ class Model:
     flips: int
     channels: list[str]
     """Names of the K channels of a scan."""
+    names: dict[int, str] = dataclasses.field(default_factory=dict)
+    """Class -> its name, of the classes that the training set names."""
 
     def predict(self, patches: Tensor) -> Tensor:
         """(N,K,w,h,d) -> mean probability (N,C,w,h,d) over the methods and the flips."""
@@ -109,7 +113,7 @@ def predict_scan(
     """Segments a scan.
 
     Args:
-        scan: its files.
+        scan: its files, or the slices of a DICOM series.
         window: patch_size, stride, weighting and batch_size of the sliding window.
         interpolation: of the intensities, a key of INTERPOLATORS.
         largest_component: whether only the largest component of each class is kept.
@@ -123,7 +127,7 @@ def predict_scan(
             the window.
     """
     path = scan.files[0]
-    source, stated = read_channels(scan.files)
+    source, stated = read_series(scan.slices) if scan.slices else read_channels(scan.files)
     refuse_number(source, model.channels)
     warn_of_unknown(path, stated, model)
     turn = turn_to(model.orientation, stated.get("direction"))

@@ -28,6 +28,7 @@ from utils.shared_weights import CHECKSUM, ENDING, METADATA, NO_TENSORS, checksu
 KEPT = (  # of a checkpoint
     "format", "options", "iteration", "seconds", "checksums", "images", "processes", "spacing", "orientation",
     "channel_names",
+    "class_names",
 )  # fmt: skip
 OVERHEAD = 256  # bytes of a file's header for each tensor, at most
 

@@ -1,16 +1,102 @@
-"""The weights of another run, to start a training from."""
+"""The start of a training: what it says of its data, and the weights of another run."""
 
 import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from losses.ramps import default_lr_steps
 from methods import Method, restore
+from utils.checkpoint import write_whole
 from utils.errors import UserError
 from utils.options import default_of, flag_of
 from utils.run_folder import digest
 
 SHOWN = 3  # differences that an error names
+
+
+def header(
+    o: Any, folder: Path, labeled: int, unlabeled: int, validated: int, labeled_batch: int, parameters: int,
+    device: str, start: int, rate: float,
+) -> list[str]:  # fmt: skip
+    """The first lines of a run's log.
+
+    Args:
+        o: options of the run.
+        folder: its folder.
+        labeled, unlabeled, validated: numbers of scans.
+        labeled_batch: labeled crops in a batch.
+        parameters: number of weights that the optimiser changes.
+        device: as `utils.devices.why_device` calls it.
+        start: first iteration.
+        rate: its learning rate.
+    """
+    left_out = f", fold {o.fold} left out" if o.fold else ""
+    validation = f", {validated} validated every {o.validate_every} iterations" if validated else ""
+    size = "x".join(map(str, o.patch_size)) + (f" at 1/{o.downsample} of the resolution" if o.downsample > 1 else "")
+    lines = {
+        "run": str(folder),
+        "method": f"{o.method}, preset {o.preset}, {parameters:,} parameters",
+        "data": f"{o.data}: {labeled} labeled and {unlabeled} unlabeled scans{left_out}{validation}",
+        "batch": f"{o.batch_size} crops of {size} voxels, {labeled_batch} of them labeled",
+        "device": device,
+        "iterations": f"{start} to {o.iterations}, {o.optimizer}, learning rate {rate:g} at first",
+    }
+    return [f"{name:<12}{text}" for name, text in lines.items()]
+
+
+def go_further(
+    state: dict[str, Any], flags: dict[str, Any], usual_steps: Sequence[list[int] | None]
+) -> dict[str, Any]:  # fmt: skip
+    """The options of a checkpoint; of a finished run those of a longer one, if --iterations asks for it.
+
+    Learning rate and ramps are then those of the longer run. The steps of the learning rate move along, unless they
+    were chosen or --lr-steps is given.
+
+    Args:
+        state: contents of the checkpoint. That of a run that is to go further gets the new options, the old ones as
+            `before`, and `extended`, the iterations at which the run was finished before.
+        flags: option -> value of the command line.
+        usual_steps: what --lr-steps was if it was not chosen.
+    """
+    saved, iterations = state["options"], flags.get("iterations", 0)
+    finished = saved["iterations"]
+    if iterations <= finished or state["iteration"] < finished:
+        return dict(saved)
+    steps = default_lr_steps(iterations) if saved["lr_steps"] in usual_steps else saved["lr_steps"]
+    state["options"] = {**saved, "iterations": iterations, "lr_steps": flags.get("lr_steps", steps)}
+    state["extended"] = [*state.get("extended", []), finished]
+    state["before"] = saved
+    return dict(state["options"])
+
+
+def further(state: dict[str, Any], iterations: int, before: float, now: float) -> str:
+    """What --iterations changes in a finished run, as a line of the log.
+
+    Args:
+        state: its checkpoint, after `go_further`.
+        iterations: of the longer run.
+        before, now: learning rate of the last iteration and of the next one.
+    """
+    done = state["iteration"]
+    return (
+        f"This run was finished after {done} iterations and goes on to {iterations}, with the schedules of a run of "
+        f"{iterations}: the learning rate was {before:g} at last and is {now:g} now, and a weight that rises over the "
+        f"run begins lower again. {iterations} iterations from the start would give another result. The checkpoint "
+        f"so far is kept as {finished_name(done)}."
+    )
+
+
+def finished_name(iterations: int) -> str:
+    """The file of the checkpoint that was the last one until its run went further."""
+    return f"finished-{iterations}.pt"
+
+
+def keep_finished(folder: Path, state: dict[str, Any]) -> None:
+    """Copies the last checkpoint of a finished run, before others replace it."""
+    write_whole(folder / finished_name(state["iteration"]), Path(state["file"]).read_bytes())
 
 
 def start_from(method: Method, name: str, state: dict[str, Any]) -> dict[str, Any]:

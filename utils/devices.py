@@ -64,6 +64,17 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def why_device(name: str, device: torch.device) -> str:
+    """The device that `choose_device` chose for a name, and why, as a part of a line."""
+    if device.type == "cuda":
+        shown = f"{device}, {torch.cuda.get_device_name(device)}"
+    else:
+        threads = torch.get_num_threads()
+        shown = f"cpu, {threads} thread{'s' if threads > 1 else ''}"
+    why = f"--device {name}" if name != "auto" else "a GPU is there" if device.type == "cuda" else "torch sees no GPU"
+    return f"{shown} ({why})"
+
+
 def nvidia_card() -> str:
     """The file or program that shows an NVIDIA card; '' if there is none, or if the environment hides it.
 

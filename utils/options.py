@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from utils.errors import UserError
-from utils.text import read_text
+from utils.other_names import called_here
+from utils.text import did_you_mean, read_text
 
 Condition = Mapping[str, tuple[Any, ...] | Callable[[Any], Any]]
 """Name of another option -> the values of it, or the test of its value, with which an option does something."""
@@ -109,13 +110,17 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv: Sequence[str] | None = None) -> dict[str, Any]:
         """Option name -> value, only of the options on the command line."""
-        options, unknown = self.parse_known_args(self.expand(argv))
+        # Positional words may stand anywhere among the flags.
+        options, unknown = self.parse_known_intermixed_args(self.expand(argv))
         if unknown:
             flag = next((w for w in unknown if w.startswith("-")), unknown[0]).partition("=")[0]
             new = self.renamed.get(flag.lstrip("-").replace("-", "_"))
             if new:
                 self.error(f"unknown argument {flag}: it is called {flag_of(new)} now.")
             names = [name.lstrip("-") for name in self._option_string_actions]  # the dashes would make all look alike
+            here = called_here(flag.lstrip("-"), names)
+            if here:
+                self.error(f"unknown argument {flag}. Here it is {here}.")
             near = difflib.get_close_matches(flag.lstrip("-"), names, n=1, cutoff=0.75)
             self.error(f"unknown argument {flag}." + (f" Did you mean --{near[0]}?" if near else " See --help."))
         return vars(options)
@@ -123,10 +128,9 @@ class Parser(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
             choices = [str(choice) for choice in action.choices]
-            near = difflib.get_close_matches(str(value), choices, n=1)
+            near = did_you_mean(str(value), choices)
             if near:
-                text = f"{value!r} is none of {', '.join(choices)}. Did you mean {near[0]}?"
-                raise argparse.ArgumentError(action, text)
+                raise argparse.ArgumentError(action, f"{value!r} is none of {', '.join(choices)}.{near}")
         super()._check_value(action, value)
 
     def error(self, message: str) -> NoReturn:
@@ -317,7 +321,7 @@ def varied(now: Any, usual: Any, skip: Sequence[str] = ()) -> list[str]:
         if ignored or value == getattr(usual, f.name):
             continue
         shown = "x".join(map(str, value)) if isinstance(value, list) else value
-        parts.append(f"{f.name.replace('_', '')}{shown}")
+        parts.append(f"{f.name.replace('_', '')}{shown}".replace("/", "of"))
     return parts
 
 
@@ -326,7 +330,8 @@ def refuse_differences(chosen: dict[str, Any], saved: dict[str, Any], harmless: 
     differ = [name for name, value in chosen.items() if name not in harmless and value != saved.get(name)]
     if differ:
         lines = [f"  {flag_of(name)}: {saved.get(name)} before, {chosen[name]} now" for name in differ]
+        more = "\n  --iterations can be raised once the run is finished." if "iterations" in differ else ""
         raise UserError(
             f"the run {folder} was started with other options. Resume it without these, or start another run with "
-            "--fresh or --name:\n" + "\n".join(lines)
+            "--fresh or --name:\n" + "\n".join(lines) + more
         )

@@ -10,10 +10,21 @@ from typing import Any
 from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from utils.clock import Clock
 from utils.run_folder import Scalars
+
+ESTIMATED_AFTER = 10  # iterations of this start, the first of which is slower and does not count
+
+
+def duration(seconds: float) -> str:
+    """A time to read, such as 40 s, 12 min or 3 h 20 min."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def put_events_in_order(folder: Path) -> None:
@@ -55,6 +66,8 @@ class Report:
         )
         self.dead: set[str] = set()
         self.last, self.clock = start, time.monotonic()
+        self.first = self.clock
+        """When the first iteration of this start was done."""
 
     def __enter__(self) -> "Report":
         return self
@@ -75,6 +88,13 @@ class Report:
         for name, value in texts.items():
             self.board.add_text(name, "```\n" + json.dumps(value, indent=2) + "\n```", self.start)
 
+    def settings(self, values: Mapping[str, Any], metric: str) -> None:
+        """The options of the run for TensorBoard's HPARAMS page, in the run's own folder, with one curve to rank by."""
+        plain = {name: value if isinstance(value, (bool, int, float, str)) else str(value)
+                 for name, value in values.items()}  # fmt: skip
+        for summary in hparams(plain, {metric: None}):
+            self.board._get_file_writer().add_summary(summary)
+
     def iteration(
         self, iteration: int, losses: Any, lr: float, clock: Clock, memory: float, scores: Mapping[str, float] = {}
     ) -> None:
@@ -83,6 +103,12 @@ class Report:
         validation, with which an iteration is always logged."""
         self.bar.update()
         done = iteration + 1
+        if done == self.start + 1:
+            self.first = time.monotonic()
+        if done == self.start + ESTIMATED_AFTER < self.iterations:
+            each = (time.monotonic() - self.first) / (ESTIMATED_AFTER - 1)
+            time_left = duration(each * (self.iterations - done))
+            self.say(f"about {time_left} left: {each:.3g} s an iteration, {self.iterations - done} iterations to go")
         if done % self.log_every and done != self.iterations and not scores:
             return
         now = time.monotonic()

@@ -146,7 +146,8 @@ def start_manifest(folder: Path, start: int, manifest: dict[str, Any]) -> dict[s
     if start and path.exists():
         began = json.loads(path.read_text(encoding="utf-8"))
         again = {key: manifest[key] for key in ("command", "started", "commit", "device", "threads")}
-        manifest = {**began, "resumed": [*began.get("resumed", []), {"iteration": start, **again}]}
+        further = {"extended": manifest["extended"]} if "extended" in manifest else {}
+        manifest = {**began, "resumed": [*began.get("resumed", []), {"iteration": start, **again}], **further}
     write_json(path, manifest)
     return manifest
 

@@ -1,5 +1,7 @@
 """Text files that a user gives."""
 
+import difflib
+from collections.abc import Iterable
 from pathlib import Path
 
 MOST = 2**24
@@ -17,3 +19,9 @@ def read_text(path: Path) -> str:
     if len(data) > MOST:
         raise ValueError(f"it has more than {MOST} bytes")
     return data.decode("utf-8-sig")
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """A sentence that names the choice most like a word, with a blank before it; '' if none is like it."""
+    near = difflib.get_close_matches(word, list(choices), n=1)
+    return f" Did you mean {near[0]}?" if near else ""

@@ -1,0 +1,140 @@
+"""Reading a DICOM series, a folder of files with one slice each, as one scan.
+
+Intensities are those after the files' own rescaling, such as Hounsfield units. The geometry is that of the slices'
+positions and orientations (attributes 0020,0032 and 0020,0037): the thickness of a slice and the distance between
+slices that a header also states are not used, as they may be wrong.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+from numpy.typing import NDArray
+
+from dataloaders.cases import MOST_BYTES, CaseError, Geometry, refuse_direction
+
+POSITION, ORIENTATION, PIXEL_SPACING = "0020|0032", "0020|0037", "0028|0030"
+MODALITY, DESCRIPTION = "0008|0060", "0008|103e"
+UNEVEN = 0.01
+"""Largest difference of a step between slices from their median, as a share of it."""
+SAME_ANGLE = 1e-3
+"""Largest difference of a slice's direction cosines from those of the first slice."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """A series of a folder: its files in the order of the slices' positions, and what its header calls it."""
+
+    uid: str
+    files: tuple[str, ...]
+    modality: str
+    description: str
+
+    def __str__(self) -> str:
+        named = ", ".join(text for text in (self.modality, self.description) if text)
+        return f"{self.uid}  {len(self.files)} slices{', ' if named else ''}{named}"
+
+
+def series_in(folder: Path) -> list[Series]:
+    """The series of images in the files of a folder, the one with most slices first. Subfolders are not looked at."""
+    found = []
+    for uid in sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder)):
+        files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), uid)
+        try:
+            header = _header(files[0])
+        except RuntimeError:  # a report or contours, without voxels
+            continue
+        found.append(Series(uid, tuple(files), _text(header, MODALITY), _text(header, DESCRIPTION)))
+    return sorted(found, key=lambda series: (-len(series.files), series.uid))
+
+
+def _header(file: str) -> sitk.ImageFileReader:
+    reader = sitk.ImageFileReader()
+    reader.SetImageIO("GDCMImageIO")
+    reader.SetFileName(file)
+    reader.ReadImageInformation()
+    return reader
+
+
+def _text(header: sitk.ImageFileReader, tag: str) -> str:
+    text = header.GetMetaData(tag) if header.HasMetaDataKey(tag) else ""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def _numbers(header: sitk.ImageFileReader, tag: str, count: int, what: str) -> NDArray[np.float64]:
+    try:
+        values = np.array([float(word) for word in header.GetMetaData(tag).split("\\")])
+    except (RuntimeError, ValueError):
+        values = np.array([])
+    if len(values) != count or not np.isfinite(values).all():
+        raise CaseError(
+            f"holds a slice that does not state its {what} ({tag.replace('|', ',')}), {header.GetFileName()}. A file "
+            "of several slices is not read: convert it to NIfTI, with dcm2niix for instance"
+        )
+    return values
+
+
+def read_series(files: Sequence[str]) -> tuple[NDArray[np.float32], Geometry]:
+    """Reads the slices of one series as float32 (W,H,D), and their geometry.
+
+    Args:
+        files: one for each slice, in the order of their positions.
+
+    Raises:
+        CaseError: continuing a sentence that begins with the folder: files that are damaged or no slices of numbers;
+            one slice alone; positions that are missing, doubled or unevenly spaced, so that a slice may be missing;
+            slices in several directions or of several sizes; a tilted gantry; more than 2 GiB in float32.
+    """
+    try:
+        headers = [_header(file) for file in files]
+    except RuntimeError as e:
+        raise CaseError(f"holds a file that cannot be read ({str(e).splitlines()[-1]})") from e
+    first = headers[0]
+    if any(header.GetNumberOfComponents() != 1 for header in headers):
+        raise CaseError("holds a picture in colours, where one number must stand for a voxel")
+    positions = np.stack([_numbers(header, POSITION, 3, "position") for header in headers])
+    cosines = np.stack([_numbers(header, ORIENTATION, 6, "orientation") for header in headers])
+    between = _numbers(first, PIXEL_SPACING, 2, "size of a pixel")
+    sizes = {header.GetSize() for header in headers}
+    if len(sizes) > 1:
+        raise CaseError(f"holds slices of several sizes: {', '.join(map(str, sorted(sizes)))}")
+    (size,) = sizes
+    if len(files) < 2 or size[2] != 1:
+        raise CaseError("holds one file alone, and a scan has a file for each slice. Convert it to NIfTI")
+    if 4 * size[0] * size[1] * len(files) > MOST_BYTES:
+        raise CaseError(f"claims {size[0]}x{size[1]}x{len(files)} voxels, more than {MOST_BYTES / 2**30:g} GiB")
+    if np.abs(cosines - cosines[0]).max() > SAME_ANGLE:
+        raise CaseError("holds slices in several directions, as a localizer has them")
+    steps = np.diff(positions, axis=0)
+    usual, lengths = np.median(steps, axis=0), np.linalg.norm(steps, axis=1)
+    if lengths.min() <= UNEVEN * np.linalg.norm(usual):
+        raise CaseError("holds several slices at one place, as a series over time or with several echoes has them")
+    away = np.linalg.norm(steps - usual, axis=1)
+    if away.max() > UNEVEN * np.linalg.norm(usual):
+        i = int(away.argmax())
+        raise CaseError(
+            f"has slices that are not evenly spaced: {lengths[i]:g} mm after slice {i + 1} of {len(files)}, "
+            f"{np.linalg.norm(usual):g} mm elsewhere. A slice may be missing: export the series again"
+        )
+    mean = steps.mean(axis=0)  # less rounded than one step
+    length = float(np.linalg.norm(mean))
+    axes = np.stack([cosines[0, :3], cosines[0, 3:], mean / length], axis=1)
+    refuse_direction(axes.ravel().tolist())
+    reader = sitk.ImageSeriesReader()
+    reader.SetImageIO("GDCMImageIO")
+    reader.SetFileNames(list(files))
+    reader.SetOutputPixelType(sitk.sitkFloat32)  # each slice has a scale of its own, which need not be whole numbers
+    try:
+        voxels = sitk.GetArrayFromImage(reader.Execute())  # (D,H,W)
+    except RuntimeError as e:
+        raise CaseError(f"is no whole series ({str(e).splitlines()[-1]})") from e
+    if not np.isfinite(voxels.sum(dtype=np.float64)):
+        raise CaseError("holds intensities that are not a number or infinite")
+    geometry = {
+        "spacing": (float(between[1]), float(between[0]), length),  # the header has that of the rows first
+        "origin": tuple(map(float, positions[0])),
+        "direction": tuple(map(float, axes.ravel())),
+    }
+    return np.ascontiguousarray(voxels.transpose(2, 1, 0)), geometry

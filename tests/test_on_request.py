@@ -1,0 +1,155 @@
+"""What test_la.py does on request: some of the scans alone, and ASSD and the relative volume error."""
+
+import csv
+import json
+import math
+import types
+
+import numpy as np
+import pytest
+from conftest import TINY, make_set
+from medpy.metric import binary
+from scipy import ndimage
+from test_metrics import blob
+
+import test_la
+import train_dtml
+from evaluation.metrics import segmentation_metrics
+from evaluation.scores import class_scores, table
+from methods import METHODS
+from utils.errors import UserError
+
+BOTH = ("assd", "rve")
+SPACINGS = [(1.0, 1.0, 1.0), (0.625, 0.8, 2.5)]
+
+
+# -- the metrics --
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_assd_and_rve_are_medpys_bit_for_bit(spacing):
+    for seed in range(3):
+        a, b = blob(seed), blob(seed + 50) | blob(seed)
+        for one, other in ((a, b), (b, a)):
+            found = segmentation_metrics(one, other, spacing, more=BOTH)
+            assert found["assd"] == float(binary.assd(one, other))
+            assert found["assd_mm"] == float(binary.assd(one, other, spacing))
+            assert found["rve"] == float(binary.ravd(one, other))
+
+
+def test_assd_is_near_that_of_deepminds_package_which_weights_by_area(monkeypatch):
+    """Its elements lie between voxels, and the nearest element of a grid is nearer than the surface: it gives less."""
+    for name, function in (("filters", ndimage.correlate), ("morphology", ndimage.distance_transform_edt)):
+        module = types.SimpleNamespace(**{function.__name__: function})
+        monkeypatch.setattr(ndimage, name, module, raising=False)
+    metrics = pytest.importorskip("surface_distance.metrics")
+
+    def theirs(a, b):
+        found = metrics.compute_surface_distances(a, b, spacing)
+        areas = np.hstack((found["surfel_areas_gt"], found["surfel_areas_pred"]))
+        return np.hstack((found["distances_gt_to_pred"], found["distances_pred_to_gt"])) @ areas / areas.sum()
+
+    spacing = (0.8, 1.0, 1.5)
+    places = np.stack(np.meshgrid(*map(np.arange, (44, 40, 30)), indexing="ij"), axis=-1) * spacing
+    for radius, shift in ((9.0, 0.0), (11.0, 3.0), (8.0, 6.0)):
+        a, b = (
+            np.linalg.norm(places - centre, axis=-1) < r
+            for centre, r in (((17, 20, 22), 10.0), ((17 + shift, 20, 22), radius))
+        )
+        ours = segmentation_metrics(a, b, spacing, more=BOTH)["assd_mm"]
+        assert 0 < ours - theirs(a, b) < 0.4 < ours  # half the shortest side of a voxel
+
+
+def test_closed_forms():
+    reference = np.zeros((30, 30, 30), bool)
+    reference[5:25, 5:25, 5:25] = True
+    larger = np.zeros_like(reference)
+    larger[3:27, 3:27, 3:27] = True
+    smaller = ndimage.binary_erosion(reference)
+    assert segmentation_metrics(larger, reference, more=BOTH)["rve"] == (24**3 - 20**3) / 20**3
+    found = segmentation_metrics(smaller, reference, more=BOTH)
+    assert found["rve"] == (18**3 - 20**3) / 20**3 < 0
+    shell, edges, corners = 20**3 - 18**3, 12 * 18, 8  # of the label's border; the prediction's is one voxel from it
+    outwards = shell - edges - corners + edges * math.sqrt(2) + corners * math.sqrt(3)
+    inner = 18**3 - 16**3
+    assert found["assd"] == pytest.approx((inner + outwards) / (inner + shell), abs=1e-12)
+
+
+def test_empty_masks_score_the_diagonal_and_have_no_volume_error_without_a_label():
+    empty, full = np.zeros((6, 7, 8), np.uint8), np.zeros((6, 7, 8), np.uint8)
+    full[1:4, 1:4, 1:4] = 1
+    (no_prediction,) = class_scores(empty, full, 1, (1, 1, 2), more=BOTH)
+    (no_label,) = class_scores(full, empty, 1, (1, 1, 2), more=BOTH)
+    (neither,) = class_scores(empty, empty, 1, None, more=BOTH)
+    assert no_prediction["rve"] == -1 and math.isnan(no_label["rve"]) and math.isnan(no_prediction["assd"])
+    assert no_prediction["assd_penalised"] == math.hypot(6, 7, 8) == no_label["assd_penalised"]
+    assert no_prediction["assd_mm_penalised"] == math.hypot(6, 7, 16)
+    assert all(math.isnan(neither[name]) for name in ("assd", "assd_mm", "assd_mm_penalised", "rve"))
+    rows = [{"output": "seg", "component": "all", **scores} for scores in (no_prediction, no_label)]
+    assert "| 9.22 (0 of 2) |" not in table(rows) and "| 12.21 (0 of 2) |" in table(rows)
+    assert "| -100.00 (1 of 2) |" in table(rows)
+
+
+# -- the script --
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("request")
+    words = [*TINY, "--iterations", "1", "--method", "supervised", "--unlabeled", "0"]
+    train_dtml.main(["--data", str(make_set(folder / "set")), "--runs", str(folder), "--name", "run", *words])
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def bright(monkeypatch):
+    """The network predicts what is bright, in noise: the ball and some more."""
+    monkeypatch.setattr(METHODS["supervised"], "predict", lambda self, image, outputs: (image - 0.7).sigmoid())
+
+
+def score(trained, out, *words):
+    where = ["--out", str(out)] if out else []
+    test_la.main(["--checkpoint", str(trained / "run"), *where, "--stride", "16", "16", "16", "--threads", "1", *words])
+    out = out or trained / "run" / "test-cases"
+    with open(out / "cases.csv", newline="") as f:
+        return list(csv.DictReader(f)), json.loads((out / "test.json").read_text())
+
+
+def test_metrics_on_request_are_columns_more_and_nothing_else_changes(trained, tmp_path, capsys):
+    usual, about = score(trained, tmp_path / "usual")
+    before = capsys.readouterr().out
+    rows, told = score(trained, tmp_path / "more", "--metrics", "assd", "rve")
+    text = capsys.readouterr().out
+    more = {"assd", "assd_mm", "assd_penalised", "assd_mm_penalised", "rve"}
+    assert set(rows[0]) - set(usual[0]) == more and set(usual[0]) <= set(rows[0])
+    assert [{k: v for k, v in row.items() if k not in more} for row in rows] == usual
+    assert told["metrics"] == ["assd", "rve"] and "metrics" not in about
+    assert "ASSD" not in before and "RVE" not in before
+    assert "| 95HD mm | ASSD voxel | ASSD mm | RVE % | no prediction |" in text
+    chosen = [row for row in rows if row["component"] == "all"]
+    for row in chosen:
+        volumes = int(row["voxels"]), int(row["label_voxels"])
+        assert float(row["rve"]) == pytest.approx((volumes[0] - volumes[1]) / volumes[1], abs=1e-6)
+        assert float(row["assd"]) > 0
+    line = next(line for line in text.splitlines() if "| seg | all |" in line)
+    assert f"| {100 * np.mean([float(row['rve']) for row in chosen]):.2f} |" in line
+    with pytest.raises(UserError, match=r"'asd' is none of assd, rve. Did you mean assd\?"):
+        score(trained, tmp_path / "other", "--metrics", "asd")
+
+
+def test_some_cases_are_tested_alone_and_the_test_of_all_stays(trained, tmp_path):
+    score(trained, trained / "run" / "test")
+    before = (trained / "run" / "test" / "cases.csv").read_bytes()
+    rows, about = score(trained, None, "--cases", "case09")
+    whole = list(csv.DictReader(before.decode().splitlines()))
+    assert rows == [row for row in whole if row["case"] == "case09"] != [] and about["cases"] == ["case09"]
+    assert (trained / "run" / "test" / "cases.csv").read_bytes() == before
+    rows, _ = score(trained, tmp_path / "both", "--cases", "case09", "case08", "case09")
+    assert rows == whole
+    with pytest.raises(UserError) as caught:
+        score(trained, tmp_path / "none", "--cases", "case9", "case08", "elephant", "case00")
+    assert str(caught.value).splitlines() == [
+        "--cases: 3 of 4 are not among the 2 test scans:", "  case9. Did you mean case09?", "  elephant.",
+        "  case00. Did you mean case09?",
+    ]  # fmt: skip
+    assert not (tmp_path / "none").exists()

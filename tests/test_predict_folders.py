@@ -1,0 +1,278 @@
+"""Folders, patterns and DICOM series to predict, the table of volumes, and what is refused before any result."""
+
+import csv
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from scans import OBLIQUE, make_scans, picture_of, write
+from test_predict import predicted, scan, trained
+
+import predict
+from dataloaders.dicom import read_series, series_in
+from dataloaders.images import read_label
+from methods import METHODS
+from tools import convert
+from utils.checkpoint import load_checkpoint
+from utils.errors import UserError
+from utils.run_folder import write_json
+
+SHAPE = (30, 28, 18)
+UID = "1.2.826.0.1.3680043.2.1125"
+
+
+def write_series(
+    folder: Path, array: np.ndarray, uid: str = f"{UID}.1", place: Callable[[int], np.ndarray] | None = None,
+    description: str = "T1", prefix: str = "IM",
+) -> Path:  # fmt: skip
+    """A DICOM series, a file for each slice, by SimpleITK.
+
+    Args:
+        array: int16 (W,H,D), on the grid OBLIQUE.
+        place: number of a slice -> its position in mm; None: where OBLIQUE has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    picture = picture_of(array, OBLIQUE)
+    writer = sitk.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    direction = picture.GetDirection()
+    for z in range(array.shape[2]):
+        page = picture[:, :, z]
+        where = picture.TransformIndexToPhysicalPoint((0, 0, z)) if place is None else place(z)
+        tags = {
+            "0008|0060": "MR", "0008|103e": description, "0020|000e": uid, "0008|0018": f"{uid}.{z + 1}",
+            "0020|000d": f"{UID}.9", "0020|0013": str(z), "0020|0032": "\\".join(f"{v:.10g}" for v in where),
+            "0020|0037": "\\".join(f"{direction[i]:.10g}" for i in (0, 3, 6, 1, 4, 7)),
+            "0018|0050": "9",  # the thickness of a slice is not the distance between slices
+        }  # fmt: skip
+        for tag, value in tags.items():
+            page.SetMetaData(tag, value)
+        writer.SetFileName(str(folder / f"{prefix}{array.shape[2] - z:03d}.dcm"))  # names in the order from behind
+        writer.Execute(page)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """scans/ on oblique grids, set/ of two named classes made of them, and runs/dtml and runs/other trained on it."""
+    folder = tmp_path_factory.mktemp("world")
+    make_scans(folder / "scans", labeled=3, unlabeled=1)
+    convert.main(["--source", str(folder / "scans"), "--out", str(folder / "set"), "--spacing", "1", "1", "1.5"])
+    write_json(folder / "set" / "dataset.json", {"labels": {"background": 0, "left atrium": 1}})
+    trained(folder / "runs" / "dtml", folder / "set", "--method", "supervised", "--unlabeled", "0")
+    trained(folder / "runs" / "other", folder / "set", "--method", "supervised", "--unlabeled", "0", "--seed", "2")
+    return folder
+
+
+@pytest.fixture
+def bright(monkeypatch) -> None:
+    """The network predicts what is bright: the ball."""
+    monkeypatch.setattr(METHODS["supervised"], "predict", lambda self, image, outputs: (image - 2).sigmoid())
+
+
+def values_of(folder: Path, i: int = 0) -> np.ndarray:
+    return sitk.GetArrayFromImage(sitk.ReadImage(str(scan(folder, i)))).transpose(2, 1, 0).astype(np.int16)
+
+
+def rows_of(out: Path) -> list[dict[str, str]]:
+    with open(out / "volumes.csv", newline="") as f:
+        return list(csv.DictReader(f))
+
+
+# -- DICOM --
+
+
+def test_a_dicom_series_is_predicted_to_the_voxel_as_its_nifti_twin(world, tmp_path, bright):
+    """Oblique, mirrored, anisotropic; the network sees the scan resampled, and files are named against their order."""
+    values = values_of(world) - np.int16(900)
+    series = write_series(tmp_path / "patient7", values)
+    twin = write(tmp_path / "twin.nii.gz", values)
+    out = predicted(world / "runs" / "dtml", [series, twin], tmp_path / "out", "--probabilities", "float32")
+    one, other = (sitk.ReadImage(str(out / name)) for name in ("patient7.nii.gz", "twin.nii.gz"))
+    there = sitk.Resample(one, other, sitk.Transform(), sitk.sitkNearestNeighbor, 9)  # by places in mm
+    a, b = sitk.GetArrayFromImage(there), sitk.GetArrayFromImage(other)
+    assert (a == b).all() and 100 < a.sum() < a.size / 4 and a.max() == 1
+    p, q = (sitk.ReadImage(str(out / f"{name}_probability.nii.gz")) for name in ("patient7", "twin"))
+    there = sitk.GetArrayFromImage(sitk.Resample(p, q, sitk.Transform(), sitk.sitkLinear, 9.0))
+    np.testing.assert_allclose(there, sitk.GetArrayFromImage(q), atol=1e-5)
+    volumes = [row["ml"] for row in rows_of(out)]
+    assert volumes[0] == volumes[1] and float(volumes[0]) == pytest.approx(a.sum() * 0.8 * 1.0 * 1.7 / 1000, rel=1e-5)
+
+
+def test_intensities_are_those_after_each_slice_s_own_rescaling(tmp_path):
+    values = np.random.default_rng(0).integers(-1000, 1000, SHAPE).astype(np.int16)
+    folder = write_series(tmp_path / "ct", values)
+    found, geometry = read_series(series_in(folder)[0].files)
+    order = slice(None) if np.allclose(geometry["origin"], OBLIQUE["origin"]) else slice(None, None, -1)
+    assert found.dtype == np.float32 and (found[:, :, order] == values).all()
+    assert geometry["spacing"] == pytest.approx(OBLIQUE["spacing"], abs=1e-6)  # not the slices' thickness of 9 mm
+
+
+def turned(z: int) -> np.ndarray:
+    """Positions along a step that leans against the slices, as with a tilted gantry."""
+    axes = np.reshape(OBLIQUE["direction"], (3, 3))
+    return np.array(OBLIQUE["origin"]) + z * (1.7 * axes[:, 2] + 0.3 * axes[:, 1])
+
+
+def gap(z: int) -> np.ndarray:
+    return np.array(OBLIQUE["origin"]) + (z + (z > 7)) * 1.7 * np.reshape(OBLIQUE["direction"], (3, 3))[:, 2]
+
+
+def twice(z: int) -> np.ndarray:
+    return np.array(OBLIQUE["origin"]) + z // 2 * 1.7 * np.reshape(OBLIQUE["direction"], (3, 3))[:, 2]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"place": turned}, r"axes that are not at right angles: y and z .* tilted gantry"),
+        (
+            {"place": gap},
+            r"not evenly spaced: 3.4 mm after slice (8|10) of 18, 1.7 mm elsewhere. A slice may be missing",
+        ),
+        ({"place": twice}, "several slices at one place"),
+        ({"place": None}, r"does not state its position \(0020,0032\), .*IM010.dcm"),
+    ],
+    ids=["tilted", "a gap", "over time", "no position"],
+)
+def test_a_series_that_is_no_whole_grid_is_refused(more, message, world, tmp_path):
+    folder = write_series(tmp_path / "bad", values_of(world), **more)
+    if more["place"] is None:  # SimpleITK writes no file without a position
+        tag, other = b"\x20\x00\x32\x00", b"\x20\x00\x31\x00"
+        content = (folder / "IM010.dcm").read_bytes()
+        assert content.count(tag) == 1
+        (folder / "IM010.dcm").write_bytes(content.replace(tag, other))
+    with pytest.raises(UserError, match=message):
+        predicted(world / "runs" / "dtml", [folder], tmp_path / "out")
+    assert not (tmp_path / "out" / "bad.nii.gz").exists()
+
+
+def test_of_several_series_one_is_chosen_by_its_uid(world, tmp_path, bright):
+    values, run = values_of(world), world / "runs" / "dtml"
+    write_series(tmp_path / "both", values[..., :12], f"{UID}.2", description="T2 TSE", prefix="B")
+    write_series(tmp_path / "both", values, f"{UID}.1", description="T1 MPRAGE", prefix="A")
+    with pytest.raises(UserError) as caught:
+        predicted(run, [tmp_path / "both"], tmp_path / "out")
+    assert "both holds 2 DICOM series. Choose one of them with --series UID:" in str(caught.value)
+    assert [" ".join(line.split()) for line in str(caught.value).splitlines()[1:]] == [
+        f"{UID}.1 18 slices, MR, T1 MPRAGE", f"{UID}.2 12 slices, MR, T2 TSE"
+    ]  # fmt: skip
+    with pytest.raises(UserError, match=r"holds 2 DICOM series"):
+        predicted(run, [tmp_path / "both"], tmp_path / "out", "--series", "1.2.3")
+    assert not (tmp_path / "out").exists()
+    out = predicted(run, [tmp_path / "both"], tmp_path / "out", "--series", f"{UID}.2")
+    assert read_label(out / "both.nii.gz")[0].shape == (30, 28, 12)
+    with pytest.raises(UserError, match=r"--series 1.2.3 is in none of the folders"):
+        predicted(run, [write_series(tmp_path / "one", values)], tmp_path / "out", "--series", "1.2.3")
+
+
+# -- folders and patterns --
+
+
+def test_folders_and_patterns_are_the_files_in_them(world, tmp_path, capsys, monkeypatch):
+    made = tmp_path / "made"
+    make_scans(made, labeled=0, unlabeled=1)
+    (made / "images" / "notes.txt").write_text("of the patients")
+    (made / "images" / "._patient0.nii.gz").write_bytes(b"macOS")
+    run, images = world / "runs" / "dtml", made / "images"
+    names = ["patient0.nii.gz", "patient1.nii.gz", "volumes.csv"]
+    write(made / "images" / "patient1.nii.gz", values_of(world))
+    ways = {
+        "a folder": [images], "a pattern of everything": [f"{images}/*"],
+        "files": [images / name for name in names[:2]], "folders": [f"{made}/*"],
+    }  # fmt: skip
+    contents = []
+    for i, scans in enumerate(ways.values()):
+        out = predicted(run, scans, tmp_path / f"out{i}")
+        assert sorted(os.listdir(out)) == names
+        contents.append([(out / name).read_bytes() for name in names])
+    assert all(content == contents[0] for content in contents)
+    assert f"not read in {images}: notes.txt" in capsys.readouterr().err
+    monkeypatch.chdir(images)  # wherever the words stand
+    predicted(run, ["."], tmp_path / "here")
+    assert sorted(os.listdir(tmp_path / "here")) == names
+
+
+def test_scans_and_checkpoints_are_told_apart_wherever_they_stand(world, tmp_path, bright):
+    runs, folder, out = [str(world / "runs" / name) for name in ("dtml", "other")], scan(world).parent, tmp_path
+    more = ["--device", "cpu", "--threads", "1"]
+    predict.main(["--checkpoint", *runs, str(folder), "-o", str(out / "a"), *more])
+    predict.main([str(folder), "--checkpoint", *runs, "-o", str(out / "b"), *more])
+    predict.main(
+        ["-o", str(out / "c"), *more, "--checkpoint", str(world / "runs" / "*"), "--threads", "1", str(folder)]
+    )
+    assert sorted(os.listdir(out / "a")) == sorted(os.listdir(out / "b")) == sorted(os.listdir(out / "c"))
+    assert len(os.listdir(out / "a")) == 5
+
+
+def test_what_is_no_scan_is_named_before_anything_is_written(world, tmp_path):
+    run, out = world / "runs" / "dtml", tmp_path / "out"
+    empty, mixed = tmp_path / "empty", tmp_path / "mixed"
+    (empty / "inner").mkdir(parents=True)
+    series = write_series(mixed, values_of(world)[..., :2])
+    write(mixed / "scan.nii.gz", np.ones((9, 9, 9)))
+    (tmp_path / "notes.txt").write_text("")
+    for scans, message in (
+        ([empty], r"empty holds no file that ends in .*, and no DICOM series. .* give '.*empty/\*'"),
+        ([mixed], r"mixed holds both scan.nii.gz and IM001.dcm. Put DICOM into a folder of its own"),
+        ([series / "IM001.dcm"], r"IM001.dcm is one slice of a DICOM series. Give its folder, .*mixed"),
+        ([tmp_path / "*.nrrd"], r"nothing matches .*\*.nrrd"),
+        ([scan(world), scan(world)], r"two scans are called patient0, .*Predict them into folders of their own"),
+    ):
+        with pytest.raises(UserError, match=message):
+            predicted(run, scans, out)
+    for name, message in (("notes.txt", "is no scan: files end in"), ("gone", "Give files that end in")):
+        with pytest.raises(UserError, match=rf"{name}.* {message}"):
+            predict.main([str(tmp_path / name), "--checkpoint", str(run), "-o", str(out)])
+    with pytest.raises(UserError, match="is where the scans are"):
+        predicted(run, [write_series(tmp_path / "dicom", values_of(world))], tmp_path / "dicom")
+    assert not out.exists() and not (tmp_path / "dicom" / "volumes.csv").exists()
+
+
+# -- the volumes --
+
+
+def test_the_table_names_the_classes_and_keeps_the_rows_of_other_scans(world, tmp_path, bright, capsys, monkeypatch):
+    run, out = world / "runs" / "dtml", tmp_path / "out"
+    predicted(run, [scan(world, 0), scan(world, 1)], out)
+    first = rows_of(out)
+    assert list(first[0]) == ["scan", "class", "name", "voxels", "ml"]
+    for i, row in enumerate(first):
+        voxels = int((read_label(out / f"patient{i}.nii.gz")[0] == 1).sum())
+        assert (row["scan"], row["class"], row["name"], row["voxels"]) == (
+            f"patient{i}",
+            "1",
+            "left atrium",
+            str(voxels),
+        )
+    assert "| patient0 | 1 left atrium |" in capsys.readouterr().out
+    monkeypatch.setattr(METHODS["supervised"], "predict", lambda self, image, outputs: torch.ones_like(image))
+    predicted(run, [scan(world, 1)], out, "--overwrite")
+    predicted(run, [scan(world, 2)], out)  # its table is no obstacle to a new scan
+    last = rows_of(out)
+    assert [row["scan"] for row in last] == ["patient0", "patient1", "patient2"] and last[0] == first[0]
+    assert last[1]["voxels"] == last[2]["voxels"] == str(np.prod(SHAPE))
+    (tmp_path / "mine.csv").write_text("name,age\nA,7\n")
+    with pytest.raises(UserError, match=r"mine.csv is no table of predict.py"):
+        predicted(run, [scan(world, 3)], out, "--report", str(tmp_path / "mine.csv"))
+    assert (tmp_path / "mine.csv").read_text() == "name,age\nA,7\n" and not (out / "patient3.nii.gz").exists()
+
+
+def test_the_names_of_the_classes_are_in_the_checkpoint(world):
+    assert load_checkpoint(world / "runs" / "dtml")["class_names"] == {"1": "left atrium"}
+
+
+def test_windows_are_weighted_by_a_gaussian_unless_told_otherwise(world, tmp_path):
+    words = ["--probabilities", "float32"]
+    probabilities = [
+        sitk.GetArrayFromImage(sitk.ReadImage(str(out / "patient0_probability.nii.gz")))
+        for out in (
+            predicted(world / "runs" / "dtml", [scan(world)], tmp_path / f"{i}", *words, *more)
+            for i, more in enumerate(([], ["--weighting", "gaussian"], ["--weighting", "uniform"]))
+        )
+    ]
+    assert (probabilities[0] == probabilities[1]).all() and (probabilities[0] != probabilities[2]).any()

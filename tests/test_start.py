@@ -1,0 +1,161 @@
+"""What a run says at its start, a finished run that goes further, and flags and folders that belong elsewhere."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, make_set
+from scans import make_scans
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import plugin_data_pb2
+from test_validation import load
+
+import predict
+import test_la
+import train_dtml
+from evaluation.slices import LABEL, PREDICTION, panels
+from losses.ramps import ramp_up
+from methods import restore
+from utils.checkpoint import load_checkpoint
+from utils.errors import UserError
+from utils.report import duration
+
+WORDS = [*TINY, "--device", "cpu", "--log-every", "1", "--lr-steps", "5", "10", "--sdm-loss", "mask"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run of 12 iterations, finished, with what it said on stderr beside it."""
+    folder = tmp_path_factory.mktemp("start")
+    data = ["--data", str(make_set(folder / "set")), "--runs", str(folder)]
+    train_dtml.main([*data, *WORDS, "--name", "run", "--iterations", "12", "--save-every", "6"])
+    return folder / "run"
+
+
+def rates(run: Path) -> dict[int, tuple[float, float]]:
+    """Iteration -> learning rate and weight of the consistency."""
+    with open(run / "scalars.csv", newline="") as f:
+        return {int(row["iteration"]): (float(row["lr"]), float(row["lambda"])) for row in csv.DictReader(f)}
+
+
+def test_the_log_begins_with_what_is_trained_and_says_how_long_it_will_take(run):
+    lines = (run / "log.txt").read_text().splitlines()
+    head = dict(line.split(maxsplit=1) for line in lines[:6])
+    assert list(head) == ["run", "method", "data", "batch", "device", "iterations"] and head["run"] == str(run)
+    weights = sum(p.numel() for p in restore(load_checkpoint(run)).parameters())
+    assert head["method"] == f"dtml, preset paper, {weights:,} parameters"
+    assert head["data"] == f"{run.parent / 'set'}: 4 labeled and 4 unlabeled scans"
+    assert head["batch"] == "4 crops of 16x16x16 voxels, 2 of them labeled"
+    assert head["device"] == "cpu, 1 thread (--device cpu)"
+    assert head["iterations"] == "0 to 12, sgd, learning rate 0.01 at first"
+    place = [i for i, line in enumerate(lines) if " left: " in line and "2 iterations to go" in line]
+    assert len(place) == 1 and lines[place[0] + 1].startswith("10/12  ")
+
+
+def test_times_are_written_as_people_say_them():
+    assert [duration(s) for s in (3.4, 89, 90, 3600, 5460, 36000)] == [
+        "3 s", "89 s", "2 min", "60 min", "1 h 31 min", "10 h 00 min"
+    ]  # fmt: skip
+
+
+def test_tensorboard_has_the_options_of_the_run_in_its_own_folder(run):
+    events = EventAccumulator(str(run)).Reload()
+    metadata = events.SummaryMetadata("_hparams_/session_start_info").plugin_data
+    content = plugin_data_pb2.HParamsPluginData.FromString(metadata.content)
+    found = content.session_start_info.hparams
+    assert found["lr"].number_value == 0.01 and found["patch_size"].string_value == "[16, 16, 16]"
+    assert found["method"].string_value == "dtml" and found["seed"].number_value == 1337
+    assert not [path for path in run.iterdir() if path.is_dir()]  # no folder of its own
+
+
+def test_a_finished_run_goes_further_with_the_schedules_of_the_longer_one(run, tmp_path, capsys):
+    copy = shutil.copytree(run, tmp_path / "run")
+    before = (copy / "last.pt").read_bytes()
+    capsys.readouterr()
+    train_dtml.main(["--resume", str(copy), "--iterations", "16", "--lr-steps", "14", "--save-every", "2"])
+    said = capsys.readouterr().err
+    assert "This run was finished after 12 iterations and goes on to 16" in said
+    assert "the learning rate was 0.0001 at last and is 0.01 now" in said
+    curve, first = rates(copy), rates(run)
+    assert {i: curve[i] for i in range(12)} == first and sorted(curve) == list(range(16))
+    for i in range(12, 16):
+        assert curve[i] == pytest.approx((0.01 if i < 14 else 0.001, 0.1 * ramp_up(i, 16)), rel=1e-5)
+    assert (copy / "finished-12.pt").read_bytes() == before
+    last, manifest = load(copy / "last.pt"), json.loads((copy / "manifest.json").read_text())
+    assert (last["iteration"], last["options"]["iterations"], last["extended"]) == (16, 16, [12])
+    assert manifest["extended"] == [12] and manifest["options"]["iterations"] == 12
+    # Stopped on its way and resumed without a word more, it ends the same.
+    (copy / "previous.pt").replace(copy / "last.pt")
+    assert load(copy / "last.pt")["iteration"] == 14
+    train_dtml.main(["--resume", str(copy)])
+    again = load(copy / "last.pt")
+    assert again["extended"] == [12] and "goes on to" not in capsys.readouterr().err
+    assert all(torch.equal(weight, again["method"][name]) for name, weight in last["method"].items())
+    train_dtml.main(["--resume", str(copy)])
+    assert "more --iterations goes on from there" in capsys.readouterr().err
+
+
+def test_steps_that_were_not_chosen_move_along(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    state = load(tmp_path / "run" / "last.pt")
+    for saved, expected in (([5, 10], [8, 17]), ([3], [3])):  # 5/12 and 5/6 of 20
+        state["options"]["lr_steps"] = saved
+        torch.save(state, tmp_path / "run" / "last.pt")
+        o = train_dtml.read_options(["--resume", str(tmp_path / "run"), "--iterations", "20"])[0]
+        assert (o.iterations, o.lr_steps) == (20, expected)
+
+
+def test_an_unfinished_run_keeps_its_iterations_and_none_gets_fewer(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    with pytest.raises(UserError, match=r"--iterations: 12 before, 8 now"):
+        train_dtml.main(["--resume", str(tmp_path / "run"), "--iterations", "8"])
+    with pytest.raises(UserError, match=r"--lr: 0.01 before, 0.1 now"):
+        train_dtml.main(["--resume", str(tmp_path / "run"), "--iterations", "20", "--lr", "0.1"])
+    (tmp_path / "run" / "previous.pt").replace(tmp_path / "run" / "last.pt")
+    with pytest.raises(UserError, match=r"12 before, 20 now\n  --iterations can be raised once the run is finished"):
+        train_dtml.main(["--resume", str(tmp_path / "run"), "--iterations", "20"])
+
+
+@pytest.mark.parametrize(
+    ("main", "words", "message"),
+    [
+        (train_dtml.main, "--epochs 100", r"unknown argument --epochs. Here it is --iterations, a number of batches"),
+        (train_dtml.main, "--gpu 0", r"unknown argument --gpu. Here it is --device, as --device cuda:0"),
+        (train_dtml.main, "--lr_rate 0.1", r"unknown argument --lr-rate. Here it is --lr\."),
+        (train_dtml.main, "--labeled_bs=2", r"unknown argument --labeled-bs. Here it is --labeled-batch\."),
+        (train_dtml.main, "--output-dir x", r"Here it is --runs\."),
+        (predict.main, "--output-dir x", r"Here it is --out\."),
+        (test_la.main, "--model x", r"Here it is --checkpoint\."),
+        (test_la.main, "--epochs 3", r"unknown argument --epochs. See --help"),
+        (train_dtml.main, "--itertions 3", r"Did you mean --iterations\?"),
+    ],
+)
+def test_flags_of_other_projects_are_told_apart(main, words, message):
+    with pytest.raises(UserError, match=message):
+        main(words.split())
+
+
+@pytest.mark.parametrize("where", ["", "images"])
+def test_scans_that_were_not_converted_name_the_command_that_does_it(where, tmp_path):
+    make_scans(tmp_path / "raw", labeled=1, unlabeled=0)
+    with pytest.raises(UserError) as caught:
+        train_dtml.main(["--data", str(tmp_path / "raw" / where), *TINY])
+    assert f"python -m tools.convert --source {tmp_path / 'raw'} --out data/mine" in str(caught.value)
+    assert "patient0.nii.gz and no converted data set" in str(caught.value)
+
+
+def test_the_caption_of_a_narrow_picture_is_wrapped_and_not_cut_off():
+    image = np.random.default_rng(0).random((32, 48))
+    contours = {"prediction": (np.zeros((32, 48)), PREDICTION), "label": (np.zeros((32, 48)), LABEL)}
+    for title in (
+        "hippocampus_001, iteration 12",
+        "a long name of a patient, of a scan and of a hospital, iteration 12000",
+    ):
+        picture = panels(image, {"p": image}, contours, title)
+        dark = (picture < 128).all(axis=2)
+        rows, columns = np.nonzero(dark[: len(picture) - 290])  # above the panels and their names
+        assert rows.size > 300 and rows.min() > 0 and columns.max() < picture.shape[1] - 5

@@ -1,0 +1,154 @@
+"""The scans that a command line names: files, patterns, folders of scans, and folders of a DICOM series."""
+
+import glob
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dataloaders.channels import NUMBERED, by_number, in_order
+from dataloaders.dicom import Series, series_in
+from dataloaders.images import WRITTEN_AS, ending_of, scan_name
+from utils.errors import UserError
+
+DICOM_ENDINGS = (".dcm", ".dicom", ".ima")
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A scan to predict."""
+
+    name: str
+    files: tuple[Path, ...]
+    """One file, or one for each channel; of a DICOM series its folder."""
+    slices: tuple[str, ...] = ()
+    """The files of a DICOM series, in the order of the slices."""
+
+
+def given_scans(words: Sequence[str], series: Sequence[str], channels: int = 1) -> list[Scan]:
+    """The scans, in the order of the words and of the names in a folder.
+
+    For a network that takes several channels, files NAME_0000, NAME_0001, ... in any order are one scan NAME.
+
+    Args:
+        words: files; folders of scans or of a DICOM series; patterns of these; files of channels, joined by commas.
+        channels: K, that the network takes.
+        series: UIDs of --series, of which each must be in one of the folders.
+
+    Raises:
+        UserError: for what is missing or no scan; a folder without scans, or with several series of which none is
+            named; a UID that no folder has. All of them are named together. Channels that are missing in a scan.
+    """
+    scans: list[Scan] = []
+    problems: list[str] = []
+    seen: set[str] = set()
+    for word in words:
+        if "," in word and not Path(word).exists():
+            try:
+                files = tuple(file_of(Path(part)).files[0] for part in word.split(","))
+                scans.append(Scan(unnumbered(scan_name(files[0])), files))
+            except UserError as e:
+                problems.append(str(e))
+            continue
+        paths = sorted(map(Path, glob.glob(word))) if glob.has_magic(word) and not Path(word).exists() else [Path(word)]
+        scanned = [path for path in paths if path.is_dir() or ending_of(path)] if len(paths) > 1 else paths
+        if not scanned:
+            problems.append(f"nothing matches {word}.")
+        for path in scanned:
+            try:
+                scans += scans_in(path, series, seen) if path.is_dir() else [file_of(path)]
+            except UserError as e:
+                problems.append(str(e))
+    problems += [f"--series {uid} is in none of the folders." for uid in series if uid not in seen and not problems]
+    if problems:
+        raise UserError("\n".join(problems))
+    if not scans:
+        raise UserError(f"no scan is given. Give files that end in {', '.join(WRITTEN_AS)}, or folders.")
+    return grouped(scans) if channels > 1 else scans
+
+
+def unnumbered(name: str) -> str:
+    """NAME of NAME_0000, and any other name as it is."""
+    match = NUMBERED.fullmatch(name)
+    return match[1] if match else name
+
+
+def grouped(scans: Sequence[Scan]) -> list[Scan]:
+    """The same with the files NAME_0000, NAME_0001, ... of a folder as one scan NAME, where the first of them stands.
+
+    Raises:
+        UserError: if numbers are missing between those of a scan.
+    """
+    numbered = by_number([scan.files[0] for scan in scans if len(scan.files) == 1 and not scan.slices])
+    groups: dict[tuple[Path, str], Scan] = {}
+    for scan in scans:
+        first = scan.files[0]
+        key = (first.parent, unnumbered(scan.name)) if first.is_file() and len(scan.files) == 1 else (first, scan.name)
+        if key in numbered and key not in groups:
+            groups[key] = Scan(key[1], in_order(key[1], numbered[key], first.parent))
+        elif key not in numbered:
+            groups[(first, scan.name)] = scan
+    return list(groups.values())
+
+
+def file_of(path: Path) -> Scan:
+    """The scan of a file.
+
+    Raises:
+        UserError: it is missing, or no format that is read.
+    """
+    if path.suffix.lower() in DICOM_ENDINGS and path.is_file():
+        raise UserError(f"{path} is one slice of a DICOM series. Give its folder, {path.parent}.")
+    if not path.exists():
+        raise UserError(f"there is no {path}. Give files that end in {', '.join(WRITTEN_AS)}, or folders.")
+    if not ending_of(path):
+        raise UserError(f"{path} is no scan: files end in {', '.join(WRITTEN_AS)}, and a DICOM series is a folder.")
+    return Scan(scan_name(path), (path,))
+
+
+def scans_in(folder: Path, chosen: Sequence[str], seen: set[str]) -> list[Scan]:
+    """The scans in a folder, not in its subfolders: its files in the order of their names, or its DICOM series.
+
+    Args:
+        folder: the folder. Hidden files are left alone, other files that are not read are named on stderr.
+        chosen: UIDs of series.
+        seen: gets the UIDs of `chosen` that are here.
+
+    Raises:
+        UserError: no scan; scans and DICOM together; several series of which not one is chosen.
+    """
+    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    scans = [path for path in files if ending_of(path)]
+    dicom = [path for path in files if path.suffix.lower() in DICOM_ENDINGS]
+    if scans and dicom:
+        raise UserError(f"{folder} holds both {scans[0].name} and {dicom[0].name}. Put DICOM into a folder of its own.")
+    if scans:
+        others = [path.name for path in files if not ending_of(path) and path.suffix.lower() != ".raw"]
+        if others:
+            more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
+            print(f"not read in {folder}: {', '.join(others[:SHOWN])}{more}", file=sys.stderr)
+        return [Scan(scan_name(path), (path,)) for path in scans]
+    series = series_in(folder) if files else []
+    if not series:
+        inner = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        where = f" Its subfolders are not looked into: give '{folder}/*' for them." if inner else ""
+        raise UserError(f"{folder} holds no file that ends in {', '.join(WRITTEN_AS)}, and no DICOM series.{where}")
+    one = the_series(folder, series, chosen)
+    seen.add(one.uid)
+    # An absolute path, as that of `.` has no name to give to the prediction.
+    folder = folder if folder.name else folder.resolve()
+    return [Scan(folder.name, (folder,), one.files)]
+
+
+def the_series(folder: Path, series: Sequence[Series], chosen: Sequence[str]) -> Series:
+    """The series to take of those in a folder.
+
+    Raises:
+        UserError: listing them, if there are several and not exactly one is chosen.
+    """
+    named = [one for one in series if one.uid in chosen]
+    if len(named) == 1 or (len(series) == 1 and not named):
+        return (named or list(series))[0]
+    listing = "\n".join(f"  {one}" for one in series)
+    raise UserError(f"{folder} holds {len(series)} DICOM series. Choose one of them with --series UID:\n{listing}")
