@@ -4,12 +4,15 @@
     python predict.py --checkpoint RUN scans/*.nii.gz -o predictions --largest-component --report volumes.csv
     python predict.py --checkpoint best_model.pth --method dtc scan.nii.gz -o out      weights of a released code
     python predict.py --checkpoint RUN1 RUN2 RUN3 scan.nrrd -o predictions --flips 8 --probabilities float32
+    python predict.py --checkpoint RUN patient_0000.nii.gz patient_0001.nii.gz -o out     two channels
 
 A scan is NIfTI (.nii, .nii.gz), NRRD, MetaImage or an h5 case. Its axes are brought to the orientation of the training
 cases. It is normalised to zero mean and unit variance over all its voxels, as `python -m tools.convert` does it, and
-resampled to the spacing of the training cases. It is predicted in windows, and the result is brought back: the
-segmentation has the scan's own format, size, spacing, origin and direction. A NIfTI has the scan's own header. An h5
-case is taken as normalised, and its segmentation is NIfTI. The last table on stdout gives each class's volume.
+resampled to the spacing of the training cases, then scaled by --normalize of the training. It is predicted in windows,
+and the result is brought back: the segmentation has the scan's own format, size, spacing, origin and direction. A
+NIfTI has the scan's own header. An h5 case is taken as converted, and its segmentation is NIfTI. The last table on
+stdout gives each class's volume. The channels of a scan, for a network that was trained on several, are files
+NAME_0000, NAME_0001, ..., any files joined by commas, t1.nii.gz,t2.nii.gz, or one 4-D NIfTI.
 """
 
 import dataclasses
@@ -25,13 +28,15 @@ import numpy as np
 import torch
 
 from dataloaders.cases import CaseError
-from dataloaders.images import INTERPOLATORS, WRITTEN_AS, ending_of, scan_name, write_image
+from dataloaders.channels import Scan, scans_of
+from dataloaders.images import INTERPOLATORS, WRITTEN_AS, ending_of, write_image
+from dataloaders.normalization import normalization_of
 from evaluation.scores import as_csv
 from evaluation.sliding_window import WEIGHTINGS, flips_option, half_a_patch, refuse_window, three_voxels
 from methods.released import RELEASED, load_trained
 from networks.backbone import PRECISIONS, set_precision
 from tools.segment import Model, predict_scan
-from utils.checkpoint import unfinished, write_whole
+from utils.checkpoint import channels_of_state, unfinished, write_whole
 from utils.devices import choose_device, enough_memory, keep_freed_memory, refuse_precision, set_arithmetic
 from utils.errors import UserError, run
 from utils.options import Parser, fill, option
@@ -103,12 +108,14 @@ def load_model(o: Options, device: torch.device) -> Model:
     for state in states:
         if unfinished(state):
             print(f"warning: {state['file']} is not finished: {unfinished(state)}.", file=sys.stderr)
-    for name, usual in (("downsample", 1), ("classes", 1), ("normalize", "none")):
-        values = {options.get(name, usual) for options in trained}
+    for name, usual in (("downsample", 1), ("classes", 1), ("channels", 1), ("normalize", "none"), ("window", None)):
+        values = {str(options.get(name, usual)) for options in trained}
         if len(values) > 1:
-            raise UserError(
-                f"the checkpoints differ in --{name}: {', '.join(map(str, sorted(values)))}. Average like with like."
-            )
+            raise UserError(f"the checkpoints differ in --{name}: {', '.join(sorted(values))}. Average like with like.")
+    channels = [channels_of_state(state) for state in states]
+    if any(names != channels[0] for names in channels) and len(channels[0]) > 1:
+        shown = "; ".join(sorted({", ".join(names) for names in channels}))
+        raise UserError(f"the checkpoints were trained on different channels: {shown}. Average like with like.")
     sizes = {tuple(o.patch_size or options["patch_size"]) for options in trained}
     if len(sizes) > 1:
         raise UserError(f"the checkpoints were trained on patches of {sorted(sizes)}. Choose one by --patch-size.")
@@ -141,41 +148,43 @@ def load_model(o: Options, device: torch.device) -> Model:
     taken = [o.output or names[0] for names in outputs]
     classes = trained[0].get("classes", 1)
     return Model(
-        list(methods), taken, trained[0]["downsample"], trained[0].get("normalize", "none"), sizes.pop(),
-        spacing or None, orientation, classes, o.flips,
+        list(methods), taken, trained[0]["downsample"], normalization_of(trained[0]), sizes.pop(),
+        spacing or None, orientation, classes, o.flips, channels[0],
     )  # fmt: skip
 
 
-def results_of(path: Path, out: Path, probabilities: str, classes: int) -> list[Path]:
+def results_of(scan: Scan, out: Path, probabilities: str, classes: int) -> list[Path]:
     """The files of a scan's prediction: the segmentation, then the probability of each class."""
-    name, ending = scan_name(path), WRITTEN_AS[ending_of(path)]
+    name, ending = scan.name, WRITTEN_AS[ending_of(scan.files[0])]
     numbers = [""] if classes == 1 else [f"_{number}" for number in range(1, classes + 1)]
     more = [] if probabilities == "none" else [f"{name}_probability{number}{ending}" for number in numbers]
     return [out / file for file in (name + ending, *more)]
 
 
-def stale_results(path: Path, out: Path) -> list[Path]:
+def stale_results(scan: Scan, out: Path) -> list[Path]:
     """Probabilities of an earlier prediction of this scan, whether or not this prediction writes them too."""
-    name = re.compile(rf"{re.escape(scan_name(path))}_probability(_\d+)?{re.escape(WRITTEN_AS[ending_of(path)])}")
+    ending = WRITTEN_AS[ending_of(scan.files[0])]
+    name = re.compile(rf"{re.escape(scan.name)}_probability(_\d+)?{re.escape(ending)}")
     return [file for file in out.iterdir() if name.fullmatch(file.name)]
 
 
-def refuse_scans(scans: list[Path], o: Options, classes: int) -> None:
+def refuse_scans(scans: list[Scan], o: Options, classes: int) -> None:
     """Raises UserError for scans that are missing or have the same name, and for results that exist already."""
-    missing = [str(path) for path in scans if not path.is_file()]
+    given = [path for scan in scans for path in scan.files]
+    missing = [str(path) for path in given if not path.is_file()]
     if missing or not scans:
         what = f"there is no {', '.join(missing)}" if missing else "no scan is given"
         raise UserError(f"{what}. Give files that end in {', '.join(WRITTEN_AS)}.")
-    twice = [name for name, count in Counter(map(scan_name, scans)).items() if count > 1]
+    twice = [name for name, count in Counter(scan.name for scan in scans).items() if count > 1]
     if twice:
         raise UserError(
             f"two scans are called {', '.join(twice)}, and so would be what is written. Predict one at a time."
         )
-    files = [file for path in scans for file in results_of(path, Path(o.out), o.probabilities, classes)]
+    files = [file for scan in scans for file in results_of(scan, Path(o.out), o.probabilities, classes)]
     there = [str(file) for file in (*files, *([Path(o.report)] if o.report else [])) if file.exists()]
     if there and not o.overwrite:
         raise UserError(f"{', '.join(there[:5])} exists already. Choose another --out, or --overwrite.")
-    if {file.resolve() for file in files} & {path.resolve() for path in scans}:
+    if {file.resolve() for file in files} & {path.resolve() for path in given}:
         raise UserError(f"--out {o.out} is where the scans are: they would be replaced. Choose another folder.")
 
 
@@ -199,7 +208,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("-o", dest="out", metavar="DIR", help="the same as --out")
     # A scan is recognised by its ending anywhere on the command line, also after the checkpoints.
     arguments = parser.expand(argv)
-    scans = [Path(text) for text in arguments if not text.startswith("-") and ending_of(Path(text))]
+    words = [text for text in arguments if not text.startswith("-") and ending_of(Path(text))]
     o: Options = fill(
         Options, parser.parse([text for text in arguments if text.startswith("-") or not ending_of(Path(text))])
     )
@@ -219,6 +228,7 @@ def main(argv: list[str] | None = None) -> None:
         refuse_window(model.patch_size, stride, method.side_multiple)
     batch_size = o.batch_size or (4 if device.type == "cuda" else 1)
     window = {"patch_size": model.patch_size, "stride": stride, "weighting": o.weighting, "batch_size": batch_size}
+    scans = scans_of(words, len(model.channels))
     refuse_scans(scans, o, model.classes)
 
     rows: list[dict[str, Any]] = []
@@ -226,12 +236,12 @@ def main(argv: list[str] | None = None) -> None:
     written: set[Path] = set()
     if o.report:
         Path(o.report).unlink(missing_ok=True)
-    for path in scans:
-        began = time.monotonic()
+    for scan in scans:
+        began, path = time.monotonic(), scan.files[0]
         try:
             result = predict_scan(
                 model,
-                path,
+                scan,
                 device,
                 window,
                 interpolation=o.interpolation,
@@ -239,22 +249,22 @@ def main(argv: list[str] | None = None) -> None:
                 probabilities=o.probabilities,
             )
         except CaseError as e:
-            refused.append(f"{path} {e}")
+            refused.append(f"{path} {e}" if len(scan.files) == 1 else f"{scan.name}: {e}")
             continue
         label, geometry = result["label"], result["geometry"]
         volumes = [label, *(result["probability"] or ())]
-        files = results_of(path, Path(o.out), o.probabilities, model.classes)
+        files = results_of(scan, Path(o.out), o.probabilities, model.classes)
         for file, volume in zip(files, volumes, strict=True):
             write_image(file, volume, geometry, like=path)
         written |= set(files)
-        for file in stale_results(path, Path(o.out)) if o.overwrite else []:
+        for file in stale_results(scan, Path(o.out)) if o.overwrite else []:
             if file not in written:
                 file.unlink()
         counts = np.bincount(label.ravel(), minlength=model.classes + 1)
         for number in range(1, model.classes + 1):
             voxels = int(counts[number])
             ml = voxels * math.prod(geometry["spacing"]) / 1000 if "spacing" in geometry else ""
-            rows.append({"scan": scan_name(path), "class": number, "voxels": voxels, "ml": ml})
+            rows.append({"scan": scan.name, "class": number, "voxels": voxels, "ml": ml})
         print(f"{path}: {time.monotonic() - began:.1f} s", file=sys.stderr)
 
     if rows and o.report:

@@ -99,14 +99,21 @@ class Options:
     patch_size: list[int] = option([112, 112, 80], "voxels of a crop along x, y, z", group="data", nargs=3, minimum=1)
     normalize: str = option(
         "none",
-        "scan: each volume is clipped to its 0.5 and 99.5 percentiles, then scaled to zero mean and unit variance, in "
-        "tests and predictions too",
+        "how intensities are scaled, in tests and predictions too. scan: each volume is clipped to its 0.5 and 99.5 "
+        "percentiles, then has zero mean and unit variance; foreground: zero mean and unit variance over the voxels "
+        "that are not 0 in the scan; window: --window becomes 0 to 1",
         group="data",
         choices=NORMALIZATIONS,
     )
+    window: list[float] | None = option(
+        None, "LEVEL WIDTH of --normalize window, in the scan's own intensities, such as 40 400 HU (default none)",
+        group="data", type=float, nargs=2, only_if={"normalize": ("window",)},
+    )  # fmt: skip
     augment: str = option("d4", "turns and flips of a crop", group="data", choices=AUGMENTATIONS)
     intensity: float = option(0.0, "intensity augmentation: random gamma, contrast and brightness, up to this "
                               "strength; 0: none", group="data", minimum=0, maximum=2)  # fmt: skip
+    object_share: float = option(0.0, "share of the labeled crops placed around a voxel of the object, of all classes "
+                                 "alike; for small organs", group="data", minimum=0, maximum=1)  # fmt: skip
     sdm_of: str = option("crop", "distance maps of the crop, or cut out of those of the whole scan", group="data",
                          choices=SDM_OF, only_if={"needs_sdm": bool})  # fmt: skip
     cache: str = option(
@@ -170,7 +177,7 @@ class Options:
     picture_every: int = option(500, "iterations between pictures; 0: none", harmless=True, minimum=0, only_if=TRAINS)
 
 
-NOT_REPLAYED = {"resume", "from_diagnostic", "fresh"}
+NOT_REPLAYED = {"resume", "from_diagnostic", "fresh", "channels"}
 EVERY = {
     "method", "preset", "data", "profile", "labeled", "downsample", "patch_size", "augment", "iterations", "batch_size",
     "lr", "lr_steps", "lr_gamma", "momentum", "weight_decay", "seed",
@@ -340,6 +347,10 @@ def settle(flags: dict[str, Any], kind: type[Method]) -> tuple[Options, Method.O
         return next(getattr(part, name) for part in options if hasattr(part, name))
 
     refuse_idle(flags, [Options, kind.Options], values_of(o, method_options, kind), without, WHY)
+    if o.normalize == "window" and o.window is None:
+        raise UserError("--normalize window needs --window LEVEL WIDTH, as --window 40 400 for the abdomen in CT.")
+    if o.window is not None and not (math.isfinite(o.window[0]) and 0 < o.window[1] < math.inf):
+        raise UserError(f"--window {o.window[0]:g} {o.window[1]:g}: the width must be above 0, and both be finite.")
     never = [step for step in flags.get("lr_steps") or () if step >= o.iterations]
     if never:
         raise UserError(f"--lr-steps {never[0]} never comes in --iterations {o.iterations}. Give steps below that.")

@@ -28,9 +28,10 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dataloaders.cases import Case, known_spacing, lists_of, read_case, read_geometry, validation_of
+from dataloaders.channels import refuse_other_channels
 from dataloaders.class_names import class_names
 from dataloaders.images import write_image
-from dataloaders.normalization import normalized
+from dataloaders.normalization import normalization_of, normalized_case
 from dataloaders.unseen import open_cases
 from evaluation.metrics import COMPONENTS
 from evaluation.predictions import new_test, replace_test
@@ -47,7 +48,7 @@ from evaluation.sliding_window import (
 from methods.released import RELEASED, load_trained
 from networks.backbone import PRECISIONS, set_precision
 from tools.report_page import write_report
-from utils.checkpoint import BEST, unfinished, write_whole
+from utils.checkpoint import BEST, channels_of_state, unfinished, write_whole
 from utils.devices import choose_device, enough_memory, keep_freed_memory, refuse_precision, set_arithmetic
 from utils.distributed import RANK, RANKS, in_turn, process_group
 from utils.errors import UserError, run
@@ -199,14 +200,23 @@ def main(argv: list[str] | None = None) -> None:
     if unknown:
         raise UserError(f"--output {' '.join(unknown)} is none that {state['file']} gives: {' '.join(available)}.")
     downsample, classes = trained["downsample"], method.options.classes
-    normalize = trained.get("normalize", "none")  # early checkpoints do not state it
+    normalize = normalization_of(trained)
     patch_size = tuple(o.patch_size or trained["patch_size"])
     stride = tuple(o.stride or usual_stride(patch_size, downsample))
     refuse_window(patch_size, stride, method.side_multiple)
     if unfinished(state) and RANK == 0:
         print(f"warning: {path} is not finished: {unfinished(state)}.", file=sys.stderr)
     folder, seen = Path(o.data or trained["data"]), state["checksums"]  # empty for bare weights
-    cases, shapes = open_cases(folder, names_of(folder, o.scans, seen), classes, seen, state.get("images", {}))
+    cases, shapes = open_cases(
+        folder,
+        names_of(folder, o.scans, seen),
+        classes,
+        seen,
+        state.get("images", {}),
+        method.options.channels,
+        normalize,
+    )
+    refuse_other_channels(folder, channels_of_state(state))
     if o.nsd_tolerance is not None:
         refuse_unknown_spacing(cases, folder, o.nsd_tolerance)
     count = sum(len(windows([-(-side // downsample) for side in shape], patch_size, stride)) for shape in shapes)
@@ -244,8 +254,9 @@ def main(argv: list[str] | None = None) -> None:
             image, label = upcoming.result()
             upcoming = reader.submit(read_case, mine[i + 1]) if i + 1 < len(mine) else None
             assert label is not None
+            image = normalized_case(case, image, normalize)
             p = predict_scan(
-                method, torch.from_numpy(normalized(image, normalize)).to(device), outputs, downsample=downsample,
+                method, torch.from_numpy(image).to(device), outputs, downsample=downsample,
                 patch_size=patch_size, stride=stride, weighting=o.weighting, batch_size=o.batch_size, flips=o.flips,
             )  # fmt: skip
             maps = {name: label_map(part).cpu().numpy() for name, part in zip(outputs, p.split(classes), strict=True)}
@@ -265,7 +276,9 @@ def main(argv: list[str] | None = None) -> None:
     settings = {"patch_size": patch_size, "stride": stride, "windows": count, "weighting": o.weighting,
                 "flips": o.flips, "precision": o.precision, "scans": o.scans}  # fmt: skip
     about = {"checkpoint": str(path), "iteration": state["iteration"], "downsample": downsample,
-            "normalize": normalize, "data": str(folder), "saved": o.save}  # fmt: skip
+            "normalize": normalize.kind, "data": str(folder), "saved": o.save}  # fmt: skip
+    if normalize.window:
+        about["window"] = normalize.window
     if names:
         about["class_names"] = names
     if o.nsd_tolerance is not None:

@@ -22,8 +22,10 @@ from typing import Any
 
 import torch
 
+from dataloaders.channels import channel_names, channels_of_set
 from dataloaders.diagnostic import kept_for_diagnosis
 from dataloaders.findings import warnings_of
+from dataloaders.normalization import normalization_of
 from dataloaders.orientation import common_orientation
 from dataloaders.training import median_spacing, refuse_classes, training_cases, validation_names
 from dataloaders.two_stream import Patches, TwoStreamBatchSampler, make_loader
@@ -154,7 +156,10 @@ def show(
     method.train()
 
 
-@enough_memory("Lower --batch-size, --patch-size or --filters, or keep the volumes out of it with --cache disk.")
+@enough_memory(
+    "Use --recompute, which changes no result, or keep the volumes out of it with --cache disk. Then lower "
+    "--batch-size, --patch-size or --filters."
+)
 def main(argv: list[str] | None = None) -> None:
     args = Parser(add_help=False).expand(argv, chosen_flags)
     o, method_options, folder, state = read_options(args, __doc__)
@@ -171,6 +176,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # method and data
     kind = METHODS[o.method]
+    if state is None:
+        method_options.channels = channels_of_set(Path(o.data))
     torch.manual_seed(o.seed)
     method = restore(state) if state else kind(method_options, iterations=o.iterations)
     origin = load_checkpoint(Path(o.init)) if o.init and state is None else None
@@ -187,7 +194,7 @@ def main(argv: list[str] | None = None) -> None:
     cases, problems, labeled_batch = training_cases(
         Path(o.data), labeled=o.labeled, unlabeled=o.unlabeled, batch_size=o.batch_size,
         labeled_batch=o.labeled_batch, patch_size=o.patch_size, multiple=kind.side_multiple,
-        classes=method_options.classes,
+        classes=method_options.classes, channels=method_options.channels,
     )  # fmt: skip
     if method.needs_unlabeled and labeled_batch == o.batch_size:
         raise UserError(
@@ -195,14 +202,18 @@ def main(argv: list[str] | None = None) -> None:
             "out --unlabeled 0."
         )
     to_validate = validation_names(Path(o.data)) if o.validate_every else []
+    normalize = normalization_of(dataclasses.asdict(o))
     volumes = Volumes(
         cases, cache=o.cache, folder=Path(o.cache_folder or Path(o.data, ".cache")), downsample=o.downsample,
-        normalize=o.normalize, device=device, problems=problems,
+        normalize=normalize, device=device, problems=problems,
     )  # fmt: skip
     if state is None:
         refuse_classes(cases, volumes.facts, method_options.classes)
     images = volumes.fingerprints | earlier_images(origin, state, volumes.fingerprints)
-    validation, _ = open_cases(Path(o.data), to_validate, method_options.classes, volumes.checksums, images)
+    validation, _ = open_cases(
+        Path(o.data), to_validate, method_options.classes, volumes.checksums, images, method_options.channels, normalize
+    )
+    names = channel_names(Path(o.data), method_options.channels)
     method.to(device)
     choose_arithmetic(method, o, device)
     trained = [p for p in method.parameters() if p.requires_grad]  # not a teacher or a critic
@@ -224,6 +235,7 @@ def main(argv: list[str] | None = None) -> None:
     patches = Patches(
         volumes, patch_size=o.patch_size, augment=o.augment, seed=o.seed, sdm=method.needs_sdm,
         other=method.needs_other_crop, intensity=o.intensity, sdm_of=o.sdm_of,
+        object_share=o.object_share,
     )  # fmt: skip
     sampler = TwoStreamBatchSampler(
         o.labeled, len(cases) - o.labeled, batch_size=o.batch_size, labeled_batch=labeled_batch,
@@ -236,7 +248,7 @@ def main(argv: list[str] | None = None) -> None:
         return {
             "options": everything, "iteration": done, "seconds": time.monotonic() - began,
             "checksums": volumes.checksums, "images": images, "processes": RANKS, "spacing": spacing,
-            "orientation": orientation,
+            "orientation": orientation, "channel_names": names,
             "method": method.state_dict(), "optimizer": optimizer.state_dict(), **({"best": best} if best else {}),
         }  # fmt: skip
 
@@ -252,11 +264,15 @@ def main(argv: list[str] | None = None) -> None:
                 volumes.facts, patch_size=o.patch_size, downsample=o.downsample, normalize=o.normalize
             ):
                 report.say(line)
+            if o.workers and volumes.on_device:
+                report.say(f"--workers {o.workers} is not used: the volumes are on the GPU, where crops are made. "
+                           "--cache ram uses it.")  # fmt: skip
             replay = {name: value for name, value in everything.items() if name not in NOT_REPLAYED}
             if start == 0 or not (folder / OPTIONS).exists():
                 chosen = {name: flags.get(name) for name in replay} if start == 0 else replay
                 write_whole(folder / OPTIONS, options_file(chosen, replay).encode())
             manifest = make_manifest(device, processes=RANKS, options=replay, checksums=volumes.checksums,
+                                     channel_names=names,
                                      **({"init": began_from} if began_from else {}))  # fmt: skip
             manifest = start_manifest(folder, start, manifest)
             report.text({"options": replay, "manifest": {k: v for k, v in manifest.items() if k not in LONG}})
@@ -289,7 +305,7 @@ def main(argv: list[str] | None = None) -> None:
             if validation and (done % o.validate_every == 0 or done == o.iterations):
                 watch.settle()
                 scores["dice/validation"] = dice = validation_dice(
-                    method, validation, device, downsample=o.downsample, normalize=o.normalize,
+                    method, validation, device, downsample=o.downsample, normalize=normalize,
                     patch_size=o.patch_size, batch_size=o.batch_size,
                 )  # fmt: skip
                 clock.lap("validation")

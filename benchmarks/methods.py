@@ -12,6 +12,8 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -35,39 +37,62 @@ class Options:
     one: str = option("", "time this method only, once, and print JSON")
 
 
+class Workload:
+    """A method at the size of a profile, with an optimiser and a batch of noise with boxes as labels.
+
+    Args:
+        name: the method.
+        flags: flags of train_dtml.py, such as --profile half.
+        device: where it is computed.
+    """
+
+    def __init__(self, name: str, flags: Sequence[str], device: torch.device):
+        options, method_options, *_ = read_options(["--method", name, *flags])
+        torch.manual_seed(0)
+        self.device = device
+        self.method = METHODS[name](method_options, iterations=options.iterations).to(device).train()
+        labeled = options.labeled_batch or options.batch_size // (2 if self.method.uses_unlabeled else 1)
+        label = torch.zeros(labeled, *options.patch_size, dtype=torch.uint8, device=device)
+        label[(slice(None), *(slice(side // 6, -(side // 6)) for side in options.patch_size))] = 1
+        image = torch.randn(options.batch_size, 1, *options.patch_size, device=device)
+        self.batch: dict[str, Any] = {"image": image, "label": label, "case": ["noise"] * options.batch_size}
+        if self.method.needs_sdm:
+            self.batch["sdm"] = 1 - 2 * label.unsqueeze(1).float()
+        self.optimizer = OPTIMIZERS[options.optimizer](
+            [p for p in self.method.parameters() if p.requires_grad], options
+        )
+
+    def gradients(self, iteration: int) -> None:
+        """Forward and backward."""
+        seed_iteration(0, iteration)
+        losses = self.method(self.batch, iteration)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses.total.backward()
+
+    def seconds(self, iteration: int) -> float:
+        """The time of an iteration: forward, backward, step and after_step."""
+        began = time.perf_counter()
+        self.gradients(iteration)
+        self.optimizer.step()
+        self.method.after_step(self.batch, iteration)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - began
+
+
 def measure(name: str, o: Options) -> dict[str, float]:
     """Measures one method: seconds of the fastest iteration, peak memory in GiB, trained and all parameters."""
     torch.set_num_threads(o.threads)
     device = choose_device(o.device)
     set_arithmetic(deterministic=False)
     keep_freed_memory()
-    options, method_options, *_ = read_options(["--method", name, "--profile", o.profile])
-    torch.manual_seed(0)
-    method = METHODS[name](method_options, iterations=options.iterations).to(device).train()
-    labeled = options.batch_size // 2 if method.uses_unlabeled else options.batch_size
-    label = torch.zeros(labeled, *options.patch_size, dtype=torch.uint8, device=device)
-    label[:, 8:-8, 8:-8, 8:-8] = 1
-    image = torch.randn(options.batch_size, 1, *options.patch_size, device=device)
-    batch = {"image": image, "label": label, "case": ["noise"] * options.batch_size}
-    batch |= {"sdm": 1 - 2 * label.unsqueeze(1).float()} if method.needs_sdm else {}
-    optimizer = OPTIMIZERS[options.optimizer]([p for p in method.parameters() if p.requires_grad], options)
-    times = []
-    for iteration in range(1 + o.iterations):
-        began = time.perf_counter()
-        seed_iteration(0, iteration)
-        losses = method(batch, iteration)
-        optimizer.zero_grad(set_to_none=True)
-        losses.total.backward()
-        optimizer.step()
-        method.after_step(batch, iteration)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - began)
+    work = Workload(name, ["--profile", o.profile], device)
+    times = [work.seconds(iteration) for iteration in range(1 + o.iterations)]
     return {
         "seconds": min(times[1:]),
         "memory": peak_memory_gib(device),
-        "trained": parameter_count(method),
-        "all": sum(p.numel() for p in method.parameters()),
+        "trained": parameter_count(work.method),
+        "all": sum(p.numel() for p in work.method.parameters()),
     }
 
 

@@ -51,17 +51,17 @@ def draw_augmentation(
 
 
 def turn_and_flip(volume: Tensor, draw: Draw) -> Tensor:
-    """Box (w,h,d) -> patch: torch.rot90, then a flip, with at most one copy.
+    """Box (...,w,h,d) -> patch: torch.rot90 in x-y, then a flip, with at most one copy.
 
     Turning the cropped box gives the same patch as turning the whole volume before cropping, and is much cheaper.
     """
-    turned = volume.transpose(0, 1) if draw.turns % 2 else volume
-    axes = [axis for axis in (0, 1) if (axis in FLIPPED[draw.turns]) != (axis == draw.flip)]
+    turned = volume.transpose(-3, -2) if draw.turns % 2 else volume
+    axes = [axis - 3 for axis in (0, 1) if (axis in FLIPPED[draw.turns]) != (axis == draw.flip)]
     return turned.flip(axes) if axes else turned
 
 
 def random_intensities(image: Tensor, generator: np.random.Generator, strength: float) -> Tensor:
-    """Intensity augmentation of a crop (w,h,d) of any range: gamma, then contrast and brightness.
+    """Intensity augmentation of one channel (w,h,d) of any range: gamma, then contrast and brightness.
 
     With u the image scaled to [0,1] and independent random g, a, b:
 

@@ -7,10 +7,11 @@ Layout of a data set, as in the left-atrium (LA) code bases:
     FOLDER/2018LA_Seg_Training Set/CASE/mri_norm2.h5   or   FOLDER/CASE/mri_norm2.h5   or   FOLDER/CASE.h5
 
 A case file holds `image` float (W,H,D), normalised, and `label` (W,H,D) of 0 and 1 (or 0..C), which is optional for an
-unlabeled case. Optional attributes hold its geometry as in ITK, in the LPS frame (mm to the patient's left, back and
-head): `spacing` of the voxels along the array's axes in mm; `origin`, the position of the centre of voxel (0,0,0);
-`direction`, 9 cosines row by row, whose columns are the array's axes. FOLDER/spacing.txt, three numbers, states the
-spacing of all cases whose own file does not. Without both, a case has no spacing in mm.
+unlabeled case. An image of K channels, such as T1 and T2, is (K,W,H,D). Optional attributes hold its geometry as in
+ITK, in the LPS frame (mm to the patient's left, back and head): `spacing` of the voxels along the array's axes in mm;
+`origin`, the position of the centre of voxel (0,0,0); `direction`, 9 cosines row by row, whose columns are the array's
+axes. FOLDER/spacing.txt, three numbers, states the spacing of all cases whose own file does not. Without both, a case
+has no spacing in mm.
 """
 
 import functools
@@ -27,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from utils.channels import with_channels
 from utils.distributed import RANK
 from utils.errors import UserError
 from utils.text import read_text
@@ -60,12 +62,14 @@ class CaseError(Exception):
 
 @dataclass(frozen=True)
 class Case:
-    """A scan: its name, its file, whether its label may be opened, and the largest allowed label value C."""
+    """A scan: its name, its file, whether its label may be opened, the largest allowed label value C, and the number
+    of channels that it must have, K, if there is one."""
 
     name: str
     path: Path
     labeled: bool
     classes: int = 1
+    channels: int | None = None
 
 
 def read_list(path: Path) -> list[str]:
@@ -135,7 +139,9 @@ def case_file(folder: Path, name: str) -> Path | None:
         return None
 
 
-def find_cases(folder: Path, names: Sequence[str], *, labeled: bool, classes: int = 1) -> tuple[list[Case], list[str]]:
+def find_cases(
+    folder: Path, names: Sequence[str], *, labeled: bool, classes: int = 1, channels: int | None = None
+) -> tuple[list[Case], list[str]]:
     """The cases that have a file, and an error line for each that has none."""
     cases, problems = [], []
     for name in names:
@@ -143,18 +149,19 @@ def find_cases(folder: Path, names: Sequence[str], *, labeled: bool, classes: in
         if path is None:
             problems.append(f"{name}: listed, but there is no {folder / name / FILE_NAME}")
         else:
-            cases.append(Case(name, path, labeled, classes))
+            cases.append(Case(name, path, labeled, classes, channels))
     return cases, problems
 
 
 def read_case(case: Case) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None]:
-    """Reads image float32 (W,H,D) and label uint8 (W,H,D).
+    """Reads image float32 (W,H,D), or (K,W,H,D) with several channels, and label uint8 (W,H,D).
 
     The label of an unlabeled case is None and never opened.
 
     Raises:
-        CaseError: if the file is not h5 or truncated, lacks `image` or a required `label`, has shapes that differ or
-            are not 3D, intensities that are constant or not finite, or label values other than 0 to C.
+        CaseError: if the file is not h5 or truncated, lacks `image` or a required `label`, has another number of
+            channels than `case` states, shapes that differ or are not 3D, intensities that are not finite or constant
+            in a channel, or label values other than 0 to C.
     """
     try:
         with h5py.File(case.path, "r") as f:
@@ -163,14 +170,15 @@ def read_case(case: Case) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None
             if case.labeled and "label" not in f:
                 raise CaseError("is a labeled case without a dataset 'label'")
             header = _header(f, "image")
-            if header.ndim != 3 or header.dtype.kind not in "fiu":
+            if header.ndim not in (3, 4) or header.dtype.kind not in "fiu":
                 raise CaseError(f"'image' must be three-dimensional numbers, not {header.shape} of {header.dtype}")
             if header.size == 0:
                 raise CaseError("'image' is empty")
+            refuse_channels(header.shape, case.channels)
             image, label = header[()], None
             if case.labeled:
                 header = _header(f, "label")
-                if header.shape != image.shape:
+                if header.shape != image.shape[-3:]:
                     raise CaseError(f"'label' has shape {header.shape} but 'image' {image.shape}")
                 if header.dtype.kind not in "fiub":
                     raise CaseError(f"'label' must be numbers, not {header.dtype}")
@@ -180,11 +188,12 @@ def read_case(case: Case) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None
     except Exception as e:  # h5py raises many kinds of errors for damaged files
         raise CaseError(f"is no whole h5 file ({e})") from e
     image = image.astype(np.float32, copy=False)
-    low, high = float(image.min(initial=np.inf)), float(image.max(initial=-np.inf))
     if not np.isfinite(image.sum(dtype=np.float64)):
         raise CaseError("'image' holds values that are not a number or infinite")
-    if low >= high:
-        raise CaseError(f"'image' is constant ({low:g})")
+    for i, channel in enumerate(with_channels(image)):
+        low, high = float(channel.min(initial=np.inf)), float(channel.max(initial=-np.inf))
+        if low >= high:
+            raise CaseError(f"{'channel ' + str(i) + ' of ' if image.ndim == 4 else ''}'image' is constant ({low:g})")
     if label is None:
         return image, None
     if label.dtype.kind in "bu" and label.max() <= case.classes:  # the usual case, 100 times faster than np.unique
@@ -199,6 +208,15 @@ def read_case(case: Case) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None
             hint = f"; --classes {values[-1]:g} takes them all"
         raise CaseError(f"'label' holds {', '.join(f'{v:g}' for v in values[:6])} where only {allowed} may stand{hint}")
     return image, label.astype(np.uint8, copy=False)
+
+
+def refuse_channels(shape: Sequence[int], channels: int | None) -> None:
+    """Raises CaseError for an image (W,H,D) or (K,W,H,D) whose number of channels is not the one that is needed."""
+    there = shape[0] if len(shape) == 4 else 1
+    if channels not in (None, there):
+        raise CaseError(
+            f"has {there} channel{'s' * (there > 1)}, where {channels} {'is' if channels == 1 else 'are'} needed"
+        )
 
 
 def _header(f: h5py.File, name: str) -> h5py.Dataset:

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dataloaders.cases import Case
+from dataloaders.cases import Case, CaseError, refuse_channels
 from dataloaders.likeness import DIGITS
-from dataloaders.normalization import Scaling, normalized, scaling_of
+from dataloaders.normalization import NONE, Normalization, Scaling, scaled, scalings_of_case
 from utils.checkpoint import write_whole
 from utils.distributed import RANK
 from utils.errors import UserError
@@ -28,15 +28,15 @@ class Kept:
     """Cached knowledge about a case, available without opening its file."""
 
     shape: tuple[int, ...]
-    """Shape of the volume in the case file, before pooling."""
+    """Shape of the image in the case file, before pooling: (W,H,D) or (K,W,H,D)."""
     checksum: str
     """Digest of the image and, if the case is labeled, of its label."""
     fingerprint: str
     """Fingerprint of the image, see dataloaders/likeness.py."""
-    scaling: Scaling | None = None
-    """Scaling by --normalize, if the image is read crop by crop."""
+    scalings: list[Scaling] | None = None
+    """Scaling of each channel by --normalize, if the image is read crop by crop."""
     image: NDArray[np.float32] | None = None
-    """(W,H,D), scaled and pooled; None if the cache holds no arrays."""
+    """(W,H,D) or (K,W,H,D), scaled and pooled; None if the cache holds no arrays."""
     label: NDArray[np.uint8] | None = None
     """(W,H,D), pooled; None if the cache holds no arrays or the case is unlabeled."""
 
@@ -47,16 +47,17 @@ class Checks:
     KEY is a hash of the path of the case's file, links resolved, relative to the folder. So sets that share a folder
     have separate entries, and a set that is moved with the folder keeps its entries. An entry is valid while the file
     has the inode, size and times of change that it had before it was read; the last of them (ctime) cannot be set by
-    hand. An entry made without label is not valid for a labeled case, nor is one with more classes than now allowed.
+    hand. An entry made without label is not valid for a labeled case, nor is one with more classes than now allowed or
+    with another number of channels.
 
     Without a folder, or if the folder cannot be written, the entries last as long as this object.
 
     Args:
         folder: folder of the entries, or None.
-        normalize: one of dataloaders.normalization.NORMALIZATIONS.
+        normalize: how the images are scaled.
     """
 
-    def __init__(self, folder: Path | None, normalize: str = "none"):
+    def __init__(self, folder: Path | None, normalize: Normalization = NONE):
         self.folder, self.normalize = folder, normalize
         self._entries: dict[str, dict[str, Any]] = {}
         self._sources: dict[str, list[int]] = {}
@@ -71,8 +72,9 @@ class Checks:
                 return None
             if case.labeled and entry.get("classes", 1) > case.classes:
                 return None
+            refuse_channels(entry["shape"], case.channels)
             return self._kept(case, entry)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, CaseError):
             return None
 
     def add(self, case: Case, image: NDArray, label: NDArray | None, fingerprint: str) -> None:
@@ -80,24 +82,26 @@ class Checks:
 
         Args:
             case: the case.
-            image, label: its volumes (W,H,D); no label for an unlabeled case.
+            image, label: (W,H,D) or (K,W,H,D), and (W,H,D); no label for an unlabeled case.
             fingerprint: fingerprint of the image.
 
         Raises:
             UserError: if the folder cannot be written and was to hold the arrays.
+            CaseError: if the image cannot be scaled.
         """
+        scalings = scalings_of_case(case, image, self.normalize)
         entry = {
             "source": self._sources[case.name],
             "shape": image.shape,
             "fingerprint": fingerprint,
             "both": None if label is None else digest(image, label),
             "classes": 1 if label is None else max(int(label.max()), 1),
-            "scaling": scaling_of(image, self.normalize),
+            "scaling": scalings,
         }
         if self.folder is not None:
             try:
                 self._path(case, "json").parent.mkdir(parents=True, exist_ok=True)
-                self._write(case, image, label)
+                self._write(case, scaled(image, scalings), label)
                 write_whole(self._path(case, "json"), json.dumps(entry).encode())  # last: it refers to the others
             except OSError as e:
                 self._refused(e)
@@ -110,12 +114,12 @@ class Checks:
         return self.folder / f"{case.name}-{hashlib.sha256(os.fsencode(place)).hexdigest()[:16]}.{what}"
 
     def _kept(self, case: Case, entry: dict[str, Any]) -> Kept:
-        scaling = None if self.normalize == "none" else Scaling(*entry["scaling"])
+        scalings = None if self.normalize.kind == "none" else [Scaling(*values) for values in entry["scaling"]]
         mark = entry["fingerprint"]
-        return Kept(tuple(entry["shape"]), entry["both"] if case.labeled else mark[:DIGITS], mark, scaling)
+        return Kept(tuple(entry["shape"]), entry["both"] if case.labeled else mark[:DIGITS], mark, scalings)
 
     def _write(self, case: Case, image: NDArray, label: NDArray | None) -> None:
-        """Writes further files of the entry; none here."""
+        """Writes further files of the entry, from the scaled image; none here."""
 
     def _refused(self, e: OSError) -> None:
         folder, self.folder = self.folder, None
@@ -135,10 +139,10 @@ class DiskCache(Checks):
     Args:
         folder: folder of the entries.
         pool: (volume, is_label) -> array to keep.
-        normalize: one of dataloaders.normalization.NORMALIZATIONS.
+        normalize: how the images are scaled.
     """
 
-    def __init__(self, folder: Path, pool: Callable[[NDArray, bool], NDArray], normalize: str = "none"):
+    def __init__(self, folder: Path, pool: Callable[[NDArray, bool], NDArray], normalize: Normalization = NONE):
         super().__init__(folder, normalize)
         self.pool = pool
 
@@ -147,10 +151,10 @@ class DiskCache(Checks):
         image = np.load(self._path(case, "image.npy"), mmap_mode="c")
         label = np.load(self._path(case, "label.npy"), mmap_mode="c") if case.labeled else None
         kept = super()._kept(case, entry)
-        return dataclasses.replace(kept, scaling=None, image=image, label=label)
+        return dataclasses.replace(kept, scalings=None, image=image, label=label)
 
     def _write(self, case: Case, image: NDArray, label: NDArray | None) -> None:
-        write_whole(self._path(case, "image.npy"), _npy(self.pool(normalized(image, self.normalize), False)))
+        write_whole(self._path(case, "image.npy"), _npy(self.pool(image, False)))
         if label is not None:
             write_whole(self._path(case, "label.npy"), _npy(self.pool(label, True)))
 

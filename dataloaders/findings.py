@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from dataloaders.cases import SPACING_FILE, Case, known_spacing, published
 from dataloaders.likeness import DIGITS, fingerprint, groups
 from dataloaders.orientation import known_orientation
+from utils.channels import with_channels
 
 LEVELS = ("error", "warning", "note")
 LA_SIDES = ((148, 132, 88), (244, 160, 88))  # voxels
@@ -61,28 +62,48 @@ class Facts:
     sd: float
     p1: float
     p99: float
-    """Mean, standard deviation and percentiles of the intensities of about SAMPLE evenly spread voxels."""
+    """Mean, standard deviation and percentiles of the intensities of about SAMPLE evenly spread voxels, of the first
+    channel."""
     voxels: dict[int, int] | None
     """Class -> number of voxels, without the background; None if the label was not opened."""
     fingerprint: str
     """Fingerprint of the image, see dataloaders/likeness.py."""
     orientation: str | None = None
     """Three letters, see dataloaders/orientation.py; None if not read, or if the file does not state it."""
+    others: tuple[tuple[float, float, float, float], ...] = ()
+    """mean, sd, p1 and p99 of each further channel."""
+
+    @property
+    def channels(self) -> int:
+        """K, the number of channels of the image."""
+        return 1 + len(self.others)
+
+    def of_channel(self, channel: int) -> "Facts":
+        """The same facts with the intensities of a channel, counted from 0."""
+        if channel == 0:
+            return self
+        mean, sd, p1, p99 = self.others[channel - 1]
+        return dataclasses.replace(self, mean=mean, sd=sd, p1=p1, p99=p99)
 
 
 def facts_of(case: Case, image: NDArray[np.float32], label: NDArray[np.uint8] | None) -> Facts:
-    """Facts from the volumes (W,H,D) of `read_case`, without spacing and orientation (see `with_spacing`)."""
-    step = max(image.size // SAMPLE, 1)
-    while math.gcd(step, image.shape[1] * image.shape[2]) > 1:  # otherwise whole planes would be skipped
+    """Facts from image and label of `read_case`, without spacing and orientation (see `with_spacing`)."""
+    channels = with_channels(image)
+    step = max(channels[0].size // SAMPLE, 1)
+    while math.gcd(step, image.shape[-2] * image.shape[-1]) > 1:  # otherwise whole planes would be skipped
         step += 1
-    sample = image.ravel()[::step]
-    low, high = np.percentile(sample, (1, 99))
+    first, *others = (_intensities_of(channel.ravel()[::step]) for channel in channels)
     voxels = None
     if label is not None:  # ten times faster than numpy.bincount for a few classes
         counts = {c: int(np.count_nonzero(label == c)) for c in range(1, int(label.max()) + 1)}
         voxels = {c: n for c, n in counts.items() if n}
-    mean, sd = float(sample.mean(dtype=np.float64)), float(sample.std(dtype=np.float64))
-    return Facts(case, image.shape, None, mean, sd, float(low), float(high), voxels, fingerprint(image))
+    return Facts(case, image.shape[-3:], None, *first, voxels, fingerprint(image), others=tuple(others))
+
+
+def _intensities_of(sample: NDArray[np.float32]) -> tuple[float, float, float, float]:
+    """Mean, standard deviation, 1st and 99th percentile."""
+    low, high = np.percentile(sample, (1, 99))
+    return float(sample.mean(dtype=np.float64)), float(sample.std(dtype=np.float64)), float(low), float(high)
 
 
 def with_spacing(facts: Facts) -> Facts:
@@ -103,6 +124,7 @@ def findings_of(
         normalize: normalisation of each volume; unless it is 'none' the intensities are not checked.
     """
     return [
+        *_channels(facts),
         *(_intensities(facts) if normalize == "none" else []),
         *_spacings(facts),
         *_orientations(facts),
@@ -111,7 +133,28 @@ def findings_of(
     ]
 
 
+def _channels(facts: Sequence[Facts]) -> list[Finding]:
+    counts = Counter(x.channels for x in facts)
+    if len(counts) < 2:
+        return []
+    (usual, _), *rare = counts.most_common()
+    names = tuple(x.case.name for x in facts if x.channels != usual)
+    text = f"the image has {' or '.join(str(n) for n, _ in rare)} channels, those of the other cases {usual}. "
+    return [
+        Finding("error", names, text + "A network takes one number of them: convert all cases from the same files.")
+    ]
+
+
 def _intensities(facts: Sequence[Facts]) -> list[Finding]:
+    findings = []
+    for channel in range(max((x.channels for x in facts), default=1)):
+        several = [x.of_channel(channel) for x in facts if channel < x.channels]
+        named = f"in channel {channel} " if channel or any(x.channels > 1 for x in several) else ""
+        findings += _intensities_of_one(several, named)
+    return findings
+
+
+def _intensities_of_one(facts: Sequence[Facts], named: str) -> list[Finding]:
     def odd(x: Facts) -> bool:
         return abs(x.mean) > MEAN or not SD[0] <= x.sd <= SD[1]
 
@@ -123,8 +166,8 @@ def _intensities(facts: Sequence[Facts]) -> list[Finding]:
             Finding(
                 "warning",
                 tuple(x.case.name for x in strange),
-                f"the intensities have mean {_range(means)} and standard deviation {_range(sds)}, which is not that of "
-                "a normalised scan. Subtract the mean of the whole scan and divide by its standard deviation.",
+                f"{named}the intensities have mean {_range(means)} and standard deviation {_range(sds)}, which is not "
+                "that of a normalised scan. Subtract the mean of the whole scan and divide by its standard deviation.",
             )
         )
     rest = [x for x in facts if not odd(x)]
@@ -136,7 +179,7 @@ def _intensities(facts: Sequence[Facts]) -> list[Finding]:
         spread = max(1.4826 * float(np.median(np.abs(values - middle))), 0.1)
         for x, value in zip(rest, values, strict=True):
             if abs(value - middle) > FAR * spread:
-                text = f"the {word} of its intensities is {value:.3g}, that of most others near {middle:.3g}. "
+                text = f"{named}the {word} of its intensities is {value:.3g}, that of most others near {middle:.3g}. "
                 findings.append(
                     Finding("warning", (x.case.name,), text + "See whether it was normalised as they were.")
                 )
@@ -253,7 +296,7 @@ def warnings_of(facts: Sequence[Facts], *, patch_size: Sequence[int], downsample
 
 def memory_gib(facts: Sequence[Facts]) -> float:
     """Memory of all volumes in GiB: float32 images and uint8 labels."""
-    return 5 * sum(math.prod(x.shape) for x in facts) / GIB
+    return sum((4 * x.channels + 1) * math.prod(x.shape) for x in facts) / GIB
 
 
 def _range(values: Sequence[float] | NDArray) -> str:

@@ -58,6 +58,8 @@ def scan_name(path: Path) -> str:
 def read_image(path: Path) -> tuple[NDArray[np.float32], Geometry]:
     """Reads a scan as float32 (W,H,D) with unchanged intensities, and the geometry that the file states.
 
+    A 4-D NIfTI of K volumes and an h5 case of K channels are (K,W,H,D).
+
     Raises:
         CaseError: if the file is missing, no scan or truncated; if its voxels are not three-dimensional numbers, need
             more than 2 GiB in float32, or are not finite; if the size of a voxel is ambiguous or the axes are not at
@@ -66,7 +68,7 @@ def read_image(path: Path) -> tuple[NDArray[np.float32], Geometry]:
     if ending_of(path) == ".h5":
         case = Case(scan_name(path), path, labeled=False)
         return read_case(case)[0], told_geometry(case)
-    voxels, geometry = _read(path)
+    voxels, geometry = _read(path, several=True)
     with np.errstate(over="ignore"):  # values beyond float32 become infinite, which the next check refuses
         image = np.ascontiguousarray(voxels, np.float32)
     if not np.isfinite(image.sum(dtype=np.float64)):
@@ -92,14 +94,15 @@ def read_label(path: Path) -> tuple[NDArray[np.integer], Geometry]:
     return label, geometry
 
 
-def _read(path: Path) -> tuple[NDArray[Any], Geometry]:
-    """The file's voxels (W,H,D) and geometry; the header is checked before any voxel is read."""
+def _read(path: Path, *, several: bool = False) -> tuple[NDArray[Any], Geometry]:
+    """The file's voxels (W,H,D), or (K,W,H,D) if it may hold `several` channels, and geometry; the header is checked
+    before any voxel is read."""
     if not path.is_file():
         raise CaseError("does not exist" if not path.exists() else "is no file")
     if not ending_of(path):
         raise CaseError(f"is no format that is read here: {', '.join(WRITTEN_AS)}")
     if ".nii" in ending_of(path):
-        return read_nifti(path)
+        return read_nifti(path, several=several)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     try:

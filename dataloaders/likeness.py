@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from utils.channels import with_channels
 from utils.run_folder import digest
 
 GRID = 8  # voxels of the grid along each axis
@@ -23,15 +24,19 @@ LEAST = 32  # voxels of the grid that must have texture; an image without noise 
 
 
 def fingerprint(image: NDArray[np.floating]) -> str:
-    """Fingerprint of an image (W,H,D): 16 hexadecimal digits of digest, then 2 of texture for each of 8^3 voxels."""
+    """Fingerprint of an image: 16 hexadecimal digits of digest, then 2 of texture for each of 8^3 voxels.
+
+    Of an image (K,W,H,D) the digest is that of all channels, and the texture that of the first.
+    """
+    first = with_channels(image)[0]
     indices = []
-    for side in image.shape:
+    for side in first.shape:
         half = ((np.arange(GRID // 2) + 0.5) * side / GRID).astype(int)
         indices.append(np.concatenate([half, side - 1 - half[::-1]]))
 
     def voxels(axis: int = 0, step: int = 0) -> NDArray[np.float64]:
-        moved = [np.clip(x + step * (a == axis), 0, image.shape[a] - 1) for a, x in enumerate(indices)]
-        return image[np.ix_(*moved)].astype(np.float64)
+        moved = [np.clip(x + step * (a == axis), 0, first.shape[a] - 1) for a, x in enumerate(indices)]
+        return first[np.ix_(*moved)].astype(np.float64)
 
     laplacian = np.sum([2 * voxels() - voxels(axis, -1) - voxels(axis, 1) for axis in range(3)], axis=0)
     sizes = np.abs(laplacian[laplacian != 0])

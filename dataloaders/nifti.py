@@ -31,9 +31,10 @@ SOME = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))  # corners that determine th
 Header = Nifti1Header | Nifti2Header
 
 
-def read_nifti(path: Path) -> tuple[NDArray[Any], Geometry]:
+def read_nifti(path: Path, *, several: bool = False) -> tuple[NDArray[Any], Geometry]:
     """Reads the voxels (W,H,D), scaled by the header's slope and intercept, and the geometry that the file states.
 
+    The K volumes of a 4-D file are (K,W,H,D); it is refused unless `several` are allowed.
     A file without sform and qform states only the spacing. If both forms exist and differ, a line on stderr says so.
 
     Raises:
@@ -44,14 +45,15 @@ def read_nifti(path: Path) -> tuple[NDArray[Any], Geometry]:
     try:
         with _opened(path) as f:
             header = _read_header(f)
-            shape, dtype = _shape(header), header.get_data_dtype().newbyteorder(header.endianness)
-            geometry = _geometry(path, header, shape)
+            shape, dtype = _shape(header, several), header.get_data_dtype().newbyteorder(header.endianness)
+            geometry = _geometry(path, header, shape[:3])
             array = _voxels(f, header, math.prod(shape) * dtype.itemsize).view(dtype)
     except (HeaderDataError, WrapStructError, gzip.BadGzipFile) as e:
         raise CaseError(f"is no whole scan ({e})") from e
     except (OSError, EOFError, zlib.error) as e:
         raise CaseError(f"is cut short or damaged ({e})") from e
     array = array.reshape(shape, order="F")
+    array = np.moveaxis(array, -1, 0) if array.ndim == 4 else array
     slope, inter = float(header["scl_slope"]), float(header["scl_inter"])
     if slope and not (math.isfinite(slope) and math.isfinite(inter)):
         raise CaseError(
@@ -61,6 +63,20 @@ def read_nifti(path: Path) -> tuple[NDArray[Any], Geometry]:
         with np.errstate(over="ignore", invalid="ignore"):  # values that are not finite are refused later
             array = (array.astype(np.float64) * slope + inter).astype(np.float32)
     return array, geometry
+
+
+def channels_in(path: Path) -> int:
+    """The number of volumes that the header of a 4-D NIfTI states; 1 of any other.
+
+    Raises:
+        CaseError: for a file that cannot be read, or a header that is not valid.
+    """
+    try:
+        with _opened(path) as f:
+            shape = _shape(_read_header(f), several=True)
+    except (HeaderDataError, WrapStructError, gzip.BadGzipFile, OSError, EOFError, zlib.error) as e:
+        raise CaseError(f"is no whole scan ({e})") from e
+    return shape[3] if len(shape) == 4 else 1
 
 
 def _opened(path: Path) -> IO[bytes]:
@@ -82,8 +98,8 @@ def _read_header(f: IO[bytes]) -> Header:
     return header
 
 
-def _shape(header: Header) -> tuple[int, int, int]:
-    """The three sides in voxels, after checks of dimensions, data type and size."""
+def _shape(header: Header, several: bool) -> tuple[int, ...]:
+    """The three sides in voxels, and the channels if there are several, after checks of dimensions, type and size."""
     shape = tuple(map(int, header["dim"][1 : 1 + min(max(int(header["dim"][0]), 0), 7)]))
     try:
         dtype = header.get_data_dtype()
@@ -92,15 +108,16 @@ def _shape(header: Header) -> tuple[int, int, int]:
     if len(shape) == 5 and shape[3] == 1 and shape[4] > 1:
         kind = {"f": "float", "i": "integer", "u": "unsigned integer"}.get(dtype.kind, dtype.name)
         raise CaseError(f"has voxels of vector of {8 * dtype.itemsize}-bit {kind}, where one number must stand")
-    if len(shape) < 3 or any(side > 1 for side in shape[3:]):
+    kept = 4 if several and len(shape) > 3 and shape[3] > 1 and shape[2] > 1 else 3
+    if len(shape) < 3 or any(side > 1 for side in shape[kept:]):
         raise CaseError(f"has {len(shape)} dimensions, {shape}, where a scan has three")
     if min(shape[:3]) < 1:
         raise CaseError(f"has {shape[:3]} voxels, and so none")
     if dtype.kind not in "iuf":
         raise CaseError(f"has voxels of {header.get_value_label('datatype')}, where one number must stand")
-    if 4 * math.prod(shape[:3]) > MOST_BYTES:
-        raise CaseError(f"claims {shape[:3]} voxels, more than {MOST_BYTES / 2**30:g} GiB in float32")
-    return shape[:3]  # type: ignore[return-value]
+    if 4 * math.prod(shape[:kept]) > MOST_BYTES:
+        raise CaseError(f"claims {shape[:kept]} voxels, more than {MOST_BYTES / 2**30:g} GiB in float32")
+    return shape[:kept]
 
 
 def _voxels(f: IO[bytes], header: Header, size: int) -> NDArray[np.uint8]:

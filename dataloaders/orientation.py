@@ -48,10 +48,13 @@ class Turn:
         return Turn(order, tuple(self.steps[i] for i in order))
 
     def __call__(self, array: NDArray[Any]) -> NDArray[Any]:
-        """Array (W,H,D) -> the turned array, contiguous; the same object if nothing changes."""
+        """Array (...,W,H,D) -> the turned array, contiguous; the same object if nothing changes."""
         if self == Turn():
             return array
-        return np.ascontiguousarray(array.transpose(self.order)[tuple(slice(None, None, s) for s in self.steps)])
+        before = array.ndim - 3
+        turned = array.transpose(*range(before), *(before + axis for axis in self.order))
+        steps: Any = (..., *(slice(None, None, step) for step in self.steps))
+        return np.ascontiguousarray(turned[steps])
 
     def geometry(self, geometry: Geometry, shape: Sequence[int]) -> Geometry:
         """Geometry of the turned array, from the geometry and shape before; missing values stay missing."""

@@ -79,6 +79,7 @@ def training_cases(
     patch_size: Sequence[int],
     multiple: int,
     classes: int = 1,
+    channels: int | None = None,
 ) -> tuple[list[Case], list[str], int]:
     """Selects the training cases. The phantom set is created on first use. Only the names of test cases are read.
 
@@ -91,6 +92,7 @@ def training_cases(
         patch_size: voxels of a crop along x, y, z.
         multiple: every side of a patch must be a multiple of this.
         classes: C, the largest allowed label value.
+        channels: K, the number of channels of every case.
 
     Returns:
         The labeled cases and then the unlabeled ones, an error line for each unusable case so far, and the number of
@@ -136,7 +138,7 @@ def training_cases(
             f"{len(unlabeled_names)} unlabeled cases. "
             "A batch has unlabeled crops exactly if there are unlabeled cases."
         )
-    cases, problems = find_cases(folder, train[:labeled], labeled=True, classes=classes)
+    cases, problems = find_cases(folder, train[:labeled], labeled=True, classes=classes, channels=channels)
     without = [case for case in cases if not has_label(case.path)]
     for case in without:
         number = train.index(case.name) + 1
@@ -145,7 +147,7 @@ def training_cases(
             f"{case.name}: {case.path} is a labeled case without a dataset 'label', number {number} of train.list and "
             f"one of --labeled {labeled}; {fewer}put the labeled cases first in the list"
         )
-    unlabeled_cases, missing = find_cases(folder, unlabeled_names, labeled=False, classes=classes)
+    unlabeled_cases, missing = find_cases(folder, unlabeled_names, labeled=False, classes=classes, channels=channels)
     return [case for case in cases if case not in without] + unlabeled_cases, problems + missing, labeled_batch
 
 

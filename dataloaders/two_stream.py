@@ -1,10 +1,12 @@
 """Two-stream batches: L labeled crops, then unlabeled ones, as a pure function of (seed, iteration)."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -12,10 +14,13 @@ from dataloaders.augmentation import Draw, draw_augmentation, random_intensities
 from dataloaders.volumes import Volumes
 from dataloaders.watched import Noted, WatchedLoader
 from losses.sdm import signed_distance_map
+from utils.channels import with_channels
 from utils.errors import StopSignal, ignore_stop_signals
 from utils.resample import pad, padding
 
 SDM_OF = ("crop", "scan")
+MOST_VOXELS = 10_000
+"""Voxels of a class of a case that crops are placed around; 240 kB in memory."""
 
 
 class Slot(NamedTuple):
@@ -94,7 +99,7 @@ class TwoStreamBatchSampler(Sampler[list[Slot]]):
 class Patches(Dataset[dict[str, Any]]):
     """Augmented crops, indexed by a Slot.
 
-    An item holds image (1,w,h,d) float32 and case (its name). A labeled case also has label (w,h,d) uint8 and, with
+    An item holds image (K,w,h,d) float32 and case (its name). A labeled case also has label (w,h,d) uint8 and, with
     `sdm`, sdm (C,w,h,d) float32 in [-1,1].
 
     Args:
@@ -106,6 +111,7 @@ class Patches(Dataset[dict[str, Any]]):
         other: whether to add other_image and other_label of a second, independent crop.
         intensity: strength of `random_intensities`; 0: none.
         sdm_of: compute distance maps in the 'crop', as in the released codes, or in the whole 'scan' before cropping.
+        object_share: probability that a labeled crop is placed around a voxel of the object, see `onto_object`.
     """
 
     def __init__(
@@ -119,23 +125,54 @@ class Patches(Dataset[dict[str, Any]]):
         other: bool = False,
         intensity: float = 0.0,
         sdm_of: str = "crop",
+        object_share: float = 0.0,
     ):
         self.volumes, self.patch_size, self.augment, self.seed = volumes, patch_size, augment, seed
         self.sdm, self.other, self.intensity, self.sdm_of = sdm, other, intensity, sdm_of
+        self.object_share = object_share
         self._distances: dict[int, Tensor] = {}
+        self._objects: dict[int, list[NDArray[np.int64]]] = {}
 
     def draws(self, slot: Slot) -> tuple[list[Draw], np.random.Generator]:
         """Parameters of the crop of a slot, with `other` of the second crop too, and the generator after drawing."""
         shape = self.volumes.shapes[slot.case]
         generator = np.random.default_rng([self.seed, 1, slot.step, slot.slot])
         draws = [draw_augmentation(generator, shape, self.patch_size, self.augment) for _ in range(1 + self.other)]
+        if self.object_share and self.volumes.cases[slot.case].labeled:
+            chance = np.random.default_rng([self.seed, 2, slot.step, slot.slot])  # the draws above stay as they are
+            draws = [self.onto_object(draw, slot.case, chance) for draw in draws]
         return draws, generator
+
+    def onto_object(self, draw: Draw, case: int, chance: np.random.Generator) -> Draw:
+        """The draw, with probability `object_share` moved so that a voxel of the object is the centre of its box.
+
+        The class is drawn from those in the label, all alike, then a voxel of that class, all alike. At the border of
+        the volume the box is moved inwards. An empty label leaves the draw as it is.
+        """
+        objects = self.objects_of(case)
+        if chance.random() >= self.object_share or not objects:
+            return draw
+        voxels = objects[chance.integers(len(objects))]
+        centre = voxels[chance.integers(len(voxels))].tolist()
+        sides = zip(centre, draw.size, self.volumes.shapes[case], strict=True)
+        start = tuple(min(max(x - size // 2, 0), max(side - size, 0)) for x, size, side in sides)
+        return dataclasses.replace(draw, start=start)
+
+    def objects_of(self, case: int) -> list[NDArray[np.int64]]:
+        """Voxels (n,3) of each class in the label of a case, at most MOST_VOXELS each; read once and kept."""
+        if case not in self._objects:
+            whole = tuple(slice(0, side) for side in self.volumes.shapes[case])
+            _, label = self.volumes.read(case, whole)  # type: ignore[arg-type]
+            assert label is not None
+            self._objects[case] = voxels_of_classes(label.cpu().numpy())
+        return self._objects[case]
 
     def __getitem__(self, slot: Slot) -> dict[str, Any]:
         draws, generator = self.draws(slot)
         item, *second = (self.crop(slot.case, draw) for draw in draws)
         for crop in (item, *second) if self.intensity else ():
-            crop["image"] = random_intensities(crop["image"], generator, self.intensity)
+            channels = [random_intensities(channel, generator, self.intensity) for channel in crop["image"]]
+            crop["image"] = torch.stack(channels)
         for crop in second:
             item |= {f"other_{name}": crop[name] for name in ("image", "label") if name in crop}
         return item
@@ -152,9 +189,9 @@ class Patches(Dataset[dict[str, Any]]):
         # Along sides shorter than the box the whole volume is taken and padded with zeros at both ends.
         box = tuple(slice(a, min(a + s, side)) for a, s, side in zip(draw.start, draw.size, shape, strict=True))
         image, label = self.volumes.read(case, box)  # type: ignore[arg-type]
-        margins = padding(image.shape, draw.size)
+        margins = padding(image.shape[-3:], draw.size)
         item: dict[str, Any] = {
-            "image": turn_and_flip(pad(image, margins), draw)[None],
+            "image": with_channels(turn_and_flip(pad(image, margins), draw)),
             "case": self.volumes.cases[case].name,
         }
         if label is not None:
@@ -181,6 +218,13 @@ class Patches(Dataset[dict[str, Any]]):
             assert label is not None
             self._distances[case] = self.distances_of(label, case)
         return self._distances[case]
+
+
+def voxels_of_classes(label: NDArray[np.uint8]) -> list[NDArray[np.int64]]:
+    """Label map (W,H,D) -> voxels (n,3) of each class that occurs; of more than MOST_VOXELS a random choice."""
+    voxels = [np.argwhere(label == c) for c in range(1, int(label.max(initial=0)) + 1)]
+    rng = np.random.default_rng(0)
+    return [x if len(x) <= MOST_VOXELS else x[rng.choice(len(x), MOST_VOXELS, replace=False)] for x in voxels if len(x)]
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:

@@ -5,11 +5,18 @@ from pathlib import Path
 
 from dataloaders.cases import Case, CaseError, check_all, find_cases, read_case, read_geometry
 from dataloaders.likeness import DIGITS, alike, fingerprint
+from dataloaders.normalization import NONE, OF_RAW, Normalization, scalings_of_case
 from utils.run_folder import digest
 
 
 def open_cases(
-    folder: Path, names: Sequence[str], classes: int, seen: Mapping[str, str], images: Mapping[str, str]
+    folder: Path,
+    names: Sequence[str],
+    classes: int,
+    seen: Mapping[str, str],
+    images: Mapping[str, str],
+    channels: int | None = None,
+    normalize: Normalization = NONE,
 ) -> tuple[list[Case], list[tuple[int, ...]]]:
     """Reads all cases once, so that errors are raised before any prediction.
 
@@ -19,6 +26,8 @@ def open_cases(
         classes: C, the largest allowed label value.
         seen: name -> checksum of the scans used in training.
         images: name -> fingerprint of these scans; empty for early checkpoints.
+        channels: K, the number of channels of every case.
+        normalize: how their images are to be scaled.
 
     Returns:
         The cases and their shapes.
@@ -27,19 +36,21 @@ def open_cases(
         UserError: naming all unusable cases and all that were used in training.
     """
     marks = {**{checksum: name for name, checksum in seen.items()}, **{x[:DIGITS]: name for name, x in images.items()}}
-    cases, problems = find_cases(folder, names, labeled=True, classes=classes)
+    cases, problems = find_cases(folder, names, labeled=True, classes=classes, channels=channels)
     shapes: list[tuple[int, ...]] = []
 
     def check(case: Case) -> None:
         image, label = read_case(case)
         assert label is not None
         read_geometry(case)
+        if normalize.kind in OF_RAW:
+            scalings_of_case(case, image, normalize)  # raises what would be raised later
         mark = fingerprint(image)
         matches = [name for name, same in zip(images, alike(mark, list(images.values())), strict=True) if same]
         matches += [marks[x] for x in (mark[:DIGITS], digest(image, label)) if x in marks]
         if matches:
             raise CaseError(f"is a scan of the training, there called {matches[0]}")
-        shapes.append(image.shape)
+        shapes.append(label.shape)
 
     check_all(cases, check, problems)
     return cases, shapes

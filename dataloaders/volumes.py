@@ -13,7 +13,7 @@ from dataloaders.cases import Case, CaseError, check_all, read_case
 from dataloaders.disk_cache import Checks, DiskCache
 from dataloaders.findings import Facts, facts_of
 from dataloaders.likeness import DIGITS
-from dataloaders.normalization import Scaling, normalized
+from dataloaders.normalization import NONE, Normalization, Scaling, normalized_case, scaled
 from utils.distributed import RANK, RANKS
 from utils.errors import UserError
 from utils.resample import downsample_image, downsample_label
@@ -46,7 +46,7 @@ class Volumes:
         *,
         cache: str = "auto",
         downsample: int = 1,
-        normalize: str = "none",
+        normalize: Normalization = NONE,
         device: torch.device | None = None,
         folder: Path | None = None,
         problems: Sequence[str] = (),
@@ -58,7 +58,7 @@ class Volumes:
         self.facts: list[Facts] = []  # of the cases that were read, not those from a cache
         self._images: list[Tensor] = []
         self._labels: list[Tensor | None] = []
-        self._scalings: list[Scaling | None] = []  # of volumes read crop by crop
+        self._scalings: list[list[Scaling] | None] = []  # of the channels of images read crop by crop
         keep = cache in ("auto", "device", "ram")
 
         def pool(volume: NDArray, is_label: bool) -> NDArray:
@@ -66,27 +66,27 @@ class Volumes:
             return down(torch.from_numpy(volume), downsample).numpy()
 
         checks: Checks | None = None
-        scaled = "" if normalize == "none" else f"-{normalize}"
         if cache == "disk":
-            checks = DiskCache((folder or Path()) / f"downsample{downsample}{scaled}", pool, normalize)
+            checks = DiskCache((folder or Path()) / f"downsample{downsample}{normalize.suffix}", pool, normalize)
         elif cache == "none":
-            checks = Checks(folder and folder / f"checked{scaled}", normalize)
+            checks = Checks(folder and folder / f"checked{normalize.suffix}", normalize)
 
         def check(case: Case) -> None:
             kept = checks.find(case) if checks else None
-            if kept is not None and min(kept.shape) >= downsample:
+            if kept is not None and min(kept.shape[-3:]) >= downsample:
                 return
             image, label = read_case(case)
             facts = facts_of(case, image, label)
             self.facts.append(facts)
-            if min(image.shape) < downsample:
-                raise CaseError(f"has {image.shape} voxels, too few for --downsample {downsample}")
+            if min(facts.shape) < downsample:
+                raise CaseError(f"has {facts.shape} voxels, too few for --downsample {downsample}")
             if checks:
                 checks.add(case, image, label, facts.fingerprint)
                 return
             checksum = facts.fingerprint[:DIGITS] if label is None else digest(image, label)
+            kept_image = pool(normalized_case(case, image, normalize), False)
             self._note(case, image.shape, checksum, facts.fingerprint)
-            self._keep(pool(normalized(image, normalize), False), None if label is None else pool(label, True))
+            self._keep(kept_image, None if label is None else pool(label, True))
 
         # Each process begins with another case, and skips the cases that another process has checked meanwhile.
         first = RANK * len(cases) // RANKS if checks else 0
@@ -97,7 +97,7 @@ class Volumes:
                 if kept is None:
                     raise UserError(f"{case.path} is changing while it is read. Start again when it is whole.")
                 self._note(case, kept.shape, kept.checksum, kept.fingerprint)
-                self._scalings.append(kept.scaling)
+                self._scalings.append(kept.scalings)
                 if kept.image is not None:
                     self._keep(kept.image, kept.label)
         self.on_device = False
@@ -110,7 +110,7 @@ class Volumes:
     def _note(self, case: Case, shape: Sequence[int], checksum: str, fingerprint: str) -> None:
         self.checksums[case.name] = checksum
         self.fingerprints[case.name] = fingerprint
-        self.shapes.append(tuple(-(-side // self.downsample) for side in shape))
+        self.shapes.append(tuple(-(-side // self.downsample) for side in shape[-3:]))
 
     def _keep(self, image: NDArray, label: NDArray | None) -> None:
         self._images.append(torch.from_numpy(image))
@@ -123,15 +123,15 @@ class Volumes:
         return need < 0.3 * torch.cuda.mem_get_info(device)[0]
 
     def read(self, index: int, box: tuple[slice, slice, slice]) -> tuple[Tensor, Tensor | None]:
-        """Image float32 and label uint8 (None if unlabeled) of a case in a box of voxels of the downsampled grid."""
+        """Image float32 (w,h,d) or (K,w,h,d), and label uint8 (w,h,d), None if unlabeled, of a case in a box of voxels
+        of the downsampled grid."""
         if self.kind != "none":
             label = self._labels[index]
-            return self._images[index][box], None if label is None else label[box]
+            return self._images[index][(..., *box)], None if label is None else label[box]
         case, f = self.cases[index], self.downsample
         fine = tuple(slice(s.start * f, s.stop * f) for s in box)
         with h5py.File(case.path, "r") as file:
-            values = file["image"][fine].astype(np.float32, copy=False)
+            values = file["image"][(..., *fine)].astype(np.float32, copy=False)
             label = torch.from_numpy(file["label"][fine].astype(np.uint8, copy=False)) if case.labeled else None
-        scaling = self._scalings[index]
-        image = torch.from_numpy(values if scaling is None else scaling(values))
+        image = torch.from_numpy(scaled(values, self._scalings[index]))
         return downsample_image(image, f), None if label is None else downsample_label(label, f)

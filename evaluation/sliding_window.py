@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from utils.channels import with_channels
 from utils.errors import UserError
 from utils.options import option
 from utils.resample import downsample_image, pad, padding, upsample_probability
@@ -16,7 +17,7 @@ STRIDE = (18, 18, 4)  # stride of the papers, on the full grid
 WEIGHTINGS = ("uniform", "gaussian")
 MIRRORED: list[tuple[int, tuple[int, ...]]] = [(0, ()), (0, (2,)), (0, (3,)), (0, (2, 3))]
 FLIPS = {1: MIRRORED[:1], 4: MIRRORED, 8: MIRRORED + [(1, axes) for _, axes in MIRRORED]}
-"""Number of transformations -> quarter turns from x to y, then axes of (N,1,W,H,D) to flip."""
+"""Number of transformations -> quarter turns from x to y, then axes of (N,K,W,H,D) to flip."""
 
 
 def flips_option(group: str) -> Any:
@@ -29,8 +30,8 @@ def mean_of_flips(predict: Callable[[Tensor], Tensor], patches: Tensor, flips: i
     """Test-time augmentation: the mean of the predictions over flips and turns, each transformed back.
 
     Args:
-        predict: (N,1,w,h,d) -> (N,C,w,h,d).
-        patches: (N,1,w,h,d).
+        predict: (N,K,w,h,d) -> (N,C,w,h,d).
+        patches: (N,K,w,h,d).
         flips: a key of FLIPS; 1 is the plain prediction.
 
     Returns:
@@ -103,8 +104,9 @@ def sliding_window(
     """Mean of the predictions of all windows at every voxel.
 
     Args:
-        predict: (N,1,w,h,d) -> (N,C,w,h,d).
-        image: (W,H,D), on the device of the prediction. Sides shorter than the patch are padded with zeros.
+        predict: (N,K,w,h,d) -> (N,C,w,h,d).
+        image: (W,H,D) or (K,W,H,D), on the device of the prediction. Sides shorter than the patch are padded with
+            zeros.
         patch_size, stride: voxels along x, y, z; the papers use 112 112 80 and 18 18 4.
         batch_size: windows per call of `predict`.
         weighting: 'uniform' as in the papers, or 'gaussian' with larger weights in the middle of a window.
@@ -116,7 +118,7 @@ def sliding_window(
     whole = None
     for start, slab in slabs:
         if whole is None:
-            whole = slab.new_empty(len(slab), *image.shape)
+            whole = slab.new_empty(len(slab), *image.shape[-3:])
         whole[:, start : start + slab.shape[1]] = slab
     assert whole is not None  # there is at least one window
     return whole
@@ -136,22 +138,23 @@ def sliding_slabs(
     Yields:
         The first x of the slab, and (C,w,H,D) float32 on the image's device.
     """
-    margins = padding(image.shape, patch_size)
-    volume = pad(image, margins)
-    corners = windows(volume.shape, patch_size, stride)
+    margins = padding(image.shape[-3:], patch_size)
+    volume = with_channels(pad(image, margins))
+    sides = volume.shape[1:]
+    corners = windows(sides, patch_size, stride)
     weights = gaussian_weights(patch_size) if weighting == "gaussian" else torch.ones(*patch_size)
     weights = weights.to(volume.device)
-    inner = [slice(before, side - after) for (before, after), side in zip(margins, volume.shape, strict=True)]
+    inner = [slice(before, side - after) for (before, after), side in zip(margins, sides, strict=True)]
     width = patch_size[0]
     begin = 0  # x of the first voxel of the two sums, which are as wide as a window
-    total, weight_sum = None, volume.new_zeros((width, *volume.shape[1:]), dtype=torch.float32)
+    total, weight_sum = None, volume.new_zeros((width, *sides[1:]), dtype=torch.float32)
     for i in range(0, len(corners), batch_size):
         boxes = [
             tuple(slice(c, c + p) for c, p in zip(corner, patch_size, strict=True))
             for corner in corners[i : i + batch_size]
         ]
         with torch.no_grad():
-            maps = predict(torch.stack([volume[box] for box in boxes])[:, None]).float()
+            maps = predict(torch.stack([volume[(..., *box)] for box in boxes])).float()
         if total is None:
             total = maps.new_zeros(maps.shape[1], *weight_sum.shape)
         for (x, *yz), values in zip(boxes, maps, strict=True):
@@ -197,7 +200,7 @@ def predict_scan(
 
     Args:
         method: a method in evaluation mode, on the device of the image.
-        image: (W,H,D), normalised.
+        image: (W,H,D) or (K,W,H,D), normalised.
         outputs: names of the method's outputs.
         downsample: pooling factor before the prediction.
         weighting, window: arguments of `sliding_window`.
@@ -212,4 +215,4 @@ def predict_scan(
         weighting=weighting,
         **window,
     )
-    return upsample_probability(p, downsample, tuple(image.shape))
+    return upsample_probability(p, downsample, tuple(image.shape[-3:]))

@@ -55,8 +55,9 @@ def ema_update(teacher: nn.Module, student: nn.Module, decay: float) -> None:
 
     Integer buffers (batch counters) are copied.
     """
-    for t, s in zip(teacher.state_dict().values(), student.state_dict().values(), strict=True):
-        if t.is_floating_point():
-            t.lerp_(s, 1 - decay)
-        else:
+    pairs = list(zip(teacher.state_dict().values(), student.state_dict().values(), strict=True))
+    averaged = [pair for pair in pairs if pair[0].is_floating_point()]
+    torch._foreach_lerp_([t for t, _ in averaged], [s for _, s in averaged], 1 - decay)  # a few kernels on a GPU
+    for t, s in pairs:
+        if not t.is_floating_point():
             t.copy_(s)

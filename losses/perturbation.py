@@ -18,9 +18,9 @@ def noisy(image: Tensor, sd: float) -> Tensor:
 
 
 def strong_view(image: Tensor, strength: float) -> Tensor:
-    """Strong intensity augmentation of crops (N,1,W,H,D), drawn for each item: contrast, blur and noise.
+    """Strong intensity augmentation of crops (N,K,W,H,D), drawn for each channel of each item: contrast, blur, noise.
 
-    With u the item scaled to [0,1] and s the strength:
+    With u the channel scaled to [0,1] and s the strength:
 
         gamma      u^g, g log-uniform in [exp(-s), exp(s)]
         contrast   a x + b, a log-uniform in [exp(-s), exp(s)], b uniform in [-s, s] standard deviations of a scan
@@ -29,12 +29,12 @@ def strong_view(image: Tensor, strength: float) -> Tensor:
     """
     if not strength or not len(image):
         return image
-    shape = (len(image), 1, 1, 1, 1)
+    shape = (*image.shape[:2], 1, 1, 1)
 
     def draw(low: float, high: float) -> Tensor:
         return torch.empty(shape).uniform_(low, high).to(image)
 
-    low, high = image.amin((1, 2, 3, 4), keepdim=True), image.amax((1, 2, 3, 4), keepdim=True)
+    low, high = image.amin((2, 3, 4), keepdim=True), image.amax((2, 3, 4), keepdim=True)
     u = (image - low) / (high - low).clamp(min=torch.finfo(image.dtype).tiny)
     x = low + (high - low) * u.clamp(min=1e-6) ** draw(-strength, strength).exp()  # the derivative at 0 is infinite
     x = x * draw(-strength, strength).exp() + draw(-strength, strength)
@@ -44,24 +44,24 @@ def strong_view(image: Tensor, strength: float) -> Tensor:
 
 
 def blurred(image: Tensor, sigma: Tensor) -> Tensor:
-    """Blurs each item of (N,1,W,H,D) with a Gaussian kernel of 7 voxels along each axis; the edges are replicated.
+    """Blurs each channel of (N,K,W,H,D) with a Gaussian kernel of 7 voxels along each axis; the edges are replicated.
 
-    `sigma` (N,1,1,1,1) is the standard deviation for each item, in voxels.
+    `sigma` (N,K,1,1,1) is the standard deviation for each channel of each item, in voxels.
     """
     offsets = torch.arange(-3, 4).to(image)
     kernel = torch.exp(-0.5 * (offsets / sigma.view(-1, 1)) ** 2)
-    kernel = kernel / kernel.sum(dim=1, keepdim=True)  # (N,7)
-    x = image.transpose(0, 1)  # items become channels, so that each has its own kernel
+    kernel = kernel / kernel.sum(dim=1, keepdim=True)  # (N*K,7)
+    x = image.flatten(0, 1)[None]  # all are channels of one item, so that each has its own kernel
     for axis in (2, 3, 4):
         sides, pads = [1, 1, 1], [0] * 6
         sides[axis - 2] = 7
         pads[2 * (4 - axis)] = pads[2 * (4 - axis) + 1] = 3
-        x = F.conv3d(F.pad(x, pads, mode="replicate"), kernel.view(-1, 1, *sides), groups=len(image))
-    return x.transpose(0, 1)
+        x = F.conv3d(F.pad(x, pads, mode="replicate"), kernel.view(-1, 1, *sides), groups=x.shape[1])
+    return x.view_as(image)
 
 
 def adversarial(loss: Callable[[Tensor], Tensor], image: Tensor, *, xi: float, magnitude: float) -> Tensor:
-    """The perturbation of image (N,1,W,H,D) that raises a loss most, by one power iteration (VAT, Miyato et al. 2018).
+    """The perturbation of image (N,K,W,H,D) that raises a loss most, by one power iteration (VAT, Miyato et al. 2018).
 
     Args:
         loss: perturbed image -> scalar.
@@ -85,14 +85,14 @@ def unit(x: Tensor) -> Tensor:
 def monte_carlo(
     network: nn.Module, image: Tensor, *, passes: int, noise: float, read: Callable[[Tensor], Any] | None = None
 ) -> Iterator[Any]:
-    """Monte-Carlo dropout: stochastic passes over image (N,1,W,H,D), with dropout and new noise, without gradient.
+    """Monte-Carlo dropout: stochastic passes over image (N,K,W,H,D), with dropout and new noise, without gradient.
 
     Two passes run at a time as a batch of 2N, as in the released code of UA-MT: all items of the first pass, then all
     items of the second. The last batch has N items if `passes` is odd. The network's modes are restored at the end.
 
     Args:
         network: the module whose dropout layers are switched on.
-        image: (N,1,W,H,D).
+        image: (N,K,W,H,D).
         passes: number of stochastic passes.
         noise: standard deviation of the input noise, as in `noisy`.
         read: noisy image -> result; the network itself by default.

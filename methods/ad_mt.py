@@ -40,7 +40,6 @@ from losses.terms import (
     with_background,
 )
 from methods.base import TUNED, Batch, Losses, Method, by_name, labeled_part
-from networks.backbones import BACKBONES
 from utils.options import Condition, option
 
 COUNTS: Condition = {"pseudo_weight": bool}
@@ -73,7 +72,7 @@ class ADMT(Method):
     def __init__(self, options: Options, *, iterations: int):
         super().__init__(options, iterations=iterations)
         heads = {"seg": seg_channels(options.classes)}
-        self.student = BACKBONES[options.backbone](heads=heads, filters=options.filters)
+        self.student = self.backbone(heads=heads)
         self.ema = Averages(teacher_1=self.student, teacher_2=self.student)
         self.turns = draw_turns(iterations, options.period)
 
@@ -116,7 +115,7 @@ class ADMT(Method):
         """The pseudo-label of both teachers and, in conflicts, of the student.
 
         Args:
-            image: unlabeled crops (N,1,W,H,D).
+            image: unlabeled crops (N,K,W,H,D).
             logits: those of the student for them.
 
         Returns:

@@ -24,7 +24,6 @@ from torch import Tensor
 from losses.terms import EPSILON, dice_loss, foreground_logits, hard_dice, masked_mean, weighted_sum
 from methods.adversary import Adversary, judged_output
 from methods.base import Batch, Losses, Method, labeled_part
-from networks.backbones import BACKBONES
 from networks.critics import ConfidenceNet
 from utils.options import Condition, option
 
@@ -55,13 +54,13 @@ class ASDNet(Method):
 
     def __init__(self, options: Options, *, iterations: int):
         super().__init__(options, iterations=iterations)
-        self.network = BACKBONES[options.backbone](heads={"seg": 2 if options.softmax else 1}, filters=options.filters)
-        critic = ConfidenceNet(channels=2 + options.critic_image, filters=2 * options.filters)
+        self.network = self.backbone(heads={"seg": 2 if options.softmax else 1})
+        critic = ConfidenceNet(channels=2 + options.critic_image * options.channels, filters=2 * options.filters)
         self.adversary = Adversary(critic, lr=options.critic_lr)
 
     def critic_input(self, p: Tensor, image: Tensor) -> Tensor:
-        """Input of the critic: p and image, each (N,1,W,H,D) -> (N,2,W,H,D) of 1-p and p, (N,3,W,H,D) with the image
-        if `critic_image`."""
+        """Input of the critic: p (N,1,W,H,D) and image (N,K,W,H,D) -> (N,2,W,H,D) of 1-p and p, (N,2+K,W,H,D)
+        with the image if `critic_image`."""
         return torch.cat([1 - p, p, image] if self.options.critic_image else [1 - p, p], dim=1)
 
     def forward(self, batch: Batch, iteration: int) -> Losses:

@@ -1,17 +1,20 @@
 """The interface between the training loop and a method."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from networks.backbone import Backbone
 from networks.backbones import BACKBONES
 from networks.heads import STRIDE
 from utils.errors import UserError
 from utils.options import option
 
 Batch = dict[str, Any]
-"""image (N,1,W,H,D) float32, the L labeled items first; label (L,W,H,D) uint8 of 0..C; case: N names.
+"""image (N,K,W,H,D) float32, K channels, the L labeled items first; label (L,W,H,D) uint8 of 0..C; case: N names.
 
 sdm (L,C,W,H,D) float32 in [-1,1] if the method `needs_sdm`; other_image and other_label, of the same shapes as image
 and label, if it `needs_other_crop`."""
@@ -60,6 +63,7 @@ class Method(nn.Module):
 
         backbone: str = option("vnet", "encoder-decoder of every network", choices=list(BACKBONES))
         classes: int = option(1, "C, foreground classes; labels hold 0..C", minimum=1, maximum=254)
+        channels: int = option(1, "K, channels of the images", flag=False)
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"paper": {}}
     """Preset name -> option (of the method or of the script) -> value; the first preset is the default."""
@@ -87,19 +91,25 @@ class Method(nn.Module):
         self.options = options
         self.iterations = iterations
 
+    @property
+    def backbone(self) -> Callable[..., Backbone]:
+        """The class of --backbone, to be called with `heads`: for images of K channels, with --filters."""
+        o = self.options
+        return partial(BACKBONES[o.backbone], filters=o.filters, in_channels=o.channels)
+
     def forward(self, batch: Batch, iteration: int) -> Losses:
         """Returns the losses of a batch at this iteration (0 <= iteration < iterations)."""
         raise NotImplementedError
 
     def predict(self, image: Tensor, outputs: tuple[str, ...]) -> Tensor:
-        """image (N,1,W,H,D) -> foreground probabilities (N,len(outputs)*C,W,H,D) in [0,1], C channels per output."""
+        """image (N,K,W,H,D) -> foreground probabilities (N,len(outputs)*C,W,H,D) in [0,1], C channels per output."""
         raise NotImplementedError
 
     def after_step(self, batch: Batch, iteration: int) -> None:
         """Runs after each optimiser step, for example to update an EMA teacher or a critic. Does nothing by default."""
 
     def maps(self, image: Tensor) -> dict[str, Tensor]:
-        """image (N,1,W,H,D) -> name -> map (N,W,H,D) for the pictures; the C channels of a prediction come first."""
+        """image (N,K,W,H,D) -> name -> map (N,W,H,D) for the pictures; the C channels of a prediction come first."""
         raise NotImplementedError
 
 

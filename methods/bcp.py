@@ -24,7 +24,6 @@ from losses.ema import Averages
 from losses.mixing import paste, random_box
 from losses.terms import hard_dice, probabilities, seg_channels, seg_loss, weight_inside, weighted_sum
 from methods.base import TUNED, Batch, Losses, Method, by_name
-from networks.backbones import BACKBONES
 from utils.masks import label_maps, largest_components
 from utils.options import Condition, option
 
@@ -59,7 +58,7 @@ class BCP(Method):
     def __init__(self, options: Options, *, iterations: int):
         super().__init__(options, iterations=iterations)
         heads = {"seg": seg_channels(options.classes)}
-        self.student = BACKBONES[options.backbone](heads=heads, filters=options.filters)
+        self.student = self.backbone(heads=heads)
         self.ema = Averages(student=self.student)
 
     def started(self, iteration: int) -> bool:
@@ -97,7 +96,7 @@ class BCP(Method):
 
     @torch.no_grad()
     def pseudo_label(self, image: Tensor) -> Tensor:
-        """image (N,1,W,H,D) -> y' (N,W,H,D) uint8 of 0..C, the teacher's label."""
+        """image (N,K,W,H,D) -> y' (N,W,H,D) uint8 of 0..C, the teacher's label."""
         o = self.options
         label = label_maps(probabilities(self.ema["student"](image)["seg"], o.classes))
         if not o.largest_component:

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from losses.ramps import ramp_up
 from losses.terms import ce_loss, hard_dice, probabilities, seg_channels, seg_loss, weighted_sum
 from methods.base import TUNED, Batch, Losses, Method, by_name, labeled_part
-from networks.backbones import BACKBONES
 from utils.masks import label_maps
 from utils.options import Condition, option
 
@@ -55,9 +54,7 @@ class CPS(Method):
     def __init__(self, options: Options, *, iterations: int):
         super().__init__(options, iterations=iterations)
         heads = {"seg": seg_channels(options.classes)}
-        self.networks = nn.ModuleList(
-            BACKBONES[options.backbone](heads=heads, filters=options.filters) for _ in range(2)
-        )
+        self.networks = nn.ModuleList(self.backbone(heads=heads) for _ in range(2))
 
     def forward(self, batch: Batch, iteration: int) -> Losses:
         o, image, label = self.options, batch["image"], batch["label"]

@@ -80,7 +80,7 @@ class DKUXNet(Method):
         if not o.kmax and o.consistency_terms == "qdc":
             raise UserError("--no-kmax leaves nothing of --consistency-terms qdc, which compares G. Take segc or none.")
         self.networks = nn.ModuleList(
-            QueryNet(BACKBONES[o.backbone], filters=o.filters, kmax=o.kmax, queries=sum(o.groups), levels=o.levels,
+            QueryNet(self.backbone, filters=o.filters, kmax=o.kmax, queries=sum(o.groups), levels=o.levels,
                      query_channels=o.query_channels, momentum=o.bn_momentum, scale=o.logit_scale,
                      train_levels=o.deep_weight > 0)
             for _ in range(1 if o.share_weights else 2)

@@ -51,7 +51,7 @@ class DoubleUnc(MeanTeacher):
         return C, {"uncertainty/segmentation": U_s.detach().mean(), "uncertainty/feature": U_f.mean()}
 
     def bayesian_teacher(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """image (N,1,W,H,D) -> q (N,C,W,H,D) and U_f (N,1,W,H,D), both in [0,1], from T stochastic passes."""
+        """image (N,K,W,H,D) -> q (N,C,W,H,D) and U_f (N,1,W,H,D), both in [0,1], from T stochastic passes."""
         o = self.options
 
         def read(x: Tensor) -> list[Tensor]:

@@ -34,7 +34,6 @@ from losses.terms import (
     weighted_sum,
 )
 from methods.base import TUNED, Batch, Losses, Method, by_name, labeled_part
-from networks.backbones import BACKBONES
 from utils.options import Condition, option
 
 SDM_LOSSES = ("mask", "dis", "both")
@@ -76,8 +75,8 @@ class DTML(Method):
         o = options
         self.needs_sdm = o.sdm_loss == "dis" or (o.sdm_loss == "both" and o.dis_weight > 0)
         self.needs_unlabeled = o.consistency_on == "unlabeled"
-        self.M_s = BACKBONES[o.backbone](heads={"seg": o.classes + o.softmax}, filters=o.filters)
-        self.M_d = BACKBONES[o.backbone](heads={"sdm": o.classes}, filters=o.filters)
+        self.M_s = self.backbone(heads={"seg": o.classes + o.softmax})
+        self.M_d = self.backbone(heads={"sdm": o.classes})
 
     def forward(self, batch: Batch, iteration: int) -> Losses:
         o = self.options
@@ -118,7 +117,7 @@ def probability_maps(
 
     Args:
         M_s, M_d: networks with the heads seg and sdm; each runs only if an output needs it.
-        image: (N,1,W,H,D).
+        image: (N,K,W,H,D).
         outputs: seg is p of M_s, sdm is m of M_d, mean is (p + m)/2, which also returns the other two.
         classes: C, foreground classes.
         k: steepness of m = sigmoid(-k z).

@@ -36,7 +36,6 @@ from losses.terms import (
 )
 from methods.base import TUNED, Batch, Losses, Method, by_name, labeled_part
 from methods.dtml import probability_maps
-from networks.backbones import BACKBONES
 from utils.masks import label_maps
 from utils.options import Condition, option
 
@@ -75,8 +74,8 @@ class DTMLPlus(Method):
     def __init__(self, options: Options, *, iterations: int):
         super().__init__(options, iterations=iterations)
         o = options
-        self.M_s = BACKBONES[o.backbone](heads={"seg": o.classes}, filters=o.filters)
-        self.M_d = BACKBONES[o.backbone](heads={"sdm": o.classes}, filters=o.filters)
+        self.M_s = self.backbone(heads={"seg": o.classes})
+        self.M_d = self.backbone(heads={"sdm": o.classes})
         self.ema = Averages(M_s=self.M_s, M_d=self.M_d)
 
     def forward(self, batch: Batch, iteration: int) -> Losses:
@@ -115,7 +114,7 @@ class DTMLPlus(Method):
 
     @torch.no_grad()
     def pseudo_label(self, image: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """image (N,1,W,H,D) -> pseudo-label y' (N,W,H,D) of 0..C, weight a (N,1,W,H,D) in [0,1], and monitors."""
+        """image (N,K,W,H,D) -> pseudo-label y' (N,W,H,D) of 0..C, weight a (N,1,W,H,D) in [0,1], and monitors."""
         o = self.options
         p = probabilities(self.ema["M_s"](image)["seg"], o.classes)
         m = sdm_to_mask(self.ema["M_d"](image)["sdm"], o.k)

@@ -20,7 +20,6 @@ from losses.ramps import RAMPS, ramp_up
 from losses.terms import consistency_loss, dice_loss, hard_dice, probabilities, weighted_sum
 from methods.base import TUNED, Batch, Losses, Method, by_name, labeled_part
 from methods.dtml import AGREES, RISES, TIMED
-from networks.backbones import BACKBONES
 from networks.decoders import UPS, Decoders
 from utils.options import option
 
@@ -54,7 +53,7 @@ class MCNetPlus(Method):
     def __init__(self, options: Options, *, iterations: int):
         super().__init__(options, iterations=iterations)
         o = options
-        self.network = Decoders(BACKBONES[o.backbone], heads={"seg": o.classes + o.softmax}, filters=o.filters)
+        self.network = Decoders(self.backbone, heads={"seg": o.classes + o.softmax}, filters=o.filters)
 
     def forward(self, batch: Batch, iteration: int) -> Losses:
         o, label = self.options, batch["label"]
@@ -70,7 +69,7 @@ class MCNetPlus(Method):
         return Losses(total, terms, {"lambda": lambda_}, monitors)
 
     def probabilities(self, image: Tensor) -> list[Tensor]:
-        """image (N,1,W,H,D) -> p_i of each decoder, (N,C,W,H,D) in [0,1]."""
+        """image (N,K,W,H,D) -> p_i of each decoder, (N,C,W,H,D) in [0,1]."""
         return [probabilities(x["seg"], self.options.classes) for x in self.network(image)]
 
     def consistency(self, p: list[Tensor]) -> Tensor:

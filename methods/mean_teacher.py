@@ -19,7 +19,6 @@ from losses.perturbation import noisy
 from losses.ramps import RAMPS, ramp_up
 from losses.terms import consistency_loss, hard_dice, probabilities, seg_loss, weighted_sum
 from methods.base import Batch, Losses, Method, by_name, labeled_part
-from networks.backbones import BACKBONES
 from utils.options import Condition, option
 
 ITEMS = ("all", "unlabeled")
@@ -52,9 +51,7 @@ class MeanTeacher(Method):
     def __init__(self, options: Options, *, iterations: int):
         super().__init__(options, iterations=iterations)
         self.needs_unlabeled = options.consistency_on == "unlabeled"
-        self.student = BACKBONES[options.backbone](
-            heads={"seg": options.classes + options.softmax}, filters=options.filters
-        )
+        self.student = self.backbone(heads={"seg": options.classes + options.softmax})
         self.teacher = make_teacher(self.student)
 
     def forward(self, batch: Batch, iteration: int) -> Losses:
@@ -69,12 +66,12 @@ class MeanTeacher(Method):
         return Losses(weighted_sum(terms, {"consistency": lambda_}), terms, {"lambda": lambda_}, monitors)
 
     def consistency(self, p: Tensor, image: Tensor, iteration: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The consistency C between the student's p (N,C,W,H,D) and the teacher on image (N,1,W,H,D), and monitors."""
+        """The consistency C between the student's p (N,C,W,H,D) and the teacher on image (N,K,W,H,D), and monitors."""
         return consistency_loss(p, self.teach(noisy(image, self.options.noise))), {}
 
     @torch.no_grad()
     def teach(self, image: Tensor) -> Tensor:
-        """image (N,1,W,H,D) -> probabilities of the teacher (N,C,W,H,D), without noise and without gradient."""
+        """image (N,K,W,H,D) -> probabilities of the teacher (N,C,W,H,D), without noise and without gradient."""
         return probabilities(self.teacher(image)["seg"], self.options.classes)
 
     def after_step(self, batch: Batch, iteration: int) -> None:

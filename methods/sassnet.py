@@ -40,9 +40,9 @@ class SASSNet(TwoHeads):
 
     def __init__(self, options: Options, *, iterations: int):
         super().__init__(options, iterations=iterations)
-        self.adversary = Adversary(
-            MapCritic(filters=4 * options.filters, classes=options.classes), lr=options.critic_lr
-        )
+        o = options
+        critic = MapCritic(filters=4 * o.filters, classes=o.classes, channels=o.channels)
+        self.adversary = Adversary(critic, lr=o.critic_lr)
 
     def forward(self, batch: Batch, iteration: int) -> Losses:
         o, image, labeled = self.options, batch["image"], len(batch["label"])

@@ -35,7 +35,6 @@ from losses.terms import agreement_loss, dice_loss, hard_dice, probabilities, so
 from methods.base import TUNED, Batch, Losses, Method, by_name, labeled_part
 from methods.dtml import AGREES, RISES, TIMED
 from networks.backbone import uncounted
-from networks.backbones import BACKBONES
 from networks.heads import attention, projection
 from utils.masks import label_maps
 from utils.options import Condition, option
@@ -84,7 +83,7 @@ class SSNet(Method):
     def __init__(self, options: Options, *, iterations: int):
         super().__init__(options, iterations=iterations)
         o = options
-        self.network = BACKBONES[o.backbone](heads={"seg": o.classes + o.softmax}, filters=o.filters)
+        self.network = self.backbone(heads={"seg": o.classes + o.softmax})
         self.separator = None
         if o.lambda_max and o.separation:
             self.separator = Separator(o.filters, classes=range(0 if o.background else 1, o.classes + 1))
@@ -107,7 +106,7 @@ class SSNet(Method):
         return Losses(total, terms, {"lambda": lambda_}, monitors)
 
     def smoothness(self, image: Tensor, p: Tensor) -> Tensor:
-        """L_smo of image (N,1,W,H,D) and its prediction p (N,C,W,H,D), which gets no gradient."""
+        """L_smo of image (N,K,W,H,D) and its prediction p (N,C,W,H,D), which gets no gradient."""
         o, distance = self.options, DISTANCES[self.options.distance]
 
         def loss(x: Tensor) -> Tensor:

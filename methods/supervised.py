@@ -11,7 +11,6 @@ from torch import Tensor
 
 from losses.terms import dice_loss, hard_dice, live_share, probabilities, sdm_to_mask, seg_loss
 from methods.base import Batch, Losses, Method, by_name, labeled_part
-from networks.backbones import BACKBONES
 from utils.options import option
 
 
@@ -38,7 +37,7 @@ class Supervised(Method):
         super().__init__(options, iterations=iterations)
         o = options
         channels = o.classes + (o.head == "seg" and o.softmax)
-        self.network = BACKBONES[o.backbone](heads={o.head: channels}, filters=o.filters)
+        self.network = self.backbone(heads={o.head: channels})
         self.outputs = (o.head,)
 
     def forward(self, batch: Batch, iteration: int) -> Losses:

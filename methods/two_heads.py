@@ -8,7 +8,6 @@ from torch import Tensor
 
 from losses.terms import dice_loss, hard_dice, probabilities, weighted_sum
 from methods.base import Batch, Losses, Method, by_name, labeled_part
-from networks.backbones import BACKBONES
 from utils.options import option
 
 
@@ -33,10 +32,10 @@ class TwoHeads(Method):
         super().__init__(options, iterations=iterations)
         o = options
         self.needs_sdm = o.beta > 0
-        self.network = BACKBONES[o.backbone](heads={"seg": o.classes + o.softmax, "sdm": o.classes}, filters=o.filters)
+        self.network = self.backbone(heads={"seg": o.classes + o.softmax, "sdm": o.classes})
 
     def heads(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """image (N,1,W,H,D) -> q in [0,1] and z in [-1,1], each (N,C,W,H,D)."""
+        """image (N,K,W,H,D) -> q in [0,1] and z in [-1,1], each (N,C,W,H,D)."""
         outputs = self.network(image)
         return probabilities(outputs["seg"], self.options.classes), outputs["sdm"]
 

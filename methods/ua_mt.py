@@ -50,7 +50,7 @@ class UAMT(MeanTeacher):
         return masked_mean((p - q).square(), certain), {"certain_share": certain.mean()}
 
     def uncertainty(self, image: Tensor) -> Tensor:
-        """image (N,1,W,H,D) -> U (N,C,W,H,D) in [0, ln 2], the entropy of the mean of T passes."""
+        """image (N,K,W,H,D) -> U (N,C,W,H,D) in [0, ln 2], the entropy of the mean of T passes."""
         passes = monte_carlo(self.teacher, image, passes=self.options.passes, noise=self.options.noise)
         p = [probabilities(x["seg"], self.options.classes).unflatten(0, (-1, len(image))) for x in passes]
         return entropy(torch.cat(p).mean(dim=0), self.options.entropy_epsilon)

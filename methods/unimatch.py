@@ -27,7 +27,6 @@ from losses.mixing import paste, random_box
 from losses.perturbation import strong_view
 from losses.terms import ce_loss, dice_loss, hard_dice, probabilities, seg_loss, weighted_sum, with_background
 from methods.base import TUNED, Batch, Losses, Method, by_name, labeled_part
-from networks.backbones import BACKBONES
 from utils.masks import label_maps
 from utils.options import Condition, option
 
@@ -70,7 +69,7 @@ class UniMatch(Method):
     def __init__(self, options: Options, *, iterations: int):
         super().__init__(options, iterations=iterations)
         o = options
-        self.network = BACKBONES[o.backbone](heads={"seg": o.classes + o.softmax}, filters=o.filters)
+        self.network = self.backbone(heads={"seg": o.classes + o.softmax})
 
     def forward(self, batch: Batch, iteration: int) -> Losses:
         o, image, label, L = self.options, batch["image"], batch["label"], len(batch["label"])
@@ -106,7 +105,7 @@ class UniMatch(Method):
         """A strong view of each crop, with a box of the next one in some, and its labels and weights.
 
         Args:
-            image: unlabeled crops (N,1,W,H,D).
+            image: unlabeled crops (N,K,W,H,D).
             pseudo: their pseudo-labels (N,W,H,D).
             a: weights (N,1,W,H,D).
         """

@@ -82,8 +82,8 @@ class Backbone(nn.Module):
 
     def outputs(self, x: Tensor) -> list[Tensor]:
         """The last map (N,filters,W,H,D) -> the output of each head, (N,channels,W,H,D)."""
-        x = self.dropout(x)
-        return [head(x) for head in self.heads.values()]
+        kept = self.dropout(x.new_ones(*x.shape[:2], 1, 1, 1))  # in the heads' weights it costs nothing
+        return [head(x, kept) for head in self.heads.values()]
 
     def read(self, features: list[Tensor]) -> dict[str, Tensor]:
         """The maps of `features` -> head name -> (N,channels,W,H,D)."""

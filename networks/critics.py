@@ -14,13 +14,14 @@ class MapCritic(nn.Module):
     Args:
         filters: channels of the first layer, doubled at each of the next three.
         classes: C, number of maps.
+        channels: K, channels of the image.
     """
 
-    def __init__(self, *, filters: int = 64, classes: int = 1):
+    def __init__(self, *, filters: int = 64, classes: int = 1, channels: int = 1):
         super().__init__()
         f = filters
         self.map = nn.Conv3d(classes, f, 4, stride=2, padding=1)
-        self.image = nn.Conv3d(1, f, 4, stride=2, padding=1)
+        self.image = nn.Conv3d(channels, f, 4, stride=2, padding=1)
         self.body = nn.Sequential(
             nn.LeakyReLU(SLOPE),
             nn.Dropout3d(0.5),
@@ -38,7 +39,7 @@ class MapCritic(nn.Module):
         )
 
     def forward(self, z: Tensor, image: Tensor) -> Tensor:
-        """z (N,C,W,H,D) and image (N,1,W,H,D), sides of at least 16 -> logits (N,2)."""
+        """z (N,C,W,H,D) and image (N,K,W,H,D), sides of at least 16 -> logits (N,2)."""
         return self.body(self.map(z) + self.image(image))
 
 

@@ -81,6 +81,6 @@ class Decoders(Backbone):
         return [network.decode(encoded)[-1] for network in (self.first, *self.others)]
 
     def forward(self, image: Tensor) -> list[dict[str, Tensor]]:  # type: ignore[override]
-        """image (N,1,W,H,D) -> for each decoder, head name -> (N,channels,W,H,D)."""
+        """image (N,in_channels,W,H,D) -> for each decoder, head name -> (N,channels,W,H,D)."""
         maps = self.features(image)
         return [network.read([x]) for network, x in zip((self.first, *self.others), maps, strict=True)]

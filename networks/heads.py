@@ -1,5 +1,6 @@
 """The heads of a backbone, those of its features, and the check of the sides of its input."""
 
+import torch
 from torch import Tensor, nn
 
 from networks.batch_norm import BatchNorm3d
@@ -7,6 +8,32 @@ from networks.batch_norm import BatchNorm3d
 STRIDE = 16  # four halvings: every side of a patch must be a multiple of this
 DROPOUT = 0.5
 ACTIVATIONS = {"seg": nn.Identity, "sdm": nn.Tanh}
+
+
+class Pointwise(nn.Conv3d):
+    """A 1x1x1 convolution, computed as a matrix product.
+
+    On one CPU thread it is about four times as fast as torch's, and the gradient of its weights is more accurate.
+    """
+
+    def __init__(self, channels_in: int, channels: int):
+        super().__init__(channels_in, channels, 1)
+
+    def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
+        """x (N,in,W,H,D), and factors (N,in,1,1,1) of its channels, such as those of dropout -> (N,out,W,H,D)."""
+        weight = self.weight.flatten(1).expand(len(x), -1, -1)
+        weight = weight if kept is None else weight * kept.view(len(x), 1, -1)
+        assert self.bias is not None
+        y = torch.bmm(x.flatten(2).mT, weight.mT.contiguous()) + self.bias
+        return y.mT.unflatten(2, x.shape[2:])
+
+
+class Head(nn.Sequential):
+    """A 1x1x1 convolution and its activation: (N,in,W,H,D) and the factors of `Pointwise` -> (N,out,W,H,D)."""
+
+    def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
+        convolution, activation = self
+        return activation(convolution(x, kept))
 
 
 def make_heads(heads: dict[str, int], channels_in: int) -> nn.ModuleDict:
@@ -22,27 +49,27 @@ def make_heads(heads: dict[str, int], channels_in: int) -> nn.ModuleDict:
     unknown = set(heads) - set(ACTIVATIONS)
     if unknown:
         raise ValueError(f"heads must be named from {sorted(ACTIVATIONS)}, not {sorted(heads)}")
-    modules = {name: nn.Sequential(nn.Conv3d(channels_in, n, 1), ACTIVATIONS[name]()) for name, n in heads.items()}
+    modules = {name: Head(Pointwise(channels_in, n), ACTIVATIONS[name]()) for name, n in heads.items()}
     return nn.ModuleDict(modules)
 
 
 def projection(channels_in: int, channels: int) -> nn.Sequential:
     """Two 1x1x1 convolutions with batch norm and ReLU between: (N,channels_in,W,H,D) -> (N,channels,W,H,D)."""
     return nn.Sequential(
-        nn.Conv3d(channels_in, channels, 1),
+        Pointwise(channels_in, channels),
         BatchNorm3d(channels),
         nn.ReLU(inplace=True),
-        nn.Conv3d(channels, channels, 1),
+        Pointwise(channels, channels),
     )
 
 
 def attention(channels: int) -> nn.Sequential:
     """The same to one channel, with a leaky ReLU: (N,channels,W,H,D) -> logits (N,1,W,H,D)."""
     return nn.Sequential(
-        nn.Conv3d(channels, channels, 1),
+        Pointwise(channels, channels),
         BatchNorm3d(channels),
         nn.LeakyReLU(0.2, inplace=True),
-        nn.Conv3d(channels, 1, 1),
+        Pointwise(channels, 1),
     )
 
 

@@ -222,6 +222,6 @@ class QueryNet(nn.Module):
                 layer.predictor.requires_grad_(train_levels)
 
     def forward(self, image: Tensor) -> Clusters:
-        """image (B,1,W,H,D), sides multiples of 16 -> Clusters."""
+        """image (B,in_channels,W,H,D), sides multiples of 16 -> Clusters."""
         maps = self.backbone.features(image)
         return self.kmax(maps) if self.kmax is not None else Clusters(self.backbone.read(maps)["seg"])

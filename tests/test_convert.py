@@ -278,7 +278,7 @@ def test_a_scan_that_cannot_be_used_is_refused_with_its_reason(what, words, mess
         (lambda t: (t / "scans" / "x").mkdir(parents=True), "holds no scans in a known layout"),
         (lambda t: write(t / "scans" / "labels" / "a.nii", np.ones((3, 3, 3))), "1 labels have no scan in"),
         (lambda t: [write(t / "scans/images" / f"a{e}", np.ones((3,) * 3)) for e in (".nii", ".mha")], "have one name"),
-        (lambda t: [write(t / f"scans/imagesTr/a_000{c}.nii", np.ones((3, 3, 3))) for c in "01"], "several channels"),
+        (lambda t: [write(t / f"scans/imagesTr/{x}.nii", np.ones((3, 3, 3))) for x in ("a_0000", "b_0001")], "b_0000"),
         (lambda t: make_scans(t / "scans", labeled=1), "0 labeled cases to train on and 0 to test on|1 labeled cases"),
         (lambda t: (t / "scans").write_text("image,mask\na,b\n"), "has the columns image, mask. Use image and"),
         (lambda t: (t / "scans").write_text("image,split\na.nii,validate\n"), "line 2: an image is needed"),

@@ -9,7 +9,7 @@ from conftest import TINY
 
 import train_dtml
 from utils import devices
-from utils.devices import choose_device, nvidia_card
+from utils.devices import choose_device, nvidia_card, refuse_precision
 from utils.errors import UserError
 
 # -- a card that torch does not reach --
@@ -85,3 +85,26 @@ def test_a_driver_that_hangs_counts_as_a_card(machine, monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda *words, **more: run(*words, **{**more, "timeout": 0.5}))
     with pytest.raises(UserError, match=r"nvidia-smi does not answer\), but torch"):
         choose_device("auto")
+
+
+# -- an old card, several processes --
+
+
+@pytest.mark.parametrize(("capability", "refused"), [((7, 5), True), ((8, 0), False), ((9, 0), False)])
+def test_tf32_and_bf16_are_refused_on_cards_that_have_neither(capability, refused, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    for precision in ("tf32", "bf16"):
+        if refused:
+            with pytest.raises(UserError, match=rf"--precision {precision} needs .* 8.0 or newer; Tesla T4 has 7.5"):
+                refuse_precision(precision, torch.device("cuda", 0))
+        else:
+            refuse_precision(precision, torch.device("cuda", 0))
+    refuse_precision("fp32", torch.device("cuda", 0))
+    refuse_precision("fp16", torch.device("cuda", 0))
+
+
+def test_one_gpu_for_several_processes_is_refused(monkeypatch):
+    monkeypatch.setattr(devices, "RANKS", 4)
+    with pytest.raises(UserError, match=r"--device cuda:1 would put all 4 processes on one GPU\. Use --device cuda"):
+        choose_device("cuda:1")

@@ -65,8 +65,8 @@ for name, how, method, flags in json.loads((place / "runs.json").read_text()):
         if how == "SIGTERM to rank 1" and RANK == 1 and iteration == 3:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def meet(backend):  # torchrun's own meeting point serves a single training
-        join(backend, init_method=f"file://{place}/{name}.store", rank=RANK, world_size=2)
+    def meet(backend, timeout):  # torchrun's own meeting point serves a single training
+        join(backend, timeout=timeout, init_method=f"file://{place}/{name}.store", rank=RANK, world_size=2)
 
     METHODS[method].forward, METHODS[method].after_step = spied, after_step
     torch.distributed.init_process_group, adversary.average_gradients = meet, averaged

@@ -26,9 +26,9 @@ from networks import backbone
 from tools import convert
 from utils.options import as_flags, default_of
 
-OPENED = 4 * 8 + 2 * 4
-"""h5 files that a run on the set opens at its start: all 8 for the volumes and, thrice, for where they lie in mm; the 4
-labeled ones to see that they have a label, and for their spacing."""
+OPENED = 1 + 4 * 8 + 2 * 4
+"""h5 files that a run on the set opens at its start: the first for the number of its channels; all 8 for the volumes
+and, thrice, for where they lie in mm; the 4 labeled ones to see that they have a label, and for their spacing."""
 BASE = [*TINY, "--device", "cpu", "--iterations", "3", "--log-every", "1"]
 
 
@@ -156,8 +156,10 @@ SHARED = {
     "downsample": [("--downsample 2", "")],
     "patch_size": [("--patch-size 16 32 16", ""), ("--patch-size 32 16 16", "--patch-size 16 32 16")],
     "augment": [("--augment none", ""), ("--augment mirror", ""), ("--augment mirror", "--augment none")],
-    "normalize": [("--normalize scan", "")],
+    "normalize": [("--normalize scan", ""), ("--normalize foreground", "")],
+    "window": [("--window 0.5 2", "--normalize window --window 0.4 3")],
     "intensity": [("--intensity 0.3", ""), ("--intensity 0.3", "--intensity 0.1")],
+    "object_share": [("--object-share 1", "")],
     "sdm_of": [("--sdm-of scan", "--sdm-loss both")],
     "init": [("--init origin", "")],
     "iterations": [("--iterations 4", "")],
@@ -432,8 +434,8 @@ def test_flag_of_the_test_changes_something(name, finished, usual_test, tmp_path
 
 
 def names(cls: type) -> set[str]:
-    """The options of a dataclass."""
-    return {f.name for f in dataclasses.fields(cls)}
+    """The options of a dataclass that are flags."""
+    return {f.name for f in dataclasses.fields(cls) if f.metadata["flag"]}
 
 
 def test_every_flag_is_tested_here():
@@ -473,7 +475,7 @@ def test_help_lists_every_option_with_its_default(script, capsys):
     else:
         classes = [settings.Options, METHODS[script].Options]
         shown = help_of(train_dtml.main, ["--method", script], capsys)
-    fields = [f for cls in classes for f in dataclasses.fields(cls)]
+    fields = [f for cls in classes for f in dataclasses.fields(cls) if f.metadata["flag"]]
     assert set(shown) == {"-h", *("--" + f.name.replace("_", "-") for f in fields)}
     for f in fields:
         text, default = shown["--" + f.name.replace("_", "-")], default_of(f)

@@ -55,7 +55,7 @@ def switches(method: str) -> list[str]:
     found = []
     for f in dataclasses.fields(METHODS[method].Options):
         about, default = f.metadata, default_of(f)
-        if f.name in ("backbone", "ramp") or isinstance(default, list):  # none of which is ever off
+        if f.name in ("backbone", "ramp", "channels") or isinstance(default, list):  # none of which is ever off
             continue
         values = list(about["choices"] or [])
         values += [not default] if isinstance(default, bool) else []

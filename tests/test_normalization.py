@@ -12,8 +12,10 @@ import test_la
 import train_dtml
 from dataloaders.cases import read_case
 from dataloaders.images import read_image
-from dataloaders.normalization import normalized, scaling_of
+from dataloaders.normalization import NONE, Normalization, normalized, scaling_of
 from utils.resample import downsample_image
+
+SCAN = Normalization("scan")
 
 
 def image(seed=0, shape=(30, 28, 20)):
@@ -31,24 +33,24 @@ def test_scan_is_clipped_to_percentiles_then_z_scored():
     x = image()
     x[0, 0, 0], x[1, 1, 1] = 1e4, -1e4
     before = x.copy()
-    found = normalized(x, "scan")
+    found = normalized(x, SCAN)
     assert found.dtype == np.float32 and np.array_equal(x, before)
     np.testing.assert_allclose(found, by_hand(x), atol=1e-5)
     assert abs(found.mean()) < 1e-5 and abs(found.std() - 1) < 1e-5 and found.max() < 6
-    assert normalized(x, "none") is x and scaling_of(x, "none") is None
+    assert normalized(x, NONE) is x and scaling_of(x, NONE) is None
 
 
 @pytest.mark.parametrize(("a", "b"), [(0.3, 0.0), (3.0, 0.0), (1200.0, -700.0), (1e-3, 5.0)])
 def test_scan_forgets_scale_and_offset(a, b):
     x = image()
-    np.testing.assert_allclose(normalized(np.float32(a) * x + np.float32(b), "scan"), normalized(x, "scan"), atol=2e-3)
+    np.testing.assert_allclose(normalized(np.float32(a) * x + np.float32(b), SCAN), normalized(x, SCAN), atol=2e-3)
 
 
 def test_a_volume_that_is_nearly_constant_stays_finite():
     x = np.zeros((20, 20, 20), np.float32)
     x[3, 4, 5] = 7
-    np.testing.assert_allclose(normalized(x, "scan"), (x - x.mean()) / x.std(), rtol=1e-4)
-    assert np.isfinite(normalized(np.full((4, 4, 4), 2.0, np.float32), "scan")).all()
+    np.testing.assert_allclose(normalized(x, SCAN), (x - x.mean()) / x.std(), rtol=1e-4)
+    assert np.isfinite(normalized(np.full((4, 4, 4), 2.0, np.float32), SCAN)).all()
 
 
 @pytest.mark.parametrize("downsample", [1, 2])
@@ -57,7 +59,7 @@ def test_every_cache_scales_the_whole_volume_before_pooling(tiny_set, tmp_path, 
     """Twice, so that what a first run left on disk is read too; and beside it the same set as it is."""
     where = {"cache": cache, "downsample": downsample, "folder": tmp_path}
     for _ in range(2):
-        scaled, plain = volumes(tiny_set, normalize="scan", **where), volumes(tiny_set, **where)
+        scaled, plain = volumes(tiny_set, normalize=SCAN, **where), volumes(tiny_set, **where)
         for i, case in enumerate(scaled.cases):
             whole = tuple(slice(0, side) for side in scaled.shapes[i])
             raw = read_case(case)[0]

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from skimage.filters import threshold_otsu
 
 from dataloaders.cases import UNTOLD, CaseError
+from dataloaders.channels import described, normalise_channels, read_channels, refuse_number
 from dataloaders.images import (
     Geometry,
     grid_of_spacing,
     moved,
-    normalise,
     read_image,
     read_label,
     resample,
@@ -26,6 +26,7 @@ from dataloaders.images import (
 )
 from dataloaders.orientation import RAS, orientation_of, turn_to
 from tools.sources import Source
+from utils.channels import each_channel, with_channels
 from utils.errors import UserError
 from utils.masks import box_of
 
@@ -49,6 +50,8 @@ class Job:
     seed: int
     orientation: str | None = RAS
     """What the axes are brought to; None leaves them as they are stored."""
+    channels: tuple[str, ...] = ("",)
+    """Names of the channels."""
 
     @property
     def settings(self) -> str:
@@ -56,7 +59,8 @@ class Job:
         kept = {
             key: getattr(self, key) for key in ("crop", "spacing", "interpolation", "labels", "seed", "orientation")
         }
-        return json.dumps({"version": VERSION, **kept})
+        several = {"channels": self.channels} if len(self.channels) > 1 else {}
+        return json.dumps({"version": VERSION, **kept, **several})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +78,9 @@ class Outcome:
 def convert_case(job: Job) -> Outcome:
     """Makes the case unless it exists. Reports a problem of the scan in the outcome and raises nothing."""
     try:
-        sources = {"source_image": job.scan.image.name, "source_image_sha256": sha256(job.scan.image)}
+        images = job.scan.images
+        sources = {"source_image": " ".join(path.name for path in images)}
+        sources |= {"source_image_sha256": " ".join(map(sha256, images))}
         if job.scan.label is not None:
             sources |= {"source_label": job.scan.label.name, "source_label_sha256": sha256(job.scan.label)}
         there = job.path.exists()
@@ -135,60 +141,69 @@ def _orientation(about: dict[str, Any]) -> str:
 
 
 def make_case(job: Job) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None, dict[str, Any]]:
-    """image float32 (W,H,D), label uint8 (W,H,D) or None, and the attributes: the geometry, and how they came about.
+    """image float32 (W,H,D) or (K,W,H,D), label uint8 (W,H,D) or None, and the attributes: the geometry, and how they
+    came about.
 
     Raises:
         CaseError: what is wrong with the scan or its label, or that there is none to crop around.
     """
-    stored, stored_geometry = _of(job.scan.image, read_image)
-    turn = turn_to(job.orientation, stored_geometry.get("direction"))
-    source, stated = turn(stored), turn.geometry(stored_geometry, stored.shape)
+    stored, stored_geometry = _read(job)
+    turn, size = turn_to(job.orientation, stored_geometry.get("direction")), stored.shape[-3:]
+    source, stated = turn(stored), turn.geometry(stored_geometry, size)
     geometry = {**UNTOLD, **stated}
     label: NDArray | None = None
     if job.scan.label is not None:
         stored_label, label_stated = _of(job.scan.label, read_label)
         turn = turn_to(job.orientation, label_stated.get("direction"))
-        ours, scans = _described(stored_label.shape, label_stated), _described(stored.shape, stored_geometry)
+        ours, scans = described(stored_label.shape, label_stated), described(size, stored_geometry)
         turned_label, label_geometry = turn(stored_label), {**UNTOLD, **turn.geometry(label_stated, stored_label.shape)}
-        if not same_grid(source.shape, geometry, turned_label.shape, label_geometry):
+        if not same_grid(source.shape[-3:], geometry, turned_label.shape, label_geometry):
             raise CaseError(
                 f"{job.scan.label} lies on another grid than {job.scan.image}: {ours} where the scan has {scans}. "
-                + _advice(stored.shape, stored_geometry, stored_label.shape, label_stated)
+                + _advice(size, stored_geometry, stored_label.shape, label_stated)
             )
         label = map_labels(turned_label, job.labels)
-    image, mean, sd = normalise(source)
+    image, raw = normalise_channels(source)
+    mean, sd = raw[0] if source.ndim == 3 else zip(*raw, strict=True)
     if job.spacing is not None and "spacing" not in stated:
         raise CaseError(
             f"{job.scan.image} does not state the size of its voxels. Write it into the file, or leave out --spacing"
         )
-    shape, grid = grid_of_spacing(source.shape, geometry, job.spacing)
+    shape, grid = grid_of_spacing(source.shape[-3:], geometry, job.spacing)
     about: dict[str, Any] = {f"source_{key}": value for key, value in stored_geometry.items()}
-    about |= {"source_size": stored.shape, "mean": mean, "sd": sd}
+    about |= {"source_size": size, "mean": mean, "sd": sd}
     if grid is not geometry:
         # without the origin, whose rounding depends on how the scan is stored
         here = {**UNTOLD, "spacing": geometry["spacing"]}
-        there = grid_of_spacing(source.shape, here, job.spacing)[1]
-        image = resample(image, here, shape, there, job.interpolation)
+        there = grid_of_spacing(source.shape[-3:], here, job.spacing)[1]
+        image = each_channel(lambda x: resample(x, here, shape, there, job.interpolation), image)
         label = None if label is None else resample(label, here, shape, there, "nearest")
     box, margins = crop_box(image, label, job)
     corner = [s.start for s in box]
     kept = {key: value for key, value in moved(grid, corner).items() if key in stated}
     about |= {"crop": job.crop, "crop_corner": corner, "crop_margins": margins, **kept}
-    if (image := image[box]).min() == image.max():
+    image = image[(..., *box)]
+    if any(channel.min() == channel.max() for channel in with_channels(image)):
         raise CaseError("is constant within the crop")
     return image, None if label is None else label[box], about
 
 
-def _of(path: Path, read: Any) -> Any:
+def _read(job: Job) -> tuple[NDArray[np.float32], Geometry]:
+    """image (W,H,D) or (K,W,H,D) and geometry, as they are stored."""
+
+    def one_file(path: Path) -> tuple[NDArray[np.float32], Geometry]:
+        image, geometry = read_image(path)
+        refuse_number(image, job.channels)
+        return image, geometry
+
+    return _of(job.scan.image, one_file) if len(job.scan.images) == 1 else read_channels(job.scan.images)
+
+
+def _of(path: Path, read: Callable[[Path], Any]) -> Any:
     try:
         return read(path)
     except CaseError as e:
         raise CaseError(f"{path} {e}") from e
-
-
-def _described(shape: Sequence[int], geometry: Geometry) -> str:
-    parts = [f"{key} {' '.join(f'{v:g}' for v in values)}" for key, values in geometry.items()]
-    return ", ".join([f"{shape} voxels", *parts])
 
 
 def _advice(shape: Sequence[int], geometry: Geometry, label_shape: Sequence[int], label_geometry: Geometry) -> str:
@@ -238,9 +253,10 @@ def crop_box(
 ) -> tuple[tuple[slice, slice, slice], list[int]]:
     """The box to keep, and the margins before and after x, y, z that were drawn for it."""
     if job.crop == "none":
-        return tuple(slice(0, side) for side in image.shape), [0] * 6  # type: ignore[return-value]
+        return tuple(slice(0, side) for side in image.shape[-3:]), [0] * 6  # type: ignore[return-value]
     if job.crop == "foreground":
-        return tuple(slice(s.start, s.stop) for s in box_of(image > threshold_otsu(image))), [0] * 6  # type: ignore[return-value]
+        bright = np.any([channel > threshold_otsu(channel) for channel in with_channels(image)], axis=0)
+        return tuple(slice(s.start, s.stop) for s in box_of(bright)), [0] * 6  # type: ignore[return-value]
     if label is None or not label.any():
         what = "no label" if label is None else "an empty label"
         raise CaseError(f"has {what} to crop around. Use --crop foreground or --crop none")
@@ -249,7 +265,7 @@ def crop_box(
     margins = [int(draw.integers(low, high + 1)) for low, high in MARGINS for _ in range(2)]
     box = []
     for axis, s in enumerate(box_of(label > 0)):
-        side = image.shape[axis]
+        side = image.shape[-3:][axis]
         missing = max(SMALLEST[axis] - (s.stop - s.start), 0)
         start = max(s.start - margins[2 * axis] - missing // 2, 0)
         stop = min(s.stop + margins[2 * axis + 1] + (missing + 1) // 2, side)
@@ -272,7 +288,7 @@ def write_case(path: Path, image: NDArray, label: NDArray | None, about: dict[st
             for name, values in (("image", image), ("label", label)):
                 if values is None:
                     continue
-                chunks = tuple(min(CHUNK, side) for side in values.shape)
+                chunks = (1,) * (values.ndim - 3) + tuple(min(CHUNK, side) for side in values.shape[-3:])
                 f.create_dataset(name, data=values, chunks=chunks, compression="gzip", shuffle=True)
             f.attrs.update(about)
         with open(partial, "rb") as file:

@@ -14,6 +14,10 @@ What --source may be:
     FOLDER/NAME/lgemri.nrrd and FOLDER/NAME/laendo.nrrd           the challenge's folders
     FILE.csv with the columns image and, if wanted, label, split (train, test), name; paths are from the CSV's folder
 
+Several channels of a scan, such as T1 and T2, are nnU-Net's NAME_0000.nii.gz, NAME_0001.nii.gz, ..., columns image_T1
+and image_T2 of a CSV, or one 4-D NIfTI, as the Decathlon has them. They must lie on one grid, and each is normalised on
+its own.
+
 The axes of each scan are brought to RAS, those of the challenge's folders stay as the published LA set has them. It is
 normalised to zero mean and unit variance over all its voxels, then resampled, then cropped. --out gets
 NAME/mri_norm2.h5, train.list, the labeled cases first, test.list, with --validation-share also validation.list, and
@@ -42,10 +46,8 @@ from tqdm import tqdm
 
 from dataloaders.cases import FILE_NAME, LA_SPLITS, CaseError, case_file, read_list
 from dataloaders.class_names import DATASET, class_names
-from dataloaders.images import (
-    INTERPOLATORS,
-    read_label,
-)
+from dataloaders.images import INTERPOLATORS, ending_of, read_label
+from dataloaders.nifti import channels_in
 from dataloaders.orientation import RAS
 from tools.case_of_scan import CROPS, Job, Outcome, attributes_of, convert_case
 from tools.growing import SPLITS, Before, grown, labeled_of, listed_in, read_before, write_set
@@ -142,7 +144,8 @@ def keep(out: Path, before: Before, here: Container[str], settings: str) -> list
             raise UserError(f"{e}, or take {name} out of {split}.list.") from e
         now = json.loads(settings)
         then = json.loads(about.get("settings", settings))  # cases that were not converted here state none
-        differ = [f"{key}: {then.get(key)} before, {now[key]} now" for key in now if then.get(key) != now[key]]
+        keys = [*now, *(key for key in then if key == "channels" and key not in now)]
+        differ = [f"{key}: {then.get(key)} before, {now.get(key)} now" for key in keys if then.get(key) != now.get(key)]
         if differ:
             raise UserError(
                 f"{path}, which the source does not have, was made in another way ({'; '.join(differ)}). A set is made "
@@ -172,6 +175,20 @@ def named(names_of_values: dict[int, str], labels: Sequence[int] | None, out: Pa
     if differ:
         raise UserError(f"{out} has other classes: {'; '.join(differ)}. Choose another --out.")
     return dict(sorted((before | classes).items()))
+
+
+def channels_of(source_set: SourceSet) -> tuple[str, ...]:
+    """Names of the channels of every scan; their number is that of its files, or of volumes in the first 4-D NIfTI."""
+    first = source_set.scans[0]
+    count, names = len(first.images), source_set.channels
+    if count == 1 and ".nii" in ending_of(first.image):
+        with contextlib.suppress(CaseError):  # which the conversion reports
+            count = channels_in(first.image)
+    if count > 1 and names and len(names) != count:
+        raise UserError(
+            f"{DATASET} names {len(names)} channels, {', '.join(names)}, and {first.image} has {count}. Fix the names."
+        )
+    return tuple(names) if len(names) == count else tuple(f"channel {i}" for i in range(count))
 
 
 def refuse_absent(labels: Sequence[int], scans: Sequence[Source], kept: Sequence[Outcome]) -> None:
@@ -306,10 +323,12 @@ def main(argv: list[str] | None = None) -> None:
     crop = o.crop or ("label-xy" if source_set.challenge else "none")
     spacing = None if o.spacing is None else tuple(o.spacing)
     labels = None if o.labels is None else tuple(o.labels)
+    channels = channels_of(source_set)
     jobs = [
         Job(
             scan, out / scan.name / FILE_NAME, crop, spacing, o.interpolation, labels, o.seed,
             orientation=None if source_set.challenge else RAS,  # the published LA files have the challenge's own axes
+            channels=channels,
         )
         for scan in scans
     ]  # fmt: skip
@@ -339,8 +358,12 @@ def main(argv: list[str] | None = None) -> None:
     labeled = labeled_of(out, everything)
     lists = grown(before, train, test, validation, labeled=labeled, listed=listed_in(out))
     if lists["train"] and lists["test"]:
-        write_set(out, lists, labeled, names)
+        write_set(out, lists, labeled, names, channels)
         lines = summary([*outcomes, *kept], lists, labeled, names)
+        if len(channels) > 1:
+            lines.append(f"channels: {', '.join(channels)}")
+        elif len(source_set.channels) > 1:
+            lines.append(f"the scans have one channel, and {DATASET} names {', '.join(source_set.channels)}")
         print("\n".join(lines + remarks(source_set, lists, before, o.test_share, o.validation_share, Path(o.source))))
     if refused:
         listing = "\n".join(f"  {name}: {why}" for name, why in refused.items())

@@ -89,11 +89,14 @@ def grown(
     }
 
 
-def write_set(out: Path, lists: dict[str, list[str]], labeled: Container[str], names: dict[int, str]) -> None:
-    """Writes the lists, of validation cases only if there are any, then dataset.json with the names of the classes and
-    every case ever listed."""
+def write_set(
+    out: Path, lists: dict[str, list[str]], labeled: Container[str], names: dict[int, str], channels: Sequence[str] = ()
+) -> None:
+    """Writes the lists, of validation cases only if there are any, then dataset.json with the names of the classes and,
+    if there are several, of the channels, and every case ever listed."""
     for split in (split for split in SPLITS if lists[split]):
         write_whole(out / f"{split}.list", "".join(f"{name}\n" for name in lists[split]).encode())
     labels = {"labels": {0: "background", **names}} if names else {}
     listed = listed_in(out) | {name: name in labeled for split in SPLITS for name in lists[split]}
-    write_json(out / DATASET, {**labels, "listed": listed})
+    several = {"channel_names": {str(i): name for i, name in enumerate(channels)}} if len(channels) > 1 else {}
+    write_json(out / DATASET, {**several, **labels, "listed": listed})

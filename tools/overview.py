@@ -6,6 +6,9 @@ import numpy as np
 
 from dataloaders.findings import LA, LA_SIDES, Facts, memory_gib
 
+INTENSITIES = {"mean": "mean", "sd": "standard deviation", "p1": "1st percentile", "p99": "99th percentile"}
+"""Attribute of `Facts` -> name of its row."""
+
 
 def volumes_ml(facts: Facts) -> dict[int, float]:
     """Class -> its size in ml; {} without a spacing."""
@@ -16,6 +19,7 @@ def volumes_ml(facts: Facts) -> dict[int, float]:
 
 def table(groups: dict[str, list[Facts]], classes: int) -> str:
     """Markdown: what each group is like, and LA."""
+    channels = max((x.channels for group in groups.values() for x in group), default=1)
 
     def span(values: Iterable[float], digits: int = 3) -> str:
         numbers = list(values)
@@ -31,23 +35,27 @@ def table(groups: dict[str, list[Facts]], classes: int) -> str:
 
     def column(group: list[Facts]) -> list[str]:
         if not group:
-            return ["0"] + [""] * (7 + 2 * classes)
+            return ["0"] + [""] * (3 + len(INTENSITIES) * channels + 2 * classes)
         sized = [x for x in group if x.voxels]
         spacings = [x.spacing for x in group if x.spacing]
         mm = " x ".join(span(axis) for axis in zip(*spacings, strict=True))
         cells = [str(len(group)), sides(group), mm]
-        cells += [span(getattr(x, name) for x in group) for name in ("mean", "sd", "p1", "p99")]
+        for channel in range(channels):
+            having = [x.of_channel(channel) for x in group if channel < x.channels]
+            cells += [span(getattr(x, name) for x in having) for name in INTENSITIES]
         for c in range(1, classes + 1):
             cells += [span(100 * x.voxels[c] / np.prod(x.shape) for x in sized if x.voxels and c in x.voxels)]
             cells += [span(volumes_ml(x)[c] for x in sized if c in volumes_ml(x))]
         return [*cells, f"{memory_gib(group):.3g}"]
 
-    rows = ["cases", "sides, voxels", "spacing, mm", "mean", "standard deviation", "1st percentile", "99th percentile"]
+    rows = ["cases", "sides, voxels", "spacing, mm"]
+    for channel in range(channels):
+        rows += [f"channel {channel}, {text}" if channels > 1 else text for text in INTENSITIES.values()]
     for c in range(1, classes + 1):
         rows += [f"class {c}, % of the voxels", f"class {c}, ml"]
     rows.append("in memory, GiB")
     la = ["100", " to ".join("x".join(map(str, s)) for s in LA_SIDES), "0.625 x 0.625 x 0.625"]
-    la += [span(LA[name]) for name in ("mean", "sd", "p1", "p99")]
+    la += [span(LA[name]) for name in INTENSITIES] + [""] * (len(INTENSITIES) * (channels - 1))
     la += [span(100 * x for x in LA["share"]), span(LA["ml"]), *[""] * (2 * classes - 2), "1.13"]
     columns = [rows, *(column(group) for group in groups.values()), la]
     lines = [f"| | {' | '.join([*groups, 'LA, all 100'])} |", "|---" * len(columns) + "|"]

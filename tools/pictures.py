@@ -29,7 +29,7 @@ import torch
 from numpy.typing import NDArray
 
 from dataloaders.cases import MOST_CLASSES, Case, CaseError, case_file, lists_of, read_case, read_geometry
-from dataloaders.normalization import normalized
+from dataloaders.normalization import normalization_of, normalized_case
 from evaluation.drawing import Figure
 from evaluation.figures import ComparedCase, MapsRow, around, as_png, draw_comparison, draw_maps, slice_of
 from evaluation.graphs import draw_curves, draw_differences, draw_labels, draw_scale
@@ -39,6 +39,7 @@ from evaluation.rows import mean_over, read_row, read_runs, runs_of
 from evaluation.sliding_window import sliding_window
 from evaluation.statistics import compare
 from methods import restore
+from utils.channels import with_channels
 from utils.checkpoint import load_checkpoint, write_whole
 from utils.errors import UserError, run
 from utils.options import Parser, fill, option
@@ -89,7 +90,7 @@ def find_case(folder: Path, name: str) -> Case:
 
 
 def read_scan(case: Case, z: int | None) -> tuple[NDArray[np.float32], NDArray[np.uint8], tuple[float, ...], int]:
-    """image and label (W,H,D), spacing in mm and the z slice to show.
+    """image (W,H,D) or (K,W,H,D), label (W,H,D), spacing in mm and the z slice to show.
 
     Raises:
         UserError: a case that cannot be used, or a slice that it does not have.
@@ -116,21 +117,28 @@ def figure2(paths: Sequence[str], o: Options) -> Figure:
     folder = Path(o.data or trained["data"])
     rows = []
     for name in o.cases or lists_of(folder)[1][:3]:
-        image, label, spacing, z = read_scan(find_case(folder, name), o.slice)
+        case = find_case(folder, name)
+        image, label, spacing, z = read_scan(case, o.slice)
         x, y = around(label[..., z] > 0)
-        scaled = normalized(image, trained.get("normalize", "none"))
+        try:
+            scaled = normalized_case(case, image, normalization_of(trained))
+        except CaseError as e:
+            raise UserError(f"{name}: {case.path} {e}.") from e
         maps = maps_of_slice(method, scaled, z, trained["patch_size"], trained["downsample"])
         shown = {key: maps[key][x, y] for key in sorted(maps, key="pqmz".find, reverse=True)}
-        rows.append(MapsRow(name, image[x, y, z], label[x, y, z], shown, spacing))
+        rows.append(MapsRow(name, with_channels(image)[0, x, y, z], label[x, y, z], shown, spacing))
     return draw_maps(rows)
 
 
 def maps_of_slice(
     method: Any, image: NDArray, z: int, patch_size: Sequence[int], downsample: int
 ) -> dict[str, NDArray[np.float32]]:
-    """image (W,H,D) -> name -> (W,H): the method's maps of the slice z, from windows that have it in their middle."""
+    """The method's maps of the slice z, name -> (W,H), from windows that have it in their middle.
+
+    The image is (W,H,D) or (K,W,H,D).
+    """
     depth = patch_size[2] * downsample
-    start = min(max(z - depth // 2, 0), max(image.shape[2] - depth, 0)) // downsample * downsample
+    start = min(max(z - depth // 2, 0), max(image.shape[-1] - depth, 0)) // downsample * downsample
     slab = torch.from_numpy(image[..., start : start + depth].copy())
     names: list[str] = []
 
@@ -141,7 +149,7 @@ def maps_of_slice(
 
     stride = (max(patch_size[0] // 3, 1), max(patch_size[1] // 3, 1), patch_size[2])
     maps = sliding_window(predict, downsample_image(slab, downsample), patch_size, stride, weighting="gaussian")
-    full = upsample_probability(maps, downsample, tuple(slab.shape))[..., z - start].numpy()
+    full = upsample_probability(maps, downsample, tuple(slab.shape[-3:]))[..., z - start].numpy()
     return dict(zip(names, full, strict=True))
 
 
@@ -174,7 +182,7 @@ def figure3(paths: Sequence[str], o: Options) -> Figure:
                 raise UserError(f"the prediction of {name} in {test} has {mask.shape} voxels, the scan {label.shape}.")
             dice = [segmentation_metrics(mask == c, label == c)["dice"] for c in range(1, int(label.max()) + 1)]
             predictions[title] = (mask, f"Dice {100 * np.mean(dice):.1f}" if dice else "")
-        compared.append(ComparedCase(name, image, label, z, predictions, spacing))
+        compared.append(ComparedCase(name, with_channels(image)[0], label, z, predictions, spacing))
     return draw_comparison(compared, *o.view)
 
 

@@ -21,6 +21,7 @@ from evaluation.predictions import read_prediction
 from evaluation.slices import fixed_slice
 from evaluation.surfaces import Camera, camera_around, render, surface
 from tools.report_tables import NAMES, metrics_of, shown
+from utils.channels import with_channels
 from utils.errors import UserError
 
 MOST_BYTES = 2_500_000  # of one scan's slices: two of them and the rest stay below 10 MB
@@ -57,6 +58,7 @@ class ShownCase:
         try:
             case = Case(name, path, labeled=True, classes=MOST_CLASSES)
             image, label = read_case(case)
+            image = with_channels(image)[0]  # the page shows the first channel
             self.spacing = read_geometry(case)["spacing"]
         except CaseError as e:
             raise UserError(f"{name}: {path} {e}") from e

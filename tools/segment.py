@@ -12,22 +12,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from dataloaders.cases import UNTOLD
+from dataloaders.cases import UNTOLD, Case
+from dataloaders.channels import Scan, normalise_channels, read_channels, refuse_number
 from dataloaders.images import (
     Geometry,
     anti_alias,
     ending_of,
     grid_of_spacing,
     moved,
-    normalise,
-    read_image,
     resample,
-    scan_name,
 )
-from dataloaders.normalization import normalized
+from dataloaders.normalization import Normalization, normalized, raw_of
 from dataloaders.orientation import turn_to
 from evaluation.sliding_window import mean_of_flips, sliding_slabs, windows
 from methods import Method
+from utils.channels import each_channel
 from utils.masks import label_map, largest_components
 from utils.resample import downsample_image, upsample_probability
 
@@ -42,8 +41,8 @@ class Model:
     outputs: list[str]
     """The output that is used of each method."""
     downsample: int
-    normalize: str
-    """How training normalised each volume, see dataloaders/normalization.py."""
+    normalize: Normalization
+    """How training normalised each volume."""
     patch_size: tuple[int, ...]
     spacing: tuple[float, ...] | None
     """mm along x, y, z, or None for the scan's own."""
@@ -51,9 +50,11 @@ class Model:
     """Where the axes of the training cases point, or None if their files do not say: axes are taken as stored."""
     classes: int
     flips: int
+    channels: list[str]
+    """Names of the K channels of a scan."""
 
     def predict(self, patches: Tensor) -> Tensor:
-        """(N,1,w,h,d) -> mean probability (N,C,w,h,d) over the methods and the flips."""
+        """(N,K,w,h,d) -> mean probability (N,C,w,h,d) over the methods and the flips."""
 
         def mean_of_methods(turned: Tensor) -> Tensor:
             pairs = zip(self.methods, self.outputs, strict=True)
@@ -64,18 +65,19 @@ class Model:
 
 
 def probability(model: Model, image: Tensor, predict: Callable[[Tensor], Tensor], **window: Any) -> NDArray[np.float32]:
-    """image (W,H,D) in the training's spacing -> probability of each class on that grid, (C,W,H,D), on the CPU.
+    """The probability of each class (C,W,H,D), on the CPU.
 
-    The device holds the image and a slab of one patch along x.
+    The image is (W,H,D) or (K,W,H,D), in the spacing of the training, and the result is on its grid. The device holds
+    the image and a slab of one patch along x.
     """
     coarse = downsample_image(image, model.downsample)
     p: Tensor | None = None
     for start, slab in sliding_slabs(predict, coarse, **window):
         if p is None:
-            p = torch.empty(len(slab), *coarse.shape)
+            p = torch.empty(len(slab), *coarse.shape[-3:])
         p[:, start : start + slab.shape[1]] = slab
     assert p is not None  # there is at least one window
-    return upsample_probability(p, model.downsample, tuple(image.shape)).numpy()
+    return upsample_probability(p, model.downsample, tuple(image.shape[-3:])).numpy()
 
 
 def onto_scan(
@@ -96,7 +98,7 @@ def onto_scan(
 
 def predict_scan(
     model: Model,
-    path: Path,
+    scan: Scan,
     device: torch.device,
     window: dict[str, Any],
     *,
@@ -104,9 +106,10 @@ def predict_scan(
     largest_component: bool,
     probabilities: str,
 ) -> dict[str, Any]:
-    """Segments the scan of a file.
+    """Segments a scan.
 
     Args:
+        scan: its files.
         window: patch_size, stride, weighting and batch_size of the sliding window.
         interpolation: of the intensities, a key of INTERPOLATORS.
         largest_component: whether only the largest component of each class is kept.
@@ -116,25 +119,29 @@ def predict_scan(
         `label` (W,H,D) uint8; `probability`, a volume (W,H,D) for each class, or None; `geometry` of the file.
 
     Raises:
-        CaseError: a scan that cannot be read or is constant.
+        CaseError: a scan that cannot be read, has other channels than the model takes, or is constant, also within
+            the window.
     """
-    source, stated = read_image(path)
+    path = scan.files[0]
+    source, stated = read_channels(scan.files)
+    refuse_number(source, model.channels)
     warn_of_unknown(path, stated, model)
     turn = turn_to(model.orientation, stated.get("direction"))
     source = turn(source)
-    shape = source.shape
-    image = source if ending_of(path) == ".h5" else normalise(source)[0]
+    shape = source.shape[-3:]
+    is_case = ending_of(path) == ".h5"
+    image, raw = (source, raw_of(Case(scan.name, path, labeled=False))) if is_case else normalise_channels(source)
     del source
     # The origin is left out: its rounding depends on how the scan is stored. The header brings the result to its place.
     spacing = turn.geometry(stated, shape).get("spacing")
     geometry = {**UNTOLD, "spacing": spacing or UNTOLD["spacing"]}
     size, grid = grid_of_spacing(shape, geometry, model.spacing if spacing else None)
     if grid is not geometry:
-        image = resample(image, geometry, size, grid, interpolation)
-    image = normalized(image, model.normalize)
+        image = each_channel(lambda x: resample(x, geometry, size, grid, interpolation), image)
+    image = normalized(image, model.normalize, raw)
     coarse = [-(-side // model.downsample) for side in size]
     count = len(windows(coarse, window["patch_size"], window["stride"]))
-    with tqdm(total=count, desc=scan_name(path), unit="window", disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=count, desc=scan.name, unit="window", disable=not sys.stderr.isatty()) as bar:
 
         def predict(patches: Tensor) -> Tensor:
             p = model.predict(patches)

@@ -26,7 +26,8 @@ from utils.options import Parser, fill, option
 from utils.shared_weights import CHECKSUM, ENDING, METADATA, NO_TENSORS, checksum_of
 
 KEPT = (  # of a checkpoint
-    "format", "options", "iteration", "seconds", "checksums", "images", "processes", "spacing", "orientation"
+    "format", "options", "iteration", "seconds", "checksums", "images", "processes", "spacing", "orientation",
+    "channel_names",
 )  # fmt: skip
 OVERHEAD = 256  # bytes of a file's header for each tensor, at most
 

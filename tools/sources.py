@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dataloaders.cases import LA_SPLITS, read_list
+from dataloaders.channels import by_number, channel_names_in, in_order
 from dataloaders.class_names import DATASET, names_in, read_dataset
 from dataloaders.images import WRITTEN_AS, ending_of, scan_name
 from tools.growing import Before
@@ -17,7 +18,7 @@ from utils.errors import UserError
 from utils.text import read_text
 
 TEST_SHARE = 0.2
-COLUMNS = ("image", "label", "split", "name")
+COLUMNS = ("label", "split", "name")
 IMAGES_TS = ("unlabeled", "leave")
 FOLDERS = ("images", "labels", "imagesTr", "labelsTr", "imagesTs", "labelsTs")
 NOTES = (".json", ".txt", ".csv", ".tsv", ".md", ".xml", ".yaml", ".yml", ".log")  # of files that describe a scan
@@ -32,6 +33,13 @@ class Source:
     image: Path
     label: Path | None
     split: str = ""
+    more: tuple[Path, ...] = ()
+    """The files of further channels."""
+
+    @property
+    def images(self) -> tuple[Path, ...]:
+        """The files of all channels; one file may hold several."""
+        return (self.image, *self.more)
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,8 @@ class SourceSet:
     """Scans of imagesTs without label that are left out."""
     names: dict[int, str] = field(default_factory=dict)
     """Value of a label -> name of its class, from dataset.json."""
+    channels: list[str] = field(default_factory=list)
+    """Names of the channels, from dataset.json or a CSV; [] where the source states none."""
     absent: list[str] = field(default_factory=list)
     """Training scans, or their labels, that dataset.json lists and that are not there."""
 
@@ -60,12 +70,14 @@ def find_sources(source: Path, images_ts: str = "") -> SourceSet:
 
     Raises:
         UserError: no such folder or file, no layout that is known, labels without scan, a label that cannot be read,
-            names that occur twice, an `images_ts` without any such scan, a dataset.json with other content.
+            names that occur twice, scans that differ in the number of files, an `images_ts` without any such scan, a
+            dataset.json with other content.
     """
     if source.is_file():
         if images_ts:
             raise UserError("--images-ts is given, but a CSV has no imagesTs. Leave it out.")
-        return SourceSet(_distinct(read_manifest(source), source))
+        scans, channels = read_manifest(source)
+        return SourceSet(_distinct(scans, source), channels=channels)
     if not source.is_dir():
         raise UserError(f"--source {source} does not exist. Give a folder of scans or a CSV that lists them.")
     unread = _loose(source)
@@ -88,7 +100,15 @@ def find_sources(source: Path, images_ts: str = "") -> SourceSet:
         )
     dataset = read_dataset(source / DATASET)
     absent = _absent(dataset, scans, left_out)
-    return SourceSet(_distinct(scans, source), challenge, unread, left_out, names_in(dataset, source / DATASET), absent)
+    channels = channel_names_in(dataset, source / DATASET)
+    files = len(scans[0].images)
+    differ = [scan.name for scan in scans if len(scan.images) != files]
+    if differ or 1 < files != (len(channels) or files):
+        what = f"{scans[0].name} has {files} files of channels (_0000, ...)"
+        other = f"{differ[0]} another number" if differ else f"{DATASET} names {len(channels)}, {', '.join(channels)}"
+        raise UserError(f"{source}: {what}, and {other}. Every scan needs the same channels. Add what is missing.")
+    names = names_in(dataset, source / DATASET)
+    return SourceSet(_distinct(scans, source), challenge, unread, left_out, names, channels, absent)
 
 
 def shown(paths: Sequence[Path], folder: Path) -> str:
@@ -147,18 +167,19 @@ def _in_two_folders(
 ) -> list[Source]:
     """The scans of two folders. Other files there are added to `unread`.
 
-    Names that end in _0000, as nnU-Net's scans do, lose that, unless labels have such names too or `literal` is set.
+    Files NAME_0000, NAME_0001, ..., as nnU-Net has them, are the channels of the scan NAME, unless labels have such
+    names too or `literal` is set.
     """
     scans, label_files = _scans_in(images), _scans_in(labels)
     others = _unread_in(images)
     unread += [*others, *_unread_in(labels)]
+    more: dict[str, tuple[Path, ...]] = {}
     if not literal and not scans.keys() & label_files.keys():
-        if any(name.endswith("_0001") for name in scans) and any(name.endswith("_0000") for name in scans):
-            raise UserError(
-                f"{images} holds scans of several channels (_0001), and one is read here. Keep the _0000 alone."
-            )
-        if scans and all(name.endswith("_0000") for name in scans):
-            scans = {name.removesuffix("_0000"): path for name, path in scans.items()}
+        numbered = by_number(list(scans.values()))
+        if sum(map(len, numbered.values())) == len(scans) and any(name.endswith("_0000") for name in scans):
+            channels = {name: in_order(name, files, images) for (_, name), files in numbered.items()}
+            scans = {name: files[0] for name, files in channels.items()}
+            more = {name: files[1:] for name, files in channels.items()}
     _refuse_orphans([label_files[name] for name in label_files if name not in scans], images, others)
     for name, path in scans.items():
         if (match := LABEL_OF.fullmatch(name)) and match[1] in scans:
@@ -167,7 +188,7 @@ def _in_two_folders(
                 "that scan's name, or elsewhere."
             )
     _refuse_unread_labels(_unread_in(labels), {name: label_files.get(name) for name in scans})
-    return [Source(name, path, label_files.get(name), split) for name, path in scans.items()]
+    return [Source(name, path, label_files.get(name), split, more.get(name, ())) for name, path in scans.items()]
 
 
 def _in_nnunet_folders(source: Path, unread: list[Path]) -> tuple[list[Source], list[Source], list[Source]]:
@@ -236,8 +257,9 @@ def _absent(dataset: dict[str, Any], scans: Sequence[Source], left_out: Sequence
     return names
 
 
-def read_manifest(path: Path) -> list[Source]:
-    """The rows of a CSV with the column image and, optionally, label, split and name.
+def read_manifest(path: Path) -> tuple[list[Source], list[str]]:
+    """The rows of a CSV with the column image, or several image_NAME, one for each channel, and, optionally, label,
+    split and name; and the names of the channels, if there are several.
 
     Raises:
         UserError: unreadable, other columns, an empty image, a split other than train and test.
@@ -247,20 +269,26 @@ def read_manifest(path: Path) -> list[Source]:
     except (OSError, ValueError, csv.Error) as e:
         raise UserError(f"cannot read {path}: {e}. It must be a CSV with the column image.") from e
     columns = [name for name in (rows[0] if rows else ()) if name is not None]
-    unknown = [name for name in columns if name not in COLUMNS]
-    if "image" not in columns or unknown or any(None in row for row in rows):
+    images = [name for name in columns if name == "image" or name.startswith("image_")]
+    unknown = [name for name in columns if name not in (*images, *COLUMNS)]
+    if not images or (len(images) > 1 and "image" in images) or unknown or any(None in row for row in rows):
         raise UserError(
-            f"{path} has the columns {', '.join(columns) or 'none'}. Use image and, if wanted, label, split, name."
+            f"{path} has the columns {', '.join(columns) or 'none'}. Use image and, if wanted, label, split, name; "
+            "several channels are a column image_NAME each."
         )
     scans = []
     for line, row in enumerate(rows, 2):
-        values = {name: (row.get(name) or "").strip() for name in COLUMNS}
-        if not values["image"] or values["split"] not in ("", "train", "test"):
-            raise UserError(f"{path}, line {line}: an image is needed, and the split must be train, test or nothing.")
-        image = path.parent / values["image"]
+        values = {name: (row.get(name) or "").strip() for name in (*images, *COLUMNS)}
+        empty = [name for name in images if not values[name]]
+        if empty or values["split"] not in ("", "train", "test"):
+            what = (
+                f"the column {empty[0]} is empty, and an image is needed" if len(images) > 1 else "an image is needed"
+            )
+            raise UserError(f"{path}, line {line}: {what}, and the split must be train, test or nothing.")
+        image, *more = (path.parent / values[name] for name in images)
         label = path.parent / values["label"] if values["label"] else None
-        scans.append(Source(values["name"] or scan_name(image), image, label, values["split"]))
-    return scans
+        scans.append(Source(values["name"] or scan_name(image), image, label, values["split"], tuple(more)))
+    return scans, [name.removeprefix("image_") for name in images] if len(images) > 1 else []
 
 
 def _distinct(scans: list[Source], where: Path) -> list[Source]:

@@ -45,7 +45,7 @@ def start_from(method: Method, name: str, state: dict[str, Any]) -> dict[str, An
     ]
     if differ:
         options = [
-            f"{flag_of(f.name)} is {was} there and {now} here"
+            f"{flag_of(f.name) if f.metadata['flag'] else f.name} is {was} there and {now} here"
             for f in dataclasses.fields(method.options)
             if (was := saved.get(f.name, default_of(f))) != (now := getattr(method.options, f.name))
         ]

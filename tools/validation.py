@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from dataloaders.cases import Case, CaseError, read_case
-from dataloaders.normalization import normalized
+from dataloaders.normalization import Normalization, normalized_case
 from evaluation.metrics import mean_and_sd
 from evaluation.scores import mean_dice
 from evaluation.sliding_window import half_a_patch, predict_scan
@@ -21,7 +21,7 @@ def validation_dice(
     device: torch.device,
     *,
     downsample: int,
-    normalize: str,
+    normalize: Normalization,
     patch_size: Sequence[int],
     batch_size: int,
 ) -> float:
@@ -47,11 +47,12 @@ def validation_dice(
     for case in cases[RANK::RANKS]:
         try:
             image, label = read_case(case)
+            image = normalized_case(case, image, normalize)
         except CaseError as e:
             raise UserError(f"the validation case {case.path} {e}. It was whole when the training began.") from e
         assert label is not None
         p = predict_scan(
-            method, torch.from_numpy(normalized(image, normalize)).to(device), method.outputs[:1],
+            method, torch.from_numpy(image).to(device), method.outputs[:1],
             downsample=downsample, patch_size=patch_size, stride=half_a_patch(patch_size), weighting="uniform",
             batch_size=batch_size,
         )  # fmt: skip

@@ -175,6 +175,11 @@ def unfinished(state: dict[str, Any]) -> str:
     return "" if best or done >= iterations else f"{done} of {iterations} iterations"
 
 
+def channels_of_state(state: dict[str, Any]) -> list[str]:
+    """Names of the channels that a checkpoint was trained on; early ones state none and have one."""
+    return state.get("channel_names") or [f"channel {i}" for i in range(state["options"].get("channels", 1))]
+
+
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
     """Bare weights on the CPU: a state_dict as torch.save writes it, also in its format before torch 1.6.
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from utils.distributed import RANKS
 from utils.errors import UserError
 
 CARDS = ("/dev/nvidia[0-9]*", "/proc/driver/nvidia/gpus/*")  # of NVIDIA's driver on Linux
@@ -25,6 +26,7 @@ NO_MEMORY = re.compile(  # messages of torch, its libraries and the system, as t
     re.IGNORECASE,
 )
 OF_GPU = re.compile("cuda|cudnn|cublas|cusolver|cufft|cusparse|nccl|\\bhip\\b|engine", re.IGNORECASE)
+SINCE_AMPERE = (8, 0)  # compute capability of the first cards with tf32 and bf16
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
 
 
@@ -47,6 +49,10 @@ def choose_device(name: str) -> torch.device:
     except RuntimeError as e:
         raise UserError(f"--device {name} is no device. Use auto, cpu, cuda or cuda:N.") from e
     if device.type == "cuda":
+        if device.index is not None and RANKS > 1:
+            raise UserError(
+                f"--device {name} would put all {RANKS} processes on one GPU. Use --device cuda: each takes its own."
+            )
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
         if index >= count:
@@ -105,9 +111,19 @@ def set_arithmetic(*, deterministic: bool) -> None:
 
 
 def refuse_precision(precision: str, device: torch.device) -> None:
-    """Raises UserError for a --precision that the device has no arithmetic for."""
+    """Raises UserError for a --precision that the device has no arithmetic for.
+
+    Older cards take tf32 and bf16 too, but compute in fp32 then, or slower than that.
+    """
     if precision == "tf32" and device.type != "cuda":
         raise UserError("--precision tf32 is arithmetic of GPUs, and this is a CPU. Leave it out.")
+    if precision in ("tf32", "bf16") and device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < SINCE_AMPERE:
+            raise UserError(
+                f"--precision {precision} needs a card of compute capability {'.'.join(map(str, SINCE_AMPERE))} or "
+                f"newer; {torch.cuda.get_device_name(device)} has {'.'.join(map(str, capability))}. Leave it out."
+            )
 
 
 def keep_freed_memory() -> None:

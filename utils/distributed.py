@@ -4,6 +4,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from itertools import zip_longest
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 RANK = int(os.environ.get("RANK", 0))
 RANKS = int(os.environ.get("WORLD_SIZE", 1))
+PATIENCE = timedelta(hours=1)
+"""How long a process waits for the others. At the start, one of them may check a whole data set first."""
 _LAST_WORK: list[Any] = []
 
 
@@ -29,7 +32,9 @@ def process_group(device: torch.device) -> Iterator[None]:
         # before still stand; with several machines it makes a new one.
         store, *_ = next(dist.rendezvous("env://", RANK, RANKS))
         where = {"store": dist.PrefixStore(f"attempt {attempt}", store), "rank": RANK, "world_size": RANKS}
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **where)
+    if device.type == "cuda":
+        where["device_id"] = device
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE, **where)
     try:
         yield
     finally:

@@ -39,6 +39,7 @@ def option(
     maximum: float = math.inf,
     harmless: bool = False,
     only_if: Condition | Sequence[Condition] = (),
+    flag: bool = True,
 ) -> Any:
     """A dataclass field that is also a flag.
 
@@ -48,8 +49,9 @@ def option(
         minimum, maximum: numbers outside are refused.
         only_if: the option has an effect only if this condition, or one of a list of them, holds completely. If none
             does, `refuse_idle` refuses the flag.
+        flag: False of a field that the data decide; no flag sets it.
     """
-    about = {"help": help, "group": group, "type": type, "choices": choices, "nargs": nargs}
+    about = {"help": help, "group": group, "type": type, "choices": choices, "nargs": nargs, "flag": flag}
     about |= {"minimum": minimum, "maximum": maximum, "harmless": harmless}
     about["only_if"] = [only_if] if isinstance(only_if, Mapping) else list(only_if)
     if isinstance(default, list):
@@ -133,7 +135,7 @@ class Parser(argparse.ArgumentParser):
     def add_dataclass(self, cls: type, title: str | None = None) -> None:
         """Adds a flag for every field of the dataclass made by `option`, grouped by its `group`, or under `title`."""
         groups: dict[str, Any] = {}
-        for f in dataclasses.fields(cls):
+        for f in (f for f in dataclasses.fields(cls) if f.metadata["flag"]):
             about, default = f.metadata, default_of(f)
             name = title or about["group"]
             if name not in groups:
@@ -311,7 +313,8 @@ def varied(now: Any, usual: Any, skip: Sequence[str] = ()) -> list[str]:
     parts = []
     for f in dataclasses.fields(now):
         value = getattr(now, f.name)
-        if f.metadata["harmless"] or f.name in skip or value == getattr(usual, f.name):
+        ignored = f.metadata["harmless"] or not f.metadata["flag"] or f.name in skip
+        if ignored or value == getattr(usual, f.name):
             continue
         shown = "x".join(map(str, value)) if isinstance(value, list) else value
         parts.append(f"{f.name.replace('_', '')}{shown}")

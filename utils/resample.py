@@ -9,12 +9,13 @@ from torch import Tensor
 
 
 def _pool(volume: Tensor, factor: int) -> Tensor:
-    cells = volume[None, None].float()
-    return F.avg_pool3d(cells, factor, ceil_mode=True, count_include_pad=False)[0, 0]
+    cells = volume.reshape(1, -1, *volume.shape[-3:]).float()
+    pooled = F.avg_pool3d(cells, factor, ceil_mode=True, count_include_pad=False)[0]
+    return pooled.reshape(*volume.shape[:-3], *pooled.shape[1:])
 
 
 def downsample_image(image: Tensor, factor: int) -> Tensor:
-    """(W,H,D) float -> mean of each factor^3 cell, (ceil(W/f), ...); cells at the edge average fewer voxels."""
+    """(...,W,H,D) float -> mean of each factor^3 cell, (...,ceil(W/f), ...); cells at the edge average fewer voxels."""
     return image if factor == 1 else _pool(image, factor)
 
 

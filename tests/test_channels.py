@@ -1,0 +1,423 @@
+"""Scans of several channels: from nnU-Net's files, a CSV or a 4-D NIfTI to predictions, against SimpleITK and numpy."""
+
+import glob
+import hashlib
+import json
+import shlex
+import shutil
+from importlib import import_module
+from pathlib import Path
+
+import h5py
+import nibabel
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from conftest import TINY, make_set, write_case
+from scans import OBLIQUE, ball, turned, write
+from test_own_data import COMMANDS, SMALL
+
+import predict
+import test_la
+import train_dtml
+from dataloaders.augmentation import random_intensities
+from dataloaders.cases import Case, read_case
+from dataloaders.images import read_image, read_label, to_physical
+from dataloaders.normalization import Normalization
+from dataloaders.two_stream import Patches, Slot
+from dataloaders.volumes import Volumes
+from evaluation.sliding_window import sliding_window
+from losses.perturbation import strong_view
+from methods import METHODS
+from methods.released import load_trained
+from tools import check, convert, pictures
+from utils.errors import UserError
+
+SHAPE = (30, 28, 18)
+SCAN = Normalization("scan")
+NAMES = ["T1", "FLAIR"]
+
+
+def scan(i: int, shape=SHAPE) -> tuple[np.ndarray, np.ndarray, dict]:
+    """Image (K,W,H,D), each channel with its own noise and contrast, label of a ball, and an oblique geometry."""
+    rng = np.random.default_rng(i)
+    geometry = {**OBLIQUE, "origin": tuple(rng.uniform(-50, 50, 3))}
+    label = ball(shape, geometry, to_physical(geometry, np.array(shape) / 2 + rng.uniform(-3, 3, 3)), 7.0)
+    contrasts = [100.0 * (1 - 2 * c) * label for c in range(2)]
+    image = np.stack([300 + 100 * c + x + 10 * rng.standard_normal(shape) for c, x in enumerate(contrasts)])
+    return image.astype(np.float32), label, geometry
+
+
+def nnunet(folder: Path, labeled: int = 5, unlabeled: int = 1, shape=SHAPE) -> Path:
+    """nnU-Net's layout: imagesTr/p0_0000.nii.gz, p0_0001.nii.gz, labelsTr/p0.nii.gz; unlabeled scans in imagesTs."""
+    for i in range(labeled + unlabeled):
+        image, label, geometry = scan(i, shape)
+        where = "imagesTr" if i < labeled else "imagesTs"
+        for c, channel in enumerate(image):
+            write(folder / where / f"p{i}_{c:04}.nii.gz", channel, geometry)
+        if i < labeled:
+            write(folder / "labelsTr" / f"p{i}.nii.gz", label, geometry)
+    names = {"channel_names": {str(c): name for c, name in enumerate(NAMES)}}
+    (folder / "dataset.json").write_text(json.dumps(names))
+    return folder
+
+
+def two_channels(folder: Path, channels: int = 2, **words) -> Path:
+    """The set of `make_set`, with further channels that are mixtures of the first and noise."""
+    make_set(folder, **words)
+    for path in sorted(folder.glob("*/mri_norm2.h5")):
+        with h5py.File(path, "r+") as f:
+            first = f["image"][()]
+            noise = np.random.default_rng(len(path.parent.name)).standard_normal((channels - 1, *first.shape))
+            del f["image"]
+            f["image"] = np.concatenate([first[None], 0.5 * noise - first]).astype(np.float32)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """scans/ in nnU-Net's layout, set/ made of them with the scans' own voxels, and runs/two trained on it."""
+    folder = tmp_path_factory.mktemp("world")
+    nnunet(folder / "scans")
+    convert.main(["--source", str(folder / "scans"), "--out", str(folder / "set"), "--validation-share", "0.2"])
+    train(folder / "set", folder / "runs" / "two", "--validate-every", "3", "--method", "supervised")
+    return folder
+
+
+def train(data: Path, run: Path, *words: str) -> Path:
+    argv = ["--data", str(data), *TINY, "--labeled", "2", "--batch-size", "2", "--iterations", "3", "--device", "cpu"]
+    train_dtml.main([*argv, "--runs", str(run.parent), "--name", run.name, *words])
+    return run
+
+
+def test_a_case_holds_what_simpleitk_reads_from_the_channels_files(world):
+    for i in range(6):
+        where = "imagesTr" if i < 5 else "imagesTs"
+        with h5py.File(world / "set" / f"p{i}" / "mri_norm2.h5") as f:
+            assert f["image"].shape == (2, *f["image"].shape[1:]) and f["image"].chunks[0] == 1
+            for c in range(2):
+                picture = sitk.ReadImage(str(world / "scans" / where / f"p{i}_{c:04}.nii.gz"), sitk.sitkFloat64)
+                array = sitk.GetArrayFromImage(picture).transpose(2, 1, 0)
+                geometry = {"spacing": picture.GetSpacing(), "origin": picture.GetOrigin(),
+                            "direction": picture.GetDirection()}  # fmt: skip
+                expected, there = turned((array - array.mean()) / array.std(), geometry)
+                np.testing.assert_allclose(f["image"][c], expected, atol=1e-5)
+                np.testing.assert_allclose(f.attrs["origin"], there["origin"], atol=1e-3)
+                assert f.attrs["mean"][c] == pytest.approx(array.mean(), rel=1e-6)
+            assert ("label" in f) == (i < 5)
+    assert json.loads((world / "set" / "dataset.json").read_text())["channel_names"] == {"0": "T1", "1": "FLAIR"}
+
+
+@pytest.mark.parametrize("layout", ["csv", "decathlon"])
+def test_a_csv_and_4d_files_give_the_same_cases(layout, world, tmp_path):
+    source = tmp_path / "source"
+    if layout == "csv":
+        rows = [f"imagesTr/p{i}_0000.nii.gz,imagesTr/p{i}_0001.nii.gz,labelsTr/p{i}.nii.gz,p{i}" for i in range(5)]
+        rows.append("imagesTs/p5_0000.nii.gz,imagesTs/p5_0001.nii.gz,,p5")
+        shutil.copytree(world / "scans", source)
+        (source / "scans.csv").write_text("image_T1,image_FLAIR,label,name\n" + "\n".join(rows) + "\n")
+        given = source / "scans.csv"
+    else:  # by nibabel, as one file (X,Y,Z,channel)
+        for i in range(6):
+            where = "imagesTr" if i < 5 else "imagesTs"
+            parts = [nibabel.load(world / "scans" / where / f"p{i}_{c:04}.nii.gz") for c in range(2)]
+            (source / where).mkdir(parents=True, exist_ok=True)
+            array = np.stack([part.get_fdata(dtype=np.float32) for part in parts], axis=-1)
+            nibabel.save(nibabel.Nifti1Image(array, parts[0].affine), source / where / f"p{i}.nii.gz")
+        shutil.copytree(world / "scans" / "labelsTr", source / "labelsTr")
+        (source / "dataset.json").write_text(json.dumps({"modality": {"0": "T1", "1": "FLAIR"}}))
+        given = source
+    convert.main(["--source", str(given), "--out", str(tmp_path / "set"), "--validation-share", "0.2"])
+    for name in ("train.list", "test.list", "validation.list"):
+        assert (tmp_path / "set" / name).read_text() == (world / "set" / name).read_text()
+    for i in range(6):
+        cases = [Case(f"p{i}", where / "set" / f"p{i}" / "mri_norm2.h5", labeled=i < 5) for where in (world, tmp_path)]
+        (image, label), (other, other_label) = map(read_case, cases)
+        np.testing.assert_array_equal(image, other)
+        np.testing.assert_array_equal(label, other_label)
+    assert json.loads((tmp_path / "set" / "dataset.json").read_text())["channel_names"] == {"0": "T1", "1": "FLAIR"}
+
+
+def test_convert_treats_each_channel_as_a_scan_of_its_own(tmp_path):
+    """Bit for bit, with resampling and a crop."""
+    nnunet(tmp_path / "scans", labeled=2, unlabeled=0)
+    words = ["--spacing", "1.6", "1", "2", "--crop", "label"]
+    convert.main(["--source", str(tmp_path / "scans"), "--out", str(tmp_path / "set"), *words])
+    for c in range(2):
+        source = tmp_path / f"scans{c}"
+        shutil.copytree(tmp_path / "scans" / "labelsTr", source / "labelsTr")
+        (source / "imagesTr").mkdir()
+        for path in (tmp_path / "scans" / "imagesTr").glob(f"*_{c:04}.nii.gz"):
+            shutil.copy(path, source / "imagesTr" / path.name.replace(f"_{c:04}", ""))
+        convert.main(["--source", str(source), "--out", str(tmp_path / f"set{c}"), *words])
+        for i in range(2):
+            (image, label), (one, its_label) = (
+                read_case(Case("", tmp_path / where / f"p{i}" / "mri_norm2.h5", True)) for where in ("set", f"set{c}")
+            )
+            assert one.ndim == 3
+            np.testing.assert_array_equal(image[c], one)
+            np.testing.assert_array_equal(label, its_label)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("place", r"p1_0001.nii.gz lies on another grid than .*p1_0000.nii.gz: \(30, 28, 18\) voxels, spacing"),
+        ("shape", r"p1_0001.nii.gz lies on another grid than .*p1_0000.nii.gz: \(30, 28, 17\) voxels"),
+        ("volumes", r"p1_0001.nii.gz has 2 channels, where a file for each channel has one"),
+        (
+            "missing",
+            r"p1 has 1 files? of|has no p1_0001|p0 has 2 files of channels \(_0000, ...\), and p1 another number",
+        ),
+        ("gap", r"has no p1_0001, and p1_0002.nii.gz is there"),
+        ("names", r"dataset.json names 3, T1, T2, FLAIR"),
+    ],
+)
+def test_channels_that_do_not_fit_are_refused(change, message, tmp_path):
+    nnunet(tmp_path / "scans", labeled=3, unlabeled=0)
+    path = tmp_path / "scans" / "imagesTr" / "p1_0001.nii.gz"
+    image, _, geometry = scan(1)
+    if change == "place":
+        write(path, image[1], {**geometry, "origin": (0.0, 0.0, 0.0)})
+    elif change == "shape":
+        write(path, image[1][..., 1:], geometry)
+    elif change == "volumes":
+        nibabel.save(nibabel.Nifti1Image(np.moveaxis(image, 0, -1), nibabel.load(path).affine), path)
+    elif change == "names":
+        names = {"0": "T1", "1": "T2", "2": "FLAIR"}
+        (tmp_path / "scans" / "dataset.json").write_text(json.dumps({"channel_names": names}))
+    else:
+        path.rename(path.with_name("p1_0002.nii.gz" if change == "gap" else ".p1_0001.nii.gz"))
+    with pytest.raises(UserError, match=message):
+        convert.main(["--source", str(tmp_path / "scans"), "--out", str(tmp_path / "set")])
+
+
+def test_a_set_keeps_to_its_channels(tmp_path):
+    """Other names, or one channel in place of two, are refused when it grows."""
+    nnunet(tmp_path / "scans", labeled=2, unlabeled=0)
+    words = ["--source", str(tmp_path / "scans"), "--out", str(tmp_path / "set")]
+    convert.main(words)
+    convert.main(words)
+    (tmp_path / "scans" / "dataset.json").write_text(json.dumps({"channel_names": {"0": "FLAIR", "1": "T1"}}))
+    with pytest.raises(UserError, match=r"channels: \['T1', 'FLAIR'\] before, \['FLAIR', 'T1'\] now"):
+        convert.main(words)
+    for path in (tmp_path / "scans").glob("*/p*"):
+        path.rename(path.with_name(path.name.replace("p", "q", 1)))
+    for path in (tmp_path / "scans" / "imagesTr").glob("*_0001*"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"made in another way \(channels: \['T1', 'FLAIR'\] before, None now"):
+        convert.main(words)
+
+
+@pytest.mark.parametrize("downsample", [1, 2])
+@pytest.mark.parametrize("cache", ["ram", "disk", "none"])
+def test_crops_are_those_of_each_channel_alone(cache, downsample, tmp_path):
+    """Turned, flipped, scaled by the channel's own percentiles and padded, as one-channel sets of the same volumes."""
+    two_channels(tmp_path / "two", train=2, test=1, labeled=2, shape=(24, 22, 14))
+    sets = {"two": None, "0": 0, "1": 1}
+    crops = {}
+    for name, c in sets.items():
+        cases = [Case(f"case{i:02d}", tmp_path / name / f"case{i:02d}" / "mri_norm2.h5", True) for i in range(2)]
+        for case in cases if c is not None else ():
+            image, label = read_case(Case("", tmp_path / "two" / case.name / "mri_norm2.h5", True))
+            write_case(case.path, image[c], label)
+        for _ in range(1 + (cache != "ram")):  # what a first run left on disk is read too
+            volumes = Volumes(cases, cache=cache, downsample=downsample, normalize=SCAN, folder=tmp_path / f"c{name}")
+        patches = Patches(volumes, patch_size=(16, 16, 16), augment="d4", seed=3, sdm=True)
+        crops[name] = [patches[Slot(step, 0, step % 2)] for step in range(8)]
+    for two, *ones in zip(*crops.values(), strict=True):
+        assert two["image"].shape == (2, 16, 16, 16)
+        assert torch.equal(two["image"], torch.cat([one["image"] for one in ones]))
+        assert torch.equal(two["label"], ones[0]["label"]) and torch.equal(two["sdm"], ones[1]["sdm"])
+
+
+def test_intensities_are_drawn_for_each_channel(tmp_path):
+    two_channels(tmp_path, train=1, test=1, labeled=1)
+    volumes = Volumes([Case("case00", tmp_path / "case00" / "mri_norm2.h5", True)])
+    plain, varied = (
+        Patches(volumes, patch_size=(16, 16, 16), augment="d4", seed=3, sdm=False, intensity=x) for x in (0.0, 0.4)
+    )
+    slot = Slot(5, 1, 0)
+    _, generator = varied.draws(slot)
+    expected = [random_intensities(channel, generator, 0.4) for channel in plain[slot]["image"]]
+    assert torch.equal(varied[slot]["image"], torch.stack(expected))
+
+
+def test_strong_views_are_of_each_channel():
+    """With one channel as before, and no channel depends on another: drawn twice with another second channel."""
+    image = torch.randn(3, 2, 8, 8, 8)
+    torch.manual_seed(0)
+    first = strong_view(image, 0.5)
+    torch.manual_seed(0)
+    other = strong_view(torch.stack([image[:, 0], 7 - 3 * image[:, 1]], dim=1), 0.5)
+    assert torch.equal(first[:, 0], other[:, 0]) and not torch.equal(first[:, 1], other[:, 1])
+    scales = (first.flatten(2).std(2) / image.flatten(2).std(2)).flatten()
+    assert len(set(scales.tolist())) == 6
+
+
+def test_the_sliding_window_shows_every_channel_to_the_network():
+    """A network that adds up its channels with weights gives that sum of the volumes, padded sides and all."""
+    image = torch.randn(3, 20, 12, 17)
+    weights = torch.tensor([1.0, -2.0, 0.5]).view(-1, 1, 1, 1)
+    found = sliding_window(lambda x: (x * weights).sum(dim=1, keepdim=True), image, (16, 16, 16), (5, 7, 4))
+    torch.testing.assert_close(found[0], (image * weights).sum(dim=0))
+
+
+@pytest.mark.parametrize(
+    ("method", "backbone"), [*((m, "vnet") for m in METHODS), ("dtml", "uxnet"), ("mc-net-plus", "uxnet")]
+)
+def test_every_method_learns_from_every_channel(method, backbone):
+    """The first convolution has two input channels, and what is minimised depends on both."""
+    flags = {"backbone": backbone, "channels": 2, "filters": 2}
+    flags |= {"query_channels": 16, "groups": [3, 2], "levels": [8, 4]} if method == "dk-uxnet" else {}
+    flags |= {"critic_image": True} if method == "asdnet" else {}
+    kind = METHODS[method]
+    options = kind.Options(**flags)
+    torch.manual_seed(0)
+    network = kind(options, iterations=1)
+    label = (torch.rand(2, 16, 16, 16) > 0.5).to(torch.uint8)
+    batch = {"image": torch.randn(4, 2, 16, 16, 16), "label": label, "case": list("abcd")}
+    batch |= {"other_image": torch.randn(4, 2, 16, 16, 16), "other_label": label}
+    batch["sdm"] = torch.rand(2, 1, 16, 16, 16) * 2 - 1
+    if not kind.uses_unlabeled:
+        batch["image"] = batch["image"][:2]
+    batch["image"].requires_grad_()
+    losses = network.train()(batch, 0)
+    losses.total.backward()
+    assert (batch["image"].grad.abs().amax((0, 2, 3, 4)) > 0).all()
+    batch["image"] = batch["image"].detach()
+    network.after_step(batch, 0)
+    network.eval()
+    with torch.no_grad():
+        p = network.predict(batch["image"], network.outputs)
+        assert p.shape == (len(batch["image"]), len(network.outputs), 16, 16, 16)
+        assert all(x.shape == (len(p), 16, 16, 16) for x in network.maps(batch["image"]).values())
+
+
+def test_the_commands_of_own_data_take_two_channels(tmp_path, monkeypatch):
+    """Those of the page, on scans of nnU-Net's layout with oblique, anisotropic voxels."""
+    monkeypatch.chdir(tmp_path)
+    shape = (22, 20, 12)
+    nnunet(tmp_path / "scans", labeled=5, unlabeled=1, shape=shape)
+    (tmp_path / "new").mkdir()
+    for path in (tmp_path / "scans" / "imagesTs").glob("*"):
+        shutil.copy(path, tmp_path / "new")
+    for command in COMMANDS:
+        _, first, *words = shlex.split(command)
+        module = words.pop(0) if first == "-m" else first.removesuffix(".py")
+        words = [x for word in words for x in (sorted(glob.glob(word)) if "*" in word else [word])]
+        words += [*SMALL, "--iterations", "3"] if module == "train_dtml" else []
+        words += ["--labeled", "3"] if module in ("train_dtml", "tools.check") else []
+        words += ["--workers", "1"] if module in ("tools.convert", "tools.check") else []
+        import_module(module).main(words)
+    _, geometry = read_image(tmp_path / "new" / "p5_0000.nii.gz")
+    label, there = read_label(tmp_path / "predictions" / "p5.nii.gz")
+    assert label.shape == shape and all(np.allclose(geometry[name], there[name], atol=1e-5) for name in geometry)
+    assert "p5" in (tmp_path / "predictions" / "volumes.csv").read_text()
+    pictures.main(["figure2", "runs/mine", "--cases", "p0", "--out", "figure2.png", "--dpi", "50"])
+
+
+def sha(run: Path) -> str:
+    """SHA-256 of a run's weights."""
+    weights = torch.load(run / "last.pt", weights_only=True)["method"]
+    return hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights.values())).hexdigest()
+
+
+def test_a_run_is_the_same_in_every_cache_and_when_resumed(tmp_path):
+    two_channels(tmp_path / "set", train=4, labeled=2)
+    words = ["--normalize", "scan", "--intensity", "0.3", "--method", "supervised"]
+    whole = [sha(train(tmp_path / "set", tmp_path / c, *words, "--cache", c)) for c in ("ram", "disk", "none")]
+    train(tmp_path / "set", tmp_path / "cut", *words, "--iterations", "1")
+    state = torch.load(tmp_path / "cut" / "last.pt", weights_only=True)
+    state["options"]["iterations"] = 3
+    state["options"]["lr_steps"] = torch.load(tmp_path / "ram" / "last.pt", weights_only=True)["options"]["lr_steps"]
+    torch.save(state, tmp_path / "cut" / "last.pt")
+    train_dtml.main(["--resume", str(tmp_path / "cut")])
+    assert {*whole, sha(tmp_path / "cut")} == {whole[0]}
+
+
+def test_a_checkpoint_names_its_channels_and_a_test_wants_the_same(world, tmp_path):
+    state, method, _ = load_trained(str(world / "runs" / "two"))
+    assert state["channel_names"] == NAMES and state["options"]["channels"] == 2
+    assert method.network.encoder[0][0].weight.shape[1] == 2
+    shutil.copytree(world / "set", tmp_path / "set")
+    test_la.main(["--checkpoint", str(world / "runs" / "two"), "--data", str(tmp_path / "set"), "--device", "cpu",
+                  "--out", str(tmp_path / "out"), "--report", "--stride", "16", "16", "8"])  # fmt: skip
+    names = {"channel_names": {"0": "FLAIR", "1": "T1"}}
+    (tmp_path / "set" / "dataset.json").write_text(json.dumps(names))
+    with pytest.raises(UserError, match=r"are FLAIR, T1, and the network was trained on T1, FLAIR"):
+        test_la.main(["--checkpoint", str(world / "runs" / "two"), "--data", str(tmp_path / "set"), "--device", "cpu"])
+    make_set(tmp_path / "one", train=4, test=1)
+    with pytest.raises(UserError, match="has 1 channel, where 2 are needed"):
+        test_la.main(["--checkpoint", str(world / "runs" / "two"), "--data", str(tmp_path / "one"), "--device", "cpu"])
+    with pytest.raises(UserError, match="channels is 2 there and 1 here"):
+        train(tmp_path / "one", tmp_path / "init", "--method", "supervised", "--init", str(world / "runs" / "two"))
+
+
+def test_a_case_with_other_channels_than_the_first_stops_a_training(tmp_path):
+    make_set(tmp_path / "set", train=3, labeled=2)
+    with h5py.File(tmp_path / "set" / "case01" / "mri_norm2.h5", "r+") as f:
+        image = f["image"][()]
+        del f["image"]
+        f["image"] = np.stack([image, image])
+    with pytest.raises(UserError, match=r"case01: .* has 2 channels, where 1 is needed"):
+        train(tmp_path / "set", tmp_path / "run")
+    findings, _ = check.check(tmp_path / "set", check.Options(labeled=2, patch_size=[16, 16, 16], workers=1))
+    assert [(x.level, x.cases) for x in findings if "channels" in x.text] == [("error", ("case01",))]
+
+
+def test_check_looks_at_every_channel(tmp_path):
+    two_channels(tmp_path, train=3, labeled=2)
+    with h5py.File(tmp_path / "case01" / "mri_norm2.h5", "r+") as f:
+        f["image"][1] = 1000 + f["image"][1]
+    findings, table = check.check(tmp_path, check.Options(labeled=2, patch_size=[16, 16, 16], workers=1))
+    odd = [x for x in findings if "not that of a normalised scan" in x.text]
+    assert [x.cases for x in odd] == [("case01",)] and odd[0].text.startswith("in channel 1 the intensities")
+    assert "channel 0, mean" in table and "channel 1, 99th percentile" in table
+
+
+def predicted(run: Path, out: Path, *words: object) -> Path:
+    predict.main(["--checkpoint", str(run), *map(str, words), "-o", str(out), "--device", "cpu", "--threads", "1"])
+    return out
+
+
+def test_files_of_channels_in_any_form_are_predicted_alike(world, tmp_path):
+    files = [world / "scans" / "imagesTs" / f"p5_{c:04}.nii.gz" for c in range(2)]
+    image, _, geometry = scan(5)
+    for name, channel in zip(NAMES, image, strict=True):
+        write(tmp_path / f"{name}.nii.gz", channel, geometry)
+    affine = nibabel.load(files[0]).affine
+    nibabel.save(nibabel.Nifti1Image(np.moveaxis(image, 0, -1), affine), tmp_path / "both.nii.gz")
+    run, words = world / "runs" / "two", ["--probabilities", "float32"]
+    predicted(run, tmp_path / "a", files[1], files[0], *words)  # in any order
+    predicted(run, tmp_path / "b", f"{tmp_path / 'T1.nii.gz'},{tmp_path / 'FLAIR.nii.gz'}", *words)
+    predicted(run, tmp_path / "c", tmp_path / "both.nii.gz", *words)
+    written = [tmp_path / "a" / "p5", tmp_path / "b" / "T1", tmp_path / "c" / "both"]
+    maps = [read_image(path.with_name(path.name + "_probability.nii.gz")) for path in written]
+    for p, geometry_there in maps:
+        np.testing.assert_array_equal(p, maps[0][0])
+        assert p.shape == SHAPE and np.allclose(geometry_there["origin"], geometry["origin"], atol=1e-3)
+    predicted(run, tmp_path / "d", f"{tmp_path / 'FLAIR.nii.gz'},{tmp_path / 'T1.nii.gz'}", *words)
+    assert not np.array_equal(read_image(tmp_path / "d" / "FLAIR_probability.nii.gz")[0], maps[0][0])
+
+
+def test_a_wrong_number_of_channels_is_refused_with_what_is_needed(world, tmp_path):
+    files = [world / "scans" / "imagesTs" / f"p5_{c:04}.nii.gz" for c in range(2)]
+    run = world / "runs" / "two"
+    needed = r"channels?, where 2 \(T1, FLAIR\) are needed"
+    with pytest.raises(UserError, match=f"p5_0000.nii.gz has 1 {needed}"):
+        predicted(run, tmp_path / "a", files[0])
+    with pytest.raises(UserError, match=f"p5: has 3 {needed}"):
+        predicted(run, tmp_path / "a", f"{files[0]},{files[1]},{files[1]}")
+    with pytest.raises(UserError, match=r"has no p5_0000, and p5_0001.nii.gz is there"):
+        predicted(run, tmp_path / "a", files[1])
+    make_set(tmp_path / "one", train=4)
+    one = train(tmp_path / "one", tmp_path / "run", "--method", "supervised")
+    with pytest.raises(UserError, match="has 2 channels, where 1 is needed"):
+        predicted(one, tmp_path / "a", f"{files[0]},{files[1]}")
+    with pytest.raises(UserError, match="the checkpoints differ in --channels"):
+        predict.main(["--checkpoint", str(run), str(one), str(files[0]), "-o", str(tmp_path / "a")])
+    assert not list((tmp_path / "a").glob("*"))
+    predicted(one, tmp_path / "b", files[0])  # a name like any other
+    assert (tmp_path / "b" / "p5_0000.nii.gz").exists()
