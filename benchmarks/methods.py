@@ -13,11 +13,10 @@ that of the V-Net in the same round, as the median over the rounds; its range st
 import csv
 import dataclasses
 import io
-import json
+import multiprocessing
 import statistics
-import subprocess
-import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -40,8 +39,7 @@ class Options:
     iterations: int = option(3, "timed iterations in a round, after one that is not", minimum=1)
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     threads: int = option(1, "CPU threads", minimum=1)
-    out: str = option("", "CSV to write: method, cost, its lowest and highest of a round")
-    one: str = option("", "time this method only, once, and print JSON")
+    out: str = option("", "CSV to write after each round: method, cost, its lowest and highest of a round")
 
 
 def measure(name: str, o: Options) -> dict[str, float]:
@@ -85,38 +83,36 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__, prog="python -m benchmarks.methods")
     parser.add_dataclass(Options)
     o: Options = fill(Options, parser.parse(argv))
-    if o.one:
-        print(json.dumps(measure(o.one, o)))
-        return
     results: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
+    costs: dict[str, list[float]] = {}
     for _ in range(o.rounds):
         for name, rounds in results.items():
-            argv = [f"--{key}={value}" for key, value in {**dataclasses.asdict(o), "one": name}.items()]
-            done = subprocess.run(
-                [sys.executable, "-m", "benchmarks.methods", *argv], stdout=subprocess.PIPE, check=True
-            )
-            rounds.append(json.loads(done.stdout))
+            with multiprocessing.get_context("fork").Pool(1) as pool:  # a process of its own, for its peak memory
+                rounds.append(pool.apply(measure, (name, o)))
+        for name, rounds in results.items():
+            costs.setdefault(name, []).append(rounds[-1]["seconds"] / results["supervised"][-1]["seconds"])
+        if o.out:
+            write_whole(Path(o.out), as_csv(costs).encode())
     print(
         "| method | cost, V-Net = 1 | in single rounds | s an iteration | peak memory GiB | trained parameters | all |"
     )
     print("|---|---|---|---|---|---|---|")
-    costs = {
-        name: [one["seconds"] / usual["seconds"] for one, usual in zip(rounds, results["supervised"], strict=True)]
-        for name, rounds in results.items()
-    }
     for name, rounds in results.items():
         seconds, memory = statistics.median(r["seconds"] for r in rounds), max(r["memory"] for r in rounds)
         cells = [name, f"{statistics.median(costs[name]):.2f}", f"{min(costs[name]):.2f} to {max(costs[name]):.2f}"]
         cells += [f"{seconds:.2f}", f"{memory:.2f}", f"{rounds[0]['trained']:,}", f"{rounds[0]['all']:,}"]
         print(f"| {' | '.join(cells)} |")
-    if o.out:
-        file = io.StringIO()
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["method", "cost", "lowest", "highest"])
-        for name, values in costs.items():
-            figures = (statistics.median(values), min(values), max(values))
-            writer.writerow([name, *(f"{value:.3f}" for value in figures)])
-        write_whole(Path(o.out), file.getvalue().encode())
+
+
+def as_csv(costs: Mapping[str, Sequence[float]]) -> str:
+    """Method -> its cost in each round, as CSV: method, median, lowest, highest."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["method", "cost", "lowest", "highest"])
+    for name, values in costs.items():
+        figures = (statistics.median(values), min(values), max(values))
+        writer.writerow([name, *(f"{value:.3f}" for value in figures)])
+    return file.getvalue()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import test_la
 from evaluation.rows import Runs, read_runs
 from evaluation.statistics import Comparison, compare
 from methods import METHODS
-from tools import reproduce
+from tools import methods_page, reproduce
 from utils.errors import UserError
 from utils.options import Parser
 
@@ -126,6 +126,9 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     put(folder / "tests" / "test_methods.py", "\nUNSUPERVISED = {", code_after("in `UNSUPERVISED`"))
     put(folder / "tools" / "grid.py", "\nLA_RUNS = {", code_after("In `LA_RUNS`"))
     put(folder / "tools" / "grid.py", '    "3": ("Table 3: methods", [', code_after("and in table 3"))
+    put(folder / "tools" / "grid.py", "\nTODAY = {", code_after("In `TODAY`"))
+    heads = "| what the unlabeled crops learn from | tested |\n|---|---|---|---|---|---|"
+    put(folder / "docs" / "methods.md", heads, code_after("In the first table of [methods.md]", "markdown"))
     return folder
 
 
@@ -183,6 +186,7 @@ def test_the_commands_of_the_page_parse(monkeypatch, tmp_path):
         "train_dtml.py": [settings.Options],
         "test_la.py": [test_la.Options],
         "tools.reproduce": [reproduce.Options],
+        "tools.methods_page": [methods_page.Options],
     }.items():
         parsers[script] = Parser()
         for options in classes:

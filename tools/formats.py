@@ -44,7 +44,7 @@ class Line(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table: its name, its title in Markdown, its columns and lines, and what CSV states of each line besides."""
+    """A table: its name, its title in Markdown, its columns and lines, and what CSV adds to each line."""
 
     name: str
     title: str

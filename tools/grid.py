@@ -4,14 +4,22 @@ of what goes beyond both. RUNS: key of a run -> its flags. TABLES: name -> title
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from methods import METHODS
+
 ALL_LABELED = (80, 208)  # labeled scans of LA's train.list, and of the hippocampus set's
 SEMI_SUPERVISED = ("dtml", "mean-teacher", "ua-mt", "tcse", "dtc", "sassnet", "asdnet", "double-unc")
 AUTHORS = {"dtml": "DTML", "ua-mt": "UA-MT", "dtc": "DTC", "sassnet": "SASSNet"}  # these have a preset `authors`
 OLDER = {"mean-teacher": "Mean Teacher", "ua-mt": "UA-MT", "tcse": "TCSE", "double-unc": "DoubleUnc", "dtc": "DTC",
          "sassnet": "SASSNet", "asdnet": "ASDNet", "dk-uxnet": "DK-UXNet"}  # fmt: skip
-TODAY = {"cps": "CPS", "mc-net-plus": "MC-Net+", "ss-net": "SS-Net", "unimatch": "UniMatch", "bcp": "BCP",
-         "ad-mt": "AD-MT"}  # fmt: skip
-ONE_CLASS = ("asdnet", "dk-uxnet")  # which can not be trained on the hippocampus
+TODAY = {
+    "cps": "CPS",
+    "mc-net-plus": "MC-Net+",
+    "ss-net": "SS-Net",
+    "unimatch": "UniMatch",
+    "bcp": "BCP",
+    "ad-mt": "AD-MT",
+}
+SEVERAL = [name for name in (*OLDER, *TODAY) if METHODS[name].multiclass]  # can be trained on the hippocampus
 ALONE = "--unlabeled 0 --consistency-terms none"  # of DK-UXNet: the same network on labeled scans only
 ADAMW = "--optimizer adamw --lr 0.001 --weight-decay 0.01"  # DK-UXNet's
 TUNED, AS_PUBLISHED = "--preset tuned", "--normalize none"
@@ -111,8 +119,7 @@ PHANTOM_RUNS = {
 }
 HIPPOCAMPUS_RUNS = {  # with the settings of LA, as nothing was tuned on this set
     **{key: LA_RUNS[key] for key in ("supervised-normalized-8", "tuned-normalized-8", "plus-8", "plus-alone-8")},
-    **{f"{name}-8": LA_RUNS[f"{name}-8"] for name in TODAY},
-    **{f"{name}-tuned-8": LA_RUNS[f"{name}-tuned-8"] for name in OLDER if name not in ONE_CLASS},
+    **{key: LA_RUNS[key] for key in (f"{name}-tuned-8" if name in OLDER else f"{name}-8" for name in SEVERAL)},
     "supervised-normalized-208": f"--method supervised {TUNED} --labeled 208",
     "plus-alone-208": f"--method dtml-plus --labeled 208 --unlabeled 0 --batch-size 4 {BF16}",
 }
@@ -145,14 +152,17 @@ Tables = dict[str, tuple[str, list[Row]]]
 def method_rows(n: int, scans: int, others: Sequence[str]) -> list[Row]:
     """The rows of all methods, V-Net, DTML and DTML+ with its control among them, with n labeled of so many scans.
 
-    `others` are the methods besides."""
+    `others` are further methods."""
     both = f"{n} / {scans - n}"
-    outputs = {"ad-mt": "teacher_1"}
     return [
         Row("V-Net", f"{n} / 0", f"supervised-normalized-{n}"),
         *(Row(OLDER[name], both, f"{name}-tuned-{n}", output="seg") for name in others if name in OLDER),
         Row("DTML", both, f"tuned-normalized-{n}"),
-        *(Row(TODAY[name], both, f"{name}-{n}", output=outputs.get(name, "seg")) for name in others if name in TODAY),
+        *(
+            Row(TODAY[name], both, f"{name}-{n}", output="teacher_1" if name == "ad-mt" else "seg")
+            for name in others
+            if name in TODAY
+        ),
         Row("DTML+, labeled scans alone", f"{n} / 0", f"plus-alone-{n}", output="ema_mean"),
         Row("DTML+", both, f"plus-{n}", output="ema_mean"),
     ]
@@ -282,7 +292,7 @@ HIPPOCAMPUS_TABLES: Tables = {
         Row("DTML+, labeled scans alone: mean of the averages", "208 / 0", "plus-alone-208", output="ema_mean"),
     ]),
     METHODS_TABLE: ("All methods with the preset `tuned`, mean of both classes", [
-        *method_rows(8, 209, others=[name for name in (*OLDER, *TODAY) if name not in ONE_CLASS]),
+        *method_rows(8, 209, others=SEVERAL),
         Row("V-Net", "208 / 0", "supervised-normalized-208"),
         Row("DTML+, labeled scans alone", "208 / 0", "plus-alone-208", output="ema_mean"),
     ]),
