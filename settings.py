@@ -316,7 +316,7 @@ def combine(flags: dict[str, Any], kind: type[Method]) -> tuple[Options, Method.
         scale["unlabeled"] = 0
     layers = (
         scale,
-        preset_for(flags, kind.PRESETS[preset]),
+        preset_for(scale | flags, kind.PRESETS[preset]),
         flags,
         {"data": data, "profile": profile, "preset": preset},
     )
@@ -328,10 +328,10 @@ def combine(flags: dict[str, Any], kind: type[Method]) -> tuple[Options, Method.
 
 
 def preset_for(flags: dict[str, Any], preset: dict[str, Any]) -> dict[str, Any]:
-    """A preset without its numbers of crops where the flags leave them no room.
+    """A preset without its numbers of crops where the profile, the method or the flags leave them no room.
 
     They count labeled crops next to unlabeled ones. A smaller --batch-size takes half of its crops as labeled, as
-    without a preset. With --unlabeled 0 a batch has the usual number of crops, all labeled.
+    without a preset. Without unlabeled scans a batch has the usual number of crops, all labeled.
     """
     if flags.get("unlabeled") == 0:
         dropped = {"batch_size", "labeled_batch"}

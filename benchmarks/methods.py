@@ -1,18 +1,23 @@
 """Time, memory and parameters of one training iteration of every method, at the size of a profile.
 
-    python -m benchmarks.methods --profile phantom --threads 1
+    python -m benchmarks.methods --profile half --out results/half/cost.csv
 
-prints a Markdown table. Every method runs in its own process, on a batch of noise with boxes as labels. The cost is
-that of forward, backward, step and after_step, without data and log. The rounds visit all methods in turn, so that
-other load on the machine affects all of them. The time is that of the fastest iteration in any round.
+prints a Markdown table and writes the costs, which `tools.reproduce` reads. All methods have the preset `tuned`, so a
+batch holds 4 labeled crops, and 2 unlabeled ones (BCP: 4) where they are used. Every method runs in its own process, on
+a batch of noise with boxes as labels, in the middle of its training, when all its terms count. The time is that of
+forward, backward, step and after_step, without data and log. With one thread on a CPU it is the processor's time, to
+which other programs add little; else the clock's. A round visits all methods in turn. The cost is the time divided by
+that of the V-Net in the same round, as the median over the rounds; its range stands behind it.
 """
 
+import csv
 import dataclasses
-import json
-import subprocess
-import sys
+import io
+import multiprocessing
+import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +25,7 @@ import torch
 from methods import METHODS
 from networks.vnet import parameter_count
 from settings import OPTIMIZERS, PROFILES, read_options
+from utils.checkpoint import write_whole
 from utils.devices import choose_device, keep_freed_memory, peak_memory_gib, seed_iteration, set_arithmetic
 from utils.errors import run
 from utils.options import Parser, fill, option
@@ -29,12 +35,12 @@ from utils.options import Parser, fill, option
 class Options:
     """Options of the benchmark."""
 
-    profile: str = option("phantom", "scale of the run", choices=list(PROFILES))
-    rounds: int = option(2, "times that each method is visited", minimum=1)
+    profile: str = option("half", "scale of the run", choices=list(PROFILES))
+    rounds: int = option(3, "times that each method is visited", minimum=1)
     iterations: int = option(3, "timed iterations in a round, after one that is not", minimum=1)
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     threads: int = option(1, "CPU threads", minimum=1)
-    one: str = option("", "time this method only, once, and print JSON")
+    out: str = option("", "CSV to write after each round: method, cost, its lowest and highest of a round")
 
 
 class Workload:
@@ -70,26 +76,28 @@ class Workload:
         losses.total.backward()
 
     def seconds(self, iteration: int) -> float:
-        """The time of an iteration: forward, backward, step and after_step."""
-        began = time.perf_counter()
+        """The time of an iteration: forward, backward, step and after_step. With one CPU thread the processor's."""
+        clock = time.process_time if self.device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+        began = clock()
         self.gradients(iteration)
         self.optimizer.step()
         self.method.after_step(self.batch, iteration)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return time.perf_counter() - began
+        return clock() - began
 
 
 def measure(name: str, o: Options) -> dict[str, float]:
-    """Measures one method: seconds of the fastest iteration, peak memory in GiB, trained and all parameters."""
+    """Measures one method: median seconds of an iteration, peak memory in GiB, trained and all parameters."""
     torch.set_num_threads(o.threads)
     device = choose_device(o.device)
     set_arithmetic(deterministic=False)
     keep_freed_memory()
-    work = Workload(name, ["--profile", o.profile], device)
-    times = [work.seconds(iteration) for iteration in range(1 + o.iterations)]
+    work = Workload(name, ["--profile", o.profile, "--preset", "tuned"], device)
+    middle = work.method.iterations // 2
+    times = [work.seconds(iteration) for iteration in range(middle, middle + 1 + o.iterations)]
     return {
-        "seconds": min(times[1:]),
+        "seconds": statistics.median(times[1:]),
         "memory": peak_memory_gib(device),
         "trained": parameter_count(work.method),
         "all": sum(p.numel() for p in work.method.parameters()),
@@ -100,26 +108,36 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__, prog="python -m benchmarks.methods")
     parser.add_dataclass(Options)
     o: Options = fill(Options, parser.parse(argv))
-    if o.one:
-        print(json.dumps(measure(o.one, o)))
-        return
     results: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
+    costs: dict[str, list[float]] = {}
     for _ in range(o.rounds):
         for name, rounds in results.items():
-            argv = [f"--{key}={value}" for key, value in {**dataclasses.asdict(o), "one": name}.items()]
-            done = subprocess.run(
-                [sys.executable, "-m", "benchmarks.methods", *argv], stdout=subprocess.PIPE, check=True
-            )
-            rounds.append(json.loads(done.stdout))
-    reference = min(r["seconds"] for r in results["supervised"])
+            with multiprocessing.get_context("fork").Pool(1) as pool:  # a process of its own, for its peak memory
+                rounds.append(pool.apply(measure, (name, o)))
+        for name, rounds in results.items():
+            costs.setdefault(name, []).append(rounds[-1]["seconds"] / results["supervised"][-1]["seconds"])
+        if o.out:
+            write_whole(Path(o.out), as_csv(costs).encode())
     print(
-        "| method | iterations/s | time of an iteration, supervised = 1 | peak memory GiB | trained parameters | all |"
+        "| method | cost, V-Net = 1 | in single rounds | s an iteration | peak memory GiB | trained parameters | all |"
     )
-    print("|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|")
     for name, rounds in results.items():
-        seconds, memory = min(r["seconds"] for r in rounds), max(r["memory"] for r in rounds)
-        counts = f"{rounds[0]['trained']:,} | {rounds[0]['all']:,}"
-        print(f"| {name} | {1 / seconds:.2f} | {seconds / reference:.2f} | {memory:.2f} | {counts} |")
+        seconds, memory = statistics.median(r["seconds"] for r in rounds), max(r["memory"] for r in rounds)
+        cells = [name, f"{statistics.median(costs[name]):.2f}", f"{min(costs[name]):.2f} to {max(costs[name]):.2f}"]
+        cells += [f"{seconds:.2f}", f"{memory:.2f}", f"{rounds[0]['trained']:,}", f"{rounds[0]['all']:,}"]
+        print(f"| {' | '.join(cells)} |")
+
+
+def as_csv(costs: Mapping[str, Sequence[float]]) -> str:
+    """Method -> its cost in each round, as CSV: method, median, lowest, highest."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["method", "cost", "lowest", "highest"])
+    for name, values in costs.items():
+        figures = (statistics.median(values), min(values), max(values))
+        writer.writerow([name, *(f"{value:.3f}" for value in figures)])
+    return file.getvalue()
 
 
 if __name__ == "__main__":

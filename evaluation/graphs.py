@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,7 @@ from evaluation.drawing import FONT, WIDTH, Figure
 CURVE_COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")  # Okabe and Ito's
 CURVES = dict(zip(("seg", "sdm", "consistency"), CURVE_COLOURS, strict=False))  # the last part of a tag
 CURVES |= {"mask": CURVES["sdm"], "dis": CURVES["sdm"], "lambda": CURVES["consistency"]}
+ASIDE: Any = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}  # a legend of many lines
 
 
 def colours_of(tags: Sequence[str]) -> dict[str, str]:
@@ -93,18 +95,21 @@ def draw_differences(rows: Sequence[tuple[str, Sequence[float], tuple[float, flo
 
 
 def draw_labels(lines: Mapping[str, Mapping[int, Sequence[float]]]) -> Figure:
-    """Dice versus the number of labeled scans: each run as a dot, a line through the means, bars of one SD.
+    """Dice versus the number of labeled scans: each run as a dot, a line through the means, bars of one SD over runs.
 
     Args:
         lines: name -> number of labeled scans -> Dice of each run in percent. A bar is drawn from three runs on.
     """
-    figure = Figure(figsize=(WIDTH / 2, 3.1), layout="constrained")
+    many = len(lines) > 4
+    figure = Figure(figsize=(WIDTH if many else WIDTH / 2, 3.1), layout="constrained")
     axes = figure.add_subplot()
     numbers = sorted({n for points in lines.values() for n in points})
+    step = min(0.04, 0.5 / len(lines))
     for i, (name, points) in enumerate(lines.items()):
-        colour, aside = CURVE_COLOURS[i % len(CURVE_COLOURS)], 1 + 0.04 * (i - (len(lines) - 1) / 2)
+        colour, aside = CURVE_COLOURS[i % len(CURVE_COLOURS)], 1 + step * (i - (len(lines) - 1) / 2)
+        marker = "os^v"[i // len(CURVE_COLOURS) % 4]
         at, dices = [n * aside for n in sorted(points)], [points[n] for n in sorted(points)]
-        axes.plot(at, [np.mean(dice) for dice in dices], "-", marker="o", markersize=4, color=colour, label=name)
+        axes.plot(at, [np.mean(dice) for dice in dices], "-", marker=marker, markersize=4, color=colour, label=name)
         for x, dice in zip(at, dices, strict=True):
             axes.scatter([x] * len(dice), dice, s=9, color=colour, alpha=0.5, linewidths=0)
             if len(dice) > 2:
@@ -116,7 +121,7 @@ def draw_labels(lines: Mapping[str, Mapping[int, Sequence[float]]]) -> Figure:
     axes.set_ylabel("Dice %, mean over the scans", **FONT)
     axes.tick_params(labelsize=7)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=7, frameon=False)
+    axes.legend(fontsize=7, frameon=False, **(ASIDE if many else {}))
     return figure
 
 

@@ -26,7 +26,9 @@ TUNED: dict[str, Any] = {
     "intensity": 0.3,
     "normalize": "scan",
 }
-"""The training settings that the presets `tuned` share; chosen for DTML and DTML+ on held-out training scans."""
+"""The training settings of the preset `tuned`, the same for every method. A method adds only what is its own.
+
+They were chosen for DTML and DTML+ on held-out training scans. Arithmetic (--precision) is no part of them."""
 
 
 @dataclass
@@ -65,8 +67,8 @@ class Method(nn.Module):
         classes: int = option(1, "C, foreground classes; labels hold 0..C", minimum=1, maximum=254)
         channels: int = option(1, "K, channels of the images", flag=False)
 
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"paper": {}}
-    """Preset name -> option (of the method or of the script) -> value; the first preset is the default."""
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"paper": {}, "tuned": TUNED}
+    """Preset name -> option (of the method or of the script) -> value; the first is the default. All have `tuned`."""
     uses_unlabeled: ClassVar[bool] = True
     """Whether batches hold unlabeled crops."""
     multiclass: ClassVar[bool] = False

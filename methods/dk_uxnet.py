@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from losses.ramps import RAMPS, ramp_up
 from losses.terms import dice_ce_loss, foreground_logits, hard_dice, nt_xent, one_hot, query_loss, weighted_sum
-from methods.base import Batch, Losses, Method, labeled_part
+from methods.base import TUNED, Batch, Losses, Method, labeled_part
 from networks.backbones import BACKBONES
 from networks.kmax import Clusters, QueryNet, group_sums
 from utils.errors import UserError
@@ -44,7 +44,7 @@ AGREES: Condition = {"lambda_max": bool, "consistency_terms": TERMS[:-1]}
 class DKUXNet(Method):
     """A query-based network that is trained to agree on two views of a crop."""
 
-    PRESETS = {"repaired": ADAMW, "released": ADAMW | RELEASED}
+    PRESETS = {"repaired": ADAMW, "released": ADAMW | RELEASED, "tuned": TUNED}
 
     @dataclass
     class Options(Method.Options):

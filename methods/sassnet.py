@@ -17,7 +17,7 @@ import torch
 from losses.ramps import RAMPS, ramp_up
 from losses.terms import cross_entropy
 from methods.adversary import Adversary, judged_output
-from methods.base import Batch, Losses
+from methods.base import TUNED, Batch, Losses
 from methods.two_heads import TwoHeads
 from networks.critics import MapCritic
 from utils.options import option
@@ -26,7 +26,7 @@ from utils.options import option
 class SASSNet(TwoHeads):
     """Two heads of one V-Net, and a critic of the signed distance maps."""
 
-    PRESETS = {"paper": {}, "authors": {"ramp": "steps", "augment": "mirror"}}
+    PRESETS = {"paper": {}, "authors": {"ramp": "steps", "augment": "mirror"}, "tuned": TUNED}
 
     @dataclass
     class Options(TwoHeads.Options):

@@ -22,7 +22,7 @@ from torch import Tensor
 from losses.perturbation import monte_carlo, noisy
 from losses.ramps import ramp_up
 from losses.terms import entropy, masked_mean, probabilities
-from methods.base import by_name
+from methods.base import TUNED, by_name
 from methods.mean_teacher import AGREES, ITEMS, MeanTeacher
 from utils.options import option
 
@@ -30,7 +30,11 @@ from utils.options import option
 class UAMT(MeanTeacher):
     """Mean teacher with the consistency masked by the teacher's uncertainty."""
 
-    PRESETS = {"paper": {}, "authors": {"softmax": True, "ramp": "steps", "augment": "mirror", "entropy_epsilon": 1e-6}}
+    PRESETS = {
+        "paper": {},
+        "authors": {"softmax": True, "ramp": "steps", "augment": "mirror", "entropy_epsilon": 1e-6},
+        "tuned": TUNED,
+    }
 
     @dataclass
     class Options(MeanTeacher.Options):

@@ -125,6 +125,9 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     put(folder / "tests" / "test_methods.py", "\nUNSUPERVISED = {", code_after("in `UNSUPERVISED`"))
     put(folder / "tools" / "grid.py", "\nLA_RUNS = {", code_after("In `LA_RUNS`"))
     put(folder / "tools" / "grid.py", '    "3": ("Table 3: methods", [', code_after("and in table 3"))
+    put(folder / "tools" / "grid.py", "\nTODAY = {", code_after("In `TODAY`"))
+    heads = "| what the unlabeled crops learn from | tested |\n|---|---|---|---|---|---|"
+    put(folder / "docs" / "methods.md", heads, code_after("In the first table of [methods.md]", "markdown"))
     return folder
 
 

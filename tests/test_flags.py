@@ -245,7 +245,13 @@ def words_of(method: str, *flags: str) -> list[str]:
 
 
 LEARNING = [("dtml", changed, beside) for pairs in SHARED.values() for changed, beside in pairs]
-LEARNING += [(m, f"--preset {preset}", "") for m in OWN if m != "dtml" for preset in list(METHODS[m].PRESETS)[1:]]
+LEARNING += [
+    (m, f"--preset {preset}", "")
+    for m in OWN
+    if m != "dtml"
+    for preset in list(METHODS[m].PRESETS)[1:]
+    if preset != "tuned"
+]  # of which test_recipe.py is
 
 
 @pytest.mark.parametrize(("method", "changed", "beside"), LEARNING)  # those of the methods: test_idle.py

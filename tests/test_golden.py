@@ -8,6 +8,7 @@ In double precision, initial weights too: in single the batch-norm of tiny crops
 rounding error, which differs between processors.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -23,11 +24,12 @@ from utils.options import fill
 FILE = Path(__file__).parent / "golden" / "first_losses.json"
 ITERATIONS, SIDE, SEED = 3, 16, 1  # with this seed no network is dead
 TOLERANCE = 5e-6
-CASES = {  # name: method, options; every preset of every method, and what else changes the formula
+CASES = {  # name: method, options; every preset that changes a formula, and what else does
     **{
         f"{m}, {preset}": (m, kind.PRESETS[preset])
         for m, kind in METHODS.items()
-        for preset in kind.PRESETS
+        for i, (preset, values) in enumerate(kind.PRESETS.items())
+        if i == 0 or set(values) & {f.name for f in dataclasses.fields(kind.Options)}
         if m not in ("dtml-plus", "ad-mt", "unimatch")  # whose unlabeled crops count later than here
     },
     "unimatch, every voxel": ("unimatch", {"threshold": 0.0}),

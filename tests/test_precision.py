@@ -277,7 +277,12 @@ SOFTMAX = {
     for classes in ((1, 2) if kind.multiclass else (1,))
     if hasattr(kind.Options, "softmax")
 }
-PRESETS = {f"{m}, {preset}": (m, kind.PRESETS[preset]) for m, kind in METHODS.items() for preset in kind.PRESETS}
+PRESETS = {
+    f"{m}, {preset}": (m, kind.PRESETS[preset])
+    for m, kind in METHODS.items()
+    for preset in kind.PRESETS
+    if preset != "tuned"
+}
 OTHERS = {
     "tcse, zoomed": ("tcse", {"scale": 0.2}),
     "dk-uxnet, squares": ("dk-uxnet", {"contrast": "mse"}),

@@ -1,23 +1,28 @@
 """The grid of tools/reproduce.py: every run of Tables 1 to 3 of the DTML paper (Zhang & Zhang 2021), of DK-UXNet, and
 of what goes beyond both. RUNS: key of a run -> its flags. TABLES: name -> title and rows."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-ALL_LABELED = ("80", "208")  # labeled scans of LA's train.list, and of the hippocampus set's
+from methods import METHODS
+
+ALL_LABELED = (80, 208)  # labeled scans of LA's train.list, and of the hippocampus set's
 SEMI_SUPERVISED = ("dtml", "mean-teacher", "ua-mt", "tcse", "dtc", "sassnet", "asdnet", "double-unc")
 AUTHORS = {"dtml": "DTML", "ua-mt": "UA-MT", "dtc": "DTC", "sassnet": "SASSNet"}  # these have a preset `authors`
-TODAY = (
-    "cps",
-    "mc-net-plus",
-    "ss-net",
-    "unimatch",
-    "bcp",
-    "ad-mt",
-)  # these have a preset `tuned`, with the training settings of DTML+
+OLDER = {"mean-teacher": "Mean Teacher", "ua-mt": "UA-MT", "tcse": "TCSE", "double-unc": "DoubleUnc", "dtc": "DTC",
+         "sassnet": "SASSNet", "asdnet": "ASDNet", "dk-uxnet": "DK-UXNet"}  # fmt: skip
+TODAY = {
+    "cps": "CPS",
+    "mc-net-plus": "MC-Net+",
+    "ss-net": "SS-Net",
+    "unimatch": "UniMatch",
+    "bcp": "BCP",
+    "ad-mt": "AD-MT",
+}
+SEVERAL = [name for name in (*OLDER, *TODAY) if METHODS[name].multiclass]  # can be trained on the hippocampus
 ALONE = "--unlabeled 0 --consistency-terms none"  # of DK-UXNet: the same network on labeled scans only
 ADAMW = "--optimizer adamw --lr 0.001 --weight-decay 0.01"  # DK-UXNet's
-RECIPE = "--lr-schedule cosine --intensity 0.3"  # the part of the preset `tuned` that any method can have
-NORMALIZED, AS_PUBLISHED = "--normalize scan", "--normalize none"
+TUNED, AS_PUBLISHED = "--preset tuned", "--normalize none"
 BF16 = "--precision bf16"
 EARLY = "--ramp-end 0.2"
 SMALLER = "--downsample 2 --patch-size 32 32 16"
@@ -36,9 +41,9 @@ BEYOND = {  # key: the one thing that is done in another way than in the paper, 
     "both": ("L_dis + L_mask", "--sdm-loss both"),
     "scan": ("L_dis + L_mask, distances of the whole scan", "--sdm-loss both --sdm-of scan"),
     "uxnet": ("UX-Net in place of V-Net", "--backbone uxnet"),
-    "tuned": ("the preset `tuned`: all that helped", f"--preset tuned {AS_PUBLISHED}"),
-    "ramp": ("`tuned`, ramp of lambda ends at 20 %", f"--preset tuned {AS_PUBLISHED} {EARLY}"),
-    "ramp-1": ("the same, lambda rises to 1", f"--preset tuned {AS_PUBLISHED} {EARLY} --lambda-max 1"),
+    "tuned": ("the preset `tuned`: all that helped", f"{TUNED} {AS_PUBLISHED}"),
+    "ramp": ("`tuned`, ramp of lambda ends at 20 %", f"{TUNED} {AS_PUBLISHED} {EARLY}"),
+    "ramp-1": ("the same, lambda rises to 1", f"{TUNED} {AS_PUBLISHED} {EARLY} --lambda-max 1"),
 }
 # Recorded with options that were removed. These rows show their records and cannot be run again.
 RETIRED = {f"beyond-{key}" for key in ("grow", "map", "sure", "mix")}
@@ -53,24 +58,23 @@ LA_RUNS = {
     **{f"{name}-authors-16": f"--method {name} --preset authors --labeled 16" for name in AUTHORS},
     "supervised-8": "--method supervised --labeled 8",
     "dtml-8": "--method dtml --labeled 8",
-    "tuned-16": f"--method dtml --preset tuned {AS_PUBLISHED} --labeled 16",
+    "tuned-16": f"--method dtml {TUNED} {AS_PUBLISHED} --labeled 16",
     # the same with its 4 labeled crops alone
-    "tuned-16-0": f"--method dtml --preset tuned {AS_PUBLISHED} --labeled 16 --unlabeled 0 --batch-size 4",
+    "tuned-16-0": f"--method dtml {TUNED} {AS_PUBLISHED} --labeled 16 --unlabeled 0 --batch-size 4",
     # the controls and the upper bound of tuned
-    **{f"supervised-tuned-{n}": f"--method supervised --labeled {n} {RECIPE}" for n in (8, 16, 80)},
-    **{
-        f"supervised-normalized-{n}": f"--method supervised --labeled {n} {RECIPE} {NORMALIZED}" for n in (4, 8, 16, 80)
-    },
-    **{f"tuned-normalized-{n}": f"--method dtml --preset tuned --labeled {n} {BF16}" for n in (4, 8, 16)},
+    **{f"supervised-tuned-{n}": f"--method supervised {TUNED} {AS_PUBLISHED} --labeled {n}" for n in (8, 16, 80)},
+    **{f"supervised-normalized-{n}": f"--method supervised {TUNED} --labeled {n}" for n in (4, 8, 16, 80)},
+    **{f"tuned-normalized-{n}": f"--method dtml {TUNED} --labeled {n} {BF16}" for n in (4, 8, 16)},
     # All settings of DTML+ were chosen on 16 held-out training scans, and the claim was fixed before any of these runs
     # saw a test scan: with 8 labels and 5 runs each, ema_mean of plus-8 is above that of plus-alone-8.
     **{f"plus-{n}": f"--method dtml-plus --labeled {n} {BF16}" for n in (4, 8, 16)},
     # the same networks and averages on the same labeled crops, without unlabeled scans; with 80 labels the upper bound
     **{f"plus-alone-{n}": f"--method dtml-plus --labeled {n} --unlabeled 0 --batch-size 4 {BF16}" for n in (4, 8, 16)},
     "plus-alone-80": f"--method dtml-plus --labeled 80 --batch-size 4 {BF16}",
-    **{f"{name}-8": f"--method {name} --preset tuned --labeled 8 {BF16}" for name in TODAY},
-    "supervised-sdm-tuned-16": f"--method supervised --head sdm --k 50 --labeled 16 {RECIPE}",
-    "tuned-8": f"--method dtml --preset tuned {AS_PUBLISHED} --labeled 8",
+    **{f"{name}-8": f"--method {name} {TUNED} --labeled 8 {BF16}" for name in TODAY},
+    **{f"{name}-tuned-8": f"--method {name} {TUNED} --labeled 8 {BF16}" for name in OLDER},
+    "supervised-sdm-tuned-16": f"--method supervised --head sdm --k 50 {TUNED} {AS_PUBLISHED} --labeled 16",
+    "tuned-8": f"--method dtml {TUNED} {AS_PUBLISHED} --labeled 8",
     "dtml-uxnet-16": "--method dtml --backbone uxnet --labeled 16",
     "supervised-adamw-16": f"--method supervised {ADAMW} --labeled 16",
     "dtml-adamw-16": f"--method dtml {ADAMW} --labeled 16",
@@ -115,7 +119,8 @@ PHANTOM_RUNS = {
 }
 HIPPOCAMPUS_RUNS = {  # with the settings of LA, as nothing was tuned on this set
     **{key: LA_RUNS[key] for key in ("supervised-normalized-8", "tuned-normalized-8", "plus-8", "plus-alone-8")},
-    "supervised-normalized-208": f"--method supervised --labeled 208 {RECIPE} {NORMALIZED}",
+    **{key: LA_RUNS[key] for key in (f"{name}-tuned-8" if name in OLDER else f"{name}-8" for name in SEVERAL)},
+    "supervised-normalized-208": f"--method supervised {TUNED} --labeled 208",
     "plus-alone-208": f"--method dtml-plus --labeled 208 --unlabeled 0 --batch-size 4 {BF16}",
 }
 
@@ -132,10 +137,37 @@ class Row(NamedTuple):
     output: str = "seg"
     alone: str = ""
 
+    @property
+    def labeled(self) -> int:
+        """Its number of labeled scans."""
+        return int(self.scans.split(" / ")[0])
+
 
 GLANCE = "glance"  # the README's table, printed only on request, as its rows stand in other tables too
+METHODS_TABLE = "methods"  # all methods with the same training settings
 BEYOND_TABLE = "beyond"  # printed where it has records, or on request
 Tables = dict[str, tuple[str, list[Row]]]
+
+
+def method_rows(n: int, scans: int, others: Sequence[str]) -> list[Row]:
+    """The rows of all methods, V-Net, DTML and DTML+ with its control among them, with n labeled of so many scans.
+
+    `others` are further methods."""
+    both = f"{n} / {scans - n}"
+    return [
+        Row("V-Net", f"{n} / 0", f"supervised-normalized-{n}"),
+        *(Row(OLDER[name], both, f"{name}-tuned-{n}", output="seg") for name in others if name in OLDER),
+        Row("DTML", both, f"tuned-normalized-{n}"),
+        *(
+            Row(TODAY[name], both, f"{name}-{n}", output="teacher_1" if name == "ad-mt" else "seg")
+            for name in others
+            if name in TODAY
+        ),
+        Row("DTML+, labeled scans alone", f"{n} / 0", f"plus-alone-{n}", output="ema_mean"),
+        Row("DTML+", both, f"plus-{n}", output="ema_mean"),
+    ]
+
+
 LA_TABLES: Tables = {
     GLANCE: ("Results at a glance", [
         row
@@ -211,16 +243,11 @@ LA_TABLES: Tables = {
         Row("V-Net", "80 / 0", "supervised-normalized-80"),
         Row("DTML+, labeled scans alone: mean of the averages", "80 / 0", "plus-alone-80", output="ema_mean"),
     ]),
-    "today": ("Methods of 2021 to 2024, 8 labels", [
-        Row("V-Net", "8 / 0", "supervised-normalized-8"),
-        Row("CPS", "8 / 72", "cps-8"),
-        Row("CPS, mean of both", "8 / 72", "cps-8", output="mean"),
-        Row("MC-Net+", "8 / 72", "mc-net-plus-8"),
-        Row("SS-Net", "8 / 72", "ss-net-8"),
-        Row("UniMatch", "8 / 72", "unimatch-8"),
-        Row("BCP", "8 / 72", "bcp-8"),
-        Row("AD-MT", "8 / 72", "ad-mt-8", output="teacher_1"),
-        Row("DTML+: mean of the averages", "8 / 72", "plus-8", output="ema_mean"),
+    METHODS_TABLE: ("All methods with the preset `tuned`", [
+        row for n in (4, 8, 16) for row in method_rows(n, 80, others=(*OLDER, *TODAY) if n == 8 else ())
+    ] + [
+        Row("V-Net", "80 / 0", "supervised-normalized-80"),
+        Row("DTML+, labeled scans alone", "80 / 0", "plus-alone-80", output="ema_mean"),
     ]),
     "dk-uxnet": ("DK-UXNet, whose paper's figures were not available", [
         Row("V-Net", "8 / 0", "supervised-8"),
@@ -251,7 +278,7 @@ COMPARED_WITH = {  # table: runs that its rows of as many labels are compared wi
     "tuned": ["dtml-16", "supervised-tuned-16", "supervised-tuned-8"],
     "normalized": ["supervised-tuned-8", "supervised-tuned-16", "supervised-tuned-80"],
     "plus": [f"plus-alone-{n}:ema_mean" for n in (4, 8, 16)],
-    "today": ["supervised-normalized-8", "plus-8:ema_mean"],
+    METHODS_TABLE: ["supervised-normalized-8", "plus-8:ema_mean"],
     "dk-uxnet": ["supervised-8", "supervised-16"],
 }
 HIPPOCAMPUS_TABLES: Tables = {
@@ -263,6 +290,11 @@ HIPPOCAMPUS_TABLES: Tables = {
         Row("DTML+: mean of the averages", "8 / 201", "plus-8", output="ema_mean"),
         Row("V-Net", "208 / 0", "supervised-normalized-208"),
         Row("DTML+, labeled scans alone: mean of the averages", "208 / 0", "plus-alone-208", output="ema_mean"),
+    ]),
+    METHODS_TABLE: ("All methods with the preset `tuned`, mean of both classes", [
+        *method_rows(8, 209, others=SEVERAL),
+        Row("V-Net", "208 / 0", "supervised-normalized-208"),
+        Row("DTML+, labeled scans alone", "208 / 0", "plus-alone-208", output="ema_mean"),
     ]),
 }  # fmt: skip
 PHANTOM_TABLES: Tables = {

@@ -5,13 +5,15 @@
     python -m tools.pictures curves results/half/dtml-16-seed1337 results/half/dtml-authors-16-seed1337
     python -m tools.pictures differences results/half/supervised-16-seed1337 results/half/dtml-16-seed1337:seg
     python -m tools.pictures labels 'results/half/plus-alone-[0-9]*:ema_mean' 'results/half/plus-[0-9]*:ema_mean'
+    python -m tools.pictures labels results/half --table methods
     python -m tools.pictures scale 'results/half/supervised-tuned-8-seed*' 'results/half/supervised-normalized-8-seed*'
 
 figure2 runs the network around the slice; figure3 reads what test_la.py predicted, of the first output or of
 RUN:OUTPUT; curves reads scalars.csv; differences shows the Dice of each scan (cases.csv) above the first run's, a
 quoted 'RUN-seed*' being each scan's mean over all runs that match; labels shows the Dice of runs against their number
-of labeled scans, with a line through the means of each pattern; scale shows the Dice of each scan against the SD of
-its intensities, a panel for each pair of runs, without and with --normalize scan. The SDs are read from scales.csv
+of labeled scans, with a line through the means of each pattern, or of each row of a table of tools.reproduce; scale
+shows the Dice of each scan against the SD of its intensities, a panel for each pair of runs, without and with
+--normalize scan. The SDs are read from scales.csv
 next to the records; where there is none, it is written from the volumes of --data. Slices are shown as radiologists
 look at them: x to the right, y down.
 """
@@ -35,10 +37,11 @@ from evaluation.figures import ComparedCase, MapsRow, around, as_png, draw_compa
 from evaluation.graphs import draw_curves, draw_differences, draw_labels, draw_scale
 from evaluation.metrics import mean_and_sd, segmentation_metrics
 from evaluation.predictions import read_prediction, read_scores
-from evaluation.rows import mean_over, read_row, read_runs, runs_of
+from evaluation.rows import mean_over, read_runs
 from evaluation.sliding_window import sliding_window
 from evaluation.statistics import compare
 from methods import restore
+from tools.by_labels import dice_by_labels
 from utils.channels import with_channels
 from utils.checkpoint import load_checkpoint, write_whole
 from utils.errors import UserError, run
@@ -69,6 +72,9 @@ class Options:
     )
     slice: int | None = option(None, "z slice (default the one with most label)", type=int, minimum=0)
     titles: list[str] = option([], "names of the runs or panels (default method and labels)", type=str, nargs="+")
+    table: str = option(
+        "", "labels: draw the recorded rows of this table of tools.reproduce; RUN is then results/PROFILE"
+    )
     data: str = option("", "folder of the data set (default that of the run)")
     view: list[float] = option([160.0, 30.0], "of the surfaces: degrees around z, and from above", type=float, nargs=2)
     out: str = option("", "PNG to write (default FIGURE.png)")
@@ -246,20 +252,7 @@ def differences(paths: Sequence[str], o: Options) -> Figure:
 
 def labels(paths: Sequence[str], o: Options) -> Figure:
     """Dice of each run against its number of labeled scans."""
-    if o.titles and len(o.titles) != len(paths):
-        raise UserError(f"--titles must give {len(paths)} names, one for each pattern.")
-    lines: dict[str, dict[int, list[float]]] = {}
-    for title, where in zip(o.titles or paths, paths, strict=True):
-        points = lines.setdefault(title, {})
-        for run_path in runs_of(where):
-            folder = Path(run_path if Path(run_path).exists() else run_path.partition(":")[0])
-            labeled = read_json(folder / MANIFEST).get("options", {}).get("labeled")
-            if labeled is None:
-                raise UserError(f"{folder / MANIFEST} states no number of labeled scans. Give run folders or records.")
-            points.setdefault(labeled, []).append(
-                100 * mean_and_sd(list(read_row(run_path, "dice", "all").values()))[0]
-            )
-    return draw_labels(lines)
+    return draw_labels(dice_by_labels(paths, o.titles, o.table))
 
 
 def scale(paths: Sequence[str], o: Options) -> Figure:

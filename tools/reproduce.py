@@ -6,6 +6,7 @@
     python -m tools.reproduce --missing --budget 60               the same for an hour; the same command goes on
     python -m tools.reproduce --profile half --table 3 --rows ua-mt dtc --seeds 1337
     python -m tools.reproduce --profile half --table glance       the README's table
+    python -m tools.reproduce --profile half --table methods --labels 8 --format latex    all methods, trained alike
     python -m tools.reproduce --submit slurm --slurm gpus_per_node=1 timeout_min=240
 
 A run is the two commands that a user would type, train_dtml.py and test_la.py; then its options, manifest, curves and

@@ -12,7 +12,7 @@ from dataloaders.cases import LA_FOLDER, PHANTOM_FOLDER
 from evaluation.metrics import COMPONENTS
 from evaluation.rows import read_row
 from evaluation.sliding_window import usual_stride
-from settings import PROFILES, read_options
+from settings import PROFILES, flags_of, read_options
 from tools.grid import (
     BEYOND_TABLE,
     GLANCE,
@@ -32,6 +32,9 @@ from utils.options import as_flags, default_of, option, renamed
 from utils.run_folder import MANIFEST, has_checkpoint
 
 GRIDS = {"phantom": (PHANTOM_RUNS, PHANTOM_TABLES), "hippocampus": (HIPPOCAMPUS_RUNS, HIPPOCAMPUS_TABLES)}  # others: LA
+FORMATS = ("markdown", "latex", "csv")
+TRAINING = ("augment", "intensity", "normalize", "optimizer", "lr", "lr_schedule", "lr_steps", "lr_gamma", "momentum",
+            "weight_decay")  # fmt: skip
 TEST = "test.json"
 BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, UserError)  # what a damaged file can raise
 
@@ -43,9 +46,13 @@ class Options:
     profile: str = option("full", "scale of the runs", choices=list(PROFILES), group="what")
     table: Sequence[str] = option([], f"only these tables: {', '.join(LA_TABLES)}", type=str, nargs="+", group="what")
     rows: Sequence[str] = option([], "only these runs: keys or names of methods", type=str, nargs="+", group="what")
+    labels: Sequence[int] = option([], "only rows with these numbers of labeled scans", type=int, nargs="+", minimum=1,
+                                   group="what")  # fmt: skip
     seeds: Sequence[int] = option([], "default 1337 1338 1339 (phantom 1337), and in the tables those recorded",
                                   type=int, nargs="+", group="what")  # fmt: skip
     results: str = option("results", "where the records are", group="what")
+    format: str = option("markdown", "of the tables; csv has one number in a column",
+                         choices=FORMATS, group="what")  # fmt: skip
     list: bool = option(False, "print every run, how far it is, and its command", group="do")
     missing: bool = option(False, "train and test what is missing, then print the tables", group="do")
     budget: float = option(0.0, "minutes for --missing; 0: no end", minimum=0, group="do")
@@ -86,26 +93,33 @@ def recorded_seeds(folder: Path, key: str) -> list[int]:
 
 
 def select(o: Options) -> tuple[list[Run], Tables]:
-    """The runs and tables that --table, --rows and --seeds select. Runs are ordered by seed, then as in the tables.
+    """The runs and tables that --table, --rows, --labels and --seeds select, ordered by seed, then as in the tables.
 
     Raises:
-        UserError: a table or a row that this profile does not have.
+        UserError: a table, a row or a number of labels that this profile does not have, or no row that has all.
     """
     grid, tables = GRIDS.get(o.profile, (LA_RUNS, LA_TABLES))
     flags = {key: shlex.split(line) for key, line in grid.items()}
     methods = {key: arguments[arguments.index("--method") + 1] for key, arguments in flags.items()}
     names = list(dict.fromkeys([*flags, *methods.values()]))
-    for flag, selected, choices in (("table", o.table, list(tables)), ("rows", o.rows, names)):
-        unknown = [name for name in selected if name not in choices]
+    numbers = sorted({row.labeled for _, rows in tables.values() for row in rows})
+    selections: list[tuple[str, Sequence[Any], Sequence[Any]]] = [
+        ("table", o.table, list(tables)), ("rows", o.rows, names), ("labels", o.labels, numbers)
+    ]  # fmt: skip
+    for flag, selected, choices in selections:
+        unknown = " ".join(str(name) for name in selected if name not in choices)
         if unknown:
-            raise UserError(f"--{flag} {' '.join(unknown)} is not in this grid. Choose from {', '.join(choices)}.")
+            raise UserError(f"--{flag} {unknown} is not in this grid. Choose from {', '.join(map(str, choices))}.")
     chosen: Tables = {}
     shown = [name for name in tables if name != GLANCE]
     if not any(Path(o.results, o.profile).glob(f"{BEYOND_TABLE}-*")):
         shown = [name for name in shown if name != BEYOND_TABLE]
     for name in o.table or shown:
         rows = [row for row in tables[name][1] if not o.rows or {row.key, methods[row.key]} & set(o.rows)]
+        rows = [row for row in rows if not o.labels or row.labeled in o.labels]
         chosen |= {name: (tables[name][0], rows)} if rows else {}
+    if not chosen:
+        raise UserError("no row is in all of --table, --rows and --labels. Leave one of them out.")
     every = [row for _, rows in chosen.values() for row in rows]
     every += [row._replace(key=row.alone) for row in every if row.alone]
     place = ["--data", o.data or data_of(o.profile)]
@@ -134,6 +148,14 @@ def select(o: Options) -> tuple[list[Run], Tables]:
                 outputs=list(dict.fromkeys(row.output for row in every if row.key == key)),
             ))  # fmt: skip
     return runs, chosen
+
+
+def recipe_of(settings: list[str]) -> str:
+    """The preset of a run in Markdown, and the flags of its command that set its training settings in another way."""
+    o, *_ = read_options(settings)
+    flags = flags_of(o.method).parse(settings)
+    others = as_flags({name: value for name, value in flags.items() if name in TRAINING}).split("\n")
+    return ", ".join(f"`{text}`" for text in (o.preset, *others) if text)
 
 
 def other_options(this: Run, manifest: Path) -> list[str]:

@@ -1,43 +1,52 @@
-"""Prints the page of tools/reproduce.py as Markdown: the tables, the comparisons and every run."""
+"""Prints the page of tools/reproduce.py: the tables, the comparisons and every run, in the format that is asked for."""
 
+import csv
 import json
 import sys
 from collections import Counter
 from pathlib import Path
 
 from evaluation.rows import read_row
-from tools.grid import BEYOND_TABLE, GLANCE, TESTS, TRAINED_AS, Tables
-from tools.runs import Options, Run, state
+from tools.comparisons import Records, comparison_tables, comparisons
+from tools.formats import Table, as_csv, latex, markdown
+from tools.grid import BEYOND_TABLE, GLANCE, METHODS_TABLE, TESTS, TRAINED_AS, Row, Tables
+from tools.runs import Options, Run, recipe_of, state
 from tools.table_rows import (
-    BEYOND_HEAD,
-    HEAD,
-    LIVE_HEAD,
-    PHANTOM_HEAD,
-    RUNS_HEAD,
-    Records,
+    BEYOND_COLUMNS,
+    COLUMNS,
+    LIVE_COLUMNS,
+    METHOD_COLUMNS,
+    PHANTOM_COLUMNS,
+    RUN_COLUMNS,
     beyond_line,
-    comparison_tables,
-    comparisons,
     glance_table,
-    live_line,
+    live_lines,
+    method_lines,
     phantom_line,
     row_lines,
-    ruled,
     run_lines,
 )
+from utils.errors import UserError
 from utils.run_folder import MANIFEST
 
+COST = "cost.csv"  # of benchmarks.methods, next to the records
 ABOUT = """\
 Profile `{profile}`, seeds {seeds}. Every run was tested at its last iteration. Each run has a mean over the
 {scans}test scans, and a figure is the mean of these over the runs of a row. ± is the SD over the runs, shown from three
 runs on. The last column gives the number of runs and their seeds. `all` is without a component filter, `largest` with
 it. The number after a distance says how many scans of all runs have one. An empty mask has no distance and scores the
 volume's diagonal. Early records have no such score: their distances are too low and marked `not penalised`."""
+RECIPES = """
+`recipe` is the preset of a run, with the flags that set its training settings in another way."""
 QUOTED = """
 The lines `paper` are quoted from the DTML paper, which took most of them from the methods' own papers. Those papers
 differ in the component filter and in the checkpoint that they tested, or do not report them."""
 SMALL = """
 **Not the paper's size:** {} Compare our lines only with each other."""
+OF_METHODS = """\
+Each method's first output, `all`. `rank` is that of the mean Dice among the rows with as many labeled scans that were
+run. `cost` is the time of an iteration on a CPU, with the V-Net's as 1, measured side by side by
+`benchmarks.methods`; the wall times of the runs do not compare."""
 COMPARED = """\
 **Comparisons**
 
@@ -67,7 +76,7 @@ SCALES = {
 
 
 def print_tables(o: Options, runs: list[Run], tables: Tables) -> None:
-    """Prints Markdown on stdout, and on stderr the records that are left out or have another number of test scans."""
+    """Prints the tables on stdout, and on stderr the records that are left out or have another number of test scans."""
     done: dict[str, Records] = {}
     scans: dict[Path, int] = {}
     devices = set()
@@ -81,39 +90,80 @@ def print_tables(o: Options, runs: list[Run], tables: Tables) -> None:
             devices.add(f"{manifest.get('device')}, threads: {manifest.get('threads')}")
         elif this.record.exists():
             print(f"warning: {this.record} is left out; {status}", file=sys.stderr)
+    blocks: list[tuple[str, Table]] = []
     if GLANCE in tables:
-        print(glance_table(tables[GLANCE][1], done))
+        blocks.append(("", glance_table(tables[GLANCE][1], done)))
         tables = {name: table for name, table in tables.items() if name != GLANCE}
-        if not tables:
-            return
-    usual = Counter(scans.values()).most_common(1)[0][0] if scans else 0
-    for path, count in scans.items():
+    usual = Counter(scans.values()).most_common(1)[0][0] if scans and tables else 0
+    for path, count in scans.items() if tables else ():
         if count != usual:
             print(f"warning: {path} was tested on {count} scans, most others on {usual}.", file=sys.stderr)
-    seeds = ", ".join(map(str, dict.fromkeys(this.seed for this in runs)))
-    print(ABOUT.format(profile=o.profile, seeds=seeds, scans=f"{usual} " if scans else "") + SCALES[o.profile])
     phantom = o.profile == "phantom"
-    if phantom and devices:
-        print(f"Speed and memory on {'; '.join(sorted(devices))}.")
+    seeds = ", ".join(map(str, dict.fromkeys(this.seed for this in runs)))
+    about = ABOUT.format(profile=o.profile, seeds=seeds, scans=f"{usual} " if scans else "")
+    about += ("" if phantom else RECIPES) + SCALES[o.profile]
+    about += f"\nSpeed and memory on {'; '.join(sorted(devices))}." if phantom and devices else ""
     for name, (title, rows) in tables.items():
-        head = PHANTOM_HEAD if phantom else BEYOND_HEAD if name == BEYOND_TABLE else HEAD
-        print(f"\n**{title}**\n\n{ruled(head)}")
-        for row in rows:
-            records = done.get(row.key, {})
-            if phantom:
-                print(phantom_line(row, records))
-            elif name == BEYOND_TABLE:
-                print(beyond_line(row, records, done.get(f"{BEYOND_TABLE}-paper", {})))
-            else:
-                print(row_lines(row, records))
-    compared = comparisons(tables, done)
-    if compared:
-        print(f"\n{COMPARED}\n{comparison_tables(compared)}", end="")
-    live = [live_line(path) for key, records in done.items() if key not in TRAINED_AS for path in records.values()]
-    if any(live):
-        print(f"\n{LIVE}\n\n{ruled(LIVE_HEAD)}\n" + "\n".join(filter(None, live)))
-    if done:
-        print(f"\n{EACH}\n\n{ruled(RUNS_HEAD)}")
-    for records in done.values():
-        for path in records.values():
-            print(run_lines(path))
+        intro = f"**{title}**" + (f"\n\n{OF_METHODS}" if name == METHODS_TABLE and not phantom else "")
+        blocks.append((intro, table_of(name, title, rows, done, runs, o)))
+    for usual_row in comparison_tables(comparisons(tables, done)):
+        first = not any(table.name == usual_row.name for _, table in blocks)
+        blocks.append((f"{COMPARED}\n\n{usual_row.title}" if first else usual_row.title, usual_row))
+    records = [path for of_key in done.values() for path in of_key.values()] if tables else []
+    trained = [path for key, of_key in done.items() if key not in TRAINED_AS for path in of_key.values()]
+    live = [line for path in trained for line in live_lines(path)] if tables else []
+    if live:
+        blocks.append((LIVE, Table("live", "M_d's gradient", LIVE_COLUMNS, live)))
+    if records:
+        lines = [line for path in records for line in run_lines(path)]
+        blocks.append((EACH, Table("runs", "Each run: mean ± SD over its scans", RUN_COLUMNS, lines)))
+    print(page(o.format, about if tables else "", blocks))
+
+
+def page(style: str, about: str, blocks: list[tuple[str, Table]]) -> str:
+    """All tables in a format, each with its text before it in Markdown; LaTeX has the text about all as comments."""
+    if style == "csv":
+        return as_csv([table for _, table in blocks]).rstrip("\n")
+    if style == "latex":
+        notes = ["In the preamble: \\usepackage{booktabs,longtable}", *about.splitlines()]
+        return "\n\n".join(["\n".join(f"% {line}".rstrip() for line in notes), *(latex(table) for _, table in blocks)])
+    glance = [markdown(table) for intro, table in blocks if not intro]
+    others = [f"\n{intro}\n\n{markdown(table)}" for intro, table in blocks if intro]
+    return "\n".join([*glance, *([about] if about else []), *others])
+
+
+def table_of(name: str, title: str, rows: list[Row], done: dict[str, Records], runs: list[Run], o: Options) -> Table:
+    """A table of the grid."""
+    if o.profile == "phantom":
+        return Table(name, title, PHANTOM_COLUMNS, [phantom_line(row, done.get(row.key, {})) for row in rows])
+    if name == BEYOND_TABLE:
+        paper = done.get(f"{BEYOND_TABLE}-paper", {})
+        return Table(name, title, BEYOND_COLUMNS, [beyond_line(row, done.get(row.key, {}), paper) for row in rows])
+    words = {this.key: (this.method, this.settings) for this in runs}
+    recipes = {row.key: recipe_of(words[row.key][1]) if row.key in words else "" for row in rows}
+    if name == METHODS_TABLE:
+        measured = costs_of(Path(o.results, o.profile, COST))
+        costs = {
+            row.key: measured[words[row.key][0]]
+            for row in rows
+            # a method without unlabeled scans, which all but the V-Net have in the benchmark, costs less
+            if words[row.key][0] in measured and (not row.scans.endswith("/ 0") or words[row.key][0] == "supervised")
+        }
+        return Table(name, title, METHOD_COLUMNS, method_lines(rows, done, recipes, costs))
+    lines = [line for row in rows for line in row_lines(row, done.get(row.key, {}), recipes[row.key])]
+    return Table(name, title, COLUMNS, lines)
+
+
+def costs_of(path: Path) -> dict[str, float]:
+    """Method -> the cost of its iteration that `benchmarks.methods` has written; {} if it has not.
+
+    Raises:
+        UserError: the file is not such a one.
+    """
+    if not path.exists():
+        return {}
+    try:
+        with open(path, newline="", encoding="utf-8") as f:
+            return {row["method"]: float(row["cost"]) for row in csv.DictReader(f)}
+    except (KeyError, ValueError, OSError) as e:
+        raise UserError(f"{path} cannot be read ({e!r}). Write it again by python -m benchmarks.methods --out.") from e

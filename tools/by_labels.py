@@ -1,0 +1,65 @@
+"""Dice of runs by their number of labeled scans, for the picture `labels`."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from evaluation.metrics import mean_and_sd
+from evaluation.rows import read_row, runs_of
+from settings import PROFILES
+from tools.runs import Options, select, state
+from utils.errors import UserError
+from utils.run_folder import MANIFEST, read_json
+
+
+def dice_by_labels(paths: Sequence[str], titles: Sequence[str], table: str) -> dict[str, dict[int, list[float]]]:
+    """Title -> number of labeled scans -> Dice in per cent of each run, a mean over the scans without a filter.
+
+    Args:
+        paths: a pattern of runs for each title; with a table the folder of its records.
+        titles: of the patterns; none: the patterns themselves.
+        table: of tools.reproduce, whose rows' labels are the titles; '': none.
+
+    Raises:
+        UserError: titles that do not fit, runs that cannot be read, or as `rows_of_table`.
+    """
+    if titles and (table or len(titles) != len(paths)):
+        raise UserError(f"--titles must give {len(paths)} names, one for each pattern, and none with --table.")
+    if table:
+        runs = rows_of_table(paths, table)
+    else:
+        runs = {title: runs_of(where) for title, where in zip(titles or paths, paths, strict=True)}
+    lines: dict[str, dict[int, list[float]]] = {}
+    for title, run_paths in runs.items():
+        points = lines.setdefault(title, {})
+        for run_path in run_paths:
+            folder = Path(run_path if Path(run_path).exists() else run_path.partition(":")[0])
+            labeled = read_json(folder / MANIFEST).get("options", {}).get("labeled")
+            if labeled is None:
+                raise UserError(f"{folder / MANIFEST} states no number of labeled scans. Give run folders or records.")
+            dice = list(read_row(run_path, "dice", "all").values())
+            points.setdefault(labeled, []).append(100 * mean_and_sd(dice)[0])
+    return lines
+
+
+def rows_of_table(paths: Sequence[str], table: str) -> dict[str, list[str]]:
+    """Label of a row of a table of tools.reproduce -> its records, each as PATH:OUTPUT.
+
+    Raises:
+        UserError: there is no such table, or none of its rows has a record.
+    """
+    folder = Path(os.path.abspath(paths[0]))
+    if len(paths) > 1 or folder.name not in PROFILES:
+        raise UserError("--table goes with one folder of records, as results/half.")
+    runs, tables = select(Options(profile=folder.name, results=str(folder.parent), table=[table]))
+    records: dict[str, list[str]] = {row.label: [] for row in tables[table][1]}
+    for row in tables[table][1]:
+        done = [this for this in runs if this.key == row.key and state(this) == "done"]
+        records[row.label] += [f"{this.record}:{row.output}" for this in done]
+    waits = [label for label, of_row in records.items() if not of_row]
+    if len(waits) == len(records):
+        raise UserError(f"no row of the table {table} has a record in {folder}. Run it first, by tools.reproduce.")
+    if waits:
+        print(f"not yet run: {', '.join(waits)}", file=sys.stderr)
+    return {label: records[label] for label in records if records[label]}

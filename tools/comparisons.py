@@ -1,0 +1,91 @@
+"""The comparisons of the rows of tools/reproduce.py's tables, over the seeds that two rows have in common."""
+
+import dataclasses
+from pathlib import Path
+
+from evaluation.rows import mean_over, read_row
+from evaluation.statistics import Comparison, compare, compare_scans, holm, interval_text, pairs_text
+from tools.formats import Cell, Column, Line, Table
+from tools.grid import ALL_LABELED, COMPARED_WITH, Row, Tables
+
+Records = dict[int, Path]  # seed: folder
+COLUMNS = [
+    Column("row", "row"), Column("labeled / unlabeled", "scans"), Column("difference", "difference"),
+    Column("95 % interval", "interval"), Column("over", "over"), Column("median of the scans", "median"),
+    Column("higher in", "higher"), Column("seeds", "seeds"),
+]  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Two rows compared by their Dice in points, without a filter, over the seeds that both have. `median` is the
+    Hodges-Lehmann median of the scans' differences, after a mean over the seeds."""
+
+    row: Row
+    comparison: Comparison
+    median: float
+    seeds: list[int]
+
+
+def compared(row: Row, records: Records, usual: Row, usual_records: Records) -> Pair | None:
+    """A row compared with a reference row; None without a common seed, or if they were tested on different scans."""
+    shared = [seed for seed in records if seed in usual_records]
+    reference, ours = (
+        {seed: points(f"{folders[seed]}:{output}") for seed in shared}
+        for folders, output in ((usual_records, usual.output), (records, row.output))
+    )
+    if len({frozenset(scans) for scans in (*reference.values(), *ours.values())}) != 1:
+        return None
+    median = compare_scans(mean_over(reference), mean_over(ours)).median
+    return Pair(row, compare(reference, ours, most=100), median, shared)
+
+
+def points(where: str) -> dict[str, float]:
+    """Case -> Dice in per cent."""
+    return {case: 100 * value for case, value in read_row(where, "dice", "all").items()}
+
+
+def comparisons(tables: Tables, done: dict[str, Records]) -> dict[str, list[Pair]]:
+    """Label of a reference row -> the rows of its tables that are compared with it, with as many labeled scans or all.
+
+    Two rows are compared once, even if several tables have both. The label is that of the last table."""
+    last = {(row.key, row.output): row for _, rows in tables.values() for row in rows}
+    pairs_of: dict[str, list[Pair]] = {}
+    seen: set[frozenset[tuple[str, str]]] = set()
+    for name, (_, rows) in tables.items():
+        references = {where if ":" in where else f"{where}:seg" for where in COMPARED_WITH.get(name, [])}
+        for usual in [row for row in rows if f"{row.key}:{row.output}" in references]:
+            for row in rows:
+                names = frozenset([(row.key, row.output), (usual.key, usual.output)])
+                if len(names) < 2 or names in seen or row.labeled not in (usual.labeled, *ALL_LABELED):
+                    continue
+                seen.add(names)
+                one, other = (last[side.key, side.output] for side in (usual, row))
+                pair = compared(other, done.get(other.key, {}), one, done.get(one.key, {}))
+                if pair:
+                    pairs_of.setdefault(f"{one.label}, {one.scans}", []).append(pair)
+    return pairs_of
+
+
+def comparison_tables(pairs_of: dict[str, list[Pair]]) -> list[Table]:
+    """A table for each row that others are compared with; Holm's correction is over all of them."""
+    corrected = iter(holm([pair.comparison.p for pairs in pairs_of.values() for pair in pairs]))
+    tables = []
+    for usual, pairs in pairs_of.items():
+        lines = []
+        for pair, p in zip(pairs, corrected, strict=False):
+            c, seeds = pair.comparison, ", ".join(map(str, pair.seeds))
+            lines.append(Line([
+                Cell(pair.row.label), scans_cell(pair.row), Cell(f"{c.difference:+.2f}", {"difference": c.difference}),
+                Cell(interval_text(c, 2), {"low": c.low, "high": c.high}), Cell(c.over),
+                Cell(f"{pair.median:+.2f}", {"median": pair.median}),
+                Cell(pairs_text(c, p), {"higher": c.higher, "pairs": c.pairs, "p": c.p, "p_holm": p}), Cell(seeds),
+            ]))  # fmt: skip
+        tables.append(Table("comparisons", f"Against *{usual}*:", COLUMNS, lines, {"reference": usual}))
+    return tables
+
+
+def scans_cell(row: Row) -> Cell:
+    """Its labeled / unlabeled scans."""
+    labeled, unlabeled = map(int, row.scans.split(" / "))
+    return Cell(row.scans, {"labeled": labeled, "unlabeled": unlabeled})
