@@ -62,6 +62,7 @@ PROFILES: dict[str, dict[str, Any]] = {
     "hippocampus": {  # of the Decathlon, whole scans at full resolution
         "data": "data/hippocampus",
         "classes": 2,
+        "augment": "none",  # turned or flipped in x-y, the anterior part lies where the posterior one does
         "patch_size": [32, 48, 32],
         "filters": 8,
         "iterations": 2400,
