@@ -53,7 +53,7 @@ def test_the_table_of_a_page_is_replaced(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="has no table that begins with"):
         methods_page.main(["--write", str(page)])
     assert page.read_text() == "no table\n"
-    with pytest.raises(UserError, match="cannot read the page nowhere.md"):
+    with pytest.raises(UserError, match=r"cannot read the page nowhere\.md"):
         methods_page.main(["--write", "nowhere.md"])
 
 
