@@ -73,7 +73,7 @@ MUTATIONS = [
     Mutation("sdm-of-crop", "losses/sdm.py", "margin=1)", "margin=0)",
              "distances to a background beyond the object's box", "tests/test_sdm.py"),
     # methods
-    Mutation("ema-direction", "losses/ema.py", "t.lerp_(s, 1 - decay)", "t.lerp_(s, decay)",
+    Mutation("ema-direction", "losses/ema.py", "averaged], 1 - decay)", "averaged], decay)",
              "the teacher is nearly the student", METHODS),
     Mutation("ema-warm-up", "losses/ema.py", "min(1 - 1 / (iteration + 1), limit)", "limit",
              "the teacher's first weights stay for long", METHODS),
