@@ -197,9 +197,8 @@ MUTATIONS = [
              "classes keep the values of the files", "tests/test_convert.py"),
     Mutation("turn-of-prediction", "tools/segment.py", '"label": back(label)', '"label": label',
              "the segmentation lies across the scan", "tests/test_predict.py tests/test_orientation.py"),
-    Mutation("millilitres", "tools/volumes.py",
-             'math.prod(geometry["spacing"]) / 1000', 'math.prod(geometry["spacing"])',
-             "volumes are in mm^3", "tests/test_predict.py"),
+    Mutation("millilitres", "tools/volumes.py", 'math.prod(geometry["spacing"]) / 1000',
+             'math.prod(geometry["spacing"])', "volumes are in mm^3", "tests/test_predict.py"),
     # records and options
     Mutation("last-iteration", "tools/runs.py", "!= last else []", "is None else []",
              "a record of half a training counts", f"{REPRODUCE} -k 'record'"),
