@@ -23,7 +23,7 @@ import test_la
 import train_dtml
 from dataloaders.augmentation import random_intensities
 from dataloaders.cases import Case, read_case
-from dataloaders.images import read_image, read_label, to_physical
+from dataloaders.images import read_image, read_label, scan_name, to_physical
 from dataloaders.normalization import Normalization
 from dataloaders.two_stream import Patches, Slot
 from dataloaders.volumes import Volumes
@@ -32,6 +32,7 @@ from losses.perturbation import strong_view
 from methods import METHODS
 from methods.released import load_trained
 from tools import check, convert, pictures
+from tools.given_scans import given_scans
 from utils.errors import UserError
 
 SHAPE = (30, 28, 18)
@@ -421,3 +422,29 @@ def test_a_wrong_number_of_channels_is_refused_with_what_is_needed(world, tmp_pa
     assert not list((tmp_path / "a").glob("*"))
     predicted(one, tmp_path / "b", files[0])  # a name like any other
     assert (tmp_path / "b" / "p5_0000.nii.gz").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "scans"),
+    [
+        (["d"], {"a": ["a_0000", "a_0001"], "b": ["b_0000", "b_0001"]}),
+        (["d/a_0001.nii.gz", "d/a_0000.nii.gz"], {"a": ["a_0000", "a_0001"]}),
+        (["d/*_0000.nii.gz", "d/?_0001.nii.gz"], {"a": ["a_0000", "a_0001"], "b": ["b_0000", "b_0001"]}),
+        (["d/b_0001.nii.gz,d/b_0000.nii.gz"], {"b": ["b_0001", "b_0000"]}),
+    ],
+)
+def test_the_files_of_a_scan_are_one_scan_however_they_are_named(words, scans, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("d").mkdir()
+    for name in ("a_0000", "a_0001", "b_0000", "b_0001"):
+        Path(f"d/{name}.nii.gz").touch()
+    named = {scan.name: [scan_name(file) for file in scan.files] for scan in given_scans(words, [], channels=2)}
+    assert named == scans
+    assert len(given_scans(["d"], [], channels=1)) == 4
+
+
+def test_a_scan_whose_channels_are_not_all_given_is_refused(tmp_path):
+    (tmp_path / "a_0000.nii.gz").touch()
+    (tmp_path / "a_0002.nii.gz").touch()
+    with pytest.raises(UserError, match=r"has no a_0001, and a_0002\.nii\.gz is there"):
+        given_scans([str(tmp_path)], [], channels=3)

@@ -86,7 +86,7 @@ def grouped(scans: Sequence[Scan]) -> list[Scan]:
         first = scan.files[0]
         key = (first.parent, unnumbered(scan.name)) if first.is_file() and len(scan.files) == 1 else (first, scan.name)
         if key in numbered and key not in groups:
-            groups[key] = Scan(key[1], in_order(key[1], numbered[key], first.parent))
+            groups[key] = Scan(key[1], in_order(key[1], numbered[key], "what is given"))
         elif key not in numbered:
             groups[(first, scan.name)] = scan
     return list(groups.values())
