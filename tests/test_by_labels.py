@@ -16,7 +16,7 @@ def test_the_rows_of_a_table_are_lines_with_a_bar_from_three_runs_on(tmp_path, m
     for key, of_seed in dice.items():
         for seed, value in of_seed.items():
             change = {"pseudo_weight": 7.0} if key == "bcp-8" else {}
-            write_record(tmp_path / "results", key, seed, [(value - 0.05, 1), (value + 0.05, 1)], change=change)
+            write_record(key, seed, [(value - 0.05, 1), (value + 0.05, 1)], change=change)
     (axes,) = pictures.labels(["results/half"], pictures.Options(table="methods")).axes
     handles, names = axes.get_legend_handles_labels()
     assert names == ["V-Net", "CPS"]

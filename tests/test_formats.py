@@ -80,7 +80,7 @@ def test_csv_has_the_numbers_of_the_records(here, capsys):
     asd = rng.uniform(1, 5, (3, 6))
     for key, runs in dice.items():
         for i, scans in enumerate(runs):
-            write_record(here / "results", key, 1337 + i, list(zip(scans, asd[i], strict=True)))
+            write_record(key, 1337 + i, list(zip(scans, asd[i], strict=True)))
     (here / "results" / "half" / "cost.csv").write_text("method,cost\nsupervised,1\ncps,2.5\ndtml-plus,3.25\n")
     parts = records_of(capsys, "--profile", "half", "--table", "methods", "--labels", "8")
     rows = {row["row"]: row for row in parts["methods"]}
@@ -109,7 +109,7 @@ def test_csv_has_the_numbers_of_the_records(here, capsys):
 
 def test_the_best_of_as_many_labels_is_bold_in_latex_and_not_in_markdown(here, capsys):
     for key, value in {"supervised-normalized-8": 0.7, "cps-8": 0.8, "supervised-normalized-80": 0.9}.items():
-        write_record(here / "results", key, 1337, [(value, 10 * value)] * 6)
+        write_record(key, 1337, [(value, 10 * value)] * 6)
     words = ["--profile", "half", "--table", "methods", "--labels", "8", "80"]
     text = printed(capsys, *words, "--format", "latex")
     check_latex(text, here)
@@ -124,7 +124,7 @@ def test_the_best_of_as_many_labels_is_bold_in_latex_and_not_in_markdown(here, c
 
 def test_cost_rank_and_recipe_stand_in_markdown(here, capsys):
     for key, value in {"supervised-normalized-8": 0.7, "cps-8": 0.8}.items():
-        write_record(here / "results", key, 1337, [(value, 1)] * 2)
+        write_record(key, 1337, [(value, 1)] * 2)
     (here / "results" / "half" / "cost.csv").write_text("method,cost\nsupervised,1\ncps,2.499\n")
     text = printed(capsys, "--profile", "half", "--table", "methods")
     (row,) = cells(text, "CPS")
@@ -151,7 +151,7 @@ def test_all_recorded_tables_are_latex_and_csv(profile, monkeypatch, tmp_path, c
 
 def test_the_glance_table_has_a_column_for_each_number(here, capsys):
     for seed, value in {1337: 0.8, 1338: 0.7, 1339: 0.9}.items():
-        write_record(here / "results", "supervised-normalized-16", seed, [(value, 2)] * 6)
+        write_record("supervised-normalized-16", seed, [(value, 2)] * 6)
     words = ["--profile", "half", "--table", "glance"]
     rows = {row["labeled"]: row for row in records_of(capsys, *words)["glance"]}
     shown = rows["16"]["V-Net"], rows["16"]["V-Net: SD"], rows["16"]["V-Net: runs"], rows["8"]["V-Net"]

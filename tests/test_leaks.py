@@ -164,7 +164,7 @@ def test_no_file_of_a_test_case_is_opened(tiny_set, tmp_path):
     opened = {lines[0]: Counter(lines[1:]) for lines in (part.splitlines() for part in parts)}
     assert set(opened) == set(METHODS)
     for method, seen in opened.items():
-        assert seen[str(tiny_set / "train.list")] == 1
+        assert seen[str(tiny_set / "train.list")] > 0
         # Each training case once when the set is read, and again for its crops.
         used = files(tiny_set, "train")[: None if METHODS[method].uses_unlabeled else LABELED]
         assert all(seen[str(path)] > 1 for path in used)

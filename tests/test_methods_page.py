@@ -29,9 +29,9 @@ def test_every_method_has_its_line_in_both_tables():
 def test_figures_are_means_over_runs_and_costs_those_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for seed, value in {1337: 0.7, 1338: 0.8, 1339: 0.75}.items():
-        write_record(tmp_path / "results", "cps-8", seed, [(value - 0.1, 1), (value + 0.1, 1)])
-    write_record(tmp_path / "results", "plus-alone-8", 1337, [(0.5, 1)] * 2)  # the control is no line
-    write_record(tmp_path / "results", "bcp-8", 1337, [(0.6, 1)] * 2, profile="hippocampus")
+        write_record("cps-8", seed, [(value - 0.1, 1), (value + 0.1, 1)])
+    write_record("plus-alone-8", 1337, [(0.5, 1)] * 2)  # the control is no line
+    write_record("bcp-8", 1337, [(0.6, 1)] * 2, profile="hippocampus")
     with open(tmp_path / "results" / "half" / "cost.csv", "w", newline="") as f:
         csv.writer(f).writerows([("method", "cost"), ("cps", 2.46), ("supervised", 1.0)])
     methods_page.main([])

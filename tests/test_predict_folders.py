@@ -1,6 +1,7 @@
 """Folders, patterns and DICOM series to predict, the table of volumes, and what is refused before any result."""
 
 import csv
+import locale
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from scans import OBLIQUE, make_scans, picture_of, write
 from test_predict import predicted, scan, trained
 
 import predict
-from dataloaders.dicom import read_series, series_in
+from dataloaders.dicom import locale_kept, read_series, series_in
 from dataloaders.images import read_label
 from methods import METHODS
 from tools import convert
@@ -25,6 +26,7 @@ SHAPE = (30, 28, 18)
 UID = "1.2.826.0.1.3680043.2.1125"
 
 
+@locale_kept()
 def write_series(
     folder: Path, array: np.ndarray, uid: str = f"{UID}.1", place: Callable[[int], np.ndarray] | None = None,
     description: str = "T1", prefix: str = "IM",
@@ -276,3 +278,12 @@ def test_windows_are_weighted_by_a_gaussian_unless_told_otherwise(world, tmp_pat
         )
     ]
     assert (probabilities[0] == probabilities[1]).all() and (probabilities[0] != probabilities[2]).any()
+
+
+def test_reading_a_series_leaves_the_locale_as_it_was(tmp_path):
+    """GDCM sets it to C; text files of other than ASCII could not be read afterwards."""
+    folder = write_series(tmp_path / "series", np.zeros(SHAPE, np.int16))
+    before = locale.setlocale(locale.LC_ALL)
+    (series,) = series_in(folder)
+    read_series(series.files)
+    assert locale.setlocale(locale.LC_ALL) == before

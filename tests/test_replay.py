@@ -121,7 +121,13 @@ def test_an_options_file_holds_what_was_chosen_and_lists_the_rest_as_comments(in
     everything = json.loads((folder / "manifest.json").read_text())["options"]
     listed = {line.split()[int(line.startswith("#"))].removeprefix("--").removeprefix("no-") for line in lines}
     assert listed >= {name.replace("_", "-") for name, value in everything.items() if value is not None}
-    assert settled(f"@{folder}/options.txt") == {**everything, "resume": "", "from_diagnostic": "", "fresh": False}
+    assert settled(f"@{folder}/options.txt") == {
+        **everything,
+        "channels": 1,
+        "resume": "",
+        "from_diagnostic": "",
+        "fresh": False,
+    }
 
 
 # -- names of yesterday --

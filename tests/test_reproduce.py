@@ -132,7 +132,7 @@ def test_mean_and_sd_over_runs(here):
         write_record("dtml-16", seed, values, outputs=("sdm", "seg"))
     out, err = printed("--table", "3")
     paper, ours, filtered = cells(out, "DTML")
-    assert paper == ["DTML", "16 / 64", "paper", *PAPER, ""] and err == ""
+    assert paper == ["DTML", "16 / 64", "paper", *PAPER, "", ""] and err == ""
     dice, asd = [85.0, 80.0, 86.0], [1.5, 4.0, 2.5]
 
     def shown(values):

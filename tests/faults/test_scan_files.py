@@ -45,8 +45,11 @@ def test_39_what_is_not_three_dimensional_numbers_is_refused(ending, tmp_path):
     with pytest.raises(CaseError, match=r"has 2 dimensions, \(6, 5\), where a scan has three"):
         read_image(tmp_path / f"a{ending}")
     sitk.WriteImage(sitk.GetImageFromArray(np.ones((2, 4, 5, 6)), isVector=False), path)
-    with pytest.raises(CaseError, match=r"has 4 dimensions, \(6, 5, 4, 2\), where a scan has three"):
-        read_image(tmp_path / f"a{ending}")
+    if ending == ".nrrd":
+        with pytest.raises(CaseError, match=r"has 4 dimensions, \(6, 5, 4, 2\), where a scan has three"):
+            read_image(tmp_path / f"a{ending}")
+    else:  # two channels
+        assert read_image(tmp_path / f"a{ending}")[0].shape == (2, 6, 5, 4)
     sitk.WriteImage(sitk.GetImageFromArray(np.ones((4, 5, 6, 3)), isVector=True), path)
     with pytest.raises(CaseError, match="vector of 64-bit float, where one number must stand"):
         read_image(tmp_path / f"a{ending}")
