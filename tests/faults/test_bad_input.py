@@ -466,7 +466,8 @@ def refuse_checkpoint(script: str, path: Path, *texts: str) -> str:
 @BOTH
 def test_14_checkpoint_that_is_missing_is_named(script, tmp_path):
     refuse_checkpoint(script, tmp_path / "none.pt", "does not exist")
-    refuse_checkpoint(script, tmp_path, "holds no checkpoint")
+    (tmp_path / "empty").mkdir()
+    refuse_checkpoint(script, tmp_path / "empty", "holds no checkpoint")
 
 
 @BOTH
