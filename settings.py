@@ -25,8 +25,7 @@ from dataloaders.volumes import CACHES
 from losses.ramps import SCHEDULES, default_lr_steps
 from methods import METHODS, Method
 from networks.backbone import PRECISIONS
-from tools.starting import go_further
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import go_further, load_checkpoint
 from utils.errors import UserError
 from utils.options import (
     RENAMED,
@@ -246,7 +245,7 @@ def read_options(
         saved = state["options"]
         refuse_removed(saved["method"], saved)
         steps = PROFILES[saved.get("profile", "full")].get("lr_steps")
-        saved = go_further(state, flags, [steps, default_lr_steps(saved["iterations"])])
+        saved = go_further(state, flags, lambda iterations: [steps, default_lr_steps(iterations)])
         refuse_differences(flags, saved, harmless_names([Options, kind.Options]), folder)
         o, method_options = (fill(cls, saved, flags) for cls in (Options, kind.Options))
         refuse_idle(flags, [Options], values_of(o, method_options, kind), saved.get, WHY)

@@ -28,10 +28,11 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from dataloaders.cases import Case, known_spacing, lists_of, read_case, read_geometry, validation_of
+from dataloaders.cases import Case, lists_of, read_case, validation_of
 from dataloaders.channels import refuse_other_channels
 from dataloaders.class_names import class_names
 from dataloaders.folds import split_fold
+from dataloaders.geometry import known_spacing, read_geometry
 from dataloaders.images import write_image
 from dataloaders.normalization import normalization_of, normalized_case
 from dataloaders.unseen import open_cases

@@ -14,8 +14,9 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from dataloaders.cases import UNTOLD, CaseError, case_file, lists_of
+from dataloaders.cases import CaseError, case_file, lists_of
 from dataloaders.class_names import DATASET, read_dataset
+from dataloaders.geometry import UNTOLD
 from dataloaders.images import Geometry, normalise, read_image, same_grid, scan_name
 from utils.channels import with_channels
 from utils.errors import UserError

@@ -15,7 +15,8 @@ import numpy as np
 import SimpleITK as sitk
 from numpy.typing import NDArray
 
-from dataloaders.cases import MOST_BYTES, CaseError, Geometry, refuse_direction
+from dataloaders.cases import MOST_BYTES, CaseError
+from dataloaders.geometry import Geometry, refuse_direction
 
 POSITION, ORIENTATION, PIXEL_SPACING = "0020|0032", "0020|0037", "0028|0030"
 MODALITY, DESCRIPTION = "0008|0060", "0008|103e"

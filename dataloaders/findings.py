@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dataloaders.cases import SPACING_FILE, Case, known_spacing, published
+from dataloaders.cases import Case
+from dataloaders.geometry import SPACING_FILE, known_spacing, published
 from dataloaders.likeness import DIGITS, fingerprint, groups
 from dataloaders.orientation import known_orientation
 from utils.channels import with_channels

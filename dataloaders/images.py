@@ -17,17 +17,8 @@ import SimpleITK as sitk
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter1d
 
-from dataloaders.cases import (
-    FILE_NAME,
-    MOST_BYTES,
-    UNTOLD,
-    Case,
-    CaseError,
-    Geometry,
-    read_case,
-    refuse_direction,
-    told_geometry,
-)
+from dataloaders.cases import FILE_NAME, MOST_BYTES, Case, CaseError, read_case
+from dataloaders.geometry import UNTOLD, Geometry, refuse_direction, told_geometry
 from dataloaders.nifti import read_nifti, write_nifti
 from utils.errors import UserError
 

@@ -20,7 +20,8 @@ from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 from numpy.typing import NDArray
 
-from dataloaders.cases import MOST_BYTES, UNTOLD, CaseError, Geometry, refuse_direction
+from dataloaders.cases import MOST_BYTES, CaseError
+from dataloaders.geometry import UNTOLD, Geometry, refuse_direction
 from dataloaders.orientation import TO_RAS
 
 CHUNK = 2**20

@@ -14,7 +14,8 @@ import numpy as np
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt2axcodes, ornt_transform
 from numpy.typing import NDArray
 
-from dataloaders.cases import Case, CaseError, Geometry, told_geometry
+from dataloaders.cases import Case, CaseError
+from dataloaders.geometry import Geometry, told_geometry
 
 RAS = "RAS"
 """The orientation to which scans are turned; any other would do, if it is the same for all."""

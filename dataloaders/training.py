@@ -15,7 +15,6 @@ from dataloaders.cases import (
     Case,
     case_file,
     find_cases,
-    known_spacing,
     lists_of,
     read_case,
     read_list,
@@ -23,6 +22,7 @@ from dataloaders.cases import (
 )
 from dataloaders.findings import Facts
 from dataloaders.folds import split_fold
+from dataloaders.geometry import known_spacing
 from dataloaders.phantom import make_phantom_set
 from utils.distributed import RANK
 from utils.errors import UserError

@@ -81,6 +81,11 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+
+
 @pytest.fixture(autouse=True)
 def no_card_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where torch reaches no GPU the tests run on the CPU on purpose, card or not."""

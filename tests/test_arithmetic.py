@@ -170,7 +170,6 @@ def test_on_a_gpu_the_answer_comes_an_iteration_later_and_the_weights_stay(name,
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_training_step_never_makes_the_host_wait():
     device = torch.device("cuda")
     method = make().to(device)

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from scans import OBLIQUE, ball, make_scans, turned, write
 
-from dataloaders.cases import Case, find_cases, lists_of, read_case, read_geometry
+from dataloaders.cases import Case, find_cases, lists_of, read_case
+from dataloaders.geometry import read_geometry
 from dataloaders.images import read_image, to_physical
 from tools import convert
 from tools.case_of_scan import MARGINS, SMALLEST, Job, crop_box, map_labels
-from tools.sources import Source, choose_split
+from tools.sources import Source
+from tools.split import choose_split
 from utils.errors import UserError
 
 SHAPE = (30, 28, 18)

@@ -19,16 +19,9 @@ from utils.errors import UserError
 from utils.options import Parser, fill
 
 CPU = torch.device("cpu")
-NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 
-def on_a_gpu(test):
-    for mark in NEEDS_GPU:
-        test = mark(test)
-    return test
-
-
-@on_a_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("method", ["supervised", "dtml", "mc-net-plus", "cps"])
 def test_gradients_in_float64_are_those_of_the_cpu(method):
     torch.manual_seed(0)
@@ -49,7 +42,7 @@ def test_gradients_in_float64_are_those_of_the_cpu(method):
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-6, atol=1e-9)
 
 
-@on_a_gpu
+@pytest.mark.gpu
 def test_the_window_gives_the_probabilities_of_the_cpu():
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Conv3d(1, 4, 3, padding=1), torch.nn.Conv3d(4, 1, 3, padding=1))

@@ -2,8 +2,11 @@
 
 import ast
 import re
+import shlex
 from graphlib import TopologicalSorter
 from pathlib import Path
+
+from tests.mutations import MUTATIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {  # each imports only what is named
@@ -55,3 +58,12 @@ def test_the_training_script_names_no_method():
     code = code.replace(ast.get_docstring(ast.parse(code), clean=False) or "", "")
     for name, kind in METHODS.items():
         assert not re.search(rf"\b{kind.__name__}\b|[\"']{name}[\"']", code), name
+
+
+def test_every_mutation_finds_its_text():
+    """Otherwise tests/mutations.py would count a fault that it never makes."""
+    for mutation in MUTATIONS:
+        assert (ROOT / mutation.file).read_text(encoding="utf-8").count(mutation.old) == 1, mutation.name
+        assert mutation.new != mutation.old and all(
+            (ROOT / word).is_file() for word in shlex.split(mutation.tests) if word.endswith(".py")
+        ), mutation.name

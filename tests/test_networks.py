@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from networks.vnet import Convs, Down, Up, VNet, parameter_count
 
@@ -71,3 +72,28 @@ def test_long_skips_are_sums():
     network.decoder[3].register_forward_pre_hook(lambda _, args: inputs.append(args[0].clone()))
     network(x)
     assert torch.allclose(inputs[0], network.encoder[0](x))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+def test_a_head_is_the_convolution_of_the_map_after_dropout(layout):
+    """Output and gradients in float64, with the channels that dropout3d draws from the same seed."""
+    torch.manual_seed(0)
+    network = VNet(heads={"seg": 2, "sdm": 1}, filters=4).double().train()
+    x = torch.randn(3, 4, 6, 5, 4, dtype=torch.float64).to(memory_format=layout).requires_grad_()
+    weights = [head[0].weight for head in network.heads.values()]
+    torch.manual_seed(1)
+    outputs = network.outputs(x)
+    torch.manual_seed(1)
+    dropped = F.dropout3d(x, 0.5, training=True)
+    assert 0 < (dropped.detach().flatten(2).abs().sum(2) == 0).sum() < 12
+    expected = [F.conv3d(dropped, head[0].weight, head[0].bias) for head in network.heads.values()]
+    expected[1] = expected[1].tanh()
+    targets = [torch.randn_like(y) for y in outputs]
+    for y, reference in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(y, reference)
+    gradients = [
+        torch.autograd.grad(sum((y * t).sum() for y, t in zip(ys, targets, strict=True)), [x, *weights])
+        for ys in (outputs, expected)
+    ]
+    for ours, reference in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, reference)

@@ -284,6 +284,10 @@ def test_reading_a_series_leaves_the_locale_as_it_was(tmp_path):
     """GDCM sets it to C; text files of other than ASCII could not be read afterwards."""
     folder = write_series(tmp_path / "series", np.zeros(SHAPE, np.int16))
     before = locale.setlocale(locale.LC_ALL)
-    (series,) = series_in(folder)
-    read_series(series.files)
-    assert locale.setlocale(locale.LC_ALL) == before
+    try:
+        here = locale.setlocale(locale.LC_ALL, "C.UTF-8")
+        (series,) = series_in(folder)
+        read_series(series.files)
+        assert locale.setlocale(locale.LC_ALL) == here
+    finally:
+        locale.setlocale(locale.LC_ALL, before)

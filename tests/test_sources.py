@@ -16,7 +16,8 @@ from dataloaders.class_names import class_names
 from dataloaders.images import to_physical
 from tools import check, convert
 from tools.growing import Before, grown
-from tools.sources import Source, choose_split
+from tools.sources import Source
+from tools.split import choose_split
 from utils.errors import UserError
 
 SHAPE = (30, 28, 18)

@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from skimage.filters import threshold_otsu
 
-from dataloaders.cases import UNTOLD, CaseError
+from dataloaders.cases import CaseError
 from dataloaders.channels import described, normalise_channels, read_channels, refuse_number
+from dataloaders.geometry import UNTOLD
 from dataloaders.images import (
     Geometry,
     grid_of_spacing,

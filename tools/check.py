@@ -26,17 +26,7 @@ from numpy.typing import NDArray
 from skimage.measure import label as components
 from tqdm import tqdm
 
-from dataloaders.cases import (
-    FILE_NAME,
-    MOST_CLASSES,
-    Case,
-    CaseError,
-    find_cases,
-    lists_of,
-    read_case,
-    told_geometry,
-    validation_of,
-)
+from dataloaders.cases import FILE_NAME, MOST_CLASSES, Case, CaseError, find_cases, lists_of, read_case, validation_of
 from dataloaders.findings import (
     GIB,
     LEVELS,
@@ -48,6 +38,7 @@ from dataloaders.findings import (
     memory_gib,
     with_spacing,
 )
+from dataloaders.geometry import told_geometry
 from dataloaders.training import is_phantom, usual_labeled
 from tools.overview import table, volumes_ml
 from utils.errors import UserError, run

@@ -55,12 +55,10 @@ from tools.sources import (
     IMAGES_TS,
     Source,
     SourceSet,
-    choose_split,
-    count_to_test,
-    count_to_validate,
     find_sources,
     shown,
 )
+from tools.split import choose_split, count_to_test, count_to_validate
 from utils.errors import UserError, ignore_stop_signals, run
 from utils.options import Parser, fill, option
 

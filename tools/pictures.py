@@ -30,7 +30,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dataloaders.cases import MOST_CLASSES, Case, CaseError, case_file, lists_of, read_case, read_geometry
+from dataloaders.cases import MOST_CLASSES, Case, CaseError, case_file, lists_of, read_case
+from dataloaders.geometry import read_geometry
 from dataloaders.normalization import normalization_of, normalized_case
 from evaluation.drawing import Figure
 from evaluation.figures import ComparedCase, MapsRow, around, as_png, draw_comparison, draw_maps, slice_of

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from skimage.measure import approximate_polygon, find_contours
 
-from dataloaders.cases import MOST_CLASSES, Case, CaseError, case_file, read_case, read_geometry
+from dataloaders.cases import MOST_CLASSES, Case, CaseError, case_file, read_case
+from dataloaders.geometry import read_geometry
 from evaluation.figures import colour_of, window_of
 from evaluation.metrics import mean_and_sd
 from evaluation.predictions import read_prediction

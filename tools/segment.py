@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from dataloaders.cases import UNTOLD, Case
+from dataloaders.cases import Case
 from dataloaders.channels import normalise_channels, read_channels, refuse_number
 from dataloaders.dicom import read_series
+from dataloaders.geometry import UNTOLD
 from dataloaders.images import (
     Geometry,
     anti_alias,

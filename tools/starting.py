@@ -1,13 +1,11 @@
 """The start of a training: what it says of its data, and the weights of another run."""
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from losses.ramps import default_lr_steps
 from methods import Method, restore
 from utils.checkpoint import write_whole
 from utils.errors import UserError
@@ -45,31 +43,6 @@ def header(
         "iterations": f"{start} to {o.iterations}, {o.optimizer}, learning rate {rate:g} at first",
     }
     return [f"{name:<12}{text}" for name, text in lines.items()]
-
-
-def go_further(
-    state: dict[str, Any], flags: dict[str, Any], usual_steps: Sequence[list[int] | None]
-) -> dict[str, Any]:  # fmt: skip
-    """The options of a checkpoint; of a finished run those of a longer one, if --iterations asks for it.
-
-    Learning rate and ramps are then those of the longer run. The steps of the learning rate move along, unless they
-    were chosen or --lr-steps is given.
-
-    Args:
-        state: contents of the checkpoint. That of a run that is to go further gets the new options, the old ones as
-            `before`, and `extended`, the iterations at which the run was finished before.
-        flags: option -> value of the command line.
-        usual_steps: what --lr-steps was if it was not chosen.
-    """
-    saved, iterations = state["options"], flags.get("iterations", 0)
-    finished = saved["iterations"]
-    if iterations <= finished or state["iteration"] < finished:
-        return dict(saved)
-    steps = default_lr_steps(iterations) if saved["lr_steps"] in usual_steps else saved["lr_steps"]
-    state["options"] = {**saved, "iterations": iterations, "lr_steps": flags.get("lr_steps", steps)}
-    state["extended"] = [*state.get("extended", []), finished]
-    state["before"] = saved
-    return dict(state["options"])
 
 
 def further(state: dict[str, Any], iterations: int, before: float, now: float) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dataloaders.cases import Geometry
+from dataloaders.geometry import Geometry
 from evaluation.scores import as_csv
 from utils.checkpoint import write_whole
 from utils.errors import UserError

@@ -22,7 +22,8 @@ import h5py
 import numpy as np
 import torch
 
-from dataloaders.cases import Case, CaseError, read_case, read_geometry, read_list
+from dataloaders.cases import Case, CaseError, read_case, read_list
+from dataloaders.geometry import read_geometry
 from utils.checkpoint import CONTENTS, FORMAT, load_checkpoint
 from utils.errors import UserError
 

@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_checkpoint_faults import bounded_memory
 
-from dataloaders.cases import Case, CaseError, case_file, find_cases, read_case, read_geometry, read_list
+from dataloaders.cases import Case, CaseError, case_file, find_cases, read_case, read_list
+from dataloaders.geometry import read_geometry
 from settings import read_options
 from utils.errors import UserError
 from utils.options import Parser
