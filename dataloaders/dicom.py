@@ -5,9 +5,7 @@ positions and orientations (attributes 0020,0032 and 0020,0037): the thickness o
 slices that a header also states are not used, as they may be wrong.
 """
 
-import locale
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,17 +38,6 @@ class Series:
         return f"{self.uid}  {len(self.files)} slices{', ' if named else ''}{named}"
 
 
-@contextmanager
-def locale_kept() -> Iterator[None]:
-    """Context, or decorator, that restores the locale: GDCM sets it to C, in which Python reads text files as ASCII."""
-    before = locale.setlocale(locale.LC_ALL)
-    try:
-        yield
-    finally:
-        locale.setlocale(locale.LC_ALL, before)
-
-
-@locale_kept()
 def series_in(folder: Path) -> list[Series]:
     """The series of images in the files of a folder, the one with most slices first. Subfolders are not looked at."""
     found = []
@@ -90,7 +77,6 @@ def _numbers(header: sitk.ImageFileReader, tag: str, count: int, what: str) -> N
     return values
 
 
-@locale_kept()
 def read_series(files: Sequence[str]) -> tuple[NDArray[np.float32], Geometry]:
     """Reads the slices of one series as float32 (W,H,D), and their geometry.
 

@@ -143,8 +143,6 @@ MUTATIONS = [
     Mutation("held-out", "test_la.py", "for name in train if name not in seen]", "for name in train]",
              "scans of the training are scored as held out", "tests/test_held_out.py"),
     # channels, windows, folds and series
-    Mutation("locale", "dataloaders/dicom.py", "locale.setlocale(locale.LC_ALL, before)", "pass",
-             "text files are read as ASCII after a DICOM series", "tests/test_predict_folders.py -k locale"),
     Mutation("slice-order", "dataloaders/dicom.py", "reader.SetFileNames(list(files))",
              "reader.SetFileNames(sorted(files, reverse=True))", "a series lies upside down",
              "tests/test_predict_folders.py -k 'series or twin'"),

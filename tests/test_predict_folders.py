@@ -3,7 +3,8 @@
 import csv
 import locale
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from scans import OBLIQUE, make_scans, picture_of, write
 from test_predict import predicted, scan, trained
 
 import predict
-from dataloaders.dicom import locale_kept, read_series, series_in
+from dataloaders.dicom import read_series, series_in
 from dataloaders.images import read_label
 from methods import METHODS
 from tools import convert
@@ -24,6 +25,16 @@ from utils.run_folder import write_json
 
 SHAPE = (30, 28, 18)
 UID = "1.2.826.0.1.3680043.2.1125"
+
+
+@contextmanager
+def locale_kept() -> Iterator[None]:
+    """Restores the locale, which GDCM sets to C when it writes; other tests then read text files as ASCII."""
+    before = locale.setlocale(locale.LC_ALL)
+    try:
+        yield
+    finally:
+        locale.setlocale(locale.LC_ALL, before)
 
 
 @locale_kept()
@@ -278,16 +289,3 @@ def test_windows_are_weighted_by_a_gaussian_unless_told_otherwise(world, tmp_pat
         )
     ]
     assert (probabilities[0] == probabilities[1]).all() and (probabilities[0] != probabilities[2]).any()
-
-
-def test_reading_a_series_leaves_the_locale_as_it_was(tmp_path):
-    """GDCM sets it to C; text files of other than ASCII could not be read afterwards."""
-    folder = write_series(tmp_path / "series", np.zeros(SHAPE, np.int16))
-    before = locale.setlocale(locale.LC_ALL)
-    try:
-        here = locale.setlocale(locale.LC_ALL, "C.UTF-8")
-        (series,) = series_in(folder)
-        read_series(series.files)
-        assert locale.setlocale(locale.LC_ALL) == here
-    finally:
-        locale.setlocale(locale.LC_ALL, before)
