@@ -84,7 +84,7 @@ class Options:
     stride: list[int] | None = three_voxels(
         "step from window to window (default half the patch, so that each voxel is seen by eight windows)"
     )
-    weighting: str = option("gaussian", "how overlapping windows are averaged", group="window", choices=WEIGHTINGS)
+    weighting: str = option("uniform", "how overlapping windows are averaged", group="window", choices=WEIGHTINGS)
     batch_size: int | None = option(
         None, "windows at a time (default 1, on a GPU 4)", group="window", type=int, minimum=1
     )
