@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from utils.vectors import unit
+
 EPSILON = 1e-5
 
 
@@ -217,7 +219,7 @@ def nt_xent(a: Tensor, b: Tensor, *, temperature: float, over: str = "mean") -> 
             voxels, which leaves almost no gradient.
     """
     voxels = a[0, 0].numel()
-    a, b = (F.normalize(x, dim=1).flatten(1) for x in (a, b))
+    a, b = (unit(x).flatten(1) for x in (a, b))
     scale = 1 / temperature / (voxels if over == "mean" else 1)
     self_pair = torch.eye(len(a), dtype=torch.bool, device=a.device)
     ab, aa, bb = (scale * x @ y.T for x, y in ((a, b), (a, a), (b, b)))

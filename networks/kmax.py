@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from networks.batch_norm import BatchNorm3d
 from networks.uxnet import Depthwise
+from utils.vectors import unit
 
 HEADS = 8  # of the self-attention
 SCALES = (16, 8, 4, 2, 1)  # strides of a backbone's maps, in their order
@@ -97,7 +98,7 @@ class AssignmentPredictor(nn.Module):
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         """x (B,channels,w,h,d) and z (B,C,N) -> M (B,N,v)."""
         x = F.gelu(self.norm(self.depthwise(x))).flatten(2)
-        x = F.normalize(self.last_norm(self.last(F.gelu(self.wide(x)))), dim=1)
+        x = unit(self.last_norm(self.last(F.gelu(self.wide(x)))))
         M = self.query(z).transpose(1, 2) @ x
         return self.scale(M.flatten(1).unsqueeze(1)).view_as(M)
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from losses.ramps import default_lr_steps, learning_rate, ramp_up
 from losses.terms import cross_entropy, dice_loss, hard_dice, live_share, sdm_to_mask, seg_loss
 from methods.dtml import DTML
+from utils.vectors import unit
 
 
 def test_dice_loss_by_hand_sums_over_the_whole_batch():
@@ -40,6 +41,19 @@ def test_cross_entropy_is_torchs_with_the_same_gradient(shape, layout):
         (0.3 * value).backward()
         (0.3 * expected).backward()
         assert torch.equal(ours.grad, torchs.grad)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+def test_unit_is_torchs_normalisation_with_the_same_gradient(layout):
+    x = torch.randn(2, 3, 4, 5, 6, dtype=torch.float64)
+    x[0, :, 0], x[1, :, 1] = 0, 1e-14 * x[1, :, 1]  # no length, and less than the shortest
+    ours, torchs = (x.clone().to(memory_format=layout).requires_grad_() for _ in range(2))
+    a, b = unit(ours), F.normalize(torchs, dim=1)
+    assert torch.allclose(a, b, rtol=1e-14, atol=0)
+    g = torch.randn_like(x)
+    a.backward(g)
+    b.backward(g)
+    assert torch.allclose(ours.grad, torchs.grad, rtol=1e-12, atol=1e-12)
 
 
 def test_cross_entropy_of_what_cannot_be_is_finite_and_a_label_beyond_is_refused():
