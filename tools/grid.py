@@ -117,7 +117,7 @@ PHANTOM_RUNS = {
     "dk-uxnet-alone-8": f"--method dk-uxnet {ALONE}",
     **{f"ablation-{key}": f"--method dk-uxnet {SMALLER} {flags}" for key, (_, flags) in ABLATIONS.items()},
 }
-HIPPOCAMPUS_RUNS = {  # with the settings of LA, as nothing was tuned on this set
+HIPPOCAMPUS_RUNS = {  # with LA's settings, but for those of the profile
     **{key: LA_RUNS[key] for key in ("supervised-normalized-8", "tuned-normalized-8", "plus-8", "plus-alone-8")},
     **{key: LA_RUNS[key] for key in (f"{name}-tuned-8" if name in OLDER else f"{name}-8" for name in SEVERAL)},
     "supervised-normalized-208": f"--method supervised {TUNED} --labeled 208",
