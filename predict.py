@@ -256,7 +256,7 @@ def main(argv: list[str] | None = None) -> None:
     model = load_model(o, device)
     stride = tuple(o.stride or half_a_patch(model.patch_size))
     for method in model.methods:
-        refuse_window(model.patch_size, stride, method.side_multiple)
+        refuse_window(model.patch_size, stride, method.side_multiples, o.flips)
     batch_size = o.batch_size or (4 if device.type == "cuda" else 1)
     window = {"patch_size": model.patch_size, "stride": stride, "weighting": o.weighting, "batch_size": batch_size}
     scans = given_scans(words, o.series, len(model.channels))

@@ -232,7 +232,7 @@ def main(argv: list[str] | None = None) -> None:
     normalize = normalization_of(trained)
     patch_size = tuple(o.patch_size or trained["patch_size"])
     stride = tuple(o.stride or usual_stride(patch_size, downsample))
-    refuse_window(patch_size, stride, method.side_multiple)
+    refuse_window(patch_size, stride, method.side_multiples, o.flips)
     if unfinished(state) and RANK == 0:
         print(f"warning: {path} is not finished: {unfinished(state)}.", file=sys.stderr)
     folder, seen = Path(o.data or trained["data"]), state["checksums"]  # empty for bare weights

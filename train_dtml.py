@@ -197,7 +197,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     cases, problems, labeled_batch = training_cases(
         Path(o.data), labeled=o.labeled, unlabeled=o.unlabeled, batch_size=o.batch_size,
-        labeled_batch=o.labeled_batch, patch_size=o.patch_size, multiple=kind.side_multiple,
+        labeled_batch=o.labeled_batch, patch_size=o.patch_size, multiples=method.side_multiples,
         classes=method_options.classes, channels=method_options.channels, fold=o.fold,
     )  # fmt: skip
     labeled = sum(case.labeled for case in cases)
