@@ -105,7 +105,7 @@ class Options:
     )
     save: str = option("largest", "predictions to write as NIfTI", choices=(*COMPONENTS, "none"))
     precision: str = option("fp32", "arithmetic of the convolutions", choices=(*PRECISIONS, "fp16"))
-    report: bool = option(False, "write report.html too: every figure, and the worst and best scan to look through")
+    report: bool = option(False, "write report.html too: every figure, and every scan to look through")
     workers: int = option(2, "threads that score scans while the next is predicted", minimum=1)
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     threads: int = option(0, "CPU threads; 0 leaves torch's choice", minimum=0)
