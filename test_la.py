@@ -180,15 +180,36 @@ def names_of(folder: Path, scans: str, seen: Container[str], trained: Mapping[st
     return held_out
 
 
-def chosen_cases(names: Sequence[str], cases: Sequence[str], scans: str) -> list[str]:
+def chosen_cases(
+    names: Sequence[str], cases: Sequence[str], scans: str, folder: Path, seen: Container[str]
+) -> list[str]:
     """The scans to test of `names`, in their order: those of --cases, or all.
 
+    Args:
+        names: the scans that --scans stands for.
+        cases: of --cases.
+        scans: of --scans.
+        folder: the data set.
+        seen: names of the scans used in training.
+
     Raises:
-        UserError: for cases that are not among the scans, with the name most like each.
+        UserError: for cases that are not among the scans, with the list that each is in, or the name most like it.
     """
+
+    def where(name: str) -> str:
+        if name in seen:
+            return f"{name} is in train.list, and the checkpoint was trained on it."
+        train, test = lists_of(folder)
+        others = {"train.list": (train, "held-out"), "test.list": (test, "test")}
+        others |= {"validation.list": (validation_of(folder), "validation")}
+        for file, (listed, chosen) in others.items():
+            if name in listed:
+                return f"{name} is in {file}: --scans {chosen} has it."
+        return f"{name}.{did_you_mean(name, names)}"
+
     unknown = [name for name in cases if name not in names]
     if unknown:
-        lines = "\n".join(f"  {name}.{did_you_mean(name, names)}" for name in unknown)
+        lines = "\n".join(f"  {where(name)}" for name in unknown)
         raise UserError(
             f"--cases: {len(unknown)} of {len(cases)} are not among the {len(names)} {scans} scans:\n{lines}"
         )
@@ -236,7 +257,7 @@ def main(argv: list[str] | None = None) -> None:
     if unfinished(state) and RANK == 0:
         print(f"warning: {path} is not finished: {unfinished(state)}.", file=sys.stderr)
     folder, seen = Path(o.data or trained["data"]), state["checksums"]  # empty for bare weights
-    tested = chosen_cases(names_of(folder, o.scans, seen, trained), o.cases, o.scans)
+    tested = chosen_cases(names_of(folder, o.scans, seen, trained), o.cases, o.scans, folder, seen)
     cases, shapes = open_cases(
         folder,
         tested,
