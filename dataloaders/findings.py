@@ -225,7 +225,11 @@ def _spacings(facts: Sequence[Facts]) -> list[Finding]:
         )
     if max(middle) > 2.5 * min(middle):
         text = f"voxels are {target} mm, {max(middle) / min(middle):.1f} times as long along one axis. "
-        findings.append(Finding("note", (), text + "Take fewer of them along that axis in --patch-size, or resample."))
+        findings.append(
+            Finding(
+                "note", (), text + "Take fewer of them along that axis in --patch-size and --halvings, or resample."
+            )
+        )
     return findings
 
 
