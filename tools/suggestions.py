@@ -191,9 +191,8 @@ def command(s: Suggestion, facts: Sequence[Facts], t: Training) -> str:
     words += ["--labeled", t.labeled] if t.labeled is not None else []
     words += ["--classes", t.classes] if t.classes > 1 else []
     words += ["--downsample", t.downsample] if t.downsample > 1 else []
-    words += (
-        ["--normalize", "scan"] if any(unnormalised(x.of_channel(k)) for x in facts for k in range(x.channels)) else []
-    )
+    channels = [x.of_channel(channel) for x in facts for channel in range(x.channels)]
+    words += ["--normalize", "scan"] if any(map(unnormalised, channels)) else []
     words += ["--halvings", *s.halvings] if s.halvings != HALVINGS else []
     if s.halvings[0] != s.halvings[1]:  # turns would exchange the long and the short sides of the voxels
         words += ["--augment", "none"]
