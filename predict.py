@@ -2,7 +2,7 @@
 
     python predict.py --checkpoint runs/mine/dtml-16-seed1337 scan.nii.gz -o predictions
     python predict.py --checkpoint RUN scans 'more/*.nii.gz' -o predictions --largest-component   folders, patterns
-    python predict.py --checkpoint RUN patient1/T1 -o predictions                the folder of a DICOM series
+    python predict.py --checkpoint RUN patient1/T1 -o predictions --dicom-seg    the folder of a DICOM series
     python predict.py --checkpoint best_model.pth --method dtc scan.nii.gz -o out      weights of a released code
     python predict.py --checkpoint RUN1 RUN2 RUN3 scan.nrrd -o predictions --flips 8 --probabilities float32
     python predict.py --checkpoint RUN patient_0000.nii.gz patient_0001.nii.gz -o out     two channels
@@ -12,9 +12,9 @@ of the training cases. It is normalised to zero mean and unit variance over all 
 does it, and resampled to the spacing of the training cases, then scaled by --normalize of the training. It is predicted
 in windows, and the result is brought back: the segmentation has the scan's own format, size, spacing, origin and
 direction. A NIfTI has the scan's own header. An h5 case is taken as converted. Its segmentation and that of a DICOM
-series, called as its folder, are NIfTI. The table on stdout, and volumes.csv with the segmentations, give each class's
-volume. The channels of a scan, for a network that was trained on several, are files NAME_0000, NAME_0001, ..., any
-files joined by commas, t1.nii.gz,t2.nii.gz, or one 4-D NIfTI.
+series, called as its folder, are NIfTI; --dicom-seg adds a DICOM Segmentation object of a series. The table on stdout,
+and volumes.csv with the segmentations, give each class's volume. The channels of a scan, for a network that was trained
+on several, are files NAME_0000, NAME_0001, ..., any files joined by commas, t1.nii.gz,t2.nii.gz, or one 4-D NIfTI.
 """
 
 import dataclasses
@@ -34,10 +34,11 @@ from dataloaders.normalization import normalization_of
 from evaluation.sliding_window import WEIGHTINGS, flips_option, half_a_patch, refuse_window, three_voxels
 from methods.released import RELEASED, load_trained
 from networks.backbone import PRECISIONS, set_precision
+from tools.dicom_seg import dicom_seg, require_highdicom
 from tools.given_scans import DICOM_ENDINGS, Scan, given_scans
 from tools.segment import Model, predict_scan
 from tools.volumes import read_volumes, volume_rows, volumes_table, write_volumes
-from utils.checkpoint import channels_of_state, unfinished
+from utils.checkpoint import channels_of_state, unfinished, write_whole
 from utils.devices import choose_device, enough_memory, keep_freed_memory, refuse_precision, set_arithmetic
 from utils.errors import UserError, run
 from utils.options import Parser, fill, option
@@ -95,6 +96,8 @@ class Options:
         group="results",
         choices=("none", "float32", "uint8"),
     )
+    dicom_seg: bool = option(False, "of a DICOM series also write NAME_seg.dcm, a DICOM-SEG; needs highdicom "
+                             "(requirements-dicom.txt)", group="results")  # fmt: skip
     report: str = option("", "CSV with each class's volume in ml; rows of other scans stay (default volumes.csv in "
                          "--out)",
                          group="results")  # fmt: skip
@@ -193,12 +196,13 @@ def may_be_scan(word: str) -> bool:
     return bool(ending_of(path)) or path.suffix.lower() in DICOM_ENDINGS or glob.has_magic(word)
 
 
-def results_of(scan: Scan, out: Path, probabilities: str, classes: int) -> list[Path]:
-    """The files of a scan's prediction: the segmentation, then the probability of each class."""
+def results_of(scan: Scan, o: Options, classes: int) -> list[Path]:
+    """The files of a scan's prediction: the segmentation, the probability of each class, and the DICOM-SEG."""
     name, ending = scan.name, written_as(scan.files[0])
     numbers = [""] if classes == 1 else [f"_{number}" for number in range(1, classes + 1)]
-    more = [] if probabilities == "none" else [f"{name}_probability{number}{ending}" for number in numbers]
-    return [out / file for file in (name + ending, *more)]
+    more = [] if o.probabilities == "none" else [f"{name}_probability{number}{ending}" for number in numbers]
+    more += [f"{name}_seg.dcm"] if o.dicom_seg and scan.slices else []
+    return [Path(o.out) / file for file in (name + ending, *more)]
 
 
 def stale_results(scan: Scan, out: Path) -> list[Path]:
@@ -208,10 +212,15 @@ def stale_results(scan: Scan, out: Path) -> list[Path]:
 
 
 def refuse_scans(scans: list[Scan], o: Options, classes: int) -> None:
-    """Raises UserError for scans whose results would have one name or replace a scan, and for results that exist."""
+    """Raises UserError for scans whose results would have one name or replace a scan, for results that exist, and for
+    --dicom-seg without a DICOM series or without its package."""
+    if o.dicom_seg:
+        if not any(scan.slices for scan in scans):
+            raise UserError("--dicom-seg does nothing here: no DICOM series is given. Leave it out.")
+        require_highdicom()
     out, paths = Path(o.out), [path for scan in scans for path in scan.files]
-    files = {file: scan.name for scan in scans for file in results_of(scan, out, o.probabilities, classes)}
-    written = [file for scan in scans for file in results_of(scan, out, o.probabilities, classes)]
+    files = {file: scan.name for scan in scans for file in results_of(scan, o, classes)}
+    written = [file for scan in scans for file in results_of(scan, o, classes)]
     names = [name for name, count in Counter(scan.name for scan in scans).items() if count > 1]
     names = names or [files[file] for file, count in Counter(written).items() if count > 1]
     if names:
@@ -256,7 +265,7 @@ def main(argv: list[str] | None = None) -> None:
     model = load_model(o, device)
     stride = tuple(o.stride or half_a_patch(model.patch_size))
     for method in model.methods:
-        refuse_window(model.patch_size, stride, method.side_multiple)
+        refuse_window(model.patch_size, stride, method.side_multiples, o.flips)
     batch_size = o.batch_size or (4 if device.type == "cuda" else 1)
     window = {"patch_size": model.patch_size, "stride": stride, "weighting": o.weighting, "batch_size": batch_size}
     scans = given_scans(words, o.series, len(model.channels))
@@ -279,14 +288,20 @@ def main(argv: list[str] | None = None) -> None:
                 largest_component=o.largest_component,
                 probabilities=o.probabilities,
             )
+            label, geometry = result["label"], result["geometry"]
+            seg = b""
+            if o.dicom_seg and scan.slices:
+                name = f"{type(model.methods[0]).__name__}, {model.outputs[0]}"
+                seg = dicom_seg(label, geometry, scan.slices, classes=model.classes, names=model.names, method=name)
         except CaseError as e:
             refused.append(f"{path} {e}" if len(scan.files) == 1 else f"{scan.name}: {e}")
             continue
-        label, geometry = result["label"], result["geometry"]
         volumes = [label, *(result["probability"] or ())]
-        files = results_of(scan, Path(o.out), o.probabilities, model.classes)
-        for file, volume in zip(files, volumes, strict=True):
+        files = results_of(scan, o, model.classes)
+        for file, volume in zip(files, volumes, strict=not seg):
             write_image(file, volume, geometry, like=path)
+        if seg:
+            write_whole(files[-1], seg)
         written |= set(files)
         for file in stale_results(scan, Path(o.out)) if o.overwrite else []:
             if file not in written:

@@ -18,7 +18,7 @@ import dataclasses
 import math
 import sys
 from collections import deque
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,9 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from dataloaders.cases import Case, lists_of, read_case, validation_of
+from dataloaders.cases import Case, read_case
 from dataloaders.channels import refuse_other_channels
 from dataloaders.class_names import class_names
-from dataloaders.folds import split_fold
 from dataloaders.geometry import known_spacing, read_geometry
 from dataloaders.images import write_image
 from dataloaders.normalization import normalization_of, normalized_case
@@ -51,6 +50,7 @@ from evaluation.sliding_window import (
 from methods.released import RELEASED, load_trained
 from networks.backbone import PRECISIONS, set_precision
 from tools.report_page import write_report
+from tools.tested_scans import SCANS, chosen_cases, names_of
 from utils.checkpoint import BEST, channels_of_state, unfinished, write_whole
 from utils.devices import choose_device, enough_memory, keep_freed_memory, refuse_precision, set_arithmetic
 from utils.distributed import RANK, RANKS, in_turn, process_group
@@ -58,9 +58,6 @@ from utils.errors import UserError, run
 from utils.masks import label_map, largest_components
 from utils.options import Parser, fill, option
 from utils.run_folder import make_manifest, write_json
-from utils.text import did_you_mean
-
-SCANS = ("test", "validation", "held-out")
 
 
 @dataclasses.dataclass
@@ -105,7 +102,7 @@ class Options:
     )
     save: str = option("largest", "predictions to write as NIfTI", choices=(*COMPONENTS, "none"))
     precision: str = option("fp32", "arithmetic of the convolutions", choices=(*PRECISIONS, "fp16"))
-    report: bool = option(False, "write report.html too: every figure, and the worst and best scan to look through")
+    report: bool = option(False, "write report.html too: every figure, and every scan to look through")
     workers: int = option(2, "threads that score scans while the next is predicted", minimum=1)
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     threads: int = option(0, "CPU threads; 0 leaves torch's choice", minimum=0)
@@ -149,52 +146,6 @@ def score_scan(
     return rows
 
 
-def names_of(folder: Path, scans: str, seen: Container[str], trained: Mapping[str, Any]) -> list[str]:
-    """The names of the scans to test.
-
-    Args:
-        folder: the data set.
-        scans: 'test' for test.list, 'validation' for validation.list, or the fold of a run with --fold, 'held-out' for
-            the scans of train.list that are not in `seen`.
-        seen: names of the scans used in training.
-        trained: options of the training.
-
-    Raises:
-        UserError: for lists that are not valid, or if there is no such scan.
-    """
-    train, test = lists_of(folder)
-    if scans == "test":
-        return test
-    if scans == "validation":
-        fold = trained.get("fold", "")  # early checkpoints do not state it
-        validation = split_fold(train[: trained["labeled"]], fold)[1] if fold else validation_of(folder)
-        if not validation:
-            raise UserError(f"--scans validation: there is no {folder}/validation.list. Choose other --scans.")
-        return validation
-    held_out = [name for name in train if name not in seen]
-    if not held_out:
-        raise UserError(
-            f"--scans held-out: the training used all {len(train)} scans of {folder}/train.list. Train with fewer "
-            "--unlabeled, and the last of the list are held out."
-        )
-    return held_out
-
-
-def chosen_cases(names: Sequence[str], cases: Sequence[str], scans: str) -> list[str]:
-    """The scans to test of `names`, in their order: those of --cases, or all.
-
-    Raises:
-        UserError: for cases that are not among the scans, with the name most like each.
-    """
-    unknown = [name for name in cases if name not in names]
-    if unknown:
-        lines = "\n".join(f"  {name}.{did_you_mean(name, names)}" for name in unknown)
-        raise UserError(
-            f"--cases: {len(unknown)} of {len(cases)} are not among the {len(names)} {scans} scans:\n{lines}"
-        )
-    return [name for name in names if name in cases] if cases else list(names)
-
-
 def refuse_unknown_spacing(cases: Sequence[Case], folder: Path, tolerance: float) -> None:
     """Raises UserError for cases whose spacing is not known, as a tolerance is in mm."""
     unknown = [case.name for case in cases if known_spacing(case) is None]
@@ -232,11 +183,11 @@ def main(argv: list[str] | None = None) -> None:
     normalize = normalization_of(trained)
     patch_size = tuple(o.patch_size or trained["patch_size"])
     stride = tuple(o.stride or usual_stride(patch_size, downsample))
-    refuse_window(patch_size, stride, method.side_multiple)
+    refuse_window(patch_size, stride, method.side_multiples, o.flips)
     if unfinished(state) and RANK == 0:
         print(f"warning: {path} is not finished: {unfinished(state)}.", file=sys.stderr)
     folder, seen = Path(o.data or trained["data"]), state["checksums"]  # empty for bare weights
-    tested = chosen_cases(names_of(folder, o.scans, seen, trained), o.cases, o.scans)
+    tested = chosen_cases(names_of(folder, o.scans, seen, trained), o.cases, o.scans, folder, seen)
     cases, shapes = open_cases(
         folder,
         tested,

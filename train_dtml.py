@@ -27,7 +27,7 @@ from dataloaders.class_names import class_names
 from dataloaders.diagnostic import kept_for_diagnosis
 from dataloaders.findings import warnings_of
 from dataloaders.normalization import normalization_of
-from dataloaders.orientation import common_orientation
+from dataloaders.orientation import common_orientation, known_orientation
 from dataloaders.training import median_spacing, refuse_classes, training_cases, validation_names
 from dataloaders.two_stream import Patches, TwoStreamBatchSampler, make_loader
 from dataloaders.unseen import open_cases
@@ -153,7 +153,9 @@ def show(
             maps = {key: v.cpu().numpy() for key, v in tensors.items()}
             label = item["label"].cpu().numpy() if "label" in item else None
             title = f"{item['case']}, iteration {done}"
-            report.picture(name, slice_picture(item["image"][0].cpu().numpy(), maps, prediction, label, title), done)
+            orientation = known_orientation(patches.volumes.cases[case])
+            image = item["image"][0].cpu().numpy()
+            report.picture(name, slice_picture(image, maps, prediction, label, title, orientation), done)
             if label is not None:
                 report.mesh(f"surface/{name}", prediction_mesh(prediction, label, spacing), done)
     method.train()
@@ -197,7 +199,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     cases, problems, labeled_batch = training_cases(
         Path(o.data), labeled=o.labeled, unlabeled=o.unlabeled, batch_size=o.batch_size,
-        labeled_batch=o.labeled_batch, patch_size=o.patch_size, multiple=kind.side_multiple,
+        labeled_batch=o.labeled_batch, patch_size=o.patch_size, multiples=method.side_multiples,
         classes=method_options.classes, channels=method_options.channels, fold=o.fold,
     )  # fmt: skip
     labeled = sum(case.labeled for case in cases)

@@ -31,6 +31,7 @@ from dataloaders.two_stream import Patches, TwoStreamBatchSampler, make_loader
 from dataloaders.volumes import Volumes
 from methods import check_finite
 from methods.dtml import DTML
+from networks.heads import HALVINGS, side_multiples
 from settings import OPTIMIZERS, read_options
 from utils import distributed
 from utils.clock import Clock
@@ -204,7 +205,7 @@ def measure(o: Options) -> None:
     cases, problems, _ = training_cases(
         Path(o.data or (LA_FOLDER if LA_FOLDER.is_dir() else PHANTOM_FOLDER)), labeled=o.batch_size,
         unlabeled=o.batch_size, batch_size=o.batch_size, labeled_batch=None, patch_size=o.patch_size,
-        multiple=DTML.side_multiple,
+        multiples=side_multiples(HALVINGS),
     )  # fmt: skip
     volumes = Volumes(cases, cache="ram", problems=problems)
     options, method_options, *_ = read_options(["--method", "dtml", "--filters", str(o.filters)])

@@ -33,6 +33,7 @@ from dataloaders.cases import Case
 from dataloaders.training import training_cases
 from dataloaders.two_stream import Patches, Slot, TwoStreamBatchSampler, make_loader
 from dataloaders.volumes import Volumes
+from networks.heads import HALVINGS, side_multiples
 from utils.devices import peak_memory_gib
 from utils.errors import run
 from utils.options import Parser, fill, option
@@ -104,7 +105,7 @@ def start(o: Options) -> dict[str, Any]:
     began = time.perf_counter()
     cases, problems, labeled_batch = training_cases(
         folder, labeled=labeled, unlabeled=None, batch_size=BATCH, labeled_batch=None, patch_size=o.patch_size,
-        multiple=16,
+        multiples=side_multiples(HALVINGS),
     )  # fmt: skip
     volumes = Volumes(cases, cache="none", folder=folder / ".cache", problems=problems)
     patches = Patches(volumes, patch_size=o.patch_size, augment="d4", seed=0, sdm=False)

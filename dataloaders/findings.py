@@ -155,11 +155,13 @@ def _intensities(facts: Sequence[Facts]) -> list[Finding]:
     return findings
 
 
-def _intensities_of_one(facts: Sequence[Facts], named: str) -> list[Finding]:
-    def odd(x: Facts) -> bool:
-        return abs(x.mean) > MEAN or not SD[0] <= x.sd <= SD[1]
+def unnormalised(x: Facts) -> bool:
+    """Whether the intensities of the first channel are not those of a normalised scan."""
+    return abs(x.mean) > MEAN or not SD[0] <= x.sd <= SD[1]
 
-    strange = [x for x in facts if odd(x)]
+
+def _intensities_of_one(facts: Sequence[Facts], named: str) -> list[Finding]:
+    strange = [x for x in facts if unnormalised(x)]
     findings = []
     if strange:
         means, sds = ([getattr(x, name) for x in strange] for name in ("mean", "sd"))
@@ -171,7 +173,7 @@ def _intensities_of_one(facts: Sequence[Facts], named: str) -> list[Finding]:
                 "that of a normalised scan. Subtract the mean of the whole scan and divide by its standard deviation.",
             )
         )
-    rest = [x for x in facts if not odd(x)]
+    rest = [x for x in facts if not unnormalised(x)]
     for name, word in (("mean", "mean"), ("sd", "standard deviation")):
         values = np.array([getattr(x, name) for x in rest])
         if len(values) < 5:
@@ -187,6 +189,18 @@ def _intensities_of_one(facts: Sequence[Facts], named: str) -> list[Finding]:
     return findings
 
 
+def usual_spacing(facts: Sequence[Facts]) -> tuple[float, ...] | None:
+    """Median spacing of the cases that state one, mm along x, y, z; None if none does."""
+    spacings = [x.spacing for x in facts if x.spacing]
+    return tuple(np.median(spacings, axis=0).tolist()) if spacings else None
+
+
+def of_other_spacing(facts: Sequence[Facts]) -> list[Facts]:
+    """The cases whose spacing differs from the usual one by more than 1 %."""
+    middle = usual_spacing(facts)
+    return [x for x in facts if x.spacing and middle and np.abs(np.divide(x.spacing, middle) - 1).max() > 0.01]
+
+
 def _spacings(facts: Sequence[Facts]) -> list[Finding]:
     findings = []
     unknown = tuple(x.case.name for x in facts if not x.spacing)
@@ -194,26 +208,28 @@ def _spacings(facts: Sequence[Facts]) -> list[Finding]:
         text = "neither the file nor the set states the size of a voxel, so that nothing is known in mm. Write it into "
         more = f"the files (attribute spacing) or, the mm along x, y and z, into {SPACING_FILE} next to the lists."
         findings.append(Finding("warning", () if len(unknown) == len(facts) else unknown, text + more))
-    facts = [x for x in facts if x.spacing]
-    if not facts:
+    middle = usual_spacing(facts)
+    if middle is None:
         return findings
-    spacings = np.array([x.spacing for x in facts])
-    middle = np.median(spacings, axis=0)
-    differs = np.abs(spacings / middle - 1).max(axis=1) > 0.01
+    others = of_other_spacing(facts)
     target = " ".join(f"{mm:.3g}" for mm in middle)
-    if differs.any():
-        ranges = " x ".join(_range(mm) for mm in spacings.T)
+    if others:
+        ranges = " x ".join(_range(mm) for mm in zip(*(x.spacing for x in facts if x.spacing), strict=True))
         findings.append(
             Finding(
                 "warning",
-                tuple(x.case.name for x, yes in zip(facts, differs, strict=True) if yes),
+                tuple(x.case.name for x in others),
                 f"voxels of another size than {target} mm; in the set they are {ranges} mm. A network sees voxels, not "
                 f"mm: resample all cases with python -m tools.convert --spacing {target}.",
             )
         )
-    if middle.max() > 2.5 * middle.min():
-        text = f"voxels are {target} mm, {middle.max() / middle.min():.1f} times as long along one axis. "
-        findings.append(Finding("note", (), text + "Take fewer of them along that axis in --patch-size, or resample."))
+    if max(middle) > 2.5 * min(middle):
+        text = f"voxels are {target} mm, {max(middle) / min(middle):.1f} times as long along one axis. "
+        findings.append(
+            Finding(
+                "note", (), text + "Take fewer of them along that axis in --patch-size and --halvings, or resample."
+            )
+        )
     return findings
 
 

@@ -26,6 +26,7 @@ from dataloaders.geometry import known_spacing
 from dataloaders.phantom import make_phantom_set
 from utils.distributed import RANK
 from utils.errors import UserError
+from utils.text import once
 
 LA_LABELED, PHANTOM_LABELED = 16, 8
 
@@ -78,7 +79,7 @@ def training_cases(
     batch_size: int,
     labeled_batch: int | None,
     patch_size: Sequence[int],
-    multiple: int,
+    multiples: Sequence[int],
     classes: int = 1,
     channels: int | None = None,
     fold: str = "",
@@ -92,7 +93,7 @@ def training_cases(
         batch_size: crops in a batch.
         labeled_batch: labeled crops in a batch; None: half, or all without unlabeled cases.
         patch_size: voxels of a crop along x, y, z.
-        multiple: every side of a patch must be a multiple of this.
+        multiples: the sides of a patch must be multiples of these.
         classes: C, the largest allowed label value.
         channels: K, the number of channels of every case.
         fold: I/K leaves the labeled cases of this fold out; '' for all.
@@ -102,8 +103,8 @@ def training_cases(
         labeled crops in a batch.
 
     Raises:
-        UserError: for a missing folder, lists that are not valid, counts out of range, or sides that are not multiples
-            of `multiple`.
+        UserError: for a missing folder, lists that are not valid, counts out of range, or sides that are not such
+            multiples.
     """
     if is_phantom(folder):
         if RANK == 0:
@@ -115,9 +116,10 @@ def training_cases(
         make_phantom_set(folder)
     train, _ = lists_of(folder)
     shown = " ".join(map(str, patch_size))
-    if any(side % multiple or side <= 0 for side in patch_size):
-        near = " ".join(str(max(multiple, round(side / multiple) * multiple)) for side in patch_size)
-        raise UserError(f"--patch-size {shown} must be multiples of {multiple}. Try --patch-size {near}.")
+    sides = list(zip(patch_size, multiples, strict=True))
+    if any(side % multiple or side <= 0 for side, multiple in sides):
+        near = " ".join(str(max(multiple, round(side / multiple) * multiple)) for side, multiple in sides)
+        raise UserError(f"--patch-size {shown} must be multiples of {once(multiples)}. Try --patch-size {near}.")
     if not 1 <= labeled <= len(train):
         raise UserError(
             f"--labeled {labeled} must lie between 1 and {len(train)}, the cases of train.list. Give the number of its "

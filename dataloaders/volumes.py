@@ -20,6 +20,7 @@ from utils.resample import downsample_image, downsample_label
 from utils.run_folder import digest
 
 CACHES = ("auto", "device", "ram", "disk", "none")
+ON_DEVICE = 0.3  # of the free memory of a GPU: more of it is not taken for volumes
 
 
 class Volumes:
@@ -120,7 +121,7 @@ class Volumes:
         if device.type != "cuda":
             return False
         need = sum(image.numel() * 5 for image in self._images)
-        return need < 0.3 * torch.cuda.mem_get_info(device)[0]
+        return need < ON_DEVICE * torch.cuda.mem_get_info(device)[0]
 
     def read(self, index: int, box: tuple[slice, slice, slice]) -> tuple[Tensor, Tensor | None]:
         """Image float32 (w,h,d) or (K,w,h,d), and label uint8 (w,h,d), None if unlabeled, of a case in a box of voxels

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from evaluation.drawing import FONT, WIDTH, Axes, Figure, FigureCanvasAgg, withStroke
-from evaluation.slices import COLOURS, LABEL, fixed_slice
+from evaluation.slices import COLOURS, LABEL, fixed_slice, write_letters
 from evaluation.surfaces import Camera, camera_around, render, surface
 from utils.masks import box_of
 
@@ -20,13 +20,17 @@ SURFACE_PIXELS, SURFACE_FACES = 480, 40000
 
 @dataclass
 class MapsRow:
-    """A row of `draw_maps`: a scan's image (W,H), label (W,H) or None, maps name -> (W,H), and spacing in mm."""
+    """A row of `draw_maps`: a scan's image (W,H), label (W,H) or None, maps name -> (W,H), and spacing in mm.
+
+    orientation: three letters; None: unknown.
+    """
 
     name: str
     image: NDArray
     label: NDArray | None
     maps: dict[str, NDArray]
     spacing: Sequence[float]
+    orientation: str | None = None
 
 
 @dataclass
@@ -34,6 +38,7 @@ class ComparedCase:
     """Two rows of `draw_comparison`: image and label (W,H,D) of a scan, the slice z to show, and the spacing in mm.
 
     predictions: name of a run -> label map (W,H,D) and a line of text, such as the Dice.
+    orientation: three letters; None: unknown.
     """
 
     name: str
@@ -42,6 +47,7 @@ class ComparedCase:
     z: int
     predictions: dict[str, tuple[NDArray[Any], str]]
     spacing: Sequence[float]
+    orientation: str | None = None
 
 
 def slice_of(label: NDArray | None, depth: int, z: int | None) -> int:
@@ -67,7 +73,7 @@ def around(mask: NDArray, share: float = 0.35) -> tuple[slice, slice]:
 
 
 def show_slice(axes: Axes, values: NDArray, spacing: Sequence[float], **look: Any) -> None:
-    """Draws values (W,H) in mm, with x to the right and y down, the usual view in radiology."""
+    """Draws values (W,H) in mm, with x to the right and y down."""
     w, h = (side * step for side, step in zip(values.shape, spacing, strict=False))
     axes.imshow(values.T, extent=(0, w, h, 0), interpolation="nearest", **look)
     axes.set_axis_off()
@@ -118,6 +124,7 @@ def draw_maps(rows: Sequence[MapsRow]) -> Figure:
             look: dict[str, Any] = {"cmap": "gray", "vmin": 0, "vmax": 1}
             if name == "image":
                 look = window_of(row.image)
+                write_letters(axes, row.orientation)
             elif name == "label":
                 look["vmax"] = max(int(values.max()), 1)
             elif name == "z":
@@ -185,6 +192,7 @@ def draw_comparison(cases: Sequence[ComparedCase], azimuth: float, elevation: fl
             axes = page.panel(j, len(names))
             show_slice(axes, case.image[x, y, case.z], case.spacing, **window_of(case.image[..., case.z]))
             show_contours(axes, case.label[x, y, case.z], case.spacing, is_label=True, several=several)
+            write_letters(axes, case.orientation if j == 0 else None)
             if name in case.predictions:
                 mask, text = case.predictions[name]
                 show_contours(axes, mask[x, y, case.z], case.spacing, is_label=False, several=several)

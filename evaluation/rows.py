@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from evaluation.metrics import PENALISED
+from evaluation.metrics import MORE, PENALISED
 from evaluation.predictions import read_scores
 from utils.errors import UserError
-from utils.run_folder import MOVED_ASIDE
+from utils.run_folder import MOVED_ASIDE, read_json
 
 Scans = Mapping[str, float]  # case -> value
 Runs = Mapping[Any, Scans]  # seed, or the path if it states no seed -> scans
@@ -34,7 +34,15 @@ def read_row(where: str, metric: str, component: str) -> dict[str, float]:
     try:
         return {row["case"]: row.get(metric, row[missing]) for row in rows}
     except KeyError as e:
-        raise UserError(f"{where} has no column {metric}. Test the run again.") from e
+        flags = {"nsd": "with --nsd-tolerance", **dict.fromkeys(MORE, f"with --metrics {missing.removesuffix('_mm')}")}
+        how = flags.get(missing.removesuffix("_mm"), "")
+        raise UserError(f"{where} has no column {metric}. Test the run again{' ' if how else ''}{how}.") from e
+
+
+def tolerance_of(where: str) -> float | None:
+    """The tolerance of NSD in mm that the test.json of one run states, or None. Argument as `read_row`."""
+    path = Path(where if Path(where).exists() else where.partition(":")[0])
+    return read_json((path if path.is_dir() else path.parent) / "test.json").get("nsd_tolerance_mm")
 
 
 def rows_of(where: str, component: str) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.drawing import Figure, FigureCanvasAgg
+from evaluation.drawing import FONT, Axes, Figure, FigureCanvasAgg, withStroke
 from evaluation.surfaces import surface
 
 LABEL = "#00d0a0"
@@ -21,6 +21,33 @@ COLOURS = (
 )  # of classes 1, 2, ..., distinguishable with colour blindness
 PREDICTION = COLOURS[0]
 LETTERS = 16  # of 8 points that an inch holds
+OPPOSITE = dict(zip("RLAPSI", "LRPAIS", strict=True))
+EDGES = {"left": (0.02, 0.5, "left", "center"), "right": (0.98, 0.5, "right", "center"),
+         "top": (0.5, 0.98, "center", "top"), "bottom": (0.5, 0.02, "center", "bottom")}  # fmt: skip
+"""Edge of a slice -> place of its letter in shares of the panel, and its alignment."""
+
+
+def edge_letters(orientation: str | None) -> dict[str, str]:
+    """The letter of the patient's side at each edge of a slice in x-y, with x to the right and y down.
+
+    Args:
+        orientation: three letters, the directions of increasing x, y, z; None if unknown.
+
+    Returns:
+        left, right, top, bottom -> R, L, A, P, S or I; {} if unknown.
+    """
+    if orientation is None:
+        return {}
+    x, y = orientation[0], orientation[1]
+    return {"left": OPPOSITE[x], "right": x, "top": OPPOSITE[y], "bottom": y}
+
+
+def write_letters(axes: Axes, orientation: str | None) -> None:
+    """Writes `edge_letters` into a panel that shows a slice."""
+    for edge, letter in edge_letters(orientation).items():
+        x, y, across, along = EDGES[edge]
+        axes.text(x, y, letter, transform=axes.transAxes, ha=across, va=along, color="white", weight="bold", **FONT,
+                  path_effects=[withStroke(linewidth=2, foreground="black")])  # fmt: skip
 
 
 def fixed_slice(label: NDArray | None, depth: int) -> int:
@@ -34,6 +61,7 @@ def panels(
     contours: dict[str, tuple[NDArray, str]],
     title: str = "",
     height: float = 2.6,
+    orientation: str | None = None,
 ) -> NDArray[np.uint8]:
     """Draws one slice as a row of panels.
 
@@ -43,6 +71,7 @@ def panels(
         contours: name -> (label map (W,H), colour), drawn on every panel.
         title: text above the panels.
         height: height of a panel in inches.
+        orientation: three letters, for those at the edges of the image; None: unknown, no letters.
 
     Returns:
         Picture (height, width, 3).
@@ -59,6 +88,7 @@ def panels(
         look: dict[str, Any] = {"cmap": "gray", "vmin": 0, "vmax": 1}
         if name == "image":
             look["vmin"], look["vmax"] = np.percentile(values, (1, 99))
+            write_letters(axes, orientation)
         elif name.startswith("z"):
             look = {"cmap": "coolwarm", "vmin": -1, "vmax": 1}
         axes.imshow(values.T, interpolation="nearest", aspect="auto", **look)
@@ -74,14 +104,16 @@ def panels(
 
 
 def slice_picture(
-    image: NDArray, maps: dict[str, NDArray], prediction: NDArray, label: NDArray | None, title: str
-) -> NDArray[np.uint8]:
+    image: NDArray, maps: dict[str, NDArray], prediction: NDArray, label: NDArray | None, title: str,
+    orientation: str | None = None,
+) -> NDArray[np.uint8]:  # fmt: skip
     """Draws one slice of an image (W,H,D), its maps, prediction and optional label, all (W,H,D)."""
     z = fixed_slice(label, image.shape[-1])
     contours = {"prediction": (prediction[..., z], PREDICTION)}
     if label is not None:
         contours["label"] = (label[..., z], LABEL)
-    return panels(image[..., z], {name: values[..., z] for name, values in maps.items()}, contours, title)
+    shown = {name: values[..., z] for name, values in maps.items()}
+    return panels(image[..., z], shown, contours, title, orientation=orientation)
 
 
 def prediction_mesh(

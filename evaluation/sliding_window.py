@@ -12,6 +12,7 @@ from utils.channels import with_channels
 from utils.errors import UserError
 from utils.options import option
 from utils.resample import downsample_image, pad, padding, upsample_probability
+from utils.text import once
 
 STRIDE = (18, 18, 4)  # stride of the papers, on the full grid
 WEIGHTINGS = ("uniform", "gaussian")
@@ -69,14 +70,23 @@ def windows(shape: Sequence[int], patch_size: Sequence[int], stride: Sequence[in
     return list(itertools.product(*axes))  # type: ignore[arg-type]
 
 
-def refuse_window(patch_size: Sequence[int], stride: Sequence[int], multiple: int) -> None:
-    """Checks patch size and stride.
+def refuse_window(
+    patch_size: Sequence[int], stride: Sequence[int], multiples: Sequence[int], flips: int = 1
+) -> None:  # fmt: skip
+    """Checks patch size, stride and flips.
 
     Raises:
-        UserError: for sides that are not multiples of `multiple`, or a stride that skips voxels.
+        UserError: for sides that are not multiples of `multiples`, or a stride that skips voxels, or for turns
+            in x-y after which the sides are not such multiples.
     """
-    if any(side % multiple or side <= 0 for side in patch_size):
-        raise UserError(f"--patch-size {tuple(patch_size)} must be multiples of {multiple}.")
+    if any(side % multiple or side <= 0 for side, multiple in zip(patch_size, multiples, strict=True)):
+        raise UserError(f"--patch-size {tuple(patch_size)} must be multiples of {once(multiples)}.")
+    turned = FLIPS[flips][-1][0] % 2
+    if turned and (patch_size[0] % multiples[1] or patch_size[1] % multiples[0]):
+        raise UserError(
+            f"--flips {flips} turns windows of {tuple(patch_size)}, whose sides must then be multiples of "
+            f"{multiples[1]} {multiples[0]} along x and y. Give --flips 4."
+        )
     if not all(0 < step <= side for step, side in zip(stride, patch_size, strict=True)):
         raise UserError(
             f"--stride {tuple(stride)} must lie between 1 and the patch size {tuple(patch_size)}, or voxels are "

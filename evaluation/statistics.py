@@ -23,12 +23,13 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from evaluation.drawing import Figure, FigureCanvasAgg
-from evaluation.metrics import COMPONENTS, METRICS, MM, PENALISED
-from evaluation.rows import Runs, Scans, mean_over, read_runs
+from evaluation.metrics import COMPONENTS, METRICS, MM, OVERLAPS, PENALISED
+from evaluation.rows import Runs, Scans, mean_over, read_runs, runs_of, tolerance_of
 from utils.errors import UserError, run
 from utils.options import Parser, fill, option
 
-DISTANCES = (*METRICS[2:], *MM)
+DISTANCES = (*METRICS[2:], *MM, "assd", "assd_mm")
+COLUMNS = [*METRICS, *MM, "nsd", "assd", "assd_mm", "rve", *(f"{name}{PENALISED}" for name in DISTANCES)]
 LEAST_SCANS = 6  # for an interval or a p; fewer cannot be significant at 5 %
 LEAST_RUNS = 5  # on each side for a p; the smallest p of 4 against 4 is 0.03, of 3 against 3 it is 0.1
 LEVEL = 0.95
@@ -55,8 +56,9 @@ class Options:
     """Options of the comparison."""
 
     metric: str = option(
-        "dice", "column of cases.csv", choices=[*METRICS, *MM, *(f"{name}{PENALISED}" for name in DISTANCES)]
-    )
+        "dice", "column of cases.csv; nsd, assd and rve where the test had them. rve has a sign: nearer to 0 is better",
+        choices=COLUMNS,
+    )  # fmt: skip
     component: str = option("all", "with (largest) or without (all) the component filter", choices=COMPONENTS)
     picture: str = option("", "PNG to write: each scan's value in both rows")
 
@@ -269,6 +271,14 @@ def pairs_text(c: Comparison, corrected: float) -> str:
     return text + ("" if math.isnan(c.p) else f"; p = {c.p:.2g}, Holm {corrected:.2g}")
 
 
+def refuse_tolerances(names: Sequence[str]) -> None:
+    """Raises UserError for rows whose NSD was measured with different tolerances."""
+    tolerances = {tolerance_of(path): path for name in names for path in runs_of(name)}
+    if len(tolerances) > 1:
+        shown = "; ".join(f"{'unknown' if mm is None else f'{mm:g} mm'} in {path}" for mm, path in tolerances.items())
+        raise UserError(f"the rows have NSD at different tolerances: {shown}. Test them with one --nsd-tolerance.")
+
+
 def scatter(reference: Scans, rows: Mapping[str, Scans], title: str, path: Path) -> None:
     """Writes a PNG with the value of each scan: reference along x, rows along y, and the line of equal values."""
     figure = Figure(figsize=(5, 5), dpi=120, layout="constrained")
@@ -295,7 +305,9 @@ def main(argv: list[str] | None = None) -> None:
     if len(names) < 2:
         raise UserError("give at least two rows: the first is compared with each of the others.")
     reference, *rows = (read_runs(name, o.metric, o.component) for name in names)
-    most = 1 if o.metric in METRICS[:2] else math.inf
+    if o.metric == "nsd":
+        refuse_tolerances(names)
+    most = 1 if o.metric in OVERLAPS else math.inf
     comparisons = [compare(reference, row, most) for row in rows]
     if o.picture:
         means = {name: mean_over(row) for name, row in zip(names[1:], rows, strict=True)}

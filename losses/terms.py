@@ -110,7 +110,7 @@ def sdm_to_mask(z: Tensor, k: float) -> Tensor:
     The printed 1/(1+exp(-kz)) would give the background, because z is negative inside. The computation is in float32
     or float64 at any surrounding precision, because k = 1500 amplifies the rounding errors of z.
     """
-    with torch.autocast(z.device.type, enabled=False):
+    with torch.autocast("cpu" if z.is_meta else z.device.type, enabled=False):
         return torch.sigmoid(-k * (z if z.dtype == torch.float64 else z.float()))
 
 

@@ -50,6 +50,7 @@ class ASDNet(Method):
 
     options: Options
     needs_unlabeled = True
+    least_multiple = 8  # of the critic
     outputs = ("seg",)
 
     def __init__(self, options: Options, *, iterations: int):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from networks.backbone import Backbone
 from networks.backbones import BACKBONES
-from networks.heads import STRIDE
+from networks.heads import HALVINGS, side_multiples, strides_of
 from utils.errors import UserError
 from utils.options import option
 
@@ -66,6 +66,11 @@ class Method(nn.Module):
         backbone: str = option("vnet", "encoder-decoder of every network", choices=list(BACKBONES))
         classes: int = option(1, "C, foreground classes; labels hold 0..C", minimum=1, maximum=254)
         channels: int = option(1, "K, channels of the images", flag=False)
+        halvings: list[int] = option(
+            [*HALVINGS], "how often the networks halve x, y and z; fewer along the thick slices of anisotropic scans: "
+            "4 4 2 leaves z alone in the first two of four steps. Sides of a patch are multiples of 2^halvings",
+            nargs=3, minimum=0, maximum=max(HALVINGS),
+        )  # fmt: skip
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"paper": {}, "tuned": TUNED}
     """Preset name -> option (of the method or of the script) -> value; the first is the default. All have `tuned`."""
@@ -73,8 +78,8 @@ class Method(nn.Module):
     """Whether batches hold unlabeled crops."""
     multiclass: ClassVar[bool] = False
     """Whether the method handles more than one class."""
-    side_multiple: ClassVar[int] = STRIDE
-    """Every side of a patch must be a multiple of this number of voxels."""
+    least_multiple: ClassVar[int] = 1
+    """Every side of a patch must be a multiple of this, for networks other than the backbones."""
     outputs: tuple[str, ...] = ()
     """Names that `predict` accepts, the default first."""
     needs_sdm: bool = False
@@ -90,14 +95,23 @@ class Method(nn.Module):
             raise UserError(
                 f"--classes {options.classes}: this method knows one class. Others take more, as dtml, dtc and ua-mt."
             )
+        try:
+            strides_of(options.halvings)
+        except ValueError as e:
+            raise UserError(f"--{e}.") from e
         self.options = options
         self.iterations = iterations
+
+    @property
+    def side_multiples(self) -> tuple[int, ...]:
+        """The sides of a patch must be multiples of these numbers of voxels, along x, y and z."""
+        return tuple(max(multiple, self.least_multiple) for multiple in side_multiples(self.options.halvings))
 
     @property
     def backbone(self) -> Callable[..., Backbone]:
         """The class of --backbone, to be called with `heads`: for images of K channels, with --filters."""
         o = self.options
-        return partial(BACKBONES[o.backbone], filters=o.filters, in_channels=o.channels)
+        return partial(BACKBONES[o.backbone], filters=o.filters, in_channels=o.channels, halvings=o.halvings)
 
     def forward(self, batch: Batch, iteration: int) -> Losses:
         """Returns the losses of a batch at this iteration (0 <= iteration < iterations)."""

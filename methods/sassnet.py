@@ -37,6 +37,7 @@ class SASSNet(TwoHeads):
 
     options: Options
     needs_unlabeled = True
+    least_multiple = 16  # of the critic
 
     def __init__(self, options: Options, *, iterations: int):
         super().__init__(options, iterations=iterations)

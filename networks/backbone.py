@@ -1,7 +1,7 @@
 """The base class of the backbones: five feature maps, heads on the last one, and their precision and memory use."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -12,7 +12,7 @@ from torch.autograd.graph import Node
 from torch.utils.checkpoint import checkpoint
 
 from networks.batch_norm import BatchNorm3d
-from networks.heads import DROPOUT, make_heads, refuse_sides
+from networks.heads import DROPOUT, HALVINGS, make_heads, refuse_sides
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 """Precisions for training; testing can use fp16 too."""
@@ -23,7 +23,10 @@ Change = Callable[[Tensor], Tensor]
 
 
 class Backbone(nn.Module):
-    """An encoder-decoder whose five maps, from stride 16 to 1, have 16, 8, 4, 2 and 1 times `filters` channels.
+    """An encoder-decoder whose five maps, from the bottom up, have 16, 8, 4, 2 and 1 times `filters` channels.
+
+    The encoder halves the sides in four steps. With fewer `halvings` an axis is left alone by the first steps, as the
+    thick slices of an anisotropic scan need.
 
     Args:
         heads: head name -> output channels. 'seg' returns logits. 'sdm' returns tanh values in [-1,1], negative inside
@@ -33,13 +36,15 @@ class Backbone(nn.Module):
         dropout: channel dropout with p = 0.5 after the deepest and after the last map, in training mode only.
 
     Raises:
-        ValueError: for an unknown head name, or in `features` for a side that is not a multiple of 16.
+        ValueError: for an unknown head name, or in `features` for a side that is not a multiple of 2^halvings.
     """
 
     precision = "fp32"
     """Precision of the convolutions in `features`: fp32, tf32, bf16 or, without gradient, fp16."""
     recompute = False
     """Whether training keeps only the inputs of the blocks and recomputes their activations in the backward pass."""
+    halvings: Sequence[int] = HALVINGS
+    """How often x, y and z are halved."""
 
     def add_heads(self, heads: dict[str, int], filters: int, *, dropout: bool) -> None:
         """Adds `heads` and `dropout`; call it last in `__init__`, so that weights are drawn in the order of the layers.
@@ -67,13 +72,13 @@ class Backbone(nn.Module):
         """image (N,in_channels,W,H,D) -> the maps after the bottom and the four decoder blocks, the last at full size.
 
         Args:
-            image: every side must be a multiple of 16.
+            image: every side must be a multiple of 2^halvings, by default of 16.
             change: applied to each of the encoder's five maps before they are decoded; it may change their number N.
 
         Raises:
-            ValueError: for a side that is not a multiple of 16.
+            ValueError: for a side that is not.
         """
-        refuse_sides(image)
+        refuse_sides(image, self.halvings)
         maps = self.maps if change is None else partial(self.maps, change=change)
         if self.precision in HALVES:
             with torch.autocast(image.device.type, HALVES[self.precision]):

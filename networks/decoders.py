@@ -8,27 +8,28 @@ from torch import Tensor, nn
 
 from networks.backbone import Backbone
 from networks.convolution import Conv3d
+from networks.heads import Stride
 
 UPS = ("transposed", "trilinear", "nearest")
 """How a decoder doubles the sides of its maps."""
 
 
 class Doubled(nn.Module):
-    """Doubles the sides of maps (N,C,W,H,D) without weights: 'trilinear' or 'nearest'.
+    """Doubles the sides of maps (N,C,W,H,D) whose stride is 2, without weights: 'trilinear' or 'nearest'.
 
     The centre of each voxel lies between those of its eight parts, as align_corners=False of F.interpolate. On a GPU
     torch (2.13) refuses the gradient of its own trilinear interpolation under torch.use_deterministic_algorithms.
     """
 
-    def __init__(self, mode: str):
+    def __init__(self, mode: str, stride: Stride = (2, 2, 2)):
         super().__init__()
-        self.mode = mode
+        self.mode, self.stride = mode, stride
 
     def forward(self, x: Tensor) -> Tensor:
         if self.mode == "nearest":
-            return F.interpolate(x, scale_factor=2, mode="nearest")
+            return F.interpolate(x, scale_factor=self.stride, mode="nearest")
         layout = torch.channels_last_3d if x.is_contiguous(memory_format=torch.channels_last_3d) else None
-        for axis in (2, 3, 4):
+        for axis in (axis for axis, stride in enumerate(self.stride, 2) if stride == 2):
             first, last = x.narrow(axis, 0, 1), x.narrow(axis, -1, 1)
             before = torch.cat([first, x.narrow(axis, 0, x.shape[axis] - 1)], dim=axis)
             after = torch.cat([x.narrow(axis, 1, x.shape[axis] - 1), last], dim=axis)
@@ -37,12 +38,14 @@ class Doubled(nn.Module):
         return x if layout is None else x.contiguous(memory_format=layout)
 
 
-def upsampling(up: str, channels: int, *, bias: bool = True) -> nn.Module:
-    """A layer (N,channels,W,H,D) -> (N,channels/2,2W,2H,2D).
+def upsampling(up: str, channels: int, stride: Stride = (2, 2, 2), *, bias: bool = True) -> nn.Module:
+    """A layer (N,channels,W,H,D) -> (N,channels/2,2W,2H,2D); an axis with stride 1 keeps its side.
 
     Args:
-        up: one of UPS. 'transposed' is a 2x2x2 transposed convolution; the others are followed by a 3x3x3 convolution.
+        up: one of UPS. 'transposed' is a transposed convolution whose kernel is the stride; the others are followed by
+            a 3x3x3 convolution.
         channels: input channels.
+        stride: 1 or 2 along x, y, z.
         bias: whether the convolution has a bias.
 
     Raises:
@@ -51,8 +54,8 @@ def upsampling(up: str, channels: int, *, bias: bool = True) -> nn.Module:
     if up not in UPS:
         raise ValueError(f"up must be one of {UPS}, not {up!r}")
     if up == "transposed":
-        return nn.ConvTranspose3d(channels, channels // 2, 2, stride=2, bias=bias)
-    return nn.Sequential(Doubled(up), Conv3d(channels, channels // 2, 3, padding=1, bias=bias))
+        return nn.ConvTranspose3d(channels, channels // 2, stride, stride=stride, bias=bias)
+    return nn.Sequential(Doubled(up, stride), Conv3d(channels, channels // 2, 3, padding=1, bias=bias))
 
 
 class Decoders(Backbone):
@@ -72,6 +75,7 @@ class Decoders(Backbone):
         self.first = kind(heads=heads, filters=filters, up=ups[0])
         self.others = nn.ModuleList([kind(heads=heads, filters=filters, up=up, encoder=False) for up in ups[1:]])
         self.heads = nn.ModuleDict()  # none beside those of the decoders
+        self.halvings = self.first.halvings
 
     def encode(self, image: Tensor) -> list[Tensor]:
         return self.first.encode(image)

@@ -1,12 +1,18 @@
-"""The heads of a backbone, those of its features, and the check of the sides of its input."""
+"""The heads of a backbone, its strides, and the check of the sides of its input."""
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from networks.batch_norm import BatchNorm3d
+from utils.text import once
 
-STRIDE = 16  # four halvings: every side of a patch must be a multiple of this
+HALVINGS = (4, 4, 4)
+"""How often a backbone halves x, y and z in its four steps, unless told otherwise."""
 DROPOUT = 0.5
+Stride = tuple[int, int, int]
 ACTIVATIONS = {"seg": nn.Identity, "sdm": nn.Tanh}
 
 
@@ -73,11 +79,33 @@ def attention(channels: int) -> nn.Sequential:
     )
 
 
-def refuse_sides(image: Tensor) -> None:
+def strides_of(halvings: Sequence[int]) -> list[Stride]:
+    """Strides along x, y, z of each step of the encoder. An axis halved fewer times is left alone by the first steps.
+
+    Args:
+        halvings: how often x, y and z are halved, 0 to 4; the most is 4.
+
+    Raises:
+        ValueError: for other numbers.
+    """
+    steps = max(HALVINGS)
+    if len(halvings) != 3 or min(halvings) < 0 or max(halvings) != steps:
+        raise ValueError(f"halvings must be three numbers from 0 to {steps}, the largest {steps}, not {list(halvings)}")
+    x, y, z = (np.where(np.arange(steps) + n >= steps, 2, 1).tolist() for n in halvings)
+    return list(zip(x, y, z, strict=True))
+
+
+def side_multiples(halvings: Sequence[int]) -> tuple[int, ...]:
+    """The sides of an image along x, y, z must be multiples of these numbers of voxels."""
+    return tuple(2**n for n in halvings)
+
+
+def refuse_sides(image: Tensor, halvings: Sequence[int]) -> None:
     """Checks the sides of image (N,C,W,H,D).
 
     Raises:
-        ValueError: if a side is not a multiple of 16.
+        ValueError: if a side is not a multiple of 2 to the power of its halvings.
     """
-    if any(side % STRIDE for side in image.shape[2:]):
-        raise ValueError(f"every side must be a multiple of {STRIDE}, not {tuple(image.shape[2:])}")
+    multiples = side_multiples(halvings)
+    if any(side % multiple for side, multiple in zip(image.shape[2:], multiples, strict=True)):
+        raise ValueError(f"every side must be a multiple of {once(multiples)}, not {tuple(image.shape[2:])}")

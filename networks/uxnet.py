@@ -3,6 +3,8 @@
 A ConvNeXt encoder with depthwise 7x7x7 kernels, and a decoder of residual 3x3x3 blocks with concatenated skips.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from networks.backbone import Backbone
 from networks.convolution import Conv3d
 from networks.decoders import upsampling
+from networks.heads import HALVINGS, Stride, strides_of
 
 LAYER_SCALE = 1e-6  # initial gamma of a UX block, which starts close to the identity
 EXPANSION = 4
@@ -81,11 +84,11 @@ class Residual(nn.Module):
 
 
 class UpResidual(nn.Module):
-    """Doubles every side, halves the channels, and concatenates the skip of the same shape before a residual block."""
+    """Doubles the sides, halves the channels, and concatenates the skip of the same shape before a residual block."""
 
-    def __init__(self, channels: int, up: str):
+    def __init__(self, channels: int, up: str, stride: Stride):
         super().__init__()
-        self.up = upsampling(up, channels, bias=False)
+        self.up = upsampling(up, channels, stride, bias=False)
         self.block = Residual(channels, channels // 2)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
@@ -104,18 +107,22 @@ class UXNet(Backbone):
         dropout: the published network has none; methods that need stochastic passes or compare backbones turn it on.
         up: how the decoder doubles the sides, one of `networks.decoders.UPS`.
         encoder: False leaves the encoder out; the network then has `decode` alone.
+        halvings: how often x, y and z are halved.
     """
 
     def __init__(
         self, *, heads: dict[str, int], in_channels: int = 1, filters: int = 48, dropout: bool = True,
-        up: str = "transposed", encoder: bool = True,
+        up: str = "transposed", encoder: bool = True, halvings: Sequence[int] = HALVINGS,
     ):  # fmt: skip
         super().__init__()
-        f = filters
+        f, strides, self.halvings = filters, strides_of(halvings), tuple(halvings)
         if encoder:
-            self.stem = nn.Sequential(Conv3d(in_channels, f, 7, stride=2, padding=3), ChannelNorm(f))
+            self.stem = nn.Sequential(Conv3d(in_channels, f, 7, stride=strides[0], padding=3), ChannelNorm(f))
             self.down = nn.ModuleList(
-                [nn.Sequential(ChannelNorm(c), Conv3d(c, 2 * c, 2, stride=2)) for c in (f, 2 * f, 4 * f)]
+                [
+                    nn.Sequential(ChannelNorm(c), Conv3d(c, 2 * c, s, stride=s))
+                    for c, s in zip((f, 2 * f, 4 * f), strides[1:], strict=True)
+                ]
             )
             self.stages = nn.ModuleList([nn.Sequential(UXBlock(c), UXBlock(c)) for c in (f, 2 * f, 4 * f, 8 * f)])
             self.norms = nn.ModuleList([ChannelNorm(c) for c in (f, 2 * f, 4 * f, 8 * f)])
@@ -123,7 +130,8 @@ class UXNet(Backbone):
                 [Residual(in_channels, f), Residual(f, 2 * f), Residual(2 * f, 4 * f), Residual(4 * f, 8 * f)]
             )
             self.bottom = Residual(8 * f, 16 * f)
-        self.up = nn.ModuleList([UpResidual(c, up) for c in (16 * f, 8 * f, 4 * f, 2 * f)])
+        wide = (16 * f, 8 * f, 4 * f, 2 * f)
+        self.up = nn.ModuleList([UpResidual(c, up, s) for c, s in zip(wide, reversed(strides), strict=True)])
         self.last = Residual(f, f) if heads else nn.Identity()
         self.add_heads(heads, f, dropout=dropout)
 

@@ -3,6 +3,8 @@
 Differences from Milletari et al. (2016): blocks have no residual, and long skips are sums, not concatenations.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +12,7 @@ from networks.backbone import Backbone
 from networks.batch_norm import BatchNorm3d
 from networks.convolution import Conv3d
 from networks.decoders import upsampling
+from networks.heads import HALVINGS, Stride, strides_of
 
 
 class Convs(nn.Sequential):
@@ -27,17 +30,18 @@ class Convs(nn.Sequential):
 
 
 class Down(nn.Sequential):
-    """Conv3d 2x2x2 stride 2 -> BatchNorm3d -> ReLU: halves every side and doubles the channels."""
+    """Conv3d whose kernel is its stride -> BatchNorm3d -> ReLU: halves the sides and doubles the channels."""
 
-    def __init__(self, channels: int):
-        super().__init__(Conv3d(channels, 2 * channels, 2, stride=2), BatchNorm3d(2 * channels), nn.ReLU(inplace=True))
+    def __init__(self, channels: int, stride: Stride):
+        convolution = Conv3d(channels, 2 * channels, stride, stride=stride)
+        super().__init__(convolution, BatchNorm3d(2 * channels), nn.ReLU(inplace=True))
 
 
 class Up(nn.Sequential):
-    """Upsampling -> BatchNorm3d -> ReLU: doubles every side and halves the channels."""
+    """Upsampling -> BatchNorm3d -> ReLU: doubles the sides and halves the channels."""
 
-    def __init__(self, channels: int, up: str):
-        super().__init__(upsampling(up, channels), BatchNorm3d(channels // 2), nn.ReLU(inplace=True))
+    def __init__(self, channels: int, up: str, stride: Stride):
+        super().__init__(upsampling(up, channels, stride), BatchNorm3d(channels // 2), nn.ReLU(inplace=True))
 
 
 class VNet(Backbone):
@@ -47,6 +51,7 @@ class VNet(Backbone):
         in_channels: channels of the image.
         up: how the decoder doubles the sides, one of `networks.decoders.UPS`.
         encoder: False leaves the encoder out; the network then has `decode` alone.
+        halvings: how often x, y and z are halved.
     """
 
     cpu_layout = torch.channels_last_3d
@@ -54,17 +59,18 @@ class VNet(Backbone):
 
     def __init__(
         self, *, heads: dict[str, int], in_channels: int = 1, filters: int = 16, dropout: bool = True,
-        up: str = "transposed", encoder: bool = True,
+        up: str = "transposed", encoder: bool = True, halvings: Sequence[int] = HALVINGS,
     ):  # fmt: skip
         super().__init__()
-        f = filters
+        f, strides, self.halvings = filters, strides_of(halvings), tuple(halvings)
         if encoder:
             self.encoder = nn.ModuleList(
                 [Convs(1, in_channels, f), Convs(2, 2 * f, 2 * f), Convs(3, 4 * f, 4 * f), Convs(3, 8 * f, 8 * f)]
             )
-            self.down = nn.ModuleList([Down(f), Down(2 * f), Down(4 * f), Down(8 * f)])
+            self.down = nn.ModuleList([Down(c, s) for c, s in zip((f, 2 * f, 4 * f, 8 * f), strides, strict=True)])
             self.bottom = Convs(3, 16 * f, 16 * f)
-        self.up = nn.ModuleList([Up(c, up) for c in (16 * f, 8 * f, 4 * f, 2 * f)])
+        wide = (16 * f, 8 * f, 4 * f, 2 * f)
+        self.up = nn.ModuleList([Up(c, up, s) for c, s in zip(wide, reversed(strides), strict=True)])
         self.decoder = nn.ModuleList(
             [Convs(3, 8 * f, 8 * f), Convs(3, 4 * f, 4 * f), Convs(2, 2 * f, 2 * f), Convs(1, f, f)]
         )

@@ -140,7 +140,7 @@ MUTATIONS = [
              "tests/test_beyond.py -k flips"),
     Mutation("stride-of-half", "evaluation/sliding_window.py", "max(step // downsample, 1)", "max(step, 1)",
              "at half resolution windows are twice as far apart", "tests/test_sliding_window.py tests/test_test_la.py"),
-    Mutation("held-out", "test_la.py", "for name in train if name not in seen]", "for name in train]",
+    Mutation("held-out", "tools/tested_scans.py", "for name in train if name not in seen]", "for name in train]",
              "scans of the training are scored as held out", "tests/test_held_out.py"),
     # channels, windows, folds and series
     Mutation("slice-order", "dataloaders/dicom.py", "reader.SetFileNames(list(files))",

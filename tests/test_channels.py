@@ -364,7 +364,7 @@ def test_a_case_with_other_channels_than_the_first_stops_a_training(tmp_path):
         f["image"] = np.stack([image, image])
     with pytest.raises(UserError, match=r"case01: .* has 2 channels, where 1 is needed"):
         train(tmp_path / "set", tmp_path / "run")
-    findings, _ = check.check(tmp_path / "set", check.Options(labeled=2, patch_size=[16, 16, 16], workers=1))
+    findings, *_ = check.check(tmp_path / "set", check.Options(labeled=2, patch_size=[16, 16, 16], workers=1))
     assert [(x.level, x.cases) for x in findings if "channels" in x.text] == [("error", ("case01",))]
 
 
@@ -372,7 +372,7 @@ def test_check_looks_at_every_channel(tmp_path):
     two_channels(tmp_path, train=3, labeled=2)
     with h5py.File(tmp_path / "case01" / "mri_norm2.h5", "r+") as f:
         f["image"][1] = 1000 + f["image"][1]
-    findings, table = check.check(tmp_path, check.Options(labeled=2, patch_size=[16, 16, 16], workers=1))
+    findings, table, _ = check.check(tmp_path, check.Options(labeled=2, patch_size=[16, 16, 16], workers=1))
     odd = [x for x in findings if "not that of a normalised scan" in x.text]
     assert [x.cases for x in odd] == [("case01",)] and odd[0].text.startswith("in channel 1 the intensities")
     assert "channel 0, mean" in table and "channel 1, 99th percentile" in table

@@ -229,6 +229,7 @@ def pairs_of(method: str) -> dict[str, list[tuple[str, str]]]:
         name = changed.split()[0].removeprefix("--").removeprefix("no-").replace("-", "_")
         pairs.setdefault(name, []).append((changed, beside))
     pairs.setdefault("backbone", [("--backbone uxnet", "")])
+    pairs["halvings"] = [("--halvings 4 4 2", "")]
     pairs["classes"] = [("--classes 2 --data two", "")] if METHODS[method].multiclass else []  # else: test_classes.py
     return pairs
 

@@ -45,4 +45,4 @@ def test_flags_named_are_those_of_a_command():
         for name in import_module(module).Options.__dataclass_fields__
     }
     flags = {flag.replace("-", "_") for flag in re.findall(r"(?<![\w-])--([a-z][a-z-]+)", PAGE)}
-    assert flags <= names | {"help", "classes"}  # of the methods
+    assert flags <= names | {"help", "classes", "halvings"}  # of the methods

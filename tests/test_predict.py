@@ -239,6 +239,7 @@ def test_flags_change_the_probability_or_only_its_rounding(words, changes, world
 
 ELSEWHERE = {
     "checkpoint",
+    "dicom_seg",
     "method",
     "out",
     "series",

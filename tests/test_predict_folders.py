@@ -60,7 +60,7 @@ def write_series(
             "0008|0060": "MR", "0008|103e": description, "0020|000e": uid, "0008|0018": f"{uid}.{z + 1}",
             "0020|000d": f"{UID}.9", "0020|0013": str(z), "0020|0032": "\\".join(f"{v:.10g}" for v in where),
             "0020|0037": "\\".join(f"{direction[i]:.10g}" for i in (0, 3, 6, 1, 4, 7)),
-            "0018|0050": "9",  # the thickness of a slice is not the distance between slices
+            "0020|0052": f"{UID}.8", "0018|0050": "9",  # the thickness of a slice is not the distance between slices
         }  # fmt: skip
         for tag, value in tags.items():
             page.SetMetaData(tag, value)

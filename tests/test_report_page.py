@@ -20,6 +20,7 @@ from skimage.draw import polygon2mask
 
 from evaluation.metrics import segmentation_metrics, with_penalties
 from tools import report_page
+from tools.report_scans import jpeg_slices
 from utils.errors import UserError
 from utils.run_folder import write_json
 
@@ -33,7 +34,7 @@ def ball(centre: tuple[float, float, float], radius: float) -> np.ndarray:
     return (((grid - centre) * (1, 1, 2)) ** 2).sum(-1) < radius**2
 
 
-def make_test(folder: Path, names: list[str], classes: int = 1, saved: str = "largest") -> Path:
+def make_test(folder: Path, names: list[str], classes: int = 1, saved: str = "largest", **geometry: object) -> Path:
     """A test folder as test_la.py leaves it, of predictions that are worse from case to case; beside it, `set`."""
     rows: list[dict[str, Any]] = []
     rng = np.random.default_rng(0)
@@ -42,8 +43,9 @@ def make_test(folder: Path, names: list[str], classes: int = 1, saved: str = "la
         if classes > 1:
             label[20:] *= 2
         write_case(
-            folder / "set" / f"{name.replace('/', '_')}.h5", rng.random(SHAPE, np.float32), label, spacing=SPACING
-        )
+            folder / "set" / f"{name.replace('/', '_')}.h5", rng.random(SHAPE, np.float32), label, spacing=SPACING,
+            **geometry,
+        )  # fmt: skip
         for output in OUTPUTS:
             mask = label * ball((20 + i, 16, 6), 9 - i)
             for component in ("all", "largest"):
@@ -78,7 +80,9 @@ class Page(HTMLParser):
         self.tags: list[str] = []
         self.texts: list[str] = []
         self.images: list[dict[str, str | None]] = []
-        self._table, self._cell, self._script, self.json = "", False, False, ""
+        self.edges: list[str] = []
+        self.chosen: list[str] = []
+        self._table, self._cell, self._script, self._edge, self.json = "", False, False, False, ""
         self.feed(text)
         self.data = json.loads(self.json)
 
@@ -96,9 +100,13 @@ class Page(HTMLParser):
             self._cell = True
         elif tag == "img":
             self.images.append(found)
+        elif tag == "option" and "selected" in found:
+            self.chosen.append(str(found["value"]))
+        self._edge = tag == "b" and str(found.get("class")).startswith(("edge", "end"))
         self._script = tag == "script" and found.get("type") == "application/json"
 
     def handle_endtag(self, tag: str) -> None:
+        self._edge = False
         self._cell &= tag not in ("td", "th")
         self._script = False
         if tag == "table":
@@ -110,11 +118,19 @@ class Page(HTMLParser):
         elif self._cell:
             self.tables[self._table][-1][-1] += text
         self.texts.append(text)
+        if self._edge:
+            self.edges.append(text)
+            self._edge = False
 
 
 def scores(test: Path) -> list[dict[str, str]]:
     with open(test / "cases.csv", newline="") as f:
         return list(csv.DictReader(f))
+
+
+def shown_first_of(page: Page) -> list[str]:
+    """The names of the scans that the page shows before the reader chooses."""
+    return [page.data[int(place)]["name"] for place in page.chosen]
 
 
 def parse(test: Path) -> Page:
@@ -124,9 +140,6 @@ def parse(test: Path) -> Page:
 @pytest.fixture
 def test(tmp_path: Path) -> Path:
     return make_test(tmp_path, ["case0", "case1", "case2"])
-
-
-# -- without a browser --
 
 
 def test_every_figure_of_the_page_is_that_of_cases_csv(test):
@@ -144,7 +157,7 @@ def test_every_figure_of_the_page_is_that_of_cases_csv(test):
 
 
 def test_the_means_are_numpy_s_and_empty_predictions_are_counted(tmp_path):
-    test = make_test(tmp_path, [f"case{i}" for i in range(10)])  # the last has no voxel left
+    test = make_test(tmp_path, [f"case{i}" for i in range(10)], saved="none")  # the last has no voxel left
     page, rows = parse(test), scores(test)
     _, *lines = page.tables["means"]
     assert [line[:2] for line in lines] == [[o, c] for o in OUTPUTS for c in ("all", "largest")]
@@ -175,7 +188,8 @@ def test_a_scan_with_nothing_to_find_stands_last_and_is_neither_worst_nor_best(t
         writer.writeheader()
         writer.writerows(row | (nothing if row["case"] == "case1" else {}) for row in rows)
     page = parse(test)
-    assert [one["name"] for one in page.data] == ["case2", "case0"]
+    assert [one["name"] for one in page.data] == ["case2", "case0", "case1"]
+    assert shown_first_of(page) == ["case2", "case0"]
     bars = [rows for name, rows in page.tables.items() if name.startswith("bars")]
     assert all([row[0] for row in rows[1:]] == ["case2", "case0", "case1"] for rows in bars)
     assert all(line[-3:] == ["0", "0", "1"] and "(2 of 3)" in line[3] for line in page.tables["means"][1:])
@@ -195,14 +209,13 @@ def test_what_files_are_called_is_text_on_the_page(tmp_path):
     page = parse(test)
     assert WILD.replace("/", "_") in {x["name"] for x in page.data}
     assert page.tables["cases"][-1][0] == WILD.replace("/", "_")
-    assert page.tags.count("b") == str(report_page.DEFINITIONS).count("<b>")
+    assert page.tags.count("b") == str(report_page.DEFINITIONS).count("<b>") + 2 * 6  # and the letters of two boxes
     assert page.tags.count("script") == 2 and "<i>abc" in page.texts
 
 
 def test_slices_contours_and_surfaces_are_those_of_the_scan(test):
     page = parse(test)
-    assert [one["name"] for one in page.data] == ["case2", "case0"]
-    one = page.data[1]
+    one = page.data[2]
     pictures = [Image.open(io.BytesIO(base64.b64decode(text))) for text in one["slices"]]
     assert len(pictures) == SHAPE[2] and {p.width / p.height for p in pictures} == {SHAPE[0] / SHAPE[1]}
     label = ball((20, 16, 6), 9)
@@ -216,6 +229,38 @@ def test_slices_contours_and_surfaces_are_those_of_the_scan(test):
         a, b, c = (vertices[faces[:, i]] for i in range(3))
         radius = np.ptp(vertices[:, 0]) / 2
         assert (a * np.cross(b, c)).sum() / 6 == pytest.approx(4 / 3 * np.pi * radius**3, rel=0.15)
+
+
+def test_every_scan_can_be_chosen_the_lowest_dice_first(tmp_path):
+    names = [f"case{i}" for i in range(6)]
+    page = parse(make_test(tmp_path, names))
+    assert [one["name"] for one in page.data] == names[::-1]  # the predictions get worse
+    assert shown_first_of(page) == ["case5", "case0"]
+    rows = {row[0]: row for row in page.tables["cases"][1:] if row[1:3] == ["seg", "largest"]}
+    for one in page.data:
+        assert one["line"].startswith(f"Dice % {rows[one['name']][3]}, ")
+        assert len(one["slices"]) == SHAPE[2] == len(one["contours"]["label"][0]) and one["size"] == list(SHAPE[:2])
+    listed = [text for text in page.texts if re.fullmatch(r"case\d, Dice [\d.]+", text)]
+    assert listed == [f"{one['name']}, Dice {rows[one['name']][3]}" for one in page.data] * 2
+
+
+def test_slices_keep_to_their_bytes():
+    image = np.random.default_rng(0).random((300, 200, 20), np.float32)
+    sides = []
+    for most_bytes in (2_000_000, 400_000, 100_000):
+        files = [base64.b64decode(text) for text in jpeg_slices(image, (1.0, 1.0, 3.0), most_bytes)]
+        assert len(files) == 20 and sum(map(len, files)) < 1.05 * most_bytes  # a sample of them is measured
+        sides.append(Image.open(io.BytesIO(files[0])).height)
+    assert sides[0] > sides[1] > sides[2]
+
+
+def test_letters_stand_at_the_edges_where_the_direction_is_known(tmp_path):
+    assert parse(make_test(tmp_path / "unknown", ["case0"])).edges == []
+    page = parse(make_test(tmp_path / "known", ["case0"], direction=(-1.0, 0, 0, 0, -1, 0, 0, 0, 1)))  # RAS
+    assert page.edges == ["L", "R", "P", "A", "I", "S"]
+    assert page.data[0]["letters"] == {"left": "L", "right": "R", "top": "P", "bottom": "A"}
+    assert page.data[0]["ends"] == ["I", "S"]
+    assert any("Letters at the edges" in text for text in page.texts)
 
 
 def test_without_predictions_or_with_one_scan(tmp_path):
@@ -239,6 +284,3 @@ def test_what_is_missing_is_named(harm: Callable[[Path], Any], says, test):
     with pytest.raises(UserError, match=says):
         report_page.main([str(test)])
     assert not list(test.glob("*.html"))
-
-
-# -- with one --

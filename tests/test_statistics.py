@@ -261,3 +261,24 @@ def test_mistakes_are_named(tmp_path, monkeypatch, words, text):
     (tmp_path / "text.csv").write_text("hello\n")
     with pytest.raises(UserError, match=text):
         statistics.main(words)
+
+
+def test_metrics_on_request_are_compared_and_nsd_at_one_tolerance(tmp_path, capsys):
+    more = {"nsd": 0.9, "assd": 1.5, "assd_mm": 1.2, "assd_mm_penalised": 1.2, "rve": -0.1}
+    for name, shift in (("a", 0.0), ("b", 0.25)):
+        (tmp_path / name).mkdir()
+        lines = [",".join(["case,output,component,dice", *more])]
+        lines += [",".join([f"case{i},seg,all,0.8", *(f"{v + shift}" for v in more.values())]) for i in range(8)]
+        (tmp_path / name / "cases.csv").write_text("\n".join(lines) + "\n")
+        (tmp_path / name / "test.json").write_text('{"nsd_tolerance_mm": 2.0}')
+    words = [str(tmp_path / "a"), str(tmp_path / "b")]
+    for metric, value in more.items():
+        statistics.main([*words, "--metric", metric])
+        assert f"| {value + 0.25:.4f} | {value:.4f} | +0.2500 |" in capsys.readouterr().out
+    (tmp_path / "b" / "test.json").write_text('{"nsd_tolerance_mm": 1.0}')
+    with pytest.raises(UserError, match=r"different tolerances: 2 mm in .*a; 1 mm in .*b\. Test them"):
+        statistics.main([*words, "--metric", "nsd"])
+    write(tmp_path / "plain.csv", row(0))
+    for metric, flag in (("nsd", "--nsd-tolerance"), ("assd_mm", "--metrics assd"), ("rve", "--metrics rve")):
+        with pytest.raises(UserError, match=f"no column {metric}. Test the run again with {flag}"):
+            statistics.main([str(tmp_path / "plain.csv")] * 2 + ["--metric", metric])

@@ -2,11 +2,12 @@
 
     python -m tools.check data/la --labeled 16
     python -m tools.check FOLDER --labeled 10 --patch-size 96 96 64
-    python -m tools.check FOLDER --classes 3 --all-labels
+    python -m tools.check FOLDER --classes 3 --all-labels --memory 12
 
 An error must be fixed before training (exit code 2), a warning is worth a look, a note is good to know; each names the
 cases and what to do. The labels of the first --labeled training cases, of the test and of the validation cases are
-opened, those of the others only with --all-labels. A table at the end compares the set with LA.
+opened, those of the others only with --all-labels. A table compares the set with LA. Without --patch-size the command
+of a training ends the output, with a patch that suits the scans and the memory.
 """
 
 import dataclasses
@@ -40,9 +41,12 @@ from dataloaders.findings import (
 )
 from dataloaders.geometry import told_geometry
 from dataloaders.training import is_phantom, usual_labeled
+from methods import METHODS
+from settings import Options as Training
+from tools import suggestions
 from tools.overview import table, volumes_ml
 from utils.errors import UserError, run
-from utils.options import Parser, fill, option
+from utils.options import Parser, fill, flag_of, option
 from utils.run_folder import digest
 
 PATCH, PHANTOM_PATCH = [112, 112, 80], [48, 48, 32]  # of the profiles full and phantom
@@ -57,8 +61,13 @@ class Options:
     )
     classes: int = option(1, "C, labels hold 0..C", minimum=1, maximum=MOST_CLASSES)
     patch_size: list[int] | None = option(
-        None, "voxels of a crop along x, y, z (default 112 112 80, of data/phantom 48 48 32)", type=int, nargs=3,
-        minimum=1,
+        None, "voxels of a crop along x, y, z (default 112 112 80, of data/phantom 48 48 32, and another is suggested)",
+        type=int, nargs=3, minimum=1,
+    )  # fmt: skip
+    method: str = option(Training.method, "method to be trained, whose memory is counted", choices=list(METHODS))
+    memory: float | None = option(
+        None, "GiB of the device for which a patch is suggested (default that of the GPU, else 8)", type=float,
+        minimum=0.1,
     )  # fmt: skip
     downsample: int = option(1, "as in training: pool this many voxels along each axis into one", minimum=1)
     all_labels: bool = option(False, "open the labels of the unlabeled scans too")
@@ -210,8 +219,8 @@ def unlisted(folder: Path, names: Sequence[str]) -> list[Finding]:
     return [Finding("note", others, text)] if others else []
 
 
-def check(folder: Path, o: Options) -> tuple[list[Finding], str]:
-    """All findings, errors first, and the table.
+def check(folder: Path, o: Options) -> tuple[list[Finding], str, str]:
+    """All findings, errors first, the table, and what is suggested, '' with errors or a --patch-size.
 
     Raises:
         UserError: a missing folder, or lists that cannot be read or name a case twice; nothing can be checked then.
@@ -243,7 +252,18 @@ def check(folder: Path, o: Options) -> tuple[list[Finding], str]:
         *_memory(groups["labeled"] + groups["unlabeled"]),
         *unlisted(folder, [*train, *test, *validation]),
     ]
-    return sorted(everything, key=lambda finding: LEVELS.index(finding.level)), table(groups, o.classes)
+    findings = sorted(everything, key=lambda finding: LEVELS.index(finding.level))
+    suggested = ""
+    bad = any(finding.level == "error" for finding in findings)
+    if not (bad or o.patch_size or is_phantom(folder)) and groups["labeled"]:
+        gib = suggestions.device_gib() if o.memory is None else o.memory
+        t = suggestions.Training(str(folder), o.labeled, o.method, o.classes, o.downsample, gib)
+        facts = groups["labeled"] + groups["unlabeled"]
+        try:
+            suggested = suggestions.described(suggestions.suggest(facts, len(groups["labeled"]), t), facts, t)
+        except UserError as e:  # the findings count all the same
+            suggested = f"No patch is suggested: {e}"
+    return findings, table(groups, o.classes), suggested
 
 
 def _may_open(case: Case, unlabeled: bool) -> bool:
@@ -296,11 +316,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_dataclass(Options)
     options = parser.parse(argv)
     folder = Path(options.pop("folder"))
-    findings, summary = check(folder, fill(Options, options))
+    idle = [flag_of(name) for name in ("method", "memory") if name in options and "patch_size" in options]
+    if idle:
+        raise UserError(f"{idle[0]} does nothing with --patch-size, as no patch is suggested then. Leave one out.")
+    findings, summary, suggested = check(folder, fill(Options, options))
     for finding in findings:
         print(f"{finding.level + ':':8} {finding}")
     counts = {level: sum(finding.level == level for finding in findings) for level in LEVELS}
     print("\n" * bool(findings) + summary)
+    if suggested:
+        print("\n" + suggested)
     print("\n" + ", ".join(f"{n} {level}{'s' * (n != 1)}" for level, n in counts.items()))
     if counts["error"]:
         raise UserError(f"{folder} cannot be trained on as it is. Fix what is called an error above.")

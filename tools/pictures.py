@@ -14,8 +14,8 @@ quoted 'RUN-seed*' being each scan's mean over all runs that match; labels shows
 of labeled scans, with a line through the means of each pattern, or of each row of a table of tools.reproduce; scale
 shows the Dice of each scan against the SD of its intensities, a panel for each pair of runs, without and with
 --normalize scan. The SDs are read from scales.csv
-next to the records; where there is none, it is written from the volumes of --data. Slices are shown as radiologists
-look at them: x to the right, y down.
+next to the records; where there is none, it is written from the volumes of --data. Slices have x to the right and y
+down. Letters at their edges name the patient's sides, R L A P S I, where a case states its direction.
 """
 
 import csv
@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from dataloaders.cases import MOST_CLASSES, Case, CaseError, case_file, lists_of, read_case
 from dataloaders.geometry import read_geometry
 from dataloaders.normalization import normalization_of, normalized_case
+from dataloaders.orientation import known_orientation
 from evaluation.drawing import Figure
 from evaluation.figures import ComparedCase, MapsRow, around, as_png, draw_comparison, draw_maps, slice_of
 from evaluation.graphs import draw_curves, draw_differences, draw_labels, draw_scale
@@ -133,7 +134,8 @@ def figure2(paths: Sequence[str], o: Options) -> Figure:
             raise UserError(f"{name}: {case.path} {e}.") from e
         maps = maps_of_slice(method, scaled, z, trained["patch_size"], trained["downsample"])
         shown = {key: maps[key][x, y] for key in sorted(maps, key="pqmz".find, reverse=True)}
-        rows.append(MapsRow(name, with_channels(image)[0, x, y, z], label[x, y, z], shown, spacing))
+        image = with_channels(image)[0, x, y, z]
+        rows.append(MapsRow(name, image, label[x, y, z], shown, spacing, known_orientation(case)))
     return draw_maps(rows)
 
 
@@ -181,7 +183,8 @@ def figure3(paths: Sequence[str], o: Options) -> Figure:
     folder = Path(o.data or read_json(tests[0] / "test.json").get("data", ""))
     compared = []
     for name in o.cases or typical(scores[0], outputs[0]):
-        image, label, spacing, z = read_scan(find_case(folder, name), o.slice)
+        case = find_case(folder, name)
+        image, label, spacing, z = read_scan(case, o.slice)
         predictions = {}
         for test, output, title in zip(tests, outputs, titles, strict=True):
             mask = read_prediction(test, output, name)
@@ -189,7 +192,8 @@ def figure3(paths: Sequence[str], o: Options) -> Figure:
                 raise UserError(f"the prediction of {name} in {test} has {mask.shape} voxels, the scan {label.shape}.")
             dice = [segmentation_metrics(mask == c, label == c)["dice"] for c in range(1, int(label.max()) + 1)]
             predictions[title] = (mask, f"Dice {100 * np.mean(dice):.1f}" if dice else "")
-        compared.append(ComparedCase(name, with_channels(image)[0], label, z, predictions, spacing))
+        orientation = known_orientation(case)
+        compared.append(ComparedCase(name, with_channels(image)[0], label, z, predictions, spacing, orientation))
     return draw_comparison(compared, *o.view)
 
 

@@ -1,4 +1,4 @@
-"""One page about a tested run: its table, every scan's figures, the worst and the best scan to look through.
+"""One page about a tested run: its table, every scan's figures, and all scans to look through.
 
     python -m tools.report_page runs/la/dtml-16-seed1337/test            of what test_la.py has written there
     python test_la.py --checkpoint runs/la/dtml-16-seed1337 --report     the same, right after the test
@@ -8,14 +8,17 @@ Writes report.html into the test folder. It holds everything itself, so it opens
 
 import dataclasses
 import json
+import sys
 from html import escape
 from pathlib import Path
 from string import Template
 from typing import Any
 
+from tqdm import tqdm
+
 from evaluation.predictions import read_scores
 from evaluation.slices import COLOURS, LABEL
-from tools.report_scans import ShownCase, viewers, worst_and_best
+from tools.report_scans import ALL_BYTES, MOST_BYTES, ShownCase, by_dice, shown_first, viewers
 from tools.report_tables import bars, every_table, results_table
 from utils.checkpoint import write_whole
 from utils.errors import run
@@ -55,12 +58,14 @@ def write_report(test: Path, data: str = "") -> Path:
     trained = read_json((run_folder if run_folder.is_dir() else run_folder.parent) / MANIFEST)
     options = trained.get("options", {})
     output, component = rows[0]["output"], tested.get("saved", "largest")
-    cases = []
-    if component != "none":
-        folder = Path(data or tested.get("data", ""))
-        cases = [
-            ShownCase(test, folder, name, output, component, rows) for name in worst_and_best(rows, output, component)
-        ]
+    dices = by_dice(rows, output, component)  # of no scan if none was saved
+    folder, first = Path(data or tested.get("data", "")), shown_first(dices)
+    most_bytes = min(MOST_BYTES, ALL_BYTES // max(len(dices), 1))
+    names = tqdm(dices, "drawing", leave=False, unit="scan", disable=not sys.stderr.isatty())
+    cases = [
+        ShownCase(test, folder, name, output, component, rows, most_bytes=most_bytes, still=i in first)
+        for i, name in enumerate(names)
+    ]
     about = [str(options[name]) for name in ("method", "preset") if name in options]
     about += [f"{options['labeled']} labeled scans"] if "labeled" in options else []
     about += [f"seed {options['seed']}"] if "seed" in options else []
@@ -73,7 +78,7 @@ def write_report(test: Path, data: str = "") -> Path:
         label_colour=LABEL,
         results=results_table(rows),
         bars=bars(rows),
-        viewers=viewers(cases, output, component),
+        viewers=viewers(cases, dices, output, component),
         every=every_table(rows),
         provenance=provenance(tested, trained),
         definitions="<ul>" + "".join(f"<li>{line}</li>" for line in DEFINITIONS) + "</ul>",

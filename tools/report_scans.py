@@ -4,7 +4,7 @@ import base64
 import dataclasses
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -16,43 +16,61 @@ from skimage.measure import approximate_polygon, find_contours
 
 from dataloaders.cases import MOST_CLASSES, Case, CaseError, case_file, read_case
 from dataloaders.geometry import read_geometry
+from dataloaders.orientation import known_orientation
 from evaluation.figures import colour_of, window_of
 from evaluation.metrics import mean_and_sd
 from evaluation.predictions import read_prediction
-from evaluation.slices import fixed_slice
-from evaluation.surfaces import Camera, camera_around, render, surface
+from evaluation.slices import EDGES, OPPOSITE, edge_letters, fixed_slice
+from evaluation.surfaces import Camera, Surface, camera_around, render, surface
 from tools.report_tables import NAMES, metrics_of, shown
 from utils.channels import with_channels
 from utils.errors import UserError
 
-MOST_BYTES = 2_500_000  # of one scan's slices: two of them and the rest stay below 10 MB
-SIDES = (512, 384, 288, 216, 160, 120)  # pixels of the longer side of a slice; the first that keeps to MOST_BYTES
-FACES = 8000
+MOST_BYTES = 2_500_000  # of one scan's slices
+ALL_BYTES = 10_000_000  # of the slices of all scans: with 20 of LA a page has 17 MB
+SIDES = (512, 384, 288, 216, 160, 120, 90)  # pixels of the longer side of a slice; the first that keeps to the bytes
+SAMPLED = 8  # every so many slices are encoded to choose among them
+FACES = 4000
 VIEW, MARGIN = (160.0, 30.0), 0.92
 
 
-def worst_and_best(rows: Sequence[dict[str, Any]], output: str, component: str) -> list[str]:
-    """The scans with the lowest and the highest Dice (mean of the classes), or the only one."""
+def by_dice(rows: Sequence[dict[str, Any]], output: str, component: str) -> dict[str, float]:
+    """The scans and their Dice (mean of the classes), the lowest first; those without one stand last."""
     dices_of: dict[str, list[float]] = {}
     for row in rows:
         if (row["output"], row["component"]) == (output, component):
             dices_of.setdefault(row["case"], []).append(row["dice"])
     means = {name: mean_and_sd(dices)[0] for name, dices in dices_of.items()}
     names = sorted(means, key=lambda name: (math.isnan(means[name]), means[name]))
-    measured = [name for name in names if not math.isnan(means[name])] or names
-    return list(dict.fromkeys([measured[0], measured[-1]])) if names else []
+    return {name: means[name] for name in names}
+
+
+def shown_first(dices: Mapping[str, float]) -> list[int]:
+    """The places of the scans with the lowest and the highest Dice among those of `by_dice`, or of the only one."""
+    measured = sum(not math.isnan(dice) for dice in dices.values()) or len(dices)
+    return list(dict.fromkeys([0, measured - 1])) if dices else []
 
 
 class ShownCase:
     """A scan of the page: `data` is what the page's script needs; the rest is for its first appearance.
+
+    Args:
+        test: folder of the test.
+        folder: the data set.
+        name: of the scan.
+        output, component: which prediction.
+        rows: of cases.csv.
+        most_bytes: of its slices.
+        still: whether pictures of its surfaces are drawn, for those that the page shows at first.
 
     Raises:
         UserError: the scan or its prediction cannot be read, or they do not fit.
     """
 
     def __init__(
-        self, test: Path, folder: Path, name: str, output: str, component: str, rows: Sequence[dict[str, Any]]
-    ):
+        self, test: Path, folder: Path, name: str, output: str, component: str, rows: Sequence[dict[str, Any]], *,
+        most_bytes: int = MOST_BYTES, still: bool = True,
+    ):  # fmt: skip
         path = case_file(folder, name)
         if path is None:
             raise UserError(f"{name} is not in {folder}. Name the folder of the data set with --data.")
@@ -60,7 +78,7 @@ class ShownCase:
             case = Case(name, path, labeled=True, classes=MOST_CLASSES)
             image, label = read_case(case)
             image = with_channels(image)[0]  # the page shows the first channel
-            self.spacing = read_geometry(case)["spacing"]
+            self.spacing, orientation = read_geometry(case)["spacing"], known_orientation(case)
         except CaseError as e:
             raise UserError(f"{name}: {path} {e}") from e
         assert label is not None
@@ -82,18 +100,23 @@ class ShownCase:
         camera = dataclasses.replace(camera, width=MARGIN * camera.width)
         far = np.maximum(camera.centre, np.array(image.shape) * self.spacing - camera.centre)
         self.radius = float(np.linalg.norm(far)) + 1  # of a ball around the centre that holds the whole scan
-        self.stills, surfaces = {}, []
-        for which, volume in volumes.items():
-            still, parts = self._surface(which, volume, camera)
-            self.stills[which] = still
-            surfaces.append(parts)
+        surfaces = {which: self._surfaces(which, volume) for which, volume in volumes.items()}
+        self.stills = {which: still_of(parts, camera) for which, parts in surfaces.items()} if still else {}
+        self.letters = edge_letters(orientation)
         self.data = {
             "name": name,
-            "slices": jpeg_slices(image, self.spacing),
+            "line": self.line,
+            "z": self.z,
+            "size": image.shape[:2],
+            "ratio": f"{image.shape[0] * self.spacing[0]:.4g}/{image.shape[1] * self.spacing[1]:.4g}",
+            "letters": self.letters,
+            "ends": [OPPOSITE[orientation[2]], orientation[2]] if orientation else [],
+            "slices": jpeg_slices(image, self.spacing, most_bytes),
             "contours": {which: self._contours(volume) for which, volume in volumes.items()},
+            "colours": {which: [self.colour(which, c) for c in range(1, self.classes + 1)] for which in volumes},
             "axes": camera.axes.tolist(),
             "zoom": 2 * self.radius / camera.width,
-            "surfaces": surfaces,
+            "surfaces": [self._packed(parts, camera) for parts in surfaces.values()],
         }
 
     def colour(self, which: str, c: int) -> str:
@@ -105,14 +128,15 @@ class ShownCase:
         depth = range(volume.shape[-1])
         return [[outline(volume[..., z] == c) for z in depth] for c in range(1, self.classes + 1)]
 
-    def _surface(self, which: str, volume: NDArray, camera: Camera) -> tuple[str, list[dict[str, Any]]]:
-        """A still picture as a data URI, and triangles in units of the radius around the camera's centre."""
-        surfaces = []
-        for c in range(1, self.classes + 1):
-            one = surface(volume == c, self.spacing, FACES)
-            if len(one.faces):
-                surfaces.append((one, self.colour(which, c)))
-        parts = [
+    def _surfaces(self, which: str, volume: NDArray) -> list[tuple[Surface, str]]:
+        """The surface of every class that is there, and its colour."""
+        classes = range(1, self.classes + 1)
+        surfaces = [(surface(volume == c, self.spacing, FACES), self.colour(which, c)) for c in classes]
+        return [(one, colour) for one, colour in surfaces if len(one.faces)]
+
+    def _packed(self, surfaces: Sequence[tuple[Surface, str]], camera: Camera) -> list[dict[str, Any]]:
+        """Triangles in units of the radius around the camera's centre."""
+        return [
             {
                 "colour": [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)],
                 "vertices": packed(np.round(32767 * (one.vertices - camera.centre) / self.radius).astype("<i2")),
@@ -121,9 +145,13 @@ class ShownCase:
             }
             for one, colour in surfaces
         ]
-        still = io.BytesIO()
-        Image.fromarray(render(surfaces, camera, 300)).save(still, "PNG", optimize=True)
-        return "data:image/png;base64," + base64.b64encode(still.getvalue()).decode(), parts
+
+
+def still_of(surfaces: Sequence[tuple[Surface, str]], camera: Camera) -> str:
+    """A picture of surfaces as a data URI."""
+    still = io.BytesIO()
+    Image.fromarray(render(surfaces, camera, 300)).save(still, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(still.getvalue()).decode()
 
 
 def packed(array: NDArray) -> str:
@@ -139,41 +167,62 @@ def outline(mask: NDArray) -> str:
     return "".join("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in line[:-1]) + "Z" for line in lines)
 
 
-def jpeg_slices(image: NDArray, spacing: Sequence[float]) -> list[str]:
-    """Every z slice of (W,H,D) as base64 of a JPEG, smaller where a scan would take more than MOST_BYTES."""
+def jpeg_slices(image: NDArray, spacing: Sequence[float], most_bytes: int) -> list[str]:
+    """Every z slice of (W,H,D) as base64 of a JPEG, in so many pixels that all take about `most_bytes` at most."""
     window = window_of(image)
     grey = (255 * (image - window["vmin"]) / max(window["vmax"] - window["vmin"], 1e-6)).clip(0, 255).astype(np.uint8)
     w, h = (length * step for length, step in zip(image.shape[:2], spacing[:2], strict=True))
-    files: list[bytes] = []
-    for side in SIDES:
+
+    def jpegs(side: int, slices: range) -> list[bytes]:
         side = min(side, 2 * max(image.shape[:2]))
         size = (max(round(side * w / max(w, h)), 1), max(round(side * h / max(w, h)), 1))
         files = []
-        for z in range(image.shape[-1]):
+        for z in slices:
             data = io.BytesIO()
             Image.fromarray(grey[..., z].T).resize(size, Image.Resampling.BICUBIC).save(data, "JPEG", quality=80)
             files.append(data.getvalue())
-        if sum(map(len, files)) <= MOST_BYTES:
-            break
-    return [base64.b64encode(one).decode() for one in files]
+        return files
+
+    depth = image.shape[-1]
+    some = range(0, depth, SAMPLED)
+    few_enough = most_bytes * len(some) / depth
+    side = next((side for side in SIDES if sum(map(len, jpegs(side, some))) <= few_enough), SIDES[-1])
+    return [base64.b64encode(one).decode() for one in jpegs(side, range(depth))]
 
 
-def viewers(cases: Sequence[ShownCase], output: str, component: str) -> str:
-    """The worst and the best scan: slices with contours, and surfaces."""
+def viewers(cases: Sequence[ShownCase], dices: Mapping[str, float], output: str, component: str) -> str:
+    """Boxes that show one scan each: slices with contours, and surfaces. At first those of `shown_first`.
+
+    Args:
+        cases: all scans, in the order of `dices`.
+        dices: of `by_dice`.
+        output, component: which prediction.
+    """
     if not cases:
         return "<h2>Scans</h2><p>The test saved no predictions (--save none), so there are none to show.</p>"
-    titles = ["The only scan"] if len(cases) == 1 else ["Lowest Dice", "Highest Dice"]
-    boxes = [viewer(case, title) for case, title in zip(cases, titles, strict=True)]
+    boxes = [viewer(cases[place], choice(dices, place)) for place in shown_first(dices)]
+    known = any(case.letters for case in cases)
+    sides = " Letters at the edges name the patient's sides." if known else ""
     return (
-        f'<h2 id="look">Worst and best scan</h2><p class="soft">By the Dice of {escape(output)}, '
-        f"{escape(component)}; slices as radiologists look at them, x to the right and y down.</p>" + "".join(boxes)
+        f'<h2 id="look">Scans</h2><p class="soft">From the lowest to the highest Dice of {escape(output)}, '
+        f"{escape(component)}. Slices have x to the right and y down.{sides}</p>" + "".join(boxes)
     )
 
 
-def viewer(case: ShownCase, title: str) -> str:
+def choice(dices: Mapping[str, float], place: int) -> str:
+    """A list of all scans to choose from, with one chosen."""
+    options = [
+        f"<option{' selected' if i == place else ''} value={i}>{escape(name)}, Dice {shown('dice', dice)}</option>"
+        for i, (name, dice) in enumerate(dices.items())
+    ]
+    return f'<select aria-label="Scan" autocomplete="off">{"".join(options)}</select>'
+
+
+def viewer(case: ShownCase, choice: str) -> str:
     """One scan: what is there before the script runs, and without it."""
     name, z, (w, h, depth) = escape(case.name), case.z, case.shape
-    ratio = f"{w * case.spacing[0]:.4g}/{h * case.spacing[1]:.4g}"
+    ratio, ends = case.data["ratio"], case.data["ends"] or ["", ""]
+    letters = "".join(f'<b class="edge {edge}">{case.letters.get(edge, "")}</b>' for edge in EDGES)
     dashed = ' stroke-dasharray="5 3"' if case.classes > 1 else ""
     paths = "".join(
         f'<path data-set="{which}" data-class="{c - 1}" stroke="{case.colour(which, c)}"'
@@ -191,11 +240,11 @@ def viewer(case: ShownCase, title: str) -> str:
         f"<figcaption>{which}</figcaption></figure>"
         for which in ("prediction", "label")
     )
-    return f"""<section class="case"><h3>{title}: {name}</h3><p class="soft">{escape(case.line)}</p><div class="views">
+    return f"""<section class="case"><h3>{choice}</h3><p class="soft line">{escape(case.line)}</p><div class="views">
 <div><div class="slice" tabindex="0" aria-label="Slices of {name}: arrow keys move" style="aspect-ratio:{ratio}">
 <img src="data:image/jpeg;base64,{case.data["slices"][z]}" alt="Slice {z} of {name}">
-<svg viewBox="0 0 {w} {h}" preserveAspectRatio="none" aria-hidden="true">{paths}</svg></div>
-<div class="controls"><input type="range" min="0" max="{depth - 1}" value="{z}" aria-label="Slice of {name}">
-<output>slice {z} of {depth - 1}</output>{ticks}</div></div>
+<svg viewBox="0 0 {w} {h}" preserveAspectRatio="none" aria-hidden="true">{paths}</svg>{letters}</div>
+<div class="controls"><b class="end">{ends[0]}</b><input type="range" min="0" max="{depth - 1}" value="{z}"
+aria-label="Slice of {name}"><b class="end">{ends[1]}</b><output>slice {z} of {depth - 1}</output>{ticks}</div></div>
 <div><div class="surfaces">{stages}</div><p class="soft hint">Drag to turn, or the arrow keys.</p></div></div></section>
 """

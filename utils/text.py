@@ -21,6 +21,12 @@ def read_text(path: Path) -> str:
     return data.decode("utf-8-sig")
 
 
+def once(numbers: Iterable[int]) -> str:
+    """Numbers along x, y, z as text; one if all are the same."""
+    shown = [str(n) for n in numbers]
+    return shown[0] if len(set(shown)) == 1 else " ".join(shown)
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """A sentence that names the choice most like a word, with a blank before it; '' if none is like it."""
     near = difflib.get_close_matches(word, list(choices), n=1)

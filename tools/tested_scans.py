@@ -1,0 +1,79 @@
+"""The scans of a data set that test_la.py tests, by --scans and --cases."""
+
+from collections.abc import Container, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dataloaders.cases import lists_of, validation_of
+from dataloaders.folds import split_fold
+from utils.errors import UserError
+from utils.text import did_you_mean
+
+SCANS = ("test", "validation", "held-out")
+
+
+def names_of(folder: Path, scans: str, seen: Container[str], trained: Mapping[str, Any]) -> list[str]:
+    """The names of the scans to test.
+
+    Args:
+        folder: the data set.
+        scans: 'test' for test.list, 'validation' for validation.list, or the fold of a run with --fold, 'held-out' for
+            the scans of train.list that are not in `seen`.
+        seen: names of the scans used in training.
+        trained: options of the training.
+
+    Raises:
+        UserError: for lists that are not valid, or if there is no such scan.
+    """
+    train, test = lists_of(folder)
+    if scans == "test":
+        return test
+    if scans == "validation":
+        fold = trained.get("fold", "")  # early checkpoints do not state it
+        validation = split_fold(train[: trained["labeled"]], fold)[1] if fold else validation_of(folder)
+        if not validation:
+            raise UserError(f"--scans validation: there is no {folder}/validation.list. Choose other --scans.")
+        return validation
+    held_out = [name for name in train if name not in seen]
+    if not held_out:
+        raise UserError(
+            f"--scans held-out: the training used all {len(train)} scans of {folder}/train.list. Train with fewer "
+            "--unlabeled, and the last of the list are held out."
+        )
+    return held_out
+
+
+def chosen_cases(
+    names: Sequence[str], cases: Sequence[str], scans: str, folder: Path, seen: Container[str]
+) -> list[str]:
+    """The scans to test of `names`, in their order: those of --cases, or all.
+
+    Args:
+        names: the scans that --scans stands for.
+        cases: of --cases.
+        scans: of --scans.
+        folder: the data set.
+        seen: names of the scans used in training.
+
+    Raises:
+        UserError: for cases that are not among the scans, with the list that each is in, or the name most like it.
+    """
+
+    def where(name: str) -> str:
+        if name in seen:
+            return f"{name} is in train.list, and the checkpoint was trained on it."
+        train, test = lists_of(folder)
+        others = {"train.list": (train, "held-out"), "test.list": (test, "test")}
+        others |= {"validation.list": (validation_of(folder), "validation")}
+        for file, (listed, chosen) in others.items():
+            if name in listed:
+                return f"{name} is in {file}: --scans {chosen} has it."
+        return f"{name}.{did_you_mean(name, names)}"
+
+    unknown = [name for name in cases if name not in names]
+    if unknown:
+        lines = "\n".join(f"  {where(name)}" for name in unknown)
+        raise UserError(
+            f"--cases: {len(unknown)} of {len(cases)} are not among the {len(names)} {scans} scans:\n{lines}"
+        )
+    return [name for name in names if name in cases] if cases else list(names)
