@@ -25,8 +25,8 @@ from utils.checkpoint import load_checkpoint
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", (ROOT / "docs" / "recipes.md").read_text(), re.M | re.S))
 SMALL = {  # after the flags of a command, which they win over
     "tools.check": "--workers 1 --labeled 3",
-    "train_dtml": "--labeled 3 --patch-size 16 16 16 --filters 2 --iterations 2 --batch-size 2 --threads 1 --device cpu "
-    "--picture-every 0",
+    "train_dtml": "--labeled 3 --patch-size 16 16 16 --filters 2 --iterations 2 --batch-size 2 --picture-every 0 "
+    "--threads 1 --device cpu",
     "test_la": "--patch-size 16 16 16 --stride 16 16 16 --threads 1 --device cpu",
     "predict": "--patch-size 16 16 16 --stride 16 16 16 --threads 1 --device cpu",
 }
