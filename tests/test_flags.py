@@ -605,6 +605,7 @@ def test_without_la_the_phantom_set_is_taken(tmp_path, monkeypatch):
         ("--patch-size 32 32 16 --lr 0.02", "set/dtml-4-patchsize32x32x16-lr0.02-seed1337"),
         ("--method sassnet --adversarial-max 0.015 --labeled 8", "set/sassnet-8-adversarialmax0.015-seed1337"),
         ("--method double-unc --no-learnable", "set/double-unc-4-learnableFalse-seed1337"),
+        ("--augment flip --flip-axes y z", "set/dtml-4-augmentflip-flipaxesyz-seed1337"),
         ("--workers 4 --save-every 7", "set/dtml-4-seed1337"),
         ("--init runs/pre", "set/dtml-4-init-pre-seed1337"),
         ("--init runs/lr0.02-seed1", "set/dtml-4-init-lr0.02-seed1-seed1337"),
