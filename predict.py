@@ -31,7 +31,14 @@ import torch
 from dataloaders.cases import CaseError
 from dataloaders.images import INTERPOLATORS, ending_of, write_image, written_as
 from dataloaders.normalization import normalization_of
-from evaluation.sliding_window import WEIGHTINGS, flips_option, half_a_patch, refuse_window, three_voxels
+from evaluation.sliding_window import (
+    WEIGHTINGS,
+    flips_option,
+    half_a_patch,
+    refuse_window,
+    three_voxels,
+    unlearned_flips,
+)
 from methods.released import RELEASED, load_trained
 from networks.backbone import PRECISIONS, set_precision
 from tools.dicom_seg import dicom_seg, require_highdicom
@@ -118,6 +125,9 @@ def load_model(o: Options, device: torch.device) -> Model:
     for state in states:
         if unfinished(state):
             print(f"warning: {state['file']} is not finished: {unfinished(state)}.", file=sys.stderr)
+    for line in dict.fromkeys(unlearned_flips(o.flips, options) for options in trained):
+        if line:
+            print(line, file=sys.stderr)
     for name, usual in (("downsample", 1), ("classes", 1), ("channels", 1), ("normalize", "none"), ("window", None)):
         values = {str(options.get(name, usual)) for options in trained}
         if len(values) > 1:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dataloaders.augmentation import AUGMENTATIONS
+from dataloaders.augmentation import AUGMENTATIONS, AXES
 from dataloaders.cases import LA_FOLDER, PHANTOM_FOLDER
 from dataloaders.folds import fold_text
 from dataloaders.normalization import NORMALIZATIONS
@@ -116,9 +116,25 @@ class Options:
         None, "LEVEL WIDTH of --normalize window, in the scan's own intensities, such as 40 400 HU (default none)",
         group="data", type=float, nargs=2, only_if={"normalize": ("window",)},
     )  # fmt: skip
-    augment: str = option("d4", "turns and flips of a crop", group="data", choices=AUGMENTATIONS)
+    augment: str = option("d4", "turns and flips of a crop: d4: all eight in the x-y plane; mirror: always a flip, as "
+                          "released; flip: flips alone, along --flip-axes", group="data",
+                          choices=AUGMENTATIONS)  # fmt: skip
+    flip_axes: list[str] = option(list(AXES), "axes of --augment flip; a converted set's x goes from left to right",
+                                  group="data", choices=AXES, nargs="+", only_if={"augment": ("flip",)})  # fmt: skip
     intensity: float = option(0.0, "intensity augmentation: random gamma, contrast and brightness, up to this "
                               "strength; 0: none", group="data", minimum=0, maximum=2)  # fmt: skip
+    random_scale: float = option(0.0, "random size of a crop's content, exp(-X) to exp(X) times its own; 0: none",
+                                 group="data", minimum=0, maximum=1)  # fmt: skip
+    random_rotation: float = option(0.0, "random rotation about each axis, up to so many degrees to either side; 0: "
+                                    "none", group="data", minimum=0, maximum=180)  # fmt: skip
+    random_bias: float = option(0.0, "random smooth field as of an MR coil, a factor of exp(-X) to exp(X) above the "
+                                "lowest intensity; 0: none", group="data", minimum=0, maximum=2)  # fmt: skip
+    random_blur: float = option(0.0, "random Gaussian blur, SD up to so many voxels; 0: none", group="data",
+                                minimum=0, maximum=10)  # fmt: skip
+    random_resolution: float = option(0.0, "random low resolution, voxels up to 1 + X times as long; 0: none",
+                                      group="data", minimum=0, maximum=9)  # fmt: skip
+    random_noise: float = option(0.0, "random Gaussian noise, SD up to X standard deviations of a scan (of --normalize "
+                                 "window: window widths); 0: none", group="data", minimum=0, maximum=5)  # fmt: skip
     object_share: float = option(0.0, "share of the labeled crops placed around a voxel of the object, of all classes "
                                  "alike; for small organs", group="data", minimum=0, maximum=1)  # fmt: skip
     sdm_of: str = option("crop", "distance maps of the crop, or cut out of those of the whole scan", group="data",
@@ -360,6 +376,13 @@ def settle(flags: dict[str, Any], kind: type[Method]) -> tuple[Options, Method.O
         raise UserError("--normalize window needs --window LEVEL WIDTH, as --window 40 400 for the abdomen in CT.")
     if o.window is not None and not (math.isfinite(o.window[0]) and 0 < o.window[1] < math.inf):
         raise UserError(f"--window {o.window[0]:g} {o.window[1]:g}: the width must be above 0, and both be finite.")
+    if o.sdm_of == "scan" and (o.random_scale or o.random_rotation):
+        raise UserError(
+            "--sdm-of scan does not go with --random-scale and --random-rotation: the distances of a whole scan do not "
+            "hold in a crop that is scaled or rotated. Take --sdm-of crop."
+        )
+    if len({*o.flip_axes}) < len(o.flip_axes):
+        raise UserError("--flip-axes names an axis twice. Name each once.")
     never = [step for step in flags.get("lr_steps") or () if step >= o.iterations]
     if never:
         raise UserError(f"--lr-steps {never[0]} never comes in --iterations {o.iterations}. Give steps below that.")

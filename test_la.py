@@ -44,6 +44,7 @@ from evaluation.sliding_window import (
     predict_scan,
     refuse_window,
     three_voxels,
+    unlearned_flips,
     usual_stride,
     windows,
 )
@@ -186,6 +187,8 @@ def main(argv: list[str] | None = None) -> None:
     refuse_window(patch_size, stride, method.side_multiples, o.flips)
     if unfinished(state) and RANK == 0:
         print(f"warning: {path} is not finished: {unfinished(state)}.", file=sys.stderr)
+    if RANK == 0 and (warning := unlearned_flips(o.flips, trained)):
+        print(warning, file=sys.stderr)
     folder, seen = Path(o.data or trained["data"]), state["checksums"]  # empty for bare weights
     tested = chosen_cases(names_of(folder, o.scans, seen, trained), o.cases, o.scans, folder, seen)
     cases, shapes = open_cases(

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from dataloaders.augmentation import Strengths
 from dataloaders.channels import channel_names, channels_of_set
 from dataloaders.class_names import class_names
 from dataloaders.diagnostic import kept_for_diagnosis
@@ -243,7 +244,7 @@ def main(argv: list[str] | None = None) -> None:
     patches = Patches(
         volumes, patch_size=o.patch_size, augment=o.augment, seed=o.seed, sdm=method.needs_sdm,
         other=method.needs_other_crop, intensity=o.intensity, sdm_of=o.sdm_of,
-        object_share=o.object_share,
+        object_share=o.object_share, flip_axes=o.flip_axes, strengths=fill(Strengths, dataclasses.asdict(o)),
     )  # fmt: skip
     sampler = TwoStreamBatchSampler(
         labeled, len(cases) - labeled, batch_size=o.batch_size, labeled_batch=labeled_batch,

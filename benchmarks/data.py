@@ -34,7 +34,7 @@ class Options:
 
     data: str = option(str(LA_FOLDER), "folder of the data set")
     patch_size: list[int] = option([112, 112, 80], "voxels of a crop along x, y, z", nargs=3, minimum=1)
-    augment: str = option("d4", "turns and flips of a crop", choices=AUGMENTATIONS)
+    augment: str = option("d4", "turns and flips of a crop", choices=[kind for kind in AUGMENTATIONS if kind != "flip"])
     threads: int = option(1, "CPU threads", minimum=1)
     samples: int = option(16, "crops in a round", minimum=1)
     rounds: int = option(5, "timed repeats", minimum=1)
@@ -48,11 +48,10 @@ def released(patches: Patches, slot: Slot) -> dict[str, Any]:
     generator = np.random.default_rng([patches.seed, 1, slot.step, slot.slot])
     draw = draw_augmentation(generator, volumes[0].shape, size, patches.augment)
     turned = [np.rot90(v, draw.turns, (0, 1)) for v in volumes]
-    turned = [(v if draw.flip is None else np.flip(v, draw.flip)).copy() for v in turned]
+    turned = [np.flip(v, draw.flips).copy() for v in turned]
     corner = np.zeros(volumes[0].shape[:2], bool)  # position of the box after turning
     corner[draw.start[0] : draw.start[0] + draw.size[0], draw.start[1] : draw.start[1] + draw.size[1]] = True
-    corner = np.rot90(corner, draw.turns)
-    corner = corner if draw.flip is None else np.flip(corner, draw.flip)
+    corner = np.flip(np.rot90(corner, draw.turns), draw.flips)
     x, y = (int(np.flatnonzero(corner.any(axis=1 - axis))[0]) for axis in (0, 1))
     z = draw.start[2]
     crops = [torch.from_numpy(v[x : x + size[0], y : y + size[1], z : z + size[2]].copy()) for v in turned]

@@ -15,7 +15,7 @@ def batch_of(patches: Patches, sampler: TwoStreamBatchSampler, iteration: int) -
     """Makes the batch of an iteration again.
 
     Returns:
-        The batch, and for each crop its case, slot, start, size, turns and flip.
+        The batch, and for each crop its case, slot and Draw.
     """
     slots = sampler.slots(iteration)
     boxes = [

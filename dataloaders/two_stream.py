@@ -10,7 +10,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from dataloaders.augmentation import Draw, draw_augmentation, random_intensities, turn_and_flip
+from dataloaders.augmentation import (
+    AXES,
+    UNCHANGED,
+    Draw,
+    Strengths,
+    Warp,
+    draw_augmentation,
+    draw_places,
+    random_intensities,
+    turn_and_flip,
+    worsened,
+)
+from dataloaders.geometry import known_spacing
 from dataloaders.volumes import Volumes
 from dataloaders.watched import Noted, WatchedLoader
 from losses.sdm import signed_distance_map
@@ -106,10 +118,12 @@ class Patches(Dataset[dict[str, Any]]):
         volumes: the cases.
         patch_size: voxels of a crop along x, y, z.
         augment: one of AUGMENTATIONS.
+        flip_axes: the axes of `augment` flip.
         seed: seed of the random crops.
         sdm: whether to compute signed distance maps.
         other: whether to add other_image and other_label of a second, independent crop.
         intensity: strength of `random_intensities`; 0: none.
+        strengths: of further random changes.
         sdm_of: compute distance maps in the 'crop', as in the released codes, or in the whole 'scan' before cropping.
         object_share: probability that a labeled crop is placed around a voxel of the object, see `onto_object`.
     """
@@ -126,21 +140,33 @@ class Patches(Dataset[dict[str, Any]]):
         intensity: float = 0.0,
         sdm_of: str = "crop",
         object_share: float = 0.0,
+        flip_axes: Sequence[str] = AXES,
+        strengths: Strengths = UNCHANGED,
     ):
+        if strengths.of_places and sdm_of == "scan":
+            raise ValueError("distances of a whole scan do not hold in a rotated or scaled crop")
         self.volumes, self.patch_size, self.augment, self.seed = volumes, patch_size, augment, seed
+        self.flip_axes, self.strengths = flip_axes, strengths
         self.sdm, self.other, self.intensity, self.sdm_of = sdm, other, intensity, sdm_of
         self.object_share = object_share
         self._distances: dict[int, Tensor] = {}
         self._objects: dict[int, list[NDArray[np.int64]]] = {}
+        self._spacings: dict[int, tuple[float, ...]] = {}
 
     def draws(self, slot: Slot) -> tuple[list[Draw], np.random.Generator]:
         """Parameters of the crop of a slot, with `other` of the second crop too, and the generator after drawing."""
         shape = self.volumes.shapes[slot.case]
         generator = np.random.default_rng([self.seed, 1, slot.step, slot.slot])
-        draws = [draw_augmentation(generator, shape, self.patch_size, self.augment) for _ in range(1 + self.other)]
+        draws = [
+            draw_augmentation(generator, shape, self.patch_size, self.augment, self.flip_axes)
+            for _ in range(1 + self.other)
+        ]
         if self.object_share and self.volumes.cases[slot.case].labeled:
             chance = np.random.default_rng([self.seed, 2, slot.step, slot.slot])  # the draws above stay as they are
             draws = [self.onto_object(draw, slot.case, chance) for draw in draws]
+        if self.strengths.of_places:
+            places = np.random.default_rng([self.seed, 3, slot.step, slot.slot])
+            draws = [dataclasses.replace(draw, **draw_places(places, self.strengths)) for draw in draws]
         return draws, generator
 
     def onto_object(self, draw: Draw, case: int, chance: np.random.Generator) -> Draw:
@@ -173,6 +199,11 @@ class Patches(Dataset[dict[str, Any]]):
         for crop in (item, *second) if self.intensity else ():
             channels = [random_intensities(channel, generator, self.intensity) for channel in crop["image"]]
             crop["image"] = torch.stack(channels)
+        if self.strengths.of_intensities:
+            worse = np.random.default_rng([self.seed, 4, slot.step, slot.slot])
+            for crop in (item, *second):
+                channels = [worsened(channel, worse, self.strengths) for channel in crop["image"]]
+                crop["image"] = torch.stack(channels)
         for crop in second:
             item |= {f"other_{name}": crop[name] for name in ("image", "label") if name in crop}
         return item
@@ -181,21 +212,25 @@ class Patches(Dataset[dict[str, Any]]):
         """The crop at the centre of a case, without augmentation."""
         shape = self.volumes.shapes[case]
         start = tuple(max(side - s, 0) // 2 for side, s in zip(shape, self.patch_size, strict=True))
-        return self.crop(case, Draw(start, tuple(self.patch_size), turns=0, flip=None))  # type: ignore[arg-type]
+        return self.crop(case, Draw(start, tuple(self.patch_size), turns=0, flips=()))  # type: ignore[arg-type]
 
     def crop(self, case: int, draw: Draw) -> dict[str, Any]:
-        """The item of a case with these parameters, without intensity augmentation."""
+        """The item of a case with these parameters, without changes of the intensities."""
         shape = self.volumes.shapes[case]
         # Along sides shorter than the box the whole volume is taken and padded with zeros at both ends.
         box = tuple(slice(a, min(a + s, side)) for a, s, side in zip(draw.start, draw.size, shape, strict=True))
-        image, label = self.volumes.read(case, box)  # type: ignore[arg-type]
-        margins = padding(image.shape[-3:], draw.size)
+        margins = padding([s.stop - s.start for s in box], draw.size)
+        if draw.warped:
+            image, label = self.warped(case, draw)
+        else:
+            image, label = self.volumes.read(case, box)  # type: ignore[arg-type]
+            image, label = pad(image, margins), None if label is None else pad(label, margins)
         item: dict[str, Any] = {
-            "image": with_channels(turn_and_flip(pad(image, margins), draw)),
+            "image": with_channels(turn_and_flip(image, draw)),
             "case": self.volumes.cases[case].name,
         }
         if label is not None:
-            item["label"] = turn_and_flip(pad(label, margins), draw)
+            item["label"] = turn_and_flip(label, draw)
             if self.sdm and self.sdm_of == "scan":
                 parts = [part[box] for part in self.distances_of_scan(case)]
                 # Padding counts as background at the largest distance: +1, not 0.
@@ -203,6 +238,18 @@ class Patches(Dataset[dict[str, Any]]):
             elif self.sdm:
                 item["sdm"] = self.distances_of(item["label"], case)
         return item
+
+    def warped(self, case: int, draw: Draw) -> tuple[Tensor, Tensor | None]:
+        """The box of a case, rotated and scaled about its centre: image, linear, and label, of the nearest voxels."""
+        if case not in self._spacings:  # without one the voxels are taken to be cubes
+            self._spacings[case] = known_spacing(self.volumes.cases[case]) or (1.0, 1.0, 1.0)
+        shape = self.volumes.shapes[case]
+        warp = Warp.of(draw, shape, self._spacings[case])
+        box = warp.box(shape)
+        image, label = self.volumes.read(case, box)
+        if label is not None:
+            label = warp(label.float(), box, "nearest").to(label.dtype)
+        return warp(image, box, "bilinear"), label
 
     def distances_of(self, label: Tensor, case: int) -> Tensor:
         """label (w,h,d) -> signed distance maps (C,w,h,d) in [-1,1]."""

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,25 @@ def flips_option(group: str) -> Any:
     """The --flips flag: the number of flips and turns for `mean_of_flips`."""
     return option(1, "flips and quarter turns in x-y to average: 4 flips, 8 with turns", group=group,
                   choices=list(FLIPS))  # fmt: skip
+
+
+def unlearned_flips(flips: int, trained: Mapping[str, Any]) -> str:
+    """A warning if `mean_of_flips` shows a network what its training did not; '' if not.
+
+    Args:
+        flips: a key of FLIPS.
+        trained: options of the training; early ones state no `augment` but d4.
+    """
+    augment, axes = trained.get("augment", "d4"), trained.get("flip_axes", ["x", "y", "z"])
+    learned = {"d4": 8, "mirror": 8, "flip": 4 if {"x", "y"} <= {*axes} else 1, "none": 1}[augment]
+    if flips <= learned:
+        return ""
+    what = "quarter turns" if learned == 4 else "flips along x and y"
+    how = f"--augment {augment}" + (f" --flip-axes {' '.join(axes)}" if augment == "flip" else "")
+    return (
+        f"warning: --flips {flips} averages over {what}, which the network was not trained on ({how}). Leave it out, "
+        "above all if classes differ by their side."
+    )
 
 
 def mean_of_flips(predict: Callable[[Tensor], Tensor], patches: Tensor, flips: int) -> Tensor:

@@ -12,6 +12,7 @@ import pytest
 from scans import OBLIQUE, ball, make_scans, turned, write
 
 from dataloaders.cases import Case, find_cases, lists_of, read_case
+from dataloaders.class_names import class_names
 from dataloaders.geometry import read_geometry
 from dataloaders.images import read_image, to_physical
 from tools import convert
@@ -21,6 +22,7 @@ from tools.split import choose_split
 from utils.errors import UserError
 
 SHAPE = (30, 28, 18)
+RAS_GRID = {"spacing": (2.0, 2.0, 1.0), "origin": (0.0, 0.0, 0.0), "direction": (-1.0, 0, 0, 0, -1.0, 0, 0, 0, 1.0)}
 
 
 def converted(source: Path, out: Path, *words: str) -> Path:
@@ -233,10 +235,61 @@ def test_label_values_are_kept_mapped_or_refused():
     assert map_labels(label, (7, 3)).ravel().tolist() == [0, 0, 2, 1, 2]
     assert map_labels(255 * (label == 3), None).ravel().tolist() == [0, 0, 1, 0, 1]
     assert map_labels(1000 * label, (3000,)).ravel().tolist() == [0, 0, 1, 0, 1]
+    assert map_labels(label, ((7, 1), 3)).ravel().tolist() == [0, 1, 2, 1, 2]
     with pytest.raises(
         convert.CaseError, match=r"has the label values 0 1000 3000 7000. Name those you mean by --labels"
     ):
         map_labels(1000 * label, None)
+
+
+def test_values_joined_by_commas_become_one_class(tmp_path):
+    """With the names of all of them; the same words go on, others are refused."""
+    for i in range(3):
+        label = np.zeros(SHAPE, np.uint8)
+        label[5:9, 5:9, 5:9], label[9:12, 5:9, 5:9], label[20:, 20:] = 1, 4, 2
+        write(tmp_path / f"scans/imagesTr/p{i}.nii.gz", np.random.default_rng(i).standard_normal(SHAPE))
+        write(tmp_path / f"scans/labelsTr/p{i}.nii.gz", label)
+    names = {"0": "background", "1": "core", "2": "edema", "4": "rim"}
+    (tmp_path / "scans" / "dataset.json").write_text(json.dumps({"labels": names}))
+    words = (tmp_path / "scans", tmp_path / "set", "--labels", "1,4", "2")
+    for _ in range(2):
+        out = converted(*words)
+    label = read_case(Case("p0", out / "p0" / "mri_norm2.h5", True, classes=2))[1]
+    assert (label == 1).sum() == 7 * 4 * 4 and (label == 2).sum() == 10 * 8 * SHAPE[2]
+    assert class_names(out) == {1: "core + rim", 2: "edema"}
+    for other, message in (
+        (("1", "4", "2"), "1 is core . rim there, core now"),
+        (("1,4", "2,4"), "names a value twice"),
+        (("1,4,3", "2"), "--labels 3: no label holds that"),
+        (("1,0", "2"), "1,0 is no value above 0, and no such values joined by commas"),
+    ):
+        with pytest.raises(UserError, match=message):
+            converted(*words[:3], *other)
+
+
+def test_a_margin_is_of_every_side_of_the_label_and_a_part_of_how_a_set_was_made(tmp_path):
+    label = np.zeros((40, 36, 30), np.uint8)
+    label[10:20, 12:15, 3:28] = 1
+    for i in range(2):
+        image = np.random.default_rng(i).standard_normal(label.shape)
+        write(tmp_path / f"scans/images/p{i}.nii.gz", image.astype(np.float32), RAS_GRID)
+        write(tmp_path / f"scans/labels/p{i}.nii.gz", label, RAS_GRID)
+    words = (tmp_path / "scans", tmp_path / "set", "--crop", "label", "--spacing", "1", "1", "1", "--crop-margin", "5")
+    out = converted(*words)
+    _, cut, _, about = read(out, "p0")
+    assert cut.shape == (20 + 10, 6 + 10, 30)  # 5 voxels of the new grid, and the scan's end along z
+    assert np.argwhere(cut).min(axis=0).tolist() == [5, 5, 3] and about["crop_margins"].tolist() == [5] * 6
+    assert converted(*words) == out
+    for again, message in (
+        ((*words[:-1], "6"), "margin: 5 before, 6 now"),
+        (words[:-2], "margin: 5 before, None now"),
+        ((*words[:2], "--crop-margin", "5"), "--crop-margin does nothing with --crop none"),
+    ):
+        with pytest.raises(UserError, match=message):
+            converted(*again)
+    (tmp_path / "Task.tar").touch()
+    with pytest.raises(UserError, match=r"Task.tar is an archive. Unpack it and give its folder"):
+        converted(tmp_path / "Task.tar", tmp_path / "other")
 
 
 def spoil(folder: Path, what: str) -> None:
@@ -299,6 +352,7 @@ def test_sources_that_make_no_set_are_refused(make, message, tmp_path):
 
 def test_every_flag_is_tested_here():
     tested = {"source", "out", "spacing", "interpolation", "labels", "crop", "test_share", "seed", "workers"}
+    tested |= {"crop_margin"}
     assert {f.name for f in dataclasses.fields(convert.Options)} == tested | {"images_ts", "validation_share"}
     # the last two: tests/test_sources.py
 

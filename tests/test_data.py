@@ -56,13 +56,13 @@ def test_crop_then_turn_equals_turn_then_crop(seed):
     assert torch.equal(whole[tuple(slice(c, c + s) for c, s in zip(corner, patch.shape, strict=True))], patch)
 
 
-@pytest.mark.parametrize("flip", [None, 0, 1])
+@pytest.mark.parametrize("flips", [(), (0,), (1,), (0, 2), (0, 1, 2)])
 @pytest.mark.parametrize("turns", range(4))
-def test_turning_is_rot90(turns, flip):
+def test_turning_is_rot90(turns, flips):
     volume = torch.randn(5, 7, 3)
     turned = torch.rot90(volume, turns, (0, 1))
-    expected = turned if flip is None else turned.flip(flip)
-    assert torch.equal(turn_and_flip(volume, Draw((0, 0, 0), (5, 7, 3), turns, flip)), expected)
+    expected = turned.flip(flips)
+    assert torch.equal(turn_and_flip(volume, Draw((0, 0, 0), (5, 7, 3), turns, flips)), expected)
 
 
 def volumes(folder, /, labeled=4, **options) -> Volumes:

@@ -74,7 +74,7 @@ def test_a_placed_crop_has_the_voxel_in_its_middle_or_ends_with_the_volume(volum
     seen, classes = set(), []
     for step in range(COUNT):
         draw, before = p.draws(Slot(step, 0, 0))[0][0], usual.draws(Slot(step, 0, 0))[0][0]
-        assert (draw.size, draw.turns, draw.flip) == (before.size, before.turns, before.flip)
+        assert (draw.size, draw.turns, draw.flips) == (before.size, before.turns, before.flips)
         (c,) = starts[draw.size][draw.start]
         seen.add((draw.size, draw.start))
         classes.append(c)

@@ -18,7 +18,7 @@ from utils.options import Parser, fill
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-FOLLOWED = ("adding-a-method.md", "own-data.md")  # to the letter, in tests of their own
+FOLLOWED = ("adding-a-method.md", "own-data.md", "recipes.md")  # to the letter, in tests of their own
 PAGES = {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
 PAGES = {ROOT / "README.md": README, **{path: text for path, text in PAGES.items() if path.name not in FOLLOWED}}
 COMMANDS = list(

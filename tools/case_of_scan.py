@@ -36,6 +36,7 @@ CROPS = ("label", "label-xy", "foreground", "none")
 MARGINS = ((10, 19), (10, 19), (5, 9))  # voxels beyond the label along x, y, z, drawn for each side
 SMALLEST = (112, 112, 80)  # sides of a crop around a label, where the scan has as much
 CHUNK = 32
+AT_TIMES = ("channels", "margin")  # settings of a case that are written only where they are not the usual ones
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +48,15 @@ class Job:
     crop: str
     spacing: tuple[float, ...] | None
     interpolation: str
-    labels: tuple[int, ...] | None
+    labels: tuple[int | tuple[int, ...], ...] | None
+    """For each class the value, or values, that it has in the labels; None: as they are."""
     seed: int
     orientation: str | None = RAS
     """What the axes are brought to; None leaves them as they are stored."""
     channels: tuple[str, ...] = ("",)
     """Names of the channels."""
+    margin: int | None = None
+    """Voxels around the label at each side; None: drawn from MARGINS, and at least SMALLEST in all."""
 
     @property
     def settings(self) -> str:
@@ -61,7 +65,8 @@ class Job:
             key: getattr(self, key) for key in ("crop", "spacing", "interpolation", "labels", "seed", "orientation")
         }
         several = {"channels": self.channels} if len(self.channels) > 1 else {}
-        return json.dumps({"version": VERSION, **kept, **several})
+        margin = {"margin": self.margin} if self.margin is not None else {}
+        return json.dumps({"version": VERSION, **kept, **several, **margin})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,10 +121,10 @@ def _refuse_other(job: Job, sources: dict[str, str]) -> dict[str, Any]:
     names = ("source_image", "source_image_sha256", "source_label", "source_label_sha256")
     before = {**{name: about.get(name) for name in names}, **json.loads(about.get("settings", "{}"))}
     now = {**{name: sources.get(name) for name in names}, **json.loads(job.settings)}
-    other = [name for name in now if before.get(name) != now[name]]
+    other = [name for name in {**now, **dict.fromkeys(AT_TIMES)} if before.get(name) != now.get(name)]
     if other == ["source_label", "source_label_sha256"] and before["source_label"] is None:
         return {}
-    differ = [f"{name}: {before.get(name)} before, {now[name]} now" for name in other]
+    differ = [f"{name}: {before.get(name)} before, {now.get(name)} now" for name in other]
     if differ:
         raise CaseError(
             f"{job.path} was made from something else or in another way ({'; '.join(differ)}). Move it away, or choose "
@@ -230,16 +235,17 @@ def _advice(shape: Sequence[int], geometry: Geometry, label_shape: Sequence[int]
     return f"Resample the label onto the scan{drawn}"
 
 
-def map_labels(label: NDArray[np.integer], labels: Sequence[int] | None) -> NDArray[np.uint8]:
-    """Listed values -> 1, 2, ..., all others -> 0; without any, values stay, but where 255 is the only one, it is 1.
+def map_labels(label: NDArray[np.integer], labels: Sequence[int | tuple[int, ...]] | None) -> NDArray[np.uint8]:
+    """Listed values, or groups of values, -> 1, 2, ..., all others -> 0; without any, values stay, but where 255 is the
+    only one, it is 1.
 
     Raises:
         CaseError: values above 255, or 255 together with others, where none are named.
     """
     if labels is not None:
         mapped = np.zeros(label.shape, np.uint8)
-        for number, value in enumerate(labels, 1):
-            mapped[label == value] = number
+        for number, group in enumerate(labels, 1):
+            mapped[np.isin(label, group)] = number
         return mapped
     values = np.unique(label)
     if set(values) <= {0, 255}:
@@ -252,7 +258,7 @@ def map_labels(label: NDArray[np.integer], labels: Sequence[int] | None) -> NDAr
 def crop_box(
     image: NDArray[np.float32], label: NDArray[np.uint8] | None, job: Job
 ) -> tuple[tuple[slice, slice, slice], list[int]]:
-    """The box to keep, and the margins before and after x, y, z that were drawn for it."""
+    """The box to keep, and the margins before and after x, y, z that are meant for it."""
     if job.crop == "none":
         return tuple(slice(0, side) for side in image.shape[-3:]), [0] * 6  # type: ignore[return-value]
     if job.crop == "foreground":
@@ -264,13 +270,14 @@ def crop_box(
     number = int.from_bytes(hashlib.sha256(job.scan.name.encode()).digest()[:8])
     draw = np.random.default_rng([job.seed, number])
     margins = [int(draw.integers(low, high + 1)) for low, high in MARGINS for _ in range(2)]
+    margins, smallest = (margins, SMALLEST) if job.margin is None else ([job.margin] * 6, (0, 0, 0))
     box = []
     for axis, s in enumerate(box_of(label > 0)):
         side = image.shape[-3:][axis]
-        missing = max(SMALLEST[axis] - (s.stop - s.start), 0)
+        missing = max(smallest[axis] - (s.stop - s.start), 0)
         start = max(s.start - margins[2 * axis] - missing // 2, 0)
         stop = min(s.stop + margins[2 * axis + 1] + (missing + 1) // 2, side)
-        short = max(SMALLEST[axis] - (stop - start), 0)  # the scan's edge was in the way: more at the other side
+        short = max(smallest[axis] - (stop - start), 0)  # the scan's edge was in the way: more at the other side
         start, stop = max(start - short, 0), min(stop + short, side)
         box.append(slice(0, side) if axis == 2 and job.crop == "label-xy" else slice(start, stop))
     return tuple(box), margins  # type: ignore[return-value]

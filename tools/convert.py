@@ -2,6 +2,7 @@
 
     python -m tools.convert --source scans --out data/mine --spacing 1 1 1
     python -m tools.convert --source scans.csv --out data/mine --labels 1 3 --workers 4
+    python -m tools.convert --source Pancreas-CT --out data/pancreas @data/recipes/pancreas/convert.txt
     python -m tools.convert --source "Training Set" --out data/la      the folders of the 2018 atrial challenge
 
 What --source may be:
@@ -29,6 +30,7 @@ New labeled cases are added behind the labeled ones that train.list begins with,
 cases at the end of test.list, new validation cases at the end of validation.list.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import json
@@ -49,7 +51,7 @@ from dataloaders.class_names import DATASET, class_names
 from dataloaders.images import INTERPOLATORS, ending_of, read_label
 from dataloaders.nifti import channels_in
 from dataloaders.orientation import RAS
-from tools.case_of_scan import CROPS, Job, Outcome, attributes_of, convert_case
+from tools.case_of_scan import AT_TIMES, CROPS, Job, Outcome, attributes_of, convert_case
 from tools.growing import SPLITS, Before, grown, labeled_of, listed_in, read_before, write_set
 from tools.sources import (
     IMAGES_TS,
@@ -63,6 +65,14 @@ from utils.errors import UserError, ignore_stop_signals, run
 from utils.options import Parser, fill, option
 
 
+def label_values(word: str) -> tuple[int, ...]:
+    """The type of --labels: a value, or several joined by commas that become one class."""
+    values = word.split(",")
+    if not all(value.isdecimal() and int(value) for value in values):
+        raise argparse.ArgumentTypeError(f"{word} is no value above 0, and no such values joined by commas, as 1,2,4")
+    return tuple(map(int, values))
+
+
 @dataclasses.dataclass
 class Options:
     source: str = option("", "folder of the scans, or a CSV that lists them", group="what")
@@ -73,12 +83,12 @@ class Options:
     interpolation: str = option(
         "linear", "interpolation of the intensities", choices=[k for k in INTERPOLATORS if k != "nearest"]
     )
-    labels: list[int] | None = option(
+    labels: list[tuple[int, ...]] | None = option(
         None,
-        "values of the labels that become 1, 2, ..., all others 0 (default as they are; 255 alone becomes 1)",
-        type=int,
+        "values of the labels that become 1, 2, ..., all others 0; values joined by commas, as 1,2, become one "
+        "class (default as they are; 255 alone becomes 1)",
+        type=label_values,
         nargs="+",
-        minimum=1,
     )
     crop: str = option(
         "",
@@ -88,6 +98,10 @@ class Options:
         "published, for the challenge's folders, else none)",
         choices=CROPS,
     )
+    crop_margin: int | None = option(
+        None, "of --crop label and label-xy: so many voxels at each side, after resampling, and no least size (default "
+        "as --crop says)", type=int, minimum=0,
+    )  # fmt: skip
     test_share: float | None = option(
         None,
         "share of the labeled cases for test.list (default what the source states, the published lists for the "
@@ -142,7 +156,7 @@ def keep(out: Path, before: Before, here: Container[str], settings: str) -> list
             raise UserError(f"{e}, or take {name} out of {split}.list.") from e
         now = json.loads(settings)
         then = json.loads(about.get("settings", settings))  # cases that were not converted here state none
-        keys = [*now, *(key for key in then if key == "channels" and key not in now)]
+        keys = [*now, *(key for key in then if key in AT_TIMES and key not in now)]
         differ = [f"{key}: {then.get(key)} before, {now.get(key)} now" for key in keys if then.get(key) != now.get(key)]
         if differ:
             raise UserError(
@@ -153,14 +167,18 @@ def keep(out: Path, before: Before, here: Container[str], settings: str) -> list
     return kept
 
 
-def named(names_of_values: dict[int, str], labels: Sequence[int] | None, out: Path) -> dict[int, str]:
+def named(names_of_values: dict[int, str], labels: Sequence[tuple[int, ...]] | None, out: Path) -> dict[int, str]:
     """Class -> its name, from the names of the label values in the source and those that the set has already.
 
     Raises:
         UserError: the two differ, or voxels are to be ignored.
     """
     if labels is not None:
-        classes = {c: names_of_values[value] for c, value in enumerate(labels, 1) if value in names_of_values}
+        classes = {
+            c: " + ".join(names_of_values[value] for value in values)
+            for c, values in enumerate(labels, 1)
+            if names_of_values.keys() >= {*values}
+        }
     elif "ignore" in names_of_values.values():
         raise UserError(
             f"{DATASET} names voxels to ignore, and every voxel is learned from here. Name the values that are "
@@ -189,9 +207,10 @@ def channels_of(source_set: SourceSet) -> tuple[str, ...]:
     return tuple(names) if len(names) == count else tuple(f"channel {i}" for i in range(count))
 
 
-def refuse_absent(labels: Sequence[int], scans: Sequence[Source], kept: Sequence[Outcome]) -> None:
+def refuse_absent(labels: Sequence[tuple[int, ...]], scans: Sequence[Source], kept: Sequence[Outcome]) -> None:
     """Raises UserError if one of the values of --labels is in no label; reads labels until each was seen."""
-    missing = set(labels) - {labels[c - 1] for outcome in kept for c in outcome.values if c <= len(labels)}
+    there = {c for outcome in kept for c in outcome.values}
+    missing = {value for c, values in enumerate(labels, 1) if c not in there for value in values}
     seen: set[int] = set()
     for scan in scans:
         if missing and scan.label is not None:
@@ -309,7 +328,8 @@ def main(argv: list[str] | None = None) -> None:
     o: Options = fill(Options, parser.parse(argv))
     if not o.source or not o.out:
         raise UserError(f"--{'source' if not o.source else 'out'} is missing. See --help.")
-    if o.labels is not None and len(set(o.labels)) < len(o.labels):
+    values = [value for group in o.labels or () for value in group]
+    if len(set(values)) < len(values):
         raise UserError("--labels names a value twice. Name each once.")
     out = Path(o.out)
     if out.exists() and not out.is_dir():
@@ -320,13 +340,16 @@ def main(argv: list[str] | None = None) -> None:
     scans, before = source_set.scans, read_before(out)
     crop = o.crop or ("label-xy" if source_set.challenge else "none")
     spacing = None if o.spacing is None else tuple(o.spacing)
+    if o.crop_margin is not None and crop not in ("label", "label-xy"):
+        raise UserError(f"--crop-margin does nothing with --crop {crop}. Give --crop label with it, or leave it out.")
     labels = None if o.labels is None else tuple(o.labels)
     channels = channels_of(source_set)
     jobs = [
         Job(
-            scan, out / scan.name / FILE_NAME, crop, spacing, o.interpolation, labels, o.seed,
+            scan, out / scan.name / FILE_NAME, crop, spacing, o.interpolation,
+            labels and tuple(group if len(group) > 1 else group[0] for group in labels), o.seed,
             orientation=None if source_set.challenge else RAS,  # the published LA files have the challenge's own axes
-            channels=channels,
+            channels=channels, margin=o.crop_margin,
         )
         for scan in scans
     ]  # fmt: skip

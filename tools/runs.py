@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dataloaders.augmentation import Strengths
 from dataloaders.cases import LA_FOLDER, PHANTOM_FOLDER
 from evaluation.metrics import COMPONENTS
 from evaluation.rows import read_row
@@ -33,8 +34,8 @@ from utils.run_folder import MANIFEST, has_checkpoint
 
 GRIDS = {"phantom": (PHANTOM_RUNS, PHANTOM_TABLES), "hippocampus": (HIPPOCAMPUS_RUNS, HIPPOCAMPUS_TABLES)}  # others: LA
 FORMATS = ("markdown", "latex", "csv")
-TRAINING = ("augment", "intensity", "normalize", "optimizer", "lr", "lr_schedule", "lr_steps", "lr_gamma", "momentum",
-            "weight_decay")  # fmt: skip
+TRAINING = ("augment", "flip_axes", "intensity", *(f.name for f in dataclasses.fields(Strengths)), "normalize",
+            "optimizer", "lr", "lr_schedule", "lr_steps", "lr_gamma", "momentum", "weight_decay")  # fmt: skip
 TEST = "test.json"
 BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, UserError)  # what a damaged file can raise
 

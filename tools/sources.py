@@ -18,6 +18,7 @@ COLUMNS = ("label", "split", "name")
 IMAGES_TS = ("unlabeled", "leave")
 FOLDERS = ("images", "labels", "imagesTr", "labelsTr", "imagesTs", "labelsTs")
 NOTES = (".json", ".txt", ".csv", ".tsv", ".md", ".xml", ".yaml", ".yml", ".log")  # of files that describe a scan
+PACKED = re.compile(r"\.(tar|tar\.gz|tgz|zip)$")
 LABEL_OF = re.compile(r"(.+)[-_. ](seg|segmentation|labels?|masks?|gt|roi|manual)", re.IGNORECASE)
 
 
@@ -70,6 +71,8 @@ def find_sources(source: Path, images_ts: str = "") -> SourceSet:
             dataset.json with other content.
     """
     if source.is_file():
+        if PACKED.search(source.name.lower()):
+            raise UserError(f"--source {source} is an archive. Unpack it and give its folder.")
         if images_ts:
             raise UserError("--images-ts is given, but a CSV has no imagesTs. Leave it out.")
         scans, channels = read_manifest(source)

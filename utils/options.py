@@ -320,7 +320,8 @@ def varied(now: Any, usual: Any, skip: Sequence[str] = ()) -> list[str]:
         ignored = f.metadata["harmless"] or not f.metadata["flag"] or f.name in skip
         if ignored or value == getattr(usual, f.name):
             continue
-        shown = "x".join(map(str, value)) if isinstance(value, list) else value
+        by = "" if value and isinstance(value, list) and isinstance(value[0], str) else "x"  # axes yz, sides 32x32x16
+        shown = by.join(map(str, value)) if isinstance(value, list) else value
         parts.append(f"{f.name.replace('_', '')}{shown}".replace("/", "of"))
     return parts
 

@@ -64,7 +64,7 @@ def test_18_the_diagnostic_file_names_term_cases_and_boxes_and_replays_the_batch
     )
     for box in kept["boxes"]:
         image, _ = read_case(Case(box["case"], tiny_set / box["case"] / "mri_norm2.h5", False))
-        draw = Draw(tuple(box["start"]), tuple(box["size"]), box["turns"], box["flip"])
+        draw = Draw(tuple(box["start"]), tuple(box["size"]), box["turns"], tuple(box["flips"]))
         place = tuple(slice(a, a + s) for a, s in zip(draw.start, draw.size, strict=True))
         crop = turn_and_flip(torch.from_numpy(image[place]), draw)
         of = [
