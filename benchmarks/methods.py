@@ -24,7 +24,8 @@ import torch
 
 from methods import METHODS
 from networks.vnet import parameter_count
-from settings import OPTIMIZERS, PROFILES, read_options
+from settings import OPTIMIZERS, PROFILES
+from tools.command_line import read_options
 from utils.checkpoint import write_whole
 from utils.devices import choose_device, keep_freed_memory, peak_memory_gib, seed_iteration, set_arithmetic
 from utils.errors import run

@@ -25,7 +25,8 @@ from dataloaders.volumes import Volumes
 from methods import restore
 from methods.dtml import DTML
 from networks.backbone import Backbone
-from settings import PROFILES, read_options
+from settings import PROFILES
+from tools.command_line import read_options
 from utils.checkpoint import load_checkpoint
 from utils.devices import choose_device, set_arithmetic
 from utils.errors import UserError, run

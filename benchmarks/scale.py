@@ -32,7 +32,8 @@ from dataloaders.volumes import Volumes
 from methods import check_finite
 from methods.dtml import DTML
 from networks.heads import HALVINGS, side_multiples
-from settings import OPTIMIZERS, read_options
+from settings import OPTIMIZERS
+from tools.command_line import read_options
 from utils import distributed
 from utils.clock import Clock
 from utils.devices import seed_iteration, set_arithmetic

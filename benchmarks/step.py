@@ -31,7 +31,8 @@ from losses.terms import consistency_loss, dice_loss, sdm_to_mask, seg_loss
 from methods import check_finite
 from methods.dtml import DTML
 from networks.vnet import VNet
-from settings import OPTIMIZERS, read_options
+from settings import OPTIMIZERS
+from tools.command_line import read_options
 from utils.clock import Clock
 from utils.devices import choose_device, keep_freed_memory, peak_memory_gib, set_arithmetic
 from utils.errors import run

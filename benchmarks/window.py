@@ -21,7 +21,8 @@ from benchmarks.timing import scans, side_by_side, table
 from evaluation.metrics import segmentation_metrics
 from evaluation.sliding_window import STRIDE, WEIGHTINGS, predict_scan, sliding_window, window_starts, windows
 from methods import METHODS, restore
-from settings import PROFILES, read_options
+from settings import PROFILES
+from tools.command_line import read_options
 from utils.checkpoint import load_checkpoint
 from utils.devices import choose_device, keep_freed_memory, set_arithmetic
 from utils.errors import run

@@ -1,7 +1,6 @@
 """The benchmarks run, their forms agree and their tables are whole; at a size of seconds."""
 
 import os
-import time
 from pathlib import Path
 
 import pytest
@@ -9,10 +8,11 @@ from conftest import TINY, make_set
 
 import settings
 import train_dtml
-from benchmarks import data, metrics, precision, scale, sdm, step, window
+from benchmarks import data, memory, metrics, precision, scale, sdm, step, window
 from benchmarks import methods as bench
 from benchmarks.timing import side_by_side, table
 from methods import METHODS
+from tools import command_line
 from utils.errors import UserError
 
 
@@ -23,16 +23,34 @@ def test_a_method_is_timed(name, monkeypatch):
     found = bench.measure(name, bench.Options(iterations=1, device="cpu"))
     assert found["seconds"] > 0 and 0.1 < found["memory"] < 100
     assert 0 < found["trained"] <= found["all"]
-    options = settings.read_options(["--method", name, "--profile", "phantom"])[1]
+    options = command_line.read_options(["--method", name, "--profile", "phantom"])[1]
     parts = dict(METHODS[name](options, iterations=9).named_children())
     assert (found["trained"] < found["all"]) == bool({"teacher", "ema", "adversary"} & set(parts))
 
 
-def test_times_ratios_and_peaks_of_forms_side_by_side():
-    forms = {"slow": lambda: time.sleep(0.02), "fast": lambda: time.sleep(0.005), "large": lambda: bytearray(5 << 20)}
-    found = side_by_side(forms, rounds=3)
-    assert found["slow"].ratio == 1 and 2 < found["fast"].ratio < 5 and 0.02 <= found["slow"].seconds < 0.1
-    assert 5 <= found["large"].peak_mib < 6 and found["fast"].peak_mib < 1
+def test_times_ratios_and_peaks_of_forms_side_by_side(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("benchmarks.timing.time.perf_counter", lambda: clock[0])
+
+    def takes(seconds):
+        clock[0] += seconds
+
+    forms = {"slow": lambda: takes(0.02), "fast": lambda: takes(0.005), "large": lambda: bytearray(5 << 20)}
+    results = side_by_side({name: forms[name] for name in ("slow", "fast")}, rounds=3)
+    assert results["slow"].ratio == 1 and results["fast"].ratio == pytest.approx(4)
+    assert results["slow"].seconds == pytest.approx(0.02) and results["fast"].peak_mib < 1
+    monkeypatch.undo()
+    assert 5 <= side_by_side(forms, rounds=1)["large"].peak_mib < 6
+
+
+@pytest.mark.parametrize("name", ["dtml", "mc-net-plus"])
+def test_the_memory_of_a_step_at_full_size_is_counted_and_recomputing_takes_less(name):
+    """Full size has 7.66 times the voxels of half size, and maps of twice as many channels."""
+    (full, crops), (less, _) = (memory.gib_of_step(name, "full", recompute=again) for again in (False, True))
+    half, same = memory.gib_of_step(name, "half", recompute=False)
+    assert crops == same == 4 and 0.3 * full < less < 0.7 * full
+    assert full / half == pytest.approx(2 * 112 * 112 * 80 / (64 * 64 * 32), rel=0.25)
+    assert memory.card_for(1.3 * full) == {"dtml": 11, "mc-net-plus": 12}[name] and memory.card_for(200) == "-"
     assert table(["a", "b"], [["x", 0.12345], [1, 2345.0]]) == "| a | b |\n| --- | --- |\n| x | 0.123 |\n| 1 | 2340 |"
 
 

@@ -16,6 +16,7 @@ import settings
 from evaluation.rows import Runs, read_runs
 from evaluation.statistics import Comparison, compare
 from methods import METHODS
+from tools import command_line
 from utils.errors import UserError
 from utils.options import Parser
 
@@ -65,7 +66,7 @@ def parsed(method: str, words: str) -> dict:
 
 def default(method: str, name: str):
     """The value of an option of the method or of the script when nothing is given."""
-    settled = settings.settle({"data": "set", "method": method}, METHODS[method])
+    settled = command_line.settle({"data": "set", "method": method}, METHODS[method])
     return next(getattr(options, name) for options in settled if hasattr(options, name))
 
 

@@ -23,7 +23,7 @@ import train_dtml
 from dataloaders.two_stream import Patches
 from methods import METHODS
 from networks import backbone
-from tools import convert
+from tools import command_line, convert
 from utils.options import as_flags, default_of
 
 OPENED = 1 + 4 * 8 + 2 * 4
@@ -521,15 +521,15 @@ def test_help_lists_every_option_with_its_default(script, capsys):
 
 def test_underscores_are_hyphens_but_in_values():
     words = ["--patch_size", "32", "16", "16", "--lr_gamma=0.5", "--name=my_run"]
-    o, _, folder, _ = settings.read_options(["--data", "set", *words])
+    o, _, folder, _ = command_line.read_options(["--data", "set", *words])
     assert (o.patch_size, o.lr_gamma, folder.name) == ([32, 16, 16], 0.5, "my_run")
 
 
 def test_later_flags_win_over_an_options_file(run, tmp_path):
     (tmp_path / "options.txt").write_text("# a comment\n--lr 0.5 --seed 7\n--name 'from file'\n")
-    o, _, folder, *_ = settings.read_options(["--data", "set", f"@{tmp_path / 'options.txt'}", "--lr", "0.25"])
+    o, _, folder, *_ = command_line.read_options(["--data", "set", f"@{tmp_path / 'options.txt'}", "--lr", "0.25"])
     assert (o.lr, o.seed, folder) == (0.25, 7, Path("runs/from file"))
-    assert settings.read_options(["--data", "set", "--lr", "0.25", f"@{tmp_path / 'options.txt'}"])[0].lr == 0.5
+    assert command_line.read_options(["--data", "set", "--lr", "0.25", f"@{tmp_path / 'options.txt'}"])[0].lr == 0.5
 
 
 # -- presets, profiles, names --
@@ -537,7 +537,7 @@ def test_later_flags_win_over_an_options_file(run, tmp_path):
 
 def settled(*words: str) -> dict[str, Any]:
     """All options that a command line comes to."""
-    o, method_options, *_ = settings.read_options(list(words))
+    o, method_options, *_ = command_line.read_options(list(words))
     return {**dataclasses.asdict(o), **dataclasses.asdict(method_options)}
 
 
@@ -615,4 +615,4 @@ def test_without_la_the_phantom_set_is_taken(tmp_path, monkeypatch):
     ],
 )
 def test_run_folder_is_named_after_what_varies(words, name):
-    assert settings.read_options(["--data", "set", *words.split()])[2] == Path("runs") / name
+    assert command_line.read_options(["--data", "set", *words.split()])[2] == Path("runs") / name

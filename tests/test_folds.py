@@ -10,11 +10,10 @@ import pytest
 from conftest import TINY, make_set
 from test_validation import load
 
-import settings
 import test_la
 import train_dtml
 from dataloaders.folds import fold_numbers
-from tools import folds
+from tools import command_line, folds
 from utils.errors import UserError
 
 LABELED = [f"case0{i}" for i in range(7)]
@@ -161,4 +160,4 @@ def test_wrong_folds_are_refused_and_a_run_is_named_after_its_own(three, tmp_pat
         train_dtml.main(words_of(three, "7/8"))
     assert not (three / "foldo").exists() and not (three / "fold7").exists()
     words = ["--data", str(three / "set"), "--labeled", "7", "--fold", "1/05"]
-    assert settings.read_options(words)[2].name == "dtml-7-fold1of5-seed1337"
+    assert command_line.read_options(words)[2].name == "dtml-7-fold1of5-seed1337"

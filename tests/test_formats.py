@@ -14,8 +14,8 @@ from test_reproduce import cells, write_record
 
 from evaluation.statistics import compare
 from methods import METHODS
-from settings import read_options
 from tools import reproduce
+from tools.command_line import read_options
 from tools.formats import Cell, Column, Line, Table, as_csv, latex, latex_text, markdown
 from tools.grid import HIPPOCAMPUS_RUNS, HIPPOCAMPUS_TABLES, LA_RUNS, LA_TABLES, METHODS_TABLE, PHANTOM_TABLES
 from tools.runs import recipe_of

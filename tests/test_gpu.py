@@ -9,11 +9,11 @@ import pytest
 import torch
 from conftest import make_set
 
-import settings
 import test_la
 from benchmarks import gpu
 from evaluation.sliding_window import sliding_window
 from methods import METHODS
+from tools import command_line
 from utils.devices import seed_iteration
 from utils.errors import UserError
 from utils.options import Parser, fill
@@ -89,7 +89,7 @@ def test_every_command_of_the_list_is_one_that_its_program_takes(options, kind):
             at = flags.index("train_dtml.py")
             program, flags = flags[at], flags[at + 1 :]
         if program == "train_dtml.py":
-            settings.read_options(flags, "")
+            command_line.read_options(flags, "")
         elif program != "pytest":
             kinds = {"benchmarks.gpu": gpu.Options, "tools.reproduce": runs.Options, "test_la.py": test_la.Options}
             parser = Parser(prog=program)

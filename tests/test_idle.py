@@ -14,6 +14,7 @@ from test_methods import make_batch, with_sdm
 
 import settings
 from methods import METHODS
+from tools import command_line
 from utils.errors import UserError
 from utils.options import as_flags, default_of, fill, flag_of
 
@@ -46,7 +47,7 @@ def outcome(method: str, flags: str) -> dict[str, bytes]:
 
 def parsed(method: str, flags: str) -> dict[str, Any]:
     """Option -> value of some flags."""
-    return settings.flags_of(method).parse(shlex.split(flags))
+    return command_line.flags_of(method).parse(shlex.split(flags))
 
 
 def switches(method: str) -> list[str]:
@@ -68,7 +69,7 @@ def switches(method: str) -> list[str]:
 def refusal(method: str, flags: str) -> str:
     """What a command line is refused with; '' if it is not."""
     try:
-        settings.settle(parsed(method, flags), METHODS[method])
+        command_line.settle(parsed(method, flags), METHODS[method])
     except UserError as e:
         return str(e)
     return ""
@@ -146,7 +147,7 @@ def conditions() -> list[tuple[str, dataclasses.Field]]:
 def test_conditions_name_options_or_what_a_method_says():
     for method, f in conditions():
         kind = METHODS[method]
-        o, method_options = settings.combine({"data": "set", "method": method}, kind)
+        o, method_options = command_line.combine({"data": "set", "method": method}, kind)
         for name in {name for condition in f.metadata["only_if"] for name in condition}:
-            settings.values_of(o, method_options, kind)(name)
-            assert name in settings.WHY or hasattr(o, name) or hasattr(method_options, name)
+            command_line.values_of(o, method_options, kind)(name)
+            assert name in command_line.WHY or hasattr(o, name) or hasattr(method_options, name)

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 import predict
-import settings
 import test_la
-from tools import check, pictures, reproduce, share
+from tools import check, command_line, pictures, reproduce, share
 from utils.checkpoint import load_checkpoint
 from utils.options import Parser, fill
 
@@ -38,11 +37,11 @@ def test_training_commands_parse_and_name_their_own_folders(monkeypatch, tmp_pat
     first = next(c for c in COMMANDS if "requirements.txt" in c).split("&&")
     tested = shlex.split(first[-1])
     assert first[-2].strip() == "python train_dtml.py" and tested[:2] == ["python", "test_la.py"]
-    assert Path(tested[tested.index("--checkpoint") + 1]) == settings.read_options([])[2]
+    assert Path(tested[tested.index("--checkpoint") + 1]) == command_line.read_options([])[2]
     (tmp_path / "data" / "la").mkdir(parents=True)
     folders = set()
     for command in TRAINING:
-        options, _, folder, state = settings.read_options(shlex.split(command)[2:])
+        options, _, folder, state = command_line.read_options(shlex.split(command)[2:])
         assert state is None and folder.parts[:1] == ("runs",) and f"seed{options.seed}" in folder.name, command
         folders.add(folder)
     assert len(folders) == len(TRAINING) >= 6

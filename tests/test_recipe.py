@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-import settings
 from methods import METHODS
+from tools import command_line
 
 OWN = {  # method: what it needs otherwise, of the options that all share
     "supervised": {"batch_size": 4, "labeled_batch": None, "unlabeled": 0},  # labeled crops alone
@@ -16,7 +16,7 @@ OF_A_LOSS = {"dtml": {"k": 50.0}, "unimatch": {"pseudo_loss": "dice"}}  # in `tu
 
 def shared(*words):
     """The options that all methods share, as a command line comes to them; without the names of method and preset."""
-    o = settings.read_options(["--data", "set", "--labeled", "8", *words])[0]
+    o = command_line.read_options(["--data", "set", "--labeled", "8", *words])[0]
     return {name: value for name, value in vars(o).items() if name not in ("method", "preset")}
 
 
@@ -44,7 +44,7 @@ def test_under_tuned_all_methods_are_trained_alike(profile):
 def test_tuned_leaves_a_methods_own_options_as_they_are(method):
     """But for two constants; so methods differ by their losses alone."""
     words = ["--method", method, "--data", "set", "--labeled", "8"]
-    tuned, usual = (settings.read_options([*words, *more])[1] for more in (["--preset", "tuned"], []))
+    tuned, usual = (command_line.read_options([*words, *more])[1] for more in (["--preset", "tuned"], []))
     names = [f.name for f in dataclasses.fields(usual)]
     differ = {name: getattr(tuned, name) for name in names if getattr(tuned, name) != getattr(usual, name)}
     assert differ == OF_A_LOSS.get(method, {})

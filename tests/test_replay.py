@@ -12,11 +12,11 @@ import pytest
 import torch
 from conftest import ROOT, TINY, make_set, method_words, write_case
 
-import settings
 import train_dtml
 from dataloaders.cases import LA_SPLITS, PHANTOM_FOLDER
 from dataloaders.training import is_phantom, usual_labeled
 from methods import METHODS, restore
+from tools import command_line
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError, run
 from utils.options import REMOVED, RENAMED, option, refuse_idle, renamed
@@ -26,7 +26,7 @@ FILES = sorted((ROOT / "results").glob("*/*/options.txt"))
 
 def settled(*words: str) -> dict[str, Any]:
     """Option -> value of all that a command line comes to."""
-    o, method_options, *_ = settings.read_options(list(words))
+    o, method_options, *_ = command_line.read_options(list(words))
     return {**dataclasses.asdict(o), **dataclasses.asdict(method_options)}
 
 
@@ -55,9 +55,9 @@ def test_old_options_files_are_the_runs_of_their_manifests():
         then = renamed(json.loads(file.with_name("manifest.json").read_text())["options"])
         if any(then.get(name, idle) != idle for name, idle in REMOVED.get(then["method"], {}).items()):
             with pytest.raises(UserError, match="no longer has"):
-                settings.read_options([f"@{file}"])
+                command_line.read_options([f"@{file}"])
             continue
-        o, method_options, *_ = settings.read_options([f"@{file}"])
+        o, method_options, *_ = command_line.read_options([f"@{file}"])
         fields = [(part, f) for part in (o, method_options) for f in dataclasses.fields(part)]
         now = {f.name: getattr(part, f.name) for part, f in fields if not f.metadata["harmless"]}
         for options in (now, then):
@@ -160,7 +160,7 @@ def test_a_flag_of_yesterday_names_that_of_today():
             with pytest.raises(
                 UserError, match=f"unknown argument --{old}: it is called --{new.replace('_', '-')} now"
             ):
-                settings.read_options(["--method", method, f"--{old}", "1"])
+                command_line.read_options(["--method", method, f"--{old}", "1"])
 
 
 def test_an_option_of_several_methods_has_one_meaning():
@@ -204,7 +204,7 @@ def test_sixteen_of_la_are_labeled_by_default(inside, tmp_path):
     for folder in (inside / "plain", la_like(inside / "own", names), la_like(inside / "fewer", names[5:])):
         assert usual_labeled(folder) == settled("--data", str(folder))["labeled"] == 16
         assert settled("--data", str(folder), "--profile", "short")["labeled"] == 16
-        assert settings.read_options(["--data", str(folder)])[2] == Path("runs", folder.name, "dtml-16-seed1337")
+        assert command_line.read_options(["--data", str(folder)])[2] == Path("runs", folder.name, "dtml-16-seed1337")
 
 
 def test_all_that_have_a_label_are_labeled_by_default(tmp_path, monkeypatch):

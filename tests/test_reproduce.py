@@ -15,12 +15,11 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY
 
-import settings
 import test_la
 import train_dtml
 from evaluation.statistics import compare, hodges_lehmann
 from methods import METHODS
-from tools import make_runs, reproduce, runs
+from tools import command_line, make_runs, reproduce, runs
 from tools.grid import (
     LA_RUNS,
     LA_TABLES,
@@ -47,7 +46,7 @@ def cells(text, label):
 
 
 def options_of(words):
-    o, method_options, *_ = settings.read_options(words)
+    o, method_options, *_ = command_line.read_options(words)
     return {**dataclasses.asdict(o), **dataclasses.asdict(method_options)}
 
 
@@ -114,7 +113,7 @@ def test_the_flags_parse_and_the_row_s_output_and_scans_are_the_run_s(profile):
 
     @functools.cache
     def outputs_and_scans(words):
-        o, method_options, *_ = settings.read_options([*words.split(), "--profile", profile, "--filters", "2"])
+        o, method_options, *_ = command_line.read_options([*words.split(), "--profile", profile, "--filters", "2"])
         unlabeled = SCANS[profile] - o.labeled if o.unlabeled is None else o.unlabeled
         return METHODS[o.method](method_options, iterations=1).outputs, f"{o.labeled} / {unlabeled}"
 
@@ -299,7 +298,7 @@ def test_the_list_states_state_and_command(here):
         "python train_dtml.py --method dtml --labeled 16 --profile half --seed 1337 --resume auto --runs "
         "runs/reproduce/half --name dtml-16-seed1337 --data data/la --threads 2"
     )
-    assert settings.read_options(lines[6].split()[2:])[2] == started.with_name("dtml-16-seed1339").relative_to(here)
+    assert command_line.read_options(lines[6].split()[2:])[2] == started.with_name("dtml-16-seed1339").relative_to(here)
 
 
 # runs, with stand-ins for the two scripts

@@ -12,14 +12,13 @@ from scans import OBLIQUE, ball, turned, write
 from test_data import patches
 
 import predict
-import settings
 import test_la
 import train_dtml
 from dataloaders.cases import Case, CaseError, read_case
 from dataloaders.images import read_image, to_physical
 from dataloaders.normalization import Normalization, normalized, normalized_case, raw_of
 from dataloaders.two_stream import Slot
-from tools import convert
+from tools import command_line, convert
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
 
@@ -177,7 +176,7 @@ def test_a_test_scores_what_a_prediction_of_the_raw_scan_says(tmp_path, world):
 )
 def test_options_that_cannot_go_together_are_refused(words, message, tiny_set):
     with pytest.raises(UserError, match=message):
-        settings.read_options(["--data", str(tiny_set), *words.split()])
+        command_line.read_options(["--data", str(tiny_set), *words.split()])
 
 
 def test_a_window_that_shows_nothing_is_refused(world, tmp_path, tiny_set):
@@ -195,7 +194,7 @@ def test_a_run_keeps_to_its_window(world, tmp_path):
     shutil.copytree(world / "run", tmp_path / "run")
     with pytest.raises(UserError, match=r"--window: \[40.0, 400.0\] before, \[40.0, 300.0\] now"):
         train_dtml.main(["--resume", str(tmp_path / "run"), "--window", "40", "300"])
-    again = settings.read_options([f"@{world / 'run' / 'options.txt'}", "--seed", "2"])[0]
+    again = command_line.read_options([f"@{world / 'run' / 'options.txt'}", "--seed", "2"])[0]
     assert (again.normalize, again.window) == ("window", [40.0, 400.0])
     other = train(world / "ct-set", tmp_path / "other", "--normalize", "window", "--window", "-600", "1500")
     with pytest.raises(UserError, match="differ in --window"):

@@ -36,7 +36,6 @@ import dataclasses
 import json
 import multiprocessing
 import sys
-from collections import Counter
 from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -46,21 +45,21 @@ import numpy as np
 import SimpleITK as sitk
 from tqdm import tqdm
 
-from dataloaders.cases import FILE_NAME, LA_SPLITS, CaseError, case_file, read_list
+from dataloaders.cases import FILE_NAME, CaseError, case_file
 from dataloaders.class_names import DATASET, class_names
 from dataloaders.images import INTERPOLATORS, ending_of, read_label
 from dataloaders.nifti import channels_in
 from dataloaders.orientation import RAS
 from tools.case_of_scan import AT_TIMES, CROPS, Job, Outcome, attributes_of, convert_case
+from tools.conversion_summary import remarks, summary
 from tools.growing import SPLITS, Before, grown, labeled_of, listed_in, read_before, write_set
 from tools.sources import (
     IMAGES_TS,
     Source,
     SourceSet,
     find_sources,
-    shown,
 )
-from tools.split import choose_split, count_to_test, count_to_validate
+from tools.split import choose_split
 from utils.errors import UserError, ignore_stop_signals, run
 from utils.options import Parser, fill, option
 
@@ -251,75 +250,6 @@ def _alone() -> None:
     """A worker keeps to one core, and leaves Ctrl-C to the main process."""
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     ignore_stop_signals()
-
-
-def summary(
-    outcomes: Sequence[Outcome], lists: dict[str, list[str]], labeled: Container[str], names: dict[int, str]
-) -> list[str]:
-    """A few lines about the set that was made."""
-    counts = Counter(outcome.status for outcome in outcomes)
-    parts = [f"{counts['converted']} converted, {counts['there']} already there, {counts['refused']} refused"]
-    parts += [f"{counts['labeled']} made again with the label that they now have"] if counts["labeled"] else []
-    parts += [f"{counts['kept']} kept that the source does not have"] if counts["kept"] else []
-    lines = [", ".join(parts)]
-    train = [name in labeled for name in lists["train"]]
-    first = next((i for i, has_label in enumerate(train) if not has_label), len(train))
-    line = f"train.list: {first} labeled, then {len(train) - first} unlabeled; test.list: {len(lists['test'])}"
-    lines.append(line + (f"; validation.list: {len(lists['validation'])}" if lists["validation"] else ""))
-    if later := sum(train[first:]):
-        lines.append(f"{later} of those unlabeled ones have a label, but stand behind one that has none")
-    values = Counter(value for outcome in outcomes for value in outcome.values)
-    lines.append("label values: " + ", ".join(f"{v} in {n} cases" for v, n in sorted(values.items())))
-    if names:
-        lines.append("classes: " + ", ".join(f"{c} {name}" for c, name in names.items()))
-        lines += [f"class {c}, {name}, is in no label" for c, name in names.items() if c not in values]
-        lines += [f"class {c} has no name in {DATASET}" for c in sorted(values) if c not in names]
-    if max(values, default=1) > 1:
-        lines.append(f"train on all of them with --classes {max(values)}, or keep some with --labels")
-    orientations = Counter(outcome.orientation for outcome in outcomes if outcome.orientation)
-    if len(orientations) > 1:
-        counted = ", ".join(f"{code} in {n} cases" for code, n in sorted(orientations.items()))
-        lines.append(f"orientations differ: {counted}. A network sees the axes as they are stored; is this meant?")
-    elif "unknown" in orientations:
-        lines.append("no file states where its axes point; they are kept as they are stored")
-    return lines
-
-
-def remarks(
-    source_set: SourceSet,
-    lists: dict[str, list[str]],
-    before: Before,
-    share: float | None,
-    validation_share: float,
-    source: Path,
-) -> list[str]:
-    """Lines about files that were not read, and about lists that a user may not expect."""
-    lines = []
-    if source_set.unread:
-        lines.append(f"not read: {shown(source_set.unread, source)}")
-    for what, names in (
-        (f"listed in {DATASET}, but scan or label is not there", source_set.absent),
-        ("taken out of the lists by hand, and so left out", sorted(before.taken_out)),
-    ):
-        if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            lines.append(f"{what}: {', '.join(names[:5])}{more}")
-    labeled = (before.labeled | {scan.name for scan in source_set.scans if scan.label is not None}) - before.taken_out
-    if share is not None and before.test and (wanted := count_to_test(len(labeled), share)) != len(lists["test"]):
-        lines.append(f"--test-share {share:g} asks for {wanted} test cases; no case goes from one list to the other")
-    wanted = count_to_validate(len(labeled), validation_share)
-    if validation_share and wanted != (there := len(lists["validation"])):
-        lines.append(
-            f"--validation-share {validation_share:g} asks for {wanted} validation cases, and {there} can be had: no "
-            "case goes from one list to another, and one labeled case is left to train on"
-        )
-    published = [name for name in read_list(LA_SPLITS / "train.list") if name in set(lists["train"])]
-    if source_set.challenge and set(lists["train"]) == set(published) and lists["train"] != published:
-        lines.append(
-            "train.list is in another order than the published one, so its first 16 are others. For the published "
-            "order move both lists away and convert again"
-        )
-    return lines
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -13,7 +13,8 @@ from dataloaders.cases import LA_FOLDER, PHANTOM_FOLDER
 from evaluation.metrics import COMPONENTS
 from evaluation.rows import read_row
 from evaluation.sliding_window import usual_stride
-from settings import PROFILES, flags_of, read_options
+from settings import PROFILES
+from tools.command_line import flags_of, read_options
 from tools.grid import (
     BEYOND_TABLE,
     GLANCE,

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from methods import Method, restore
+from tools.training import Training, trained
 from utils.checkpoint import write_whole
 from utils.errors import UserError
 from utils.options import default_of, flag_of
@@ -15,32 +16,25 @@ from utils.run_folder import digest
 SHOWN = 3  # differences that an error names
 
 
-def header(
-    o: Any, folder: Path, labeled: int, unlabeled: int, validated: int, labeled_batch: int, parameters: int,
-    device: str, start: int, rate: float,
-) -> list[str]:  # fmt: skip
+def header(t: Training, device: str, rate: float) -> list[str]:
     """The first lines of a run's log.
 
     Args:
-        o: options of the run.
-        folder: its folder.
-        labeled, unlabeled, validated: numbers of scans.
-        labeled_batch: labeled crops in a batch.
-        parameters: number of weights that the optimiser changes.
+        t: the training.
         device: as `utils.devices.why_device` calls it.
-        start: first iteration.
-        rate: its learning rate.
+        rate: learning rate of the first iteration.
     """
+    o = t.o
     left_out = f", fold {o.fold} left out" if o.fold else ""
-    validation = f", {validated} validated every {o.validate_every} iterations" if validated else ""
+    validation = f", {len(t.validation)} validated every {o.validate_every} iterations" if t.validation else ""
     size = "x".join(map(str, o.patch_size)) + (f" at 1/{o.downsample} of the resolution" if o.downsample > 1 else "")
     lines = {
-        "run": str(folder),
-        "method": f"{o.method}, preset {o.preset}, {parameters:,} parameters",
-        "data": f"{o.data}: {labeled} labeled and {unlabeled} unlabeled scans{left_out}{validation}",
-        "batch": f"{o.batch_size} crops of {size} voxels, {labeled_batch} of them labeled",
+        "run": str(t.folder),
+        "method": f"{o.method}, preset {o.preset}, {sum(p.numel() for p in trained(t.method)):,} parameters",
+        "data": f"{o.data}: {t.labeled} labeled and {t.unlabeled} unlabeled scans{left_out}{validation}",
+        "batch": f"{o.batch_size} crops of {size} voxels, {t.labeled_batch} of them labeled",
         "device": device,
-        "iterations": f"{start} to {o.iterations}, {o.optimizer}, learning rate {rate:g} at first",
+        "iterations": f"{t.start} to {o.iterations}, {o.optimizer}, learning rate {rate:g} at first",
     }
     return [f"{name:<12}{text}" for name, text in lines.items()]
 

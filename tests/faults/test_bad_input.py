@@ -10,11 +10,11 @@ import pytest
 import torch
 from conftest import TINY, flat, make_set, method_words
 
-import settings
 import test_la
 import train_dtml
 from dataloaders.cases import find_cases, read_case, read_list
 from methods import METHODS
+from tools import command_line
 from utils.devices import enough_memory
 from utils.errors import UserError
 
@@ -279,7 +279,7 @@ def test_33_method_that_needs_unlabeled_scans_is_refused_without(method, whole_s
 )
 def test_33_method_that_needs_none_trains_without_unlabeled_scans(method, tiny_set):
     words = [*method_words(method), "--unlabeled", "0"]
-    options = settings.read_options(flags(tiny_set, *method_words(method)))[1]
+    options = command_line.read_options(flags(tiny_set, *method_words(method)))[1]
     if METHODS[method](options, iterations=1).needs_unlabeled:  # one that is not yet in the list
         refuse(flags(tiny_set, *words), "needs unlabeled scans", untouched=tiny_set.parent)
     else:

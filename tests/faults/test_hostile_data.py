@@ -13,7 +13,7 @@ from test_checkpoint_faults import bounded_memory
 
 from dataloaders.cases import Case, CaseError, case_file, find_cases, read_case, read_list
 from dataloaders.geometry import read_geometry
-from settings import read_options
+from tools.command_line import read_options
 from utils.errors import UserError
 from utils.options import Parser
 

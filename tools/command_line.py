@@ -1,0 +1,238 @@
+"""Reads the options of train_dtml.py: from the command line, the profile, the preset and the checkpoint.
+
+Order of precedence: defaults < profile < preset < command line.
+"""
+
+import itertools
+import math
+import os
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dataloaders.cases import LA_FOLDER, PHANTOM_FOLDER
+from dataloaders.training import is_phantom, usual_labeled
+from losses.ramps import default_lr_steps
+from methods import METHODS, Method
+from settings import PROFILES, Options
+from utils.checkpoint import go_further, load_checkpoint
+from utils.errors import UserError
+from utils.options import (
+    RENAMED,
+    Parser,
+    as_flags,
+    fill,
+    flag_of,
+    harmless_names,
+    refuse_differences,
+    refuse_idle,
+    refuse_removed,
+    renamed_words,
+    varied,
+)
+from utils.run_folder import has_checkpoint
+from utils.shared_weights import ENDING
+
+NOT_REPLAYED = {"resume", "from_diagnostic", "fresh", "channels"}
+EVERY = {
+    "method", "preset", "data", "profile", "labeled", "downsample", "patch_size", "augment", "iterations", "batch_size",
+    "lr", "lr_steps", "lr_gamma", "momentum", "weight_decay", "seed",
+}  # fmt: skip
+"""Options that every early options.txt lists: it has all options, not only the chosen ones."""
+WHY = {  # attribute of a method in `only_if` -> reason in the error message
+    "needs_sdm": "no loss of this run needs distance maps",
+    "uses_unlabeled": "this method learns from labeled scans only",
+}
+
+
+def read_options(
+    argv: list[str] | None, description: str = ""
+) -> tuple[Options, Method.Options, Path, dict[str, Any] | None]:
+    """Reads the command line.
+
+    Args:
+        argv: arguments; None: those of the program.
+        description: text of --help.
+
+    Returns:
+        Options of the run, options of its method, the run folder, and the contents of the checkpoint to continue, if
+        any.
+
+    Raises:
+        UserError: for options that are not valid, have no effect, or differ from the checkpoint's; for a checkpoint
+            that cannot be loaded, or whose method is unknown.
+    """
+    first = Parser(add_help=False)
+    first.add_argument("--method", choices=list(METHODS))
+    first.add_argument("--resume")
+    first.add_argument("--from-diagnostic", dest="resume")
+    args = first.expand(argv, chosen_flags)
+    early = vars(first.parse_known_args(args)[0])
+    resume = early.get("resume", "auto")
+    state = None if resume == "auto" else load_checkpoint(Path(resume))
+    name = early.get("method", state["options"]["method"] if state else Options.method)
+    if name not in METHODS:
+        raise UserError(f"{resume} was trained with the method {name}, which this code does not have.")
+    kind = METHODS[name]
+    flags = flags_of(name, description).parse(args)
+    if state is not None:
+        folder = Path(resume) if Path(resume).is_dir() else Path(resume).parent
+    else:
+        o, method_options = settle(flags, kind)
+        o.labeled = flags["labeled"] if "labeled" in flags else usual_labeled(Path(o.data), o.labeled)
+        defaults = combine({key: flags[key] for key in ("data", "profile", "preset") if key in flags}, kind)
+        derived = combine({key: value for key, value in flags.items() if key != "lr_steps"}, kind)[0].lr_steps
+        skip = ["method", "labeled", "seed", "init", *(["lr_steps"] if o.lr_steps == derived else [])]
+        changed = varied(o, defaults[0], skip) + varied(method_options, defaults[1])
+        dataset = Path(os.path.abspath(o.data)).name
+        dataset += "" if o.profile in ("full", "phantom", dataset) else f"-{o.profile}"
+        preset = [] if o.preset == next(iter(kind.PRESETS)) else [o.preset]
+        origin = [f"init-{origin_name(Path(o.init))}"] if o.init else []
+        parts = [name, *preset, str(o.labeled), *changed, *origin, f"seed{o.seed}"]
+        folder = Path(o.runs) / (o.name or f"{dataset}/" + "-".join(parts))
+        state = load_checkpoint(folder) if o.resume == "auto" and has_checkpoint(folder) else None
+    if state is not None:
+        if state["optimizer"] is None:
+            raise UserError(f"{state['file']} holds weights to hand on, from which no training goes on. Give its run.")
+        saved = state["options"]
+        refuse_removed(saved["method"], saved)
+        steps = PROFILES[saved.get("profile", "full")].get("lr_steps")
+        saved = go_further(state, flags, lambda iterations: [steps, default_lr_steps(iterations)])
+        refuse_differences(flags, saved, harmless_names([Options, kind.Options]), folder)
+        o, method_options = (fill(cls, saved, flags) for cls in (Options, kind.Options))
+        refuse_idle(flags, [Options], values_of(o, method_options, kind), saved.get, WHY)
+    return o, method_options, folder, state
+
+
+def origin_name(path: Path) -> str:
+    """The name of a run or of weights in the name of a run that starts from them: RUN, or RUN-best of RUN/best.pt."""
+    path = Path(os.path.abspath(path))
+    return f"{path.parent.name}-{path.stem}" if path.suffix in (".pt", ENDING) else path.name
+
+
+def flags_of(method: str, description: str = "") -> Parser:
+    """The parser of train_dtml.py for a method."""
+    parser = Parser(description=description, prog="train_dtml.py", renamed=RENAMED.get(method))
+    parser.add_dataclass(Options)
+    parser.add_dataclass(METHODS[method].Options, title=f"method {method}")
+    return parser
+
+
+def chosen_flags(args: list[str]) -> list[str]:
+    """Translates the arguments of an @FILE to current names, and of an early options.txt keeps only chosen options.
+
+    An early options.txt lists all options. Without the unchosen ones, further flags such as --iterations or --preset
+    have their usual effect.
+    """
+    names = [after for arg, after in itertools.pairwise(args) if arg == "--method"]
+    if not names or names[-1] not in METHODS:
+        return args
+    args, kind = renamed_words(args, names[-1]), METHODS[names[-1]]
+    if not {flag_of(name) for name in EVERY} <= set(args):
+        return args
+    flags = flags_of(names[-1]).parse(args)
+    chosen = {name: flags[name] for name in ("method", "data", "labeled")}
+
+    def differs(name: str) -> bool:
+        current = combine(chosen, kind)
+        return flags[name] != next(getattr(part, name) for part in current if hasattr(part, name))
+
+    while differing := next((name for name in flags if name not in chosen and differs(name)), ""):
+        chosen[differing] = flags[differing]
+    return shlex.split(as_flags(chosen))
+
+
+def combine(flags: dict[str, Any], kind: type[Method]) -> tuple[Options, Method.Options]:
+    """Combines defaults < profile < preset < flags, and then sets what depends on other options.
+
+    Args:
+        flags: option -> value from the command line.
+        kind: class of the method.
+
+    Returns:
+        Options of the run and of its method.
+
+    Raises:
+        UserError: for an unknown preset.
+    """
+    usual = PROFILES.get(flags.get("profile", ""), {}).get("data")
+    data = flags.get("data") or usual or str(LA_FOLDER if LA_FOLDER.is_dir() else PHANTOM_FOLDER)
+    profile = flags.get("profile") or ("phantom" if is_phantom(Path(data)) else "full")
+    preset = flags.get("preset") or next(iter(kind.PRESETS))
+    if preset not in kind.PRESETS:
+        raise UserError(f"--preset {preset} is none of this method's. Choose from {', '.join(kind.PRESETS)}.")
+    scale = dict(PROFILES[profile])
+    if "iterations" in flags:
+        scale.pop("lr_steps", None)  # they fit the profile's number of iterations only
+    if not kind.uses_unlabeled:
+        scale["unlabeled"] = 0
+    layers = (
+        scale,
+        preset_for(scale | flags, kind.PRESETS[preset]),
+        flags,
+        {"data": data, "profile": profile, "preset": preset},
+    )
+    o = fill(Options, *layers)
+    if o.lr_schedule == "cosine" and "lr_steps" not in flags:
+        o.lr_steps = []
+    o.lr_steps = default_lr_steps(o.iterations) if o.lr_steps is None else o.lr_steps
+    return o, fill(kind.Options, *layers)
+
+
+def preset_for(flags: dict[str, Any], preset: dict[str, Any]) -> dict[str, Any]:
+    """A preset without its numbers of crops where the profile, the method or the flags leave them no room.
+
+    They count labeled crops next to unlabeled ones. A smaller --batch-size takes half of its crops as labeled, as
+    without a preset. Without unlabeled scans a batch has the usual number of crops, all labeled.
+    """
+    if flags.get("unlabeled") == 0:
+        dropped = {"batch_size", "labeled_batch"}
+    else:
+        dropped = {"labeled_batch"} if flags.get("batch_size", math.inf) <= preset.get("labeled_batch", 0) else set()
+    return {name: value for name, value in preset.items() if name not in dropped}
+
+
+def settle(flags: dict[str, Any], kind: type[Method]) -> tuple[Options, Method.Options]:
+    """`combine`, with a check that every flag has an effect.
+
+    Raises:
+        UserError: for a flag without effect, or an unknown preset.
+    """
+    o, method_options = combine(flags, kind)
+
+    def without(name: str) -> Any:
+        options = combine({key: value for key, value in flags.items() if key != name}, kind)
+        return next(getattr(part, name) for part in options if hasattr(part, name))
+
+    refuse_idle(flags, [Options, kind.Options], values_of(o, method_options, kind), without, WHY)
+    if o.normalize == "window" and o.window is None:
+        raise UserError("--normalize window needs --window LEVEL WIDTH, as --window 40 400 for the abdomen in CT.")
+    if o.window is not None and not (math.isfinite(o.window[0]) and 0 < o.window[1] < math.inf):
+        raise UserError(f"--window {o.window[0]:g} {o.window[1]:g}: the width must be above 0, and both be finite.")
+    if o.sdm_of == "scan" and (o.random_scale or o.random_rotation):
+        raise UserError(
+            "--sdm-of scan does not go with --random-scale and --random-rotation: the distances of a whole scan do not "
+            "hold in a crop that is scaled or rotated. Take --sdm-of crop."
+        )
+    if len({*o.flip_axes}) < len(o.flip_axes):
+        raise UserError("--flip-axes names an axis twice. Name each once.")
+    never = [step for step in flags.get("lr_steps") or () if step >= o.iterations]
+    if never:
+        raise UserError(f"--lr-steps {never[0]} never comes in --iterations {o.iterations}. Give steps below that.")
+    return o, method_options
+
+
+def values_of(o: Options, method_options: Method.Options, kind: type[Method]) -> Callable[[str], Any]:
+    """Returns a function: name of an option, or of an attribute of the method -> its value with these options."""
+
+    def value_of(name: str) -> Any:
+        for options in (o, method_options):
+            if hasattr(options, name):
+                return getattr(options, name)
+        with torch.device("meta"):  # shapes only, no memory
+            return getattr(kind(method_options, iterations=o.iterations), name)
+
+    return value_of

@@ -1,0 +1,202 @@
+"""What a training needs, from its options: data, method and optimiser, and where a resumed one goes on."""
+
+import dataclasses
+import time
+from collections.abc import Container
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dataloaders.augmentation import Strengths
+from dataloaders.cases import Case
+from dataloaders.channels import channel_names
+from dataloaders.class_names import class_names
+from dataloaders.normalization import Normalization, normalization_of
+from dataloaders.orientation import common_orientation
+from dataloaders.training import median_spacing, refuse_classes, training_cases, validation_names
+from dataloaders.two_stream import Patches, TwoStreamBatchSampler
+from dataloaders.unseen import open_cases
+from dataloaders.volumes import Volumes
+from methods import Method
+from networks.backbone import STEEPEST, compile_networks, set_precision, set_recompute
+from settings import OPTIMIZERS, Options
+from utils.checkpoint import fit_optimizer
+from utils.devices import refuse_precision
+from utils.distributed import RANK, RANKS
+from utils.errors import UserError
+from utils.options import fill
+
+
+@dataclasses.dataclass
+class Training:
+    """A training between two iterations."""
+
+    o: Options
+    folder: Path
+    device: torch.device
+    method: Method
+    optimizer: torch.optim.Optimizer
+    patches: Patches
+    sampler: TwoStreamBatchSampler
+    labeled_batch: int
+    """Labeled crops in a batch."""
+    labeled: int
+    """Labeled scans, which come first; the others have no label."""
+    validation: list[Case]
+    normalize: Normalization
+    constant: dict[str, Any]
+    """Entries of every checkpoint that stay the same."""
+    start: int = 0
+    """First iteration."""
+    seconds: float = 0.0
+    """Time that the iterations before took."""
+    best: dict[str, Any] | None = None
+    """Iteration and validation Dice of the best checkpoint."""
+    extended: list[int] = dataclasses.field(default_factory=list)
+    """The numbers of iterations after which the run was once finished."""
+
+    def __post_init__(self) -> None:
+        self.began = time.monotonic()
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """All options, those of the method too."""
+        return self.constant["options"]
+
+    @property
+    def volumes(self) -> Volumes:
+        return self.patches.volumes
+
+    @property
+    def unlabeled(self) -> int:
+        """Unlabeled scans."""
+        return len(self.volumes.cases) - self.labeled
+
+    @property
+    def passed(self) -> float:
+        """Seconds of all iterations so far; those of this process count from `began` on."""
+        return self.seconds + time.monotonic() - self.began
+
+    def contents(self, done: int) -> dict[str, Any]:
+        """The contents of a checkpoint after `done` iterations."""
+        at_times = {"best": self.best, "extended": self.extended}
+        return {
+            **self.constant, "iteration": done, "seconds": self.passed, "method": self.method.state_dict(),
+            "optimizer": self.optimizer.state_dict(), **{name: value for name, value in at_times.items() if value},
+        }  # fmt: skip
+
+
+def prepare(
+    o: Options, own: Method.Options, folder: Path, method: Method, device: torch.device,
+    state: dict[str, Any] | None, origin: dict[str, Any] | None,
+) -> Training:  # fmt: skip
+    """Reads the data and makes what a training needs.
+
+    Args:
+        o: options of the run.
+        own: those of its method.
+        folder: its folder.
+        method: new, or as `state` has it, on the CPU.
+        device: of the training.
+        state: the checkpoint to go on from, if any.
+        origin: the checkpoint of --init of a new run, if any.
+
+    Raises:
+        UserError: for data or options that do not fit each other, the device or the checkpoint.
+    """
+    data = Path(o.data)
+    cases, problems, labeled_batch = training_cases(
+        data, labeled=o.labeled, unlabeled=o.unlabeled, batch_size=o.batch_size,
+        labeled_batch=o.labeled_batch, patch_size=o.patch_size, multiples=method.side_multiples,
+        classes=own.classes, channels=own.channels, fold=o.fold,
+    )  # fmt: skip
+    labeled = sum(case.labeled for case in cases)
+    if method.needs_unlabeled and labeled_batch == o.batch_size:
+        raise UserError(
+            f"--method {o.method} needs unlabeled scans, but all {o.labeled} are labeled. Lower --labeled, or leave "
+            "out --unlabeled 0."
+        )
+    to_validate = validation_names(data, o.labeled, o.fold) if o.validate_every else []
+    normalize = normalization_of(dataclasses.asdict(o))
+    volumes = Volumes(
+        cases, cache=o.cache, folder=Path(o.cache_folder or data / ".cache"), downsample=o.downsample,
+        normalize=normalize, device=device, problems=problems,
+    )  # fmt: skip
+    if state is None:
+        refuse_classes(cases, volumes.facts, own.classes)
+    images = volumes.fingerprints | earlier_images(origin, state, volumes.fingerprints)
+    validation, _ = open_cases(data, to_validate, own.classes, volumes.checksums, images, own.channels, normalize)
+    names = {str(c): name for c, name in class_names(data).items() if c <= own.classes}
+    constant = {
+        "options": {**dataclasses.asdict(o), **dataclasses.asdict(own)}, "checksums": volumes.checksums,
+        "images": images, "processes": RANKS, "spacing": median_spacing(cases),
+        "orientation": common_orientation(cases), "channel_names": channel_names(data, own.channels),
+        **({"class_names": names} if names else {}),
+    }  # fmt: skip
+    method.to(device)
+    choose_arithmetic(method, o, device)
+    optimizer = OPTIMIZERS[o.optimizer](trained(method), o)
+    progress: dict[str, Any] = {}
+    if state is not None:
+        if state["checksums"] != volumes.checksums:
+            raise UserError(f"the volumes in {o.data} are not those {folder} began with. Resume with the same data.")
+        if state["processes"] != RANKS:
+            raise UserError(
+                f"{folder} was trained by {state['processes']} processes, not {RANKS}. Resume it with as many."
+            )
+        try:
+            fit_optimizer(optimizer, state["optimizer"])
+        except ValueError as e:
+            raise UserError(f"{state['file']} does not fit this code ({e}). Another version wrote it.") from e
+        progress = {"start": state["iteration"], "seconds": state["seconds"], "best": state.get("best"),
+                    "extended": state.get("extended", [])}  # fmt: skip
+    patches = Patches(
+        volumes, patch_size=o.patch_size, augment=o.augment, seed=o.seed, sdm=method.needs_sdm,
+        other=method.needs_other_crop, intensity=o.intensity, sdm_of=o.sdm_of,
+        object_share=o.object_share, flip_axes=o.flip_axes, strengths=fill(Strengths, dataclasses.asdict(o)),
+    )  # fmt: skip
+    sampler = TwoStreamBatchSampler(
+        labeled, len(cases) - labeled, batch_size=o.batch_size, labeled_batch=labeled_batch,
+        seed=o.seed, start=progress.get("start", 0), iterations=o.iterations, rank=RANK, ranks=RANKS,
+    )  # fmt: skip
+    return Training(o, folder, device, method, optimizer, patches, sampler, labeled_batch, labeled, validation,
+                    normalize, constant, **progress)  # fmt: skip
+
+
+def trained(method: Method) -> list[torch.nn.Parameter]:
+    """The weights that the optimiser changes, not those of a teacher or a critic."""
+    return [p for p in method.parameters() if p.requires_grad]
+
+
+def earlier_images(origin: dict[str, Any] | None, state: dict[str, Any] | None, own: Container[str]) -> dict[str, str]:
+    """Name -> fingerprint of the scans that the weights of --init were trained on, so that none of them is tested on.
+
+    Args:
+        origin: the checkpoint of --init of a new run.
+        state: the checkpoint of a resumed run, which knows them.
+        own: names of this run's own scans.
+    """
+    if origin is not None:
+        return {f"{name} of {origin['file']}": mark for name, mark in origin.get("images", {}).items()}
+    return {name: mark for name, mark in (state or {}).get("images", {}).items() if name not in own}
+
+
+def choose_arithmetic(method: Method, o: Options, device: torch.device) -> None:
+    """Applies --precision, --recompute and --compile.
+
+    Raises:
+        UserError: if the device or the method does not support an option, or the options exclude each other.
+    """
+    refuse_precision(o.precision, device)
+    if o.compile and o.recompute:
+        raise UserError("--compile decides by itself what it keeps for the way back. Leave out --recompute.")
+    if not set_precision(method, o.precision, training=True):
+        lower = f", or lower --k to {STEEPEST:g}" if hasattr(method.options, "k") else ""
+        raise UserError(
+            f"--precision {o.precision} changes nothing for --method {o.method}: its networks have a distance head and "
+            f"stay in fp32. Leave it out{lower}."
+        )
+    set_recompute(method, o.recompute)
+    if o.compile:
+        compile_networks(method)
