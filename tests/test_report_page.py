@@ -244,6 +244,18 @@ def test_every_scan_can_be_chosen_the_lowest_dice_first(tmp_path):
     assert listed == [f"{one['name']}, Dice {rows[one['name']][3]}" for one in page.data] * 2
 
 
+def test_the_figures_of_a_scan_name_its_classes(tmp_path):
+    test = make_test(tmp_path, ["one"], classes=2)
+    rows = [{**row, "class": c} for row in csv.DictReader(open(test / "cases.csv")) for c in ("1", "2")]
+    with open(test / "cases.csv", "w", newline="") as f:
+        writer = csv.DictWriter(f, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    write_json(test / "test.json", {**json.loads((test / "test.json").read_text()), "class_names": {"1": "head <of>"}})
+    text = report_page.write_report(test).read_text(encoding="utf-8")
+    assert re.search(r"head &lt;of&gt;: Dice % [\d.]+, 95HD voxel [\d.]+; 2: Dice % [\d.]+, .*; mean: Dice %", text)
+
+
 def test_slices_keep_to_their_bytes():
     image = np.random.default_rng(0).random((300, 200, 20), np.float32)
     sides = []

@@ -60,10 +60,21 @@ def write_report(test: Path, data: str = "") -> Path:
     output, component = rows[0]["output"], tested.get("saved", "largest")
     dices = by_dice(rows, output, component)  # of no scan if none was saved
     folder, first = Path(data or tested.get("data", "")), shown_first(dices)
+    class_names = tested.get("class_names", {})
     most_bytes = min(MOST_BYTES, ALL_BYTES // max(len(dices), 1))
     names = tqdm(dices, "drawing", leave=False, unit="scan", disable=not sys.stderr.isatty())
     cases = [
-        ShownCase(test, folder, name, output, component, rows, most_bytes=most_bytes, still=i in first)
+        ShownCase(
+            test,
+            folder,
+            name,
+            output,
+            component,
+            rows,
+            most_bytes=most_bytes,
+            still=i in first,
+            class_names=class_names,
+        )
         for i, name in enumerate(names)
     ]
     about = [str(options[name]) for name in ("method", "preset") if name in options]

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,7 @@ class ShownCase:
         rows: of cases.csv.
         most_bytes: of its slices.
         still: whether pictures of its surfaces are drawn, for those that the page shows at first.
+        class_names: class, as text -> its name.
 
     Raises:
         UserError: the scan or its prediction cannot be read, or they do not fit.
@@ -69,7 +71,7 @@ class ShownCase:
 
     def __init__(
         self, test: Path, folder: Path, name: str, output: str, component: str, rows: Sequence[dict[str, Any]], *,
-        most_bytes: int = MOST_BYTES, still: bool = True,
+        most_bytes: int = MOST_BYTES, still: bool = True, class_names: Mapping[str, str] = MappingProxyType({}),
     ):  # fmt: skip
         path = case_file(folder, name)
         if path is None:
@@ -91,7 +93,7 @@ class ShownCase:
         chosen = [row for row in rows if (row["case"], row["output"], row["component"]) == (name, output, component)]
         figures = metrics_of(rows) if len(chosen) == 1 else ["dice", "hd95"]  # two figures for each of several classes
         lines = [", ".join(f"{NAMES.get(m, m)} {shown(m, row[m])}" for m in figures) for row in chosen]
-        names = [f"{row['class']}: " if "class" in row else "" for row in chosen]
+        names = [f"{class_names.get(row['class'], row['class'])}: " if "class" in row else "" for row in chosen]
         self.line = "; ".join(name + line for name, line in zip(names, lines, strict=True))
         self.z = fixed_slice(label > 0, image.shape[-1])
         self.classes = max(int(label.max()), int(prediction.max()), 1)
