@@ -39,7 +39,9 @@ class InstanceNorm(nn.Module):
     """InstanceNorm without parameters or running statistics; a map of one voxel becomes 0."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.instance_norm(x) if x[0, 0].numel() > 1 else x - x.mean(dim=(2, 3, 4), keepdim=True)
+        y = F.instance_norm(x) if x[0, 0].numel() > 1 else x - x.mean(dim=(2, 3, 4), keepdim=True)
+        # The next convolution on a CPU needs this order: a copy there would be kept besides y until the gradient.
+        return y.contiguous(memory_format=torch.channels_last_3d) if y.device.type == "cpu" else y
 
 
 class UXBlock(nn.Module):

@@ -225,7 +225,7 @@ def test_several_classes_are_predicted_each_in_its_place(tmp_path, monkeypatch):
         (["--interpolation", "bspline"], True),
         (["--patch-size", "32", "16", "16"], True),
         (["--stride", "5", "16", "7"], True),
-        (["--weighting", "uniform"], True),
+        (["--weighting", "gaussian"], True),
         (["--precision", "bf16"], True),
         (["--batch-size", "3"], False),
         (["--threads", "2"], False),
