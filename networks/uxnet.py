@@ -40,7 +40,7 @@ class InstanceNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.instance_norm(x) if x[0, 0].numel() > 1 else x - x.mean(dim=(2, 3, 4), keepdim=True)
-        # The next convolution on a CPU needs this order: a copy there would be kept besides y until the gradient.
+        # The next convolution on a CPU needs this order: a copy there would be kept next to y for the backward pass.
         return y.contiguous(memory_format=torch.channels_last_3d) if y.device.type == "cpu" else y
 
 
