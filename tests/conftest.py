@@ -56,6 +56,28 @@ def method_words(method: str) -> list[str]:
     return ["--method", method, *more.get(method, "").split()]
 
 
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    """The weights of the last checkpoint of a run."""
+    return torch.load(run / "last.pt", weights_only=True)["method"]
+
+
+def trained_in_three_ways(folder: Path, argv: list[str]) -> dict[str, torch.Tensor]:
+    """The weights of four iterations: from memory, from files by a worker, and resumed in between, which are equal."""
+    import train_dtml  # not for tests that do without it
+
+    argv = [*argv, "--iterations", "4", "--save-every", "2", "--runs", str(folder)]
+    for name, words in {"ram": "", "none": "--cache none --workers 1"}.items():
+        train_dtml.main([*argv, "--name", name, *words.split()])
+    expected, streamed = weights(folder / "ram"), weights(folder / "none")
+    (folder / "ram" / "previous.pt").rename(folder / "none" / "last.pt")
+    assert torch.load(folder / "none" / "last.pt", weights_only=True)["iteration"] == 2
+    train_dtml.main(["--resume", str(folder / "none"), "--cache", "ram", "--workers", "0"])
+    resumed = weights(folder / "none")
+    for name, weight in expected.items():
+        assert torch.equal(weight, streamed[name]) and torch.equal(weight, resumed[name])
+    return expected
+
+
 def flat(value: Any, name: str = "") -> dict[str, Any]:
     """Nested dicts and lists of a checkpoint -> name -> type, shape and bytes of a tensor, or a plain value."""
     if isinstance(value, dict):

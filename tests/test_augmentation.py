@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, make_set, write_case
+from conftest import TINY, make_set, trained_in_three_ways, write_case
 from scipy.ndimage import affine_transform
 
 import train_dtml
@@ -264,22 +264,9 @@ def test_what_does_not_go_together_is_refused(words, text, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"set"}
 
 
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    return torch.load(run / "last.pt", weights_only=True)["method"]
-
-
 def test_a_run_with_all_of_them_is_equal_in_every_cache_with_workers_and_when_resumed(tmp_path):
     data = make_set(tmp_path / "set", train=4, labeled=2)
     flags = [word for name, value in ALL.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    argv = ["--data", str(data), *TINY, "--labeled", "2", "--iterations", "4", "--device", "cpu", *flags, "--augment",
-            "flip", "--flip-axes", "y", "--object-share", "0.5", "--method", "bcp", "--batch-size", "4",
-            "--runs", str(tmp_path), "--save-every", "2"]  # fmt: skip
-    for name, words in {"ram": "", "none": "--cache none --workers 1"}.items():
-        train_dtml.main([*argv, "--name", name, *words.split()])
-    expected, streamed = weights(tmp_path / "ram"), weights(tmp_path / "none")
-    (tmp_path / "ram" / "previous.pt").rename(tmp_path / "none" / "last.pt")
-    assert torch.load(tmp_path / "none" / "last.pt", weights_only=True)["iteration"] == 2
-    train_dtml.main(["--resume", str(tmp_path / "none"), "--cache", "ram", "--workers", "0"])
-    resumed = weights(tmp_path / "none")
-    for name, weight in expected.items():
-        assert torch.equal(weight, streamed[name]) and torch.equal(weight, resumed[name])
+    flags += ["--augment", "flip", "--flip-axes", "y", "--object-share", "0.5"]
+    argv = ["--data", str(data), *TINY, "--labeled", "2", "--device", "cpu", "--method", "bcp", "--batch-size", "4"]
+    trained_in_three_ways(tmp_path, [*argv, *flags])

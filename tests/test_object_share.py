@@ -1,11 +1,9 @@
 """--object-share: where labeled crops lie, against counting; and runs with it, resumed and in every cache."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, make_set, write_case
+from conftest import TINY, make_set, trained_in_three_ways, weights, write_case
 
 import train_dtml
 from dataloaders.cases import Case
@@ -125,23 +123,10 @@ def test_of_a_large_object_a_choice_of_voxels_is_stored():
     assert np.abs(voxels.mean(axis=0) - 19.5).max() < 4 * 30 / np.sqrt(12 * MOST_VOXELS)
 
 
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    return torch.load(run / "last.pt", weights_only=True)["method"]
-
-
 def test_runs_are_equal_in_every_cache_with_workers_and_when_resumed(tmp_path):
     data = make_set(tmp_path / "set", train=4, labeled=2)
-    argv = ["--data", str(data), *TINY, "--labeled", "2", "--batch-size", "2", "--iterations", "4", "--device", "cpu",
-            "--method", "supervised", "--runs", str(tmp_path), "--save-every", "2"]  # fmt: skip
-    runs = {"ram": "", "none": "--cache none --workers 1", "usual": "--object-share 0"}
-    for name, words in runs.items():
-        train_dtml.main([*argv, "--object-share", "0.8", "--name", name, *words.split()])
-    (tmp_path / "ram" / "previous.pt").rename(tmp_path / "none" / "previous.pt")
-    expected, streamed, usual = (weights(tmp_path / name) for name in runs)
-    (tmp_path / "none" / "previous.pt").rename(tmp_path / "none" / "last.pt")
-    assert torch.load(tmp_path / "none" / "last.pt", weights_only=True)["iteration"] == 2
-    train_dtml.main(["--resume", str(tmp_path / "none"), "--cache", "ram", "--workers", "0"])
-    resumed = weights(tmp_path / "none")
-    for name, weight in expected.items():
-        assert torch.equal(weight, streamed[name]) and torch.equal(weight, resumed[name])
+    argv = ["--data", str(data), *TINY, "--labeled", "2", "--batch-size", "2", "--method", "supervised"]
+    expected = trained_in_three_ways(tmp_path, [*argv, "--device", "cpu", "--object-share", "0.8"])
+    train_dtml.main([*argv, "--device", "cpu", "--iterations", "4", "--runs", str(tmp_path), "--name", "usual"])
+    usual = weights(tmp_path / "usual")
     assert any(not torch.equal(weight, usual[name]) for name, weight in expected.items())
