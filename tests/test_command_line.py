@@ -1,0 +1,126 @@
+"""What a command line comes to: files of options, presets, profiles, and the name of the run folder."""
+
+import dataclasses
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import make_set
+
+from tools import command_line
+from utils.options import as_flags
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the data set `set`."""
+    return make_set(tmp_path_factory.mktemp("sets") / "set").parent
+
+
+@pytest.fixture(autouse=True)
+def inside(sets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flags name data by relative paths."""
+    monkeypatch.chdir(sets)
+
+
+# -- how flags are written --
+
+
+def test_underscores_are_hyphens_but_in_values():
+    words = ["--patch_size", "32", "16", "16", "--lr_gamma=0.5", "--name=my_run"]
+    o, _, folder, _ = command_line.read_options(["--data", "set", *words])
+    assert (o.patch_size, o.lr_gamma, folder.name) == ([32, 16, 16], 0.5, "my_run")
+
+
+def test_later_flags_win_over_an_options_file(tmp_path):
+    (tmp_path / "options.txt").write_text("# a comment\n--lr 0.5 --seed 7\n--name 'from file'\n")
+    o, _, folder, *_ = command_line.read_options(["--data", "set", f"@{tmp_path / 'options.txt'}", "--lr", "0.25"])
+    assert (o.lr, o.seed, folder) == (0.25, 7, Path("runs/from file"))
+    assert command_line.read_options(["--data", "set", "--lr", "0.25", f"@{tmp_path / 'options.txt'}"])[0].lr == 0.5
+
+
+# -- presets, profiles, names --
+
+
+def settled(*words: str) -> dict[str, Any]:
+    """All options that a command line comes to."""
+    o, method_options, *_ = command_line.read_options(list(words))
+    return {**dataclasses.asdict(o), **dataclasses.asdict(method_options)}
+
+
+AUTHORS = {"lambda_max": 1.0, "ramp": "steps", "consistency_times": 2, "augment": "mirror"}
+
+
+@pytest.mark.parametrize(
+    ("choice", "name", "value"),
+    [("--preset authors", "ramp", "gaussian"), ("--preset authors", "lambda_max", 0.3),
+     ("--profile half", "patch_size", [32, 48, 16]), ("--profile half", "iterations", 60)],
+)  # fmt: skip
+def test_flag_wins_over_a_preset_and_a_profile(choice, name, value):
+    flag = shlex.split(as_flags({name: value}))
+    usual = settled("--data", "set", *choice.split())
+    for words in ([*flag, *choice.split()], [*choice.split(), *flag]):
+        options = settled("--data", "set", *words)
+        assert options[name] == value != usual[name]
+        assert {other for other in options if options[other] != usual[other]} <= {name, "lr_steps"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "batch", "labeled"),
+    [
+        ("", 6, 4),
+        ("--batch-size 8", 8, 4),
+        ("--batch-size 4", 4, None),
+        ("--batch-size 4 --labeled-batch 1", 4, 1),
+        ("--labeled-batch 3", 6, 3),
+        ("--unlabeled 0", 4, None),
+        ("--unlabeled 0 --batch-size 6", 6, None),
+    ],
+)
+def test_a_preset_s_labeled_crops_count_where_the_batch_has_room_for_them(flags, batch, labeled):
+    options = settled("--method", "dtml-plus", "--data", "set", *flags.split())
+    assert (options["batch_size"], options["labeled_batch"]) == (batch, labeled)
+
+
+def test_profile_sets_the_scale_and_nothing_else():
+    full, half = settled("--data", "set"), settled("--data", "set", "--profile", "half")
+    scale = {"downsample": 2, "patch_size": [64, 64, 32], "filters": 8, "iterations": 2400}
+    follows = {"profile": "half", "lr_steps": [1000, 2000]}
+    assert {name: value for name, value in half.items() if value != full[name]} == {**scale, **follows}
+    assert full["patch_size"] == [112, 112, 80] and full["iterations"] == 6000 and full["lr_steps"] == [2500, 5000]
+    both = settled("--data", "set", "--profile", "half", "--preset", "authors")
+    assert {name: both[name] for name in (*scale, *AUTHORS)} == {**scale, **AUTHORS}
+
+
+def test_without_la_the_phantom_set_is_taken(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = settled()
+    assert (options["data"], options["profile"], options["labeled"]) == ("data/phantom", "phantom", 8)
+    assert settled("--data", "data/phantom") == options and options["iterations"] < 6000
+    (tmp_path / "data" / "la").mkdir(parents=True)
+    options = settled()
+    assert (options["data"], options["profile"], options["labeled"]) == ("data/la", "full", 16)
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ("", "set/dtml-4-seed1337"),
+        ("--labeled 8 --seed 2", "set/dtml-8-seed2"),
+        ("--preset authors", "set/dtml-authors-4-seed1337"),
+        ("--profile hippocampus", "set-hippocampus/dtml-4-seed1337"),
+        ("--profile half --filters 16", "set-half/dtml-4-filters16-seed1337"),
+        ("--patch-size 32 32 16 --lr 0.02", "set/dtml-4-patchsize32x32x16-lr0.02-seed1337"),
+        ("--method sassnet --adversarial-max 0.015 --labeled 8", "set/sassnet-8-adversarialmax0.015-seed1337"),
+        ("--method double-unc --no-learnable", "set/double-unc-4-learnableFalse-seed1337"),
+        ("--augment flip --flip-axes y z", "set/dtml-4-augmentflip-flipaxesyz-seed1337"),
+        ("--workers 4 --save-every 7", "set/dtml-4-seed1337"),
+        ("--init runs/pre", "set/dtml-4-init-pre-seed1337"),
+        ("--init runs/lr0.02-seed1", "set/dtml-4-init-lr0.02-seed1-seed1337"),
+        ("--init runs/pre/best.pt", "set/dtml-4-init-pre-best-seed1337"),
+        ("--name mine", "mine"),
+    ],
+)
+def test_run_folder_is_named_after_what_varies(words, name):
+    assert command_line.read_options(["--data", "set", *words.split()])[2] == Path("runs") / name
