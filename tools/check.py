@@ -257,7 +257,7 @@ def check(folder: Path, o: Options) -> tuple[list[Finding], str, str]:
     bad = any(finding.level == "error" for finding in findings)
     if not (bad or o.patch_size or is_phantom(folder)) and groups["labeled"]:
         gib = suggestions.device_gib() if o.memory is None else o.memory
-        t = suggestions.Training(str(folder), o.labeled, o.method, o.classes, o.downsample, gib)
+        t = suggestions.Planned(str(folder), o.labeled, o.method, o.classes, o.downsample, gib)
         facts = groups["labeled"] + groups["unlabeled"]
         try:
             suggested = suggestions.described(suggestions.suggest(facts, len(groups["labeled"]), t), facts, t)

@@ -24,8 +24,8 @@ QUARTER = 25  # percentile of the scans' sides that a patch must not exceed
 
 
 @dataclass(frozen=True)
-class Training:
-    """What is known of the training."""
+class Planned:
+    """The training that the suggestion is for."""
 
     folder: str
     labeled: int | None
@@ -78,7 +78,7 @@ def halvings_for(spacing: Sequence[float], sides: Sequence[int]) -> tuple[int, .
     return tuple(halvings) if max(halvings) == steps else HALVINGS
 
 
-def suggest(facts: Sequence[Facts], labeled: int, t: Training) -> Suggestion:
+def suggest(facts: Sequence[Facts], labeled: int, t: Planned) -> Suggestion:
     """Settings for a training.
 
     The patch is the largest whose sides are multiples of what the method needs, no longer than those of a quarter of
@@ -162,7 +162,7 @@ def largest_patch(
     return tuple(patch)
 
 
-def described(s: Suggestion, facts: Sequence[Facts], t: Training) -> str:
+def described(s: Suggestion, facts: Sequence[Facts], t: Planned) -> str:
     """The suggestion as text, the command last."""
 
     def shown(numbers: Sequence[float]) -> str:
@@ -184,7 +184,7 @@ def described(s: Suggestion, facts: Sequence[Facts], t: Training) -> str:
     return "\n".join([*lines, "", command(s, facts, t)])
 
 
-def command(s: Suggestion, facts: Sequence[Facts], t: Training) -> str:
+def command(s: Suggestion, facts: Sequence[Facts], t: Planned) -> str:
     """The command of the training, to be pasted into a shell."""
     words: list[str | int] = ["python", "train_dtml.py", "--data", t.folder]
     words += ["--method", t.method] if t.method != Options.method else []
