@@ -66,7 +66,7 @@ PARTS = {  # module: words, rows of its tables, the heads of further tables amon
     sdm: (["--scans", "1", "--patch-size", "64", "64", "32"], 3),
     metrics: (["--scans", "1", "--side", "24"], 8),
     precision: (["--checkpoints", "run/last.pt", "--data", "set", "--seeds", "1", "--profile", "phantom"], 12),
-    step: (["--data", "set", "--patch-size", "16", "16", "16", "--filters", "2"], 2 + 4),
+    step: (["--data", "set", "--patch-size", "16", "16", "16", "--filters", "2"], 3 + 4),
     window: (["--checkpoint", "run", "--data", "set", "--scans", "2", "--overlaps", "0.5", "--threads", "1"], 5 + 6),
 }
 
