@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from dataloaders.patients import patients_of, refuse_shared
 from dataloaders.unconverted import refuse_unconverted
 from utils.channels import with_channels
 from utils.distributed import RANK
@@ -90,7 +91,7 @@ def lists_of(folder: Path) -> tuple[list[str], list[str]]:
 
     Raises:
         UserError: if the folder is missing, only one of the two exists, a list is not valid, or a case is in two lists,
-            that of `validation_of` among them.
+            that of `validation_of` among them, or a patient is.
     """
     if not folder.is_dir():
         what = "is no folder" if folder.exists() else "does not exist"
@@ -110,6 +111,7 @@ def lists_of(folder: Path) -> tuple[list[str], list[str]]:
         shared = sorted(set(names) & set(others))
         if shared:
             raise UserError(f"{one} and {other} both name {', '.join(shared)}. Keep each case in one list.")
+    refuse_shared(lists, patients_of(folder), "Move the scans, or correct dataset.json.")
     return train, test
 
 

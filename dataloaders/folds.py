@@ -1,14 +1,15 @@
 """Folds of a cross-validation: which labeled scans a run leaves out to be validated and tested on.
 
-The labeled scans are dealt out in rounds, in the order of train.list. In a round each of the K folds gets one scan, in
-an order that depends on K and the number of the round alone, so that no pattern of the list becomes one of the folds.
-The sizes of the folds differ by one at most. A scan that is added behind the others changes no earlier scan's fold.
+The patients of the labeled scans are dealt out in rounds, in the order of train.list; as a rule each scan is a patient
+of its own. In a round each of the K folds gets one patient with all scans, in an order that depends on K and the number
+of the round alone, so that no pattern of the list becomes one of the folds. The folds differ by one patient at most. A
+scan that is added behind the others changes no earlier scan's fold.
 """
 
 import argparse
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from utils.errors import UserError
 
@@ -32,7 +33,7 @@ def fold_text(word: str) -> str:
 
 
 def fold_numbers(count: int, folds: int) -> list[int]:
-    """The fold, 0 to `folds` - 1, of each of `count` scans in their order."""
+    """The fold, 0 to `folds` - 1, of each of `count` patients in their order."""
 
     def order(start: int) -> list[int]:
         return sorted(range(folds), key=lambda fold: hashlib.sha256(f"{folds} {start} {fold}".encode()).digest())
@@ -40,24 +41,30 @@ def fold_numbers(count: int, folds: int) -> list[int]:
     return [fold for start in range(0, count, folds) for fold in order(start // folds)][:count]
 
 
-def split_fold(labeled: Sequence[str], fold: str) -> tuple[list[str], list[str]]:
+def split_fold(
+    labeled: Sequence[str], fold: str, patients: Mapping[str, str] | None = None
+) -> tuple[list[str], list[str]]:
     """The labeled scans that a run of a fold is trained on, and those of the fold; all and none without a fold.
 
     Args:
         labeled: names of the labeled scans in the order of train.list.
         fold: I/K as of `fold_text`, or ''.
+        patients: name of a scan -> its patient; a scan that is not named is a patient of its own.
 
     Raises:
-        UserError: if there are fewer scans than folds.
+        UserError: if there are fewer patients than folds.
     """
     if not fold:
         return list(labeled), []
     chosen, folds = map(int, fold.split("/"))
-    if len(labeled) < folds:
+    patient = {name: (patients or {}).get(name, name) for name in labeled}
+    order = list(dict.fromkeys(patient.values()))
+    if len(order) < folds:
+        of = "" if len(order) == len(labeled) else f", of {len(order)} patients"
         raise UserError(
-            f"--fold {fold} deals out {folds} folds, but only {len(labeled)} scans are labeled. Choose fewer folds, or "
-            "label more scans."
+            f"--fold {fold} deals out {folds} folds, but only {len(labeled)} scans are labeled{of}. Choose fewer "
+            "folds, or label more scans."
         )
-    numbers = fold_numbers(len(labeled), folds)
-    trained = [name for name, number in zip(labeled, numbers, strict=True) if number != chosen]
-    return trained, [name for name, number in zip(labeled, numbers, strict=True) if number == chosen]
+    number = dict(zip(order, fold_numbers(len(order), folds), strict=True))
+    left_out = [name for name in labeled if number[patient[name]] == chosen]
+    return [name for name in labeled if number[patient[name]] != chosen], left_out

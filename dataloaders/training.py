@@ -23,6 +23,7 @@ from dataloaders.cases import (
 from dataloaders.findings import Facts
 from dataloaders.folds import split_fold
 from dataloaders.geometry import known_spacing
+from dataloaders.patients import others_of, patients_of
 from dataloaders.phantom import make_phantom_set
 from utils.distributed import RANK
 from utils.errors import UserError
@@ -96,7 +97,7 @@ def training_cases(
         multiples: the sides of a patch must be multiples of these.
         classes: C, the largest allowed label value.
         channels: K, the number of channels of every case.
-        fold: I/K leaves the labeled cases of this fold out; '' for all.
+        fold: I/K leaves the labeled cases of this fold out, and all scans of their patients; '' for all.
 
     Returns:
         The labeled cases and then the unlabeled ones, an error line for each unusable case so far, and the number of
@@ -128,8 +129,10 @@ def training_cases(
     left = len(train) - labeled
     if unlabeled is not None and not 0 <= unlabeled <= left:
         raise UserError(f"--unlabeled {unlabeled} must lie between 0 and {left}, the cases left after --labeled.")
-    names, _ = split_fold(train[:labeled], fold)
+    patients = patients_of(folder)
+    names, left_out = split_fold(train[:labeled], fold, patients)
     unlabeled_names = train[labeled:] if unlabeled is None else train[labeled : labeled + unlabeled]
+    unlabeled_names = others_of(unlabeled_names, left_out, patients)
     if labeled_batch is None:
         labeled_batch = max(batch_size // 2, 1) if unlabeled_names else batch_size
     if not 1 <= labeled_batch <= min(batch_size, len(names)):
@@ -170,7 +173,7 @@ def validation_names(folder: Path, labeled: int, fold: str) -> list[str]:
         UserError: if the set has no validation.list, or lists that are not valid.
     """
     train, _ = lists_of(folder)
-    names = split_fold(train[:labeled], fold)[1] if fold else validation_of(folder)
+    names = split_fold(train[:labeled], fold, patients_of(folder))[1] if fold else validation_of(folder)
     if not names:
         raise UserError(
             f"--validate-every: there is no {folder / VALIDATION}. Make the set with --validation-share of "

@@ -353,8 +353,12 @@ def test_sources_that_make_no_set_are_refused(make, message, tmp_path):
 def test_every_flag_is_tested_here():
     tested = {"source", "out", "spacing", "interpolation", "labels", "crop", "test_share", "seed", "workers"}
     tested |= {"crop_margin"}
-    assert {f.name for f in dataclasses.fields(convert.Options)} == tested | {"images_ts", "validation_share"}
-    # the last two: tests/test_sources.py
+    assert {f.name for f in dataclasses.fields(convert.Options)} == tested | {
+        "images_ts",
+        "validation_share",
+        "patient",
+    }
+    # the last three: tests/test_sources.py and tests/test_patients.py
 
 
 def test_labeled_cases_come_first_whatever_they_are_called(tmp_path):

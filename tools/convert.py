@@ -13,7 +13,8 @@ What --source may be:
                                                                   become the test cases
     FOLDER/NAME/image.nii.gz and FOLDER/NAME/label.nii.gz
     FOLDER/NAME/lgemri.nrrd and FOLDER/NAME/laendo.nrrd           the challenge's folders
-    FILE.csv with the columns image and, if wanted, label, split (train, test), name; paths are from the CSV's folder
+    FILE.csv with the columns image and, if wanted, label, split (train, test), name, patient; paths are from the
+                                                                  CSV's folder
 
 Several channels of a scan, such as T1 and T2, are nnU-Net's NAME_0000.nii.gz, NAME_0001.nii.gz, ..., columns image_T1
 and image_T2 of a CSV, or one 4-D NIfTI, as the Decathlon has them. They must lie on one grid, and each is normalised on
@@ -28,6 +29,9 @@ the same command goes on where it was stopped; what was made from another file o
 A set can grow: the lists keep their lines, whatever order they were brought to, and no case goes from one to the other.
 New labeled cases are added behind the labeled ones that train.list begins with, new unlabeled ones at its end, new test
 cases at the end of test.list, new validation cases at the end of validation.list.
+
+Where patients have several scans, name them with --patient or the column patient: all scans of a patient then come to
+one list, and --fold keeps them together.
 """
 
 import argparse
@@ -59,7 +63,7 @@ from tools.sources import (
     SourceSet,
     find_sources,
 )
-from tools.split import choose_split
+from tools.split import choose_split, patients_in
 from utils.errors import UserError, ignore_stop_signals, run
 from utils.options import Parser, fill, option
 
@@ -116,6 +120,11 @@ class Options:
         minimum=0,
         maximum=1,
     )
+    patient: str = option(
+        "",
+        "regular expression that the beginning of each scan's name matches, with the patient in brackets: '([^_]+)_' "
+        "takes sub-01_day-1 and sub-01_day-2 for one (default every scan is a patient, or what a CSV states)",
+    )
     images_ts: str = option(
         "",
         "scans of imagesTs that have no label: train on them without one, or leave them out (default leave where "
@@ -126,12 +135,6 @@ class Options:
         1337, "of margins and of the choice of test and validation cases, with each case's name", minimum=0
     )
     workers: int = option(1, "processes; their number changes nothing in the files", minimum=1)
-
-
-# -- one case --
-
-
-# -- the set --
 
 
 def keep(out: Path, before: Before, here: Container[str], settings: str) -> list[Outcome]:
@@ -283,11 +286,15 @@ def main(argv: list[str] | None = None) -> None:
         )
         for scan in scans
     ]  # fmt: skip
+    patients = patients_in(source_set, o.patient, out)
     kept = keep(out, before, {scan.name for scan in scans}, jobs[0].settings)
     train, test, validation = choose_split(
         scans, challenge=source_set.challenge, share=o.test_share, seed=o.seed, validation_share=o.validation_share,
-        before=before,
+        before=before, patients=patients,
     )  # fmt: skip
+    listed = {*before.train, *before.test, *before.validation, *before.taken_out, *train, *test, *validation}
+    unlisted = [scan.name for scan in scans if scan.name not in listed]
+    jobs = [job for job in jobs if job.scan.name in listed]
     without = [scan.name for scan in scans if scan.name in test and scan.label is None]
     if without:
         raise UserError(f"{', '.join(without[:5])} cannot be tested on without label. Add it, or make it a train case.")
@@ -300,6 +307,11 @@ def main(argv: list[str] | None = None) -> None:
             "on them with --images-ts unlabeled.",
             file=sys.stderr,
         )
+    if unlisted:
+        print(
+            f"left out: {len(unlisted)} scans without label, of patients in test.list or validation.list.",
+            file=sys.stderr,
+        )
 
     # the cases, and the lists of those that were not refused
     outcomes = list(tqdm(outcomes_of(jobs, o.workers), total=len(jobs), unit="scan", disable=not sys.stderr.isatty()))
@@ -309,8 +321,11 @@ def main(argv: list[str] | None = None) -> None:
     labeled = labeled_of(out, everything)
     lists = grown(before, train, test, validation, labeled=labeled, listed=listed_in(out))
     if lists["train"] and lists["test"]:
-        write_set(out, lists, labeled, names, channels)
+        write_set(out, lists, labeled, names, channels, patients)
         lines = summary([*outcomes, *kept], lists, labeled, names)
+        if patients:
+            counts = {split: len({patients.get(name, name) for name in lists[split]}) for split in SPLITS}
+            lines.append("patients: " + ", ".join(f"{n} in {split}.list" for split, n in counts.items() if n))
         if len(channels) > 1:
             lines.append(f"channels: {', '.join(channels)}")
         elif len(source_set.channels) > 1:

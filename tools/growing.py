@@ -1,6 +1,6 @@
 """The lists of a set that grows: what they hold, where new cases are added, and the files that go with them."""
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -90,13 +90,19 @@ def grown(
 
 
 def write_set(
-    out: Path, lists: dict[str, list[str]], labeled: Container[str], names: dict[int, str], channels: Sequence[str] = ()
+    out: Path,
+    lists: dict[str, list[str]],
+    labeled: Container[str],
+    names: dict[int, str],
+    channels: Sequence[str] = (),
+    patients: Mapping[str, str] | None = None,
 ) -> None:
     """Writes the lists, of validation cases only if there are any, then dataset.json with the names of the classes and,
-    if there are several, of the channels, and every case ever listed."""
+    if there are several, of the channels, the patient of each scan, if known, and every case ever listed."""
     for split in (split for split in SPLITS if lists[split]):
         write_whole(out / f"{split}.list", "".join(f"{name}\n" for name in lists[split]).encode())
     labels = {"labels": {0: "background", **names}} if names else {}
     listed = listed_in(out) | {name: name in labeled for split in SPLITS for name in lists[split]}
     several = {"channel_names": {str(i): name for i, name in enumerate(channels)}} if len(channels) > 1 else {}
-    write_json(out / DATASET, {**several, **labels, "listed": listed})
+    known = {"patients": dict(patients)} if patients else {}
+    write_json(out / DATASET, {**several, **labels, **known, "listed": listed})

@@ -14,7 +14,7 @@ from dataloaders.images import WRITTEN_AS, ending_of, scan_name
 from utils.errors import UserError
 from utils.text import read_text
 
-COLUMNS = ("label", "split", "name")
+COLUMNS = ("label", "split", "name", "patient")
 IMAGES_TS = ("unlabeled", "leave")
 FOLDERS = ("images", "labels", "imagesTr", "labelsTr", "imagesTs", "labelsTs")
 NOTES = (".json", ".txt", ".csv", ".tsv", ".md", ".xml", ".yaml", ".yml", ".log")  # of files that describe a scan
@@ -32,6 +32,8 @@ class Source:
     split: str = ""
     more: tuple[Path, ...] = ()
     """The files of further channels."""
+    patient: str = ""
+    """Of a CSV's column; '' where the source does not say."""
 
     @property
     def images(self) -> tuple[Path, ...]:
@@ -258,7 +260,7 @@ def _absent(dataset: dict[str, Any], scans: Sequence[Source], left_out: Sequence
 
 def read_manifest(path: Path) -> tuple[list[Source], list[str]]:
     """The rows of a CSV with the column image, or several image_NAME, one for each channel, and, optionally, label,
-    split and name; and the names of the channels, if there are several.
+    split, name and patient; and the names of the channels, if there are several.
 
     Raises:
         UserError: unreadable, other columns, an empty image, a split other than train and test.
@@ -272,7 +274,8 @@ def read_manifest(path: Path) -> tuple[list[Source], list[str]]:
     unknown = [name for name in columns if name not in (*images, *COLUMNS)]
     if not images or (len(images) > 1 and "image" in images) or unknown or any(None in row for row in rows):
         raise UserError(
-            f"{path} has the columns {', '.join(columns) or 'none'}. Use image and, if wanted, label, split, name; "
+            f"{path} has the columns {', '.join(columns) or 'none'}. Use image and, if wanted, label, split, name, "
+            "patient; "
             "several channels are a column image_NAME each."
         )
     scans = []
@@ -286,7 +289,8 @@ def read_manifest(path: Path) -> tuple[list[Source], list[str]]:
             raise UserError(f"{path}, line {line}: {what}, and the split must be train, test or nothing.")
         image, *more = (path.parent / values[name] for name in images)
         label = path.parent / values["label"] if values["label"] else None
-        scans.append(Source(values["name"] or scan_name(image), image, label, values["split"], tuple(more)))
+        name = values["name"] or scan_name(image)
+        scans.append(Source(name, image, label, values["split"], tuple(more), values["patient"]))
     return scans, [name.removeprefix("image_") for name in images] if len(images) > 1 else []
 
 

@@ -1,24 +1,25 @@
 """The scans of a data set that test_la.py tests, by --scans and --cases."""
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dataloaders.cases import lists_of, validation_of
 from dataloaders.folds import split_fold
+from dataloaders.patients import others_of, patients_of
 from utils.errors import UserError
 from utils.text import did_you_mean
 
 SCANS = ("test", "validation", "held-out")
 
 
-def names_of(folder: Path, scans: str, seen: Container[str], trained: Mapping[str, Any]) -> list[str]:
+def names_of(folder: Path, scans: str, seen: Collection[str], trained: Mapping[str, Any]) -> list[str]:
     """The names of the scans to test.
 
     Args:
         folder: the data set.
         scans: 'test' for test.list, 'validation' for validation.list, or the fold of a run with --fold, 'held-out' for
-            the scans of train.list that are not in `seen`.
+            the scans of train.list that are not in `seen`, nor other scans of a patient in it.
         seen: names of the scans used in training.
         trained: options of the training.
 
@@ -30,15 +31,16 @@ def names_of(folder: Path, scans: str, seen: Container[str], trained: Mapping[st
         return test
     if scans == "validation":
         fold = trained.get("fold", "")  # early checkpoints do not state it
-        validation = split_fold(train[: trained["labeled"]], fold)[1] if fold else validation_of(folder)
+        labeled = train[: trained["labeled"]]
+        validation = split_fold(labeled, fold, patients_of(folder))[1] if fold else validation_of(folder)
         if not validation:
             raise UserError(f"--scans validation: there is no {folder}/validation.list. Choose other --scans.")
         return validation
-    held_out = [name for name in train if name not in seen]
+    held_out = others_of(train, seen, patients_of(folder))
     if not held_out:
         raise UserError(
-            f"--scans held-out: the training used all {len(train)} scans of {folder}/train.list. Train with fewer "
-            "--unlabeled, and the last of the list are held out."
+            f"--scans held-out: the training used all {len(train)} scans of {folder}/train.list, or other scans of the "
+            "same patients. Train with fewer --unlabeled, and the last of the list are held out."
         )
     return held_out
 
