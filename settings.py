@@ -85,8 +85,9 @@ class Options:
         choices=NORMALIZATIONS,
     )
     window: list[float] | None = option(
-        None, "LEVEL WIDTH of --normalize window, in the scan's own intensities, such as 40 400 HU (default none)",
-        group="data", type=float, nargs=2, only_if={"normalize": ("window",)},
+        None, "LEVEL WIDTH of --normalize window, in the scan's own intensities, such as 40 400 HU; two more for each "
+        "further channel, or the same for all (default none)",
+        group="data", type=float, nargs="+", only_if={"normalize": ("window",)},
     )  # fmt: skip
     augment: str = option("d4", "turns and flips of a crop: d4: all eight in the x-y plane; mirror: always a flip, as "
                           "released; flip: flips alone, along --flip-axes", group="data",

@@ -33,16 +33,32 @@ Raw = Sequence[tuple[float, float]]
 
 
 class Normalization(NamedTuple):
-    """--normalize, and --window LEVEL WIDTH in the scan's own intensities, such as HU."""
+    """--normalize, and --window LEVEL WIDTH in the scan's own intensities, such as HU: for all channels or for each."""
 
     kind: str = "none"
-    window: tuple[float, float] | None = None
+    window: tuple[float, ...] | None = None
 
     @property
     def suffix(self) -> str:
         """Part of the name of a cache's folder, '' for 'none'."""
-        window = "" if self.window is None else "-{:g}_{:g}".format(*self.window)
+        window = "" if self.window is None else "-" + "_".join(f"{value:g}" for value in self.window)
         return "" if self.kind == "none" else f"-{self.kind}{window}"
+
+    def of_channels(self, count: int) -> list["Normalization"]:
+        """That of each of so many channels, with one window each.
+
+        Raises:
+            CaseError: for windows of another number of channels.
+        """
+        window = self.window
+        if window is None or len(window) == 2:
+            return [self] * count
+        if len(window) != 2 * count:
+            raise CaseError(
+                f"has {count} channel{'s' * (count > 1)}, and --window names {len(window) // 2} windows. Give one LEVEL"
+                " WIDTH for all channels, or one for each"
+            )
+        return [self._replace(window=window[i : i + 2]) for i in range(0, len(window), 2)]
 
 
 NONE = Normalization()
@@ -149,7 +165,8 @@ def scalings_of(image: NDArray[np.float32], how: Normalization, raw: Raw | None 
     """`scaling_of` each channel of (W,H,D) or (K,W,H,D); None for kind 'none'."""
     channels = with_channels(image)
     raws: Sequence[tuple[float, float] | None] = raw or [None] * len(channels)
-    scalings = [scaling_of(channel, how, one) for channel, one in zip(channels, raws, strict=True)]
+    hows = how.of_channels(len(channels))
+    scalings = [scaling_of(channel, one, scale) for channel, one, scale in zip(channels, hows, raws, strict=True)]
     return [scaling for scaling in scalings if scaling is not None] or None
 
 

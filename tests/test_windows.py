@@ -113,6 +113,10 @@ def test_each_channel_has_its_own_scale():
     both = np.stack([(a - 100) / 30, (5 * a - 7) / 2])
     found = normalized(both, Normalization("window", (90.0, 80.0)), [(100.0, 30.0), (1.4, 0.4)])
     np.testing.assert_allclose(found, np.clip((np.stack([a, a]) - 50) / 80, 0, 1), atol=1e-5)
+    two = Normalization("window", (90.0, 80.0, 110.0, 40.0))
+    found = normalized(both, two, [(100.0, 30.0), (1.4, 0.4)])
+    np.testing.assert_allclose(found, np.clip([(a - 50) / 80, (a - 90) / 40], 0, 1), atol=1e-5)
+    assert two.suffix == "-window-90_80_110_40"
 
 
 @pytest.mark.parametrize("how", [WINDOW, FOREGROUND], ids=str)
@@ -170,7 +174,8 @@ def test_a_test_scores_what_a_prediction_of_the_raw_scan_says(tmp_path, world):
         ("--normalize window --window 40 0", "--window 40 0: the width must be above 0"),
         ("--normalize window --window 40 -3", "the width must be above 0"),
         ("--normalize window --window nan 3", "both be finite"),
-        ("--normalize window --window 40", "expected 2 arguments"),
+        ("--normalize window --window 40", "--window 40 needs a LEVEL and a WIDTH"),
+        ("--normalize window --window 40 400 50 0", "--window 40 400 50 0: the width must be above 0"),
         ("--normalize windows", "Did you mean window"),
     ],
 )
@@ -180,7 +185,9 @@ def test_options_that_cannot_go_together_are_refused(words, message, tiny_set):
 
 
 def test_a_window_that_shows_nothing_is_refused(world, tmp_path, tiny_set):
-    """HU of a set whose cases hold no HU, in training, tests and predictions."""
+    """HU of a set whose cases hold no HU, in training, tests and predictions; a window too many."""
+    with pytest.raises(UserError, match=r"set has 1 channel, and --window names 2 windows\. Give one"):
+        train(tiny_set, tmp_path / "x", "--normalize", "window", "--window", "40", "400", "50", "100")
     with pytest.raises(UserError, match=r"case00: .* almost all alike in --window 40 400"):
         train(tiny_set, tmp_path / "x", "--normalize", "window", "--window", "40", "400")
     with pytest.raises(UserError, match=r"case08: .* almost all alike in --window 40 400"):

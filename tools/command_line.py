@@ -210,8 +210,12 @@ def settle(flags: dict[str, Any], kind: type[Method]) -> tuple[Options, Method.O
     refuse_idle(flags, [Options, kind.Options], values_of(o, method_options, kind), without, WHY)
     if o.normalize == "window" and o.window is None:
         raise UserError("--normalize window needs --window LEVEL WIDTH, as --window 40 400 for the abdomen in CT.")
-    if o.window is not None and not (math.isfinite(o.window[0]) and 0 < o.window[1] < math.inf):
-        raise UserError(f"--window {o.window[0]:g} {o.window[1]:g}: the width must be above 0, and both be finite.")
+    window = o.window or []
+    shown = " ".join(f"{value:g}" for value in window)
+    if len(window) % 2:
+        raise UserError(f"--window {shown} needs a LEVEL and a WIDTH, or both for each channel.")
+    if not all(map(math.isfinite, window)) or min(window[1::2], default=1) <= 0:
+        raise UserError(f"--window {shown}: the width must be above 0, and both be finite.")
     if o.sdm_of == "scan" and (o.random_scale or o.random_rotation):
         raise UserError(
             "--sdm-of scan does not go with --random-scale and --random-rotation: the distances of a whole scan do not "

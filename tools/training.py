@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dataloaders.augmentation import Strengths
-from dataloaders.cases import Case
+from dataloaders.cases import Case, CaseError
 from dataloaders.channels import channel_names
 from dataloaders.class_names import class_names
 from dataloaders.normalization import Normalization, normalization_of
@@ -119,6 +119,10 @@ def prepare(
         )
     to_validate = validation_names(data, o.labeled, o.fold) if o.validate_every else []
     normalize = normalization_of(dataclasses.asdict(o))
+    try:
+        normalize.of_channels(own.channels)
+    except CaseError as e:
+        raise UserError(f"{data} {e}.") from e
     volumes = Volumes(
         cases, cache=o.cache, folder=Path(o.cache_folder or data / ".cache"), downsample=o.downsample,
         normalize=normalize, device=device, problems=problems,
