@@ -42,6 +42,7 @@ LA_SUBFOLDER = "2018LA_Seg_Training Set"
 VALIDATION = "validation.list"
 FILE_NAME = "mri_norm2.h5"
 MOST_CLASSES = 254
+MOST_ALIKE = 3  # cases with the same error that have a line each
 MOST_BYTES = 2**31  # of one image or label: 2048 slices of 512x512 in float32
 
 
@@ -260,5 +261,18 @@ def check_all(cases: Sequence[Case], check: Callable[[Case], object], earlier: S
             problems.append(f"{case.name}: {case.path} {e}")
     if problems:
         some = "1 case is" if len(problems) == 1 else f"{len(problems)} cases are"
-        listing = "\n".join(f"  {line}" for line in problems)
+        listing = "\n".join(f"  {line}" for line in together(problems))
         raise UserError(f"{some} not usable. Fix the files or take the names out of the lists:\n{listing}")
+
+
+def together(problems: Sequence[str]) -> list[str]:
+    """Error lines "CASE: what is wrong", where more than three of the same become one with all their names."""
+    alike: dict[str, list[str]] = {}
+    for line in problems:
+        name, _, text = line.partition(": ")
+        alike.setdefault(text.replace(name, "CASE"), []).append(line)
+    lines = []
+    for text, same in alike.items():
+        names = ", ".join(line.partition(": ")[0] for line in same)
+        lines += same if len(same) <= MOST_ALIKE else [f"{len(same)} cases, {names}: {text}"]
+    return lines

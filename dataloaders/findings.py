@@ -260,14 +260,16 @@ def _small(facts: Sequence[Facts], patch_size: Sequence[int], downsample: int) -
         if axes:
             by_axes[axes].append(x)
     patch = " ".join(map(str, patch_size))
+    many = 4 * sum(map(len, by_axes.values())) > len(facts)  # tools.check suggests a patch that leaves a quarter so
+    advice = "Take a smaller --patch-size." if many else "They are a quarter of the scans at most."
     return [
         Finding(
-            "warning",
+            "warning" if many else "note",
             tuple(x.case.name for x in small),
             f"smaller than the patch {patch} along {', '.join(axes)} (the smallest is "
             f"{'x'.join(str(min(sides)) for sides in zip(*(x.shape for x in small), strict=True))}"
             f"{f' before --downsample {downsample}' if downsample > 1 else ''}), so their crops are filled up with "
-            "zeros. Take a smaller --patch-size.",
+            f"zeros. {advice}",
         )
         for axes, small in by_axes.items()
     ]

@@ -150,13 +150,14 @@ def training_cases(
         )
     cases, problems = find_cases(folder, names, labeled=True, classes=classes, channels=channels)
     without = [case for case in cases if not has_label(case.path)]
-    for case in without:
-        number = train.index(case.name) + 1
-        fewer = f"give --labeled {number - 1} for those before it, or " if case == without[0] and number > 1 else ""
-        problems.append(
-            f"{case.name}: {case.path} is a labeled case without a dataset 'label', number {number} of train.list and "
-            f"one of --labeled {labeled}; {fewer}put the labeled cases first in the list"
+    if without:
+        first = train.index(without[0].name)
+        fewer = f"give --labeled {first} for those before {without[0].name}, or " if first else ""
+        text = (
+            f"is a labeled case without a dataset 'label', one of the first {labeled} of train.list (--labeled); "
+            f"{fewer}put the labeled cases first in the list"
         )
+        problems += [f"{case.name}: {case.path} {text}" for case in without]
     unlabeled_cases, missing = find_cases(folder, unlabeled_names, labeled=False, classes=classes, channels=channels)
     return [case for case in cases if case not in without] + unlabeled_cases, problems + missing, labeled_batch
 

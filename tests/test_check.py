@@ -190,6 +190,32 @@ def test_scans_smaller_than_the_patch(tiny_set, capsys):
     assert "and 6 more: smaller than the patch 32 16 32 along x, z (the smallest is 24x22x18)" in line
     assert "filled up with zeros" in line
     assert "before --downsample 2" in warned(tiny_set, capsys, "--downsample", "2")
+    lines, _ = run_check(tiny_set, capsys, "--patch-size", "16", "16", "16")
+    assert not any("smaller than" in line for line in lines)
+    change(
+        tiny_set,
+        "case02",
+        image=volumes(tiny_set, "case02")[0][:, :, :12],
+        label=volumes(tiny_set, "case02")[1][:, :, :12],
+    )
+    lines, _ = run_check(tiny_set, capsys, "--patch-size", "16", "16", "16")
+    (line,) = (line for line in lines if "smaller than" in line)  # one of ten: what --patch-size of the suggestion does
+    assert line.startswith("note:") and "case02: smaller than the patch 16 16 16 along z" in line
+
+
+def test_one_mistake_in_many_cases_is_one_line(tiny_set, tmp_path, capsys):
+    """Two classes where one is asked for, in six cases that are opened: tools.check and training name them together."""
+    for name in (tiny_set / "train.list").read_text().split()[:4] + (tiny_set / "test.list").read_text().split():
+        label = volumes(tiny_set, name)[1]
+        label[0, 0, 0] = 2
+        change(tiny_set, name, label=label)
+    lines, _ = run_check(tiny_set, capsys, "--labeled", "4")
+    (line,) = (line for line in lines if line.startswith("error:"))
+    assert "and 2 more: " in line and "--classes 2 takes them all" in line
+    with pytest.raises(UserError) as caught:
+        train_dtml.main(["--data", str(tiny_set), "--runs", str(tmp_path), *TINY])
+    (_, line) = str(caught.value).splitlines()
+    assert line.startswith("  4 cases, case00, case01, case02, case03: ") and "--classes 2 takes them all" in line
 
 
 def test_an_inverted_label(tiny_set, capsys):

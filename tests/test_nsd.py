@@ -163,5 +163,5 @@ def test_a_tolerance_without_a_spacing_is_refused(trained, tmp_path):
     assert not (tmp_path / "out").exists()
     (data / "spacing.txt").write_text("1 1 2")
     assert "nsd" in score(trained, tmp_path / "out", "--data", str(data), "--nsd-tolerance", "2")[0][0]
-    with pytest.raises(UserError, match="-1 is below 0"):
+    with pytest.raises(UserError, match="-1 must be at least 0"):
         score(trained, tmp_path / "other", "--nsd-tolerance=-1")

@@ -237,7 +237,10 @@ def test_labels_that_do_not_come_first_are_not_left_out_unnoticed(inside):
 @pytest.mark.parametrize(
     ("words", "texts"),
     [
-        ("--labeled 6", ("case04", "case05", "number 5 of train.list", "one of --labeled 6", "give --labeled 4")),
+        (
+            "--labeled 6",
+            ("case04", "case05", "one of the first 6 of train.list", "give --labeled 4 for those before case04"),
+        ),
         ("--labeled 5 --unlabeled 0", ("case04", "give --labeled 4", "put the labeled cases first")),
         ("--labeled 16", ("--labeled 16 must lie between 1 and 8", "that have a label")),
         ("--labeled 1", ("2 labeled crops", "give --labeled-batch 1")),

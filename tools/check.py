@@ -128,7 +128,15 @@ def findings_of_looks(
     """Findings that training does not report itself: labels, parts, sizes of objects, duplicates."""
     good = [x for x in looks if x.facts is not None]
     fix = "Fix the file or take the case out of the lists."
-    findings = [Finding("error", (x.name,), f"{x.problem}. {fix}") for x in looks if x.problem]
+    alike: dict[str, list[str]] = {}  # error -> the cases that have it
+    for x in looks:
+        if x.problem:
+            alike.setdefault(x.problem.replace(x.name, "CASE"), []).append(x.name)
+    problem = {x.name: x.problem for x in looks}
+    findings = [
+        Finding("error", tuple(names), f"{text if len(names) > 1 else problem[names[0]]}. {fix}")
+        for text, names in alike.items()
+    ]
     findings += duplicates([x.facts for x in good if x.facts], test, validation)
     findings += _same_labels(good)
     findings += _classes(good, classes, {"labeled training": labeled, "test": test, "validation": validation})

@@ -172,8 +172,8 @@ def _within(kind: Any, minimum: float | None, maximum: float) -> Any:
     def parse(word: str) -> Any:
         value = kind(word)
         if not minimum <= value <= maximum or value == math.inf:
-            limit = "" if maximum == math.inf else f" or above {maximum:g}"
-            raise argparse.ArgumentTypeError(f"{word} is below {minimum:g}{limit} or not finite")
+            limit = "at least {:g} and finite" if maximum == math.inf else "between {:g} and {:g}"
+            raise argparse.ArgumentTypeError(f"{word} must be {limit.format(minimum, maximum)}")
         return value
 
     parse.__name__ = kind.__name__  # argparse names the type in its errors

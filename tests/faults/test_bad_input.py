@@ -226,7 +226,7 @@ BAD_FLAGS = {
     "--patch-size 24 16 16": ("--patch-size 24 16 16", "multiples of 16", "Try --patch-size 32 16 16"),
     "--patch-size 16 16": ("--patch-size", "3 arguments"),
     "--patch-size 16 16 16 16": ("unknown argument 16",),
-    "--patch-size 16 16 0": ("--patch-size", "0 is below 1"),
+    "--patch-size 16 16 0": ("--patch-size", "0 must be at least 1"),
     "--labeld 4": ("unknown argument --labeld.", "Did you mean --labeled?"),
     "--labeld=4": ("unknown argument --labeld.", "Did you mean --labeled?"),
     "--method dtm": ("--method: 'dtm' is none of dtml, ", "Did you mean dtml?"),
@@ -247,13 +247,13 @@ BAD_FLAGS = {
     "--method supervised --unlabeled 4": ("--unlabeled", "labeled scans only"),
     "--method supervised --lambda-max 1": ("unknown argument --lambda-max.",),
     "--method tcse --preset authors": ("--preset authors", "Choose from paper, tuned."),
-    "--method ua-mt --passes 0": ("--passes", "0 is below 1"),
-    "--method mean-teacher --ema-decay 1.1": ("--ema-decay", "1.1 is below 0 or above 1"),
+    "--method ua-mt --passes 0": ("--passes", "0 must be at least 1"),
+    "--method mean-teacher --ema-decay 1.1": ("--ema-decay", "1.1 must be between 0 and 1"),
     "--method dtc --ramp linear": ("--ramp", "linear", "gaussian"),
     "--downsample 100": ("--downsample",),
     "--data nowhere": ("nowhere", "does not exist"),
     "@nowhere/options.txt": ("nowhere/options.txt", "cannot read"),
-    "--resume nowhere/run": ("nowhere/run", "does not exist"),
+    "--resume nowhere/run": ("nowhere/run", "there is no checkpoint"),
     "somewhere": ("unknown argument somewhere",),
 }
 
@@ -465,7 +465,7 @@ def refuse_checkpoint(script: str, path: Path, *texts: str) -> str:
 
 @BOTH
 def test_14_checkpoint_that_is_missing_is_named(script, tmp_path):
-    refuse_checkpoint(script, tmp_path / "none.pt", "does not exist")
+    refuse_checkpoint(script, tmp_path / "none.pt", "there is no checkpoint")
     (tmp_path / "empty").mkdir()
     refuse_checkpoint(script, tmp_path / "empty", "holds no checkpoint")
 
