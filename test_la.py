@@ -221,10 +221,10 @@ def main(argv: list[str] | None = None) -> None:
             scores = waiting.popleft().result()
             rows.extend(scores)
             if not sys.stderr.isatty():
-                best = {
-                    row["output"]: row["dice"] for row in scores if row["component"] == "largest"
-                }  # the mean over the classes is last
-                print(f"{scores[0]['case']}  " + "  ".join(f"{k} {v:.4f}" for k, v in best.items()), file=sys.stderr)
+                dices = {row["output"]: 100 * row["dice"] for row in scores if row["component"] == "all"}
+                # of several classes the mean, which is last
+                text = "  ".join(f"{name} {dice:.2f}" for name, dice in dices.items())
+                print(f"{scores[0]['case']}  Dice %  {text}", file=sys.stderr)
 
     mine = cases[RANK::RANKS]
     with (

@@ -10,6 +10,7 @@ batch, with 2/3 of each side of a crop. X are labeled crops with labels Y, u are
     y'  =  largest component of each class of f'(u)               pseudo-label
     f'  <-  f before T_0, then 0.99 f' + 0.01 f                   teacher, the moving average of the student
 
+T_0 is --start times the iterations, and alpha is --pseudo-weight.
 L_seg in a region is 1/2 (cross-entropy + Dice) of its voxels alone; the cross-entropy is their mean. Half of the crops
 are mixed in each direction. No gradient reaches the teacher. Without unlabeled crops the warm-up never ends: this is
 the control on labeled scans alone. With several classes p is a softmax over C+1 channels.
@@ -43,7 +44,7 @@ class BCP(Method):
 
     @dataclass
     class Options(Method.Options):
-        filters: int = option(16, "channels of the first block of both V-Nets", minimum=1)
+        filters: int = option(16, "channels of the V-Net's first block", minimum=1)
         start: float = option(0.12, "share of the iterations in which labeled crops alone are mixed", minimum=0,
                               maximum=1)  # fmt: skip
         box: float = option(2 / 3, "sides of the box, as a share of those of the crop", minimum=0.1, maximum=0.9)
@@ -70,17 +71,20 @@ class BCP(Method):
         box = random_box(image.shape[2:], o.box).to(image.device)
         if self.started(iteration) and len(image) > len(label):
             pseudo = self.pseudo_label(image[len(label) :])
-            outside, inside = bidirectional(len(label), len(image) - len(label))
+            outside, inside = mix_both_kinds(len(label), len(image) - len(label))
             label = torch.cat([label, pseudo])
         else:
             pseudo = label[:0]
-            outside, inside = among(len(label))
+            outside, inside = mix_labeled(len(label))
         logits = self.student(paste(image[outside], image[inside], box))["seg"]
         target = paste(label[outside], label[inside], box)
         p = probabilities(logits.detach(), o.classes)
         if len(pseudo):
             known = torch.stack([~box, box]).repeat_interleave(len(logits) // 2, dim=0)  # the labeled regions
-            terms = {"seg": self.loss_in(known, logits, target), "pseudo_seg": self.loss_in(~known, logits, target)}
+            terms = {
+                "seg": self.region_loss(known, logits, target),
+                "pseudo_seg": self.region_loss(~known, logits, target),
+            }
             dice, foreground = hard_dice(p * known[:, None], target * known), (pseudo > 0).float().mean()
         else:
             terms = {"seg": seg_loss(logits, target, o.classes), "pseudo_seg": logits.new_zeros(())}
@@ -89,7 +93,7 @@ class BCP(Method):
         weight = o.pseudo_weight if len(pseudo) else 0.0
         return Losses(weighted_sum(terms, {"pseudo_seg": weight}), terms, {"w": weight}, monitors)
 
-    def loss_in(self, region: Tensor, logits: Tensor, label: Tensor) -> Tensor:
+    def region_loss(self, region: Tensor, logits: Tensor, label: Tensor) -> Tensor:
         """L_seg in a region (N,W,H,D), the sum of both directions, which are the two halves of the N mixes."""
         halves = zip(logits.chunk(2), label.chunk(2), region[:, None].to(logits.dtype).chunk(2), strict=True)
         return torch.stack([seg_loss(x, y, self.options.classes, weight_inside(r)) for x, y, r in halves]).sum()
@@ -117,7 +121,7 @@ class BCP(Method):
         return by_name(p=p, teacher=teacher)
 
 
-def among(labeled: int) -> tuple[Tensor, Tensor]:
+def mix_labeled(labeled: int) -> tuple[Tensor, Tensor]:
     """The mixes of the warm-up: each crop of the first half around one of the second half, then the other way round.
 
     Returns:
@@ -128,7 +132,7 @@ def among(labeled: int) -> tuple[Tensor, Tensor]:
     return torch.cat([first, second]), torch.cat([second, first])
 
 
-def bidirectional(labeled: int, unlabeled: int) -> tuple[Tensor, Tensor]:
+def mix_both_kinds(labeled: int, unlabeled: int) -> tuple[Tensor, Tensor]:
     """The mixes of labeled and unlabeled crops: the first half inward (X|u), the second half outward (u|X).
 
     Of four crops of each, two go either way. Where there are fewer of one kind, they are used again.

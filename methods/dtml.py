@@ -1,15 +1,15 @@
 """DTML: Zhang & Zhang, Dual-Task Mutual Learning for Semi-Supervised Medical Image Segmentation, 2021.
 
-M_s predicts p = sigmoid(logits). M_d predicts z = tanh(.), which m = sigmoid(-k z) turns into a mask. With
-C = mean (m - p)^2:
+M_s predicts p = sigmoid(logits). M_d predicts z = tanh(.), which m = sigmoid(-k z) turns into a mask (eq. (2)). With
+the consistency C = mean (m - p)^2 (eq. (4)):
 
     eq. (5)   min over M_s   L_seg  + lambda(t) C
     eq. (6)   min over M_d   L_mask + lambda(t) C
 
 L_seg does not depend on M_d, and L_mask does not depend on M_s. One backward pass through the sum
 L_seg + L_mask + lambda C therefore gives the gradients of both problems. The released code runs two backward passes,
-both through both networks, and so counts the consistency twice: `consistency_times` 2 in the preset `authors`. With C
-classes p, z and m have C channels; Dice and the consistency are means over them.
+both through both networks, and so counts the consistency twice: `consistency_times` 2 in the preset `authors`. With
+several classes p, z and m have a channel for each; Dice and the consistency are means over them.
 
 Three options go beyond the paper: C on the unlabeled crops alone, a ramp that ends before the training does, and a
 smaller k. C needs no stop-gradient: the gradient for M_s treats m as a constant, and that for M_d treats p as one.
@@ -98,7 +98,8 @@ class DTML(Method):
                 "dice/train_sdm": hard_dice(labeled_part(m, batch), label),
                 "live_gradient/sdm": live_share(m),
             }
-        return Losses(weighted_sum(terms, factors), terms, {"lambda": lambda_}, monitors)
+        total = weighted_sum(terms, factors)  # L_seg + L_mask + lambda C: equations (5) and (6) at once
+        return Losses(total, terms, {"lambda": lambda_}, monitors)
 
     def predict(self, image: Tensor, outputs: tuple[str, ...]) -> Tensor:
         maps = probability_maps(self.M_s, self.M_d, image, outputs, self.options.classes, self.options.k)

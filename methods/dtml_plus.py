@@ -12,8 +12,9 @@ Each network then learns y' from its own strong view S(u), with random contrast,
     min over M_d   L_mask(x, Y)  + w(t) L_mask^a(S(u), y')
     w(t)  =  0 before T_0, then rises to --pseudo-weight as a Gaussian ramp that ends at T_1
 
-x, Y are labeled crops; the superscript a weights every voxel. Where the two averages disagree, one of them is wrong, so
-the weight is 0. The default output is the mean of both averages. With C classes p and m have C channels.
+x, Y are labeled crops; the superscript a weights every voxel. Where the two averages disagree, at least one of them is
+wrong, so the weight is 0. The default output is the mean of both averages. With C classes p and m have C channels,
+and a label is the class of the largest value, the background having 1 minus their sum.
 """
 
 from dataclasses import dataclass

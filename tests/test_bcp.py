@@ -24,14 +24,16 @@ def batch(labeled=4, unlabeled=4, classes=1):
 
 
 def test_the_mixes_are_those_of_the_paper_and_take_any_number_of_crops():
-    pairs = [list(zip(*(x.tolist() for x in mixes), strict=True)) for mixes in (bcp.among(4), bcp.bidirectional(4, 4))]
+    pairs = [
+        list(zip(*(x.tolist() for x in mixes), strict=True)) for mixes in (bcp.mix_labeled(4), bcp.mix_both_kinds(4, 4))
+    ]
     assert pairs[0] == [(0, 2), (1, 3), (2, 0), (3, 1)]
     assert pairs[1] == [(0, 4), (1, 5), (6, 2), (7, 3)]  # X a, b around u a, b; u c, d around X c, d
     for labeled in range(1, 6):
-        outside, inside = bcp.among(labeled)
+        outside, inside = bcp.mix_labeled(labeled)
         assert set(outside.tolist()) == set(inside.tolist()) == set(range(labeled))
         for unlabeled in range(1, 6):
-            outside, inside = bcp.bidirectional(labeled, unlabeled)
+            outside, inside = bcp.mix_both_kinds(labeled, unlabeled)
             half = len(outside) // 2
             assert len(outside) == 2 * half and set(torch.cat([outside, inside]).tolist()) == set(
                 range(labeled + unlabeled)
