@@ -216,6 +216,10 @@ CLAIMS = {  # section: of each of its lines the reference and the row, as evalua
         ("half/plus-alone-8-seed*:ema_mean", "half/plus-8-seed*:ema_mean"),
         ("half/supervised-normalized-8-seed*", "half/plus-8-seed*:ema_mean"),
     ],
+    "dtml-on-the-hippocampus": [
+        ("hippocampus/plus-alone-8-seed*:ema_mean", "hippocampus/plus-8-seed*:ema_mean"),
+        ("hippocampus/supervised-normalized-8-seed*", "hippocampus/plus-alone-8-seed*:ema_mean"),
+    ],
     "dk-uxnet-after-600-iterations": [("short/supervised-16-seed1337", "short/dk-uxnet-16-seed1337")],
 }
 OTHERS = ("asdnet", "tcse", "ua-mt", "dtc", "sassnet", "double-unc")
