@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train_dtml
 from methods.base import Losses
 from utils import clock as clocks
+from utils import report as reports
 from utils.clock import Clock
 from utils.report import Report
 
@@ -38,6 +39,22 @@ def test_only_every_nth_iteration_and_the_last_are_logged(tmp_path):
     rows = (tmp_path / "scalars.csv").read_text().splitlines()
     assert rows[0] == "iteration,loss/total,loss/mask,lambda,lr,live_gradient/sdm"
     assert [row.split(",")[0] for row in rows[1:]] == ["2", "5", "6"]
+
+
+@pytest.mark.parametrize(("threads", "used", "said"), [(4, 0.1, True), (4, 4.0, False), (1, 0.1, False)])
+def test_threads_that_wait_for_cores_are_reported(threads, used, said, tmp_path, monkeypatch):
+    """An iteration a second, in which the process computes for `used` seconds on all cores together."""
+    monkeypatch.setattr(reports.time, "monotonic", lambda: seconds[0])
+    monkeypatch.setattr(reports.time, "process_time", lambda: used * seconds[0])
+    monkeypatch.setattr(reports.torch, "get_num_threads", lambda: threads)
+    seconds = [0.0]
+    with Report(tmp_path, start=0, iterations=20, log_every=20) as report:
+        for iteration in range(12):
+            seconds[0] = float(iteration)
+            report.iteration(iteration, losses(0.5), lr=0.01, clock=CLOCK, memory=1.5)
+    text = (tmp_path / "log.txt").read_text()
+    assert "about 10 s left: 1 s an iteration" in text
+    assert ("4 threads had 0.1 cores. If other programs run, --threads 1 may be faster." in text) == said
 
 
 def test_the_clock_s_shares_are_those_of_the_time_between_laps(monkeypatch):

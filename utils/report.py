@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
@@ -17,6 +18,7 @@ from utils.clock import Clock
 from utils.run_folder import Scalars
 
 ESTIMATED_AFTER = 10  # iterations of this start, the first of which is slower and does not count
+SHARED = 0.6  # cores for each thread below which they are thought to be shared with other programs
 
 
 def duration(seconds: float) -> str:
@@ -68,6 +70,8 @@ class Report:
         self.last, self.clock = start, time.monotonic()
         self.first = self.clock
         """When the first iteration of this start was done."""
+        self.computed = time.process_time()
+        """The processor's time until then."""
 
     def __enter__(self) -> "Report":
         return self
@@ -104,11 +108,15 @@ class Report:
         self.bar.update()
         done = iteration + 1
         if done == self.start + 1:
-            self.first = time.monotonic()
+            self.first, self.computed = time.monotonic(), time.process_time()
         if done == self.start + ESTIMATED_AFTER < self.iterations:
-            each = (time.monotonic() - self.first) / (ESTIMATED_AFTER - 1)
+            waited = time.monotonic() - self.first
+            each = waited / (ESTIMATED_AFTER - 1)
             time_left = duration(each * (self.iterations - done))
             self.say(f"about {time_left} left: {each:.3g} s an iteration, {self.iterations - done} iterations to go")
+            cores, threads = (time.process_time() - self.computed) / max(waited, 1e-9), torch.get_num_threads()
+            if not clock.cuda and threads > 1 and cores < SHARED * threads:
+                self.say(f"{threads} threads had {cores:.1f} cores. If other programs run, --threads 1 may be faster.")
         if done % self.log_every and done != self.iterations and not scores:
             return
         now = time.monotonic()
