@@ -254,7 +254,7 @@ def test_flips_of_a_prediction_that_were_not_trained_on_are_named():
         ("--method dtc --sdm-of scan --random-scale 0.1", "--sdm-of scan does not go with"),
         ("--augment flip --flip-axes x x", "--flip-axes names an axis twice"),
         ("--flip-axes z", "--flip-axes does nothing with --augment d4"),
-        ("--random-rotation 200", "above 180"),
+        ("--random-rotation 200", "between 0 and 180"),
     ],
 )
 def test_what_does_not_go_together_is_refused(words, text, tmp_path):

@@ -235,7 +235,7 @@ def _read(path: Path, *, older: bool = False) -> tuple[Any, int]:
         UserError: as in load_checkpoint.
     """
     if not path.is_file():
-        raise UserError(f"there is no checkpoint {path}. Give a run folder of train_dtml.py or a .pt file.")
+        raise UserError(f"{path} does not exist. Give a run folder of train_dtml.py or a .pt file.")
     try:
         saved = path.stat().st_mtime_ns
         if not older or zipfile.is_zipfile(path):

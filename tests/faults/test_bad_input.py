@@ -253,7 +253,7 @@ BAD_FLAGS = {
     "--downsample 100": ("--downsample",),
     "--data nowhere": ("nowhere", "does not exist"),
     "@nowhere/options.txt": ("nowhere/options.txt", "cannot read"),
-    "--resume nowhere/run": ("nowhere/run", "there is no checkpoint"),
+    "--resume nowhere/run": ("nowhere/run", "does not exist"),
     "somewhere": ("unknown argument somewhere",),
 }
 
@@ -465,7 +465,7 @@ def refuse_checkpoint(script: str, path: Path, *texts: str) -> str:
 
 @BOTH
 def test_14_checkpoint_that_is_missing_is_named(script, tmp_path):
-    refuse_checkpoint(script, tmp_path / "none.pt", "there is no checkpoint")
+    refuse_checkpoint(script, tmp_path / "none.pt", "does not exist")
     (tmp_path / "empty").mkdir()
     refuse_checkpoint(script, tmp_path / "empty", "holds no checkpoint")
 
