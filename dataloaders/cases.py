@@ -16,9 +16,10 @@ has no spacing in mm.
 
 import itertools
 import math
+import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -267,12 +268,21 @@ def check_all(cases: Sequence[Case], check: Callable[[Case], object], earlier: S
 
 def together(problems: Sequence[str]) -> list[str]:
     """Error lines "CASE: what is wrong", where more than three of the same become one with all their names."""
-    alike: dict[str, list[str]] = {}
-    for line in problems:
-        name, _, text = line.partition(": ")
-        alike.setdefault(text.replace(name, "CASE"), []).append(line)
-    lines = []
-    for text, same in alike.items():
-        names = ", ".join(line.partition(": ")[0] for line in same)
-        lines += same if len(same) <= MOST_ALIKE else [f"{len(same)} cases, {names}: {text}"]
+    lines: list[str] = []
+    for text, same in by_problem(line.partition(": ")[::2] for line in problems).items():
+        names = list(same)
+        lines += (
+            [f"{name}: {same[name]}" for name in names]
+            if len(names) <= MOST_ALIKE
+            else [f"{len(names)} cases, {', '.join(names)}: {text}"]
+        )
     return lines
+
+
+def by_problem(problems: Iterable[tuple[str, str]]) -> dict[str, dict[str, str]]:
+    """Pairs of a case's name and what is wrong with it, in which a path may hold the name -> what is wrong, with CASE
+    for the name in the path -> name -> the case's own text."""
+    alike: dict[str, dict[str, str]] = {}
+    for name, text in problems:
+        alike.setdefault(re.sub(rf"(?<=/){re.escape(name)}(?=[/.])", "CASE", text), {})[name] = text
+    return alike

@@ -25,17 +25,17 @@ def patients_of(folder: Path) -> dict[str, str]:
 
 
 def patients_by_name(names: Iterable[str], pattern: str) -> dict[str, str]:
-    """Name of a scan -> its patient, the part in brackets of a regular expression that its beginning matches.
+    """Name of a scan -> its patient, the group in parentheses of a regular expression that its beginning matches.
 
     Raises:
-        UserError: for a pattern that is none or has not one pair of brackets, or that does not match a name.
+        UserError: for a pattern that is none or has not one group, or that does not match a name.
     """
     try:
         expression = re.compile(pattern)
     except re.error as e:
         raise UserError(f"--patient {pattern!r} is no regular expression: {e}. Try '([^_]+)_'.") from e
     if expression.groups != 1:
-        raise UserError(f"--patient {pattern!r} needs one pair of brackets, around the patient. Try '([^_]+)_'.")
+        raise UserError(f"--patient {pattern!r} needs one group in parentheses, the patient. Try '([^_]+)_'.")
     matches = {name: expression.match(name) for name in names}
     others = [name for name, match in matches.items() if not match or not match[1]]
     if others:

@@ -108,19 +108,23 @@ def test_a_run_of_a_fold_and_its_tests_leave_its_patients_out(tmp_path):
 
 
 def test_convert_reads_patients_from_names_or_a_column_and_keeps_them(tmp_path, capsys):
-    make_scans(tmp_path / "made", labeled=6, unlabeled=2)
-    for kind in ("images", "labels"):
+    make_scans(tmp_path / "made", labeled=4, unlabeled=4)
+    for kind in ("images", "labels"):  # of each of four patients one scan with a label and one without
         (tmp_path / "scans" / kind).mkdir(parents=True)
         for path in (tmp_path / "made" / kind).iterdir():
             number = int(path.name[len("patient")])
-            path.rename(tmp_path / "scans" / kind / f"sub{number // 2}_day{number % 2}.nii.gz")
+            path.rename(tmp_path / "scans" / kind / f"sub{number % 4}_day{number // 4}.nii.gz")
     words = ["--source", str(tmp_path / "scans"), "--out", str(tmp_path / "set"), "--test-share", "0.33"]
     convert.main([*words, "--patient", "([^_]+)_"])
-    assert "patients: 3 in train.list, 1 in test.list" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "patients: 3 in train.list, 1 in test.list" in printed.out
+    assert "left out: 1 scans without label, of patients in test.list" in printed.err
     names = {split: (tmp_path / "set" / f"{split}.list").read_text().split() for split in ("train", "test")}
-    assert len(names["test"]) == 2 and len({*map(patient, names["test"])}) == 1
+    (tested,) = names["test"]
+    later = f"{patient(tested)}_day1"  # without label, of the tested patient
+    assert len(names["train"]) == 6 and later not in names["train"] and not (tmp_path / "set" / later).exists()
     stated = json.loads((tmp_path / "set" / "dataset.json").read_text())["patients"]
-    assert stated == {name: patient(name) for name in (*names["train"], *names["test"])}
+    assert stated == {name: patient(name) for name in (*names["train"], tested, later)}
     with pytest.raises(UserError, match=r"was made with patients.*Give --patient as before"):
         convert.main(words)
 
@@ -140,8 +144,8 @@ def test_convert_reads_patients_from_names_or_a_column_and_keeps_them(tmp_path, 
     ("pattern", "message"),
     [
         ("(", "is no regular expression"),
-        ("[^_]+_", "needs one pair of brackets"),
-        ("(a)(_)", "needs one pair of brackets"),
+        ("[^_]+_", "needs one group in parentheses"),
+        ("(a)(_)", "needs one group in parentheses"),
         ("(a*)_", "finds no patient in b_1, c$"),
     ],
 )

@@ -27,7 +27,17 @@ from numpy.typing import NDArray
 from skimage.measure import label as components
 from tqdm import tqdm
 
-from dataloaders.cases import FILE_NAME, MOST_CLASSES, Case, CaseError, find_cases, lists_of, read_case, validation_of
+from dataloaders.cases import (
+    FILE_NAME,
+    MOST_CLASSES,
+    Case,
+    CaseError,
+    by_problem,
+    find_cases,
+    lists_of,
+    read_case,
+    validation_of,
+)
 from dataloaders.findings import (
     GIB,
     LEVELS,
@@ -128,14 +138,9 @@ def findings_of_looks(
     """Findings that training does not report itself: labels, parts, sizes of objects, duplicates."""
     good = [x for x in looks if x.facts is not None]
     fix = "Fix the file or take the case out of the lists."
-    alike: dict[str, list[str]] = {}  # error -> the cases that have it
-    for x in looks:
-        if x.problem:
-            alike.setdefault(x.problem.replace(x.name, "CASE"), []).append(x.name)
-    problem = {x.name: x.problem for x in looks}
     findings = [
-        Finding("error", tuple(names), f"{text if len(names) > 1 else problem[names[0]]}. {fix}")
-        for text, names in alike.items()
+        Finding("error", tuple(same), f"{text if len(same) > 1 else next(iter(same.values()))}. {fix}")
+        for text, same in by_problem((x.name, x.problem) for x in looks if x.problem).items()
     ]
     findings += duplicates([x.facts for x in good if x.facts], test, validation)
     findings += _same_labels(good)

@@ -122,7 +122,7 @@ class Options:
     )
     patient: str = option(
         "",
-        "regular expression that the beginning of each scan's name matches, with the patient in brackets: '([^_]+)_' "
+        "regular expression that the beginning of each scan's name matches, the patient in parentheses: '([^_]+)_' "
         "takes sub-01_day-1 and sub-01_day-2 for one (default every scan is a patient, or what a CSV states)",
     )
     images_ts: str = option(

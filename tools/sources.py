@@ -275,8 +275,7 @@ def read_manifest(path: Path) -> tuple[list[Source], list[str]]:
     if not images or (len(images) > 1 and "image" in images) or unknown or any(None in row for row in rows):
         raise UserError(
             f"{path} has the columns {', '.join(columns) or 'none'}. Use image and, if wanted, label, split, name, "
-            "patient; "
-            "several channels are a column image_NAME each."
+            "patient; several channels are a column image_NAME each."
         )
     scans = []
     for line, row in enumerate(rows, 2):
