@@ -265,6 +265,9 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("checkpoint", "out"):
         if not getattr(o, name):
             raise UserError(f"--{name} is missing. See --help.")
+    lost = [word for word in o.checkpoint[1:] if not Path(word).exists()]
+    if lost:
+        raise UserError(f"there is no {', '.join(lost)}: neither a scan nor a further checkpoint.")
     if o.threads:
         torch.set_num_threads(o.threads)
     device = choose_device(o.device)

@@ -33,7 +33,7 @@ from tools.replay import replay_batch
 from tools.showing import show
 from tools.starting import further, header, keep_finished, start_from
 from tools.training import Training, prepare
-from tools.validation import validation_dice
+from tools.validation import VALIDATION, validation_line, validation_scores
 from utils.checkpoint import BEST, load_checkpoint, save_checkpoint, write_whole
 from utils.clock import Clock
 from utils.devices import (
@@ -168,7 +168,7 @@ def begin(
                              **({"init": began_from} if began_from else {}))  # fmt: skip
     manifest = start_manifest(t.folder, t.start, {**manifest, **({"extended": t.extended} if t.extended else {})})
     if t.start == 0:
-        report.settings(replay, "dice/validation" if t.validation else "loss/total")
+        report.settings(replay, VALIDATION if t.validation else "loss/total")
     report.text({"options": replay, "manifest": {k: v for k, v in manifest.items() if k not in LONG}})
     return manifest
 
@@ -215,14 +215,15 @@ def train(t: Training, model: Callable[..., Losses], report: Report | None, stop
         scores: dict[str, float] = {}
         if t.validation and (done % o.validate_every == 0 or last):
             watch.settle()
-            scores["dice/validation"] = dice = validation_dice(
+            scores = validation_scores(
                 method, t.validation, device, downsample=o.downsample, normalize=t.normalize,
                 patch_size=o.patch_size, batch_size=o.batch_size,
             )  # fmt: skip
             clock.lap("validation")
             if report:
+                dice = scores[VALIDATION]
                 better = dice > (t.best["dice"] if t.best else -1)
-                text = f"validation after {done} iterations: Dice {100 * dice:.2f} %, {len(t.validation)} scans"
+                text = validation_line(scores, len(t.validation), done, t.constant.get("class_names", {}))
                 report.say(text + (", the best so far" if better else ""))
                 if better:
                     t.best = {"iteration": done, "dice": dice}

@@ -88,14 +88,10 @@ def class_scores(
     return [*scores, {"class": MEAN, **mean}]
 
 
-def mean_dice(prediction: NDArray, label: NDArray, classes: int) -> float:
-    """Mean Dice in [0,1] over the classes in either label map (W,H,D) of 0..classes, as `class_scores` gives it.
-
-    NaN if both maps are empty.
-    """
+def class_dices(prediction: NDArray, label: NDArray, classes: int) -> list[float]:
+    """Dice in [0,1] of each class of two label maps (W,H,D) of 0..classes; NaN for a class that is in neither."""
     pairs = [(prediction == c, label == c) for c in range(1, classes + 1)]
-    dices = [float(binary.dc(a, b)) for a, b in pairs if a.any() or b.any()]
-    return float(np.mean(dices)) if dices else math.nan
+    return [float(binary.dc(a, b)) if a.any() or b.any() else math.nan for a, b in pairs]
 
 
 def table(rows: Sequence[dict[str, Any]], over: str = "") -> str:

@@ -241,9 +241,20 @@ def test_what_is_no_scan_is_named_before_anything_is_written(world, tmp_path):
     for name, message in (("notes.txt", "is no scan: files end in"), ("gone", "Give files that end in")):
         with pytest.raises(UserError, match=rf"{name}.* {message}"):
             predict.main([str(tmp_path / name), "--checkpoint", str(run), "-o", str(out)])
+    with pytest.raises(UserError, match=r"there is no .*gone: neither a scan nor a further checkpoint"):
+        predict.main(["--checkpoint", str(run), str(tmp_path / "gone"), "-o", str(out)])
     with pytest.raises(UserError, match="is where the scans are"):
         predicted(run, [write_series(tmp_path / "dicom", values_of(world))], tmp_path / "dicom")
     assert not out.exists() and not (tmp_path / "dicom" / "volumes.csv").exists()
+
+
+def test_a_label_given_as_a_scan_is_warned_of(world, tmp_path, capsys):
+    label = np.zeros(SHAPE)
+    label[4:9, 5:9, 3:8] = 1
+    write(tmp_path / "label.nii.gz", label)
+    predicted(world / "runs" / "dtml", [tmp_path / "label.nii.gz", scan(world)], tmp_path / "out")
+    warned = [line for line in capsys.readouterr().err.splitlines() if "Is it a label map?" in line]
+    assert warned == [f"warning: {tmp_path / 'label.nii.gz'} has only the values 0, 1. Is it a label map?"]
 
 
 # -- the volumes --

@@ -3,9 +3,11 @@
 import csv
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -97,9 +99,28 @@ def test_best_is_tested_and_predicted_with_and_called_finished(folder, tmp_path,
     assert "not finished: 20 of 30" in capsys.readouterr().err
 
 
+def test_each_class_has_a_curve_which_the_test_script_finds_again(folder, tmp_path):
+    data = shutil.copytree(folder / "set", tmp_path / "set")
+    for path in data.glob("*/mri_norm2.h5"):
+        with h5py.File(path, "a") as f:
+            if "label" in f:
+                f["label"][:, :11] *= 2
+    dataset = {"labels": {"background": 0, "left": 1, "right": 2}}
+    (data / "dataset.json").write_text(json.dumps(dataset))
+    words = ["--data", str(data), "--runs", str(tmp_path), "--name", "run", *FLAGS, "--classes", "2"]
+    train_dtml.main([*words, "--validate-every", "30"])
+    last = scalars(tmp_path / "run")[-1]
+    rows = rows_of(tmp_path / "run" / "validation", "--checkpoint", str(tmp_path / "run"), "--scans", "validation")
+    for name, c in (("", "mean"), ("_1", "1"), ("_2", "2")):
+        dices = [float(row["dice"]) for row in rows
+                 if (row["output"], row["component"], row["class"]) == ("seg", "all", c)]  # fmt: skip
+        assert float(last[f"dice/validation{name}"]) == pytest.approx(np.nanmean(dices), abs=2e-6)
+    assert re.search(r"Dice \d+\.\d\d % \(left .*, right .*\), 3 scans", (tmp_path / "run" / "log.txt").read_text())
+
+
 def faked(monkeypatch: pytest.MonkeyPatch, *dices: float) -> None:
     values = iter(dices)
-    monkeypatch.setattr(train_dtml, "validation_dice", lambda *words, **more: next(values))
+    monkeypatch.setattr(train_dtml, "validation_scores", lambda *words, **more: {"dice/validation": next(values)})
 
 
 def test_a_resumed_run_keeps_the_best_of_before_and_ends_as_if_nothing_had_been(folder, tmp_path, monkeypatch):

@@ -33,6 +33,7 @@ from utils.channels import each_channel
 from utils.masks import label_map, largest_components
 from utils.resample import downsample_image, upsample_probability
 
+FEW = 16  # values of a label map; a scan has more
 SLAB = 64  # voxels along x that are brought back to the scan's grid at a time
 
 
@@ -131,6 +132,7 @@ def predict_scan(
     source, stated = read_series(scan.slices) if scan.slices else read_channels(scan.files)
     refuse_number(source, model.channels)
     warn_of_unknown(path, stated, model)
+    warn_of_label(path, source)
     turn = turn_to(model.orientation, stated.get("direction"))
     source = turn(source)
     shape = source.shape[-3:]
@@ -170,6 +172,15 @@ def predict_scan(
         "probability": None if kept is None else [back(p) for p in kept],
         "geometry": stated,
     }
+
+
+def warn_of_label(path: Path, image: NDArray[np.float32]) -> None:
+    """Warns on stderr of an image with so few values that it may be a label map."""
+    if len(np.unique(image.ravel()[::97])) > FEW:  # enough of a scan, and a hundredth of the time
+        return
+    values = [f"{value:g}" for value in np.unique(image)]
+    if len(values) <= FEW:
+        print(f"warning: {path} has only the values {', '.join(values)}. Is it a label map?", file=sys.stderr)
 
 
 def warn_of_unknown(path: Path, stated: Geometry, model: Model) -> None:

@@ -1,21 +1,24 @@
 """Scores a method on the validation scans while it is trained."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from dataloaders.cases import Case, CaseError, read_case
 from dataloaders.normalization import Normalization, normalized_case
 from evaluation.metrics import mean_and_sd
-from evaluation.scores import mean_dice
+from evaluation.scores import class_dices
 from evaluation.sliding_window import half_a_patch, predict_scan
 from methods import Method
 from utils.distributed import RANK, RANKS, in_turn, share_buffers
 from utils.errors import UserError
 from utils.masks import label_map
 
+VALIDATION = "dice/validation"
+"""The curve by which the best checkpoint is chosen."""
 
-def validation_dice(
+
+def validation_scores(
     method: Method,
     cases: Sequence[Case],
     device: torch.device,
@@ -24,7 +27,7 @@ def validation_dice(
     normalize: Normalization,
     patch_size: Sequence[int],
     batch_size: int,
-) -> float:
+) -> dict[str, float]:
     """Mean Dice of the method's default output over the scans, each on its own grid and without component filter.
 
     Windows overlap by half a patch. Several processes share the scans out, and all get the result.
@@ -36,14 +39,16 @@ def validation_dice(
         batch_size: windows at a time.
 
     Returns:
-        Mean over the scans of the mean over the classes, in [0,1]; NaN if nothing is labeled and nothing predicted.
+        Curve -> value in [0,1]: `dice/validation`, the mean over the scans of the mean over the classes, and of several
+        classes `dice/validation_1` and so on, each a mean over the scans that have the class in label or prediction.
+        NaN if no scan has.
 
     Raises:
         UserError: for a case that can no longer be read.
     """
     share_buffers(method)  # each process has running statistics of its own, and the checkpoint those of process 0
     method.eval()
-    dices = []
+    dices: list[list[float]] = []  # of each scan, by class
     for case in cases[RANK::RANKS]:
         try:
             image, label = read_case(case)
@@ -56,6 +61,19 @@ def validation_dice(
             downsample=downsample, patch_size=patch_size, stride=half_a_patch(patch_size), weighting="uniform",
             batch_size=batch_size,
         )  # fmt: skip
-        dices.append(mean_dice(label_map(p).cpu().numpy(), label, case.classes))
+        dices.append(class_dices(label_map(p).cpu().numpy(), label, case.classes))
     method.train()
-    return mean_and_sd(in_turn(dices, 1))[0]
+    dices = in_turn(dices, 1)
+    scores = {VALIDATION: mean_and_sd([mean_and_sd(one)[0] for one in dices])[0]}
+    by_class = list(zip(*dices, strict=True))
+    if len(by_class) > 1:
+        scores |= {f"{VALIDATION}_{c}": mean_and_sd(values)[0] for c, values in enumerate(by_class, 1)}
+    return scores
+
+
+def validation_line(scores: Mapping[str, float], scans: int, done: int, names: Mapping[str, str]) -> str:
+    """A line of the log: the mean Dice, and that of each class by its name if it has one, after `done` iterations."""
+    classes = {key.rpartition("_")[2]: dice for key, dice in scores.items() if key != VALIDATION}
+    each = ", ".join(f"{names.get(c, f'class {c}')} {100 * dice:.2f}" for c, dice in classes.items())
+    mean = f"Dice {100 * scores[VALIDATION]:.2f} %"
+    return f"validation after {done} iterations: {mean}{f' ({each})' if each else ''}, {scans} scans"
