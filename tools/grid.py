@@ -64,6 +64,7 @@ LA_RUNS = {
     # the controls and the upper bound of tuned
     **{f"supervised-tuned-{n}": f"--method supervised {TUNED} {AS_PUBLISHED} --labeled {n}" for n in (8, 16, 80)},
     **{f"supervised-normalized-{n}": f"--method supervised {TUNED} --labeled {n}" for n in (4, 8, 16, 80)},
+    "supervised-normalized-bf16-8": f"--method supervised {TUNED} --labeled 8 {BF16}",
     **{f"tuned-normalized-{n}": f"--method dtml {TUNED} --labeled {n} {BF16}" for n in (4, 8, 16)},
     # All settings of DTML+ were chosen on 16 held-out training scans, and the claim was fixed before any of these runs
     # saw a test scan: with 8 labels and 5 runs each, ema_mean of plus-8 is above that of plus-alone-8.
@@ -243,6 +244,10 @@ LA_TABLES: Tables = {
         Row("V-Net", "80 / 0", "supervised-normalized-80"),
         Row("DTML+, labeled scans alone: mean of the averages", "80 / 0", "plus-alone-80", output="ema_mean"),
     ]),
+    "precision": ("`--precision bf16`, each scan normalized, on the test scans", [
+        Row("V-Net, fp32", "8 / 0", "supervised-normalized-8"),
+        Row("V-Net, bf16", "8 / 0", "supervised-normalized-bf16-8"),
+    ]),
     METHODS_TABLE: ("All methods with the preset `tuned`", [
         row for n in (4, 8, 16) for row in method_rows(n, 80, others=(*OLDER, *TODAY) if n == 8 else ())
     ] + [
@@ -278,6 +283,7 @@ COMPARED_WITH = {  # table: runs that its rows of as many labels are compared wi
     "tuned": ["dtml-16", "supervised-tuned-16", "supervised-tuned-8"],
     "normalized": ["supervised-tuned-8", "supervised-tuned-16", "supervised-tuned-80"],
     "plus": [f"plus-alone-{n}:ema_mean" for n in (4, 8, 16)],
+    "precision": ["supervised-normalized-8"],
     METHODS_TABLE: ["supervised-normalized-8", "plus-8:ema_mean"],
     "dk-uxnet": ["supervised-8", "supervised-16"],
 }
