@@ -43,7 +43,8 @@ OVER = {  # number of runs (1, or 2 and more) of the reference and of the row ->
 }
 WHAT = f"""\
 The difference is that of the means over runs and scans; its interval comes from resampled runs and scans. `higher in`
-counts pairs of runs with the same seed. p is from a permutation of the runs, if each side has {LEAST_RUNS} or more.
+counts pairs of runs with the same seed, or the two single runs. p is from a permutation of the runs, if each side has
+{LEAST_RUNS} or more.
 """
 WHAT_OF_SCANS = """\
 Scan by scan, two single runs: this says nothing about other runs of the same kind. The median difference is the
@@ -69,9 +70,9 @@ class Comparison:
 
     runs: number of runs of the reference and of the row; left_out: scans without a value; mean, reference: means of the
     row and of the reference over runs and scans; difference: mean - reference; low, high: its 95 % interval
-    (`interval`), NaN with fewer than 6 scans; over: what the interval covers; pairs: pairs of runs with the same seed;
-    higher: pairs where the row's mean is above the reference's; p: `permutation_p`, NaN with fewer than 5 runs on a
-    side or 6 scans.
+    (`interval`), NaN with fewer than 6 scans; over: what the interval covers; pairs: pairs of runs with the same seed,
+    or the two single runs; higher: pairs where the row's mean is above the reference's; p: `permutation_p`, NaN with
+    fewer than 5 runs on a side or 6 scans.
     """
 
     runs: tuple[int, int]
@@ -237,7 +238,7 @@ def permutation_p(reference: NDArray, row: NDArray) -> float:
 def hodges_lehmann(d: NDArray) -> float:
     """Hodges-Lehmann estimate: the median of the means of all pairs of differences d (n,), including (i, i).
 
-    It is above 0 exactly if Wilcoxon's sum of positive ranks is above half of the total. Differences of 0 are left out,
+    It is above 0 if Wilcoxon's sum of positive ranks is above half of the total. Differences of 0 are left out,
     as in Wilcoxon's test.
     """
     d = d[d != 0]

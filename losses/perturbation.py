@@ -23,9 +23,11 @@ def strong_view(image: Tensor, strength: float) -> Tensor:
     With u the channel scaled to [0,1] and s the strength:
 
         gamma      u^g, g log-uniform in [exp(-s), exp(s)]
-        contrast   a x + b, a log-uniform in [exp(-s), exp(s)], b uniform in [-s, s] standard deviations of a scan
+        contrast   a x + b, a log-uniform in [exp(-s), exp(s)], b uniform in [-s, s]
         blur       with probability 1/2 a Gaussian of standard deviation 0.5 to 1 voxels
         noise      Gaussian, standard deviation uniform in [0, s/2]
+
+    b and the noise are in the units of the image: standard deviations of a scan, or with --normalize window its width.
     """
     if not strength or not len(image):
         return image
@@ -36,7 +38,7 @@ def strong_view(image: Tensor, strength: float) -> Tensor:
 
     low, high = image.amin((2, 3, 4), keepdim=True), image.amax((2, 3, 4), keepdim=True)
     u = (image - low) / (high - low).clamp(min=torch.finfo(image.dtype).tiny)
-    x = low + (high - low) * u.clamp(min=1e-6) ** draw(-strength, strength).exp()  # the derivative at 0 is infinite
+    x = low + (high - low) * u.clamp(min=1e-6) ** draw(-strength, strength).exp()
     x = x * draw(-strength, strength).exp() + draw(-strength, strength)
     sigma, coin = draw(0.5, 1.0), draw(0.0, 1.0) < 0.5
     x = torch.where(coin, blurred(x, sigma), x)
@@ -72,14 +74,16 @@ def adversarial(loss: Callable[[Tensor], Tensor], image: Tensor, *, xi: float, m
     Returns:
         The perturbation, of the shape of image, without gradient.
     """
-    step = (xi * unit(torch.rand_like(image) - 0.5)).requires_grad_()
+    step = (xi * unit_items(torch.rand_like(image) - 0.5)).requires_grad_()
     (gradient,) = torch.autograd.grad(loss(image.detach() + step), step)
-    return magnitude * unit(gradient)
+    return magnitude * unit_items(gradient)
 
 
-def unit(x: Tensor) -> Tensor:
+def unit_items(x: Tensor) -> Tensor:
     """Each item of x (N,...) divided by its Euclidean norm; an item of zeros stays 0."""
-    return F.normalize(x.flatten(1), dim=1, eps=torch.finfo(x.dtype).tiny).view_as(x)
+    items = x.flatten(1)
+    items = items / items.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)  # squares may underflow
+    return F.normalize(items, dim=1).view_as(x)
 
 
 def monte_carlo(

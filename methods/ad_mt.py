@@ -1,12 +1,12 @@
 """AD-MT: Zhao et al., Alternate Diverse Teaching for Semi-supervised Medical Image Segmentation, ECCV 2024.
 
 A student f learns from two teachers f_1 and f_2, both moving averages of it. One teacher is updated at a time: turns of
-1 to 19 iterations, drawn at the start, alternate. Both label each unlabeled crop u, with q_i = f_i(u) over C+1 classes
-and its entropy H_i = - sum_c q_i,c log2 q_i,c at each voxel:
+1 to 19 iterations, a function of a seed that the checkpoint keeps, alternate. Both label each unlabeled crop u, with
+q_i = f_i(u) over C+1 classes and its entropy H_i = - sum_c q_i,c log2 q_i,c at each voxel:
 
     q   =  (exp(-H_1) q_1 + exp(-H_2) q_2) / (exp(-H_1) + exp(-H_2))         the surer teacher counts more
     y'  =  the class with the largest q, and c = that q                      pseudo-label and its confidence
-           where the teachers disagree, the student's class and probability for u if they differ and it is surer
+           where the teachers disagree, the student's class of u if it is another and its probability is larger
 
 The student learns y' from another view of u, which depends on whose turn it is:
 
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from losses.ema import Averages, ema_decay
-from losses.mixing import paste, random_box
+from losses.mixing import paste_next, random_box
 from losses.perturbation import strong_view
 from losses.ramps import ramp_up
 from losses.terms import (
@@ -39,7 +39,7 @@ from losses.terms import (
     weighted_sum,
     with_background,
 )
-from methods.base import TUNED, Batch, Losses, Method, by_name, labeled_part
+from methods.base import TUNED, Batch, Losses, Method, by_name, labeled_part, seg_outputs
 from utils.options import Condition, option
 
 COUNTS: Condition = {"pseudo_weight": bool}
@@ -74,21 +74,22 @@ class ADMT(Method):
         heads = {"seg": seg_channels(options.classes)}
         self.student = self.backbone(heads=heads)
         self.ema = Averages(teacher_1=self.student, teacher_2=self.student)
-        self.turns = draw_turns(iterations, options.period)
+        self.set_extra_state(torch.randint(2**62, (1,), device="cpu"))
 
     def get_extra_state(self) -> Tensor:
-        """The turns, for the checkpoint."""
-        return self.turns
+        """The seed of the turns (1,), for the checkpoint. A longer training begins with the same turns."""
+        return self.turns_seed
 
     def set_extra_state(self, state: Tensor) -> None:
-        self.turns = state
+        self.turns_seed = state
+        self.turns = draw_turns(self.iterations, self.options.period, int(state))
 
     def forward(self, batch: Batch, iteration: int) -> Losses:
         o, label, L = self.options, batch["label"], len(batch["label"])
         labeled, unlabeled = batch["image"].tensor_split([L])
         first = int(self.turns[iteration]) == 0
         boxes = None if first else mixing_boxes(unlabeled)
-        view = strong_view(unlabeled, o.strong) if boxes is None else paste(unlabeled, unlabeled.roll(1, 0), boxes)
+        view = strong_view(unlabeled, o.strong) if boxes is None else paste_next(unlabeled, boxes)
         # One pass for all crops, so that batch norm normalises over all.
         logits = self.student(torch.cat([labeled, unlabeled, view]))["seg"]
         x, plain, strong = logits.tensor_split([L, L + len(unlabeled)])
@@ -96,7 +97,7 @@ class ADMT(Method):
         if len(unlabeled):
             pseudo, confidence, conflict = self.pseudo_label(unlabeled, plain.detach())
             if boxes is not None:
-                pseudo, confidence = (paste(y, y.roll(1, 0), boxes) for y in (pseudo, confidence))
+                pseudo, confidence = (paste_next(y, boxes) for y in (pseudo, confidence))
             sure = (confidence >= o.threshold)[:, None].to(logits.dtype)
             terms["pseudo"] = ce_loss(strong, pseudo, o.classes, weight_inside(sure))
             monitors = {"pseudo/foreground": (pseudo > 0).float().mean(), "pseudo/sure": sure.mean(),
@@ -138,23 +139,23 @@ class ADMT(Method):
         self.ema.follow(decay, **{("teacher_1", "teacher_2")[int(turn)]: self.student})
 
     def predict(self, image: Tensor, outputs: tuple[str, ...]) -> Tensor:
-        networks = {"seg": self.student, **self.ema}
-        return torch.cat([probabilities(networks[name](image)["seg"], self.options.classes) for name in outputs], dim=1)
+        return seg_outputs({"seg": self.student, **self.ema}, image, outputs, self.options.classes)
 
     def maps(self, image: Tensor) -> dict[str, Tensor]:
         teacher, p = self.predict(image, ("teacher_1", "seg")).chunk(2, dim=1)
         return by_name(teacher=teacher, p=p)
 
 
-def draw_turns(iterations: int, longest: int) -> Tensor:
+def draw_turns(iterations: int, longest: int, seed: int) -> Tensor:
     """Draws whose turn each iteration is: (iterations,) uint8 of 0 and 1, turns of 1 to `longest` iterations."""
-    lengths = torch.randint(1, longest + 1, (iterations,), device="cpu")
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, longest + 1, (iterations,), generator=generator, device="cpu")
     numbers = torch.arange(iterations, device="cpu") % 2
     return numbers.repeat_interleave(lengths)[:iterations].to(torch.uint8)
 
 
 def mixing_boxes(image: Tensor) -> Tensor:
-    """A box for each item of (N,1,W,H,D), its sides sqrt(1 - b) of the crop's with b from Beta(4, 4): (N,W,H,D)."""
+    """A box for each item of (N,K,W,H,D), its sides sqrt(1 - b) of the crop's with b from Beta(4, 4): (N,W,H,D)."""
     shares = (1 - torch.distributions.Beta(4.0, 4.0).sample((len(image),))).sqrt().tolist()
     boxes = [random_box(image.shape[2:], share) for share in shares]
     return torch.stack(boxes) if boxes else torch.zeros(0, *image.shape[2:], dtype=torch.bool)

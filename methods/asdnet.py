@@ -6,7 +6,7 @@ was drawn by hand:
 
     S   min   1/2 (mean a w CE + mean(a) Dice_a)  [labeled]  +  lambda_adv CE(D(p), 1)  [all]
               + lambda_semi mean_{v: M > T} CE(p, [p > 1/2])  [unlabeled, once D has learned something]
-    D   min   CE(D(Y), 1) + CE(D(p), 0)  [labeled]              Adam, after each step of S
+    D   min   CE(D(Y), 1) + CE(D(p), 0)  [labeled]              Adam, after each step of S, p in evaluation mode
 
 The region attention w = (1 - M)^2 is large where D is not convinced. The sample attention of each crop is
 a = 1/2 + 12.5 (mean(1 - M) - 1/2)^2, and Dice_a = 1 - 2 sum a p Y / sum a (p^2 + Y^2). No gradient flows through M, w

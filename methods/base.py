@@ -1,17 +1,19 @@
 """The interface between the training loop and a method."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
+from losses.terms import probabilities
 from networks.backbone import Backbone
 from networks.backbones import BACKBONES
 from networks.heads import HALVINGS, side_multiples, strides_of
 from utils.errors import UserError
-from utils.options import option
+from utils.options import Condition, option
 
 Batch = dict[str, Any]
 """image (N,K,W,H,D) float32, K channels, the L labeled items first; label (L,W,H,D) uint8 of 0..C; case: N names.
@@ -29,6 +31,13 @@ TUNED: dict[str, Any] = {
 """The training settings of the preset `tuned`, the same for every method. A method adds only what is its own.
 
 They were chosen for DTML and DTML+ on held-out training scans. Arithmetic (--precision) is no part of them."""
+
+ITEMS = ("all", "unlabeled")
+"""The crops on which an unlabeled loss is computed."""
+# When options of a consistency with the weight lambda(t) act:
+AGREES: Condition = {"lambda_max": bool}
+RISES: Condition = {**AGREES, "ramp_end": bool}
+TIMED: Condition = {**AGREES, "ramp": ("gaussian", "steps", "literal")}  # epochs: after fixed iterations
 
 
 @dataclass
@@ -134,6 +143,11 @@ def by_name(**maps: Tensor) -> dict[str, Tensor]:
     return {
         name if x.shape[1] == 1 else f"{name}{c + 1}": x[:, c] for name, x in maps.items() for c in range(x.shape[1])
     }
+
+
+def seg_outputs(networks: Mapping[str, nn.Module], image: Tensor, outputs: Collection[str], classes: int) -> Tensor:
+    """`Method.predict` of networks with the head seg, by the name of the output: each runs for its own output alone."""
+    return torch.cat([probabilities(networks[name](image)["seg"], classes) for name in outputs], dim=1)
 
 
 def labeled_part(x: Tensor, batch: Batch) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor
 from losses.ema import Averages
 from losses.mixing import paste, random_box
 from losses.terms import hard_dice, probabilities, seg_channels, seg_loss, weight_inside, weighted_sum
-from methods.base import TUNED, Batch, Losses, Method, by_name
+from methods.base import TUNED, Batch, Losses, Method, by_name, seg_outputs
 from utils.masks import label_maps, largest_components
 from utils.options import Condition, option
 
@@ -114,7 +114,7 @@ class BCP(Method):
 
     def predict(self, image: Tensor, outputs: tuple[str, ...]) -> Tensor:
         networks = {"seg": self.student, "teacher": self.ema["student"]}
-        return torch.cat([probabilities(networks[name](image)["seg"], self.options.classes) for name in outputs], dim=1)
+        return seg_outputs(networks, image, outputs, self.options.classes)
 
     def maps(self, image: Tensor) -> dict[str, Tensor]:
         p, teacher = self.predict(image, self.outputs).chunk(2, dim=1)

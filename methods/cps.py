@@ -21,11 +21,10 @@ from torch import Tensor, nn
 
 from losses.ramps import ramp_up
 from losses.terms import ce_loss, hard_dice, probabilities, seg_channels, seg_loss, weighted_sum
-from methods.base import TUNED, Batch, Losses, Method, by_name, labeled_part
+from methods.base import ITEMS, TUNED, Batch, Losses, Method, by_name, labeled_part
 from utils.masks import label_maps
 from utils.options import Condition, option
 
-ITEMS = ("all", "unlabeled")
 COUNTS: Condition = {"pseudo_weight": bool}
 
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from losses.perturbation import monte_carlo
 from losses.terms import entropy, probabilities
-from methods.base import by_name
-from methods.mean_teacher import AGREES, MeanTeacher
+from methods.base import AGREES, by_name
+from methods.mean_teacher import MeanTeacher
 from utils.options import option
 
 BLOCKS = {"decoder": slice(1, None), "bottom": slice(0, 1), "none": slice(0, 0)}

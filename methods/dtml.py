@@ -33,14 +33,10 @@ from losses.terms import (
     seg_loss,
     weighted_sum,
 )
-from methods.base import TUNED, Batch, Losses, Method, by_name, labeled_part
-from utils.options import Condition, option
+from methods.base import AGREES, ITEMS, RISES, TIMED, TUNED, Batch, Losses, Method, by_name, labeled_part
+from utils.options import option
 
 SDM_LOSSES = ("mask", "dis", "both")
-ITEMS = ("all", "unlabeled")
-AGREES: Condition = {"lambda_max": bool}
-RISES: Condition = {**AGREES, "ramp_end": bool}
-TIMED: Condition = {**AGREES, "ramp": ("gaussian", "steps", "literal")}  # epochs: after fixed iterations
 
 
 class DTML(Method):
@@ -92,23 +88,31 @@ class DTML(Method):
         terms["consistency"] = consistency_loss(m[first:], p[first:])
         lambda_ = o.lambda_max * ramp_up(iteration, o.ramp_end * self.iterations, o.ramp)
         factors = {"consistency": lambda_ * o.consistency_times, "dis": o.dis_weight if o.sdm_loss == "both" else 1.0}
-        with torch.no_grad():
-            monitors = {
-                "dice/train_seg": hard_dice(labeled_part(p, batch), label),
-                "dice/train_sdm": hard_dice(labeled_part(m, batch), label),
-                "live_gradient/sdm": live_share(m),
-            }
         total = weighted_sum(terms, factors)  # L_seg + L_mask + lambda C: equations (5) and (6) at once
-        return Losses(total, terms, {"lambda": lambda_}, monitors)
+        return Losses(total, terms, {"lambda": lambda_}, task_monitors(p, m, label))
 
     def predict(self, image: Tensor, outputs: tuple[str, ...]) -> Tensor:
         maps = probability_maps(self.M_s, self.M_d, image, outputs, self.options.classes, self.options.k)
         return torch.cat([maps[name] for name in outputs], dim=1)
 
     def maps(self, image: Tensor) -> dict[str, Tensor]:
-        z = self.M_d(image)["sdm"]
-        p = probabilities(self.M_s(image)["seg"], self.options.classes)
-        return by_name(p=p, m=sdm_to_mask(z, self.options.k), z=z)
+        return task_maps(self.M_s, self.M_d, image, self.options.classes, self.options.k)
+
+
+@torch.no_grad()
+def task_monitors(p: Tensor, m: Tensor, label: Tensor) -> dict[str, Tensor]:
+    """For the log: Dice of p and of m (N,C,W,H,D) on the labeled crops, which are the first, and m's live gradient."""
+    return {
+        "dice/train_seg": hard_dice(p[: len(label)], label),
+        "dice/train_sdm": hard_dice(m[: len(label)], label),
+        "live_gradient/sdm": live_share(m),
+    }
+
+
+def task_maps(M_s: nn.Module, M_d: nn.Module, image: Tensor, classes: int, k: float) -> dict[str, Tensor]:
+    """`Method.maps` of the two networks: p, m and z."""
+    z = M_d(image)["sdm"]
+    return by_name(p=probabilities(M_s(image)["seg"], classes), m=sdm_to_mask(z, k), z=z)
 
 
 def probability_maps(

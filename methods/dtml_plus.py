@@ -14,7 +14,8 @@ Each network then learns y' from its own strong view S(u), with random contrast,
 
 x, Y are labeled crops; the superscript a weights every voxel. Where the two averages disagree, at least one of them is
 wrong, so the weight is 0. The default output is the mean of both averages. With C classes p and m have C channels,
-and a label is the class of the largest value, the background having 1 minus their sum.
+and a label is the class of the largest value, the background having 1 minus their sum. They agree where both labels
+are the same class. D is a mean over the classes, of p'_c > 1/2 and the label by m'.
 """
 
 from dataclasses import dataclass
@@ -29,14 +30,13 @@ from losses.ramps import ramp_up
 from losses.terms import (
     dice_loss,
     hard_dice,
-    live_share,
     probabilities,
     sdm_to_mask,
     seg_loss,
     weighted_sum,
 )
-from methods.base import TUNED, Batch, Losses, Method, by_name, labeled_part
-from methods.dtml import probability_maps
+from methods.base import TUNED, Batch, Losses, Method
+from methods.dtml import probability_maps, task_maps, task_monitors
 from utils.masks import label_maps
 from utils.options import Condition, option
 
@@ -97,14 +97,8 @@ class DTMLPlus(Method):
             zero = logits.new_zeros(())
             terms |= {"pseudo_seg": zero, "pseudo_mask": zero}
             monitors = dict.fromkeys(("pseudo/foreground", "pseudo/agreement"), zero)
-        with torch.no_grad():
-            monitors |= {
-                "dice/train_seg": hard_dice(labeled_part(p, batch), label),
-                "dice/train_sdm": hard_dice(labeled_part(m, batch), label),
-                "live_gradient/sdm": live_share(m),
-            }
         total = weighted_sum(terms, {"pseudo_seg": weight, "pseudo_mask": weight})
-        return Losses(total, terms, {"w": weight}, monitors)
+        return Losses(total, terms, {"w": weight}, monitors | task_monitors(p, m, label))
 
     def ramp(self, iteration: int) -> float:
         """w(t) divided by its maximum, in [0,1]."""
@@ -141,6 +135,4 @@ class DTMLPlus(Method):
         return torch.cat([maps[name] for name in outputs], dim=1)
 
     def maps(self, image: Tensor) -> dict[str, Tensor]:
-        z = self.M_d(image)["sdm"]
-        return by_name(p=probabilities(self.M_s(image)["seg"], self.options.classes),
-                       m=sdm_to_mask(z, self.options.k), z=z)  # fmt: skip
+        return task_maps(self.M_s, self.M_d, image, self.options.classes, self.options.k)

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from losses.ramps import RAMPS, ramp_up
 from losses.terms import consistency_loss, dice_loss, hard_dice, probabilities, weighted_sum
-from methods.base import TUNED, Batch, Losses, Method, by_name, labeled_part
-from methods.dtml import AGREES, RISES, TIMED
+from methods.base import AGREES, RISES, TIMED, TUNED, Batch, Losses, Method, by_name, labeled_part
 from networks.decoders import UPS, Decoders
 from utils.options import option
 
@@ -38,7 +37,7 @@ class MCNetPlus(Method):
     class Options(Method.Options):
         filters: int = option(16, "channels of the V-Net's first block", minimum=1)
         softmax: bool = option(False, "p by a softmax over C+1 channels in place of C sigmoids")
-        temperature: float = option(0.1, "T of the sharpened pseudo-labels; 1: not sharpened", minimum=0.01,
+        temperature: float = option(0.1, "T of the sharpened pseudo-labels; 1: not sharpened", minimum=0.01, maximum=1,
                                     only_if=AGREES)  # fmt: skip
         target_gradient: bool = option(False, "let the gradient flow through the pseudo-labels too", only_if=AGREES)
         seg_weight: float = option(0.5, "weight of the Dice loss of each decoder", minimum=0)

@@ -18,11 +18,8 @@ from losses.ema import ema_decay, ema_update, make_teacher
 from losses.perturbation import noisy
 from losses.ramps import RAMPS, ramp_up
 from losses.terms import consistency_loss, hard_dice, probabilities, seg_loss, weighted_sum
-from methods.base import Batch, Losses, Method, by_name, labeled_part
-from utils.options import Condition, option
-
-ITEMS = ("all", "unlabeled")
-AGREES: Condition = {"lambda_max": bool}
+from methods.base import AGREES, ITEMS, Batch, Losses, Method, by_name, labeled_part, seg_outputs
+from utils.options import option
 
 
 class MeanTeacher(Method):
@@ -79,8 +76,7 @@ class MeanTeacher(Method):
 
     def predict(self, image: Tensor, outputs: tuple[str, ...]) -> Tensor:
         networks = {"seg": self.student, "teacher": self.teacher}
-        predictions = [probabilities(networks[name](image)["seg"], self.options.classes) for name in outputs]
-        return torch.cat(predictions, dim=1)
+        return seg_outputs(networks, image, outputs, self.options.classes)
 
     def maps(self, image: Tensor) -> dict[str, Tensor]:
         p, q = self.predict(image, self.outputs).chunk(2, dim=1)

@@ -13,6 +13,7 @@ V-Net in evaluation mode. There w rises to 0.01 with 16 labeled scans and to 0.0
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
 
 from losses.ramps import RAMPS, ramp_up
 from losses.terms import cross_entropy
@@ -58,4 +59,11 @@ class SASSNet(TwoHeads):
         image, labeled = batch["image"], len(batch["label"])
         z = judged_output(self.network, image)["sdm"]
         origin = (torch.arange(len(image), device=image.device) < labeled).long()
-        self.adversary.step(lambda critic: cross_entropy(critic(z, image), origin), batch, iteration)
+
+        def loss(critic: nn.Module) -> Tensor:
+            verdict = critic(z, image)
+            return cross_entropy(verdict[:labeled], origin[:labeled]) + cross_entropy(
+                verdict[labeled:], origin[labeled:]
+            )
+
+        self.adversary.step(loss, batch, iteration)

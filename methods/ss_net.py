@@ -32,8 +32,7 @@ from torch import Tensor, nn
 from losses.perturbation import adversarial
 from losses.ramps import RAMPS, ramp_up
 from losses.terms import agreement_loss, dice_loss, hard_dice, probabilities, soft_dice_loss, weighted_sum
-from methods.base import TUNED, Batch, Losses, Method, by_name, labeled_part
-from methods.dtml import AGREES, RISES, TIMED
+from methods.base import AGREES, RISES, TIMED, TUNED, Batch, Losses, Method, by_name, labeled_part
 from networks.backbone import uncounted
 from networks.heads import attention, projection
 from utils.masks import label_maps

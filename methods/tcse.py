@@ -2,8 +2,8 @@
 
 IEEE Transactions on Neural Networks and Learning Systems, 2020.
 
-A mean teacher whose consistency compares student and teacher under a transformation pi of the image: a quarter turn in
-the plane and a flip, drawn anew for every crop:
+A mean teacher whose consistency compares student and teacher under a transformation pi of the image: quarter turns in
+the plane and a flip, drawn anew for every crop (of crops that are not square there half turns alone):
 
     C = mean || pi(f(x)) - f'(pi(x + xi)) ||^2  =  mean || f(x) - pi^-1(f'(pi(x + xi))) ||^2
 
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from losses.perturbation import Transformation, noisy
 from losses.terms import masked_mean
-from methods.mean_teacher import AGREES, MeanTeacher
+from methods.base import AGREES
+from methods.mean_teacher import MeanTeacher
 from utils.options import option
 
 

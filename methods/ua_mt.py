@@ -22,8 +22,8 @@ from torch import Tensor
 from losses.perturbation import monte_carlo, noisy
 from losses.ramps import ramp_up
 from losses.terms import entropy, masked_mean, probabilities
-from methods.base import TUNED, by_name
-from methods.mean_teacher import AGREES, ITEMS, MeanTeacher
+from methods.base import AGREES, ITEMS, TUNED, by_name
+from methods.mean_teacher import MeanTeacher
 from utils.options import option
 
 

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from losses.mixing import paste, random_box
+from losses.mixing import paste_next, random_box
 from losses.perturbation import strong_view
 from losses.terms import ce_loss, dice_loss, hard_dice, probabilities, seg_loss, weighted_sum, with_background
 from methods.base import TUNED, Batch, Losses, Method, by_name, labeled_part
@@ -110,8 +110,7 @@ class UniMatch(Method):
             a: weights (N,1,W,H,D).
         """
         boxes = torch.stack([self.box(image.shape[2:]) for _ in image])
-        views = (strong_view(image, self.options.strong), pseudo, a)
-        S, y, weight = (paste(x, x.roll(1, dims=0), boxes) for x in views)
+        S, y, weight = (paste_next(x, boxes) for x in (strong_view(image, self.options.strong), pseudo, a))
         return S, y, weight
 
     def box(self, sides: torch.Size) -> Tensor:

@@ -15,7 +15,7 @@ UPS = ("transposed", "trilinear", "nearest")
 
 
 class Doubled(nn.Module):
-    """Doubles the sides of maps (N,C,W,H,D) whose stride is 2, without weights: 'trilinear' or 'nearest'.
+    """Doubles maps (N,C,W,H,D) along the axes whose stride is 2, without weights: 'trilinear' or 'nearest'.
 
     The centre of each voxel lies between those of its eight parts, as align_corners=False of F.interpolate. On a GPU
     torch (2.13) refuses the gradient of its own trilinear interpolation under torch.use_deterministic_algorithms.

@@ -64,6 +64,9 @@ def test_turns_alternate_are_short_and_are_a_function_of_the_seed():
     assert not torch.equal(other.turns, drawn[0])
     other.load_state_dict(make(iterations=2000).state_dict())
     assert torch.equal(other.turns, drawn[0])  # a resumed run has them from its checkpoint
+    longer = make(iterations=3000)
+    longer.load_state_dict(other.state_dict())
+    assert torch.equal(longer.turns[:2000], drawn[0]) and longer.turns[2000:].unique().numel() == 2
 
 
 @pytest.mark.parametrize("classes", [1, 2])

@@ -11,7 +11,7 @@ from losses.ema import ema_decay, ema_update, make_teacher
 from losses.perturbation import Transformation, noisy
 from losses.sdm import signed_distance_map
 from losses.terms import entropy, masked_mean
-from methods import METHODS
+from methods import METHODS, restore
 from methods.ua_mt import UAMT
 from networks.critics import MapCritic
 from networks.vnet import VNet, parameter_count
@@ -41,6 +41,17 @@ def with_sdm(batch):
     """The batch with the signed distance maps of its labels."""
     maps = [torch.from_numpy(signed_distance_map(y.numpy())) for y in batch["label"]]
     return {**batch, "sdm": torch.stack(maps)[:, None]}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_longer_training_takes_the_weights_of_a_shorter_one(name):
+    """As --resume RUN --iterations N does."""
+    short = make(name)
+    options = {**vars(short.options), "method": name, "iterations": 2 * T}
+    longer = restore({"file": "last.pt", "options": options, "method": short.state_dict()})
+    assert longer.iterations == 2 * T
+    for key, weight in short.state_dict().items():
+        assert not isinstance(weight, torch.Tensor) or torch.equal(weight, longer.state_dict()[key]), key
 
 
 # -- the moving average --
@@ -78,6 +89,7 @@ def test_the_average_is_the_recursion_of_the_paper():
 
 
 def test_noise_has_its_spread_and_is_clipped_at_two():
+    torch.manual_seed(0)
     x = torch.zeros(1, 1, 40, 40, 40)
     d = noisy(x, 0.1)
     assert d.abs().max() <= 0.2 and d.mean().abs() < 1e-3
@@ -248,6 +260,17 @@ def test_the_critic_s_step_moves_the_critic_alone(name):
     assert weights <= moved, weights - moved  # every weight of the critic, deep ones too
     assert method.network.training and not method.adversary.critic.training
     assert all(p.grad is None for p in method.adversary.parameters())
+
+
+def test_sassnet_s_critic_weighs_both_kinds_of_crops_alike_whatever_their_numbers(monkeypatch):
+    """A critic that always gives the same two logits is best, with a gradient of 0, at even odds."""
+    method, batch = make("sassnet"), with_sdm(make_batch(labeled=4, unlabeled=2))
+    logits = torch.zeros(1, 2, requires_grad=True)
+    monkeypatch.setattr(
+        method.adversary, "step", lambda loss, *_: loss(lambda z, image: logits.expand(len(z), 2)).backward()
+    )
+    method.after_step(batch, 3)
+    assert logits.grad is not None and logits.grad.abs().max() < 1e-7
 
 
 # -- ASDNet --

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from losses.perturbation import adversarial, unit
+from losses.perturbation import adversarial, unit_items
 from losses.terms import agreement_loss, soft_dice_loss
 from methods.ss_net import Separator, SSNet, best
 from networks.batch_norm import BatchNorm3d
@@ -44,11 +44,12 @@ def test_the_perturbation_has_its_length_and_the_direction_of_the_gradient():
     torch.manual_seed(4)
     r = adversarial(lambda y: (a * (y - x) ** 2).sum(), x, xi=10.0, magnitude=7.0)
     torch.manual_seed(4)
-    d = unit(torch.rand_like(x) - 0.5)
+    d = unit_items(torch.rand_like(x) - 0.5)
     torch.testing.assert_close(d.flatten(1).norm(dim=1), torch.ones(3, dtype=torch.float64))
-    torch.testing.assert_close(r, 7 * unit(a * d))
+    torch.testing.assert_close(r, 7 * unit_items(a * d))
     torch.testing.assert_close(r.flatten(1).norm(dim=1), torch.full((3,), 7.0, dtype=torch.float64))
-    assert not r.requires_grad and unit(torch.zeros_like(x)).abs().max() == 0
+    assert not r.requires_grad and unit_items(torch.zeros_like(x)).abs().max() == 0
+    torch.testing.assert_close(unit_items(1e-30 * a * d), unit_items(a * d))  # whose squares are 0 in float32
 
 
 def test_smoothness_changes_no_statistics_and_its_target_has_no_gradient():
