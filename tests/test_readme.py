@@ -36,8 +36,8 @@ def test_training_commands_parse_and_name_their_own_folders(monkeypatch, tmp_pat
     monkeypatch.chdir(tmp_path)
     first = next(c for c in COMMANDS if "requirements.txt" in c).split("&&")
     tested = shlex.split(first[-1])
-    assert first[-2].strip() == "python train_dtml.py" and tested[:2] == ["python", "test_la.py"]
-    assert Path(tested[tested.index("--checkpoint") + 1]) == command_line.read_options([])[2]
+    assert first[-2].strip() == "python train_dtml.py --data data/phantom" and tested[:2] == ["python", "test_la.py"]
+    assert Path(tested[tested.index("--checkpoint") + 1]) == command_line.read_options(["--data", "data/phantom"])[2]
     (tmp_path / "data" / "la").mkdir(parents=True)
     folders = set()
     for command in TRAINING:

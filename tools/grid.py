@@ -41,7 +41,7 @@ BEYOND = {  # key: the one thing that is done in another way than in the paper, 
     "both": ("L_dis + L_mask", "--sdm-loss both"),
     "scan": ("L_dis + L_mask, distances of the whole scan", "--sdm-loss both --sdm-of scan"),
     "uxnet": ("UX-Net in place of V-Net", "--backbone uxnet"),
-    "tuned": ("the preset `tuned`: all that helped", f"{TUNED} {AS_PUBLISHED}"),
+    "tuned": ("`tuned`: k, schedule, labeled crops and intensity", f"{TUNED} {AS_PUBLISHED}"),
     "ramp": ("`tuned`, ramp of lambda ends at 20 %", f"{TUNED} {AS_PUBLISHED} {EARLY}"),
     "ramp-1": ("the same, lambda rises to 1", f"{TUNED} {AS_PUBLISHED} {EARLY} --lambda-max 1"),
 }
