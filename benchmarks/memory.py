@@ -2,6 +2,7 @@
 
     python -m benchmarks.memory                      as in the papers, at full size
     python -m benchmarks.memory --profile half
+    python -m benchmarks.memory --classes 13         the methods that take several classes
 
 prints a Markdown table in half a minute on any computer. Each method has its first preset and its batch. `GPU` is the
 smallest of the usual cards that holds a margin times the count, in fp32: 1.3 (`tools.memory.MARGIN`), with --recompute
@@ -30,11 +31,13 @@ class Options:
     """Options of the benchmark."""
 
     profile: str = option("full", "scale of the run", choices=list(PROFILES))
+    classes: int = option(1, "foreground classes", minimum=1, maximum=254)
 
 
-def gib_of_step(name: str, profile: str, *, recompute: bool) -> tuple[float, int]:
+def gib_of_step(name: str, profile: str, classes: int, *, recompute: bool) -> tuple[float, int]:
     """The counted GiB of a training step of a method, and its crops in a batch."""
-    o, own, *_ = read_options(["--method", name, "--profile", profile, "--data", "set", "--labeled", "16"])
+    o, own, *_ = read_options(["--method", name, "--profile", profile, "--data", "set", "--labeled", "16",
+                                "--classes", str(classes)])  # fmt: skip
     method = meta_method(name, dataclasses.asdict(own))
     set_recompute(method, recompute)
     usual = o.batch_size // 2 if method.uses_unlabeled else o.batch_size
@@ -51,8 +54,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_dataclass(Options)
     o: Options = fill(Options, parser.parse(argv))
     rows: list[list[Any]] = []
-    for name in METHODS:
-        (plain, crops), (less, _) = (gib_of_step(name, o.profile, recompute=again) for again in (False, True))
+    for name in (name for name, kind in METHODS.items() if o.classes == 1 or kind.multiclass):
+        (plain, crops), (less, _) = (
+            gib_of_step(name, o.profile, o.classes, recompute=again) for again in (False, True)
+        )
         rows.append([name, crops, plain, card_for(MARGIN * plain), less, card_for(RECOMPUTED * less)])
     print(table(["method", "crops", "GiB", "GPU", "GiB with `--recompute`", "GPU"], rows))
 
