@@ -215,6 +215,9 @@ CLAIMS = {  # section: of each of its lines the reference and the row, as evalua
     "dtml": [
         ("half/plus-alone-8-seed*:ema_mean", "half/plus-8-seed*:ema_mean"),
         ("half/supervised-normalized-8-seed*", "half/plus-8-seed*:ema_mean"),
+        ("half/plus-alone-4-seed*:ema_mean", "half/plus-4-seed*:ema_mean"),
+        ("half/supervised-normalized-4-seed*", "half/plus-4-seed*:ema_mean"),
+        ("half/plus-alone-16-seed*:ema_mean", "half/plus-16-seed*:ema_mean"),
     ],
     "dtml-on-the-hippocampus": [
         ("hippocampus/plus-alone-8-seed*:ema_mean", "hippocampus/plus-8-seed*:ema_mean"),
