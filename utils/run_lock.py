@@ -36,10 +36,8 @@ def _me() -> dict[str, Any]:
 def _is_stale(owner: dict[str, Any]) -> bool:
     """Whether a lock's owner has certainly ended."""
     me = _me()
-    if owner["job"] and owner["job"] == me["job"] and owner["pid"] != me["pid"]:
-        return True
     if owner["host"] != me["host"]:
-        return False
+        return bool(owner["job"]) and owner["job"] == me["job"]
     try:
         os.kill(owner["pid"], 0)
     except ProcessLookupError:

@@ -16,7 +16,7 @@ from conftest import TINY, flat, make_set
 import train_dtml
 from methods import METHODS
 from utils.errors import UserError
-from utils.run_lock import LOCK, inherited_lock, refuse_locked, run_lock
+from utils.run_lock import LOCK, _birth, inherited_lock, refuse_locked, run_lock
 
 N = 6
 
@@ -115,7 +115,11 @@ def test_41_a_run_that_ends_takes_its_lock_away(end, data, tmp_path, monkeypatch
     assert (tmp_path / "run" / "last.pt").exists() and not (tmp_path / "run" / LOCK).exists()
 
 
-LIVING = {"this very process": {}, "another computer's": {"host": "elsewhere", "pid": 1}}
+LIVING = {
+    "this very process": {},
+    "another computer's": {"host": "elsewhere", "pid": 1},
+    "another process of this job": {"pid": os.getppid(), "born": _birth(os.getppid()), "job": "77"},
+}
 GONE = {
     "a dead process": {"pid": 2**22 - 1},  # as many as there can be
     "a number given anew": {"born": "1"},
@@ -124,7 +128,8 @@ GONE = {
 
 
 @pytest.mark.parametrize("kind", LIVING)
-def test_41_a_lock_that_may_be_alive_is_respected(kind, tmp_path):
+def test_41_a_lock_that_may_be_alive_is_respected(kind, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
     text = owner(**LIVING[kind])
     (tmp_path / LOCK).write_text(text)
     for ask in (lambda: refuse_locked(tmp_path), lambda: run_lock(tmp_path).__enter__()):
