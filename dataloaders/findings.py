@@ -19,6 +19,7 @@ from dataloaders.geometry import SPACING_FILE, known_spacing, published
 from dataloaders.likeness import DIGITS, fingerprint, groups
 from dataloaders.orientation import known_orientation
 from utils.channels import with_channels
+from utils.devices import GIB
 
 LEVELS = ("error", "warning", "note")
 LA_SIDES = ((148, 132, 88), (244, 160, 88))  # voxels
@@ -34,7 +35,6 @@ LA = {
 MEAN, SD = 4.0, (0.15, 3.5)  # limits for a normalised scan: twice as far as LA's
 FAR = 6.0  # outlier limit in units of 1.48 median absolute deviations over the cases
 SAMPLE = 20_000  # voxels of an image whose intensities are used
-GIB = 2**30
 
 
 @dataclass(frozen=True)

@@ -185,10 +185,13 @@ def test_an_unknown_spacing_is_no_size_in_ml(tiny_set, capsys):
     assert not any("size of a voxel" in line for line in lines) and "| spacing, mm | 1 x 1 x 2 |" in rest
 
 
-def test_scans_smaller_than_the_patch(tiny_set, capsys):
+def test_scans_smaller_than_the_patch(tiny_set, capsys, monkeypatch):
     line = warned(tiny_set, capsys, "--patch-size", "32", "16", "32")
     assert "and 6 more: smaller than the patch 32 16 32 along x, z (the smallest is 24x22x18)" in line
     assert "filled up with zeros" in line
+    monkeypatch.setattr(check, "total_memory_gib", lambda: 4e-4)  # the volumes have 3.5e-4
+    assert any("--cache disk" in line for line in run_check(tiny_set, capsys)[0])
+    assert not any("--cache disk" in line for line in run_check(tiny_set, capsys, "--downsample", "2")[0])
     assert "before --downsample 2" in warned(tiny_set, capsys, "--downsample", "2")
     lines, _ = run_check(tiny_set, capsys, "--patch-size", "16", "16", "16")
     assert not any("smaller than" in line for line in lines)

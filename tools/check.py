@@ -11,7 +11,6 @@ of a training ends the output, with a patch that suits the scans and the memory.
 """
 
 import dataclasses
-import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -39,7 +38,6 @@ from dataloaders.cases import (
     validation_of,
 )
 from dataloaders.findings import (
-    GIB,
     LEVELS,
     Facts,
     Finding,
@@ -55,6 +53,7 @@ from methods import METHODS
 from settings import Options as Training
 from tools import suggestions
 from tools.overview import table, volumes_ml
+from utils.devices import cores, total_memory_gib
 from utils.errors import UserError, run
 from utils.options import Parser, fill, flag_of, option
 from utils.run_folder import digest
@@ -262,7 +261,7 @@ def check(folder: Path, o: Options) -> tuple[list[Finding], str, str]:
         *missing,
         *findings_of_looks(looks, classes=o.classes, labeled=labeled, test=test, validation=validation),
         *findings_of(list(good.values()), patch_size=patch_size, downsample=o.downsample),
-        *_memory(groups["labeled"] + groups["unlabeled"]),
+        *_memory(groups["labeled"] + groups["unlabeled"], o.downsample),
         *unlisted(folder, [*train, *test, *validation]),
     ]
     findings = sorted(everything, key=lambda finding: LEVELS.index(finding.level))
@@ -290,8 +289,8 @@ def _may_open(case: Case, unlabeled: bool) -> bool:
         return False
 
 
-def _memory(facts: Sequence[Facts]) -> list[Finding]:
-    need, there = memory_gib(facts), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+def _memory(facts: Sequence[Facts], downsample: int) -> list[Finding]:
+    need, there = memory_gib(facts) / downsample**3, total_memory_gib()
     if need <= 0.5 * there:
         return []
     text = f"the training volumes take {need:.1f} of {there:.1f} GiB of memory. Train with --cache disk."
@@ -300,7 +299,7 @@ def _memory(facts: Sequence[Facts]) -> list[Finding]:
 
 def _each(cases: Sequence[Case], o: Options) -> Iterator[Look]:
     """Looks of the cases in their order, from several processes: decoding and looking are work, not waiting."""
-    workers = o.workers or min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2, 8)
+    workers = o.workers or min(cores(), 8)
     with _mapped(min(workers, len(cases))) as mapped:
         looks = mapped(look, cases)
         try:

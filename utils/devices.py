@@ -26,8 +26,19 @@ NO_MEMORY = re.compile(  # messages of torch, its libraries and the system, as t
     re.IGNORECASE,
 )
 OF_GPU = re.compile("cuda|cudnn|cublas|cusolver|cufft|cusparse|nccl|\\bhip\\b|engine", re.IGNORECASE)
+GIB = 2**30
 SINCE_AMPERE = (8, 0)  # compute capability of the first cards with tf32 and bf16
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
+
+
+def cores() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def total_memory_gib() -> float:
+    """Memory of this computer."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
 
 
 def choose_device(name: str) -> torch.device:
@@ -178,6 +189,6 @@ def seed_iteration(seed: int, iteration: int, rank: int = 0) -> None:
 def peak_memory_gib(device: torch.device) -> float:
     """Most memory this process has held so far: of the GPU if it computes there, else resident; in GiB."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts bytes, Linux KiB
+        return torch.cuda.max_memory_allocated(device) / GIB
+    unit = GIB if sys.platform == "darwin" else 2**20  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
