@@ -7,6 +7,7 @@ key is "modality".
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,15 +74,11 @@ def refuse_other_channels(folder: Path, trained: Sequence[str]) -> None:
 
 def channels_of_set(folder: Path) -> int:
     """K of the first training case that can be opened; 1 if there is none, which is reported elsewhere."""
-    try:
+    with suppress(UserError):
         for name in lists_of(folder)[0]:
-            path = case_file(folder, name)
-            if path is not None:
-                with h5py.File(path, "r") as f:
-                    shape = f["image"].shape
+            with suppress(Exception), h5py.File(case_file(folder, name), "r") as f:  # as in read_case
+                shape = f["image"].shape
                 return shape[0] if len(shape) == 4 else 1
-    except Exception:  # as in read_case
-        pass
     return 1
 
 

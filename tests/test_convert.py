@@ -209,7 +209,10 @@ def test_good_scans_are_there_when_others_are_refused_and_lists_only_grow(tmp_pa
     train, test = lists_of(tmp_path / "set")
     assert len(train) + len(test) == 6 and not find_cases(tmp_path / "set", train + test, labeled=True)[1]
     bad.write_bytes(kept)
+    about = json.loads((tmp_path / "set" / "dataset.json").read_text())
+    (tmp_path / "set" / "dataset.json").write_text(json.dumps({**about, "licence": "CC BY 4.0"}))
     converted(tmp_path / "scans", tmp_path / "set")
+    assert json.loads((tmp_path / "set" / "dataset.json").read_text())["licence"] == "CC BY 4.0"
     assert lists_of(tmp_path / "set") == ([*train, "patient5"], test)
     (tmp_path / "set" / "train.list").write_text("other\n")
     with pytest.raises(UserError, match=r"train.list names other, which this command would not put there"):

@@ -124,6 +124,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         train_dtml.main([*words, *TINY])
     for method in ("dtml", "supervised"):
         test_la.main(["--checkpoint", str(folder / method), "--stride", "16", "16", "16", "--threads", "1"])
+    (folder / "begun").mkdir()
+    (folder / "begun" / "scalars.csv").write_text("iteration,loss/total\n")
     return folder
 
 
@@ -245,6 +247,7 @@ def test_differences_are_each_scan_s_and_their_mean(tmp_path):
         (["figure3", "{runs}/dtml", "--titles", "a", "b"], "--titles must give 1"),
         (["curves", "{runs}/set"], "Give run folders"),
         (["curves", "{runs}/dtml", "{runs}/dtml"], "Give each once"),
+        (["curves", "{runs}/begun"], "scalars.csv: it has no rows yet"),
         (["differences", "{runs}/dtml/test"], "two runs or more"),
         (["differences", "{runs}/dtml/test", "{runs}/dtc/test"], "cannot read"),
         (["figure4", "{runs}/dtml"], "figure4"),

@@ -105,4 +105,4 @@ def write_set(
     listed = listed_in(out) | {name: name in labeled for split in SPLITS for name in lists[split]}
     several = {"channel_names": {str(i): name for i, name in enumerate(channels)}} if len(channels) > 1 else {}
     known = {"patients": dict(patients)} if patients else {}
-    write_json(out / DATASET, {**several, **labels, **known, "listed": listed})
+    write_json(out / DATASET, {**read_json(out / DATASET), **several, **labels, **known, "listed": listed})

@@ -227,11 +227,12 @@ def curves(paths: Sequence[str], o: Options) -> Figure:
         path = Path(where) / SCALARS
         try:
             with open(path, newline="", encoding="utf-8") as f:
-                header, *rows = csv.reader(f)
-            values = np.array(rows, float)
+                header, *rows = [*csv.reader(f)] or [[]]
+            if not rows:
+                raise ValueError("it has no rows yet")
+            runs[name] = dict(zip(header, np.array(rows, float).T, strict=True))
         except (OSError, ValueError) as e:
             raise UserError(f"cannot read {path}: {e}. Give run folders of train_dtml.py.") from e
-        runs[name] = dict(zip(header, values.T, strict=True))
     logged = {tag for scalars in runs.values() for tag in scalars}
     return draw_curves(runs, [(title, tags) for title, tags in PANELS if logged & set(tags)])
 

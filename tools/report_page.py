@@ -81,7 +81,8 @@ def write_report(test: Path, data: str = "") -> Path:
     about += [f"{options['labeled']} labeled scans"] if "labeled" in options else []
     about += [f"seed {options['seed']}"] if "seed" in options else []
     about += [f"iteration {tested['iteration']}"] if "iteration" in tested else []
-    about += [f"{len({row['case'] for row in rows})} test scans of {tested.get('data', 'unknown data')}"]
+    count, scans = len({row["case"] for row in rows}), tested.get("scans", "test")
+    about += [f"{count} {scans} scans of {tested.get('data', 'unknown data')}"]
     page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=escape(f"Test of {(run_folder if run_folder.is_dir() else run_folder.parent).resolve().name}"),
         subtitle=escape(", ".join(about)),
