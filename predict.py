@@ -285,7 +285,7 @@ def main(argv: list[str] | None = None) -> None:
     refuse_scans(scans, o, model.classes)
 
     report = Path(o.report) if o.report else Path(o.out, "volumes.csv")
-    earlier = read_volumes(report)
+    read_volumes(report)  # refuses a file of another kind
     rows: list[dict[str, Any]] = []
     refused: list[str] = []
     written: set[Path] = set()
@@ -320,7 +320,7 @@ def main(argv: list[str] | None = None) -> None:
             if file not in written:
                 file.unlink()
         rows += volume_rows(scan.name, label, geometry, model.names, model.classes)
-        write_volumes(report, earlier, rows)
+        write_volumes(report, rows)
         print(f"{path}: {time.monotonic() - began:.1f} s", file=sys.stderr)
 
     if rows:

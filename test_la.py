@@ -255,7 +255,6 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     # results
-    new.mkdir(parents=True, exist_ok=True)
     means = f"{caption_of(o.nsd_tolerance, o.metrics)}\n{table(rows)}"
     write_whole(new / "cases.csv", as_csv(rows).encode())
     write_whole(new / "table.md", means.encode())

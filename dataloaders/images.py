@@ -6,7 +6,6 @@ back and head): `spacing` of the voxels along the array's axes; `origin`, the po
 origin + direction @ (spacing * i). Values that a file does not state are missing from its geometry.
 """
 
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from scipy.ndimage import gaussian_filter1d
 from dataloaders.cases import FILE_NAME, MOST_BYTES, Case, CaseError, read_case
 from dataloaders.geometry import UNTOLD, Geometry, refuse_direction, told_geometry
 from dataloaders.nifti import read_nifti, write_nifti
-from utils.errors import UserError
+from utils.checkpoint import whole
 
 WRITTEN_AS = {".nii.gz": ".nii.gz", ".nii": ".nii", ".nrrd": ".nrrd", ".mha": ".mha", ".mhd": ".mha", ".h5": ".nii.gz"}
 """Ending of a scan that can be read -> ending of the files written for it."""
@@ -181,22 +180,14 @@ def write_image(path: Path, array: NDArray[Any], geometry: Geometry, like: Path 
     Raises:
         UserError: if the folder or the file cannot be written.
     """
-    partial = path.with_name(f".{os.getpid()}.partial.{path.name}")  # ITK chooses the format by the ending
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if ".nii" in ending_of(path):
-            write_nifti(partial, array, geometry, like if like and ".nii" in ending_of(like) else None)
-        else:
-            sitk.WriteImage(_picture(array, geometry), str(partial), useCompression=True)
-        with open(partial, "rb") as f:
-            os.fsync(f.fileno())
-        os.replace(partial, path)
-    except (RuntimeError, OSError, CaseError) as e:
-        reason = _reason(e) if isinstance(e, RuntimeError) else getattr(e, "strerror", None) or str(e)
-        raise UserError(f"cannot write {path}: {reason}. Fix that or choose another folder.") from e
-    finally:
-        if partial.parent.is_dir():
-            partial.unlink(missing_ok=True)
+    with whole(path) as partial:
+        try:
+            if ".nii" in ending_of(path):
+                write_nifti(partial, array, geometry, like if like and ".nii" in ending_of(like) else None)
+            else:
+                sitk.WriteImage(_picture(array, geometry), str(partial), useCompression=True)
+        except CaseError as e:
+            raise OSError(e) from e
 
 
 def normalise(image: NDArray[np.float32]) -> tuple[NDArray[np.float32], float, float]:

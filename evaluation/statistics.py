@@ -22,9 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from evaluation.drawing import Figure, FigureCanvasAgg
+from evaluation.drawing import Figure
+from evaluation.figures import as_png
 from evaluation.metrics import COMPONENTS, METRICS, MM, OVERLAPS, PENALISED
 from evaluation.rows import Runs, Scans, mean_over, read_runs, runs_of, tolerance_of
+from utils.checkpoint import write_whole
 from utils.errors import UserError, run
 from utils.options import Parser, fill, option
 
@@ -292,7 +294,7 @@ def scatter(reference: Scans, rows: Mapping[str, Scans], title: str, path: Path)
         axes.scatter(list(reference.values()), [values[case] for case in reference], s=18, alpha=0.8, label=name)
     axes.set(xlim=limits, ylim=limits, aspect="equal", xlabel=title, ylabel="the others")
     axes.legend(fontsize=8)
-    FigureCanvasAgg(figure).print_png(str(path))
+    write_whole(path, as_png(figure, 120, palette=False))
 
 
 def main(argv: list[str] | None = None) -> None:

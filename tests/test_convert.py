@@ -217,7 +217,7 @@ def test_good_scans_are_there_when_others_are_refused_and_lists_only_grow(tmp_pa
     (tmp_path / "set" / "train.list").write_text("other\n")
     with pytest.raises(UserError, match=r"train.list names other, which this command would not put there"):
         converted(tmp_path / "scans", tmp_path / "set")
-    assert not list((tmp_path / "set").rglob("*.partial"))
+    assert not list((tmp_path / "set").rglob("*.partial*"))
 
 
 def test_a_csv_names_files_labels_splits_and_cases(tmp_path):

@@ -153,7 +153,6 @@ def main(argv: list[str] | None = None) -> None:
     lines += [f"Classes: {', '.join(f'{c} {name}' for c, name in names.items())}.", ""] if names else []
     text = caption_of(about.get("nsd_tolerance_mm"), about.get("metrics", [])) + "\n" + "\n".join(lines)
     if o.out:
-        Path(o.out).mkdir(parents=True, exist_ok=True)
         write_whole(Path(o.out, "cases.csv"), as_csv(rows).encode())
         write_whole(Path(o.out, "table.md"), text.encode())
     print(text)

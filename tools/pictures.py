@@ -312,8 +312,6 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(o.out or f"{options['figure']}.png")
     if out.exists() and not o.overwrite:
         raise UserError(f"{out} exists already. Choose another --out, or replace it with --overwrite.")
-    if not out.parent.is_dir():
-        raise UserError(f"there is no folder {out.parent} for --out. Make it, or choose another.")
     drawn = (figure2, figure3, curves, differences, labels, scale)
     draw = dict(zip(FIGURES, drawn, strict=True))[options["figure"]]
     write_whole(out, as_png(draw(options["runs"], o), o.dpi, palette=o.palette))

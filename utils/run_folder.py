@@ -72,7 +72,8 @@ def named_disk_errors(folder: Path) -> Iterator[None]:
         if not of_ours and e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
         raise UserError(
-            f"cannot write to {e.filename or folder}: {e.strerror or e}. Fix that, then go on with --resume {folder}."
+            f"cannot write to {e.filename or folder}: {e.strerror or e}. Fix that, then give the same command again "
+            "with --resume auto."
         ) from e
 
 

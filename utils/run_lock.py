@@ -121,7 +121,7 @@ def run_lock(folder: Path) -> Iterator[None]:
             print(f"warning: process {owner['pid']} ended in {folder} without a word; going on.", file=sys.stderr)
         f.truncate(0)
         f.write(json.dumps(_me()))
-    for leftover in folder.glob(".*.partial"):
+    for leftover in folder.glob(".*.partial*"):
         leftover.unlink(missing_ok=True)
     try:
         yield
