@@ -143,7 +143,8 @@ def test_figures_are_drawn_from_run_folders(runs, tmp_path):
         ["figure2", dtml], ["figure2", dtc, "--cases", "case08"], ["figure2", supervised, "--slice", "5"],
         ["figure3", f"{dtml}:sdm", supervised], ["figure3", dtml, f"{dtml}:mean", "--cases", "case09", "--palette"],
         ["curves", dtml, dtc, "--titles", "one", "two"],
-        ["differences", f"{dtml}/test", f"{supervised}/test", f"{dtml}/test:sdm"],
+        ["differences", f"{dtml}/test", supervised, f"{dtml}:sdm"],
+        ["labels", dtml, f"{supervised}/test"],
     ):  # fmt: skip
         with Image.open(draw(tmp_path, *words)) as picture:
             assert 300 < picture.width < 520 and picture.height > 60
@@ -239,6 +240,7 @@ def test_differences_are_each_scan_s_and_their_mean(tmp_path):
     ("words", "says"),
     [
         (["figure3", "{runs}/dtc"], "Run test_la.py --checkpoint"),
+        (["figure3", "{runs}/typo"], "cannot read .*typo/cases.csv"),
         (["figure3", "{runs}/dtml:teacher"], "no output teacher, only seg, sdm, mean"),
         (["figure3", "{runs}/dtml", "--cases", "nobody"], "--cases nobody"),
         (["figure2", "{runs}/dtml", "{runs}/dtc"], "of one run"),

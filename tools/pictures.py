@@ -38,8 +38,8 @@ from evaluation.drawing import Figure
 from evaluation.figures import ComparedCase, MapsRow, around, as_png, draw_comparison, draw_maps, slice_of
 from evaluation.graphs import draw_curves, draw_differences, draw_labels, draw_scale
 from evaluation.metrics import mean_and_sd, segmentation_metrics
-from evaluation.predictions import read_prediction, read_scores
-from evaluation.rows import mean_over, read_runs
+from evaluation.predictions import read_prediction, read_scores, test_of
+from evaluation.rows import mean_over, read_runs, split_output
 from evaluation.sliding_window import sliding_window
 from evaluation.statistics import compare
 from methods import restore
@@ -164,9 +164,8 @@ def maps_of_slice(
 
 def figure3(paths: Sequence[str], o: Options) -> Figure:
     """Contours and surfaces of the predictions of several runs, and of the label."""
-    named = [Path(where).exists() for where in paths]
-    split = [(where, "") if there else where.rpartition(":")[::2] for where, there in zip(paths, named, strict=True)]
-    tests = [Path(where) / "test" for where, _ in split]
+    split = [split_output(where) for where in paths]
+    tests = [test_of(path) for path, _ in split]
     scores = [read_scores(test) for test in tests]
     outputs = [output or rows[0]["output"] for (_, output), rows in zip(split, scores, strict=True)]
     for test, rows, output in zip(tests, scores, outputs, strict=True):
@@ -175,7 +174,7 @@ def figure3(paths: Sequence[str], o: Options) -> Figure:
             raise UserError(
                 f"{test} has no output {output}, only {', '.join(outputs_there)}. Name one of them after the colon."
             )
-    titles = o.titles or [name_of(Path(where)) for where, _ in split]
+    titles = o.titles or [name_of(path) for path, _ in split]
     if len(set(titles)) < len(titles):
         titles = [f"{title} ({output})" for title, output in zip(titles, outputs, strict=True)]
     if len(set(titles)) != len(paths):
