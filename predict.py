@@ -48,9 +48,10 @@ from tools.volumes import read_volumes, volume_rows, volumes_table, write_volume
 from utils.checkpoint import channels_of_state, unfinished, write_whole
 from utils.devices import choose_device, enough_memory, keep_freed_memory, refuse_precision, set_arithmetic
 from utils.errors import UserError, run
-from utils.options import Parser, fill, option
+from utils.options import Parser, fill, flag_of, option
 from utils.run_folder import has_checkpoint
 from utils.shared_weights import PIECES
+from utils.text import some
 
 
 @dataclasses.dataclass
@@ -131,7 +132,8 @@ def load_model(o: Options, device: torch.device) -> Model:
     for name, usual in (("downsample", 1), ("classes", 1), ("channels", 1), ("normalize", "none"), ("window", None)):
         values = {str(options.get(name, usual)) for options in trained}
         if len(values) > 1:
-            raise UserError(f"the checkpoints differ in --{name}: {', '.join(sorted(values))}. Average like with like.")
+            what = "the number of channels" if name == "channels" else flag_of(name)
+            raise UserError(f"the checkpoints differ in {what}: {', '.join(sorted(values))}. Average like with like.")
     channels = [channels_of_state(state) for state in states]
     if any(names != channels[0] for names in channels) and len(channels[0]) > 1:
         shown = "; ".join(sorted({", ".join(names) for names in channels}))
@@ -188,7 +190,7 @@ def sort_words(flags: dict[str, Any]) -> list[str]:
     words = flags.pop("scans", [])
     given = {word: [word] for word in flags.get("checkpoint", [])}
     given |= {word: sorted(glob.glob(word)) or [word] for word in given if not Path(word).exists()}
-    scans = [word for word, paths in given.items() if any(map(may_be_scan, paths))]
+    scans = [w for w, paths in given.items() if any(map(may_be_scan, paths)) and not any(map(is_trained, paths))]
     if len(scans) < len(given):
         flags["checkpoint"] = [path for word, paths in given.items() if word not in scans for path in paths]
         words += scans
@@ -198,11 +200,16 @@ def sort_words(flags: dict[str, Any]) -> list[str]:
     return words
 
 
+def is_trained(word: str) -> bool:
+    """Whether a word after --checkpoint is a run folder with a checkpoint, or a folder of shared weights."""
+    return has_checkpoint(Path(word)) or next(Path(word).glob(PIECES), None) is not None
+
+
 def may_be_scan(word: str) -> bool:
     """Whether a word after --checkpoint is a folder without a checkpoint, a file of a scan or a pattern."""
     path = Path(word)
     if path.is_dir():
-        return not has_checkpoint(path) and next(path.glob(PIECES), None) is None
+        return not is_trained(word)
     return bool(ending_of(path)) or path.suffix.lower() in DICOM_ENDINGS or glob.has_magic(word)
 
 
@@ -241,7 +248,7 @@ def refuse_scans(scans: list[Scan], o: Options, classes: int) -> None:
         )
     there = [str(file) for file in written if file.exists()]
     if there and not o.overwrite:
-        raise UserError(f"{', '.join(there[:5])} exists already. Choose another --out, or --overwrite.")
+        raise UserError(f"{some(there)} exists already. Choose another --out, or --overwrite.")
     if {file.resolve() for file in (*written, out)} & {path.resolve() for path in paths}:
         raise UserError(f"--out {o.out} is where the scans are: they would be replaced. Choose another folder.")
 

@@ -59,11 +59,11 @@ class Options:
     """Options of all methods. None is replaced by `read_options`, depending on other options or on the data."""
 
     method: str = option("dtml", "method to train; --method NAME --help lists its own options", choices=list(METHODS))
-    preset: str = option("", "named settings of the method (default its first; most have paper and authors)")
+    preset: str = option("", "named settings of the method (default its first; all have tuned, most paper and authors)")
 
     data: str = option(
-        "", "folder of the data set (default data/la, else the phantom set)", group="data", harmless=True,
-        only_if=TRAINS,
+        "", "folder of the data set (default data/la, else the phantom set; data/hippocampus with that profile)",
+        group="data", harmless=True, only_if=TRAINS,
     )  # fmt: skip
     profile: str = option(
         "", "scale of the run: full (default), half, short, phantom, hippocampus", choices=list(PROFILES), group="data"

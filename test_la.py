@@ -52,13 +52,15 @@ from methods.released import RELEASED, load_trained
 from networks.backbone import PRECISIONS, set_precision
 from tools.report_page import write_report
 from tools.tested_scans import SCANS, chosen_cases, names_of
-from utils.checkpoint import BEST, channels_of_state, unfinished, write_whole
+from utils.checkpoint import LAST, channels_of_state, unfinished, write_whole
 from utils.devices import choose_device, enough_memory, keep_freed_memory, refuse_precision, set_arithmetic
 from utils.distributed import RANK, RANKS, in_turn, process_group
 from utils.errors import UserError, run
 from utils.masks import label_map, largest_components
 from utils.options import Parser, fill, option
 from utils.run_folder import make_manifest, write_json
+from utils.shared_weights import ENDING
+from utils.text import some
 
 
 @dataclasses.dataclass
@@ -98,8 +100,8 @@ class Options:
     batch_size: int = option(4, "windows at a time", group="window", minimum=1)
     out: str = option(
         "",
-        "folder of the results (default RUN/SCANS, of best.pt RUN/best-SCANS, of bare weights FILE-test; with --cases "
-        "these and -cases)",
+        "folder of the results (default RUN/SCANS; of another file than last.pt FILE-SCANS next to it, as best-test of "
+        "best.pt; with --cases these and -cases)",
     )
     save: str = option("largest", "predictions to write as NIfTI", choices=(*COMPONENTS, "none"))
     precision: str = option("fp32", "arithmetic of the convolutions", choices=(*PRECISIONS, "fp16"))
@@ -152,7 +154,7 @@ def refuse_unknown_spacing(cases: Sequence[Case], folder: Path, tolerance: float
     unknown = [case.name for case in cases if known_spacing(case) is None]
     if unknown:
         raise UserError(
-            f"--nsd-tolerance {tolerance:g} is in mm, and the spacing of {', '.join(unknown[:5])} is not known. Write "
+            f"--nsd-tolerance {tolerance:g} is in mm, and the spacing of {some(unknown)} is not known. Write "
             f"it into {folder}/spacing.txt, the mm along x, y and z, or leave --nsd-tolerance out."
         )
 
@@ -205,9 +207,9 @@ def main(argv: list[str] | None = None) -> None:
         refuse_unknown_spacing(cases, folder, o.nsd_tolerance)
     count = sum(len(windows([-(-side // downsample) for side in shape], patch_size, stride)) for shape in shapes)
     names = {c: name for c, name in class_names(folder).items() if c <= classes}
-    # Several released files are in one folder.
-    usual_out = path.with_name(f"{path.stem}-test") if o.method else (path if path.is_dir() else path.parent) / o.scans
-    usual_out = path.with_name(f"{path.stem}-{o.scans}") if path.name == BEST else usual_out
+    other = path.is_file() and path.name != LAST and path.suffix != ENDING  # best.pt, previous.pt, released weights
+    usual_out = (path if path.is_dir() else path.parent) / o.scans
+    usual_out = path.with_name(f"{path.stem}-{o.scans}") if other else usual_out
     usual_out = usual_out.with_name(f"{usual_out.name}-cases") if o.cases else usual_out  # next to the test of all
     out = Path(o.out) if o.out else usual_out
 

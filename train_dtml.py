@@ -12,6 +12,7 @@ Learning rate, ramps, batches and dropout masks are functions of (seed, iteratio
 therefore equal to an uninterrupted one.
 """
 
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -272,11 +273,11 @@ def summarise(t: Training, report: Report, manifest: dict[str, Any], shares: dic
     report.say(f"done: {o.iterations} iterations in {wall / 60:.1f} min, {measured['iterations_per_s']} it/s, "
                f"{measured['peak_memory_gib']} GiB at most")  # fmt: skip
     report.say("time: " + ", ".join(f"{k} {100 * v:.1f} %" for k, v in measured["time_shares"].items()))
-    report.say(f"test it:      python test_la.py --checkpoint {folder}")
+    report.say(f"test it:      python test_la.py --checkpoint {shlex.quote(str(folder))}")
     if best:
-        report.say(f"the best:     python test_la.py --checkpoint {folder / BEST}   (iteration "
+        report.say(f"the best:     python test_la.py --checkpoint {shlex.quote(str(folder / BEST))}   (iteration "
                    f"{best['iteration']}, Dice {100 * best['dice']:.2f} % in validation)")  # fmt: skip
-    report.say(f"see curves:   tensorboard --logdir {folder}")
+    report.say(f"see curves:   tensorboard --logdir {shlex.quote(str(folder))}")
 
 
 @contextmanager

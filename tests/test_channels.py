@@ -421,7 +421,7 @@ def test_a_wrong_number_of_channels_is_refused_with_what_is_needed(world, tmp_pa
     one = train(tmp_path / "one", tmp_path / "run", "--method", "supervised")
     with pytest.raises(UserError, match="has 2 channels, where 1 is needed"):
         predicted(one, tmp_path / "a", f"{files[0]},{files[1]}")
-    with pytest.raises(UserError, match="the checkpoints differ in --channels"):
+    with pytest.raises(UserError, match="the checkpoints differ in the number of channels: 1, 2"):
         predict.main(["--checkpoint", str(run), str(one), str(files[0]), "-o", str(tmp_path / "a")])
     assert not list((tmp_path / "a").glob("*"))
     predicted(one, tmp_path / "b", files[0])  # a name like any other

@@ -67,7 +67,11 @@ def choose_device(name: str) -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
         if index >= count:
-            raise UserError(f"--device {name} asks for GPU {index}, but there are {count} here. Use --device cpu.")
+            if count and RANKS > 1:
+                raise UserError(f"process {index} of this computer has no GPU: there are {count}. Give torchrun "
+                                f"--nproc-per-node {count}.")  # fmt: skip
+            choice = f"Choose from cuda:0 to cuda:{count - 1}." if count else "Use --device cpu."
+            raise UserError(f"--device {name} asks for GPU {index}, but there are {count} here. {choice}")
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     elif device.type != "cpu":
