@@ -21,6 +21,7 @@ from dataloaders.geometry import UNTOLD
 from dataloaders.images import Geometry, normalise, read_image, same_grid, scan_name
 from utils.channels import with_channels
 from utils.errors import UserError
+from utils.text import some
 
 NUMBERED = re.compile(r"(.+)_(\d{4})")
 """nnU-Net's name of one channel's file, without its ending: NAME_0000, NAME_0001, ..."""
@@ -157,7 +158,7 @@ def in_order(name: str, files: dict[int, Path], where: Path | str) -> tuple[Path
     missing = [f"{name}_{i:04}" for i in range(max(files)) if i not in files]
     if missing:
         raise UserError(
-            f"{where} has no {', '.join(missing[:5])}, and {files[max(files)].name} is there. A scan needs all of its "
+            f"{where} has no {some(missing)}, and {files[max(files)].name} is there. A scan needs all of its "
             "channels. Add what is missing."
         )
     return tuple(files[i] for i in sorted(files))

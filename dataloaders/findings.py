@@ -20,6 +20,7 @@ from dataloaders.likeness import DIGITS, fingerprint, groups
 from dataloaders.orientation import known_orientation
 from utils.channels import with_channels
 from utils.devices import GIB
+from utils.text import some
 
 LEVELS = ("error", "warning", "note")
 LA_SIDES = ((148, 132, 88), (244, 160, 88))  # voxels
@@ -46,9 +47,7 @@ class Finding:
     text: str
 
     def __str__(self) -> str:
-        more = f" and {len(self.cases) - 4} more" if len(self.cases) > 5 else ""
-        names = ", ".join(self.cases[:4] if more else self.cases) or "all cases"
-        return f"{names}{more}: {self.text}"
+        return f"{some(self.cases) or 'all cases'}: {self.text}"
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from evaluation.rows import Runs, Scans, mean_over, read_runs, runs_of, toleranc
 from utils.checkpoint import write_whole
 from utils.errors import UserError, run
 from utils.options import Parser, fill, option
+from utils.text import some
 
 DISTANCES = (*METRICS[2:], *MM, "assd", "assd_mm")
 COLUMNS = [*METRICS, *MM, "nsd", "assd", "assd_mm", "rve", *(f"{name}{PENALISED}" for name in DISTANCES)]
@@ -155,9 +156,7 @@ def matrices(reference: Runs, row: Runs) -> tuple[NDArray[np.float64], NDArray[n
     means_a, means_b = mean_over(reference), mean_over(row)
     if means_a.keys() != means_b.keys():
         only = sorted(means_a.keys() ^ means_b.keys())
-        raise UserError(
-            f"the rows are not of the same scans: {', '.join(only[:4])} stand in one alone. Test both alike."
-        )
+        raise UserError(f"the rows are not of the same scans: {some(only)} stand in one alone. Test both alike.")
     shared = [case for case in means_a if math.isfinite(means_a[case]) and math.isfinite(means_b[case])]
     if not shared:
         raise UserError("no scan has a number in both rows, so there is nothing to compare.")

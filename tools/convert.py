@@ -66,6 +66,7 @@ from tools.sources import (
 from tools.split import choose_split, patients_in
 from utils.errors import UserError, ignore_stop_signals, run
 from utils.options import Parser, fill, option
+from utils.text import some
 
 
 def label_values(word: str) -> tuple[int, ...]:
@@ -297,7 +298,7 @@ def main(argv: list[str] | None = None) -> None:
     jobs = [job for job in jobs if job.scan.name in listed]
     without = [scan.name for scan in scans if scan.name in test and scan.label is None]
     if without:
-        raise UserError(f"{', '.join(without[:5])} cannot be tested on without label. Add it, or make it a train case.")
+        raise UserError(f"{some(without)} cannot be tested on without label. Add it, or make it a train case.")
     names = named(source_set.names, labels, out)
     if labels is not None:
         refuse_absent(labels, scans, kept)

@@ -10,9 +10,9 @@ from dataloaders.channels import NUMBERED, by_number, in_order
 from dataloaders.dicom import Series, series_in
 from dataloaders.images import WRITTEN_AS, ending_of, scan_name
 from utils.errors import UserError
+from utils.text import some
 
 DICOM_ENDINGS = (".dcm", ".dicom", ".ima")
-SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,7 @@ def scans_in(folder: Path, chosen: Sequence[str], seen: set[str]) -> list[Scan]:
     if scans:
         others = [path.name for path in files if not ending_of(path) and path.suffix.lower() != ".raw"]
         if others:
-            more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
-            print(f"not read in {folder}: {', '.join(others[:SHOWN])}{more}", file=sys.stderr)
+            print(f"not read in {folder}: {some(others)}", file=sys.stderr)
         return [Scan(scan_name(path), (path,)) for path in scans]
     series = series_in(folder) if files else []
     if not series:

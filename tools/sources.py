@@ -12,7 +12,7 @@ from dataloaders.channels import by_number, channel_names_in, in_order
 from dataloaders.class_names import DATASET, names_in, read_dataset
 from dataloaders.images import WRITTEN_AS, ending_of, scan_name
 from utils.errors import UserError
-from utils.text import read_text
+from utils.text import read_text, some
 
 COLUMNS = ("label", "split", "name", "patient")
 IMAGES_TS = ("unlabeled", "leave")
@@ -114,8 +114,7 @@ def find_sources(source: Path, images_ts: str = "") -> SourceSet:
 
 def shown(paths: Sequence[Path], folder: Path) -> str:
     """A few of the paths, from a folder, and how many more there are."""
-    some = ", ".join(f"{path.relative_to(folder)}{'/' if path.is_dir() else ''}" for path in paths[:5])
-    return some + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
+    return some(f"{path.relative_to(folder)}{'/' if path.is_dir() else ''}" for path in paths)
 
 
 # -- folders --
@@ -218,10 +217,9 @@ def _in_case_folders(source: Path, image: str, label: str, unread: list[Path]) -
 
 def _refuse_orphans(labels: Sequence[Path], where: Path, unread: Sequence[Path] = ()) -> None:
     if labels:
-        some = ", ".join(map(str, labels[:5]))
         there = f" Not read there: {shown(unread, where)}." if unread else ""
         raise UserError(
-            f"{len(labels)} labels have no scan in {where}: {some}. Add the scans or remove the labels.{there}"
+            f"{len(labels)} labels have no scan in {where}: {some(labels)}. Add the scans or remove the labels.{there}"
         )
 
 
@@ -296,9 +294,7 @@ def read_manifest(path: Path) -> tuple[list[Source], list[str]]:
 def _distinct(scans: list[Source], where: Path) -> list[Source]:
     twice = [name for name, count in Counter(scan.name for scan in scans).items() if count > 1]
     if twice or not scans:
-        raise UserError(
-            f"{where} names {', '.join(twice[:5]) or 'no scan'}{' twice' if twice else ''}. Name each once."
-        )
+        raise UserError(f"{where} names {some(twice) or 'no scan'}{' twice' if twice else ''}. Name each once.")
     for scan in scans:
         if not scan.name.isprintable() or Path(scan.name).name != scan.name or scan.name != scan.name.strip():
             raise UserError(f"{where} names {scan.name!r}, which no case can be called. Give it a plain name.")
