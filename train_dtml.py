@@ -23,17 +23,15 @@ from typing import Any
 import torch
 
 from dataloaders.channels import channels_of_set
-from dataloaders.diagnostic import kept_for_diagnosis
 from dataloaders.findings import warnings_of
 from dataloaders.two_stream import make_loader
 from losses.ramps import cosine_rate, learning_rate
 from methods import METHODS, Losses, Watch, restore
 from settings import Options
 from tools.command_line import NOT_REPLAYED, chosen_flags, flags_of, read_options
-from tools.replay import replay_batch
-from tools.showing import show
+from tools.diagnostic import kept_for_diagnosis, replay_batch
 from tools.starting import further, header, keep_finished, start_from
-from tools.training import Training, prepare
+from tools.training import Training, prepare, show
 from tools.validation import VALIDATION, validation_line, validation_scores
 from utils.checkpoint import BEST, load_checkpoint, save_checkpoint, write_whole
 from utils.clock import Clock

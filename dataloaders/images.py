@@ -152,9 +152,9 @@ def _reason(e: RuntimeError) -> str:
     return lines[-1].removeprefix("ITK ERROR: ") if lines else "no reason given"
 
 
-def _array(picture: sitk.Image, dtype: Any = None) -> NDArray[Any]:
+def _array(picture: sitk.Image) -> NDArray[Any]:
     """Array (W,H,D) of a picture. It is a copy, as a view ends with the picture. SimpleITK's order is z, y, x."""
-    return np.array(sitk.GetArrayViewFromImage(picture).transpose(2, 1, 0), dtype=dtype, order="C", copy=True)
+    return np.array(sitk.GetArrayViewFromImage(picture).transpose(2, 1, 0), order="C", copy=True)
 
 
 def _picture(array: NDArray[Any], geometry: Geometry) -> sitk.Image:

@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 from skimage.measure import label as components
@@ -33,6 +32,7 @@ from dataloaders.cases import (
     CaseError,
     by_problem,
     find_cases,
+    has_label,
     lists_of,
     read_case,
     validation_of,
@@ -107,12 +107,10 @@ def look(case: Case) -> Look:
     try:
         image, label = read_case(case)
         told_geometry(case)  # an error here, where training would not mind
-        with h5py.File(case.path, "r") as f:
-            has_label = "label" in f
     except CaseError as e:
         return Look(case.name, f"{case.path} {e}")
     facts = with_spacing(facts_of(case, image, label))
-    result = Look(case.name, facts=facts, image=facts.fingerprint, has_label=has_label)
+    result = Look(case.name, facts=facts, image=facts.fingerprint, has_label=has_label(case.path, False))
     if label is None or not facts.voxels:
         return result
     faces = [np.unique(label.take((0, -1), axis=axis)) for axis in range(3)]
@@ -132,7 +130,7 @@ def findings_of_looks(
     classes: int,
     labeled: Sequence[str],
     test: Sequence[str],
-    validation: Sequence[str] = (),
+    validation: Sequence[str],
 ) -> list[Finding]:
     """Findings that training does not report itself: labels, parts, sizes of objects, duplicates."""
     good = [x for x in looks if x.facts is not None]
@@ -247,7 +245,10 @@ def check(folder: Path, o: Options) -> tuple[list[Finding], str, str]:
     missing: list[Finding] = []
     for names, opened in ((labeled, True), (unlabeled, o.all_labels), (test, True), (validation, True)):
         usable, problems = find_cases(folder, names, labeled=opened, classes=o.classes)
-        cases += [dataclasses.replace(case, labeled=opened and _may_open(case, names is unlabeled)) for case in usable]
+        cases += [  # an unlabeled case need not have the label that --all-labels would open
+            dataclasses.replace(case, labeled=opened and (names is not unlabeled or has_label(case.path, False)))
+            for case in usable
+        ]
         for problem in problems:
             name, _, text = problem.partition(": ")
             missing.append(Finding("error", (name,), f"{text}. Put it there or take the case out of the lists."))
@@ -276,17 +277,6 @@ def check(folder: Path, o: Options) -> tuple[list[Finding], str, str]:
         except UserError as e:  # the findings count all the same
             suggested = f"No patch is suggested: {e}"
     return findings, table(groups, o.classes), suggested
-
-
-def _may_open(case: Case, unlabeled: bool) -> bool:
-    """An unlabeled case need not have the label that --all-labels would open."""
-    if not unlabeled:
-        return True
-    try:
-        with h5py.File(case.path, "r") as f:
-            return "label" in f
-    except OSError:
-        return False
 
 
 def _memory(facts: Sequence[Facts], downsample: int) -> list[Finding]:

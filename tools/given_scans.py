@@ -26,7 +26,7 @@ class Scan:
     """The files of a DICOM series, in the order of the slices."""
 
 
-def given_scans(words: Sequence[str], series: Sequence[str], channels: int = 1) -> list[Scan]:
+def given_scans(words: Sequence[str], series: Sequence[str], channels: int) -> list[Scan]:
     """The scans, in the order of the words and of the names in a folder.
 
     For a network that takes several channels, files NAME_0000, NAME_0001, ... in any order are one scan NAME.

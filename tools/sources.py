@@ -60,7 +60,7 @@ class SourceSet:
     """Training scans, or their labels, that dataset.json lists and that are not there."""
 
 
-def find_sources(source: Path, images_ts: str = "") -> SourceSet:
+def find_sources(source: Path, images_ts: str) -> SourceSet:
     """The scans in any of the layouts.
 
     Args:
@@ -162,9 +162,7 @@ def _loose(source: Path) -> list[Path]:
     ]
 
 
-def _in_two_folders(
-    images: Path, labels: Path, unread: list[Path], split: str = "", literal: bool = False
-) -> list[Source]:
+def _in_two_folders(images: Path, labels: Path, unread: list[Path], literal: bool = False) -> list[Source]:
     """The scans of two folders. Other files there are added to `unread`.
 
     Files NAME_0000, NAME_0001, ..., as nnU-Net has them, are the channels of the scan NAME, unless labels have such
@@ -188,7 +186,7 @@ def _in_two_folders(
                 "that scan's name, or elsewhere."
             )
     _refuse_unread_labels(_unread_in(labels), {name: label_files.get(name) for name in scans})
-    return [Source(name, path, label_files.get(name), split, more.get(name, ())) for name, path in scans.items()]
+    return [Source(name, path, label_files.get(name), more=more.get(name, ())) for name, path in scans.items()]
 
 
 def _in_nnunet_folders(source: Path, unread: list[Path]) -> tuple[list[Source], list[Source], list[Source]]:
