@@ -57,7 +57,7 @@ from utils.devices import choose_device, enough_memory, keep_freed_memory, refus
 from utils.distributed import RANK, RANKS, in_turn, process_group
 from utils.errors import UserError, run
 from utils.masks import label_map, largest_components
-from utils.options import Parser, fill, option
+from utils.options import option, read_flags
 from utils.run_folder import make_manifest, write_json
 from utils.shared_weights import ENDING
 from utils.text import some
@@ -161,9 +161,7 @@ def refuse_unknown_spacing(cases: Sequence[Case], folder: Path, tolerance: float
 
 @enough_memory("Lower --batch-size or --patch-size.")
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__, prog="test_la.py")
-    parser.add_dataclass(Options)
-    o: Options = fill(Options, parser.parse(argv))
+    o: Options = read_flags(Options, __doc__, "test_la.py", argv)
     if o.threads:
         torch.set_num_threads(o.threads)
     device = choose_device(o.device)

@@ -27,7 +27,7 @@ from tools.command_line import read_options
 from utils.checkpoint import load_checkpoint
 from utils.devices import choose_device, keep_freed_memory, set_arithmetic
 from utils.errors import UserError, run
-from utils.options import Parser, fill, option
+from utils.options import option, read_flags
 from utils.resample import downsample_image
 
 
@@ -71,9 +71,7 @@ def batched(
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__, prog="python -m benchmarks.window")
-    parser.add_dataclass(Options)
-    o: Options = fill(Options, parser.parse(argv))
+    o: Options = read_flags(Options, __doc__, "python -m benchmarks.window", argv)
     torch.set_num_threads(o.threads)
     device = choose_device(o.device)
     set_arithmetic(deterministic=False)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dataloaders.cases import LA_FOLDER, PHANTOM_FOLDER
+from dataloaders.cases import usual_folder
 from dataloaders.training import is_phantom, usual_labeled
 from losses.ramps import default_lr_steps
 from methods import METHODS, Method
@@ -170,7 +170,7 @@ def combine(flags: dict[str, Any], kind: type[Method]) -> tuple[Options, Method.
         UserError: for an unknown preset.
     """
     usual = PROFILES.get(flags.get("profile", ""), {}).get("data")
-    data = flags.get("data") or usual or str(LA_FOLDER if LA_FOLDER.is_dir() else PHANTOM_FOLDER)
+    data = flags.get("data") or usual or str(usual_folder())
     profile = flags.get("profile") or ("phantom" if is_phantom(Path(data)) else "full")
     preset = flags.get("preset") or next(iter(kind.PRESETS))
     if preset not in kind.PRESETS:

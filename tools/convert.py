@@ -65,7 +65,7 @@ from tools.sources import (
 )
 from tools.split import choose_split, patients_in
 from utils.errors import UserError, ignore_stop_signals, run
-from utils.options import Parser, fill, option
+from utils.options import option, read_flags
 from utils.text import some
 
 
@@ -257,9 +257,7 @@ def _alone() -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__, prog="python -m tools.convert")
-    parser.add_dataclass(Options)
-    o: Options = fill(Options, parser.parse(argv))
+    o: Options = read_flags(Options, __doc__, "python -m tools.convert", argv)
     if not o.source or not o.out:
         raise UserError(f"--{'source' if not o.source else 'out'} is missing. See --help.")
     values = [value for group in o.labels or () for value in group]

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from dataloaders.cases import LA_FOLDER, MOST_CLASSES, PHANTOM_FOLDER, Case, check_all, find_cases, lists_of, read_case
+from dataloaders.cases import MOST_CLASSES, Case, check_all, find_cases, lists_of, read_case, usual_folder
 from dataloaders.findings import Facts, duplicates, facts_of, findings_of, memory_gib, with_spacing
 from utils.devices import GIB, cores, nvidia_card, total_memory_gib, why_no_cuda
 from utils.errors import UserError, run
-from utils.options import Parser, fill, option
+from utils.options import option, read_flags
 from utils.run_folder import PACKAGES, git, processor, version_of
 
 FULL_STEP_GIB, FULL_STEP_S = 9.5, 26  # of one full-size iteration on two cores, see docs/training.md
@@ -74,7 +74,7 @@ def hardware() -> dict[str, Any]:
     return facts
 
 
-def data_set(folder: Path, every: int, classes: int = 1) -> tuple[dict[str, Any], float]:
+def data_set(folder: Path, every: int, classes: int) -> tuple[dict[str, Any], float]:
     """Name -> what the set holds and what is wrong with it; GiB of its volumes in memory."""
     report: dict[str, Any] = {"folder": hidden(folder)}
     facts: list[Facts] = []
@@ -136,10 +136,8 @@ def section(title: str, values: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__, prog="python -m tools.doctor")
-    parser.add_dataclass(Options)
-    o: Options = fill(Options, parser.parse(argv))
-    folder = Path(o.data or (LA_FOLDER if LA_FOLDER.is_dir() else PHANTOM_FOLDER))
+    o: Options = read_flags(Options, __doc__, "python -m tools.doctor", argv)
+    folder = usual_folder(o.data)
     print(section("Versions", versions()))
     print(section("Hardware", hardware()))
     if o.data or folder.is_dir():

@@ -187,6 +187,13 @@ def fill(cls: type, *layers: dict[str, Any]) -> Any:
     return cls(**merged)
 
 
+def read_flags(cls: type, description: str | None, prog: str, argv: Sequence[str] | None) -> Any:
+    """The options of a command without further arguments, from its command line; None: that of the program."""
+    parser = Parser(description=description, prog=prog)
+    parser.add_dataclass(cls)
+    return fill(cls, parser.parse(argv))
+
+
 def flag_of(name: str, value: Any = None) -> str:
     """--name, or --no-name of a bool that is False."""
     return ("--no-" if value is False else "--") + name.replace("_", "-")
