@@ -66,10 +66,10 @@ class Options:
         nargs="+",
     )
     method: str = option(
-        "", "method of the bare weights of a released code (default: a checkpoint knows its own)",
+        "", "method of the bare weights of a released code (a checkpoint of train_dtml.py states its method)",
         group="what", choices=list(RELEASED),
     )  # fmt: skip
-    series: list[str] = option([], "UIDs of the DICOM series to take, where a folder holds several (default none)",
+    series: list[str] = option([], "UIDs of the DICOM series to segment, of a folder with several (default none)",
                                group="what", type=str, nargs="+")  # fmt: skip
     out: str = option("", "folder of the segmentations; -o is the same", group="what")
     output: str = option(
@@ -88,7 +88,7 @@ class Options:
     interpolation: str = option(
         "linear", "interpolation of the intensities", group="what", choices=[k for k in INTERPOLATORS if k != "nearest"]
     )
-    flips: int = flips_option("what")
+    flips: int = flips_option()
     patch_size: list[int] | None = three_voxels("voxels of a window along x, y, z (default that of training)")
     stride: list[int] | None = three_voxels(
         "step from window to window (default half the patch, so that each voxel is seen by eight windows)"
@@ -164,7 +164,7 @@ def load_model(o: Options, device: torch.device) -> Model:
         )
     for method, names, options in zip(methods, outputs, trained, strict=True):
         if o.output and o.output not in names:
-            raise UserError(f"--output {o.output} is none of {options['method']}'s: {' '.join(names)}.")
+            raise UserError(f"--method {options['method']} has no output {o.output}. Choose from {' '.join(names)}.")
         method.to(device).eval()
         set_precision(method, o.precision, training=False)
     taken = [o.output or names[0] for names in outputs]
@@ -263,7 +263,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_dataclass(Options)
     parser.add_argument("scans", nargs="*", metavar="SCAN", help="file, folder of scans or of a DICOM series, pattern")
     parser.add_argument("-o", dest="out", metavar="DIR", help="the same as --out")
-    # A scan is recognised by its ending anywhere on the command line, also after the checkpoints.
+    # A scan is recognized by its ending anywhere on the command line, also after the checkpoints.
     arguments = parser.expand(argv)
     named = [text for text in arguments if not text.startswith("-") and ending_of(Path(text))]
     flags = parser.parse([text for text in arguments if text not in named])

@@ -70,7 +70,7 @@ class Options:
     checkpoint: str = option("", "run folder or .pt file of train_dtml.py; bare weights with --method", group="what")
     method: str = option(
         "",
-        "method of the bare weights of a released code (default: a checkpoint knows its own)",
+        "method of the bare weights of a released code (a checkpoint of train_dtml.py states its method)",
         group="what",
         choices=list(RELEASED),
     )
@@ -78,7 +78,7 @@ class Options:
     data: str = option("", "folder of the data set (default that of the training)", group="what")
     scans: str = option("test", "the scans of test.list; of validation.list, or of the run's --fold; or those of "
                         "train.list that the training left unused", group="what", choices=SCANS)  # fmt: skip
-    cases: list[str] = option([], "only these of the scans (default all)", group="what", type=str, nargs="+")
+    cases: list[str] = option([], "names of the scans to test (default all)", group="what", type=str, nargs="+")
     output: list[str] = option(
         [],
         "which outputs of the method to score, of dtml: seg (M_s), sdm (M_d), mean (default all)",
@@ -87,7 +87,7 @@ class Options:
         nargs="+",
     )
     nsd_tolerance: float | None = option(
-        None, "mm: score NSD too, the share of both surfaces that is so near to the other one (default no NSD)",
+        None, "also score the normalised surface Dice (NSD) at this tolerance in mm (default no NSD)",
         group="what", type=float, minimum=0,
     )  # fmt: skip
     metrics: list[str] = option([], "score these too: assd, the average symmetric surface distance; rve, the relative "
@@ -96,7 +96,7 @@ class Options:
     patch_size: list[int] | None = three_voxels("voxels of a window along x, y, z (default that of training)")
     stride: list[int] | None = three_voxels("step from window to window (default 18 18 4, divided by --downsample)")
     weighting: str = option("uniform", "how overlapping windows are averaged", group="window", choices=WEIGHTINGS)
-    flips: int = flips_option("window")
+    flips: int = flips_option()
     batch_size: int = option(4, "windows at a time", group="window", minimum=1)
     out: str = option(
         "",
@@ -179,7 +179,7 @@ def main(argv: list[str] | None = None) -> None:
     outputs = tuple(dict.fromkeys(o.output)) or available
     unknown = [name for name in outputs if name not in available]
     if unknown:
-        raise UserError(f"--output {' '.join(unknown)} is none that {state['file']} gives: {' '.join(available)}.")
+        raise UserError(f"{state['file']} has no output {' '.join(unknown)}. Choose from {' '.join(available)}.")
     downsample, classes = trained["downsample"], method.options.classes
     normalize = normalization_of(trained)
     patch_size = tuple(o.patch_size or trained["patch_size"])

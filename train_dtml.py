@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
         wait_for_rank_0()
         shares = train(t, replicate(method, device), report, stop)
         if report:
-            summarise(t, report, manifest, shares)
+            summarize(t, report, manifest, shares)
 
 
 def begin(
@@ -257,7 +257,7 @@ def train(t: Training, model: Callable[..., Losses], report: Report | None, stop
     return clock.all_shares()
 
 
-def summarise(t: Training, report: Report, manifest: dict[str, Any], shares: dict[str, float]) -> None:
+def summarize(t: Training, report: Report, manifest: dict[str, Any], shares: dict[str, float]) -> None:
     """Adds what was measured to the manifest and the log, and names the commands that come next."""
     o, folder, best = t.o, t.folder, t.best
     wall, memory = t.passed, peak_memory_gib(t.device)

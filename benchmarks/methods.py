@@ -45,7 +45,7 @@ class Options:
 
 
 class Workload:
-    """A method at the size of a profile, with an optimiser and a batch of noise with boxes as labels.
+    """A method at the size of a profile, with an optimizer and a batch of noise with boxes as labels.
 
     Args:
         name: the method.

@@ -4,8 +4,8 @@
 
 The released form decodes a whole h5 volume for each crop, turns it and then crops it. It computes a signed distance map
 of each label, which no loss uses. Both networks have both heads. There are two backward passes through one graph, and
-two SGD optimisers without fused kernels. The second pass adds the consistency to both networks again; here its weight
-is halved, so that both forms minimise the same loss.
+two SGD optimizers without fused kernels. The second pass adds the consistency to both networks again; here its weight
+is halved, so that both forms minimize the same loss.
 
 Our form is timed as in the paper, in float32, and in bfloat16 with k = 50, the steepest that trains in it. How near its
 gradients are to float64 is shown by benchmarks.precision.

@@ -83,10 +83,14 @@ def read_list(path: Path) -> list[str]:
         raise UserError(f"the list {path} names {', '.join(twice)} more than once. Keep each case once.")
     unnamable = [name for name in names if not name.isprintable()]
     if unnamable:
-        raise UserError(f"the list {path} holds {unnamable[0]!r}, which no case can be called. Write one name a line.")
+        raise UserError(
+            f"the list {path} holds {unnamable[0]!r}, which is not a valid case name. Write one name a line."
+        )
     outside = [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]
     if outside:
-        raise UserError(f"the list {path} leads out of the data set: {', '.join(outside)}. Use plain case names.")
+        raise UserError(
+            f"the list {path} names paths outside the data set: {', '.join(outside)}. Use plain case names."
+        )
     return names
 
 
@@ -239,7 +243,7 @@ def read_case(case: Case) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None
     except CaseError:
         raise
     except Exception as e:  # h5py raises many kinds of errors for damaged files
-        raise CaseError(f"is no whole h5 file ({e})") from e
+        raise CaseError(f"is damaged or incomplete ({e})") from e
     image = image.astype(np.float32, copy=False)
     if not np.isfinite(image.sum(dtype=np.float64)):
         raise CaseError("'image' holds values that are not a number or infinite")

@@ -114,7 +114,7 @@ def _read(path: Path, *, several: bool = False) -> tuple[NDArray[Any], Geometry]
     except RuntimeError as e:
         if "determinant" in str(e):
             raise CaseError("has a direction of determinant 0: its axes span no volume. Fix its header") from e
-        raise CaseError(f"is no whole scan ({_reason(e)})") from e
+        raise CaseError(f"is damaged or incomplete ({_reason(e)})") from e
     refuse_direction(picture.GetDirection())
     geometry = {"spacing": picture.GetSpacing(), "origin": picture.GetOrigin(), "direction": picture.GetDirection()}
     return _array(picture), {name: values for name, values in geometry.items() if name in _stated_by(path, picture)}

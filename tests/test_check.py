@@ -85,7 +85,7 @@ def test_every_bad_file_is_named_at_once(tiny_set, capsys):
     lines, rest = run_check(tiny_set, capsys)
     errors = [line for line in lines if line.startswith("error:")]
     words = {
-        "case00": "no whole h5 file", "case01": "there is no", "case02": "has shape",
+        "case00": "damaged or incomplete", "case01": "there is no", "case02": "has shape",
         "case03": "0, 2 where only 0 and 1", "case04": "not a number", "case05": "three-dimensional",
         "case06": "above 0 mm", "case09": "without a dataset 'label'",
     }  # fmt: skip

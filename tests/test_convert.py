@@ -192,7 +192,7 @@ def test_what_was_made_from_something_else_or_in_another_way_is_refused(tmp_path
     with pytest.raises(UserError, match=r"1 of 6 scans were refused.*\n  patient2: .*source_image_sha256: .* before"):
         converted(tmp_path / "scans", out)
     (out / "patient2" / "mri_norm2.h5").write_text("half")
-    with pytest.raises(UserError, match=r"is no whole h5 file. Move it away"):
+    with pytest.raises(UserError, match=r"is damaged or incomplete. Move it away"):
         converted(tmp_path / "scans", out)
 
 
@@ -341,7 +341,7 @@ def test_a_scan_that_cannot_be_used_is_refused_with_its_reason(what, words, mess
         (lambda t: (t / "scans").write_text("image,mask\na,b\n"), "has the columns image, mask. Use image and"),
         (lambda t: (t / "scans").write_text("image,split\na.nii,validate\n"), "line 2: an image is needed"),
         (lambda t: (t / "scans").write_text("image\na.nii\nb/a.nii\n"), "names a twice"),
-        (lambda t: (t / "scans").write_text("image,name\na.nii,b/../c\n"), "which no case can be called"),
+        (lambda t: (t / "scans").write_text("image,name\na.nii,b/../c\n"), "which is not a valid case name"),
         (lambda t: (t / "scans").write_text("image,label,split\na.nii,,test\nb.nii,b,train\n"), "cannot be tested on"),
         (lambda t: (t / "scans").write_bytes(b"\xff\xfe\x00"), "cannot read .*It must be a CSV"),
     ],

@@ -129,7 +129,7 @@ def test_no_training_goes_on_from_them(runs, tmp_path):
 def test_a_missing_piece_is_told(lost, runs, tmp_path):
     files = shared(runs / "wide", tmp_path / "w", "--piece-mib", "1")
     files[lost].unlink()
-    with pytest.raises(UserError, match="not all pieces"):
+    with pytest.raises(UserError, match="lacks files of its weights"):
         load_checkpoint(tmp_path / "w")
     with pytest.raises(UserError, match="does not exist"):
         load_checkpoint(files[lost])

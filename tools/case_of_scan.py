@@ -138,7 +138,7 @@ def attributes_of(path: Path) -> dict[str, Any]:
         with h5py.File(path, "r") as f:
             return dict(f.attrs)
     except Exception as e:  # as in read_case
-        raise CaseError(f"{path} is there and is no whole h5 file. Move it away") from e
+        raise CaseError(f"{path} is there and is damaged or incomplete. Move it away") from e
 
 
 def _orientation(about: dict[str, Any]) -> str:

@@ -174,7 +174,7 @@ def combine(flags: dict[str, Any], kind: type[Method]) -> tuple[Options, Method.
     profile = flags.get("profile") or ("phantom" if is_phantom(Path(data)) else "full")
     preset = flags.get("preset") or next(iter(kind.PRESETS))
     if preset not in kind.PRESETS:
-        raise UserError(f"--preset {preset} is none of this method's. Choose from {', '.join(kind.PRESETS)}.")
+        raise UserError(f"--preset {preset}: this method has no such preset. Choose from {', '.join(kind.PRESETS)}.")
     scale = dict(PROFILES[profile])
     if "iterations" in flags:
         scale.pop("lr_steps", None)  # they fit the profile's number of iterations only

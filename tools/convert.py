@@ -103,8 +103,8 @@ class Options:
         choices=CROPS,
     )
     crop_margin: int | None = option(
-        None, "of --crop label and label-xy: so many voxels at each side, after resampling, and no least size (default "
-        "as --crop says)", type=int, minimum=0,
+        None, "of --crop label and label-xy: margin in voxels at each side, after resampling, without the minimum size "
+        "(default as --crop says)", type=int, minimum=0,
     )  # fmt: skip
     test_share: float | None = option(
         None,

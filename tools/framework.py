@@ -113,8 +113,8 @@ def draw() -> plt.Figure:
                   connectionstyle="angle3,angleA=90,angleB=0")  # fmt: skip
         thumbnail(ax, seen["Y"], 14.55, MIDDLE, GREEN)
         text(ax, 15.75, MIDDLE, "$Y$", 21, GREEN)
-        text(ax, 12.6, TOP + 1.17, r"$M_s$ minimises $L_{seg}+\lambda C$", 16, BLUE)
-        text(ax, 12.6, BOTTOM - 1.2, r"$M_d$ minimises $L_{mask}+\lambda C$", 16, ORANGE)
+        text(ax, 12.6, TOP + 1.17, r"$M_s$ minimizes $L_{seg}+\lambda C$", 16, BLUE)
+        text(ax, 12.6, BOTTOM - 1.2, r"$M_d$ minimizes $L_{mask}+\lambda C$", 16, ORANGE)
         return figure
 
 

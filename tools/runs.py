@@ -57,7 +57,7 @@ class Options:
                          choices=FORMATS, group="what")  # fmt: skip
     list: bool = option(False, "print every run, how far it is, and its command", group="do")
     missing: bool = option(False, "train and test what is missing, then print the tables", group="do")
-    budget: float = option(0.0, "minutes for --missing; 0: no end", minimum=0, group="do")
+    budget: float = option(0.0, "minutes for --missing; 0: no limit", minimum=0, group="do")
     submit: str = option("", "a submitit job for each missing run: slurm, or local, all at once here",
                          choices=["local", "slurm"], group="do")  # fmt: skip
     slurm: Sequence[str] = option([], "KEY=VALUE of submitit's update_parameters", type=str, nargs="+", group="do")

@@ -4,7 +4,7 @@
     python test_la.py --checkpoint weights/dtml-16
 
 The weights are safetensors files, with the run's options and the paths that they name as JSON metadata. They hold what
-test_la.py and predict.py need. They hold no optimiser, so no training goes on from them. Kernels are rounded to half
+test_la.py and predict.py need. They hold no optimizer, so no training goes on from them. Kernels are rounded to half
 precision, unless --exact is given; biases and batch norms stay as they are. A file holds whole tensors and is below
 --piece-mib, if no tensor is larger.
 """

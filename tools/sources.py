@@ -295,5 +295,5 @@ def _distinct(scans: list[Source], where: Path) -> list[Source]:
         raise UserError(f"{where} names {some(twice) or 'no scan'}{' twice' if twice else ''}. Name each once.")
     for scan in scans:
         if not scan.name.isprintable() or Path(scan.name).name != scan.name or scan.name != scan.name.strip():
-            raise UserError(f"{where} names {scan.name!r}, which no case can be called. Give it a plain name.")
+            raise UserError(f"{where} names {scan.name!r}, which is not a valid case name. Give it a plain name.")
     return scans

@@ -66,7 +66,7 @@ def keep_finished(folder: Path, state: dict[str, Any]) -> None:
 
 
 def start_from(method: Method, name: str, state: dict[str, Any]) -> dict[str, Any]:
-    """Gives a new method the weights of a checkpoint, of its teacher and its critic too, but no optimiser's state.
+    """Gives a new method the weights of a checkpoint, of its teacher and its critic too, but no optimizer's state.
 
     Args:
         method: the new method, on the CPU.

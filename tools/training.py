@@ -172,7 +172,7 @@ def prepare(
 
 
 def trained(method: Method) -> list[torch.nn.Parameter]:
-    """The weights that the optimiser changes, not those of a teacher or a critic."""
+    """The weights that the optimizer changes, not those of a teacher or a critic."""
     return [p for p in method.parameters() if p.requires_grad]
 
 

@@ -158,7 +158,7 @@ def _checked(state: dict[str, Any]) -> dict[str, Any]:
         )
     missing = [name for name in CONTENTS if name not in state]
     if missing:
-        raise UserError(f"{path} is no whole checkpoint: it lacks {', '.join(missing)}. Use an older one.")
+        raise UserError(f"{path} is damaged or incomplete (it lacks {', '.join(missing)}). Use an older one.")
     kinds: dict[str, Any] = {"options": dict, "iteration": int, "seconds": (int, float)}
     wrong = [name for name, kind in kinds.items() if not isinstance(state[name], kind)]
     for name in ("checksums", "images"):  # early checkpoints have no images
@@ -167,7 +167,7 @@ def _checked(state: dict[str, Any]) -> dict[str, Any]:
             wrong.append(name)
     if wrong or not isinstance(state["options"].get("method"), str):
         raise UserError(
-            f"{path} is no whole checkpoint: {', '.join(wrong) or 'its method'} is amiss. Use an older one."
+            f"{path} is damaged or incomplete (invalid entries: {', '.join(wrong) or 'method'}). Use an older one."
         )
     return {**state, "options": renamed(state["options"])}
 
@@ -276,7 +276,7 @@ def _check_archive(path: Path) -> None:
                 f"{path} was not loaded: its {size} bytes claim to unpack to {claimed}. "
                 "Only open checkpoints written by train_dtml.py."
             )
-        # torch skips the data of an entry that is marked as a folder, and its tensor stays uninitialised.
+        # torch skips the data of an entry that is marked as a folder, and its tensor stays uninitialized.
         marked = (entry.filename for entry in entries if entry.external_attr)
         damaged = archive.testzip() or next(marked, None)
     if damaged is not None:
@@ -284,19 +284,19 @@ def _check_archive(path: Path) -> None:
 
 
 def fit_optimizer(optimizer: torch.optim.Optimizer, state: Any) -> None:
-    """Gives an optimiser its saved state. torch itself would fail, or compute wrongly, only at the next step.
+    """Gives an optimizer its saved state. torch itself would fail, or compute wrongly, only at the next step.
 
     Raises:
-        ValueError: if the state is not of this optimiser and its weights.
+        ValueError: if the state is not of this optimizer and its weights.
     """
     try:
         optimizer.load_state_dict(state)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as e:
-        raise ValueError(f"the optimiser's state is of another kind: {e!r}") from e
+        raise ValueError(f"the optimizer's state is of another kind: {e!r}") from e
     weights = [p for group in optimizer.param_groups for p in group["params"]]
     for p in weights:
         entries = optimizer.state.get(p, {})
         if entries.keys() != optimizer.state.get(weights[0], {}).keys():
-            raise ValueError("the optimiser's state is incomplete")
+            raise ValueError("the optimizer's state is incomplete")
         if any(isinstance(x, torch.Tensor) and x.dim() and x.shape != p.shape for x in entries.values()):
-            raise ValueError("the optimiser's state is of weights of another shape")
+            raise ValueError("the optimizer's state is of weights of another shape")

@@ -74,7 +74,7 @@ def test_41_a_second_run_in_the_folder_is_refused_and_disturbs_nothing(data, tmp
         before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
         for flags in (["--resume", "auto"], ["--fresh"], [], ["--resume", str(folder)]):
             with pytest.raises(
-                UserError, match=rf"process {first.pid} on {os.uname().nodename} is at the run {folder}"
+                UserError, match=rf"process {first.pid} on {os.uname().nodename} is training in {folder}"
             ):
                 train(data, folder, *flags)
         assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
@@ -92,7 +92,7 @@ def test_41_the_lock_of_a_killed_run_is_taken_over_with_what_it_left_half_writte
     assert (folder / LOCK).exists()
     (folder / ".last.pt.1.partial").write_bytes(b"half")
     train(data, folder, "--resume", "auto")
-    assert f"process {first.pid} ended in {folder} without a word" in capsys.readouterr().err
+    assert f"process {first.pid} was killed while it trained in {folder}. Its lock" in capsys.readouterr().err
     train(data, tmp_path / "undisturbed")
     assert flat(load(folder)["method"]) == flat(load(tmp_path / "undisturbed")["method"])
     assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
@@ -133,7 +133,7 @@ def test_41_a_lock_that_may_be_alive_is_respected(kind, tmp_path, monkeypatch):
     text = owner(**LIVING[kind])
     (tmp_path / LOCK).write_text(text)
     for ask in (lambda: refuse_locked(tmp_path), lambda: run_lock(tmp_path).__enter__()):
-        with pytest.raises(UserError, match=rf"{json.loads(text)['host']} is at the run .* delete .*{LOCK}"):
+        with pytest.raises(UserError, match=rf"{json.loads(text)['host']} is training in .* delete .*{LOCK}"):
             ask()
     assert (tmp_path / LOCK).read_text() == text
 
@@ -145,7 +145,7 @@ def test_41_a_stale_lock_is_recognised(kind, tmp_path, monkeypatch, capsys):
     refuse_locked(tmp_path)
     with run_lock(tmp_path):
         assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
-        assert "without a word" in capsys.readouterr().err
+        assert "was killed while it trained" in capsys.readouterr().err
     assert not (tmp_path / LOCK).exists()
 
 
