@@ -164,7 +164,9 @@ def load_model(o: Options, device: torch.device) -> Model:
         )
     for method, names, options in zip(methods, outputs, trained, strict=True):
         if o.output and o.output not in names:
-            raise UserError(f"--method {options['method']} has no output {o.output}. Choose from {' '.join(names)}.")
+            raise UserError(
+                f"--output {o.output}: {options['method']} has no such output. Choose from {', '.join(names)}."
+            )
         method.to(device).eval()
         set_precision(method, o.precision, training=False)
     taken = [o.output or names[0] for names in outputs]

@@ -179,7 +179,9 @@ def main(argv: list[str] | None = None) -> None:
     outputs = tuple(dict.fromkeys(o.output)) or available
     unknown = [name for name in outputs if name not in available]
     if unknown:
-        raise UserError(f"{state['file']} has no output {' '.join(unknown)}. Choose from {' '.join(available)}.")
+        raise UserError(
+            f"--output {' '.join(unknown)}: {state['file']} has no such output. Choose from {', '.join(available)}."
+        )
     downsample, classes = trained["downsample"], method.options.classes
     normalize = normalization_of(trained)
     patch_size = tuple(o.patch_size or trained["patch_size"])

@@ -551,7 +551,7 @@ def test_08_damaged_state_of_the_optimiser_is_refused(unfinished):
 # -- flags of the test --
 
 BAD_TEST_FLAGS = {
-    "--output nonsense": ("--output nonsense", "seg sdm mean"),
+    "--output nonsense": ("--output nonsense", "seg, sdm, mean"),
     "--stride 17 16 16": ("--stride", "17", "patch"),
     "--stride 0 8 8": ("--stride", "0"),
     "--patch-size 16 24 16": ("--patch-size", "24", "multiples of 16"),
