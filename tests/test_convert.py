@@ -202,7 +202,7 @@ def test_good_scans_are_there_when_others_are_refused_and_lists_only_grow(tmp_pa
     kept = bad.read_bytes()
     bad.write_bytes(kept[:900])
     with pytest.raises(
-        UserError, match=r"1 of 7 scans were refused, the others are in .*set:\n  patient5: .*is cut short"
+        UserError, match=r"1 of 7 scans were refused, the others are in .*set:\n  patient5: .*is damaged or incomplete"
     ):
         converted(tmp_path / "scans", tmp_path / "set")
     assert "6 converted, 0 already there, 1 refused" in capsys.readouterr().out
