@@ -48,9 +48,10 @@ from tools.volumes import read_volumes, volume_rows, volumes_table, write_volume
 from utils.checkpoint import channels_of_state, unfinished, write_whole
 from utils.devices import choose_device, enough_memory, keep_freed_memory, refuse_precision, set_arithmetic
 from utils.errors import UserError, run
-from utils.options import Parser, fill, option
+from utils.options import Parser, fill, flag_of, option
 from utils.run_folder import has_checkpoint
 from utils.shared_weights import PIECES
+from utils.text import some
 
 
 @dataclasses.dataclass
@@ -65,10 +66,10 @@ class Options:
         nargs="+",
     )
     method: str = option(
-        "", "method of the bare weights of a released code (default: a checkpoint knows its own)",
+        "", "method of the bare weights of a released code (a checkpoint of train_dtml.py states its method)",
         group="what", choices=list(RELEASED),
     )  # fmt: skip
-    series: list[str] = option([], "UIDs of the DICOM series to take, where a folder holds several (default none)",
+    series: list[str] = option([], "UIDs of the DICOM series to segment, of a folder with several (default none)",
                                group="what", type=str, nargs="+")  # fmt: skip
     out: str = option("", "folder of the segmentations; -o is the same", group="what")
     output: str = option(
@@ -87,7 +88,7 @@ class Options:
     interpolation: str = option(
         "linear", "interpolation of the intensities", group="what", choices=[k for k in INTERPOLATORS if k != "nearest"]
     )
-    flips: int = flips_option("what")
+    flips: int = flips_option()
     patch_size: list[int] | None = three_voxels("voxels of a window along x, y, z (default that of training)")
     stride: list[int] | None = three_voxels(
         "step from window to window (default half the patch, so that each voxel is seen by eight windows)"
@@ -131,7 +132,8 @@ def load_model(o: Options, device: torch.device) -> Model:
     for name, usual in (("downsample", 1), ("classes", 1), ("channels", 1), ("normalize", "none"), ("window", None)):
         values = {str(options.get(name, usual)) for options in trained}
         if len(values) > 1:
-            raise UserError(f"the checkpoints differ in --{name}: {', '.join(sorted(values))}. Average like with like.")
+            what = "the number of channels" if name == "channels" else flag_of(name)
+            raise UserError(f"the checkpoints differ in {what}: {', '.join(sorted(values))}. Average like with like.")
     channels = [channels_of_state(state) for state in states]
     if any(names != channels[0] for names in channels) and len(channels[0]) > 1:
         shown = "; ".join(sorted({", ".join(names) for names in channels}))
@@ -162,7 +164,9 @@ def load_model(o: Options, device: torch.device) -> Model:
         )
     for method, names, options in zip(methods, outputs, trained, strict=True):
         if o.output and o.output not in names:
-            raise UserError(f"--output {o.output} is none of {options['method']}'s: {' '.join(names)}.")
+            raise UserError(
+                f"--output {o.output}: {options['method']} has no such output. Choose from {', '.join(names)}."
+            )
         method.to(device).eval()
         set_precision(method, o.precision, training=False)
     taken = [o.output or names[0] for names in outputs]
@@ -188,7 +192,7 @@ def sort_words(flags: dict[str, Any]) -> list[str]:
     words = flags.pop("scans", [])
     given = {word: [word] for word in flags.get("checkpoint", [])}
     given |= {word: sorted(glob.glob(word)) or [word] for word in given if not Path(word).exists()}
-    scans = [word for word, paths in given.items() if any(map(may_be_scan, paths))]
+    scans = [w for w, paths in given.items() if any(map(may_be_scan, paths)) and not any(map(is_trained, paths))]
     if len(scans) < len(given):
         flags["checkpoint"] = [path for word, paths in given.items() if word not in scans for path in paths]
         words += scans
@@ -198,11 +202,16 @@ def sort_words(flags: dict[str, Any]) -> list[str]:
     return words
 
 
+def is_trained(word: str) -> bool:
+    """Whether a word after --checkpoint is a run folder with a checkpoint, or a folder of shared weights."""
+    return has_checkpoint(Path(word)) or next(Path(word).glob(PIECES), None) is not None
+
+
 def may_be_scan(word: str) -> bool:
     """Whether a word after --checkpoint is a folder without a checkpoint, a file of a scan or a pattern."""
     path = Path(word)
     if path.is_dir():
-        return not has_checkpoint(path) and next(path.glob(PIECES), None) is None
+        return not is_trained(word)
     return bool(ending_of(path)) or path.suffix.lower() in DICOM_ENDINGS or glob.has_magic(word)
 
 
@@ -241,7 +250,7 @@ def refuse_scans(scans: list[Scan], o: Options, classes: int) -> None:
         )
     there = [str(file) for file in written if file.exists()]
     if there and not o.overwrite:
-        raise UserError(f"{', '.join(there[:5])} exists already. Choose another --out, or --overwrite.")
+        raise UserError(f"{some(there)} exists already. Choose another --out, or --overwrite.")
     if {file.resolve() for file in (*written, out)} & {path.resolve() for path in paths}:
         raise UserError(f"--out {o.out} is where the scans are: they would be replaced. Choose another folder.")
 
@@ -256,7 +265,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_dataclass(Options)
     parser.add_argument("scans", nargs="*", metavar="SCAN", help="file, folder of scans or of a DICOM series, pattern")
     parser.add_argument("-o", dest="out", metavar="DIR", help="the same as --out")
-    # A scan is recognised by its ending anywhere on the command line, also after the checkpoints.
+    # A scan is recognized by its ending anywhere on the command line, also after the checkpoints.
     arguments = parser.expand(argv)
     named = [text for text in arguments if not text.startswith("-") and ending_of(Path(text))]
     flags = parser.parse([text for text in arguments if text not in named])
@@ -285,7 +294,7 @@ def main(argv: list[str] | None = None) -> None:
     refuse_scans(scans, o, model.classes)
 
     report = Path(o.report) if o.report else Path(o.out, "volumes.csv")
-    earlier = read_volumes(report)
+    read_volumes(report)  # refuses a file of another kind
     rows: list[dict[str, Any]] = []
     refused: list[str] = []
     written: set[Path] = set()
@@ -320,7 +329,7 @@ def main(argv: list[str] | None = None) -> None:
             if file not in written:
                 file.unlink()
         rows += volume_rows(scan.name, label, geometry, model.names, model.classes)
-        write_volumes(report, earlier, rows)
+        write_volumes(report, rows)
         print(f"{path}: {time.monotonic() - began:.1f} s", file=sys.stderr)
 
     if rows:

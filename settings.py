@@ -59,11 +59,11 @@ class Options:
     """Options of all methods. None is replaced by `read_options`, depending on other options or on the data."""
 
     method: str = option("dtml", "method to train; --method NAME --help lists its own options", choices=list(METHODS))
-    preset: str = option("", "named settings of the method (default its first; most have paper and authors)")
+    preset: str = option("", "named settings of the method (default its first; all have tuned, most paper and authors)")
 
     data: str = option(
-        "", "folder of the data set (default data/la, else the phantom set)", group="data", harmless=True,
-        only_if=TRAINS,
+        "", "folder of the data set (default data/la, else the phantom set; data/hippocampus with that profile)",
+        group="data", harmless=True, only_if=TRAINS,
     )  # fmt: skip
     profile: str = option(
         "", "scale of the run: full (default), half, short, phantom, hippocampus", choices=list(PROFILES), group="data"
@@ -89,27 +89,28 @@ class Options:
         "further channel, or the same for all (default none)",
         group="data", type=float, nargs="+", only_if={"normalize": ("window",)},
     )  # fmt: skip
-    augment: str = option("d4", "turns and flips of a crop: d4: all eight in the x-y plane; mirror: always a flip, as "
-                          "released; flip: flips alone, along --flip-axes", group="data",
+    augment: str = option("d4", "90-degree rotations and flips of a crop: d4: all eight in the x-y plane; mirror: "
+                          "always a flip, as released; flip: flips alone, along --flip-axes", group="data",
                           choices=AUGMENTATIONS)  # fmt: skip
     flip_axes: list[str] = option(list(AXES), "axes of --augment flip; a converted set's x goes from left to right",
                                   group="data", choices=AXES, nargs="+", only_if={"augment": ("flip",)})  # fmt: skip
     intensity: float = option(0.0, "intensity augmentation: random gamma, contrast and brightness, up to this "
                               "strength; 0: none", group="data", minimum=0, maximum=2)  # fmt: skip
-    random_scale: float = option(0.0, "random size of a crop's content, exp(-X) to exp(X) times its own; 0: none",
+    random_scale: float = option(0.0, "random zoom by a factor from exp(-X) to exp(X); 0: none",
                                  group="data", minimum=0, maximum=1)  # fmt: skip
-    random_rotation: float = option(0.0, "random rotation about each axis, up to so many degrees to either side; 0: "
-                                    "none", group="data", minimum=0, maximum=180)  # fmt: skip
+    random_rotation: float = option(0.0, "random rotation about each axis, up to X degrees to either side; 0: none",
+                                    group="data", minimum=0, maximum=180)  # fmt: skip
     random_bias: float = option(0.0, "random smooth field as of an MR coil, a factor of exp(-X) to exp(X) above the "
                                 "lowest intensity; 0: none", group="data", minimum=0, maximum=2)  # fmt: skip
-    random_blur: float = option(0.0, "random Gaussian blur, SD up to so many voxels; 0: none", group="data",
+    random_blur: float = option(0.0, "random Gaussian blur, SD up to X voxels; 0: none", group="data",
                                 minimum=0, maximum=10)  # fmt: skip
     random_resolution: float = option(0.0, "random low resolution, voxels up to 1 + X times as long; 0: none",
                                       group="data", minimum=0, maximum=9)  # fmt: skip
     random_noise: float = option(0.0, "random Gaussian noise, SD up to X standard deviations of a scan (of --normalize "
                                  "window: window widths); 0: none", group="data", minimum=0, maximum=5)  # fmt: skip
-    object_share: float = option(0.0, "share of the labeled crops placed around a voxel of the object, of all classes "
-                                 "alike; for small organs", group="data", minimum=0, maximum=1)  # fmt: skip
+    object_share: float = option(0.0, "fraction of the labeled crops that are centred on a foreground voxel, each "
+                                 "class equally often; for small organs",
+                                 group="data", minimum=0, maximum=1)  # fmt: skip
     sdm_of: str = option("crop", "distance maps of the crop, or cut out of those of the whole scan", group="data",
                          choices=SDM_OF, only_if={"needs_sdm": bool})  # fmt: skip
     cache: str = option(
@@ -125,8 +126,8 @@ class Options:
     workers: int = option(0, "processes that prepare crops", group="data", harmless=True, minimum=0, only_if=TRAINS)
 
     init: str = option("", "weights to start from: a run folder, a .pt file or shared weights of the same method; the "
-                       "optimiser begins anew (default drawn by --seed)", group="training", only_if=ANEW)  # fmt: skip
-    iterations: int = option(6000, "optimiser steps", group="training", minimum=1)
+                       "optimizer begins anew (default drawn by --seed)", group="training", only_if=ANEW)  # fmt: skip
+    iterations: int = option(6000, "optimizer steps", group="training", minimum=1)
     batch_size: int = option(4, "crops in a batch of each process", group="training", minimum=1)
     labeled_batch: int | None = option(
         None, "labeled crops in a batch (default half)", group="training", type=int, minimum=1

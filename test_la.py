@@ -52,13 +52,15 @@ from methods.released import RELEASED, load_trained
 from networks.backbone import PRECISIONS, set_precision
 from tools.report_page import write_report
 from tools.tested_scans import SCANS, chosen_cases, names_of
-from utils.checkpoint import BEST, channels_of_state, unfinished, write_whole
+from utils.checkpoint import LAST, channels_of_state, unfinished, write_whole
 from utils.devices import choose_device, enough_memory, keep_freed_memory, refuse_precision, set_arithmetic
 from utils.distributed import RANK, RANKS, in_turn, process_group
 from utils.errors import UserError, run
 from utils.masks import label_map, largest_components
-from utils.options import Parser, fill, option
+from utils.options import option, read_flags
 from utils.run_folder import make_manifest, write_json
+from utils.shared_weights import ENDING
+from utils.text import some
 
 
 @dataclasses.dataclass
@@ -68,7 +70,7 @@ class Options:
     checkpoint: str = option("", "run folder or .pt file of train_dtml.py; bare weights with --method", group="what")
     method: str = option(
         "",
-        "method of the bare weights of a released code (default: a checkpoint knows its own)",
+        "method of the bare weights of a released code (a checkpoint of train_dtml.py states its method)",
         group="what",
         choices=list(RELEASED),
     )
@@ -76,7 +78,7 @@ class Options:
     data: str = option("", "folder of the data set (default that of the training)", group="what")
     scans: str = option("test", "the scans of test.list; of validation.list, or of the run's --fold; or those of "
                         "train.list that the training left unused", group="what", choices=SCANS)  # fmt: skip
-    cases: list[str] = option([], "only these of the scans (default all)", group="what", type=str, nargs="+")
+    cases: list[str] = option([], "names of the scans to test (default all)", group="what", type=str, nargs="+")
     output: list[str] = option(
         [],
         "which outputs of the method to score, of dtml: seg (M_s), sdm (M_d), mean (default all)",
@@ -85,7 +87,7 @@ class Options:
         nargs="+",
     )
     nsd_tolerance: float | None = option(
-        None, "mm: score NSD too, the share of both surfaces that is so near to the other one (default no NSD)",
+        None, "also score the normalised surface Dice (NSD) at this tolerance in mm (default no NSD)",
         group="what", type=float, minimum=0,
     )  # fmt: skip
     metrics: list[str] = option([], "score these too: assd, the average symmetric surface distance; rve, the relative "
@@ -94,12 +96,12 @@ class Options:
     patch_size: list[int] | None = three_voxels("voxels of a window along x, y, z (default that of training)")
     stride: list[int] | None = three_voxels("step from window to window (default 18 18 4, divided by --downsample)")
     weighting: str = option("uniform", "how overlapping windows are averaged", group="window", choices=WEIGHTINGS)
-    flips: int = flips_option("window")
+    flips: int = flips_option()
     batch_size: int = option(4, "windows at a time", group="window", minimum=1)
     out: str = option(
         "",
-        "folder of the results (default RUN/SCANS, of best.pt RUN/best-SCANS, of bare weights FILE-test; with --cases "
-        "these and -cases)",
+        "folder of the results (default RUN/SCANS; of another file than last.pt FILE-SCANS next to it, as best-test of "
+        "best.pt; with --cases these and -cases)",
     )
     save: str = option("largest", "predictions to write as NIfTI", choices=(*COMPONENTS, "none"))
     precision: str = option("fp32", "arithmetic of the convolutions", choices=(*PRECISIONS, "fp16"))
@@ -152,16 +154,14 @@ def refuse_unknown_spacing(cases: Sequence[Case], folder: Path, tolerance: float
     unknown = [case.name for case in cases if known_spacing(case) is None]
     if unknown:
         raise UserError(
-            f"--nsd-tolerance {tolerance:g} is in mm, and the spacing of {', '.join(unknown[:5])} is not known. Write "
+            f"--nsd-tolerance {tolerance:g} is in mm, and the spacing of {some(unknown)} is not known. Write "
             f"it into {folder}/spacing.txt, the mm along x, y and z, or leave --nsd-tolerance out."
         )
 
 
 @enough_memory("Lower --batch-size or --patch-size.")
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__, prog="test_la.py")
-    parser.add_dataclass(Options)
-    o: Options = fill(Options, parser.parse(argv))
+    o: Options = read_flags(Options, __doc__, "test_la.py", argv)
     if o.threads:
         torch.set_num_threads(o.threads)
     device = choose_device(o.device)
@@ -179,7 +179,9 @@ def main(argv: list[str] | None = None) -> None:
     outputs = tuple(dict.fromkeys(o.output)) or available
     unknown = [name for name in outputs if name not in available]
     if unknown:
-        raise UserError(f"--output {' '.join(unknown)} is none that {state['file']} gives: {' '.join(available)}.")
+        raise UserError(
+            f"--output {' '.join(unknown)}: {state['file']} has no such output. Choose from {', '.join(available)}."
+        )
     downsample, classes = trained["downsample"], method.options.classes
     normalize = normalization_of(trained)
     patch_size = tuple(o.patch_size or trained["patch_size"])
@@ -205,9 +207,9 @@ def main(argv: list[str] | None = None) -> None:
         refuse_unknown_spacing(cases, folder, o.nsd_tolerance)
     count = sum(len(windows([-(-side // downsample) for side in shape], patch_size, stride)) for shape in shapes)
     names = {c: name for c, name in class_names(folder).items() if c <= classes}
-    # Several released files are in one folder.
-    usual_out = path.with_name(f"{path.stem}-test") if o.method else (path if path.is_dir() else path.parent) / o.scans
-    usual_out = path.with_name(f"{path.stem}-{o.scans}") if path.name == BEST else usual_out
+    other = path.is_file() and path.name != LAST and path.suffix != ENDING  # best.pt, previous.pt, released weights
+    usual_out = (path if path.is_dir() else path.parent) / o.scans
+    usual_out = path.with_name(f"{path.stem}-{o.scans}") if other else usual_out
     usual_out = usual_out.with_name(f"{usual_out.name}-cases") if o.cases else usual_out  # next to the test of all
     out = Path(o.out) if o.out else usual_out
 
@@ -255,7 +257,6 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     # results
-    new.mkdir(parents=True, exist_ok=True)
     means = f"{caption_of(o.nsd_tolerance, o.metrics)}\n{table(rows)}"
     write_whole(new / "cases.csv", as_csv(rows).encode())
     write_whole(new / "table.md", means.encode())

@@ -12,6 +12,7 @@ Learning rate, ramps, batches and dropout masks are functions of (seed, iteratio
 therefore equal to an uninterrupted one.
 """
 
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,17 +23,15 @@ from typing import Any
 import torch
 
 from dataloaders.channels import channels_of_set
-from dataloaders.diagnostic import kept_for_diagnosis
 from dataloaders.findings import warnings_of
 from dataloaders.two_stream import make_loader
 from losses.ramps import cosine_rate, learning_rate
 from methods import METHODS, Losses, Watch, restore
 from settings import Options
 from tools.command_line import NOT_REPLAYED, chosen_flags, flags_of, read_options
-from tools.replay import replay_batch
-from tools.showing import show
+from tools.diagnostic import kept_for_diagnosis, replay_batch
 from tools.starting import further, header, keep_finished, start_from
-from tools.training import Training, prepare
+from tools.training import Training, prepare, show
 from tools.validation import VALIDATION, validation_line, validation_scores
 from utils.checkpoint import BEST, load_checkpoint, save_checkpoint, write_whole
 from utils.clock import Clock
@@ -132,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
         wait_for_rank_0()
         shares = train(t, replicate(method, device), report, stop)
         if report:
-            summarise(t, report, manifest, shares)
+            summarize(t, report, manifest, shares)
 
 
 def begin(
@@ -258,7 +257,7 @@ def train(t: Training, model: Callable[..., Losses], report: Report | None, stop
     return clock.all_shares()
 
 
-def summarise(t: Training, report: Report, manifest: dict[str, Any], shares: dict[str, float]) -> None:
+def summarize(t: Training, report: Report, manifest: dict[str, Any], shares: dict[str, float]) -> None:
     """Adds what was measured to the manifest and the log, and names the commands that come next."""
     o, folder, best = t.o, t.folder, t.best
     wall, memory = t.passed, peak_memory_gib(t.device)
@@ -272,11 +271,11 @@ def summarise(t: Training, report: Report, manifest: dict[str, Any], shares: dic
     report.say(f"done: {o.iterations} iterations in {wall / 60:.1f} min, {measured['iterations_per_s']} it/s, "
                f"{measured['peak_memory_gib']} GiB at most")  # fmt: skip
     report.say("time: " + ", ".join(f"{k} {100 * v:.1f} %" for k, v in measured["time_shares"].items()))
-    report.say(f"test it:      python test_la.py --checkpoint {folder}")
+    report.say(f"test it:      python test_la.py --checkpoint {shlex.quote(str(folder))}")
     if best:
-        report.say(f"the best:     python test_la.py --checkpoint {folder / BEST}   (iteration "
+        report.say(f"the best:     python test_la.py --checkpoint {shlex.quote(str(folder / BEST))}   (iteration "
                    f"{best['iteration']}, Dice {100 * best['dice']:.2f} % in validation)")  # fmt: skip
-    report.say(f"see curves:   tensorboard --logdir {folder}")
+    report.say(f"see curves:   tensorboard --logdir {shlex.quote(str(folder))}")
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from dataloaders.two_stream import Patches, Slot, collate
 from dataloaders.volumes import Volumes
 from utils.devices import keep_freed_memory
 from utils.errors import UserError, run
-from utils.options import Parser, fill, option
+from utils.options import option, read_flags
 
 
 @dataclasses.dataclass
@@ -78,9 +78,7 @@ def use_up(items: Maker, slots: list[Slot]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__, prog="python -m benchmarks.data")
-    parser.add_dataclass(Options)
-    o: Options = fill(Options, parser.parse(argv))
+    o: Options = read_flags(Options, __doc__, "python -m benchmarks.data", argv)
     torch.set_num_threads(o.threads)
     keep_freed_memory()
     train, _ = lists_of(Path(o.data))

@@ -37,7 +37,7 @@ from train_dtml import main as train
 from utils.checkpoint import LAST, load_checkpoint, write_whole
 from utils.devices import choose_device, keep_freed_memory, peak_memory_gib, set_arithmetic
 from utils.errors import Stopped, UserError, run
-from utils.options import Parser, fill, option
+from utils.options import option, read_flags
 from utils.run_folder import MANIFEST
 
 CARDS_GIB = (8, 11, 12, 16)  # memory of common cards
@@ -314,9 +314,7 @@ def report(results: dict[str, dict[str, Any]], device: torch.device) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__, prog="python -m benchmarks.gpu")
-    parser.add_dataclass(Options)
-    o: Options = fill(Options, parser.parse(argv))
+    o: Options = read_flags(Options, __doc__, "python -m benchmarks.gpu", argv)
     device, out = choose_device(o.device), Path(o.out)
     set_arithmetic(deterministic=o.part == "resume")
     keep_freed_memory()

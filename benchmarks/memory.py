@@ -19,7 +19,7 @@ from settings import PROFILES
 from tools.command_line import read_options
 from tools.memory import MARGIN, meta_method, step_bytes
 from utils.errors import run
-from utils.options import Parser, fill, option
+from utils.options import option, read_flags
 
 CARDS = (8, 11, 12, 16, 24, 40, 80, 141)
 """GiB of the usual cards."""
@@ -50,9 +50,7 @@ def card_for(gib: float) -> int | str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__, prog="python -m benchmarks.memory")
-    parser.add_dataclass(Options)
-    o: Options = fill(Options, parser.parse(argv))
+    o: Options = read_flags(Options, __doc__, "python -m benchmarks.memory", argv)
     rows: list[list[Any]] = []
     for name in (name for name, kind in METHODS.items() if o.classes == 1 or kind.multiclass):
         (plain, crops), (less, _) = (

@@ -29,7 +29,7 @@ from tools.command_line import read_options
 from utils.checkpoint import write_whole
 from utils.devices import choose_device, keep_freed_memory, peak_memory_gib, seed_iteration, set_arithmetic
 from utils.errors import run
-from utils.options import Parser, fill, option
+from utils.options import option, read_flags
 
 
 @dataclasses.dataclass
@@ -45,7 +45,7 @@ class Options:
 
 
 class Workload:
-    """A method at the size of a profile, with an optimiser and a batch of noise with boxes as labels.
+    """A method at the size of a profile, with an optimizer and a batch of noise with boxes as labels.
 
     Args:
         name: the method.
@@ -106,9 +106,7 @@ def measure(name: str, o: Options) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__, prog="python -m benchmarks.methods")
-    parser.add_dataclass(Options)
-    o: Options = fill(Options, parser.parse(argv))
+    o: Options = read_flags(Options, __doc__, "python -m benchmarks.methods", argv)
     results: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
     costs: dict[str, list[float]] = {}
     for _ in range(o.rounds):

@@ -16,7 +16,7 @@ from scipy.ndimage import gaussian_filter, shift
 from benchmarks.timing import scans, side_by_side, table
 from evaluation.metrics import segmentation_metrics
 from utils.errors import run
-from utils.options import Parser, fill, option
+from utils.options import option, read_flags
 
 Pair = tuple[NDArray[np.bool_], NDArray[np.bool_]]
 
@@ -63,9 +63,7 @@ def worst(side: int) -> dict[str, Pair]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__, prog="python -m benchmarks.metrics")
-    parser.add_dataclass(Options)
-    o: Options = fill(Options, parser.parse(argv))
+    o: Options = read_flags(Options, __doc__, "python -m benchmarks.metrics", argv)
     pairs = [(segmented(label, i), label > 0) for i, (_, _, label) in enumerate(scans(o.data, o.scans))]
     groups: dict[str, list[Pair]] = {f"segmentations of {len(pairs)} scans": pairs}
     groups |= {name: [pair] for name, pair in worst(o.side).items()}

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.timing import table
-from dataloaders.cases import LA_FOLDER, PHANTOM_FOLDER, find_cases, lists_of
+from dataloaders.cases import PHANTOM_FOLDER, find_cases, lists_of, usual_folder
 from dataloaders.phantom import make_phantom_set
 from dataloaders.two_stream import Patches, Slot, collate
 from dataloaders.volumes import Volumes
@@ -30,7 +30,7 @@ from tools.command_line import read_options
 from utils.checkpoint import load_checkpoint
 from utils.devices import choose_device, set_arithmetic
 from utils.errors import UserError, run
-from utils.options import Parser, fill, option
+from utils.options import option, read_flags
 
 PARTS = ("encoder", "bottom", "decoder", "heads")
 
@@ -156,13 +156,11 @@ def gradients(method: DTML, batch: dict[str, Any], mode: str) -> tuple[dict[tupl
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__, prog="python -m benchmarks.precision")
-    parser.add_dataclass(Options)
-    o: Options = fill(Options, parser.parse(argv))
+    o: Options = read_flags(Options, __doc__, "python -m benchmarks.precision", argv)
     torch.set_num_threads(o.threads)
     device = choose_device(o.device)
     set_arithmetic(deterministic=False)
-    folder = Path(o.data or (LA_FOLDER if LA_FOLDER.is_dir() else PHANTOM_FOLDER))
+    folder = usual_folder(o.data)
     if folder == PHANTOM_FOLDER:
         make_phantom_set(folder)
 

@@ -25,7 +25,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from benchmarks.timing import table
-from dataloaders.cases import LA_FOLDER, PHANTOM_FOLDER
+from dataloaders.cases import usual_folder
 from dataloaders.training import training_cases
 from dataloaders.two_stream import Patches, TwoStreamBatchSampler, make_loader
 from dataloaders.volumes import Volumes
@@ -39,7 +39,7 @@ from utils.clock import Clock
 from utils.devices import seed_iteration, set_arithmetic
 from utils.distributed import RANK, RANKS, any_rank, process_group, replicate, wait_for_rank_0
 from utils.errors import Stopped, UserError, run
-from utils.options import Parser, fill, option
+from utils.options import option, read_flags
 from utils.run_folder import digest
 
 CPU = torch.device("cpu")
@@ -204,7 +204,7 @@ def measure(o: Options) -> None:
     torch.set_num_threads(1)
     set_arithmetic(deterministic=False)
     cases, problems, _ = training_cases(
-        Path(o.data or (LA_FOLDER if LA_FOLDER.is_dir() else PHANTOM_FOLDER)), labeled=o.batch_size,
+        usual_folder(o.data), labeled=o.batch_size,
         unlabeled=o.batch_size, batch_size=o.batch_size, labeled_batch=None, patch_size=o.patch_size,
         multiples=side_multiples(HALVINGS),
     )  # fmt: skip
@@ -272,9 +272,7 @@ def measure(o: Options) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__, prog="python -m benchmarks.scale")
-    parser.add_dataclass(Options)
-    o: Options = fill(Options, parser.parse(argv))
+    o: Options = read_flags(Options, __doc__, "python -m benchmarks.scale", argv)
     if "RANK" in os.environ:
         measure(o)
         return

@@ -19,7 +19,7 @@ from benchmarks.timing import scans, side_by_side, table
 from losses.sdm import signed_distance_map
 from utils.errors import run
 from utils.masks import box_of
-from utils.options import Parser, fill, option
+from utils.options import option, read_flags
 
 
 @dataclasses.dataclass
@@ -61,9 +61,7 @@ FORMS = {"released": released, "scipy, inside on the object's box": on_box, "our
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__, prog="python -m benchmarks.sdm")
-    parser.add_dataclass(Options)
-    o: Options = fill(Options, parser.parse(argv))
+    o: Options = read_flags(Options, __doc__, "python -m benchmarks.sdm", argv)
     torch.set_num_threads(o.threads)
     crops = []
     for _, _, label in scans(o.data, o.scans):

@@ -4,8 +4,8 @@
 
 The released form decodes a whole h5 volume for each crop, turns it and then crops it. It computes a signed distance map
 of each label, which no loss uses. Both networks have both heads. There are two backward passes through one graph, and
-two SGD optimisers without fused kernels. The second pass adds the consistency to both networks again; here its weight
-is halved, so that both forms minimise the same loss.
+two SGD optimizers without fused kernels. The second pass adds the consistency to both networks again; here its weight
+is halved, so that both forms minimize the same loss.
 
 Our form is timed as in the paper, in float32, and in bfloat16 with k = 50, the steepest that trains in it. How near its
 gradients are to float64 is shown by benchmarks.precision.
@@ -14,7 +14,6 @@ gradients are to float64 is shown by benchmarks.precision.
 import dataclasses
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any, cast
 
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 from benchmarks.data import released as released_crop
 from benchmarks.timing import table
-from dataloaders.cases import LA_FOLDER, PHANTOM_FOLDER, find_cases, lists_of
+from dataloaders.cases import PHANTOM_FOLDER, find_cases, lists_of, usual_folder
 from dataloaders.phantom import make_phantom_set
 from dataloaders.two_stream import Patches, TwoStreamBatchSampler, collate
 from dataloaders.volumes import Volumes
@@ -40,7 +39,7 @@ from tools.command_line import read_options
 from utils.clock import Clock
 from utils.devices import choose_device, keep_freed_memory, peak_memory_gib, set_arithmetic
 from utils.errors import run
-from utils.options import Parser, fill, option
+from utils.options import option, read_flags
 
 PARTS = ("data", "forward and backward", "step")
 
@@ -83,14 +82,12 @@ def released_backward(M_s: nn.Module, M_d: nn.Module, batch: dict[str, Any], lam
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__, prog="python -m benchmarks.step")
-    parser.add_dataclass(Options)
-    o: Options = fill(Options, parser.parse(argv))
+    o: Options = read_flags(Options, __doc__, "python -m benchmarks.step", argv)
     torch.set_num_threads(o.threads)
     device = choose_device(o.device)
     set_arithmetic(deterministic=False)
     keep_freed_memory()
-    folder = Path(o.data or (LA_FOLDER if LA_FOLDER.is_dir() else PHANTOM_FOLDER))
+    folder = usual_folder(o.data)
     if folder == PHANTOM_FOLDER:
         make_phantom_set(folder)
     cases, _ = find_cases(folder, lists_of(folder)[0][:8], labeled=True)

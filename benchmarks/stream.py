@@ -36,7 +36,7 @@ from dataloaders.volumes import Volumes
 from networks.heads import HALVINGS, side_multiples
 from utils.devices import peak_memory_gib
 from utils.errors import run
-from utils.options import Parser, fill, option
+from utils.options import option, read_flags
 
 BATCH = 4
 LAYOUTS: dict[str, dict[str, Any]] = {  # of an h5 dataset; chunks are at most as large as the volume
@@ -160,9 +160,7 @@ def layouts(o: Options, folder: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__, prog="python -m benchmarks.stream")
-    parser.add_dataclass(Options)
-    o: Options = fill(Options, parser.parse(argv))
+    o: Options = read_flags(Options, __doc__, "python -m benchmarks.stream", argv)
     if o.one:
         print(json.dumps({"make": make, "start": start}[o.one](o)))
         return

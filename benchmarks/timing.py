@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataloaders.cases import LA_FOLDER, find_cases, lists_of, read_case
+from dataloaders.normalization import NONE, Normalization, normalized, normalized_case
 from dataloaders.phantom import phantom
 
 LA_SHAPE = (256, 208, 88)
@@ -67,16 +68,18 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [list(head), ["---"] * len(head), *cells])
 
 
-def scans(folder: str, count: int) -> Iterator[tuple[str, NDArray[np.float32], NDArray[np.uint8]]]:
-    """Yields name, image and label (W,H,D) of the first test scans; phantoms of LA's size without a data set."""
+def scans(
+    folder: str, count: int, normalize: Normalization = NONE
+) -> Iterator[tuple[str, NDArray[np.float32], NDArray[np.uint8]]]:
+    """Yields name, scaled image and label (W,H,D) of the first test scans; phantoms of LA's size without a data set."""
     if folder or LA_FOLDER.is_dir():
         where = Path(folder or LA_FOLDER)
         cases, _ = find_cases(where, lists_of(where)[1][:count], labeled=True)
         for case in cases:
             image, label = read_case(case)
             assert label is not None
-            yield case.name, image, label
+            yield case.name, normalized_case(case, image, normalize), label
     else:
         for i in range(count):
             image, label = phantom(0, i, LA_SHAPE)
-            yield f"phantom {i}", image.astype(np.float32), label.astype(np.uint8)
+            yield f"phantom {i}", normalized(image, normalize), label.astype(np.uint8)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.timing import scans, side_by_side, table
+from dataloaders.normalization import NONE, normalization_of
 from evaluation.metrics import segmentation_metrics
 from evaluation.sliding_window import STRIDE, WEIGHTINGS, predict_scan, sliding_window, window_starts, windows
 from methods import METHODS, restore
@@ -25,8 +26,8 @@ from settings import PROFILES
 from tools.command_line import read_options
 from utils.checkpoint import load_checkpoint
 from utils.devices import choose_device, keep_freed_memory, set_arithmetic
-from utils.errors import run
-from utils.options import Parser, fill, option
+from utils.errors import UserError, run
+from utils.options import option, read_flags
 from utils.resample import downsample_image
 
 
@@ -70,9 +71,7 @@ def batched(
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__, prog="python -m benchmarks.window")
-    parser.add_dataclass(Options)
-    o: Options = fill(Options, parser.parse(argv))
+    o: Options = read_flags(Options, __doc__, "python -m benchmarks.window", argv)
     torch.set_num_threads(o.threads)
     device = choose_device(o.device)
     set_arithmetic(deterministic=False)
@@ -80,18 +79,21 @@ def main(argv: list[str] | None = None) -> None:
     if o.checkpoint:
         state = load_checkpoint(Path(o.checkpoint))
         method, trained = restore(state), state["options"]
+        if trained.get("classes", 1) > 1:
+            raise UserError(f"{o.checkpoint} was trained on several classes. Give a checkpoint of one class.")
+        normalize = normalization_of(trained)
         patch_size, downsample = trained["patch_size"], trained["downsample"]
     else:
         options, method_options, *_ = read_options(["--method", "supervised", "--profile", o.profile])
         torch.manual_seed(0)
-        method = METHODS["supervised"](method_options, iterations=1)
+        method, normalize = METHODS["supervised"](method_options, iterations=1), NONE
         patch_size, downsample = options.patch_size, options.downsample
     method = method.to(device).eval()
     stride = [min(max(step // downsample, 1), side) for step, side in zip(STRIDE, patch_size, strict=True)]
     output = method.outputs[:1]
     predict = partial(method.predict, outputs=output)
 
-    _, image, _ = next(scans(o.data, 1))
+    _, image, _ = next(scans(o.data, 1, normalize))
     volume = downsample_image(torch.from_numpy(image), downsample).to(device)
     forms: dict[str, Callable[[], NDArray[np.float32]]] = {
         "released loop": lambda: one_at_a_time(predict, volume, patch_size, stride, 2),
@@ -117,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     kinds = [(name, wide, weighting) for name, wide in strides.items() for weighting in WEIGHTINGS]
     counts = dict.fromkeys(strides, 0)
     dices: dict[tuple[str, str], list[float]] = {(name, weighting): [] for name, _, weighting in kinds}
-    for _, image, label in scans(o.data, o.scans):
+    for _, image, label in scans(o.data, o.scans, normalize):
         for name, wide, weighting in kinds:
             p = predict_scan(
                 method, torch.from_numpy(image).to(device), output, downsample=downsample, patch_size=patch_size,

@@ -19,7 +19,8 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +30,6 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dataloaders.patients import patients_of, refuse_shared
-from dataloaders.unconverted import refuse_unconverted
 from utils.channels import with_channels
 from utils.distributed import RANK
 from utils.errors import UserError
@@ -42,6 +42,8 @@ LA_SPLITS = ROOT / "data" / "splits" / "la"
 LA_SUBFOLDER = "2018LA_Seg_Training Set"
 VALIDATION = "validation.list"
 FILE_NAME = "mri_norm2.h5"
+UNCONVERTED = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd", ".dcm")  # endings of scans
+SOURCES = ("", "images", "imagesTr", "labels", "labelsTr")  # folders of a source that have them
 MOST_CLASSES = 254
 MOST_ALIKE = 3  # cases with the same error that have a line each
 MOST_BYTES = 2**31  # of one image or label: 2048 slices of 512x512 in float32
@@ -81,11 +83,33 @@ def read_list(path: Path) -> list[str]:
         raise UserError(f"the list {path} names {', '.join(twice)} more than once. Keep each case once.")
     unnamable = [name for name in names if not name.isprintable()]
     if unnamable:
-        raise UserError(f"the list {path} holds {unnamable[0]!r}, which no case can be called. Write one name a line.")
+        raise UserError(
+            f"the list {path} holds {unnamable[0]!r}, which is not a valid case name. Write one name a line."
+        )
     outside = [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]
     if outside:
-        raise UserError(f"the list {path} leads out of the data set: {', '.join(outside)}. Use plain case names.")
+        raise UserError(
+            f"the list {path} names paths outside the data set: {', '.join(outside)}. Use plain case names."
+        )
     return names
+
+
+def refuse_unconverted(folder: Path) -> None:
+    """Refuses a folder without lists that holds scans of other formats than h5, itself or in its folders of images.
+
+    Raises:
+        UserError: naming a scan, and the command that converts them.
+    """
+    for part in SOURCES:
+        inner = folder / part
+        files = sorted(inner.iterdir()) if inner.is_dir() else []
+        scan = next((path for path in files if path.name.lower().endswith(UNCONVERTED)), None)
+        if scan is not None:
+            source = folder if part or folder.name not in SOURCES else folder.parent
+            raise UserError(
+                f"{folder} holds scans such as {scan.relative_to(folder)} and no converted data set. Convert them "
+                f"first: python -m tools.convert --source {source} --out data/mine, then give --data data/mine."
+            )
 
 
 def lists_of(folder: Path) -> tuple[list[str], list[str]]:
@@ -127,6 +151,11 @@ def validation_of(folder: Path) -> list[str]:
     return read_list(path) if path.exists() else []
 
 
+def usual_folder(data: str = "") -> Path:
+    """The folder of --data, or without one that of LA if it is there, else that of the phantom set."""
+    return Path(data or (LA_FOLDER if LA_FOLDER.is_dir() else PHANTOM_FOLDER))
+
+
 def case_file(folder: Path, name: str) -> Path | None:
     """Path of the case's file in any of the three layouts, or None."""
     paths = (folder / LA_SUBFOLDER / name / FILE_NAME, folder / name / FILE_NAME, folder / f"{name}.h5")
@@ -134,6 +163,37 @@ def case_file(folder: Path, name: str) -> Path | None:
         return next((path for path in paths if path.is_file()), None)
     except OSError:  # not a valid file name
         return None
+
+
+def labeled_case(folder: Path, name: str) -> Case:
+    """A case of a data set with its label, of any number of classes.
+
+    Raises:
+        UserError: there is no such case.
+    """
+    path = case_file(folder, name)
+    if path is None:
+        raise UserError(f"{name} is not in {folder}. Name a case of its lists, or its own folder with --data.")
+    return Case(name, path, labeled=True, classes=MOST_CLASSES)
+
+
+@contextmanager
+def named(case: Case, advice: str = "") -> Iterator[None]:
+    """Context that turns a CaseError into a UserError with the case's name and file."""
+    try:
+        yield
+    except CaseError as e:
+        raise UserError(f"{case.name}: {case.path} {e}. {advice}".rstrip()) from e
+
+
+def has_label(path: Path | None, unreadable: bool) -> bool:
+    """Whether a case file has a label, of which no value is read; `unreadable` for a file that cannot be opened, whose
+    error is raised where it is read."""
+    try:
+        with h5py.File(path, "r") as f:
+            return "label" in f
+    except Exception:  # as in read_case
+        return unreadable
 
 
 def find_cases(
@@ -183,7 +243,7 @@ def read_case(case: Case) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None
     except CaseError:
         raise
     except Exception as e:  # h5py raises many kinds of errors for damaged files
-        raise CaseError(f"is no whole h5 file ({e})") from e
+        raise CaseError(f"is damaged or incomplete ({e})") from e
     image = image.astype(np.float32, copy=False)
     if not np.isfinite(image.sum(dtype=np.float64)):
         raise CaseError("'image' holds values that are not a number or infinite")

@@ -7,6 +7,7 @@ key is "modality".
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from dataloaders.geometry import UNTOLD
 from dataloaders.images import Geometry, normalise, read_image, same_grid, scan_name
 from utils.channels import with_channels
 from utils.errors import UserError
+from utils.text import some
 
 NUMBERED = re.compile(r"(.+)_(\d{4})")
 """nnU-Net's name of one channel's file, without its ending: NAME_0000, NAME_0001, ..."""
@@ -73,15 +75,11 @@ def refuse_other_channels(folder: Path, trained: Sequence[str]) -> None:
 
 def channels_of_set(folder: Path) -> int:
     """K of the first training case that can be opened; 1 if there is none, which is reported elsewhere."""
-    try:
+    with suppress(UserError):
         for name in lists_of(folder)[0]:
-            path = case_file(folder, name)
-            if path is not None:
-                with h5py.File(path, "r") as f:
-                    shape = f["image"].shape
+            with suppress(Exception), h5py.File(case_file(folder, name), "r") as f:  # as in read_case
+                shape = f["image"].shape
                 return shape[0] if len(shape) == 4 else 1
-    except Exception:  # as in read_case
-        pass
     return 1
 
 
@@ -160,7 +158,7 @@ def in_order(name: str, files: dict[int, Path], where: Path | str) -> tuple[Path
     missing = [f"{name}_{i:04}" for i in range(max(files)) if i not in files]
     if missing:
         raise UserError(
-            f"{where} has no {', '.join(missing[:5])}, and {files[max(files)].name} is there. A scan needs all of its "
+            f"{where} has no {some(missing)}, and {files[max(files)].name} is there. A scan needs all of its "
             "channels. Add what is missing."
         )
     return tuple(files[i] for i in sorted(files))

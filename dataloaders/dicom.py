@@ -130,7 +130,7 @@ def read_series(files: Sequence[str]) -> tuple[NDArray[np.float32], Geometry]:
     try:
         voxels = sitk.GetArrayFromImage(reader.Execute())  # (D,H,W)
     except RuntimeError as e:
-        raise CaseError(f"is no whole series ({str(e).splitlines()[-1]})") from e
+        raise CaseError(f"is damaged or incomplete ({str(e).splitlines()[-1]})") from e
     if not np.isfinite(voxels.sum(dtype=np.float64)):
         raise CaseError("holds intensities that are not a number or infinite")
     geometry = {

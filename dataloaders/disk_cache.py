@@ -100,10 +100,9 @@ class Checks:
         }
         if self.folder is not None:
             try:
-                self._path(case, "json").parent.mkdir(parents=True, exist_ok=True)
                 self._write(case, scaled(image, scalings), label)
                 write_whole(self._path(case, "json"), json.dumps(entry).encode())  # last: it refers to the others
-            except OSError as e:
+            except UserError as e:
                 self._refused(e)
         self._entries[case.name] = entry
 
@@ -121,12 +120,11 @@ class Checks:
     def _write(self, case: Case, image: NDArray, label: NDArray | None) -> None:
         """Writes further files of the entry, from the scaled image; none here."""
 
-    def _refused(self, e: OSError) -> None:
+    def _refused(self, e: UserError) -> None:
         folder, self.folder = self.folder, None
         if folder is not None and RANK == 0:
             print(
-                f"warning: {folder} cannot be written to ({e.strerror or e}), so every start checks all volumes "
-                "anew. Name another place with --cache-folder.",
+                f"warning: {e} Until then every start checks all volumes anew. --cache-folder names another place.",
                 file=sys.stderr,
             )
 
@@ -158,11 +156,8 @@ class DiskCache(Checks):
         if label is not None:
             write_whole(self._path(case, "label.npy"), _npy(self.pool(label, True)))
 
-    def _refused(self, e: OSError) -> None:
-        raise UserError(
-            f"the volumes cannot be kept in {self.folder} ({e}). Name another place with --cache-folder, or take "
-            "--cache ram."
-        ) from e
+    def _refused(self, e: UserError) -> None:
+        raise UserError(f"{e} --cache-folder names one, and --cache ram needs none.") from e
 
 
 def _npy(array: NDArray) -> bytes:

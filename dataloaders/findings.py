@@ -19,6 +19,8 @@ from dataloaders.geometry import SPACING_FILE, known_spacing, published
 from dataloaders.likeness import DIGITS, fingerprint, groups
 from dataloaders.orientation import known_orientation
 from utils.channels import with_channels
+from utils.devices import GIB
+from utils.text import some
 
 LEVELS = ("error", "warning", "note")
 LA_SIDES = ((148, 132, 88), (244, 160, 88))  # voxels
@@ -34,7 +36,6 @@ LA = {
 MEAN, SD = 4.0, (0.15, 3.5)  # limits for a normalised scan: twice as far as LA's
 FAR = 6.0  # outlier limit in units of 1.48 median absolute deviations over the cases
 SAMPLE = 20_000  # voxels of an image whose intensities are used
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,7 @@ class Finding:
     text: str
 
     def __str__(self) -> str:
-        more = f" and {len(self.cases) - 4} more" if len(self.cases) > 5 else ""
-        names = ", ".join(self.cases[:4] if more else self.cases) or "all cases"
-        return f"{names}{more}: {self.text}"
+        return f"{some(self.cases) or 'all cases'}: {self.text}"
 
 
 @dataclass(frozen=True)

@@ -41,9 +41,7 @@ def fold_numbers(count: int, folds: int) -> list[int]:
     return [fold for start in range(0, count, folds) for fold in order(start // folds)][:count]
 
 
-def split_fold(
-    labeled: Sequence[str], fold: str, patients: Mapping[str, str] | None = None
-) -> tuple[list[str], list[str]]:
+def split_fold(labeled: Sequence[str], fold: str, patients: Mapping[str, str]) -> tuple[list[str], list[str]]:
     """The labeled scans that a run of a fold is trained on, and those of the fold; all and none without a fold.
 
     Args:
@@ -57,7 +55,7 @@ def split_fold(
     if not fold:
         return list(labeled), []
     chosen, folds = map(int, fold.split("/"))
-    patient = {name: (patients or {}).get(name, name) for name in labeled}
+    patient = {name: patients.get(name, name) for name in labeled}
     order = list(dict.fromkeys(patient.values()))
     if len(order) < folds:
         of = "" if len(order) == len(labeled) else f", of {len(order)} patients"

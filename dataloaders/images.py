@@ -6,7 +6,6 @@ back and head): `spacing` of the voxels along the array's axes; `origin`, the po
 origin + direction @ (spacing * i). Values that a file does not state are missing from its geometry.
 """
 
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from scipy.ndimage import gaussian_filter1d
 from dataloaders.cases import FILE_NAME, MOST_BYTES, Case, CaseError, read_case
 from dataloaders.geometry import UNTOLD, Geometry, refuse_direction, told_geometry
 from dataloaders.nifti import read_nifti, write_nifti
-from utils.errors import UserError
+from utils.checkpoint import whole
 
 WRITTEN_AS = {".nii.gz": ".nii.gz", ".nii": ".nii", ".nrrd": ".nrrd", ".mha": ".mha", ".mhd": ".mha", ".h5": ".nii.gz"}
 """Ending of a scan that can be read -> ending of the files written for it."""
@@ -115,7 +114,7 @@ def _read(path: Path, *, several: bool = False) -> tuple[NDArray[Any], Geometry]
     except RuntimeError as e:
         if "determinant" in str(e):
             raise CaseError("has a direction of determinant 0: its axes span no volume. Fix its header") from e
-        raise CaseError(f"is no whole scan ({_reason(e)})") from e
+        raise CaseError(f"is damaged or incomplete ({_reason(e)})") from e
     refuse_direction(picture.GetDirection())
     geometry = {"spacing": picture.GetSpacing(), "origin": picture.GetOrigin(), "direction": picture.GetDirection()}
     return _array(picture), {name: values for name, values in geometry.items() if name in _stated_by(path, picture)}
@@ -153,9 +152,9 @@ def _reason(e: RuntimeError) -> str:
     return lines[-1].removeprefix("ITK ERROR: ") if lines else "no reason given"
 
 
-def _array(picture: sitk.Image, dtype: Any = None) -> NDArray[Any]:
+def _array(picture: sitk.Image) -> NDArray[Any]:
     """Array (W,H,D) of a picture. It is a copy, as a view ends with the picture. SimpleITK's order is z, y, x."""
-    return np.array(sitk.GetArrayViewFromImage(picture).transpose(2, 1, 0), dtype=dtype, order="C", copy=True)
+    return np.array(sitk.GetArrayViewFromImage(picture).transpose(2, 1, 0), order="C", copy=True)
 
 
 def _picture(array: NDArray[Any], geometry: Geometry) -> sitk.Image:
@@ -181,22 +180,14 @@ def write_image(path: Path, array: NDArray[Any], geometry: Geometry, like: Path 
     Raises:
         UserError: if the folder or the file cannot be written.
     """
-    partial = path.with_name(f".{os.getpid()}.partial.{path.name}")  # ITK chooses the format by the ending
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if ".nii" in ending_of(path):
-            write_nifti(partial, array, geometry, like if like and ".nii" in ending_of(like) else None)
-        else:
-            sitk.WriteImage(_picture(array, geometry), str(partial), useCompression=True)
-        with open(partial, "rb") as f:
-            os.fsync(f.fileno())
-        os.replace(partial, path)
-    except (RuntimeError, OSError, CaseError) as e:
-        reason = _reason(e) if isinstance(e, RuntimeError) else getattr(e, "strerror", None) or str(e)
-        raise UserError(f"cannot write {path}: {reason}. Fix that or choose another folder.") from e
-    finally:
-        if partial.parent.is_dir():
-            partial.unlink(missing_ok=True)
+    with whole(path) as partial:
+        try:
+            if ".nii" in ending_of(path):
+                write_nifti(partial, array, geometry, like if like and ".nii" in ending_of(like) else None)
+            else:
+                sitk.WriteImage(_picture(array, geometry), str(partial), useCompression=True)
+        except CaseError as e:
+            raise OSError(e) from e
 
 
 def normalise(image: NDArray[np.float32]) -> tuple[NDArray[np.float32], float, float]:

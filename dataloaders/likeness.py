@@ -4,7 +4,7 @@ A scan is identified by its fine texture, which is mostly noise. A fingerprint h
 grid that is symmetric in the image, so a turned image has the turned grid. Correlations of the fingerprints of
 different scans are below 0.25 in the Decathlon's hippocampus set (261 scans, all pairs, all turns) and below 0.20 in
 LA (100 scans). For the same scan in half precision the correlation is 0.9999, in 256 grey levels 0.996. Resampled or
-cropped images are not recognised.
+cropped images are not recognized.
 """
 
 import contextlib

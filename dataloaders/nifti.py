@@ -50,9 +50,9 @@ def read_nifti(path: Path, *, several: bool = False) -> tuple[NDArray[Any], Geom
             geometry = _geometry(path, header, shape[:3])
             array = _voxels(f, header, math.prod(shape) * dtype.itemsize).view(dtype)
     except (HeaderDataError, WrapStructError, gzip.BadGzipFile) as e:
-        raise CaseError(f"is no whole scan ({e})") from e
+        raise CaseError(f"is damaged or incomplete ({e})") from e
     except (OSError, EOFError, zlib.error) as e:
-        raise CaseError(f"is cut short or damaged ({e})") from e
+        raise CaseError(f"is damaged or incomplete ({e})") from e
     array = array.reshape(shape, order="F")
     array = np.moveaxis(array, -1, 0) if array.ndim == 4 else array
     slope, inter = float(header["scl_slope"]), float(header["scl_inter"])
@@ -76,7 +76,7 @@ def channels_in(path: Path) -> int:
         with _opened(path) as f:
             shape = _shape(_read_header(f), several=True)
     except (HeaderDataError, WrapStructError, gzip.BadGzipFile, OSError, EOFError, zlib.error) as e:
-        raise CaseError(f"is no whole scan ({e})") from e
+        raise CaseError(f"is damaged or incomplete ({e})") from e
     return shape[3] if len(shape) == 4 else 1
 
 
@@ -95,7 +95,7 @@ def _read_header(f: IO[bytes]) -> Header:
     if bytes(header["magic"])[:3] in (b"ni1", b"ni2"):
         raise CaseError("is the header of a pair of files, .hdr and .img. Save the scan as one .nii file")
     if bytes(header["magic"])[:3] not in (b"n+1", b"n+2"):
-        raise CaseError("is no whole scan (its header is not that of a NIfTI)")
+        raise CaseError("is damaged or incomplete (its header is not that of a NIfTI)")
     return header
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dataloaders.class_names import DATASET, read_dataset
 from utils.errors import UserError
+from utils.text import some
 
 
 def patients_of(folder: Path) -> dict[str, str]:
@@ -39,8 +40,7 @@ def patients_by_name(names: Iterable[str], pattern: str) -> dict[str, str]:
     matches = {name: expression.match(name) for name in names}
     others = [name for name, match in matches.items() if not match or not match[1]]
     if others:
-        more = f" and {len(others) - 5} more" if len(others) > 5 else ""
-        raise UserError(f"--patient {pattern!r} finds no patient in {', '.join(others[:5])}{more}. Change it.")
+        raise UserError(f"--patient {pattern!r} finds no patient in {some(others)}. Change it.")
     return {name: match[1] for name, match in matches.items() if match}
 
 
@@ -65,8 +65,7 @@ def refuse_shared(lists: Mapping[str, Sequence[str]], patients: Mapping[str, str
         if len(there) > 1
     ]
     if shared:
-        more = f" So have {len(shared) - 3} more." if len(shared) > 3 else ""
-        raise UserError(f"a patient must be in one list: {'; '.join(shared[:3])}.{more} {advice}")
+        raise UserError(f"a patient must be in one list: {some(shared, 3, '; ')}. {advice}")
 
 
 def others_of(names: Sequence[str], seen: Collection[str], patients: Mapping[str, str]) -> list[str]:

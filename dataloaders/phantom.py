@@ -1,6 +1,7 @@
 """Phantom atria: synthetic MR-like volumes in the layout of the LA set, for runs without real data.
 
-    python -m dataloaders.phantom DEST [--seed 2021] [--train 40] [--test 8] [--classes 3]
+    python -m dataloaders.phantom DEST
+    python -m dataloaders.phantom DEST --seed 5 --train 80 --test 20 --classes 3
 
 writes a set (an existing one is kept) and prints the Dice of a global intensity threshold on its test cases. The blood
 of the atrium is as bright as that of the ventricle, the aorta and the vessels. The atrium differs by a thin dark wall
@@ -8,7 +9,7 @@ and a smoother texture, which do not change under flips and quarter turns, and b
 atrium, class 2 the blood of the ventricle, class 3 the muscle around it.
 """
 
-import argparse
+import dataclasses
 import itertools
 import os
 import shutil
@@ -20,11 +21,23 @@ import numpy as np
 from scipy import ndimage
 from skimage import measure
 
+from utils import masks
 from utils.errors import run
+from utils.options import Parser, fill, option
 
 Shape = tuple[int, int, int]
 MOST_CLASSES = 3
 SPACING = (1.0, 1.0, 1.0)
+
+
+@dataclasses.dataclass
+class Options:
+    """Of the set."""
+
+    seed: int = option(2021, "seed of all volumes", minimum=0)
+    train: int = option(40, "number of training cases", minimum=1)
+    test: int = option(8, "number of test cases", minimum=1)
+    classes: int = option(1, "number of foreground classes", minimum=1, maximum=MOST_CLASSES)
 
 
 def _smooth_field(rng: np.random.Generator, shape: Shape, scale: float) -> np.ndarray:
@@ -59,12 +72,6 @@ def _draw_tube(mask: np.ndarray, points: np.ndarray, radii: np.ndarray) -> None:
         part |= sum((g - p) ** 2 for g, p in zip(grid, point, strict=True)) < radius**2
 
 
-def _largest(mask: np.ndarray, connectivity: int) -> np.ndarray:
-    """The largest component of the bool `mask` (W,H,D); connectivity from 1 (faces) to 3 (corners)."""
-    parts = measure.label(mask, connectivity=connectivity)
-    return (parts == 1 + np.bincount(parts.ravel())[1:].argmax()) if mask.any() else mask
-
-
 def _atrium(rng: np.random.Generator, shape: Shape, centre: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The label (atrium and first parts of its veins) and the veins' whole tubes, both bool (W,H,D)."""
     size = np.array(shape)
@@ -87,7 +94,8 @@ def _atrium(rng: np.random.Generator, shape: Shape, centre: np.ndarray) -> tuple
         _draw_tube(label, points[near], width[near])
         _draw_tube(veins, points[whole], width[whole])
     # Nothing of the label lies on the border, even where a vein runs out of the volume.
-    return _largest(np.pad(label[2:-2, 2:-2, 2:-2], 2), connectivity=1), veins
+    parts = measure.label(np.pad(label[2:-2, 2:-2, 2:-2], 2), connectivity=1)
+    return parts == 1 + np.bincount(parts.ravel())[1:].argmax(), veins
 
 
 def phantom(seed: int, index: int, shape: Shape, classes: int = 1) -> tuple[np.ndarray, np.ndarray]:
@@ -189,7 +197,7 @@ def make_phantom_set(folder: Path, *, seed: int = 2021, train: int = 40, test: i
 def threshold_dice(cases: Iterable[tuple[np.ndarray, np.ndarray]], largest_component: bool = False) -> float:
     """Best mean Dice in [0,1] of one intensity interval [lo, hi] over all `cases` (image, label).
 
-    The interval is optimised on the same cases, so the Dice is optimistic. With `largest_component` only the largest
+    The interval is optimized on the same cases, so the Dice is optimistic. With `largest_component` only the largest
     26-connected component of each thresholded volume counts.
 
     Raises:
@@ -207,27 +215,23 @@ def threshold_dice(cases: Iterable[tuple[np.ndarray, np.ndarray]], largest_compo
         for image, label in cases:
             mask = (image >= low) & (image <= high)
             if largest_component:
-                mask = _largest(mask, connectivity=3)
+                mask = masks.largest_component(mask)
             scores.append(2 * np.count_nonzero(mask & label) / (np.count_nonzero(mask) + np.count_nonzero(label)))
         best = max(best, float(np.mean(scores)))
     return best
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Writes the set of the command line and prints the threshold's Dice on its test cases."""
-    parser = argparse.ArgumentParser(description="Write a set of phantom atria and print the Dice of a threshold.")
-    parser.add_argument("dest", type=Path, help="folder of the set; an existing set is kept")
-    parser.add_argument("--seed", type=int, default=2021)
-    parser.add_argument("--train", type=int, default=40, help="number of training cases")
-    parser.add_argument("--test", type=int, default=8, help="number of test cases")
-    parser.add_argument(
-        "--classes", type=int, default=1, choices=range(1, MOST_CLASSES + 1), help="number of foreground classes"
-    )
-    args = parser.parse_args()
-    make_phantom_set(args.dest, seed=args.seed, train=args.train, test=args.test, classes=args.classes)
+    parser = Parser(description=__doc__, prog="python -m dataloaders.phantom")
+    parser.add_argument("dest", metavar="DEST", type=Path, help="folder of the set; an existing set is kept")
+    parser.add_dataclass(Options)
+    flags = parser.parse(argv)
+    folder: Path = flags.pop("dest")
+    make_phantom_set(folder, **dataclasses.asdict(fill(Options, flags)))
     cases = []
-    for name in (args.dest / "test.list").read_text(encoding="utf-8").split():
-        with h5py.File(args.dest / name / "mri_norm2.h5") as file:
+    for name in (folder / "test.list").read_text(encoding="utf-8").split():
+        with h5py.File(folder / name / "mri_norm2.h5") as file:
             cases.append((file["image"][:], file["label"][:] == 1))
     print(f"threshold: Dice {threshold_dice(cases):.3f}")
     print(f"threshold and largest component: Dice {threshold_dice(cases, largest_component=True):.3f}")

@@ -5,8 +5,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import h5py
-
 from dataloaders.cases import (
     LA_FOLDER,
     LA_SPLITS,
@@ -15,6 +13,7 @@ from dataloaders.cases import (
     Case,
     case_file,
     find_cases,
+    has_label,
     lists_of,
     read_case,
     read_list,
@@ -37,18 +36,6 @@ def is_phantom(folder: Path) -> bool:
     return folder.resolve() == PHANTOM_FOLDER.resolve()
 
 
-def has_label(path: Path | None) -> bool:
-    """Whether a case file has a label; none of its values is read.
-
-    Also True for a file that cannot be opened: the error is raised when the file is read.
-    """
-    try:
-        with h5py.File(path, "r") as f:
-            return "label" in f
-    except Exception:  # as in read_case
-        return True
-
-
 def usual_labeled(folder: Path, of_profile: int | None = None) -> int:
     """Default of --labeled: 16 for LA (or the profile's number), 8 for the phantom set, else all cases with a label.
 
@@ -60,7 +47,7 @@ def usual_labeled(folder: Path, of_profile: int | None = None) -> int:
     train, _ = lists_of(folder)
     if {*train} <= {*read_list(LA_SPLITS / "train.list"), *read_list(LA_SPLITS / "test.list")}:
         return of_profile or LA_LABELED
-    labels = [has_label(case_file(folder, name)) for name in train]
+    labels = [has_label(case_file(folder, name), True) for name in train]
     first = labels.index(False) if False in labels else len(train)
     later = sum(labels[first:])
     if later or not first:
@@ -149,7 +136,7 @@ def training_cases(
             "A batch has unlabeled crops exactly if there are unlabeled cases."
         )
     cases, problems = find_cases(folder, names, labeled=True, classes=classes, channels=channels)
-    without = [case for case in cases if not has_label(case.path)]
+    without = [case for case in cases if not has_label(case.path, True)]
     if without:
         first = train.index(without[0].name)
         fewer = f"give --labeled {first} for those before {without[0].name}, or " if first else ""

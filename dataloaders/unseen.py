@@ -6,7 +6,7 @@ from pathlib import Path
 from dataloaders.cases import Case, CaseError, check_all, find_cases, read_case
 from dataloaders.geometry import read_geometry
 from dataloaders.likeness import DIGITS, alike, fingerprint
-from dataloaders.normalization import NONE, OF_RAW, Normalization, scalings_of_case
+from dataloaders.normalization import OF_RAW, Normalization, scalings_of_case
 from utils.run_folder import digest
 
 
@@ -16,8 +16,8 @@ def open_cases(
     classes: int,
     seen: Mapping[str, str],
     images: Mapping[str, str],
-    channels: int | None = None,
-    normalize: Normalization = NONE,
+    channels: int,
+    normalize: Normalization,
 ) -> tuple[list[Case], list[tuple[int, ...]]]:
     """Reads all cases once, so that errors are raised before any prediction.
 

@@ -201,7 +201,7 @@ class WatchedLoader(DataLoader):
         if -signal.SIGBUS in [worker.exitcode for worker in dead]:  # shared memory that is full, or a file cut short
             return UserError(f"{what} {advice(self.num_workers)}")
         return RuntimeError(
-            f"{what} The last checkpoint is intact: go on with --resume, with fewer --workers if the memory ran out."
+            f"{what} The last checkpoint is intact: use --resume auto, and fewer --workers if the memory ran out."
         )
 
     def _warn_or_give_up(self, workers: list[BaseProcess], warned: bool) -> None:

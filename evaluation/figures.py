@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from evaluation.drawing import FONT, WIDTH, Axes, Figure, FigureCanvasAgg, withStroke
-from evaluation.slices import COLOURS, LABEL, fixed_slice, write_letters
+from evaluation.slices import COLOURS, LABEL, write_letters
 from evaluation.surfaces import Camera, camera_around, render, surface
 from utils.masks import box_of
 
@@ -48,11 +48,6 @@ class ComparedCase:
     predictions: dict[str, tuple[NDArray[Any], str]]
     spacing: Sequence[float]
     orientation: str | None = None
-
-
-def slice_of(label: NDArray | None, depth: int, z: int | None) -> int:
-    """The slice to show: z, or by default the one with the most label voxels."""
-    return fixed_slice(None if label is None else label > 0, depth) if z is None else z
 
 
 def around(mask: NDArray, share: float = 0.35) -> tuple[slice, slice]:

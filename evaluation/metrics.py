@@ -38,6 +38,12 @@ COMPONENTS = ("all", "largest")  # without and with the largest-component filter
 METRICS = ("dice", "jaccard", "asd", "hd95")
 MM = ("asd_mm", "hd95_mm")
 OVERLAPS = ("dice", "jaccard", "nsd")  # in [0,1]; the last only where a tolerance is given
+IN_PERCENT = (*OVERLAPS, "rve")  # how they are printed
+HEADS = {
+    "dice": "Dice %", "jaccard": "Jaccard %", "asd": "ASD voxel", "hd95": "95HD voxel", "asd_mm": "ASD mm",
+    "hd95_mm": "95HD mm", "assd": "ASSD voxel", "assd_mm": "ASSD mm", "nsd": "NSD %", "rve": "RVE %",
+}  # fmt: skip
+"""Column of cases.csv -> its heading in the tables, which have those that there are in this order."""
 MORE = ("assd", "rve")  # further metrics, on request
 PENALISED = "_penalised"  # suffix of a distance's name
 EMPTIES = ("no prediction", "no label", "neither")

@@ -21,16 +21,21 @@ PARTIAL = ".partial"  # folder in a test folder, for the files of a running test
 FILES = ("test.json", "cases.csv", "table.md", "report.html")
 
 
+def test_of(path: Path) -> Path:
+    """The test folder of a run folder that was tested, RUN/test; another folder itself."""
+    return path / "test" if (path / "test" / "cases.csv").is_file() and not (path / "cases.csv").is_file() else path
+
+
 def read_scores(test: Path) -> list[dict[str, Any]]:
     """Reads the rows of a cases.csv in their order; metrics and counts become numbers, other columns stay text.
 
     Args:
-        test: a test folder, or the file.
+        test: a test folder, a run folder with one, or the file.
 
     Raises:
         UserError: if the file is missing or is no cases.csv of test_la.py.
     """
-    path = test if test.suffix == ".csv" else test / "cases.csv"
+    path = test if test.suffix == ".csv" else test_of(test) / "cases.csv"
     try:
         with open(path, newline="", encoding="utf-8") as f:
             rows: list[dict[str, Any]] = list(csv.DictReader(f))
@@ -85,7 +90,7 @@ def replace_test(test: Path) -> None:
     Its report and its predictions of other outputs or scans are removed too.
     """
     try:
-        rows = read_scores(test)
+        rows = read_scores(test / "cases.csv")
     except UserError:  # no file, or not one of test_la.py
         rows = []
     folder = test / "predictions"

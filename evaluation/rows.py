@@ -8,12 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.metrics import MORE, PENALISED
-from evaluation.predictions import read_scores
+from evaluation.predictions import read_scores, test_of
 from utils.errors import UserError
 from utils.run_folder import MOVED_ASIDE, read_json
 
 Scans = Mapping[str, float]  # case -> value
 Runs = Mapping[Any, Scans]  # seed, or the path if it states no seed -> scans
+
+
+def split_output(where: str) -> tuple[Path, str]:
+    """PATH or PATH:OUTPUT -> the path and the output, '' without one. A path that exists is never taken apart."""
+    path, colon, output = where.rpartition(":")
+    return (Path(path), output) if colon and not Path(where).exists() else (Path(where), "")
 
 
 def read_row(where: str, metric: str, component: str) -> dict[str, float]:
@@ -41,8 +47,8 @@ def read_row(where: str, metric: str, component: str) -> dict[str, float]:
 
 def tolerance_of(where: str) -> float | None:
     """The tolerance of NSD in mm that the test.json of one run states, or None. Argument as `read_row`."""
-    path = Path(where if Path(where).exists() else where.partition(":")[0])
-    return read_json((path if path.is_dir() else path.parent) / "test.json").get("nsd_tolerance_mm")
+    path, _ = split_output(where)
+    return read_json((test_of(path) if path.is_dir() else path.parent) / "test.json").get("nsd_tolerance_mm")
 
 
 def rows_of(where: str, component: str) -> list[dict[str, Any]]:
@@ -51,9 +57,9 @@ def rows_of(where: str, component: str) -> list[dict[str, Any]]:
     Raises:
         UserError: as `read_row`.
     """
-    name, _, output = where.partition(":") if not Path(where).exists() else (where, "", "")
+    name, output = split_output(where)
     try:
-        rows = [row for row in read_scores(Path(name)) if row.get("class", "mean") == "mean"]
+        rows = [row for row in read_scores(name) if row.get("class", "mean") == "mean"]
         output = output or rows[0]["output"]
         chosen = [row for row in rows if (row["output"], row["component"]) == (output, component)]
         cases = {row["case"] for row in chosen}
@@ -78,11 +84,11 @@ def runs_of(where: str) -> list[str]:
     """
     if Path(where).exists() or not glob.has_magic(where):
         return [where]
-    pattern, colon, output = where.partition(":")
-    paths = sorted(path for path in glob.glob(pattern) if not MOVED_ASIDE.search(path))
+    pattern, output = split_output(where)
+    paths = sorted(path for path in glob.glob(str(pattern)) if not MOVED_ASIDE.search(path))
     if not paths:
         raise UserError(f"nothing matches {pattern}. Give folders with the cases.csv of test_la.py.")
-    return [f"{path}{colon}{output}" for path in paths]
+    return [f"{path}:{output}" if output else path for path in paths]
 
 
 def read_runs(where: str, metric: str, component: str) -> dict[Any, dict[str, float]]:

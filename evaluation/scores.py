@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,9 +13,9 @@ from numpy.typing import NDArray
 
 from evaluation.metrics import (
     EMPTIES,
-    METRICS,
+    HEADS,
+    IN_PERCENT,
     MM,
-    OVERLAPS,
     PENALISED,
     distance_text,
     distances_of,
@@ -94,38 +95,38 @@ def class_dices(prediction: NDArray, label: NDArray, classes: int) -> list[float
     return [float(binary.dc(a, b)) if a.any() or b.any() else math.nan for a, b in pairs]
 
 
-def table(rows: Sequence[dict[str, Any]], over: str = "") -> str:
-    """Markdown table of mean and SD, a line per output, filter and class; columns as in the papers, and NSD,
-    ASSD and RVE if the rows have them.
+def means(rows: Sequence[dict[str, Any]], over: str = "") -> tuple[list[str], list[list[str]]]:
+    """Header and lines of mean and SD, a line per output, filter and class; columns as in the papers, and NSD, ASSD
+    and RVE if the rows have them.
 
     Args:
         rows: rows of cases.csv.
         over: '' for mean and SD over the scans; or a column of the rows, such as fold: mean and SD over its values, of
             the means over the scans of each.
     """
-    names = ["output", "component", *(["class"] if "class" in rows[0] else [])]
-    units = ["scans", "Dice %", "Jaccard %", "ASD voxel", "95HD voxel", "ASD mm", "95HD mm"]
-    nsd = OVERLAPS[2:] if "nsd" in rows[0] else ()
-    assd, rve = (("assd", "assd_mm") if "assd" in rows[0] else ()), (("rve",) if "rve" in rows[0] else ())
-    more = [f"ASSD {unit}" for unit in ("voxel", "mm") if assd] + ["NSD %" for _ in nsd] + ["RVE %" for _ in rve]
-    header = [*names, *units, *more, *EMPTIES]
-    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-
-    def key_of(row: dict[str, Any]) -> tuple[str, ...]:
-        return tuple(str(row[name]) for name in names)
-
-    for key in dict.fromkeys(map(key_of, rows)):
-        chosen = [row for row in rows if key_of(row) == key]
+    keys = ["output", "component", *(["class"] if "class" in rows[0] else [])]
+    metrics, rows_of = [name for name in HEADS if name in rows[0]], defaultdict(list)
+    for row in rows:
+        rows_of[tuple(str(row[key]) for key in keys)].append(row)
+    lines = []
+    for key, chosen in rows_of.items():
         values = dict.fromkeys(row[over] for row in chosen) if over else {}
         groups = [[row for row in chosen if row[over] == value] for value in values] or [chosen]
-        cells = [overlap_cell(groups, name) for name in METRICS[:2]]
-        cells += [
-            distance_text([distances_of(group, name) for group in groups], over_runs=bool(over))
-            for name in (*METRICS[2:], *MM, *assd)
+        cells = [
+            overlap_cell(groups, name)
+            if name in IN_PERCENT
+            else distance_text([distances_of(group, name) for group in groups], over_runs=bool(over))
+            for name in metrics
         ]
-        cells += [overlap_cell(groups, name) for name in (*nsd, *rve)]
-        lines.append(f"| {' | '.join([*key, str(len(chosen)), *cells, *map(str, empties(chosen))])} |")
-    return "\n".join(lines) + "\n"
+        lines.append([*key, str(len(chosen)), *cells, *map(str, empties(chosen))])
+    return [*keys, "scans", *(HEADS[name] for name in metrics), *EMPTIES], lines
+
+
+def table(rows: Sequence[dict[str, Any]], over: str = "") -> str:
+    """`means` as a Markdown table."""
+    header, lines = means(rows, over)
+    texts = [f"| {' | '.join(line)} |" for line in (header, *lines)]
+    return "\n".join([texts[0], "|---" * len(header) + "|", *texts[1:]]) + "\n"
 
 
 def overlap_cell(groups: Sequence[Sequence[dict[str, Any]]], name: str) -> str:

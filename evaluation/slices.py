@@ -20,6 +20,8 @@ COLOURS = (
     "#5fd3f3",
 )  # of classes 1, 2, ..., distinguishable with colour blindness
 PREDICTION = COLOURS[0]
+HEIGHT = 2.6  # of a panel, in inches
+MOST_FACES = 6000  # of each class's surface in TensorBoard
 LETTERS = 16  # of 8 points that an inch holds
 OPPOSITE = dict(zip("RLAPSI", "LRPAIS", strict=True))
 EDGES = {"left": (0.02, 0.5, "left", "center"), "right": (0.98, 0.5, "right", "center"),
@@ -60,7 +62,6 @@ def panels(
     maps: dict[str, NDArray],
     contours: dict[str, tuple[NDArray, str]],
     title: str = "",
-    height: float = 2.6,
     orientation: str | None = None,
 ) -> NDArray[np.uint8]:
     """Draws one slice as a row of panels.
@@ -70,21 +71,20 @@ def panels(
         maps: name -> (W,H); z or z1, z2, ... in blue (inside) to red over [-1,1], others in grey over [0,1].
         contours: name -> (label map (W,H), colour), drawn on every panel.
         title: text above the panels.
-        height: height of a panel in inches.
         orientation: three letters, for those at the edges of the image; None: unknown, no letters.
 
     Returns:
         Picture (height, width, 3).
     """
     w, h = image.shape
-    width = (len(maps) + 1) * height * w / h * 1.02
+    width = (len(maps) + 1) * HEIGHT * w / h * 1.02
     key = ", ".join(f"{name} {'orange' if colour == PREDICTION else 'green'}" for name, (_, colour) in contours.items())
     lines = textwrap.wrap(f"{title}   contours: {key}", max(int(LETTERS * width), 1))
     above = 0.35 + 0.15 * len(lines)
-    figure = Figure(figsize=(width, height + above), dpi=100, facecolor="white")
+    figure = Figure(figsize=(width, HEIGHT + above), dpi=100, facecolor="white")
     canvas = FigureCanvasAgg(figure)
     for i, (name, values) in enumerate({"image": image, **maps}.items()):
-        axes = figure.add_axes((i / (len(maps) + 1), 0, 0.98 / (len(maps) + 1), height / (height + above)))
+        axes = figure.add_axes((i / (len(maps) + 1), 0, 0.98 / (len(maps) + 1), HEIGHT / (HEIGHT + above)))
         look: dict[str, Any] = {"cmap": "gray", "vmin": 0, "vmax": 1}
         if name == "image":
             look["vmin"], look["vmax"] = np.percentile(values, (1, 99))
@@ -98,7 +98,7 @@ def panels(
                     axes.contour(mask.T.astype(float), [0.5], colors=[colour], linewidths=1.2)
         axes.set_axis_off()
         axes.set_title(name, fontsize=10, pad=3)
-    figure.text(0.002, 1 - 0.045 / (height + above), "\n".join(lines), fontsize=8, va="top")
+    figure.text(0.002, 1 - 0.045 / (HEIGHT + above), "\n".join(lines), fontsize=8, va="top")
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
@@ -116,15 +116,12 @@ def slice_picture(
     return panels(image[..., z], shown, contours, title, orientation=orientation)
 
 
-def prediction_mesh(
-    prediction: NDArray, label: NDArray, spacing: Sequence[float], most_faces: int = 6000
-) -> dict[str, NDArray]:
+def prediction_mesh(prediction: NDArray, label: NDArray, spacing: Sequence[float]) -> dict[str, NDArray]:
     """One mesh of the surfaces of a prediction and its label, next to each other along x.
 
     Args:
         prediction, label: label maps (W,H,D).
         spacing: mm along x, y, z.
-        most_faces: largest number of faces of each class in each of the two.
 
     Returns:
         vertices (V,3) in mm, colours (V,3) uint8, faces (F,3). Without any surface the mesh is one triangle of area 0,
@@ -134,7 +131,7 @@ def prediction_mesh(
     several = max(int(label.max()), int(prediction.max())) > 1
     for volume, shift in ((prediction, 0.0), (label, 1.05 * label.shape[0] * spacing[0])):
         for c in range(1, int(volume.max()) + 1):
-            mesh = surface(volume == c, spacing, most_faces)
+            mesh = surface(volume == c, spacing, MOST_FACES)
             paint = LABEL if shift and not several else COLOURS[(c - 1) % len(COLOURS)]
             faces.append(mesh.faces + sum(map(len, vertices)))
             vertices.append(mesh.vertices + np.array([shift, 0, 0]))

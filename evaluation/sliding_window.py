@@ -21,10 +21,10 @@ FLIPS = {1: MIRRORED[:1], 4: MIRRORED, 8: MIRRORED + [(1, axes) for _, axes in M
 """Number of transformations -> quarter turns from x to y, then axes of (N,K,W,H,D) to flip."""
 
 
-def flips_option(group: str) -> Any:
+def flips_option() -> Any:
     """The --flips flag: the number of flips and turns for `mean_of_flips`."""
-    return option(1, "flips and quarter turns in x-y to average: 4 flips, 8 with turns", group=group,
-                  choices=list(FLIPS))  # fmt: skip
+    return option(1, "test-time augmentation: average over 4 flips, or over 8 flips and 90-degree rotations, in the "
+                  "x-y plane; 1: none", group="window", choices=list(FLIPS))  # fmt: skip
 
 
 def unlearned_flips(flips: int, trained: Mapping[str, Any]) -> str:

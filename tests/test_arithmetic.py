@@ -111,7 +111,7 @@ REFUSED = {
     "--precision tf32": "is arithmetic of GPUs",
     "--precision bf16 --method dtc": "changes nothing for --method dtc",
     "--compile --recompute": "Leave out --recompute",
-    "--precision fp16": "is none of fp32, tf32, bf16",
+    "--precision fp16": "must be one of fp32, tf32, bf16",
 }
 
 

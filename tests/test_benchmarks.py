@@ -77,13 +77,18 @@ def test_the_tables_of_single_parts(part, small_scans, capsys, tmp_path, monkeyp
     if part is precision:
         monkeypatch.setitem(settings.PROFILES, "phantom", {"patch_size": [16, 16, 16], "filters": 2})
     if part in (precision, window):
-        train_dtml.main(["--data", "set", "--runs", ".", "--name", "run", *TINY, "--iterations", "1"])
+        scaled = ["--normalize", "scan"] if part is window else []
+        train_dtml.main(["--data", "set", "--runs", ".", "--name", "run", *TINY, "--iterations", "1", *scaled])
         capsys.readouterr()
     words, rows = PARTS[part]
+    seen, real = [], window.predict_scan
+    monkeypatch.setattr(window, "predict_scan", lambda m, image, *a, **k: seen.append(image) or real(m, image, *a, **k))
     part.main(words if part is precision else [*words, "--rounds", "1"])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + rows and min(line.count("|") for line in lines) > 3
     assert not any("NO" in line for line in lines)
+    if part is window:
+        assert [round(float(x.mean()), 3) for x in seen] == [0.0] * 8  # two scans in four ways, scaled as in training
 
 
 TWO_CORES = pytest.mark.skipif(

@@ -23,6 +23,7 @@ import test_la
 import train_dtml
 from dataloaders.augmentation import random_intensities
 from dataloaders.cases import Case, read_case
+from dataloaders.channels import channels_of_set
 from dataloaders.images import read_image, read_label, scan_name, to_physical
 from dataloaders.normalization import Normalization
 from dataloaders.two_stream import Patches, Slot
@@ -366,6 +367,9 @@ def test_a_case_with_other_channels_than_the_first_stops_a_training(tmp_path):
         train(tmp_path / "set", tmp_path / "run")
     findings, *_ = check.check(tmp_path / "set", check.Options(labeled=2, patch_size=[16, 16, 16], workers=1))
     assert [(x.level, x.cases) for x in findings if "channels" in x.text] == [("error", ("case01",))]
+    assert channels_of_set(tmp_path / "set") == 1
+    (tmp_path / "set" / "case00" / "mri_norm2.h5").write_bytes(b"damaged")
+    assert channels_of_set(tmp_path / "set") == 2
 
 
 def test_check_looks_at_every_channel(tmp_path):
@@ -417,7 +421,7 @@ def test_a_wrong_number_of_channels_is_refused_with_what_is_needed(world, tmp_pa
     one = train(tmp_path / "one", tmp_path / "run", "--method", "supervised")
     with pytest.raises(UserError, match="has 2 channels, where 1 is needed"):
         predicted(one, tmp_path / "a", f"{files[0]},{files[1]}")
-    with pytest.raises(UserError, match="the checkpoints differ in --channels"):
+    with pytest.raises(UserError, match="the checkpoints differ in the number of channels: 1, 2"):
         predict.main(["--checkpoint", str(run), str(one), str(files[0]), "-o", str(tmp_path / "a")])
     assert not list((tmp_path / "a").glob("*"))
     predicted(one, tmp_path / "b", files[0])  # a name like any other

@@ -85,7 +85,7 @@ def test_every_bad_file_is_named_at_once(tiny_set, capsys):
     lines, rest = run_check(tiny_set, capsys)
     errors = [line for line in lines if line.startswith("error:")]
     words = {
-        "case00": "no whole h5 file", "case01": "there is no", "case02": "has shape",
+        "case00": "damaged or incomplete", "case01": "there is no", "case02": "has shape",
         "case03": "0, 2 where only 0 and 1", "case04": "not a number", "case05": "three-dimensional",
         "case06": "above 0 mm", "case09": "without a dataset 'label'",
     }  # fmt: skip
@@ -159,7 +159,9 @@ def test_one_thing_amiss_is_one_warning(begins, tiny_set, capsys):
 def test_a_set_of_raw_scans_is_one_warning(tiny_set, capsys):
     for i in range(10):
         change(tiny_set, f"case{i:02d}", image=700 * volumes(tiny_set, f"case{i:02d}")[0])
-    assert warned(tiny_set, capsys).startswith("case00, case01, case02, case03 and 6 more: the intensities have mean")
+    assert warned(tiny_set, capsys).startswith(
+        "case00, case01, case02, case03, case04 and 5 more: the intensities have mean"
+    )
 
 
 def test_orientations_that_differ_or_are_unknown(tiny_set, tmp_path, capsys):
@@ -185,10 +187,13 @@ def test_an_unknown_spacing_is_no_size_in_ml(tiny_set, capsys):
     assert not any("size of a voxel" in line for line in lines) and "| spacing, mm | 1 x 1 x 2 |" in rest
 
 
-def test_scans_smaller_than_the_patch(tiny_set, capsys):
+def test_scans_smaller_than_the_patch(tiny_set, capsys, monkeypatch):
     line = warned(tiny_set, capsys, "--patch-size", "32", "16", "32")
-    assert "and 6 more: smaller than the patch 32 16 32 along x, z (the smallest is 24x22x18)" in line
+    assert "and 5 more: smaller than the patch 32 16 32 along x, z (the smallest is 24x22x18)" in line
     assert "filled up with zeros" in line
+    monkeypatch.setattr(check, "total_memory_gib", lambda: 4e-4)  # the volumes have 3.5e-4
+    assert any("--cache disk" in line for line in run_check(tiny_set, capsys)[0])
+    assert not any("--cache disk" in line for line in run_check(tiny_set, capsys, "--downsample", "2")[0])
     assert "before --downsample 2" in warned(tiny_set, capsys, "--downsample", "2")
     lines, _ = run_check(tiny_set, capsys, "--patch-size", "16", "16", "16")
     assert not any("smaller than" in line for line in lines)
@@ -211,7 +216,7 @@ def test_one_mistake_in_many_cases_is_one_line(tiny_set, tmp_path, capsys):
         change(tiny_set, name, label=label)
     lines, _ = run_check(tiny_set, capsys, "--labeled", "4")
     (line,) = (line for line in lines if line.startswith("error:"))
-    assert "and 2 more: " in line and "--classes 2 takes them all" in line
+    assert "and 1 more: " in line and "--classes 2 takes them all" in line
     with pytest.raises(UserError) as caught:
         train_dtml.main(["--data", str(tiny_set), "--runs", str(tmp_path), *TINY])
     (_, line) = str(caught.value).splitlines()

@@ -192,7 +192,7 @@ def test_what_was_made_from_something_else_or_in_another_way_is_refused(tmp_path
     with pytest.raises(UserError, match=r"1 of 6 scans were refused.*\n  patient2: .*source_image_sha256: .* before"):
         converted(tmp_path / "scans", out)
     (out / "patient2" / "mri_norm2.h5").write_text("half")
-    with pytest.raises(UserError, match=r"is no whole h5 file. Move it away"):
+    with pytest.raises(UserError, match=r"is damaged or incomplete. Move it away"):
         converted(tmp_path / "scans", out)
 
 
@@ -202,19 +202,22 @@ def test_good_scans_are_there_when_others_are_refused_and_lists_only_grow(tmp_pa
     kept = bad.read_bytes()
     bad.write_bytes(kept[:900])
     with pytest.raises(
-        UserError, match=r"1 of 7 scans were refused, the others are in .*set:\n  patient5: .*is cut short"
+        UserError, match=r"1 of 7 scans were refused, the others are in .*set:\n  patient5: .*is damaged or incomplete"
     ):
         converted(tmp_path / "scans", tmp_path / "set")
     assert "6 converted, 0 already there, 1 refused" in capsys.readouterr().out
     train, test = lists_of(tmp_path / "set")
     assert len(train) + len(test) == 6 and not find_cases(tmp_path / "set", train + test, labeled=True)[1]
     bad.write_bytes(kept)
+    about = json.loads((tmp_path / "set" / "dataset.json").read_text())
+    (tmp_path / "set" / "dataset.json").write_text(json.dumps({**about, "licence": "CC BY 4.0"}))
     converted(tmp_path / "scans", tmp_path / "set")
+    assert json.loads((tmp_path / "set" / "dataset.json").read_text())["licence"] == "CC BY 4.0"
     assert lists_of(tmp_path / "set") == ([*train, "patient5"], test)
     (tmp_path / "set" / "train.list").write_text("other\n")
     with pytest.raises(UserError, match=r"train.list names other, which this command would not put there"):
         converted(tmp_path / "scans", tmp_path / "set")
-    assert not list((tmp_path / "set").rglob("*.partial"))
+    assert not list((tmp_path / "set").rglob("*.partial*"))
 
 
 def test_a_csv_names_files_labels_splits_and_cases(tmp_path):
@@ -338,7 +341,7 @@ def test_a_scan_that_cannot_be_used_is_refused_with_its_reason(what, words, mess
         (lambda t: (t / "scans").write_text("image,mask\na,b\n"), "has the columns image, mask. Use image and"),
         (lambda t: (t / "scans").write_text("image,split\na.nii,validate\n"), "line 2: an image is needed"),
         (lambda t: (t / "scans").write_text("image\na.nii\nb/a.nii\n"), "names a twice"),
-        (lambda t: (t / "scans").write_text("image,name\na.nii,b/../c\n"), "which no case can be called"),
+        (lambda t: (t / "scans").write_text("image,name\na.nii,b/../c\n"), "which is not a valid case name"),
         (lambda t: (t / "scans").write_text("image,label,split\na.nii,,test\nb.nii,b,train\n"), "cannot be tested on"),
         (lambda t: (t / "scans").write_bytes(b"\xff\xfe\x00"), "cannot read .*It must be a CSV"),
     ],

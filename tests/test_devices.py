@@ -105,6 +105,13 @@ def test_tf32_and_bf16_are_refused_on_cards_that_have_neither(capability, refuse
 
 
 def test_one_gpu_for_several_processes_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match=r"--device cuda:7 asks for GPU 7, .* 2 here\. Choose from cuda:0 to cuda:1"):
+        choose_device("cuda:7")
     monkeypatch.setattr(devices, "RANKS", 4)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(UserError, match=r"process 3 .* has no GPU: there are 2\. Give torchrun --nproc-per-node 2\."):
+        choose_device("auto")
     with pytest.raises(UserError, match=r"--device cuda:1 would put all 4 processes on one GPU\. Use --device cuda"):
         choose_device("cuda:1")

@@ -17,7 +17,7 @@ def report(capsys, *words):
 
 def test_it_tells_versions_hardware_and_the_set(tiny_set, capsys):
     out = report(capsys, "--data", str(tiny_set))
-    assert f"- torch: {torch.__version__}" in out and "cores, torch uses 1" in out
+    assert f"- torch: {torch.__version__}" in out and ", torch uses 1" in out
     assert "- lists: 8 to train on, 2 to test on" in out
     assert "- volumes: 10 read, sides from (24, 22, 18) to (24, 22, 18)" in out and "PROBLEM" not in out
     assert [line for line in out.splitlines() if line.startswith("### ")] == [
@@ -55,7 +55,10 @@ def test_it_tells_no_names_of_users_and_folders(capsys, tmp_path, monkeypatch):
 
 
 def test_it_tells_what_would_be_slow(monkeypatch):
-    monkeypatch.setattr(doctor, "total_memory", lambda: 4.0)
+    monkeypatch.setattr(doctor, "total_memory_gib", lambda: 4.0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     text = "\n".join(doctor.slow(3.0))
+    monkeypatch.setattr(doctor, "cores", lambda: 3)  # of 64 in the computer
+    assert "torch uses 1 of 3 cores. Give --threads 3." in "\n".join(doctor.slow(3.0))
+    assert doctor.hardware()["processor"].endswith("3 cores, torch uses 1")
     assert "no GPU" in text and "a full-size iteration needs" in text and "--cache disk" in text

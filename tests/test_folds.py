@@ -138,6 +138,14 @@ def test_what_is_not_one_cross_validation_is_refused(three, tmp_path, capsys):
     (other / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"not of one cross-validation: --lr is 0.01 and 0.5\."):
         folds.main([runs[0], str(other)])
+    for i in (0, 1):  # best.pt of each fold is of an iteration of its own
+        best = shutil.copytree(three / f"fold{i}", tmp_path / "best" / f"fold{i}") / "best-validation"
+        (best.parent / "validation").replace(best)
+        about = json.loads((best / "test.json").read_text())
+        (best / "test.json").write_text(json.dumps({**about, "checkpoint": f"{best}/best.pt", "iteration": 400 + i}))
+    folds.main([str(tmp_path / "best" / "fold?" / "best-validation")])
+    with pytest.raises(UserError, match=r"the test is of iteration 1 and of best\.pt\."):
+        folds.main([runs[0], str(best)])
     about = json.loads((three / "fold2" / "validation" / "test.json").read_text())
     shutil.copytree(three / "fold2", tmp_path / "third")
     (tmp_path / "third" / "validation" / "test.json").write_text(json.dumps({**about, "scans": "test"}))

@@ -160,7 +160,7 @@ def test_a_pixdim_that_is_no_length_is_refused(value, axis, sform_code, qform_co
         ({"scl_slope": np.inf}, "has a scl_slope of inf"),
         ({"scl_inter": np.nan}, "a scl_inter of nan"),
         ({"magic": b"ni1"}, r"is the header of a pair of files, .hdr and .img"),
-        ({"magic": b""}, "is no whole scan"),
+        ({"magic": b""}, "is damaged or incomplete"),
         ({"datatype": 9999}, "that the standard does not know, datatype 9999"),
         ({"datatype": 128}, "has voxels of RGB, where one number must stand"),
         ({"datatype": 32}, "has voxels of complex64, where one number must stand"),

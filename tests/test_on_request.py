@@ -133,7 +133,7 @@ def test_metrics_on_request_are_columns_more_and_nothing_else_changes(trained, t
         assert float(row["assd"]) > 0
     line = next(line for line in text.splitlines() if "| seg | all |" in line)
     assert f"| {100 * np.mean([float(row['rve']) for row in chosen]):.2f} |" in line
-    with pytest.raises(UserError, match=r"'asd' is none of assd, rve. Did you mean assd\?"):
+    with pytest.raises(UserError, match=r"'asd' must be one of assd, rve. Did you mean assd\?"):
         score(trained, tmp_path / "other", "--metrics", "asd")
 
 

@@ -7,6 +7,7 @@ from scipy import ndimage
 
 from dataloaders import phantom as module
 from dataloaders.phantom import case_shape, make_phantom_set, phantom, threshold_dice
+from utils.errors import UserError
 
 SEED = 2021
 TEST_INDICES = range(40, 48)
@@ -65,6 +66,13 @@ def test_set_lies_as_la_does(tmp_path):
             assert np.array_equal(file["image"][:], image) and np.array_equal(file["label"][:], label)
             assert tuple(file.attrs["spacing"]) == (1.0, 1.0, 1.0)
     assert [path.name for path in folder.parent.iterdir()] == ["phantom"]
+
+
+@pytest.mark.parametrize("words", [["--test", "0"], ["--seed", "-1"], ["--classes", "4"], ["--train", "x"]])
+def test_numbers_that_make_no_set_are_refused(words, tmp_path):
+    with pytest.raises(UserError, match=rf"{words[0]}: "):
+        module.main([str(tmp_path / "set"), *words])
+    assert not list(tmp_path.iterdir())
 
 
 def test_interrupted_generation_leaves_nothing(tmp_path, monkeypatch):

@@ -124,6 +124,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         train_dtml.main([*words, *TINY])
     for method in ("dtml", "supervised"):
         test_la.main(["--checkpoint", str(folder / method), "--stride", "16", "16", "16", "--threads", "1"])
+    (folder / "begun").mkdir()
+    (folder / "begun" / "scalars.csv").write_text("iteration,loss/total\n")
     return folder
 
 
@@ -141,13 +143,14 @@ def test_figures_are_drawn_from_run_folders(runs, tmp_path):
         ["figure2", dtml], ["figure2", dtc, "--cases", "case08"], ["figure2", supervised, "--slice", "5"],
         ["figure3", f"{dtml}:sdm", supervised], ["figure3", dtml, f"{dtml}:mean", "--cases", "case09", "--palette"],
         ["curves", dtml, dtc, "--titles", "one", "two"],
-        ["differences", f"{dtml}/test", f"{supervised}/test", f"{dtml}/test:sdm"],
+        ["differences", f"{dtml}/test", supervised, f"{dtml}:sdm"],
     ):  # fmt: skip
         with Image.open(draw(tmp_path, *words)) as picture:
             assert 300 < picture.width < 520 and picture.height > 60
             heights.append(picture.height)
             assert np.asarray(picture.convert("L")).std() > 10
     assert heights[3] > 1.5 * heights[4]  # two scans, and one
+    assert draw(tmp_path, "labels", dtml, f"{supervised}/test").is_file()
 
 
 def test_figure_2_shows_what_the_network_says_of_the_slice(runs):
@@ -237,14 +240,16 @@ def test_differences_are_each_scan_s_and_their_mean(tmp_path):
     ("words", "says"),
     [
         (["figure3", "{runs}/dtc"], "Run test_la.py --checkpoint"),
+        (["figure3", "{runs}/typo"], "cannot read .*typo/cases.csv"),
         (["figure3", "{runs}/dtml:teacher"], "no output teacher, only seg, sdm, mean"),
-        (["figure3", "{runs}/dtml", "--cases", "nobody"], "--cases nobody"),
+        (["figure3", "{runs}/dtml", "--cases", "nobody"], "nobody is not in .*set"),
         (["figure2", "{runs}/dtml", "{runs}/dtc"], "of one run"),
         (["figure2", "{runs}/nowhere"], "nowhere"),
         (["figure2", "{runs}/dtml", "--slice", "18"], "slices 0 to 17"),
         (["figure3", "{runs}/dtml", "--titles", "a", "b"], "--titles must give 1"),
         (["curves", "{runs}/set"], "Give run folders"),
         (["curves", "{runs}/dtml", "{runs}/dtml"], "Give each once"),
+        (["curves", "{runs}/begun"], "scalars.csv: it has no rows yet"),
         (["differences", "{runs}/dtml/test"], "two runs or more"),
         (["differences", "{runs}/dtml/test", "{runs}/dtc/test"], "cannot read"),
         (["figure4", "{runs}/dtml"], "figure4"),
@@ -261,7 +266,7 @@ def test_mistakes_are_named(words, says, runs, tmp_path):
 
 def test_a_mesh_lies_beside_its_label_and_an_empty_one_is_harmless():
     label = ball((30, 30, 30), (15, 15, 15), 8).astype(np.uint8)
-    mesh = prediction_mesh(label, label, (1, 1, 2), 1000)
+    mesh = prediction_mesh(label, label, (1, 1, 2))
     orange = (mesh["colours"] == (255, 176, 0)).all(axis=1)
     assert orange.sum() == (~orange).sum() - 1  # the first vertex belongs to no triangle
     assert mesh["vertices"][~orange][1:] - mesh["vertices"][orange] == pytest.approx(

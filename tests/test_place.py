@@ -84,7 +84,7 @@ def test_a_name_that_is_no_text_here_is_refused_in_words(tmp_path):
     """Python hands on its bytes as surrogates, on which TensorBoard, ITK and an options.txt in UTF-8 fail later."""
     folder = os.fsencode(tmp_path) + b"/s\xe4t"
     os.mkdir(folder)
-    with pytest.raises(UserError, match=r"s\\udce4t' is no text in the encoding of this place. Set LC_ALL=C.UTF-8"):
+    with pytest.raises(UserError, match=r"s\\udce4t' is not valid in this locale's encoding. Set LC_ALL=C.UTF-8"):
         train_dtml.main(["--data", os.fsdecode(folder)])
 
 

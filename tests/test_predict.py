@@ -278,7 +278,7 @@ def test_bad_scans_are_named_and_the_others_predicted(world, tmp_path):
     (tmp_path / "cut.nii.gz").write_bytes(scan(world).read_bytes()[:999])
     flat = write(tmp_path / "flat.nrrd", np.ones((9, 9, 9)))
     scans = [tmp_path / "cut.nii.gz", flat, tmp_path / "good.nii.gz"]
-    with pytest.raises(UserError, match=r"2 of 3 scans .*\n  .*cut.nii.gz is cut short.*\n  .*flat.nrrd is constant"):
+    with pytest.raises(UserError, match=r"2 of 3 scans .*\n  .*cut.nii.gz is damaged.*\n  .*flat.nrrd is constant"):
         predicted(world / "runs" / "dtml", scans, tmp_path / "out")
     assert sorted(os.listdir(tmp_path / "out")) == ["good.nii.gz", "volumes.csv"]
 

@@ -3,6 +3,7 @@
 import csv
 import locale
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -243,6 +244,10 @@ def test_what_is_no_scan_is_named_before_anything_is_written(world, tmp_path):
             predict.main([str(tmp_path / name), "--checkpoint", str(run), "-o", str(out)])
     with pytest.raises(UserError, match=r"there is no .*gone: neither a scan nor a further checkpoint"):
         predict.main(["--checkpoint", str(run), str(tmp_path / "gone"), "-o", str(out)])
+    shutil.copytree(run, tmp_path / "fold0")
+    (tmp_path / "fold1").mkdir()
+    with pytest.raises(UserError, match=r"fold1 holds no checkpoint last.pt"):
+        predict.main(["--checkpoint", str(tmp_path / "fold?"), str(run), str(scan(world)), "-o", str(out)])
     with pytest.raises(UserError, match="is where the scans are"):
         predicted(run, [write_series(tmp_path / "dicom", values_of(world))], tmp_path / "dicom")
     assert not out.exists() and not (tmp_path / "dicom" / "volumes.csv").exists()

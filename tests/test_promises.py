@@ -10,7 +10,8 @@ import test_la
 import train_dtml
 
 
-def test_a_run_and_a_test_write_down_what_made_them(tiny_set, tmp_path):
+def test_a_run_and_a_test_write_down_what_made_them(tiny_set, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train_dtml.py", "--data", "2018LA_Seg_Training Set"])
     folder = tmp_path / "run"
     words = ["--data", str(tiny_set), *TINY, "--iterations", "2", "--seed", "7", "--picture-every", "1"]
     train_dtml.main([*words, "--runs", str(tmp_path), "--name", "run"])
@@ -20,7 +21,8 @@ def test_a_run_and_a_test_write_down_what_made_them(tiny_set, tmp_path):
     assert (saved["options"]["seed"], run["options"]["seed"]) == (7, 7) and saved["options"]["data"] == str(tiny_set)
     assert saved["checksums"] == run["checksums"] and len(run["checksums"]) == 8
     for told in (run, test):
-        assert told["command"].startswith("python ") and told["packages"]["torch"] == torch.__version__
+        assert told["command"] == "python train_dtml.py --data '2018LA_Seg_Training Set'"
+        assert told["packages"]["torch"] == torch.__version__
         assert not (ROOT / ".git").exists() or re.fullmatch("[0-9a-f]{40}", told["commit"])
     assert test["data"] == str(tiny_set) and test["iteration"] == 2
     known = {"manifest.json", "options.txt", "scalars.csv", "log.txt", "last.pt", "pictures", "test"}

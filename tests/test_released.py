@@ -241,7 +241,7 @@ def test_files_and_flags_that_do_not_fit_each_other_are_refused(tmp_path):
     for method, words in (("", "a run folder"), ("dtc", "dtc's bare weights")):
         with pytest.raises(UserError, match=f"--checkpoint is missing. Give .*{words}"):
             load_trained("", method=method)
-    with pytest.raises(UserError, match=r"--output sdm is none that .*w.pth gives: seg\."):
+    with pytest.raises(UserError, match=r"--output sdm: .*w.pth has no such output\. Choose from seg\."):
         test_la.main(["--checkpoint", str(weights), "--method", "dtml", "--output", "sdm"])
 
 

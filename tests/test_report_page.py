@@ -19,6 +19,7 @@ from PIL import Image
 from skimage.draw import polygon2mask
 
 from evaluation.metrics import segmentation_metrics, with_penalties
+from evaluation.scores import as_csv, class_scores, table
 from tools import report_page
 from tools.report_scans import jpeg_slices
 from utils.errors import UserError
@@ -176,6 +177,23 @@ def test_the_means_are_numpy_s_and_empty_predictions_are_counted(tmp_path):
     assert empty[3] == "0.00" and empty[5:9] == ["-"] * 4
     bars = report_page.write_report(test).read_text(encoding="utf-8").split("every scan, the lowest Dice first")[1]
     assert bars.index(">case9<") < bars.index('width:100.0%"></i></td><td>-<') < bars.index(">case8<")
+
+
+def test_every_metric_is_printed_as_by_test_la(tmp_path):
+    test = make_test(tmp_path, ["case0", "case1"], saved="none")
+    write_json(test / "test.json", {"data": "set", "scans": "validation", "nsd_tolerance_mm": 1.0, "metrics": ["rve"]})
+    rows = [
+        {"case": f"case{i}", "output": "seg", "component": "all", **scores}
+        for i in range(2)
+        for scores in class_scores(ball((20, 16, 6), 9 - i), ball((20, 16, 6), 8), 1, SPACING, 1.0, ("assd", "rve"))
+    ]
+    (test / "cases.csv").write_text(as_csv(rows))
+    page = parse(test)
+    markdown = [line.strip("| ").split(" | ") for line in table(rows).splitlines()]
+    assert page.tables["means"] == [markdown[0], markdown[2]] and {"ASSD mm", "RVE %"} <= {*markdown[0]}
+    assert page.tables["cases"][1][page.tables["cases"][0].index("RVE %")] == f"{100 * rows[0]['rve']:.2f}"
+    told = " ".join(page.texts)
+    assert "2 validation scans of set" in told and "RVE is the relative" in told and "at most 1 mm" in told
 
 
 def test_a_scan_with_nothing_to_find_stands_last_and_is_neither_worst_nor_best(tmp_path):

@@ -94,9 +94,13 @@ def test_best_is_tested_and_predicted_with_and_called_finished(folder, tmp_path,
     scan = str(folder / "set" / "case08" / "mri_norm2.h5")
     predict.main(["--checkpoint", str(tmp_path / "best.pt"), scan, "-o", str(tmp_path / "out")])
     assert "not finished" not in capsys.readouterr().err
-    (tmp_path / "best.pt").rename(tmp_path / "other.pt")
-    rows_of(tmp_path / "test", "--checkpoint", str(tmp_path / "other.pt"))
+    (tmp_path / "best.pt").rename(tmp_path / "previous.pt")
+    rows_of(tmp_path / "previous-test", "--checkpoint", str(tmp_path / "previous.pt"))  # not in place of last.pt's
     assert "not finished: 20 of 30" in capsys.readouterr().err
+    torch.save(state, run / "finished-20.pt")
+    with pytest.raises(UserError, match=r"is at iteration 20, and its run at 30, .*--init .*finished-20.pt for a new"):
+        train_dtml.main(["--resume", str(run / "finished-20.pt")])
+    (run / "finished-20.pt").unlink()
 
 
 def test_each_class_has_a_curve_which_the_test_script_finds_again(folder, tmp_path):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evaluation.metrics import mean_and_sd
-from evaluation.rows import read_row, runs_of
+from evaluation.rows import read_row, runs_of, split_output
 from settings import PROFILES
 from tools.runs import Options, select, state
 from utils.errors import UserError
@@ -34,8 +34,9 @@ def dice_by_labels(paths: Sequence[str], titles: Sequence[str], table: str) -> d
     for title, run_paths in runs.items():
         points = lines.setdefault(title, {})
         for run_path in run_paths:
-            folder = Path(run_path if Path(run_path).exists() else run_path.partition(":")[0])
-            labeled = read_json(folder / MANIFEST).get("options", {}).get("labeled")
+            folder, _ = split_output(run_path)
+            manifest = read_json(folder / MANIFEST) or read_json(folder.parent / MANIFEST)  # of RUN or of RUN/test
+            labeled = manifest.get("options", {}).get("labeled")
             if labeled is None:
                 raise UserError(f"{folder / MANIFEST} states no number of labeled scans. Give run folders or records.")
             dice = list(read_row(run_path, "dice", "all").values())

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from dataloaders.images import (
 from dataloaders.orientation import RAS, orientation_of, turn_to
 from tools.sources import Source
 from utils.channels import each_channel, with_channels
-from utils.errors import UserError
+from utils.checkpoint import whole
 from utils.masks import box_of
 
 VERSION = 1  # of what is done to a scan; written into every case
@@ -139,7 +138,7 @@ def attributes_of(path: Path) -> dict[str, Any]:
         with h5py.File(path, "r") as f:
             return dict(f.attrs)
     except Exception as e:  # as in read_case
-        raise CaseError(f"{path} is there and is no whole h5 file. Move it away") from e
+        raise CaseError(f"{path} is there and is damaged or incomplete. Move it away") from e
 
 
 def _orientation(about: dict[str, Any]) -> str:
@@ -289,22 +288,10 @@ def write_case(path: Path, image: NDArray, label: NDArray | None, about: dict[st
     Raises:
         UserError: it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with h5py.File(partial, "w") as f:
-            for name, values in (("image", image), ("label", label)):
-                if values is None:
-                    continue
-                chunks = (1,) * (values.ndim - 3) + tuple(min(CHUNK, side) for side in values.shape[-3:])
-                f.create_dataset(name, data=values, chunks=chunks, compression="gzip", shuffle=True)
-            f.attrs.update(about)
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as e:  # h5py raises either for a full disk
-        why = getattr(e, "strerror", None) or str(e)
-        raise UserError(f"cannot write {path}: {why}. Fix that; the same command then goes on.") from e
-    finally:
-        if partial.parent.is_dir():
-            partial.unlink(missing_ok=True)
+    with whole(path, "Fix that; the same command then goes on.") as partial, h5py.File(partial, "w") as f:
+        for name, values in (("image", image), ("label", label)):
+            if values is None:
+                continue
+            chunks = (1,) * (values.ndim - 3) + tuple(min(CHUNK, side) for side in values.shape[-3:])
+            f.create_dataset(name, data=values, chunks=chunks, compression="gzip", shuffle=True)
+        f.attrs.update(about)

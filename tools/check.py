@@ -11,7 +11,6 @@ of a training ends the output, with a patch that suits the scans and the memory.
 """
 
 import dataclasses
-import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 from skimage.measure import label as components
@@ -34,12 +32,12 @@ from dataloaders.cases import (
     CaseError,
     by_problem,
     find_cases,
+    has_label,
     lists_of,
     read_case,
     validation_of,
 )
 from dataloaders.findings import (
-    GIB,
     LEVELS,
     Facts,
     Finding,
@@ -55,6 +53,7 @@ from methods import METHODS
 from settings import Options as Training
 from tools import suggestions
 from tools.overview import table, volumes_ml
+from utils.devices import cores, total_memory_gib
 from utils.errors import UserError, run
 from utils.options import Parser, fill, flag_of, option
 from utils.run_folder import digest
@@ -108,12 +107,10 @@ def look(case: Case) -> Look:
     try:
         image, label = read_case(case)
         told_geometry(case)  # an error here, where training would not mind
-        with h5py.File(case.path, "r") as f:
-            has_label = "label" in f
     except CaseError as e:
         return Look(case.name, f"{case.path} {e}")
     facts = with_spacing(facts_of(case, image, label))
-    result = Look(case.name, facts=facts, image=facts.fingerprint, has_label=has_label)
+    result = Look(case.name, facts=facts, image=facts.fingerprint, has_label=has_label(case.path, False))
     if label is None or not facts.voxels:
         return result
     faces = [np.unique(label.take((0, -1), axis=axis)) for axis in range(3)]
@@ -133,7 +130,7 @@ def findings_of_looks(
     classes: int,
     labeled: Sequence[str],
     test: Sequence[str],
-    validation: Sequence[str] = (),
+    validation: Sequence[str],
 ) -> list[Finding]:
     """Findings that training does not report itself: labels, parts, sizes of objects, duplicates."""
     good = [x for x in looks if x.facts is not None]
@@ -248,7 +245,10 @@ def check(folder: Path, o: Options) -> tuple[list[Finding], str, str]:
     missing: list[Finding] = []
     for names, opened in ((labeled, True), (unlabeled, o.all_labels), (test, True), (validation, True)):
         usable, problems = find_cases(folder, names, labeled=opened, classes=o.classes)
-        cases += [dataclasses.replace(case, labeled=opened and _may_open(case, names is unlabeled)) for case in usable]
+        cases += [  # an unlabeled case need not have the label that --all-labels would open
+            dataclasses.replace(case, labeled=opened and (names is not unlabeled or has_label(case.path, False)))
+            for case in usable
+        ]
         for problem in problems:
             name, _, text = problem.partition(": ")
             missing.append(Finding("error", (name,), f"{text}. Put it there or take the case out of the lists."))
@@ -262,7 +262,7 @@ def check(folder: Path, o: Options) -> tuple[list[Finding], str, str]:
         *missing,
         *findings_of_looks(looks, classes=o.classes, labeled=labeled, test=test, validation=validation),
         *findings_of(list(good.values()), patch_size=patch_size, downsample=o.downsample),
-        *_memory(groups["labeled"] + groups["unlabeled"]),
+        *_memory(groups["labeled"] + groups["unlabeled"], o.downsample),
         *unlisted(folder, [*train, *test, *validation]),
     ]
     findings = sorted(everything, key=lambda finding: LEVELS.index(finding.level))
@@ -279,19 +279,8 @@ def check(folder: Path, o: Options) -> tuple[list[Finding], str, str]:
     return findings, table(groups, o.classes), suggested
 
 
-def _may_open(case: Case, unlabeled: bool) -> bool:
-    """An unlabeled case need not have the label that --all-labels would open."""
-    if not unlabeled:
-        return True
-    try:
-        with h5py.File(case.path, "r") as f:
-            return "label" in f
-    except OSError:
-        return False
-
-
-def _memory(facts: Sequence[Facts]) -> list[Finding]:
-    need, there = memory_gib(facts), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+def _memory(facts: Sequence[Facts], downsample: int) -> list[Finding]:
+    need, there = memory_gib(facts) / downsample**3, total_memory_gib()
     if need <= 0.5 * there:
         return []
     text = f"the training volumes take {need:.1f} of {there:.1f} GiB of memory. Train with --cache disk."
@@ -300,7 +289,7 @@ def _memory(facts: Sequence[Facts]) -> list[Finding]:
 
 def _each(cases: Sequence[Case], o: Options) -> Iterator[Look]:
     """Looks of the cases in their order, from several processes: decoding and looking are work, not waiting."""
-    workers = o.workers or min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2, 8)
+    workers = o.workers or min(cores(), 8)
     with _mapped(min(workers, len(cases))) as mapped:
         looks = mapped(look, cases)
         try:

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from dataloaders.cases import LA_FOLDER, PHANTOM_FOLDER
+from dataloaders.cases import usual_folder
 from dataloaders.training import is_phantom, usual_labeled
 from losses.ramps import default_lr_steps
 from methods import METHODS, Method
 from settings import PROFILES, Options
-from utils.checkpoint import go_further, load_checkpoint
+from utils.checkpoint import LAST, PREVIOUS, go_further, load_checkpoint
 from utils.errors import UserError
 from utils.options import (
     RENAMED,
@@ -79,7 +79,15 @@ def read_options(
     kind = METHODS[name]
     flags = flags_of(name, description).parse(args)
     if state is not None:
-        folder = Path(resume) if Path(resume).is_dir() else Path(resume).parent
+        file = Path(resume)
+        folder = file if file.is_dir() else file.parent
+        if "resume" in flags and file.is_file() and file.name not in (LAST, PREVIOUS) and has_checkpoint(folder):
+            newest = load_checkpoint(folder)["iteration"]
+            if newest > state["iteration"]:
+                raise UserError(
+                    f"{file} is at iteration {state['iteration']}, and its run at {newest}, which would be lost. Give "
+                    f"--resume {folder}, or --init {file} for a new run."
+                )
     else:
         o, method_options = settle(flags, kind)
         o.labeled = flags["labeled"] if "labeled" in flags else usual_labeled(Path(o.data), o.labeled)
@@ -96,7 +104,10 @@ def read_options(
         state = load_checkpoint(folder) if o.resume == "auto" and has_checkpoint(folder) else None
     if state is not None:
         if state["optimizer"] is None:
-            raise UserError(f"{state['file']} holds weights to hand on, from which no training goes on. Give its run.")
+            raise UserError(
+                f"{state['file']} has no optimizer state, so it cannot be resumed. Resume its run, or start from these "
+                f"weights with --init {resume}."
+            )
         saved = state["options"]
         refuse_removed(saved["method"], saved)
         steps = PROFILES[saved.get("profile", "full")].get("lr_steps")
@@ -159,11 +170,11 @@ def combine(flags: dict[str, Any], kind: type[Method]) -> tuple[Options, Method.
         UserError: for an unknown preset.
     """
     usual = PROFILES.get(flags.get("profile", ""), {}).get("data")
-    data = flags.get("data") or usual or str(LA_FOLDER if LA_FOLDER.is_dir() else PHANTOM_FOLDER)
+    data = flags.get("data") or usual or str(usual_folder())
     profile = flags.get("profile") or ("phantom" if is_phantom(Path(data)) else "full")
     preset = flags.get("preset") or next(iter(kind.PRESETS))
     if preset not in kind.PRESETS:
-        raise UserError(f"--preset {preset} is none of this method's. Choose from {', '.join(kind.PRESETS)}.")
+        raise UserError(f"--preset {preset}: this method has no such preset. Choose from {', '.join(kind.PRESETS)}.")
     scale = dict(PROFILES[profile])
     if "iterations" in flags:
         scale.pop("lr_steps", None)  # they fit the profile's number of iterations only

@@ -10,6 +10,7 @@ from tools.case_of_scan import Outcome
 from tools.growing import Before
 from tools.sources import SourceSet, shown
 from tools.split import count_to_test, count_to_validate
+from utils.text import some
 
 
 def summary(
@@ -61,8 +62,7 @@ def remarks(
         ("taken out of the lists by hand, and so left out", sorted(before.taken_out)),
     ):
         if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            lines.append(f"{what}: {', '.join(names[:5])}{more}")
+            lines.append(f"{what}: {some(names)}")
     labeled = (before.labeled | {scan.name for scan in source_set.scans if scan.label is not None}) - before.taken_out
     if share is not None and before.test and (wanted := count_to_test(len(labeled), share)) != len(lists["test"]):
         lines.append(f"--test-share {share:g} asks for {wanted} test cases; no case goes from one list to the other")

@@ -65,7 +65,8 @@ from tools.sources import (
 )
 from tools.split import choose_split, patients_in
 from utils.errors import UserError, ignore_stop_signals, run
-from utils.options import Parser, fill, option
+from utils.options import option, read_flags
+from utils.text import some
 
 
 def label_values(word: str) -> tuple[int, ...]:
@@ -102,8 +103,8 @@ class Options:
         choices=CROPS,
     )
     crop_margin: int | None = option(
-        None, "of --crop label and label-xy: so many voxels at each side, after resampling, and no least size (default "
-        "as --crop says)", type=int, minimum=0,
+        None, "of --crop label and label-xy: margin in voxels at each side, after resampling, without the minimum size "
+        "(default as --crop says)", type=int, minimum=0,
     )  # fmt: skip
     test_share: float | None = option(
         None,
@@ -256,9 +257,7 @@ def _alone() -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__, prog="python -m tools.convert")
-    parser.add_dataclass(Options)
-    o: Options = fill(Options, parser.parse(argv))
+    o: Options = read_flags(Options, __doc__, "python -m tools.convert", argv)
     if not o.source or not o.out:
         raise UserError(f"--{'source' if not o.source else 'out'} is missing. See --help.")
     values = [value for group in o.labels or () for value in group]
@@ -297,7 +296,7 @@ def main(argv: list[str] | None = None) -> None:
     jobs = [job for job in jobs if job.scan.name in listed]
     without = [scan.name for scan in scans if scan.name in test and scan.label is None]
     if without:
-        raise UserError(f"{', '.join(without[:5])} cannot be tested on without label. Add it, or make it a train case.")
+        raise UserError(f"{some(without)} cannot be tested on without label. Add it, or make it a train case.")
     names = named(source_set.names, labels, out)
     if labels is not None:
         refuse_absent(labels, scans, kept)

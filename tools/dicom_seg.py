@@ -54,7 +54,7 @@ def dicom_seg(
     import pydicom
     from pydicom.sr.codedict import codes
 
-    images = [pydicom.dcmread(file, stop_before_pixels=True) for file in slices]
+    images = [pydicom.dcmread(file, stop_before_pixels=True, force=True) for file in slices]
     between = pydicom.valuerep.DSfloat(geometry["spacing"][2], auto_format=True)
     for image in images:  # headers may state another distance than that of their positions, or none
         image.SpacingBetweenSlices = between

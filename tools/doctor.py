@@ -17,14 +17,13 @@ from typing import Any
 
 import torch
 
-from dataloaders.cases import LA_FOLDER, MOST_CLASSES, PHANTOM_FOLDER, Case, check_all, find_cases, lists_of, read_case
+from dataloaders.cases import MOST_CLASSES, Case, check_all, find_cases, lists_of, read_case, usual_folder
 from dataloaders.findings import Facts, duplicates, facts_of, findings_of, memory_gib, with_spacing
-from utils.devices import nvidia_card, why_no_cuda
+from utils.devices import GIB, cores, nvidia_card, total_memory_gib, why_no_cuda
 from utils.errors import UserError, run
-from utils.options import Parser, fill, option
-from utils.run_folder import PACKAGES, _git, processor, version_of
+from utils.options import option, read_flags
+from utils.run_folder import PACKAGES, git, processor, version_of
 
-GIB = 2**30
 FULL_STEP_GIB, FULL_STEP_S = 9.5, 26  # of one full-size iteration on two cores, see docs/training.md
 
 
@@ -44,15 +43,10 @@ def hidden(path: Path | str) -> str:
     return f".../{absolute.name}"
 
 
-def total_memory() -> float:
-    """Memory of this computer in GiB."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
-
-
 def versions() -> dict[str, Any]:
     """Name -> version of the code, of Python and of the packages; what is missing says so."""
-    facts = {"code": _git("rev-parse", "--short", "HEAD") or "no git repository"}
-    if _git("status", "--porcelain", "--untracked-files=no"):
+    facts = {"code": git("rev-parse", "--short", "HEAD") or "no git repository"}
+    if git("status", "--porcelain", "--untracked-files=no"):
         facts["code"] += ", with uncommitted changes"
     facts |= {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
     for name in (*PACKAGES, "SimpleITK", "nibabel", "edt", "submitit"):
@@ -65,9 +59,9 @@ def versions() -> dict[str, Any]:
 
 def hardware() -> dict[str, Any]:
     """Name -> what there is to compute with."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    facts = {"processor": f"{processor()}, {cores} cores, torch uses {torch.get_num_threads()}"}
-    facts["memory"] = f"{total_memory():.1f} GiB"
+    count = f"{cores()} core{'s' * (cores() > 1)}"
+    facts = {"processor": f"{processor()}, {count}, torch uses {torch.get_num_threads()}"}
+    facts["memory"] = f"{total_memory_gib():.1f} GiB"
     facts["disk here"] = f"{shutil.disk_usage('.').free / GIB:.1f} GiB free"
     if hasattr(os, "getloadavg"):
         facts["load"] = f"{os.getloadavg()[0]:.1f} processes at work on average in the last minute"
@@ -80,7 +74,7 @@ def hardware() -> dict[str, Any]:
     return facts
 
 
-def data_set(folder: Path, every: int, classes: int = 1) -> tuple[dict[str, Any], float]:
+def data_set(folder: Path, every: int, classes: int) -> tuple[dict[str, Any], float]:
     """Name -> what the set holds and what is wrong with it; GiB of its volumes in memory."""
     report: dict[str, Any] = {"folder": hidden(folder)}
     facts: list[Facts] = []
@@ -111,7 +105,7 @@ def data_set(folder: Path, every: int, classes: int = 1) -> tuple[dict[str, Any]
 
 def slow(memory: float) -> list[str]:
     """What would be slow or not fit here, and what to do; `memory` is that of the volumes, in GiB."""
-    cores, threads = os.cpu_count() or 1, torch.get_num_threads()
+    threads = torch.get_num_threads()
     remarks = []
     card = "" if torch.cuda.is_available() else nvidia_card()
     if card:
@@ -121,13 +115,13 @@ def slow(memory: float) -> list[str]:
         remarks.append(
             f"no GPU: 6000 full-size iterations take about {hours:.0f} hours on 2 cores. Use --profile half."
         )
-        if total_memory() < 1.3 * FULL_STEP_GIB:
+        if total_memory_gib() < 1.3 * FULL_STEP_GIB:
             remarks.append(f"memory: a full-size iteration needs {FULL_STEP_GIB} GiB. Use --profile half.")
-    if threads < cores and not torch.cuda.is_available():
-        remarks.append(f"threads: torch uses {threads} of {cores} cores. Give --threads {cores}.")
-    if hasattr(os, "getloadavg") and os.getloadavg()[0] > 1.5 * cores:
+    if threads < cores() and not torch.cuda.is_available():
+        remarks.append(f"threads: torch uses {threads} of {cores()} cores. Give --threads {cores()}.")
+    if hasattr(os, "getloadavg") and os.getloadavg()[0] > 1.5 * cores():
         remarks.append("load: other programs are at work on this computer.")
-    if memory > 0.7 * total_memory():
+    if memory > 0.7 * total_memory_gib():
         remarks.append(f"volumes: they take {memory:.1f} GiB in memory. Use --cache disk.")
     if shutil.disk_usage(".").free < 2 * GIB:
         remarks.append("disk: less than 2 GiB are free here. A full-size run keeps two checkpoints of about 150 MB.")
@@ -142,10 +136,8 @@ def section(title: str, values: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__, prog="python -m tools.doctor")
-    parser.add_dataclass(Options)
-    o: Options = fill(Options, parser.parse(argv))
-    folder = Path(o.data or (LA_FOLDER if LA_FOLDER.is_dir() else PHANTOM_FOLDER))
+    o: Options = read_flags(Options, __doc__, "python -m tools.doctor", argv)
+    folder = usual_folder(o.data)
     print(section("Versions", versions()))
     print(section("Hardware", hardware()))
     if o.data or folder.is_dir():

@@ -19,7 +19,7 @@ from evaluation.predictions import read_scores
 from evaluation.rows import runs_of
 from evaluation.scores import as_csv, caption_of, table
 from settings import Options as TrainingOptions
-from utils.checkpoint import write_whole
+from utils.checkpoint import BEST, write_whole
 from utils.errors import UserError, run
 from utils.options import Parser, fill, flag_of, harmless_names, option
 from utils.run_folder import MANIFEST, read_json
@@ -27,7 +27,6 @@ from utils.run_folder import MANIFEST, read_json
 TESTED = "validation"  # folder of test_la.py --scans validation in a run folder
 OF_THE_TEST = (
     "scans",
-    "iteration",
     "patch_size",
     "stride",
     "weighting",
@@ -84,6 +83,12 @@ def read_fold(path: Path) -> Fold:
     return Fold(test, number, folds, options, about, read_scores(test))
 
 
+def tested(fold: Fold) -> str:
+    """The kind of checkpoint that was tested: best.pt of each fold is of an iteration of its own."""
+    best = Path(fold.about.get("checkpoint", "")).name == BEST
+    return BEST if best else f"iteration {fold.about.get('iteration')}"
+
+
 def refuse_folds(folds: Sequence[Fold]) -> None:
     """Checks that the folds are of one cross-validation, each once.
 
@@ -106,6 +111,8 @@ def refuse_folds(folds: Sequence[Fold]) -> None:
             for name in OF_THE_TEST
             if first.about.get(name) != other.about.get(name)
         ]
+        if tested(first) != tested(other):
+            differ.append(f"the test is of {tested(first)} and of {tested(other)}")
         if differ:
             raise UserError(f"{first.test} and {other.test} are not of one cross-validation: {'; '.join(differ)}.")
     seen: dict[int, Fold] = {}
@@ -146,7 +153,6 @@ def main(argv: list[str] | None = None) -> None:
     lines += [f"Classes: {', '.join(f'{c} {name}' for c, name in names.items())}.", ""] if names else []
     text = caption_of(about.get("nsd_tolerance_mm"), about.get("metrics", [])) + "\n" + "\n".join(lines)
     if o.out:
-        Path(o.out).mkdir(parents=True, exist_ok=True)
         write_whole(Path(o.out, "cases.csv"), as_csv(rows).encode())
         write_whole(Path(o.out, "table.md"), text.encode())
     print(text)

@@ -4,6 +4,7 @@ python -m tools.framework [FILE]
 """
 
 import argparse
+import io
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from scipy.ndimage import gaussian_filter
 
 from dataloaders.phantom import phantom
 from losses.sdm import signed_distance_map
+from utils.checkpoint import write_whole
+from utils.errors import run
 
 BLUE, ORANGE, PURPLE, GREEN, INK = "#2f6db3", "#d9762b", "#7a4fa3", "#2e8b57", "#2b2b2b"
 SIDE = 1.9  # of a thumbnail
@@ -110,8 +113,8 @@ def draw() -> plt.Figure:
                   connectionstyle="angle3,angleA=90,angleB=0")  # fmt: skip
         thumbnail(ax, seen["Y"], 14.55, MIDDLE, GREEN)
         text(ax, 15.75, MIDDLE, "$Y$", 21, GREEN)
-        text(ax, 12.6, TOP + 1.17, r"$M_s$ minimises $L_{seg}+\lambda C$", 16, BLUE)
-        text(ax, 12.6, BOTTOM - 1.2, r"$M_d$ minimises $L_{mask}+\lambda C$", 16, ORANGE)
+        text(ax, 12.6, TOP + 1.17, r"$M_s$ minimizes $L_{seg}+\lambda C$", 16, BLUE)
+        text(ax, 12.6, BOTTOM - 1.2, r"$M_d$ minimizes $L_{mask}+\lambda C$", 16, ORANGE)
         return figure
 
 
@@ -119,9 +122,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Draw the framework of DTML.")
     parser.add_argument("file", nargs="?", type=Path, default=Path("docs/framework.png"))
     file = parser.parse_args(argv).file
-    draw().savefig(file, dpi=100, facecolor="white")
+    data = io.BytesIO()
+    draw().savefig(data, format="png", dpi=100, facecolor="white")
+    write_whole(file, data.getvalue())
     print(file)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -10,9 +10,9 @@ from dataloaders.channels import NUMBERED, by_number, in_order
 from dataloaders.dicom import Series, series_in
 from dataloaders.images import WRITTEN_AS, ending_of, scan_name
 from utils.errors import UserError
+from utils.text import some
 
 DICOM_ENDINGS = (".dcm", ".dicom", ".ima")
-SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Scan:
     """The files of a DICOM series, in the order of the slices."""
 
 
-def given_scans(words: Sequence[str], series: Sequence[str], channels: int = 1) -> list[Scan]:
+def given_scans(words: Sequence[str], series: Sequence[str], channels: int) -> list[Scan]:
     """The scans, in the order of the words and of the names in a folder.
 
     For a network that takes several channels, files NAME_0000, NAME_0001, ... in any order are one scan NAME.
@@ -126,8 +126,7 @@ def scans_in(folder: Path, chosen: Sequence[str], seen: set[str]) -> list[Scan]:
     if scans:
         others = [path.name for path in files if not ending_of(path) and path.suffix.lower() != ".raw"]
         if others:
-            more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
-            print(f"not read in {folder}: {', '.join(others[:SHOWN])}{more}", file=sys.stderr)
+            print(f"not read in {folder}: {some(others)}", file=sys.stderr)
         return [Scan(scan_name(path), (path,)) for path in scans]
     series = series_in(folder) if files else []
     if not series:

@@ -4,9 +4,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import h5py
-
-from dataloaders.cases import case_file, lists_of, read_list, validation_of
+from dataloaders.cases import case_file, has_label, lists_of, read_list, validation_of
 from dataloaders.class_names import DATASET
 from utils.checkpoint import write_whole
 from utils.run_folder import read_json, write_json
@@ -46,15 +44,7 @@ def read_before(out: Path) -> Before:
 
 def labeled_of(out: Path, names: Sequence[str]) -> frozenset[str]:
     """The cases that are there and have a label."""
-
-    def has_label(path: Path | None) -> bool:
-        try:
-            with h5py.File(path, "r") as f:
-                return "label" in f
-        except Exception:  # as in read_case; such a file is reported where it is read
-            return False
-
-    return frozenset(name for name in names if has_label(case_file(out, name)))
+    return frozenset(name for name in names if has_label(case_file(out, name), False))
 
 
 def listed_in(out: Path) -> dict[str, bool]:
@@ -67,7 +57,7 @@ def grown(
     before: Before,
     train: Sequence[str],
     test: Sequence[str],
-    validation: Sequence[str] = (),
+    validation: Sequence[str],
     *,
     labeled: Container[str],
     listed: dict[str, bool],
@@ -94,8 +84,8 @@ def write_set(
     lists: dict[str, list[str]],
     labeled: Container[str],
     names: dict[int, str],
-    channels: Sequence[str] = (),
-    patients: Mapping[str, str] | None = None,
+    channels: Sequence[str],
+    patients: Mapping[str, str],
 ) -> None:
     """Writes the lists, of validation cases only if there are any, then dataset.json with the names of the classes and,
     if there are several, of the channels, the patient of each scan, if known, and every case ever listed."""
@@ -105,4 +95,4 @@ def write_set(
     listed = listed_in(out) | {name: name in labeled for split in SPLITS for name in lists[split]}
     several = {"channel_names": {str(i): name for i, name in enumerate(channels)}} if len(channels) > 1 else {}
     known = {"patients": dict(patients)} if patients else {}
-    write_json(out / DATASET, {**several, **labels, **known, "listed": listed})
+    write_json(out / DATASET, {**read_json(out / DATASET), **several, **labels, **known, "listed": listed})

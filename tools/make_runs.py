@@ -18,7 +18,7 @@ from submitit.core.utils import UncompletedJobError
 
 from dataloaders.cases import ROOT
 from tools.runs import BROKEN, TEST, Options, Run, state, unfit
-from utils.checkpoint import fsync_folder, write_whole
+from utils.checkpoint import fsync, write_whole
 from utils.errors import Stopped, StopSignal, UserError
 from utils.run_folder import MANIFEST, OPTIONS, SCALARS
 from utils.run_lock import inherited_lock
@@ -78,7 +78,7 @@ def record(this: Run) -> str:
         problems = unfit(this, partial)
         if not problems:
             partial.rename(this.record)
-            fsync_folder(this.record.parent)
+            fsync(this.record.parent)
         return "; ".join(problems)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -88,7 +88,7 @@ def step_bytes(method: Method, patch_size: Sequence[int], batch_size: int, label
         labeled: how many of them are labeled.
 
     Returns:
-        The bytes of the weights and the optimiser, which no patch changes, and the most that batch, activations and
+        The bytes of the weights and the optimizer, which no patch changes, and the most that batch, activations and
         gradients take at once.
     """
     batch = meta_batch(method, patch_size, batch_size, labeled)

@@ -19,7 +19,7 @@ from tools.table_rows import figures
 from tools.tables import COST, costs_of
 from utils.checkpoint import write_whole
 from utils.errors import UserError, run
-from utils.options import Parser, fill, option
+from utils.options import option, read_flags
 from utils.text import read_text
 
 SETS = {"half": "LA", "hippocampus": "hippocampus"}  # profile: name of its data set
@@ -64,9 +64,7 @@ def methods_table(results: str) -> Table:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__, prog="python -m tools.methods_page")
-    parser.add_dataclass(Options)
-    o: Options = fill(Options, parser.parse(argv))
+    o: Options = read_flags(Options, __doc__, "python -m tools.methods_page", argv)
     table = markdown(methods_table(o.results))
     if not o.write:
         print(table)

@@ -21,11 +21,11 @@ def table(groups: dict[str, list[Facts]], classes: int) -> str:
     """Markdown: what each group is like, and LA."""
     channels = max((x.channels for group in groups.values() for x in group), default=1)
 
-    def span(values: Iterable[float], digits: int = 3) -> str:
+    def span(values: Iterable[float]) -> str:
         numbers = list(values)
         if not numbers:
             return ""
-        low, high = f"{min(numbers):.{digits}g}", f"{max(numbers):.{digits}g}"
+        low, high = f"{min(numbers):.3g}", f"{max(numbers):.3g}"
         return low if low == high else f"{low} to {high}"
 
     def sides(group: list[Facts]) -> str:

@@ -30,16 +30,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dataloaders.cases import MOST_CLASSES, Case, CaseError, case_file, lists_of, read_case
+from dataloaders.cases import Case, labeled_case, lists_of, named, read_case
 from dataloaders.geometry import read_geometry
 from dataloaders.normalization import normalization_of, normalized_case
 from dataloaders.orientation import known_orientation
 from evaluation.drawing import Figure
-from evaluation.figures import ComparedCase, MapsRow, around, as_png, draw_comparison, draw_maps, slice_of
+from evaluation.figures import ComparedCase, MapsRow, around, as_png, draw_comparison, draw_maps
 from evaluation.graphs import draw_curves, draw_differences, draw_labels, draw_scale
 from evaluation.metrics import mean_and_sd, segmentation_metrics
-from evaluation.predictions import read_prediction, read_scores
-from evaluation.rows import mean_over, read_runs
+from evaluation.predictions import read_prediction, read_scores, test_of
+from evaluation.rows import mean_over, read_runs, split_output
+from evaluation.slices import fixed_slice
 from evaluation.sliding_window import sliding_window
 from evaluation.statistics import compare
 from methods import restore
@@ -85,31 +86,17 @@ class Options:
     palette: bool = option(False, "256 colours: about a third of the bytes, for a web page")
 
 
-def find_case(folder: Path, name: str) -> Case:
-    """A case of a data set with its label.
-
-    Raises:
-        UserError: no such case.
-    """
-    path = case_file(folder, name)
-    if path is None:
-        raise UserError(f"--cases {name}: there is no such case in {folder}. Its test.list names those that there are.")
-    return Case(name, path, labeled=True, classes=MOST_CLASSES)
-
-
 def read_scan(case: Case, z: int | None) -> tuple[NDArray[np.float32], NDArray[np.uint8], tuple[float, ...], int]:
     """image (W,H,D) or (K,W,H,D), label (W,H,D), spacing in mm and the z slice to show.
 
     Raises:
         UserError: a case that cannot be used, or a slice that it does not have.
     """
-    try:
+    with named(case):
         image, label = read_case(case)
         spacing = read_geometry(case)["spacing"]
-    except CaseError as e:
-        raise UserError(f"{case.name}: {case.path} {e}") from e
     assert label is not None
-    z = slice_of(label, label.shape[-1], z)
+    z = fixed_slice(label, label.shape[-1]) if z is None else z
     if z >= label.shape[-1]:
         raise UserError(f"--slice {z}: {case.name} has the slices 0 to {label.shape[-1] - 1}.")
     return image, label, spacing, z
@@ -125,13 +112,11 @@ def figure2(paths: Sequence[str], o: Options) -> Figure:
     folder = Path(o.data or trained["data"])
     rows = []
     for name in o.cases or lists_of(folder)[1][:3]:
-        case = find_case(folder, name)
+        case = labeled_case(folder, name)
         image, label, spacing, z = read_scan(case, o.slice)
         x, y = around(label[..., z] > 0)
-        try:
+        with named(case):
             scaled = normalized_case(case, image, normalization_of(trained))
-        except CaseError as e:
-            raise UserError(f"{name}: {case.path} {e}.") from e
         maps = maps_of_slice(method, scaled, z, trained["patch_size"], trained["downsample"])
         shown = {key: maps[key][x, y] for key in sorted(maps, key="pqmz".find, reverse=True)}
         image = with_channels(image)[0, x, y, z]
@@ -164,9 +149,8 @@ def maps_of_slice(
 
 def figure3(paths: Sequence[str], o: Options) -> Figure:
     """Contours and surfaces of the predictions of several runs, and of the label."""
-    named = [Path(where).exists() for where in paths]
-    split = [(where, "") if there else where.rpartition(":")[::2] for where, there in zip(paths, named, strict=True)]
-    tests = [Path(where) / "test" for where, _ in split]
+    split = [split_output(where) for where in paths]
+    tests = [test_of(path) for path, _ in split]
     scores = [read_scores(test) for test in tests]
     outputs = [output or rows[0]["output"] for (_, output), rows in zip(split, scores, strict=True)]
     for test, rows, output in zip(tests, scores, outputs, strict=True):
@@ -175,7 +159,7 @@ def figure3(paths: Sequence[str], o: Options) -> Figure:
             raise UserError(
                 f"{test} has no output {output}, only {', '.join(outputs_there)}. Name one of them after the colon."
             )
-    titles = o.titles or [name_of(Path(where)) for where, _ in split]
+    titles = o.titles or [name_of(path) for path, _ in split]
     if len(set(titles)) < len(titles):
         titles = [f"{title} ({output})" for title, output in zip(titles, outputs, strict=True)]
     if len(set(titles)) != len(paths):
@@ -183,7 +167,7 @@ def figure3(paths: Sequence[str], o: Options) -> Figure:
     folder = Path(o.data or read_json(tests[0] / "test.json").get("data", ""))
     compared = []
     for name in o.cases or typical(scores[0], outputs[0]):
-        case = find_case(folder, name)
+        case = labeled_case(folder, name)
         image, label, spacing, z = read_scan(case, o.slice)
         predictions = {}
         for test, output, title in zip(tests, outputs, titles, strict=True):
@@ -227,11 +211,12 @@ def curves(paths: Sequence[str], o: Options) -> Figure:
         path = Path(where) / SCALARS
         try:
             with open(path, newline="", encoding="utf-8") as f:
-                header, *rows = csv.reader(f)
-            values = np.array(rows, float)
+                header, *rows = [*csv.reader(f)] or [[]]
+            if not rows:
+                raise ValueError("it has no rows yet")
+            runs[name] = dict(zip(header, np.array(rows, float).T, strict=True))
         except (OSError, ValueError) as e:
             raise UserError(f"cannot read {path}: {e}. Give run folders of train_dtml.py.") from e
-        runs[name] = dict(zip(header, values.T, strict=True))
     logged = {tag for scalars in runs.values() for tag in scalars}
     return draw_curves(runs, [(title, tags) for title, tags in PANELS if logged & set(tags)])
 
@@ -289,13 +274,11 @@ def scales(path: Path, data: Path | None) -> dict[str, float]:
         if data is None:
             raise UserError(f"there is no {path}. Give --data, from whose scans it is written.")
         train, test = lists_of(data)
-        cases = [dataclasses.replace(find_case(data, name), labeled=False) for name in (*train, *test)]
+        cases = [dataclasses.replace(labeled_case(data, name), labeled=False) for name in (*train, *test)]
         lines = ["case,sd\n"]
         for case in cases:
-            try:
+            with named(case):
                 lines.append(f"{case.name},{read_case(case)[0].std(dtype=np.float64):.4f}\n")
-            except CaseError as e:
-                raise UserError(f"{case.name}: {case.path} {e}") from e
         write_whole(path, "".join(lines).encode())
     with open(path, newline="", encoding="utf-8") as f:
         return {row["case"]: float(row["sd"]) for row in csv.DictReader(f)}
@@ -311,8 +294,6 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(o.out or f"{options['figure']}.png")
     if out.exists() and not o.overwrite:
         raise UserError(f"{out} exists already. Choose another --out, or replace it with --overwrite.")
-    if not out.parent.is_dir():
-        raise UserError(f"there is no folder {out.parent} for --out. Make it, or choose another.")
     drawn = (figure2, figure3, curves, differences, labels, scale)
     draw = dict(zip(FIGURES, drawn, strict=True))[options["figure"]]
     write_whole(out, as_png(draw(options["runs"], o), o.dpi, palette=o.palette))

@@ -17,6 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from evaluation.predictions import read_scores
+from evaluation.scores import CAPTION, caption_of
 from evaluation.slices import COLOURS, LABEL
 from tools.report_scans import ALL_BYTES, MOST_BYTES, ShownCase, by_dice, shown_first, viewers
 from tools.report_tables import bars, every_table, results_table
@@ -81,7 +82,9 @@ def write_report(test: Path, data: str = "") -> Path:
     about += [f"{options['labeled']} labeled scans"] if "labeled" in options else []
     about += [f"seed {options['seed']}"] if "seed" in options else []
     about += [f"iteration {tested['iteration']}"] if "iteration" in tested else []
-    about += [f"{len({row['case'] for row in rows})} test scans of {tested.get('data', 'unknown data')}"]
+    count, scans = len({row["case"] for row in rows}), tested.get("scans", "test")
+    about += [f"{count} {scans} scans of {tested.get('data', 'unknown data')}"]
+    more = caption_of(tested.get("nsd_tolerance_mm"), tested.get("metrics", [])).removeprefix(CAPTION).splitlines()
     page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=escape(f"Test of {(run_folder if run_folder.is_dir() else run_folder.parent).resolve().name}"),
         subtitle=escape(", ".join(about)),
@@ -92,7 +95,7 @@ def write_report(test: Path, data: str = "") -> Path:
         viewers=viewers(cases, dices, output, component),
         every=every_table(rows),
         provenance=provenance(tested, trained),
-        definitions="<ul>" + "".join(f"<li>{line}</li>" for line in DEFINITIONS) + "</ul>",
+        definitions="<ul>" + "".join(f"<li>{line}</li>" for line in (*DEFINITIONS, *more)) + "</ul>",
         data=json.dumps([case.data for case in cases]).replace("<", "\\u003c"),
     )
     path = test / "report.html"

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from skimage.measure import approximate_polygon, find_contours
 
-from dataloaders.cases import MOST_CLASSES, Case, CaseError, case_file, read_case
+from dataloaders.cases import labeled_case, named, read_case
 from dataloaders.geometry import read_geometry
 from dataloaders.orientation import known_orientation
 from evaluation.figures import colour_of, window_of
@@ -73,16 +73,11 @@ class ShownCase:
         self, test: Path, folder: Path, name: str, output: str, component: str, rows: Sequence[dict[str, Any]], *,
         most_bytes: int = MOST_BYTES, still: bool = True, class_names: Mapping[str, str] = MappingProxyType({}),
     ):  # fmt: skip
-        path = case_file(folder, name)
-        if path is None:
-            raise UserError(f"{name} is not in {folder}. Name the folder of the data set with --data.")
-        try:
-            case = Case(name, path, labeled=True, classes=MOST_CLASSES)
+        case = labeled_case(folder, name)
+        with named(case):
             image, label = read_case(case)
-            image = with_channels(image)[0]  # the page shows the first channel
             self.spacing, orientation = read_geometry(case)["spacing"], known_orientation(case)
-        except CaseError as e:
-            raise UserError(f"{name}: {path} {e}") from e
+        image = with_channels(image)[0]  # the page shows the first channel
         assert label is not None
         prediction = read_prediction(test, output, name)
         if prediction.shape != image.shape:

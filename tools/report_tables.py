@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.metrics import EMPTIES, OVERLAPS, PENALISED, distance_text, distances_of, empties, overlap_text
+from evaluation.metrics import HEADS, IN_PERCENT, PENALISED, distances_of
 from evaluation.predictions import COUNTS
+from evaluation.scores import means
 
-NAMES = {"dice": "Dice %", "jaccard": "Jaccard %", "asd": "ASD voxel", "hd95": "95HD voxel", "asd_mm": "ASD mm",
-         "hd95_mm": "95HD mm", "nsd": "NSD %", "voxels": "voxels", "label_voxels": "of the label"}  # fmt: skip
+NAMES = {**HEADS, "voxels": "voxels", "label_voxels": "of the label"}
 
 
 def keys_of(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -32,7 +32,7 @@ def shown(name: str, value: float) -> str:
     """A figure as the page prints it; a dash for what does not exist."""
     if name in COUNTS:
         return f"{value:.0f}"
-    return f"{100 * value if name in OVERLAPS else value:.2f}" if math.isfinite(value) else "-"
+    return f"{100 * value if name in IN_PERCENT else value:.2f}" if math.isfinite(value) else "-"
 
 
 def metrics_of(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -55,15 +55,8 @@ def html_table(header: Iterable[str], lines: Iterable[Sequence[str]], text_colum
 
 def results_table(rows: Sequence[dict[str, Any]]) -> str:
     """Mean ± SD over the scans, of every output and filter."""
-    names, keys, lines = metrics_of(rows), keys_of(rows), []
-    for key, chosen in groups(rows).items():
-        cells = [
-            overlap_text(chosen, name) if name in OVERLAPS else distance_text([distances_of(chosen, name)])
-            for name in names
-        ]
-        lines.append([*key, str(len(chosen)), *cells, *map(str, empties(chosen))])
-    header = [*keys, "scans", *(NAMES.get(name, name) for name in names), *EMPTIES]
-    return html_table(header, lines, len(keys), id="means")
+    header, lines = means(rows)
+    return html_table(header, lines, header.index("scans"), id="means")
 
 
 def every_table(rows: Sequence[dict[str, Any]]) -> str:

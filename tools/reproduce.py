@@ -21,13 +21,11 @@ from tools.make_runs import make_missing, submit
 from tools.runs import Options, data_of, print_list, select
 from tools.tables import print_tables
 from utils.errors import UserError, run
-from utils.options import Parser, fill
+from utils.options import read_flags
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__, prog="python -m tools.reproduce")
-    parser.add_dataclass(Options)
-    o: Options = fill(Options, parser.parse(argv))
+    o: Options = read_flags(Options, __doc__, "python -m tools.reproduce", argv)
     runs, tables = select(o)
     if o.budget and (o.submit or not o.missing):
         raise UserError("--budget goes with --missing alone. A job's own end is --slurm timeout_min=MINUTES.")

@@ -30,7 +30,7 @@ from tools.grid import (
     Tables,
 )
 from utils.errors import UserError
-from utils.options import as_flags, default_of, option, renamed
+from utils.options import as_flags, default_of, flag_of, option, renamed
 from utils.run_folder import MANIFEST, has_checkpoint
 
 GRIDS = {"phantom": (PHANTOM_RUNS, PHANTOM_TABLES), "hippocampus": (HIPPOCAMPUS_RUNS, HIPPOCAMPUS_TABLES)}  # others: LA
@@ -57,7 +57,7 @@ class Options:
                          choices=FORMATS, group="what")  # fmt: skip
     list: bool = option(False, "print every run, how far it is, and its command", group="do")
     missing: bool = option(False, "train and test what is missing, then print the tables", group="do")
-    budget: float = option(0.0, "minutes for --missing; 0: no end", minimum=0, group="do")
+    budget: float = option(0.0, "minutes for --missing; 0: no limit", minimum=0, group="do")
     submit: str = option("", "a submitit job for each missing run: slurm, or local, all at once here",
                          choices=["local", "slurm"], group="do")  # fmt: skip
     slurm: Sequence[str] = option([], "KEY=VALUE of submitit's update_parameters", type=str, nargs="+", group="do")
@@ -174,7 +174,7 @@ def other_options(this: Run, manifest: Path) -> list[str]:
         usual = side["batch_size"] if side["unlabeled"] == 0 else max(side["batch_size"] // 2, 1)
         side["labeled_batch"] = side["labeled_batch"] or usual
     differ = [name for name in now if now[name] != then[name]]
-    return [f"--{name.replace('_', '-')} {now[name]} here, {then[name]} in the record" for name in differ]
+    return [f"{flag_of(name)} {now[name]} here, {then[name]} in the record" for name in differ]
 
 
 def unfit(this: Run, record: Path) -> list[str]:
@@ -189,7 +189,7 @@ def unfit(this: Run, record: Path) -> list[str]:
     usual = {"scans": "test", "flips": 1, "weighting": "uniform", "precision": "fp32", **windows}
     then = usual | tested  # early records do not state all of it
     now = {name: TESTS.get(this.key, {}).get(name, value) for name, value in usual.items()}
-    problems += [f"tested with --{name} {then[name]}" for name in now if then[name] != now[name]]
+    problems += [f"tested with {flag_of(name)} {then[name]}" for name in now if then[name] != now[name]]
     for output in this.outputs:
         for component in COMPONENTS:
             read_row(f"{record}:{output}", "dice", component)

@@ -4,7 +4,7 @@
     python test_la.py --checkpoint weights/dtml-16
 
 The weights are safetensors files, with the run's options and the paths that they name as JSON metadata. They hold what
-test_la.py and predict.py need. They hold no optimiser, so no training goes on from them. Kernels are rounded to half
+test_la.py and predict.py need. They hold no optimizer, so no training goes on from them. Kernels are rounded to half
 precision, unless --exact is given; biases and batch norms stay as they are. A file holds whole tensors and is below
 --piece-mib, if no tensor is larger.
 """
@@ -86,14 +86,10 @@ def share(checkpoint: Path, folder: Path, o: Options) -> list[Path]:
     text = json.dumps(about)
     parts = pieces(weights, o.piece_mib * 2**20 - 2 * len(text) - OVERHEAD)  # its quotation marks are escaped
     written = []
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for i, part in enumerate(parts, 1):
-            path = folder / f"weights-{i}-of-{len(parts)}{ENDING}"
-            write_whole(path, save(part, {METADATA: text}))
-            written.append(path)
-    except OSError as e:
-        raise UserError(f"cannot write to {folder}: {e.strerror or e}. Free some space or name another folder.") from e
+    for i, part in enumerate(parts, 1):
+        path = folder / f"weights-{i}-of-{len(parts)}{ENDING}"
+        write_whole(path, save(part, {METADATA: text}))
+        written.append(path)
     restore(load_checkpoint(folder))
     return written
 

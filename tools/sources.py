@@ -12,7 +12,7 @@ from dataloaders.channels import by_number, channel_names_in, in_order
 from dataloaders.class_names import DATASET, names_in, read_dataset
 from dataloaders.images import WRITTEN_AS, ending_of, scan_name
 from utils.errors import UserError
-from utils.text import read_text
+from utils.text import read_text, some
 
 COLUMNS = ("label", "split", "name", "patient")
 IMAGES_TS = ("unlabeled", "leave")
@@ -60,7 +60,7 @@ class SourceSet:
     """Training scans, or their labels, that dataset.json lists and that are not there."""
 
 
-def find_sources(source: Path, images_ts: str = "") -> SourceSet:
+def find_sources(source: Path, images_ts: str) -> SourceSet:
     """The scans in any of the layouts.
 
     Args:
@@ -114,8 +114,7 @@ def find_sources(source: Path, images_ts: str = "") -> SourceSet:
 
 def shown(paths: Sequence[Path], folder: Path) -> str:
     """A few of the paths, from a folder, and how many more there are."""
-    some = ", ".join(f"{path.relative_to(folder)}{'/' if path.is_dir() else ''}" for path in paths[:5])
-    return some + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
+    return some(f"{path.relative_to(folder)}{'/' if path.is_dir() else ''}" for path in paths)
 
 
 # -- folders --
@@ -163,9 +162,7 @@ def _loose(source: Path) -> list[Path]:
     ]
 
 
-def _in_two_folders(
-    images: Path, labels: Path, unread: list[Path], split: str = "", literal: bool = False
-) -> list[Source]:
+def _in_two_folders(images: Path, labels: Path, unread: list[Path], literal: bool = False) -> list[Source]:
     """The scans of two folders. Other files there are added to `unread`.
 
     Files NAME_0000, NAME_0001, ..., as nnU-Net has them, are the channels of the scan NAME, unless labels have such
@@ -189,7 +186,7 @@ def _in_two_folders(
                 "that scan's name, or elsewhere."
             )
     _refuse_unread_labels(_unread_in(labels), {name: label_files.get(name) for name in scans})
-    return [Source(name, path, label_files.get(name), split, more.get(name, ())) for name, path in scans.items()]
+    return [Source(name, path, label_files.get(name), more=more.get(name, ())) for name, path in scans.items()]
 
 
 def _in_nnunet_folders(source: Path, unread: list[Path]) -> tuple[list[Source], list[Source], list[Source]]:
@@ -218,10 +215,9 @@ def _in_case_folders(source: Path, image: str, label: str, unread: list[Path]) -
 
 def _refuse_orphans(labels: Sequence[Path], where: Path, unread: Sequence[Path] = ()) -> None:
     if labels:
-        some = ", ".join(map(str, labels[:5]))
         there = f" Not read there: {shown(unread, where)}." if unread else ""
         raise UserError(
-            f"{len(labels)} labels have no scan in {where}: {some}. Add the scans or remove the labels.{there}"
+            f"{len(labels)} labels have no scan in {where}: {some(labels)}. Add the scans or remove the labels.{there}"
         )
 
 
@@ -296,10 +292,8 @@ def read_manifest(path: Path) -> tuple[list[Source], list[str]]:
 def _distinct(scans: list[Source], where: Path) -> list[Source]:
     twice = [name for name, count in Counter(scan.name for scan in scans).items() if count > 1]
     if twice or not scans:
-        raise UserError(
-            f"{where} names {', '.join(twice[:5]) or 'no scan'}{' twice' if twice else ''}. Name each once."
-        )
+        raise UserError(f"{where} names {some(twice) or 'no scan'}{' twice' if twice else ''}. Name each once.")
     for scan in scans:
         if not scan.name.isprintable() or Path(scan.name).name != scan.name or scan.name != scan.name.strip():
-            raise UserError(f"{where} names {scan.name!r}, which no case can be called. Give it a plain name.")
+            raise UserError(f"{where} names {scan.name!r}, which is not a valid case name. Give it a plain name.")
     return scans

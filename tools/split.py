@@ -10,6 +10,7 @@ from dataloaders.patients import patients_by_name, patients_of, refuse_shared
 from tools.growing import SPLITS, Before
 from tools.sources import Source, SourceSet
 from utils.errors import UserError
+from utils.text import some
 
 TEST_SHARE = 0.2  # of the labeled cases
 
@@ -52,7 +53,7 @@ def choose_split(
             wrong = [scan.name for scan in scans if scan.split == split and scan.name in set(getattr(before, old))]
             if wrong:
                 raise UserError(
-                    f"{', '.join(wrong[:5])} stands in {old}.list and is a {split} case of the source. A case never "
+                    f"{some(wrong)} stands in {old}.list and is a {split} case of the source. A case never "
                     "goes from one list to the other. Choose another --out."
                 )
         test = {scan.name for scan in scans if scan.split == "test"}

@@ -12,8 +12,7 @@ from utils.checkpoint import write_whole
 from utils.errors import UserError
 from utils.options import default_of, flag_of
 from utils.run_folder import digest
-
-SHOWN = 3  # differences that an error names
+from utils.text import some
 
 
 def header(t: Training, device: str, rate: float) -> list[str]:
@@ -67,7 +66,7 @@ def keep_finished(folder: Path, state: dict[str, Any]) -> None:
 
 
 def start_from(method: Method, name: str, state: dict[str, Any]) -> dict[str, Any]:
-    """Gives a new method the weights of a checkpoint, of its teacher and its critic too, but no optimiser's state.
+    """Gives a new method the weights of a checkpoint, of its teacher and its critic too, but no optimizer's state.
 
     Args:
         method: the new method, on the CPU.
@@ -102,11 +101,10 @@ def start_from(method: Method, name: str, state: dict[str, Any]) -> dict[str, An
             for f in dataclasses.fields(method.options)
             if (was := saved.get(f.name, default_of(f))) != (now := getattr(method.options, f.name))
         ]
-        more = f" and {len(differ) - SHOWN} more" if len(differ) > SHOWN else ""
         why = "; ".join(options) or "another version wrote it"
         raise UserError(
             f"--init {file} does not fit this run: {why}. Train with the same, or start without --init. "
-            f"Weights that differ: {'; '.join(sorted(differ)[:SHOWN])}{more}."
+            f"Weights that differ: {some(sorted(differ), 3, '; ')}."
         )
     method.load_state_dict(fresh | there)
     weights = digest(*(weight.numpy() for _, weight in sorted(there.items())))

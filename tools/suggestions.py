@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dataloaders.findings import GIB, Facts, memory_gib, of_other_spacing, unnormalised, usual_spacing
+from dataloaders.findings import Facts, memory_gib, of_other_spacing, unnormalised, usual_spacing
 from dataloaders.volumes import ON_DEVICE
 from methods import Method
 from networks.heads import HALVINGS
 from settings import Options
 from tools.memory import MARGIN, meta_method, step_bytes, trained_bytes
+from utils.devices import GIB
 from utils.errors import UserError
 
 USUAL_MEMORY = 8.0  # GiB, of a computer without a GPU

@@ -1,8 +1,8 @@
-"""What a training needs, from its options: data, method and optimiser, and where a resumed one goes on."""
+"""What a training needs, from its options: data, method and optimizer; where a resumed one goes on; its pictures."""
 
 import dataclasses
 import time
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ from dataloaders.cases import Case, CaseError
 from dataloaders.channels import channel_names
 from dataloaders.class_names import class_names
 from dataloaders.normalization import Normalization, normalization_of
-from dataloaders.orientation import common_orientation
+from dataloaders.orientation import common_orientation, known_orientation
 from dataloaders.training import median_spacing, refuse_classes, training_cases, validation_names
 from dataloaders.two_stream import Patches, TwoStreamBatchSampler
 from dataloaders.unseen import open_cases
 from dataloaders.volumes import Volumes
+from evaluation.slices import prediction_mesh, slice_picture
 from methods import Method
 from networks.backbone import STEEPEST, compile_networks, set_precision, set_recompute
 from settings import OPTIMIZERS, Options
@@ -25,7 +26,9 @@ from utils.checkpoint import fit_optimizer
 from utils.devices import refuse_precision
 from utils.distributed import RANK, RANKS
 from utils.errors import UserError
+from utils.masks import label_map
 from utils.options import fill
+from utils.report import Report
 
 
 @dataclasses.dataclass
@@ -169,7 +172,7 @@ def prepare(
 
 
 def trained(method: Method) -> list[torch.nn.Parameter]:
-    """The weights that the optimiser changes, not those of a teacher or a critic."""
+    """The weights that the optimizer changes, not those of a teacher or a critic."""
     return [p for p in method.parameters() if p.requires_grad]
 
 
@@ -204,3 +207,39 @@ def choose_arithmetic(method: Method, o: Options, device: torch.device) -> None:
     set_recompute(method, o.recompute)
     if o.compile:
         compile_networks(method)
+
+
+@torch.no_grad()
+def show(
+    report: Report, method: Method, patches: Patches, labeled: int, spacing: Sequence[float], done: int,
+    device: torch.device,
+) -> None:  # fmt: skip
+    """Adds pictures to the report: a fixed slice of the first labeled and of the first unlabeled case.
+
+    A picture shows the image, the method's maps and the contours. The labeled case also gets the surfaces of prediction
+    and label.
+
+    Args:
+        report: the open report.
+        method: the method; it is in training mode afterwards.
+        patches: crops of the training.
+        labeled: number of labeled cases, the index of the first unlabeled one.
+        spacing: mm along x, y, z.
+        done: finished iterations.
+        device: device of the method.
+    """
+    method.eval()
+    for name, case in {"labeled": 0, "unlabeled": labeled}.items():
+        if case < len(patches.volumes.cases):
+            item = patches.middle(case)
+            tensors = {key: v[0] for key, v in method.maps(item["image"][None].to(device)).items()}
+            prediction = label_map(torch.stack(list(tensors.values())[: method.options.classes])).cpu().numpy()
+            maps = {key: v.cpu().numpy() for key, v in tensors.items()}
+            label = item["label"].cpu().numpy() if "label" in item else None
+            title = f"{item['case']}, iteration {done}"
+            orientation = known_orientation(patches.volumes.cases[case])
+            image = item["image"][0].cpu().numpy()
+            report.picture(name, slice_picture(image, maps, prediction, label, title, orientation), done)
+            if label is not None:
+                report.mesh(f"surface/{name}", prediction_mesh(prediction, label, spacing), done)
+    method.train()

@@ -4,14 +4,13 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from dataloaders.cases import Case, CaseError, read_case
+from dataloaders.cases import Case, named, read_case
 from dataloaders.normalization import Normalization, normalized_case
 from evaluation.metrics import mean_and_sd
 from evaluation.scores import class_dices
 from evaluation.sliding_window import half_a_patch, predict_scan
 from methods import Method
 from utils.distributed import RANK, RANKS, in_turn, share_buffers
-from utils.errors import UserError
 from utils.masks import label_map
 
 VALIDATION = "dice/validation"
@@ -50,11 +49,9 @@ def validation_scores(
     method.eval()
     dices: list[list[float]] = []  # of each scan, by class
     for case in cases[RANK::RANKS]:
-        try:
+        with named(case, "It was whole when the training began."):
             image, label = read_case(case)
             image = normalized_case(case, image, normalize)
-        except CaseError as e:
-            raise UserError(f"the validation case {case.path} {e}. It was whole when the training began.") from e
         assert label is not None
         p = predict_scan(
             method, torch.from_numpy(image).to(device), method.outputs[:1],

@@ -55,18 +55,15 @@ def read_volumes(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def write_volumes(path: Path, earlier: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> None:
-    """Writes the table, whole or not at all: the earlier rows of other scans, then these.
+def write_volumes(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Writes the table, whole or not at all: the rows of other scans that are there by now, then these.
 
     Raises:
-        UserError: if it cannot be written.
+        UserError: if it cannot be written, or as `read_volumes`.
     """
     new = {row["scan"] for row in rows}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, as_csv([*(row for row in earlier if row["scan"] not in new), *rows]).encode())
-    except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror or e}. Fix that or name another file with --report.") from e
+    others = [row for row in read_volumes(path) if row["scan"] not in new]
+    write_whole(path, as_csv([*others, *rows]).encode())
 
 
 def volumes_table(rows: Sequence[dict[str, Any]]) -> str:

@@ -6,9 +6,11 @@ import itertools
 import os
 import pickle
 import shutil
+import socket
 import sys
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,27 +29,43 @@ BARE_WEIGHTS = (
 )
 
 
-def fsync_folder(folder: Path) -> None:
-    """Makes a rename inside the folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
+def fsync(path: Path) -> None:
+    """Makes a file, or a rename inside a folder, survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
 
 
-def _write_partial(path: Path, data: bytes | memoryview) -> Path:
-    """Writes a file durably under a temporary name next to `path`, and returns that name. A failure leaves no file."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+@contextmanager
+def whole(path: Path, advice: str = "Fix that, or choose another folder.") -> Iterator[Path]:
+    """Context with the temporary name of a file, which gets its own name at the end if nothing fails.
+
+    Readers see the old file or the new one. The folder is made. The ending is kept, as ITK chooses the format by it.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    partial = path.with_name(f".{socket.gethostname()}-{os.getpid()}.partial.{path.name}")
     try:
-        with open(partial, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    return partial
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        fsync(partial)
+        os.replace(partial, path)
+        fsync(path.parent)
+    except (OSError, RuntimeError) as e:  # h5py and ITK raise the second for a full disk
+        reason = getattr(e, "strerror", None) or str(e).strip().rpartition("\n")[2]
+        raise UserError(f"cannot write {path}: {reason}. {advice}") from e
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+
+
+def write_whole(path: Path, data: bytes | memoryview) -> None:
+    """Writes a file as `whole` does."""
+    with whole(path) as partial:
+        partial.write_bytes(data)
 
 
 def _reads_back(path: Path, data: memoryview) -> bool:
@@ -56,16 +74,6 @@ def _reads_back(path: Path, data: memoryview) -> bool:
         if hasattr(os, "posix_fadvise"):  # ask the disk, not the memory that the bytes went through
             os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         return all(f.read(CHUNK) == data[i : i + CHUNK] for i in range(0, len(data) + 1, CHUNK))
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file under a temporary name, then renames it. Readers see the old file or the new one."""
-    partial = _write_partial(path, data)
-    try:
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    fsync_folder(path.parent)
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any], name: str = LAST) -> Path:
@@ -80,28 +88,23 @@ def save_checkpoint(folder: Path, state: dict[str, Any], name: str = LAST) -> Pa
     path, before = folder / name, folder / f".{PREVIOUS}.partial"
     data = io.BytesIO()  # written directly to a full disk, torch.save hides the reason
     torch.save({"format": FORMAT, **state}, data)
-    partial = None
     try:
-        partial = _write_partial(path, data.getbuffer())
-        if not _reads_back(partial, data.getbuffer()):
-            raise OSError(errno.EIO, "what was written reads back as something else")
-        before.unlink(missing_ok=True)
-        if name == LAST and path.exists():  # a second name for the old file
-            try:
-                os.link(path, before)
-            except OSError:  # a file system without hard links
-                shutil.copy(path, before)
-        os.replace(partial, path)
-        fsync_folder(folder)
+        with whole(path, "Free some space, then give the same command again with --resume auto.") as partial:
+            partial.write_bytes(data.getbuffer())
+            fsync(partial)
+            if not _reads_back(partial, data.getbuffer()):
+                raise OSError(errno.EIO, "what was written reads back as something else")
+            before.unlink(missing_ok=True)
+            if name == LAST and path.exists():  # a second name for the old file
+                try:
+                    os.link(path, before)
+                except OSError:  # a file system without hard links
+                    shutil.copy(path, before)
         if before.exists():
             os.replace(before, folder / PREVIOUS)
-            fsync_folder(folder)
-    except OSError as e:
-        raise UserError(f"cannot save {path}: {e.strerror or e}. Free some space, then --resume {folder}.") from e
+            fsync(folder)
     finally:
-        for leftover in (partial, before):
-            if leftover is not None:
-                leftover.unlink(missing_ok=True)
+        before.unlink(missing_ok=True)
     return path
 
 
@@ -155,7 +158,7 @@ def _checked(state: dict[str, Any]) -> dict[str, Any]:
         )
     missing = [name for name in CONTENTS if name not in state]
     if missing:
-        raise UserError(f"{path} is no whole checkpoint: it lacks {', '.join(missing)}. Use an older one.")
+        raise UserError(f"{path} is damaged or incomplete (it lacks {', '.join(missing)}). Use an older one.")
     kinds: dict[str, Any] = {"options": dict, "iteration": int, "seconds": (int, float)}
     wrong = [name for name, kind in kinds.items() if not isinstance(state[name], kind)]
     for name in ("checksums", "images"):  # early checkpoints have no images
@@ -164,7 +167,7 @@ def _checked(state: dict[str, Any]) -> dict[str, Any]:
             wrong.append(name)
     if wrong or not isinstance(state["options"].get("method"), str):
         raise UserError(
-            f"{path} is no whole checkpoint: {', '.join(wrong) or 'its method'} is amiss. Use an older one."
+            f"{path} is damaged or incomplete (invalid entries: {', '.join(wrong) or 'method'}). Use an older one."
         )
     return {**state, "options": renamed(state["options"])}
 
@@ -273,7 +276,7 @@ def _check_archive(path: Path) -> None:
                 f"{path} was not loaded: its {size} bytes claim to unpack to {claimed}. "
                 "Only open checkpoints written by train_dtml.py."
             )
-        # torch skips the data of an entry that is marked as a folder, and its tensor stays uninitialised.
+        # torch skips the data of an entry that is marked as a folder, and its tensor stays uninitialized.
         marked = (entry.filename for entry in entries if entry.external_attr)
         damaged = archive.testzip() or next(marked, None)
     if damaged is not None:
@@ -281,19 +284,19 @@ def _check_archive(path: Path) -> None:
 
 
 def fit_optimizer(optimizer: torch.optim.Optimizer, state: Any) -> None:
-    """Gives an optimiser its saved state. torch itself would fail, or compute wrongly, only at the next step.
+    """Gives an optimizer its saved state. torch itself would fail, or compute wrongly, only at the next step.
 
     Raises:
-        ValueError: if the state is not of this optimiser and its weights.
+        ValueError: if the state is not of this optimizer and its weights.
     """
     try:
         optimizer.load_state_dict(state)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as e:
-        raise ValueError(f"the optimiser's state is of another kind: {e!r}") from e
+        raise ValueError(f"the optimizer's state is of another kind: {e!r}") from e
     weights = [p for group in optimizer.param_groups for p in group["params"]]
     for p in weights:
         entries = optimizer.state.get(p, {})
         if entries.keys() != optimizer.state.get(weights[0], {}).keys():
-            raise ValueError("the optimiser's state is incomplete")
+            raise ValueError("the optimizer's state is incomplete")
         if any(isinstance(x, torch.Tensor) and x.dim() and x.shape != p.shape for x in entries.values()):
-            raise ValueError("the optimiser's state is of weights of another shape")
+            raise ValueError("the optimizer's state is of weights of another shape")

@@ -26,8 +26,19 @@ NO_MEMORY = re.compile(  # messages of torch, its libraries and the system, as t
     re.IGNORECASE,
 )
 OF_GPU = re.compile("cuda|cudnn|cublas|cusolver|cufft|cusparse|nccl|\\bhip\\b|engine", re.IGNORECASE)
+GIB = 2**30
 SINCE_AMPERE = (8, 0)  # compute capability of the first cards with tf32 and bf16
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
+
+
+def cores() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def total_memory_gib() -> float:
+    """Memory of this computer."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
 
 
 def choose_device(name: str) -> torch.device:
@@ -56,7 +67,11 @@ def choose_device(name: str) -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
         if index >= count:
-            raise UserError(f"--device {name} asks for GPU {index}, but there are {count} here. Use --device cpu.")
+            if count and RANKS > 1:
+                raise UserError(f"process {index} of this computer has no GPU: there are {count}. Give torchrun "
+                                f"--nproc-per-node {count}.")  # fmt: skip
+            choice = f"Choose from cuda:0 to cuda:{count - 1}." if count else "Use --device cpu."
+            raise UserError(f"--device {name} asks for GPU {index}, but there are {count} here. {choice}")
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     elif device.type != "cpu":
@@ -178,6 +193,6 @@ def seed_iteration(seed: int, iteration: int, rank: int = 0) -> None:
 def peak_memory_gib(device: torch.device) -> float:
     """Most memory this process has held so far: of the GPU if it computes there, else resident; in GiB."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts bytes, Linux KiB
+        return torch.cuda.max_memory_allocated(device) / GIB
+    unit = GIB if sys.platform == "darwin" else 2**20  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

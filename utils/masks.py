@@ -31,7 +31,7 @@ def box_of(mask: NDArray[np.bool_], margin: int = 0) -> tuple[slice, ...]:
 
 
 def inner_border(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The voxels of a mask with a face neighbour outside of it. Everything beyond the array is outside."""
+    """The voxels of a mask with a face neighbor outside of it. Everything beyond the array is outside."""
     inside = mask.copy()
     for axis in range(mask.ndim):
         one, other = np.moveaxis(inside, axis, 0), np.moveaxis(mask, axis, 0)

@@ -99,7 +99,7 @@ class Parser(argparse.ArgumentParser):
                 "[\ud800-\udfff]", argument
             ):  # bytes that are no text here, which TensorBoard and ITK cannot take
                 raise UserError(
-                    f"{argument!a} is no text in the encoding of this place. Set LC_ALL=C.UTF-8, or rename the file."
+                    f"{argument!a} is not valid in this locale's encoding. Set LC_ALL=C.UTF-8, or rename the file."
                 )
         return [self._hyphenate(argument) for argument in arguments]
 
@@ -130,7 +130,7 @@ class Parser(argparse.ArgumentParser):
             choices = [str(choice) for choice in action.choices]
             near = did_you_mean(str(value), choices)
             if near:
-                raise argparse.ArgumentError(action, f"{value!r} is none of {', '.join(choices)}.{near}")
+                raise argparse.ArgumentError(action, f"{value!r} must be one of {', '.join(choices)}.{near}")
         super()._check_value(action, value)
 
     def error(self, message: str) -> NoReturn:
@@ -185,6 +185,13 @@ def fill(cls: type, *layers: dict[str, Any]) -> Any:
     names = {f.name for f in dataclasses.fields(cls)}
     merged = {k: v for layer in layers for k, v in layer.items() if k in names}
     return cls(**merged)
+
+
+def read_flags(cls: type, description: str | None, prog: str, argv: Sequence[str] | None) -> Any:
+    """The options of a command without further arguments, from its command line; None: that of the program."""
+    parser = Parser(description=description, prog=prog)
+    parser.add_dataclass(cls)
+    return fill(cls, parser.parse(argv))
 
 
 def flag_of(name: str, value: Any = None) -> str:
@@ -259,7 +266,7 @@ def options_file(chosen: dict[str, Any], everything: dict[str, Any]) -> str:
     """The text of an options.txt: the chosen options as flags to replay, all others as comments."""
     rest = {name: value for name, value in everything.items() if chosen.get(name) is None}
     comments = "".join(f"# {line}\n" for line in as_flags(rest).splitlines())
-    return f"{as_flags(chosen)}# What follows from these; a replay settles it anew.\n{comments}"
+    return f"{as_flags(chosen)}# Derived from the above. They are derived again when this file is replayed.\n{comments}"
 
 
 def obstacles(f: dataclasses.Field, value_of: Callable[[str], Any]) -> list[str]:

@@ -102,7 +102,7 @@ class Report:
     def iteration(
         self, iteration: int, losses: Any, lr: float, clock: Clock, memory: float, scores: Mapping[str, float] = {}
     ) -> None:
-        """After the optimiser step of an iteration, counted from 0 here, in scalars.csv and in TensorBoard: `losses` is
+        """After the optimizer step of an iteration, counted from 0 here, in scalars.csv and in TensorBoard: `losses` is
         methods.base.Losses, `lr` the learning rate of the step, `memory` the peak in GiB so far, `scores` those of the
         validation, with which an iteration is always logged."""
         self.bar.update()

@@ -10,6 +10,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 
 from utils.checkpoint import LAST, PREVIOUS, write_whole
+from utils.devices import cores
 from utils.errors import UserError
 from utils.run_lock import LOCK
 
@@ -71,7 +73,8 @@ def named_disk_errors(folder: Path) -> Iterator[None]:
         if not of_ours and e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
         raise UserError(
-            f"cannot write to {e.filename or folder}: {e.strerror or e}. Fix that, then go on with --resume {folder}."
+            f"cannot write to {e.filename or folder}: {e.strerror or e}. Fix that, then give the same command again "
+            "with --resume auto."
         ) from e
 
 
@@ -94,7 +97,8 @@ def has_checkpoint(folder: Path) -> bool:
     return any((folder / name).exists() for name in (LAST, PREVIOUS))
 
 
-def _git(*arguments: str) -> str | None:
+def git(*arguments: str) -> str | None:
+    """What a git command says in this repository; None if it fails."""
     try:
         here = Path(__file__).resolve().parent
         result = subprocess.run(["git", *arguments], cwd=here, capture_output=True, encoding="utf-8", check=True)
@@ -124,14 +128,14 @@ def version_of(package: str) -> str:
 def make_manifest(device: torch.device, **more: Any) -> dict[str, Any]:
     """Command, commit, versions and hardware of a run, as plain JSON values."""
     return {
-        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "commit": git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
         "python": platform.python_version(),
         "packages": {name: version_of(name) for name in PACKAGES},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         **more,
     }

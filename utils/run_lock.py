@@ -36,10 +36,8 @@ def _me() -> dict[str, Any]:
 def _is_stale(owner: dict[str, Any]) -> bool:
     """Whether a lock's owner has certainly ended."""
     me = _me()
-    if owner["job"] and owner["job"] == me["job"] and owner["pid"] != me["pid"]:
-        return True
     if owner["host"] != me["host"]:
-        return False
+        return bool(owner["job"]) and owner["job"] == me["job"]
     try:
         os.kill(owner["pid"], 0)
     except ProcessLookupError:
@@ -62,7 +60,7 @@ def _owner(text: str) -> dict[str, Any] | None:
 
 def _refusal(folder: Path, owner: dict[str, Any]) -> UserError:
     return UserError(
-        f"process {owner['pid']} on {owner['host']} is at the run {folder}. Wait for it or choose another --name; if "
+        f"process {owner['pid']} on {owner['host']} is training in {folder}. Wait for it or choose another --name; if "
         f"it is surely gone, delete {folder / LOCK}."
     )
 
@@ -120,10 +118,11 @@ def run_lock(folder: Path) -> Iterator[None]:
         if owner is not None and not _is_stale(owner):
             raise _refusal(folder, owner)
         if owner is not None:
-            print(f"warning: process {owner['pid']} ended in {folder} without a word; going on.", file=sys.stderr)
+            what = f"process {owner['pid']} was killed while it trained in {folder}. Its lock is taken over."
+            print(f"warning: {what}", file=sys.stderr)
         f.truncate(0)
         f.write(json.dumps(_me()))
-    for leftover in folder.glob(".*.partial"):
+    for leftover in folder.glob(".*.partial*"):
         leftover.unlink(missing_ok=True)
     try:
         yield

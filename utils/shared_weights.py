@@ -18,7 +18,7 @@ ENDING = ".safetensors"
 PIECES = f"weights-*-of-*{ENDING}"
 METADATA = "checkpoint"  # one key, as safetensors writes several in any order
 CHECKSUM = "sha256"
-NO_TENSORS = "no_tensors"  # names of entries left out, such as the state of a critic's optimiser
+NO_TENSORS = "no_tensors"  # names of entries left out, such as the state of a critic's optimizer
 
 
 def checksum_of(about: dict[str, Any], weights: Iterable[tuple[str, Tensor]]) -> str:
@@ -31,7 +31,7 @@ def checksum_of(about: dict[str, Any], weights: Iterable[tuple[str, Tensor]]) ->
 
 
 def read_shared(folder: Path) -> dict[str, Any]:
-    """The contents of a checkpoint without an optimiser, from all files of one tools.share.
+    """The contents of a checkpoint without an optimizer, from all files of one tools.share.
 
     Raises:
         UserError: files that are missing, damaged, of other weights, or no such files.
@@ -41,9 +41,7 @@ def read_shared(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} holds no file {PIECES} of tools.share. Give the folder or a file that it wrote.")
     names = {path.name for path in files}
     if names != {f"weights-{i}-of-{len(files)}{ENDING}" for i in range(1, len(files) + 1)}:
-        raise UserError(
-            f"{folder} holds not all pieces of its weights, only {', '.join(sorted(names))}. Copy them all."
-        )
+        raise UserError(f"{folder} lacks files of its weights; it has only {', '.join(sorted(names))}. Copy them all.")
     weights: dict[str, Any] = {}
     texts = set()
     for path in files:

@@ -1,4 +1,4 @@
-"""Text files that a user gives."""
+"""Text files that a user gives, and lists of names in messages."""
 
 import difflib
 from collections.abc import Iterable
@@ -19,6 +19,12 @@ def read_text(path: Path) -> str:
     if len(data) > MOST:
         raise ValueError(f"it has more than {MOST} bytes")
     return data.decode("utf-8-sig")
+
+
+def some(names: Iterable[object], most: int = 5, between: str = ", ") -> str:
+    """The names as text; of more than `most` the first ones, and how many more there are."""
+    texts = [str(name) for name in names]
+    return between.join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")
 
 
 def once(numbers: Iterable[int]) -> str:

@@ -97,9 +97,9 @@ def whole_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 BROKEN_CASES = [  # what is done to a labeled case, and what is said of it
     (lambda s, c: (s / c / "mri_norm2.h5").unlink(), "there is no"),
-    (lambda s, c: cut(s / c / "mri_norm2.h5", 0.5), "no whole h5 file"),
-    (lambda s, c: cut(s / c / "mri_norm2.h5", 0), "no whole h5 file"),
-    (lambda s, c: (s / c / "mri_norm2.h5").write_text("image: none\n"), "no whole h5 file"),
+    (lambda s, c: cut(s / c / "mri_norm2.h5", 0.5), "damaged or incomplete"),
+    (lambda s, c: cut(s / c / "mri_norm2.h5", 0), "damaged or incomplete"),
+    (lambda s, c: (s / c / "mri_norm2.h5").write_text("image: none\n"), "damaged or incomplete"),
     (lambda s, c: edit(s, c, image=None), "no dataset 'image'"),
     (lambda s, c: edit(s, c, label=None), "without a dataset 'label'"),
     (lambda s, c: edit(s, c, label=label()[1:]), "(23, 22, 18)"),
@@ -153,8 +153,8 @@ def test_32_one_list_without_the_other_is_refused(split, tiny_set):
 BROKEN_LISTS = {
     "a name twice": ("train.list", "case00\ncase01\ncase02\ncase01\n", ("case01", "more than once")),
     "a name twice in the test": ("test.list", "case08\ncase08\n", ("case08", "more than once")),
-    "a name with ..": ("train.list", "case00\n../set/case01\n", ("../set/case01", "leads out")),
-    "an absolute name": ("test.list", "/case08\n", ("/case08", "leads out")),
+    "a name with ..": ("train.list", "case00\n../set/case01\n", ("../set/case01", "outside the data set")),
+    "an absolute name": ("test.list", "/case08\n", ("/case08", "outside the data set")),
     "nothing": ("train.list", "", ("names no case",)),
     "blank lines": ("test.list", "\n  \n\r\n", ("names no case",)),
     "bytes that are no text": ("train.list", b"\xff\xfe\x00c\x00a", ("text file",)),
@@ -229,7 +229,7 @@ BAD_FLAGS = {
     "--patch-size 16 16 0": ("--patch-size", "0 must be at least 1"),
     "--labeld 4": ("unknown argument --labeld.", "Did you mean --labeled?"),
     "--labeld=4": ("unknown argument --labeld.", "Did you mean --labeled?"),
-    "--method dtm": ("--method: 'dtm' is none of dtml, ", "Did you mean dtml?"),
+    "--method dtm": ("--method: 'dtm' must be one of dtml, ", "Did you mean dtml?"),
     "--method segformer": ("--method: invalid choice: 'segformer' (choose from", "See --help."),
     "--lambda_mx 1": ("unknown argument --lambda-mx.", "Did you mean --lambda-max?"),
     "--lr nan": ("--lr", "nan"),
@@ -551,7 +551,7 @@ def test_08_damaged_state_of_the_optimiser_is_refused(unfinished):
 # -- flags of the test --
 
 BAD_TEST_FLAGS = {
-    "--output nonsense": ("--output nonsense", "seg sdm mean"),
+    "--output nonsense": ("--output nonsense", "seg, sdm, mean"),
     "--stride 17 16 16": ("--stride", "17", "patch"),
     "--stride 0 8 8": ("--stride", "0"),
     "--patch-size 16 24 16": ("--patch-size", "24", "multiples of 16"),

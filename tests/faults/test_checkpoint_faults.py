@@ -100,7 +100,7 @@ def test_01_kill_9_at_any_time_leaves_a_whole_checkpoint(tmp_path):
         if (tmp_path / PREVIOUS).exists():
             assert load_checkpoint(tmp_path / PREVIOUS)["n"] in (loaded["n"] - 2, loaded["n"] - 1)
         known = loaded["n"]
-        for leftover in tmp_path.glob(".*.partial"):
+        for leftover in tmp_path.glob(".*.partial*"):
             leftover.unlink()  # a killed process cannot take its half-written file away
     assert known >= 14  # 15 of the children saved at least once, counted from 0
 
@@ -113,7 +113,7 @@ def test_01_what_reads_back_as_something_else_does_not_take_the_name(tmp_path, m
 
     def spoil(handle):
         if stat.S_ISREG(os.fstat(handle).st_mode):
-            with open(next(tmp_path.glob(".*.partial")), "r+b") as f:
+            with open(next(tmp_path.glob(".*.partial*")), "r+b") as f:
                 f.seek(200)
                 f.write(b"other bytes")
         real(handle)
@@ -209,7 +209,7 @@ def files(folder):
 @pytest.mark.parametrize("size", ["4k", "700k"])  # from the first file to the second checkpoint
 def test_03_a_run_on_a_disk_that_fills_up_ends_with_a_word_and_goes_on_once_there_is_room(size, tiny_set, tmp_path):
     with small_disk(tmp_path / "disk", size) as disk:
-        with pytest.raises(UserError, match=rf"cannot (save|write to|make the run folder) {disk}/run.*No space left"):
+        with pytest.raises(UserError, match=rf"cannot (write|write to|make the run folder) {disk}/run.*No space left"):
             train(tiny_set, disk / "run", "--save-every", "1", "--log-every", "1")
         left = list((disk / "run").rglob("*")) if (disk / "run").exists() else []
         assert not [path for path in left if "partial" in path.name or path.name == ".lock"]

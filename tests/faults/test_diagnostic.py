@@ -128,7 +128,7 @@ def test_18_a_disk_too_full_for_the_batch_does_not_hide_the_divergence(tiny_set,
         raise UserError(f"cannot save {name}: No space left on device.")
 
     monkeypatch.setattr(METHODS["dtml"], "forward", spoilt)
-    monkeypatch.setattr("dataloaders.diagnostic.save_checkpoint", full)
+    monkeypatch.setattr("tools.diagnostic.save_checkpoint", full)
     with pytest.raises(Diverged, match=r"the loss seg is not finite.* could not be kept: cannot save diverged-rank0"):
         train_dtml.main(flags(tiny_set, tmp_path / "run"))
 

@@ -16,7 +16,7 @@ from conftest import TINY, flat, make_set
 import train_dtml
 from methods import METHODS
 from utils.errors import UserError
-from utils.run_lock import LOCK, inherited_lock, refuse_locked, run_lock
+from utils.run_lock import LOCK, _birth, inherited_lock, refuse_locked, run_lock
 
 N = 6
 
@@ -74,7 +74,7 @@ def test_41_a_second_run_in_the_folder_is_refused_and_disturbs_nothing(data, tmp
         before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
         for flags in (["--resume", "auto"], ["--fresh"], [], ["--resume", str(folder)]):
             with pytest.raises(
-                UserError, match=rf"process {first.pid} on {os.uname().nodename} is at the run {folder}"
+                UserError, match=rf"process {first.pid} on {os.uname().nodename} is training in {folder}"
             ):
                 train(data, folder, *flags)
         assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
@@ -92,7 +92,7 @@ def test_41_the_lock_of_a_killed_run_is_taken_over_with_what_it_left_half_writte
     assert (folder / LOCK).exists()
     (folder / ".last.pt.1.partial").write_bytes(b"half")
     train(data, folder, "--resume", "auto")
-    assert f"process {first.pid} ended in {folder} without a word" in capsys.readouterr().err
+    assert f"process {first.pid} was killed while it trained in {folder}. Its lock" in capsys.readouterr().err
     train(data, tmp_path / "undisturbed")
     assert flat(load(folder)["method"]) == flat(load(tmp_path / "undisturbed")["method"])
     assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
@@ -115,7 +115,11 @@ def test_41_a_run_that_ends_takes_its_lock_away(end, data, tmp_path, monkeypatch
     assert (tmp_path / "run" / "last.pt").exists() and not (tmp_path / "run" / LOCK).exists()
 
 
-LIVING = {"this very process": {}, "another computer's": {"host": "elsewhere", "pid": 1}}
+LIVING = {
+    "this very process": {},
+    "another computer's": {"host": "elsewhere", "pid": 1},
+    "another process of this job": {"pid": os.getppid(), "born": _birth(os.getppid()), "job": "77"},
+}
 GONE = {
     "a dead process": {"pid": 2**22 - 1},  # as many as there can be
     "a number given anew": {"born": "1"},
@@ -124,11 +128,12 @@ GONE = {
 
 
 @pytest.mark.parametrize("kind", LIVING)
-def test_41_a_lock_that_may_be_alive_is_respected(kind, tmp_path):
+def test_41_a_lock_that_may_be_alive_is_respected(kind, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
     text = owner(**LIVING[kind])
     (tmp_path / LOCK).write_text(text)
     for ask in (lambda: refuse_locked(tmp_path), lambda: run_lock(tmp_path).__enter__()):
-        with pytest.raises(UserError, match=rf"{json.loads(text)['host']} is at the run .* delete .*{LOCK}"):
+        with pytest.raises(UserError, match=rf"{json.loads(text)['host']} is training in .* delete .*{LOCK}"):
             ask()
     assert (tmp_path / LOCK).read_text() == text
 
@@ -140,7 +145,7 @@ def test_41_a_stale_lock_is_recognised(kind, tmp_path, monkeypatch, capsys):
     refuse_locked(tmp_path)
     with run_lock(tmp_path):
         assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
-        assert "without a word" in capsys.readouterr().err
+        assert "was killed while it trained" in capsys.readouterr().err
     assert not (tmp_path / LOCK).exists()
 
 

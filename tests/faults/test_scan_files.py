@@ -12,6 +12,9 @@ from scans import OBLIQUE, write
 
 from dataloaders.cases import CaseError
 from dataloaders.images import read_image, write_image
+from evaluation import statistics
+from tools import case_of_scan
+from tools.volumes import read_volumes, write_volumes
 from utils.errors import UserError
 
 SHAPE = (12, 9, 7)
@@ -25,7 +28,7 @@ def test_39_a_scan_cut_short_is_refused(ending, share, tmp_path):
     path = write(tmp_path / f"a{ending}", np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32))
     whole = path.read_bytes()
     path.write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(CaseError, match=r"is cut short|is no whole scan"):
+    with pytest.raises(CaseError, match=r"is cut short|is damaged or incomplete"):
         read_image(path)
 
 
@@ -34,7 +37,7 @@ def test_39_a_damaged_nii_gz_is_noticed_by_its_checksum(tmp_path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    with pytest.raises(CaseError, match=r"cut short or damaged|is no whole scan"):
+    with pytest.raises(CaseError, match=r"is damaged or incomplete"):
         read_image(path)
 
 
@@ -74,7 +77,7 @@ def test_39_what_is_missing_or_no_scan_is_named(tmp_path):
     with pytest.raises(CaseError, match="does not exist"):
         read_image(tmp_path / "a.nii.gz")
     (tmp_path / "a.nii.gz").write_text("hello")
-    with pytest.raises(CaseError, match="is no whole scan"):
+    with pytest.raises(CaseError, match="is damaged or incomplete"):
         read_image(tmp_path / "a.nii.gz")
     (tmp_path / "a.jpg").write_text("hello")
     with pytest.raises(CaseError, match=r"is no format that is read here: .nii.gz, "):
@@ -104,5 +107,17 @@ def test_39_a_disk_that_fills_up_leaves_the_old_file_and_says_so(ending, tmp_pat
 
 def test_39_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot write .*file/a.nii.gz"):
-        write_image(tmp_path / "file" / "a.nii.gz", np.ones(SHAPE, np.uint8), OBLIQUE)
+    mask, rows = np.ones(SHAPE, np.uint8), [{"scan": "a", "class": 1, "name": "", "voxels": 1, "ml": ""}]
+    for name, put in {
+        "a.nii.gz": lambda path: write_image(path, mask, OBLIQUE),
+        "a.h5": lambda path: case_of_scan.write_case(path, mask, None, {}),
+        "volumes.csv": lambda path: write_volumes(path, rows),
+        "a.png": lambda path: statistics.scatter({"a": 1.0}, {"row": {"a": 2.0}}, "title", path),
+    }.items():
+        with pytest.raises(UserError, match=rf"cannot write {tmp_path}/file/{name}: .*File exists"):
+            put(tmp_path / "file" / name)
+        put(tmp_path / "new" / "folder" / name)
+        assert (tmp_path / "new" / "folder" / name).stat().st_size
+    write_volumes(tmp_path / "new" / "folder" / "volumes.csv", [{**rows[0], "scan": "b"}])  # of another process
+    write_volumes(tmp_path / "new" / "folder" / "volumes.csv", [*rows, {**rows[0], "scan": "c"}])
+    assert [row["scan"] for row in read_volumes(tmp_path / "new" / "folder" / "volumes.csv")] == ["b", "a", "c"]
