@@ -14,12 +14,6 @@ from utils.errors import UserError
 PAGE = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
 
 
-def test_the_page_has_the_printed_table(capsys, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    methods_page.main([])
-    assert capsys.readouterr().out.strip() in PAGE
-
-
 def test_every_method_has_its_line_in_both_tables():
     first, second = (part.split("\n## ")[0] for part in PAGE.split("\n## ")[1:3])
     for part in (first, second):
@@ -39,7 +33,7 @@ def test_figures_are_means_over_runs_and_costs_those_measured(tmp_path, monkeypa
     lines = {line[0].strip("`"): line[1:] for line in cells[2:]}
     assert lines["cps"] == ["`seg`", "2.5", "75.00 ± 5.00 (3)", "not run"]
     assert lines["bcp"][1:] == ["not measured", "not run", "60.00 (1)"]
-    assert lines["dtml-plus"][2] == "not run" and lines["asdnet"][3] == "one class alone"
+    assert lines["dtml-plus"][::2] == ["`ema_mean`", "not run"] and lines["asdnet"][3] == "one class alone"
 
 
 def test_the_table_of_a_page_is_replaced(tmp_path, monkeypatch):
@@ -55,10 +49,3 @@ def test_the_table_of_a_page_is_replaced(tmp_path, monkeypatch):
     assert page.read_text() == "no table\n"
     with pytest.raises(UserError, match=r"cannot read the page nowhere\.md"):
         methods_page.main(["--write", "nowhere.md"])
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_what_is_tested_is_the_first_output(method):
-    kind = METHODS[method]
-    outputs = kind.outputs or kind(kind.Options(filters=2), iterations=1).outputs
-    assert re.search(rf"^\| `{method}` \| `{outputs[0]}` \|", PAGE, re.M)

@@ -36,13 +36,3 @@ def test_the_commands_of_the_page_lead_from_scans_to_segmentations(tmp_path, mon
         (image, geometry), (label, found) = read_image(path), read_label(tmp_path / "predictions" / path.name)
         assert image.shape == label.shape and set(np.unique(label)) <= {0, 1}
         assert all(np.allclose(geometry[name], found[name], atol=1e-6) for name in geometry)
-
-
-def test_flags_named_are_those_of_a_command():
-    names = {
-        name
-        for module in ("tools.convert", "tools.check", "train_dtml", "test_la", "predict")
-        for name in import_module(module).Options.__dataclass_fields__
-    }
-    flags = {flag.replace("-", "_") for flag in re.findall(r"(?<![\w-])--([a-z][a-z-]+)", PAGE)}
-    assert flags <= names | {"help", "classes", "halvings"}  # of the methods
