@@ -4,7 +4,7 @@ import json
 import re
 
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, load
 
 import test_la
 import train_dtml
@@ -15,7 +15,7 @@ def test_a_run_and_a_test_write_down_what_made_them(tiny_set, tmp_path):
     words = ["--data", str(tiny_set), *TINY, "--iterations", "2", "--seed", "7", "--picture-every", "1"]
     train_dtml.main([*words, "--runs", str(tmp_path), "--name", "run"])
     test_la.main(["--checkpoint", str(folder), "--stride", "8", "8", "8", "--threads", "1"])
-    saved = torch.load(folder / "last.pt", weights_only=True)
+    saved = load(folder)
     run, test = (json.loads((folder / name).read_text()) for name in ("manifest.json", "test/test.json"))
     assert (saved["options"]["seed"], run["options"]["seed"]) == (7, 7) and saved["options"]["data"] == str(tiny_set)
     assert saved["checksums"] == run["checksums"] and len(run["checksums"]) == 8

@@ -1,7 +1,6 @@
 """The test script: what it prints, what it writes, and that both are what the predictions on disk say."""
 
 import contextlib
-import csv
 import io
 import json
 import shutil
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import TINY, make_set
+from conftest import TINY, csv_rows, make_set
 from medpy.metric import binary
 
 import test_la
@@ -55,8 +54,7 @@ def tested(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNam
 
 def rows_of(out: Path) -> list[dict[str, str]]:
     """The rows of cases.csv."""
-    with open(out / "cases.csv", newline="") as f:
-        return list(csv.DictReader(f))
+    return csv_rows(out / "cases.csv")
 
 
 def saved_mask(out: Path, output: str, case: str) -> np.ndarray:
