@@ -1,6 +1,10 @@
-"""docs/recipes.md: its commands, with the files of data/recipes, lead from small sets of that shape to predictions."""
+"""docs/recipes.md: its commands, with the files of data/recipes, lead from small sets of that shape to predictions.
+
+The folder with hippocampus.tar is looked for beside the repository, in shared/hippocampus, or in $HIPPOCAMPUS_DATA.
+"""
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -15,13 +19,13 @@ import pytest
 from conftest import ROOT
 from scans import ball, write
 from scipy.ndimage import gaussian_filter
-from test_hippocampus import TAR
 
 from dataloaders.cases import lists_of, validation_of
 from tools import convert
 from tools.split import count_to_test, count_to_validate
 from utils.checkpoint import load_checkpoint
 
+TAR = Path(os.environ.get("HIPPOCAMPUS_DATA", ROOT.parent / "shared" / "hippocampus")) / "hippocampus.tar"
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", (ROOT / "docs" / "recipes.md").read_text(), re.M | re.S))
 SMALL = {  # after the flags of a command, which they win over
     "tools.check": "--workers 1 --labeled 3",
