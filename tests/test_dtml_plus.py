@@ -1,5 +1,8 @@
 """DTML+: its losses against the formulas in numpy, what gets a gradient, its schedule and its strong views."""
 
+from functools import partial
+
+import by_hand
 import numpy as np
 import pytest
 import torch
@@ -12,17 +15,8 @@ from methods.dtml_plus import DTMLPlus
 EPS = 1e-5
 
 
-def make(iterations=10, **options) -> DTMLPlus:
-    torch.manual_seed(0)
-    method = DTMLPlus(DTMLPlus.Options(filters=2, **options), iterations=iterations).double()
-    return method.train()
-
-
-def batch(labeled=2, unlabeled=2, classes=1):
-    torch.manual_seed(1)
-    image = torch.randn(labeled + unlabeled, 1, 16, 16, 16, dtype=torch.float64)
-    label = torch.randint(0, classes + 1, (labeled, 16, 16, 16)).to(torch.uint8)
-    return {"image": image, "label": label, "case": ["x"] * (labeled + unlabeled)}
+make = partial(by_hand.make, "dtml-plus")
+batch = by_hand.batch
 
 
 def sigmoid(x):
