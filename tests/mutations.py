@@ -173,7 +173,7 @@ MUTATIONS = [
     Mutation("further-schedule", "utils/checkpoint.py", '"iterations": iterations, "lr_steps"', '"lr_steps"',
              "a finished run does not go on", "tests/test_start.py"),
     Mutation("same-recipe", "methods/base.py", '"labeled_batch": 4,', "", "methods differ in their labeled crops",
-             "tests/test_recipe.py"),
+             "tests/test_command_line.py"),
     Mutation("best-of-latex", "tools/formats.py", "value == max(figures.values())", "value == min(figures.values())",
              "the worst figure is bold", "tests/test_formats.py"),
     # metrics and statistics
