@@ -429,19 +429,8 @@ def test_flag_of_the_test_changes_something(name, finished, usual_test, tmp_path
     words = [word.format(finished=finished, tmp=tmp_path) for word in words]
     other = run_test(finished, tmp_path / "out", *words)
     assert look(other) != look(usual_test)
-    changing = [
-        "checkpoint",
-        "data",
-        "output",
-        "cases",
-        "metrics",
-        "nsd_tolerance",
-        "patch_size",
-        "stride",
-        "weighting",
-        "flips",
-        "precision",
-    ]
+    changing = ["checkpoint", "data", "output", "cases", "metrics", "nsd_tolerance", "patch_size", "stride",
+                "weighting", "flips", "precision"]  # fmt: skip
     if name != "device" or not torch.cuda.is_available():
         assert (other.cases != usual_test.cases) == (name in changing)
 

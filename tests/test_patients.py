@@ -141,13 +141,9 @@ def test_convert_reads_patients_from_names_or_a_column_and_keeps_them(tmp_path, 
 
 @pytest.mark.parametrize(
     ("pattern", "message"),
-    [
-        ("(", "is no regular expression"),
-        ("[^_]+_", "needs one group in parentheses"),
-        ("(a)(_)", "needs one group in parentheses"),
-        ("(a*)_", "finds no patient in b_1, c$"),
-    ],
-)
+    [("(", "is no regular expression"), ("[^_]+_", "needs one group in parentheses"),
+     ("(a)(_)", "needs one group in parentheses"), ("(a*)_", "finds no patient in b_1, c$")],
+)  # fmt: skip
 def test_a_pattern_that_names_no_patient_is_refused(pattern, message):
     with pytest.raises(UserError, match=message.replace("$", r"\. Change it")):
         patients_by_name(["a_0", "b_1", "c"], pattern)

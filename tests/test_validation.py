@@ -136,13 +136,8 @@ def test_a_resumed_run_keeps_the_best_of_before_and_ends_as_if_nothing_had_been(
 
 
 def spoilt(data: Path, how: str) -> None:
-    names = {
-        "missing": None,
-        "empty": "\n",
-        "trained": "case10\ncase03\n",
-        "tested": "case10\ncase09\n",
-        "gone": "case10\nnobody\n",
-    }
+    names = {"missing": None, "empty": "\n", "trained": "case10\ncase03\n", "tested": "case10\ncase09\n",
+             "gone": "case10\nnobody\n"}  # fmt: skip
     if how in names:
         (data / "validation.list").unlink()
         if names[how] is not None:
