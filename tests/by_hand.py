@@ -1,9 +1,30 @@
-"""The losses of a segmentation, from their formulas in numpy and in double precision, to compare the code's with."""
+"""The losses of a segmentation, from their formulas in numpy and in double precision, to compare the code's with; and
+small methods and batches to compare them on."""
+
+from typing import Any
 
 import numpy as np
 import torch
 
+from methods import METHODS
+from utils.options import fill
+
 EPS = 1e-5
+
+
+def make(name: str, iterations: int = 10, **options: Any) -> Any:
+    """The method with 2 filters, in training mode."""
+    torch.manual_seed(0)
+    kind = METHODS[name]
+    return kind(fill(kind.Options, {"filters": 2, **options}), iterations=iterations).double().train()
+
+
+def batch(classes: int = 1, labeled: int = 2, unlabeled: int = 2) -> dict[str, Any]:
+    """Crops of noise, the labeled ones first."""
+    torch.manual_seed(1)
+    image = torch.randn(labeled + unlabeled, 1, 16, 16, 16, dtype=torch.float64)
+    label = torch.randint(0, classes + 1, (labeled, 16, 16, 16)).to(torch.uint8)
+    return {"image": image, "label": label, "case": ["x"] * (labeled + unlabeled)}
 
 
 def distribution(logits: torch.Tensor) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Tiny data sets and runs that the tests share."""
 
+import csv
 import os
 from pathlib import Path
 from typing import Any
@@ -56,9 +57,20 @@ def method_words(method: str) -> list[str]:
     return ["--method", method, *more.get(method, "").split()]
 
 
+def load(path: Path) -> dict[str, Any]:
+    """A checkpoint: a file, or the last one of a run's folder."""
+    return torch.load(path / "last.pt" if path.is_dir() else path, weights_only=True)
+
+
 def weights(run: Path) -> dict[str, torch.Tensor]:
     """The weights of the last checkpoint of a run."""
-    return torch.load(run / "last.pt", weights_only=True)["method"]
+    return load(run)["method"]
+
+
+def csv_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a cases.csv, volumes.csv or scalars.csv, by their columns."""
+    with open(path, newline="") as f:
+        return list(csv.DictReader(f))
 
 
 def trained_in_three_ways(folder: Path, argv: list[str]) -> dict[str, torch.Tensor]:
@@ -70,7 +82,7 @@ def trained_in_three_ways(folder: Path, argv: list[str]) -> dict[str, torch.Tens
         train_dtml.main([*argv, "--name", name, *words.split()])
     expected, streamed = weights(folder / "ram"), weights(folder / "none")
     (folder / "ram" / "previous.pt").rename(folder / "none" / "last.pt")
-    assert torch.load(folder / "none" / "last.pt", weights_only=True)["iteration"] == 2
+    assert load(folder / "none")["iteration"] == 2
     train_dtml.main(["--resume", str(folder / "none"), "--cache", "ram", "--workers", "0"])
     resumed = weights(folder / "none")
     for name, weight in expected.items():

@@ -1,12 +1,10 @@
 """Faults put into a copy of the code, one at a time, and the tests that must then fail.
 
-    python -m tests.mutations                          all of them, as a Markdown table
-    python -m tests.mutations --only map-sign          one
-    python -m tests.mutations --earlier tests/mutations.md    with the last column of an earlier table as `before`
+    python -m tests.mutations                     all of them, as a Markdown table
+    python -m tests.mutations --only map-sign     one
 
-With an earlier table the test that caught a mutation then is tried first. The tests that catch one are run again
-without it, all in one go. An old text that is no longer in its file
-makes the row say so: give the mutation the text that stands there now.
+The tests that catch one are run again without it, all in one go. An old text that is no longer in its file makes the
+row say so: give the mutation the text that stands there now.
 """
 
 import argparse
@@ -35,7 +33,6 @@ import torch.utils.tensorboard
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 900.0
 NOT_CAUGHT = "**not caught**"
-HEAD = "| mutation | file | what it breaks |"
 
 
 class Mutation(NamedTuple):
@@ -176,7 +173,7 @@ MUTATIONS = [
     Mutation("further-schedule", "utils/checkpoint.py", '"iterations": iterations, "lr_steps"', '"lr_steps"',
              "a finished run does not go on", "tests/test_start.py"),
     Mutation("same-recipe", "methods/base.py", '"labeled_batch": 4,', "", "methods differ in their labeled crops",
-             "tests/test_recipe.py"),
+             "tests/test_command_line.py"),
     Mutation("best-of-latex", "tools/formats.py", "value == max(figures.values())", "value == min(figures.values())",
              "the worst figure is bold", "tests/test_formats.py"),
     # metrics and statistics
@@ -295,16 +292,15 @@ def failures(copy: Path, tests: str) -> list[str]:
     return failed
 
 
-def outcome(copy: Path, mutation: Mutation, before: str = "") -> str:
-    """The test that catches it, or why none does. before: the cell of the test that did in an earlier table."""
+def outcome(copy: Path, mutation: Mutation) -> str:
+    """The test that catches it, or why none does."""
     path = copy / mutation.file
     text = path.read_text(encoding="utf-8")
     if text.count(mutation.old) != 1:
         return f"not applied: its text stands {text.count(mutation.old)} times"
     try:
         path.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
-        caught = failures(copy, f"-x {one}") if (one := known(copy, before)) else []
-        return next(iter(caught or failures(copy, f"-x {mutation.tests}")), NOT_CAUGHT)
+        return next(iter(failures(copy, f"-x {mutation.tests}")), NOT_CAUGHT)
     finally:
         path.write_text(text, encoding="utf-8")
 
@@ -315,39 +311,18 @@ def shown(test: str) -> str:
     return f"`{name}` of {file.removeprefix('tests/')}" if name else test
 
 
-def known(copy: Path, cell: str) -> str:
-    """The words for pytest that select the test of a cell; '' if it is no longer there."""
-    match = re.match(r"`(\w+).*` of (\S+)$", cell)
-    if match and f"def {match[1]}(" in (copy / "tests" / match[2]).read_text(encoding="utf-8"):
-        return f"tests/{match[2]} -k {match[1]}"
-    return ""
-
-
-def earlier(table: Path) -> dict[str, str]:
-    """Mutation -> the last column of its row in an earlier table."""
-    rows = [line.strip("|").split(" | ") for line in table.read_text(encoding="utf-8").splitlines() if "|" in line]
-    return {row[0].strip(): row[-1].strip(" |") for row in rows}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these mutations alone")
-    parser.add_argument("--earlier", type=Path, metavar="TABLE", help="an earlier table, shown as the column before")
     options = parser.parse_args()
     torch.set_num_threads(1)
     chosen = [mutation for mutation in MUTATIONS if not options.only or mutation.name in options.only]
-    before = earlier(options.earlier) if options.earlier else None
-    columns = " before | after |" if before is not None else " caught by |"
-    print(f"{HEAD}{columns}\n{'|---' * (HEAD + columns).count(' |')}|")
+    print("| mutation | file | what it breaks | caught by |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         copy, caught_by = copied(Path(folder)), []
         for mutation in chosen:
-            cell = (before or {}).get(mutation.name, "")
-            was = "" if before is None else f" {cell} |"
-            caught_by.append(outcome(copy, mutation, cell))
-            print(
-                f"| {mutation.name} | {mutation.file} | {mutation.breaks} |{was} {shown(caught_by[-1])} |", flush=True
-            )
+            caught_by.append(outcome(copy, mutation))
+            print(f"| {mutation.name} | {mutation.file} | {mutation.breaks} | {shown(caught_by[-1])} |", flush=True)
         tests = sorted({test for test in caught_by if "::" in test})
         if tests and (wrong := failures(copy, shlex.join(tests))):
             print("These fail without a mutation too, and so catch nothing: " + ", ".join(wrong))

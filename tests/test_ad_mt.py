@@ -1,6 +1,7 @@
 """AD-MT: its turns, its pseudo-labels against the formulas in numpy, its views, its teachers."""
 
 import copy
+from functools import partial
 
 import by_hand
 import numpy as np
@@ -12,17 +13,8 @@ from losses.ramps import ramp_up
 from methods import ad_mt
 from methods.ad_mt import ADMT
 
-
-def make(iterations=60, **options) -> ADMT:
-    torch.manual_seed(0)
-    return ADMT(ADMT.Options(filters=2, **options), iterations=iterations).double().train()
-
-
-def batch(labeled=2, unlabeled=3, classes=1):
-    torch.manual_seed(1)
-    image = torch.randn(labeled + unlabeled, 1, 16, 16, 16, dtype=torch.float64)
-    label = torch.randint(0, classes + 1, (labeled, 16, 16, 16)).to(torch.uint8)
-    return {"image": image, "label": label, "case": ["x"] * (labeled + unlabeled)}
+make = partial(by_hand.make, "ad-mt", iterations=60)
+batch = partial(by_hand.batch, unlabeled=3)
 
 
 def stub(method: ADMT, count: int, classes: int) -> None:

@@ -1,26 +1,19 @@
 """BCP: its mixes crop by crop, its losses against the formulas in numpy, its teacher and its pseudo-labels."""
 
+import collections
+from functools import partial
+
 import by_hand
 import numpy as np
 import pytest
 import torch
 from scipy import ndimage
 
-from losses.mixing import random_box
+from losses.mixing import paste, random_box
 from methods import bcp
-from methods.bcp import BCP
 
-
-def make(iterations=10, **options) -> BCP:
-    torch.manual_seed(0)
-    return BCP(BCP.Options(filters=2, **options), iterations=iterations).double().train()
-
-
-def batch(labeled=4, unlabeled=4, classes=1):
-    torch.manual_seed(1)
-    image = torch.randn(labeled + unlabeled, 1, 16, 16, 16, dtype=torch.float64)
-    label = torch.randint(0, classes + 1, (labeled, 16, 16, 16)).to(torch.uint8)
-    return {"image": image, "label": label, "case": ["x"] * (labeled + unlabeled)}
+make = partial(by_hand.make, "bcp")
+batch = partial(by_hand.batch, labeled=4, unlabeled=4)
 
 
 def test_the_mixes_are_those_of_the_paper_and_take_any_number_of_crops():
@@ -100,3 +93,48 @@ def test_pseudo_labels_keep_the_largest_component_of_each_class(classes):
     method = make(classes=classes, largest_component=False)
     method.ema.student.forward = lambda image: {"seg": logits}
     assert (method.pseudo_label(batch()["image"][:2]).numpy() == every).all()
+
+
+# -- boxes and pasting --
+
+
+@pytest.mark.parametrize(
+    ("sides", "share", "expected"),
+    [((12, 9, 7), 2 / 3, (8, 6, 4)), ((112, 112, 80), 2 / 3, (74, 74, 53)), ((12, 9, 7), (1, 0.5, 0.3), (12, 4, 2)),
+     ((4, 4, 4), 1.0, (4, 4, 4))],
+)  # fmt: skip
+def test_a_box_is_a_solid_block_of_its_share_of_each_side(sides, share, expected):
+    for seed in range(5):
+        torch.manual_seed(seed)
+        box = random_box(sides, share)
+        assert box.shape == sides and box.dtype == torch.bool and box.sum() == np.prod(expected)
+        places = np.argwhere(box.numpy())
+        assert tuple(np.ptp(places, axis=0) + 1) == expected
+
+
+def test_a_box_of_no_voxel_is_empty_and_a_wrong_share_is_refused():
+    assert not random_box((8, 8, 8), 0.1).any() and not random_box((8, 8, 8), (1.0, 0.0, 1.0)).any()
+    for share in (1.1, -0.1, (0.5, 0.5), (0.5, 0.5, 2.0)):
+        with pytest.raises(ValueError):
+            random_box((8, 8, 8), share)
+
+
+def test_every_place_of_a_box_is_as_likely_the_first_and_the_last_too():
+    torch.manual_seed(0)
+    corners = [tuple(np.argwhere(random_box((5, 4, 3), 0.7).numpy()).min(axis=0)) for _ in range(3000)]
+    counts = collections.Counter(corners)  # boxes of 3, 2 and 2 voxels
+    assert set(counts) == {(x, y, z) for x in range(3) for y in range(3) for z in range(2)}
+    assert min(counts.values()) > 110 and max(counts.values()) < 230  # 167 expected, SD 13
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["one box", "a box of each item"])
+def test_a_mix_is_the_one_crop_inside_and_the_other_outside(own):
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 3, 1, 6, 5, 4), torch.randint(3, (2, 3, 6, 5, 4), dtype=torch.uint8)
+    boxes = torch.stack([random_box((6, 5, 4), 0.6) for _ in range(3)])
+    box = boxes if own else boxes[0]
+    image, label = paste(a[0], a[1], box), paste(b[0], b[1], box)
+    assert image.shape == a[0].shape and label.shape == b[0].shape and label.dtype == torch.uint8
+    for n, x, y, z in np.ndindex(3, 6, 5, 4):
+        source = int(boxes[n if own else 0, x, y, z])
+        assert image[n, 0, x, y, z] == a[source, n, 0, x, y, z] and label[n, x, y, z] == b[source, n, x, y, z]

@@ -1,11 +1,7 @@
 """Scans of several channels: from nnU-Net's files, a CSV or a 4-D NIfTI to predictions, against SimpleITK and numpy."""
 
-import glob
-import hashlib
 import json
-import shlex
 import shutil
-from importlib import import_module
 from pathlib import Path
 
 import h5py
@@ -14,9 +10,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import TINY, make_set, write_case
+from conftest import TINY, make_set, trained_in_three_ways, write_case
 from scans import OBLIQUE, ball, turned, write
-from test_own_data import COMMANDS, SMALL
 
 import predict
 import test_la
@@ -24,7 +19,7 @@ import train_dtml
 from dataloaders.augmentation import random_intensities
 from dataloaders.cases import Case, read_case
 from dataloaders.channels import channels_of_set
-from dataloaders.images import read_image, read_label, scan_name, to_physical
+from dataloaders.images import read_image, scan_name, to_physical
 from dataloaders.normalization import Normalization
 from dataloaders.two_stream import Patches, Slot
 from dataloaders.volumes import Volumes
@@ -297,46 +292,10 @@ def test_every_method_learns_from_every_channel(method, backbone):
         assert all(x.shape == (len(p), 16, 16, 16) for x in network.maps(batch["image"]).values())
 
 
-def test_the_commands_of_own_data_take_two_channels(tmp_path, monkeypatch):
-    """Those of the page, on scans of nnU-Net's layout with oblique, anisotropic voxels."""
-    monkeypatch.chdir(tmp_path)
-    shape = (22, 20, 12)
-    nnunet(tmp_path / "scans", labeled=5, unlabeled=1, shape=shape)
-    (tmp_path / "new").mkdir()
-    for path in (tmp_path / "scans" / "imagesTs").glob("*"):
-        shutil.copy(path, tmp_path / "new")
-    for command in COMMANDS:
-        _, first, *words = shlex.split(command)
-        module = words.pop(0) if first == "-m" else first.removesuffix(".py")
-        words = [x for word in words for x in (sorted(glob.glob(word)) if "*" in word else [word])]
-        words += [*SMALL, "--iterations", "3"] if module == "train_dtml" else []
-        words += ["--labeled", "3"] if module in ("train_dtml", "tools.check") else []
-        words += ["--workers", "1"] if module in ("tools.convert", "tools.check") else []
-        import_module(module).main(words)
-    _, geometry = read_image(tmp_path / "new" / "p5_0000.nii.gz")
-    label, there = read_label(tmp_path / "predictions" / "p5.nii.gz")
-    assert label.shape == shape and all(np.allclose(geometry[name], there[name], atol=1e-5) for name in geometry)
-    assert "p5" in (tmp_path / "predictions" / "volumes.csv").read_text()
-    pictures.main(["figure2", "runs/mine", "--cases", "p0", "--out", "figure2.png", "--dpi", "50"])
-
-
-def sha(run: Path) -> str:
-    """SHA-256 of a run's weights."""
-    weights = torch.load(run / "last.pt", weights_only=True)["method"]
-    return hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights.values())).hexdigest()
-
-
 def test_a_run_is_the_same_in_every_cache_and_when_resumed(tmp_path):
-    two_channels(tmp_path / "set", train=4, labeled=2)
-    words = ["--normalize", "scan", "--intensity", "0.3", "--method", "supervised"]
-    whole = [sha(train(tmp_path / "set", tmp_path / c, *words, "--cache", c)) for c in ("ram", "disk", "none")]
-    train(tmp_path / "set", tmp_path / "cut", *words, "--iterations", "1")
-    state = torch.load(tmp_path / "cut" / "last.pt", weights_only=True)
-    state["options"]["iterations"] = 3
-    state["options"]["lr_steps"] = torch.load(tmp_path / "ram" / "last.pt", weights_only=True)["options"]["lr_steps"]
-    torch.save(state, tmp_path / "cut" / "last.pt")
-    train_dtml.main(["--resume", str(tmp_path / "cut")])
-    assert {*whole, sha(tmp_path / "cut")} == {whole[0]}
+    data = two_channels(tmp_path / "set", train=4, labeled=2)
+    argv = ["--data", str(data), *TINY, "--labeled", "2", "--batch-size", "2", "--device", "cpu"]
+    trained_in_three_ways(tmp_path, [*argv, "--normalize", "scan", "--intensity", "0.3", "--method", "supervised"])
 
 
 def test_a_checkpoint_names_its_channels_and_a_test_wants_the_same(world, tmp_path):
@@ -346,6 +305,8 @@ def test_a_checkpoint_names_its_channels_and_a_test_wants_the_same(world, tmp_pa
     shutil.copytree(world / "set", tmp_path / "set")
     test_la.main(["--checkpoint", str(world / "runs" / "two"), "--data", str(tmp_path / "set"), "--device", "cpu",
                   "--out", str(tmp_path / "out"), "--report", "--stride", "16", "16", "8"])  # fmt: skip
+    figure = ["--cases", "p0", "--out", str(tmp_path / "figure2.png"), "--dpi", "50"]
+    pictures.main(["figure2", str(world / "runs" / "two"), *figure])
     names = {"channel_names": {"0": "FLAIR", "1": "T1"}}
     (tmp_path / "set" / "dataset.json").write_text(json.dumps(names))
     with pytest.raises(UserError, match=r"are FLAIR, T1, and the network was trained on T1, FLAIR"):

@@ -1,6 +1,5 @@
 """Several classes: each is treated as one class alone would be, and the whole goes from labels to tables."""
 
-import csv
 import itertools
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 import torch.nn.functional as F
-from conftest import TINY, make_set, write_case
+from conftest import TINY, csv_rows, make_set, write_case
 from medpy.metric import binary
 from scipy import ndimage
 
@@ -156,8 +155,7 @@ def test_from_labels_to_tables(tmp_path, capsys):
     words = ["--threads", "1", "--stride", "8", "8", "8", "--save", "all", "--report"]
     test_la.main(["--checkpoint", str(run), *words])
     out, printed = run / "test", capsys.readouterr().out
-    with open(out / "cases.csv", newline="") as f:
-        rows = list(csv.DictReader(f))
+    rows = csv_rows(out / "cases.csv")
     assert len(rows) == 2 * 2 * 3 and [row["class"] for row in rows[:3]] == ["1", "2", "mean"]
     seen = set()
     for row in rows:

@@ -1,6 +1,5 @@
 """Own scans to a data set: every layout, what is done to intensities, labels and grids, and what is refused."""
 
-import dataclasses
 import json
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import active_children
@@ -18,7 +17,6 @@ from dataloaders.images import read_image, to_physical
 from tools import convert
 from tools.case_of_scan import MARGINS, SMALLEST, Job, crop_box, map_labels
 from tools.sources import Source
-from tools.split import choose_split
 from utils.errors import UserError
 
 SHAPE = (30, 28, 18)
@@ -351,22 +349,3 @@ def test_sources_that_make_no_set_are_refused(make, message, tmp_path):
     with pytest.raises(UserError, match=message):
         converted(tmp_path / "scans", tmp_path / "set")
     assert not (tmp_path / "set").exists()
-
-
-def test_every_flag_is_tested_here():
-    tested = {"source", "out", "spacing", "interpolation", "labels", "crop", "test_share", "seed", "workers"}
-    tested |= {"crop_margin"}
-    assert {f.name for f in dataclasses.fields(convert.Options)} == tested | {
-        "images_ts",
-        "validation_share",
-        "patient",
-    }
-    # the last three: tests/test_sources.py and tests/test_patients.py
-
-
-def test_labeled_cases_come_first_whatever_they_are_called(tmp_path):
-    """The first N of train.list are the labeled ones, so an unlabeled a must stand behind a labeled z."""
-    scans = [Source(name, tmp_path / name, tmp_path / name if name > "m" else None) for name in "azbyxcw"]
-    train, test, _ = choose_split(scans, challenge=False, share=0.25, seed=3)
-    assert len(test) == 1 and set(test) <= set("zyxw")
-    assert set(train[:3]) == set("zyxw") - set(test) and sorted(train[3:]) == ["a", "b", "c"]

@@ -1,5 +1,7 @@
 """CPS: its losses against the formulas in numpy, the crops that count, and what gets a gradient."""
 
+from functools import partial
+
 import by_hand
 import pytest
 import torch
@@ -7,20 +9,14 @@ import torch
 from losses.ramps import ramp_up
 from methods.cps import CPS
 
+batch = partial(by_hand.batch, unlabeled=3)
 
-def make(iterations=10, **options) -> CPS:
-    torch.manual_seed(0)
-    method = CPS(CPS.Options(filters=2, **options), iterations=iterations).double()
+
+def make(**options):
+    method = by_hand.make("cps", **options)
     for network in method.networks:
         network.heads["seg"][0].bias.data.zero_()  # so that both classes are found before any training
-    return method.train()
-
-
-def batch(labeled=2, unlabeled=3, classes=1):
-    torch.manual_seed(1)
-    image = torch.randn(labeled + unlabeled, 1, 16, 16, 16, dtype=torch.float64)
-    label = torch.randint(0, classes + 1, (labeled, 16, 16, 16)).to(torch.uint8)
-    return {"image": image, "label": label, "case": ["x"] * (labeled + unlabeled)}
+    return method
 
 
 @pytest.mark.parametrize("classes", [1, 3])

@@ -180,9 +180,6 @@ def test_attention_is_over_the_other_queries():
         torch.testing.assert_close(found[:, 2 * h : 2 * h + 2], by_hand)
 
 
-# -- gradients --
-
-
 # -- losses --
 
 

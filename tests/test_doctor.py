@@ -20,9 +20,6 @@ def test_it_tells_versions_hardware_and_the_set(tiny_set, capsys):
     assert f"- torch: {torch.__version__}" in out and ", torch uses 1" in out
     assert "- lists: 8 to train on, 2 to test on" in out
     assert "- volumes: 10 read, sides from (24, 22, 18) to (24, 22, 18)" in out and "PROBLEM" not in out
-    assert [line for line in out.splitlines() if line.startswith("### ")] == [
-        "### Versions", "### Hardware", "### Data", "### What would be slow"
-    ]  # fmt: skip
 
 
 def test_it_names_every_case_that_cannot_be_used(tiny_set, capsys):

@@ -1,29 +1,22 @@
 """DTML+: its losses against the formulas in numpy, what gets a gradient, its schedule and its strong views."""
 
+from functools import partial
+
+import by_hand
 import numpy as np
 import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
 from losses import perturbation
-from losses.terms import seg_loss
 from methods import METHODS
 from methods.dtml_plus import DTMLPlus
 
 EPS = 1e-5
 
 
-def make(iterations=10, **options) -> DTMLPlus:
-    torch.manual_seed(0)
-    method = DTMLPlus(DTMLPlus.Options(filters=2, **options), iterations=iterations).double()
-    return method.train()
-
-
-def batch(labeled=2, unlabeled=2, classes=1):
-    torch.manual_seed(1)
-    image = torch.randn(labeled + unlabeled, 1, 16, 16, 16, dtype=torch.float64)
-    label = torch.randint(0, classes + 1, (labeled, 16, 16, 16)).to(torch.uint8)
-    return {"image": image, "label": label, "case": ["x"] * (labeled + unlabeled)}
+make = partial(by_hand.make, "dtml-plus")
+batch = by_hand.batch
 
 
 def sigmoid(x):
@@ -36,17 +29,6 @@ def dice_by_hand(p, y, a):
 
 def ce_by_hand(p, y, a):
     return (a * -(y * np.log(p) + (1 - y) * np.log(1 - p))).mean()
-
-
-def test_weighted_seg_loss_is_the_formula_in_numpy():
-    torch.manual_seed(2)
-    logits, label = torch.randn(2, 1, 5, 4, 3, dtype=torch.float64), torch.randint(0, 2, (2, 5, 4, 3))
-    a = torch.rand(2, 1, 5, 4, 3, dtype=torch.float64)
-    p, y, w = sigmoid(logits.numpy()), label[:, None].numpy(), a.numpy()
-    expected = 0.5 * (ce_by_hand(p, y, w) + dice_by_hand(p, y, w))
-    assert seg_loss(logits, label, 1, a).item() == pytest.approx(expected, abs=1e-12)
-    ones = torch.ones_like(a)
-    assert seg_loss(logits, label, 1, ones).item() == pytest.approx(seg_loss(logits, label, 1).item(), abs=1e-12)
 
 
 @pytest.mark.parametrize("trust", ["all", "voxel", "both"])

@@ -1,6 +1,5 @@
 """Every flag does something: what changes a result changes it, and what is called harmless changes something else."""
 
-import csv
 import dataclasses
 import functools
 import json
@@ -13,7 +12,7 @@ from typing import Any
 import h5py
 import pytest
 import torch
-from conftest import TINY, flat, make_set, make_validated_set, method_words
+from conftest import TINY, csv_rows, flat, load, make_set, make_validated_set, method_words
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import predict
@@ -51,8 +50,7 @@ class Trained:
     @property
     def scalars(self) -> list[dict[str, float]]:
         """The rows of scalars.csv."""
-        with open(self.folder / "scalars.csv", newline="") as f:
-            return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
+        return [{k: float(v) for k, v in row.items()} for row in csv_rows(self.folder / "scalars.csv")]
 
     @property
     def options(self) -> list[str]:
@@ -97,7 +95,7 @@ def train(folder: Path, *words: str) -> Trained:
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(False)
     last = max(folder.rglob("last.pt"), key=lambda path: path.stat().st_mtime_ns)
-    weights = torch.load(last, weights_only=True)["method"]
+    weights = load(last)["method"]
     return Trained(last.parent, weights, deterministic, opened, set(map(int, pids.read_text().split())), recomputed)
 
 
@@ -258,16 +256,10 @@ def words_of(method: str, *flags: str) -> list[str]:
 
 
 LEARNING = [("dtml", changed, beside) for pairs in SHARED.values() for changed, beside in pairs]
-LEARNING += [
-    (m, f"--preset {preset}", "")
-    for m in OWN
-    if m != "dtml"
-    for preset in list(METHODS[m].PRESETS)[1:]
-    if preset != "tuned"
-]  # of which test_recipe.py is
 
 
-@pytest.mark.parametrize(("method", "changed", "beside"), LEARNING)  # those of the methods: test_idle.py
+# Those of the methods: test_idle.py; their presets: test_golden.py.
+@pytest.mark.parametrize(("method", "changed", "beside"), LEARNING)
 def test_flag_changes_the_result(method, changed, beside, run):
     usual, other = run(*words_of(method, beside)), run(*words_of(method, beside, changed))
     assert not same(learned(usual.weights), learned(other.weights))
@@ -312,7 +304,7 @@ def test_harmless_flag_changes_something_but_not_the_result(name, run, tmp_path,
     if name == "runs":
         train_dtml.main(["--data", "set", *BASE, *flags.split()])
         (last,) = Path("elsewhere").rglob("last.pt")
-        other = dataclasses.replace(usual, folder=last.parent, weights=torch.load(last, weights_only=True)["method"])
+        other = dataclasses.replace(usual, folder=last.parent, weights=load(last)["method"])
     else:
         other = train(tmp_path / "runs", "--data", "set", *BASE, *flags.split())
     assert look(other) == expected != look(usual)
@@ -437,19 +429,8 @@ def test_flag_of_the_test_changes_something(name, finished, usual_test, tmp_path
     words = [word.format(finished=finished, tmp=tmp_path) for word in words]
     other = run_test(finished, tmp_path / "out", *words)
     assert look(other) != look(usual_test)
-    changing = [
-        "checkpoint",
-        "data",
-        "output",
-        "cases",
-        "metrics",
-        "nsd_tolerance",
-        "patch_size",
-        "stride",
-        "weighting",
-        "flips",
-        "precision",
-    ]
+    changing = ["checkpoint", "data", "output", "cases", "metrics", "nsd_tolerance", "patch_size", "stride",
+                "weighting", "flips", "precision"]  # fmt: skip
     if name != "device" or not torch.cuda.is_available():
         assert (other.cases != usual_test.cases) == (name in changing)
 

@@ -1,14 +1,12 @@
 """Cross-validation: what a fold leaves out, that it is validated and tested on, and what the folds give together."""
 
-import csv
 import json
 import shutil
 import statistics
 from pathlib import Path
 
 import pytest
-from conftest import TINY, make_set
-from test_validation import load
+from conftest import TINY, csv_rows, load, make_set
 
 import test_la
 import train_dtml
@@ -31,8 +29,7 @@ def scored(run: Path, *words: str) -> list[dict[str, str]]:
     test_la.main(
         ["--checkpoint", str(run), "--scans", "validation", "--stride", "16", "16", "16", "--threads", "1", *words]
     )
-    with open(out / "cases.csv", newline="") as f:
-        return list(csv.DictReader(f))
+    return csv_rows(out / "cases.csv")
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +65,7 @@ def test_every_labeled_scan_is_tested_once_by_the_run_that_did_not_train_on_it(t
 
 
 def rows_in(run: Path) -> list[dict[str, str]]:
-    with open(run / "validation" / "cases.csv", newline="") as f:
-        return list(csv.DictReader(f))
+    return csv_rows(run / "validation" / "cases.csv")
 
 
 def test_a_fold_is_what_is_validated_while_the_run_trains(three):
@@ -88,8 +84,7 @@ def test_a_set_that_grew_is_tested_on_the_same_scans_and_never_on_one_of_the_tra
     (tmp_path / "set" / "train.list").write_text("\n".join([*lines[:7], "case09", *lines[7:]]) + "\n")
     test_la.main(["--checkpoint", str(three / "fold1"), "--scans", "validation", "--data", str(tmp_path / "set"),
                   "--out", str(tmp_path / "out"), "--threads", "1", "--stride", "16", "16", "16"])  # fmt: skip
-    with open(tmp_path / "out" / "cases.csv", newline="") as f:
-        assert {row["case"] for row in csv.DictReader(f)} == before
+    assert {row["case"] for row in csv_rows(tmp_path / "out" / "cases.csv")} == before
     (tmp_path / "set" / "train.list").write_text("\n".join([lines[6], *lines[:6], *lines[7:]]) + "\n")
     with pytest.raises(UserError, match="is a scan of the training"):
         test_la.main(["--checkpoint", str(three / "fold1"), "--scans", "validation", "--data", str(tmp_path / "set")])
@@ -121,8 +116,7 @@ def test_the_summary_has_mean_and_sd_over_all_scans_and_over_the_folds(three, tm
         for title, numbers in (("Over all scans:", pooled), ("Over the folds:", means)):
             cell = cells_of(text, title)["seg", "all"][column]
             assert cell.startswith(f"{statistics.mean(numbers):.2f} ± {statistics.stdev(numbers):.2f}"), (column, title)
-    with open(tmp_path / "out" / "cases.csv", newline="") as f:
-        pooled_rows = list(csv.DictReader(f))
+    pooled_rows = csv_rows(tmp_path / "out" / "cases.csv")
     assert {(row["case"], row["fold"]) for row in pooled_rows} == {
         (row["case"], str(i)) for i, rows in enumerate(by_fold) for row in rows
     }

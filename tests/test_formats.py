@@ -12,9 +12,10 @@ import pytest
 from conftest import ROOT
 from test_reproduce import cells, write_record
 
+from evaluation import statistics
 from evaluation.statistics import compare
 from methods import METHODS
-from tools import reproduce
+from tools import methods_page, pictures, reproduce
 from tools.command_line import read_options
 from tools.formats import Cell, Column, Line, Table, as_csv, latex, latex_text, markdown
 from tools.grid import HIPPOCAMPUS_RUNS, HIPPOCAMPUS_TABLES, LA_RUNS, LA_TABLES, METHODS_TABLE, PHANTOM_TABLES
@@ -138,8 +139,9 @@ def test_cost_rank_and_recipe_stand_in_markdown(here, capsys):
 
 @pytest.mark.parametrize("profile", ["half", "phantom"])
 def test_all_recorded_tables_are_latex_and_csv(profile, monkeypatch, tmp_path, capsys):
-    """Those of the repository, with every text of the grid."""
+    """Those of the repository, with every text of the grid; here few resamples do."""
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(statistics, "resample", lambda k, n, stream, real=statistics.resample: real(k, 200, stream))
     text = printed(capsys, "--profile", profile, "--format", "latex")
     check_latex(text, tmp_path)
     assert "\\begin{longtable}" in text  # all runs
@@ -211,3 +213,84 @@ def test_labels_select_rows(here, capsys):
         with pytest.raises(UserError, match=message):
             reproduce.main(["--profile", "half", *words])
     assert PHANTOM_TABLES["methods"][1][0].labeled == 8
+
+
+# -- docs/methods.md: a line for each method, and the figures of the records --
+
+
+PAGE = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+
+
+def test_every_method_has_its_line_in_both_tables():
+    first, second = (part.split("\n## ")[0] for part in PAGE.split("\n## ")[1:3])
+    for part in (first, second):
+        assert set(re.findall(r"^\| `([\w-]+)`", part, re.M)) == set(METHODS)
+
+
+def test_figures_are_means_over_runs_and_costs_those_measured(here, capsys):
+    for seed, value in {1337: 0.7, 1338: 0.8, 1339: 0.75}.items():
+        write_record("cps-8", seed, [(value - 0.1, 1), (value + 0.1, 1)])
+    write_record("plus-alone-8", 1337, [(0.5, 1)] * 2)  # the control is no line
+    write_record("bcp-8", 1337, [(0.6, 1)] * 2, profile="hippocampus")
+    with open(here / "results" / "half" / "cost.csv", "w", newline="") as f:
+        csv.writer(f).writerows([("method", "cost"), ("cps", 2.46), ("supervised", 1.0)])
+    methods_page.main([])
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    lines = {line[0].strip("`"): line[1:] for line in cells[2:]}
+    assert lines["cps"] == ["`seg`", "2.5", "75.00 ± 5.00 (3)", "not run"]
+    assert lines["bcp"][1:] == ["not measured", "not run", "60.00 (1)"]
+    assert lines["dtml-plus"][::2] == ["`ema_mean`", "not run"] and lines["asdnet"][3] == "one class alone"
+
+
+def test_the_table_of_a_page_is_replaced(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    page = tmp_path / "page.md"
+    page.write_text(PAGE.replace("| `cps` | `seg` |", "| `cps` | `other` |"))
+    assert page.read_text() != PAGE
+    methods_page.main(["--write", str(page)])
+    assert page.read_text(encoding="utf-8") == PAGE
+    page.write_text("no table\n")
+    with pytest.raises(UserError, match="has no table that begins with"):
+        methods_page.main(["--write", str(page)])
+    assert page.read_text() == "no table\n"
+    with pytest.raises(UserError, match=r"cannot read the page nowhere\.md"):
+        methods_page.main(["--write", "nowhere.md"])
+
+
+# -- the picture of the rows of a table --
+
+
+def test_the_rows_of_a_table_are_lines_with_a_bar_from_three_runs_on(here, capsys):
+    """A point is at the mean of the runs, which are those that the table counts; a row without a record is named."""
+    dice = {"supervised-normalized-8": {1337: 0.7, 1338: 0.8, 1339: 0.75}, "supervised-normalized-80": {1337: 0.9},
+            "cps-8": {1337: 0.85}, "bcp-8": {1337: 0.5}}  # fmt: skip
+    for key, of_seed in dice.items():
+        for seed, value in of_seed.items():
+            change = {"pseudo_weight": 7.0} if key == "bcp-8" else {}
+            write_record(key, seed, [(value - 0.05, 1), (value + 0.05, 1)], change=change)
+    (axes,) = pictures.labels(["results/half"], pictures.Options(table="methods")).axes
+    handles, names = axes.get_legend_handles_labels()
+    assert names == ["V-Net", "CPS"]
+    assert capsys.readouterr().err.startswith("not yet run: DTML, DTML+, labeled scans alone, DTML+, Mean Teacher")
+    vnet = handles[0].get_xydata()
+    assert vnet[:, 0] == pytest.approx([8, 80], rel=0.05) and vnet[:, 1] == pytest.approx([75, 90])
+    (bar,) = [
+        segment for lines in axes.collections if hasattr(lines, "get_segments") for segment in lines.get_segments()
+    ]
+    sd = np.std([70, 80, 75], ddof=1)
+    assert bar[:, 1] == pytest.approx([75 - sd, 75 + sd])
+
+
+@pytest.mark.parametrize(
+    ("paths", "options", "message"),
+    [
+        (["results/half", "results/short"], {"table": "methods"}, "--table goes with one folder of records"),
+        (["results/other"], {"table": "methods"}, "--table goes with one folder of records"),
+        (["results/half"], {"table": "9"}, "--table 9 is not in this grid. Choose from .*methods"),
+        (["results/half"], {"table": "methods"}, "no row of the table methods has a record in .*results/half"),
+        (["results/half"], {"table": "methods", "titles": ["a"]}, "none with --table"),
+    ],
+)
+def test_what_cannot_be_drawn_is_a_user_s_mistake(paths, options, message, here):
+    with pytest.raises(UserError, match=message):
+        pictures.labels(paths, pictures.Options(**options))

@@ -54,13 +54,9 @@ def test_what_is_written_simpleitk_reads_with_values_and_geometry(ending, kind, 
 
 @pytest.mark.parametrize(
     ("path", "ending", "name"),
-    [
-        ("a/b.nii.gz", ".nii.gz", "b"),
-        ("b.c.NRRD", ".nrrd", "b.c"),
-        ("x.txt", "", "x.txt"),
-        ("P/mri_norm2.h5", ".h5", "P"),
-    ],
-)
+    [("a/b.nii.gz", ".nii.gz", "b"), ("b.c.NRRD", ".nrrd", "b.c"), ("x.txt", "", "x.txt"),
+     ("P/mri_norm2.h5", ".h5", "P")],
+)  # fmt: skip
 def test_names_and_endings(path, ending, name, tmp_path):
     assert ending_of(tmp_path / path) == ending and scan_name(tmp_path / path) == name
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, flat, make_set
+from conftest import TINY, flat, load, make_set
 
 import test_la
 import train_dtml
@@ -28,10 +28,6 @@ def train(folder: Path, name: str, *words: str) -> Path:
     argv = ["--data", str(folder / "set"), "--runs", str(folder), "--name", name, *WORDS, *words]
     train_dtml.main(argv)
     return folder / name
-
-
-def load(path: Path) -> dict:
-    return torch.load(path, weights_only=True)
 
 
 def parameters(path: Path) -> dict:

@@ -1,8 +1,6 @@
 """Training sees no label of an unlabeled case and no file of a test case, and each batch is made as the papers say."""
 
-import json
 import os
-import subprocess
 import sys
 from collections import Counter
 
@@ -10,14 +8,14 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, flat, make_set, method_words
+from conftest import TINY, flat, load, make_set, method_words
 
 import train_dtml
 from dataloaders.two_stream import TwoStreamBatchSampler
 from methods import METHODS
 
 LABELED, TRAIN = 4, 8
-FLAGS = [*TINY, "--batch-size", "2", "--iterations", "6", "--log-every", "1", "--picture-every", "3"]
+FLAGS = [*TINY, "--batch-size", "2", "--iterations", "6", "--log-every", "1", "--picture-every", "6"]
 
 
 def train(data, folder, *flags):
@@ -27,7 +25,7 @@ def train(data, folder, *flags):
 
 def result(folder):
     """Weights, buffers and a critic's optimiser as bytes, and the curves."""
-    return flat(torch.load(folder / "last.pt", weights_only=True)["method"]), (folder / "scalars.csv").read_text()
+    return flat(load(folder)["method"]), (folder / "scalars.csv").read_text()
 
 
 def files(data, split):
@@ -103,72 +101,55 @@ SHORT = ["--iterations", "4", "--picture-every", "4"]  # one epoch of the labele
 READERS = [(method, "wrong labels", "none") for method in METHODS] + [("dtml", "right labels", "ram")]
 
 
+LOG: list[int] = []
+
+
+def note(text):
+    if LOG and isinstance(text, (str, bytes, os.PathLike)):
+        os.write(LOG[0], os.fsencode(text) + b"\n")
+
+
+sys.addaudithook(lambda event, args: note(args[0]) if event == "open" else None)
+
+
+@pytest.fixture
+def log(tmp_path, monkeypatch):
+    """A file with a line for each that is opened, and FILE:NAME for what is read of an h5 file; by workers too."""
+
+    def opened(name, *args, real=h5py.h5f.open, **kwargs):
+        note(name)
+        return real(name, *args, **kwargs)
+
+    def read(self, name, real=h5py.Group.__getitem__):
+        note(f"{self.file.filename}:{name}")
+        return real(self, name)
+
+    monkeypatch.setattr(h5py.h5f, "open", opened)
+    monkeypatch.setattr(h5py.Group, "__getitem__", read)
+    LOG.append(os.open(tmp_path / "log.txt", os.O_WRONLY | os.O_APPEND | os.O_CREAT))
+    yield tmp_path / "log.txt"
+    os.close(LOG.pop())
+
+
 @pytest.mark.parametrize(("method", "how", "cache"), READERS)
-def test_the_label_of_an_unlabeled_case_is_never_read(method, how, cache, clean, tmp_path, monkeypatch):
+def test_no_label_of_an_unlabeled_case_and_no_file_of_a_test_case_is_opened(method, how, cache, clean, tmp_path, log):
     expected = clean(*method_words(method), *SHORT)
     data = make_set(tmp_path / "set")
     poison(data, how)
-    read = Counter()
-    real = h5py.Group.__getitem__
-
-    def spy(self, name):
-        read[self.file.filename, name] += 1
-        return real(self, name)
-
-    monkeypatch.setattr(h5py.Group, "__getitem__", spy)
-    train(data, tmp_path / "run", *method_words(method), *SHORT, "--cache", cache)
+    os.truncate(log, 0)
+    workers = "2" if (method, cache) == ("dtml", "none") else "0"
+    more = ["--cache", cache, "--workers", workers, "--cache-folder", str(tmp_path / "cache")]
+    train(data, tmp_path / "run", *method_words(method), *SHORT, *more[: 6 if cache == "none" else 4])
+    seen = Counter(log.read_text().splitlines())
     paths = [str(path) for path in files(data, "train")]
-    opened = paths if METHODS[method].uses_unlabeled else paths[:LABELED]
-    assert {path for path, name in read if name == "image"} == set(opened)
-    assert {path for path, name in read if name == "label"} == set(paths[:LABELED])
+    used = paths if METHODS[method].uses_unlabeled else paths[:LABELED]
+    for name, those in {"image": used, "label": paths[:LABELED]}.items():
+        assert {x for x in seen if x.startswith(str(data)) and x.endswith(f":{name}")} == {f"{x}:{name}" for x in those}
+    assert seen[str(data / "train.list")] > 0
+    # Each training case once when the set is read, and again for its crops.
+    assert all(seen[path] > (cache == "none") for path in used)
+    assert not [name for name in seen if any(str(path.parent) in name for path in files(data, "test"))]
     assert result(tmp_path / "run") == expected
-
-
-# Test cases.
-
-SPY = """
-import json, os, sys
-import h5py
-log = os.open(sys.argv.pop(1), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-
-def note(path):
-    if isinstance(path, (str, bytes, os.PathLike)):
-        os.write(log, os.fsencode(path) + b"\\n")
-
-sys.addaudithook(lambda event, args: note(args[0]) if event == "open" else None)
-h5_open = h5py.h5f.open
-def spied(name, *args, **kwargs):
-    note(name)
-    return h5_open(name, *args, **kwargs)
-h5py.h5f.open = spied
-
-import train_dtml
-for words in json.loads(sys.argv.pop(1)):
-    os.write(log, f"\\n{words[1]}\\n".encode())
-    train_dtml.main([*sys.argv[1:], *words])
-"""
-
-
-@pytest.mark.slow
-def test_no_file_of_a_test_case_is_opened(tiny_set, tmp_path):
-    (tmp_path / "spy.py").write_text(SPY)
-    flags = ["--data", tiny_set, *FLAGS, *SHORT, "--cache", "none"]
-    methods = json.dumps([
-        [*method_words(m), "--workers", "2" if m == "dtml" else "0", "--cache-folder", str(tmp_path / m)]
-        for m in METHODS
-    ])  # fmt: skip
-    program = [sys.executable, tmp_path / "spy.py", tmp_path / "opened.txt", methods, *flags]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run([*program, "--runs", tmp_path / "runs"], env=environment, check=True, timeout=600)
-    parts = (tmp_path / "opened.txt").read_text().split("\n\n")[1:]
-    opened = {lines[0]: Counter(lines[1:]) for lines in (part.splitlines() for part in parts)}
-    assert set(opened) == set(METHODS)
-    for method, seen in opened.items():
-        assert seen[str(tiny_set / "train.list")] > 0
-        # Each training case once when the set is read, and again for its crops.
-        used = files(tiny_set, "train")[: None if METHODS[method].uses_unlabeled else LABELED]
-        assert all(seen[str(path)] > 1 for path in used)
-        assert not [name for name in seen if any(str(path.parent) in name for path in files(tiny_set, "test"))]
 
 
 # Batches.

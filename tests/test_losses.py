@@ -166,24 +166,6 @@ def test_one_joint_backward_gives_the_gradients_of_problems_5_and_6(sdm_loss, ti
         assert torch.allclose(gradient, own, rtol=1e-9, atol=1e-12)
 
 
-def test_the_released_two_backward_passes_are_consistency_times_2():
-    """loss_s and loss_d both propagated into both networks, as released, against one backward with 2 lambda C."""
-    method = (
-        DTML(DTML.Options(filters=2, k=5.0, lambda_max=1.0, ramp="steps", consistency_times=2), iterations=10)
-        .double()
-        .eval()
-    )
-    batch = batch64()
-    method(batch, 5).total.backward()
-    joint = gradients(method)
-    method.zero_grad()
-    losses = method(batch, 5)
-    lambda_ = losses.weights["lambda"]
-    (losses.terms["seg"] + lambda_ * losses.terms["consistency"]).backward(retain_graph=True)
-    (losses.terms["mask"] + lambda_ * losses.terms["consistency"]).backward()
-    assert torch.allclose(joint, gradients(method), rtol=1e-9, atol=1e-12)
-
-
 @pytest.mark.parametrize("term", ["seg", "mask"])
 def test_supervised_terms_see_the_labeled_items_only(term):
     method = DTML(DTML.Options(filters=2, k=5.0), iterations=10).eval()

@@ -2,27 +2,20 @@
 
 import itertools
 import math
+from functools import partial
 
+import by_hand
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from methods.mc_net_plus import MCNetPlus, sharpened
+from methods.mc_net_plus import sharpened
 from networks.decoders import UPS, Decoders, Doubled, upsampling
 from networks.vnet import VNet, parameter_count
-from utils.options import fill
 
-
-def make(iterations=100, **options) -> MCNetPlus:
-    torch.manual_seed(0)
-    return MCNetPlus(fill(MCNetPlus.Options, {"filters": 2, **options}), iterations=iterations).double().train()
-
-
-def batch(classes=1):
-    torch.manual_seed(1)
-    label = torch.randint(0, classes + 1, (2, 16, 16, 16)).to(torch.uint8)
-    return {"image": torch.randn(4, 1, 16, 16, 16, dtype=torch.float64), "label": label, "case": list("abcd")}
+make = partial(by_hand.make, "mc-net-plus", iterations=100)
+batch = by_hand.batch
 
 
 @pytest.mark.parametrize(("classes", "softmax"), [(1, False), (1, True), (2, False), (2, True)])

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from conftest import ROOT
 
 from losses.ema import ema_decay, ema_update, make_teacher
 from losses.perturbation import Transformation, noisy
@@ -400,10 +401,17 @@ def test_the_teacher_and_the_critic_are_not_the_optimisers(name):
         assert trained == {child in LEARNERS} and (child in LEARNERS or child in ("teacher", "ema", "adversary"))
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_every_trained_weight_has_a_gradient_and_every_output_is_a_probability(name):
-    method, batch = make(name), with_sdm(make_batch() if METHODS[name].uses_unlabeled else make_batch(4, 0))
-    method(batch, T - 1).total.backward()
+TAGS = set(re.findall(r"`([a-z_]+(?:/[a-z_]+)?)`", (ROOT / "docs" / "curves.md").read_text(encoding="utf-8")))
+FORMS = [*((name, {}) for name in METHODS), ("dtml", {"sdm_loss": "both"}), ("supervised", {"head": "sdm"})]
+
+
+@pytest.mark.parametrize(("name", "options"), FORMS)
+def test_every_trained_weight_has_a_gradient_and_every_output_is_a_probability(name, options):
+    """And docs/curves.md names every curve."""
+    method, batch = make(name, **options), with_sdm(make_batch() if METHODS[name].uses_unlabeled else make_batch(4, 0))
+    losses = method(batch, T - 1)
+    losses.total.backward()
+    assert {*losses.weights, *losses.monitors, *(f"loss/{term}" for term in losses.terms)} <= TAGS
     assert all(p.grad is not None for p in method.parameters() if p.requires_grad)
     method.after_step(batch, T - 1)
     method.eval()

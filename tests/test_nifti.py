@@ -204,13 +204,9 @@ def test_lengths_in_mm_or_of_no_unit_are_mm(units, tmp_path):
 
 @pytest.mark.parametrize(
     ("ending", "kind", "value"),
-    [
-        (".nii", ">f4", np.nan),
-        (".nii.gz", "float64", np.inf),
-        (".nrrd", "float32", -np.inf),
-        (".mha", "float64", np.nan),
-    ],
-)
+    [(".nii", ">f4", np.nan), (".nii.gz", "float64", np.inf), (".nrrd", "float32", -np.inf),
+     (".mha", "float64", np.nan)],
+)  # fmt: skip
 def test_values_that_are_no_numbers_are_refused(ending, kind, value, tmp_path):
     array = np.ones(SHAPE, kind)
     array[3, 2, 1] = value
@@ -255,17 +251,8 @@ def meta(path: Path, **fields: str) -> Path:
 
 
 def nrrd(path: Path, *lines: str) -> Path:
-    head = [
-        "NRRD0005",
-        "type: short",
-        "dimension: 3",
-        "sizes: 7 6 5",
-        "endian: little",
-        "encoding: raw",
-        *lines,
-        "",
-        "",
-    ]
+    head = ["NRRD0005", "type: short", "dimension: 3", "sizes: 7 6 5", "endian: little", "encoding: raw", *lines, "",
+            ""]  # fmt: skip
     path.write_bytes("\n".join(head).encode() + ARRAY.tobytes(order="F"))
     return path
 
@@ -339,13 +326,8 @@ def raw_header(path: Path, kind=nibabel.Nifti1Image):
 )  # fmt: skip
 def test_a_result_has_the_header_of_its_scan(kind, sform_code, qform_code, ending, tmp_path):
     """Field by field as the file has it, so that every viewer, whatever its rule, lays it on the scan."""
-    more = {
-        "sform_code": sform_code,
-        "qform_code": qform_code,
-        "descrip": b"of a scanner",
-        "toffset": 3.5,
-        "cal_max": 9,
-    }
+    more = {"sform_code": sform_code, "qform_code": qform_code, "descrip": b"of a scanner", "toffset": 3.5,
+            "cal_max": 9}  # fmt: skip
     pixdim = nibabel.load(nifti(tmp_path / "q.nii")).header["pixdim"].copy()
     pixdim[[0, 4]] = 0, 2.5
     more |= {"scl_slope": 2.0, "scl_inter": 1.0, "intent_code": 3, "xyzt_units": 10, "dim_info": 57, "pixdim": pixdim}

@@ -1,22 +1,15 @@
-"""NSD against closed forms, scipy's distance transform and DeepMind's own package, and in the test script."""
+"""NSD against closed forms and scipy's distance transform. In the test script: test_on_request.py."""
 
-import csv
 import itertools
-import json
 import math
 
-import h5py
 import numpy as np
 import pytest
-from conftest import TINY, make_set
 from scipy import ndimage
 from test_metrics import blob
 
-import test_la
-import train_dtml
 from evaluation.metrics import element_areas, segmentation_metrics
 from evaluation.scores import class_scores
-from utils.errors import UserError
 
 SPACINGS = [(1.0, 1.0, 1.0), (0.625, 0.8, 2.5)]
 
@@ -113,7 +106,7 @@ def test_equal_to_scipys_distance_transform(seed, spacing):
         assert nsd(a, b, tolerance, spacing) == pytest.approx(by_scipy(a, b, tolerance, spacing), abs=1e-12)
 
 
-# -- rows and the test script --
+# -- rows --
 
 
 def test_each_class_has_its_own_and_the_mean_is_over_those_that_are_there():
@@ -123,45 +116,3 @@ def test_each_class_has_its_own_and_the_mean_is_over_those_that_are_there():
     prediction[6:10, 6:10, 6:10] = 0
     one, two, three, mean = class_scores(prediction, label, 3, (1.0, 1.0, 1.0), 1.0)
     assert (one["nsd"], two["nsd"], mean["nsd"]) == (1, 0, 0.5) and math.isnan(three["nsd"])
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("nsd")
-    words = [*TINY, "--iterations", "20", "--lr", "0.1", "--lr-steps", "--k", "10", "--filters", "4"]
-    train_dtml.main(["--data", str(make_set(folder / "set")), "--runs", str(folder), "--name", "run", *words])
-    return folder
-
-
-def score(trained, out, *words):
-    test_la.main(["--checkpoint", str(trained / "run"), "--out", str(out), "--stride", "8", "8", "8", "--threads", "1",
-                  "--output", "seg", *words])  # fmt: skip
-    with open(out / "cases.csv", newline="") as f:
-        return list(csv.DictReader(f)), json.loads((out / "test.json").read_text())
-
-
-def test_the_test_script_adds_a_column_and_changes_nothing_else(trained, tmp_path, capsys):
-    usual, about = score(trained, tmp_path / "usual")
-    capsys.readouterr()
-    rows, told = score(trained, tmp_path / "nsd", "--nsd-tolerance", "1.5", "--report")
-    text = capsys.readouterr().out
-    assert [{k: v for k, v in row.items() if k != "nsd"} for row in rows] == usual
-    assert told["nsd_tolerance_mm"] == 1.5 and "nsd_tolerance_mm" not in about
-    values = [float(row["nsd"]) for row in rows if row["component"] == "all"]
-    assert all(0 < value < 1 for value in values)
-    assert "at most 1.5 mm" in text and "| 95HD mm | NSD % | no prediction |" in text
-    assert f"| {100 * np.mean(values):.2f} |" in next(line for line in text.splitlines() if "| seg | all |" in line)
-    assert "NSD %" in (tmp_path / "nsd" / "report.html").read_text()
-
-
-def test_a_tolerance_without_a_spacing_is_refused(trained, tmp_path):
-    data = make_set(tmp_path / "set")
-    with h5py.File(data / "case09" / "mri_norm2.h5", "a") as f:
-        del f.attrs["spacing"]
-    with pytest.raises(UserError, match=r"--nsd-tolerance 2 is in mm, and the spacing of case09 is not known"):
-        score(trained, tmp_path / "out", "--data", str(data), "--nsd-tolerance", "2")
-    assert not (tmp_path / "out").exists()
-    (data / "spacing.txt").write_text("1 1 2")
-    assert "nsd" in score(trained, tmp_path / "out", "--data", str(data), "--nsd-tolerance", "2")[0][0]
-    with pytest.raises(UserError, match="-1 must be at least 0"):
-        score(trained, tmp_path / "other", "--nsd-tolerance=-1")

@@ -1,11 +1,10 @@
-"""--object-share: where labeled crops lie, against counting; and runs with it, resumed and in every cache."""
+"""--object-share: where labeled crops lie, against counting. Runs with it: test_augmentation.py."""
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, make_set, trained_in_three_ways, weights, write_case
+from conftest import write_case
 
-import train_dtml
 from dataloaders.cases import Case
 from dataloaders.two_stream import MOST_VOXELS, Patches, Slot, voxels_of_classes
 from dataloaders.volumes import Volumes
@@ -121,12 +120,3 @@ def test_of_a_large_object_a_choice_of_voxels_is_stored():
     assert len(np.unique(voxels, axis=0)) == len(voxels) == MOST_VOXELS < label.astype(bool).sum()
     assert (label[tuple(voxels.T)] == 2).all()
     assert np.abs(voxels.mean(axis=0) - 19.5).max() < 4 * 30 / np.sqrt(12 * MOST_VOXELS)
-
-
-def test_runs_are_equal_in_every_cache_with_workers_and_when_resumed(tmp_path):
-    data = make_set(tmp_path / "set", train=4, labeled=2)
-    argv = ["--data", str(data), *TINY, "--labeled", "2", "--batch-size", "2", "--method", "supervised"]
-    expected = trained_in_three_ways(tmp_path, [*argv, "--device", "cpu", "--object-share", "0.8"])
-    train_dtml.main([*argv, "--device", "cpu", "--iterations", "4", "--runs", str(tmp_path), "--name", "usual"])
-    usual = weights(tmp_path / "usual")
-    assert any(not torch.equal(weight, usual[name]) for name, weight in expected.items())

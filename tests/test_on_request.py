@@ -1,15 +1,14 @@
-"""What test_la.py does on request: some of the scans alone, and ASSD and the relative volume error."""
+"""What test_la.py does on request: some of the scans alone; ASSD, the relative volume error and NSD."""
 
 import csv
 import json
 import math
-import types
 
+import h5py
 import numpy as np
 import pytest
-from conftest import TINY, make_set
+from conftest import TINY, csv_rows, make_set
 from medpy.metric import binary
-from scipy import ndimage
 from test_metrics import blob
 
 import test_la
@@ -35,44 +34,6 @@ def test_assd_and_rve_are_medpys_bit_for_bit(spacing):
             assert found["assd"] == float(binary.assd(one, other))
             assert found["assd_mm"] == float(binary.assd(one, other, spacing))
             assert found["rve"] == float(binary.ravd(one, other))
-
-
-def test_assd_is_near_that_of_deepminds_package_which_weights_by_area(monkeypatch):
-    """Its elements lie between voxels, and the nearest element of a grid is nearer than the surface: it gives less."""
-    for name, function in (("filters", ndimage.correlate), ("morphology", ndimage.distance_transform_edt)):
-        module = types.SimpleNamespace(**{function.__name__: function})
-        monkeypatch.setattr(ndimage, name, module, raising=False)
-    metrics = pytest.importorskip("surface_distance.metrics")
-
-    def theirs(a, b):
-        found = metrics.compute_surface_distances(a, b, spacing)
-        areas = np.hstack((found["surfel_areas_gt"], found["surfel_areas_pred"]))
-        return np.hstack((found["distances_gt_to_pred"], found["distances_pred_to_gt"])) @ areas / areas.sum()
-
-    spacing = (0.8, 1.0, 1.5)
-    places = np.stack(np.meshgrid(*map(np.arange, (44, 40, 30)), indexing="ij"), axis=-1) * spacing
-    for radius, shift in ((9.0, 0.0), (11.0, 3.0), (8.0, 6.0)):
-        a, b = (
-            np.linalg.norm(places - centre, axis=-1) < r
-            for centre, r in (((17, 20, 22), 10.0), ((17 + shift, 20, 22), radius))
-        )
-        ours = segmentation_metrics(a, b, spacing, more=BOTH)["assd_mm"]
-        assert 0 < ours - theirs(a, b) < 0.4 < ours  # half the shortest side of a voxel
-
-
-def test_closed_forms():
-    reference = np.zeros((30, 30, 30), bool)
-    reference[5:25, 5:25, 5:25] = True
-    larger = np.zeros_like(reference)
-    larger[3:27, 3:27, 3:27] = True
-    smaller = ndimage.binary_erosion(reference)
-    assert segmentation_metrics(larger, reference, more=BOTH)["rve"] == (24**3 - 20**3) / 20**3
-    found = segmentation_metrics(smaller, reference, more=BOTH)
-    assert found["rve"] == (18**3 - 20**3) / 20**3 < 0
-    shell, edges, corners = 20**3 - 18**3, 12 * 18, 8  # of the label's border; the prediction's is one voxel from it
-    outwards = shell - edges - corners + edges * math.sqrt(2) + corners * math.sqrt(3)
-    inner = 18**3 - 16**3
-    assert found["assd"] == pytest.approx((inner + outwards) / (inner + shell), abs=1e-12)
 
 
 def test_empty_masks_score_the_diagonal_and_have_no_volume_error_without_a_label():
@@ -111,8 +72,7 @@ def score(trained, out, *words):
     where = ["--out", str(out)] if out else []
     test_la.main(["--checkpoint", str(trained / "run"), *where, "--stride", "16", "16", "16", "--threads", "1", *words])
     out = out or trained / "run" / "test-cases"
-    with open(out / "cases.csv", newline="") as f:
-        return list(csv.DictReader(f)), json.loads((out / "test.json").read_text())
+    return csv_rows(out / "cases.csv"), json.loads((out / "test.json").read_text())
 
 
 def test_metrics_on_request_are_columns_more_and_nothing_else_changes(trained, tmp_path, capsys):
@@ -135,6 +95,33 @@ def test_metrics_on_request_are_columns_more_and_nothing_else_changes(trained, t
     assert f"| {100 * np.mean([float(row['rve']) for row in chosen]):.2f} |" in line
     with pytest.raises(UserError, match=r"'asd' must be one of assd, rve. Did you mean assd\?"):
         score(trained, tmp_path / "other", "--metrics", "asd")
+
+
+def test_nsd_is_a_column_more_and_nothing_else_changes(trained, tmp_path, capsys):
+    usual, about = score(trained, tmp_path / "usual")
+    capsys.readouterr()
+    rows, told = score(trained, tmp_path / "nsd", "--nsd-tolerance", "1.5", "--report")
+    text = capsys.readouterr().out
+    assert [{k: v for k, v in row.items() if k != "nsd"} for row in rows] == usual
+    assert told["nsd_tolerance_mm"] == 1.5 and "nsd_tolerance_mm" not in about
+    values = [float(row["nsd"]) for row in rows if row["component"] == "all"]
+    assert all(0 < value < 1 for value in values)
+    assert "at most 1.5 mm" in text and "| 95HD mm | NSD % | no prediction |" in text
+    assert f"| {100 * np.mean(values):.2f} |" in next(line for line in text.splitlines() if "| seg | all |" in line)
+    assert "NSD %" in (tmp_path / "nsd" / "report.html").read_text()
+
+
+def test_a_tolerance_without_a_spacing_is_refused(trained, tmp_path):
+    data = make_set(tmp_path / "set")
+    with h5py.File(data / "case09" / "mri_norm2.h5", "a") as f:
+        del f.attrs["spacing"]
+    with pytest.raises(UserError, match=r"--nsd-tolerance 2 is in mm, and the spacing of case09 is not known"):
+        score(trained, tmp_path / "out", "--data", str(data), "--nsd-tolerance", "2")
+    assert not (tmp_path / "out").exists()
+    (data / "spacing.txt").write_text("1 1 2")
+    assert "nsd" in score(trained, tmp_path / "out", "--data", str(data), "--nsd-tolerance", "2")[0][0]
+    with pytest.raises(UserError, match="-1 must be at least 0"):
+        score(trained, tmp_path / "other", "--nsd-tolerance=-1")
 
 
 def test_some_cases_are_tested_alone_and_the_test_of_all_stays(trained, tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import TINY, make_set
+from conftest import TINY, load, make_set
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from scans import OBLIQUE, ball, picture_of, turned, write
 from scipy.spatial.transform import Rotation
@@ -194,7 +194,7 @@ def test_a_checkpoint_has_the_orientation_of_its_own_cases(tmp_path, patients, c
     lps = [predicted(tmp_path / "lps", path, tmp_path / "out")[1] for path in (straight, other, mirrored)]
     assert (lps[2][::-1] == lps[0]).all() and (lps[1][::-1] != lps[0]).any()
     assert "axes" not in capsys.readouterr().err
-    state = torch.load(tmp_path / "lps" / "last.pt", weights_only=True)
+    state = load(tmp_path / "lps")
     del state["orientation"]
     torch.save(state, tmp_path / "old.pt")
     old = [predicted(tmp_path / "old.pt", path, tmp_path / "out")[1] for path in (straight, other, mirrored)]

@@ -1,12 +1,11 @@
 """Several scans of one patient: no list, fold or test mixes a patient who is trained on with one who is tested on."""
 
-import csv
 import json
 import random
 from pathlib import Path
 
 import pytest
-from conftest import TINY, make_set
+from conftest import TINY, csv_rows, make_set
 from scans import make_scans
 
 import test_la
@@ -99,8 +98,8 @@ def test_a_run_of_a_fold_and_its_tests_leave_its_patients_out(tmp_path):
 
     train_dtml.main([*words, "--name", "few", "--unlabeled", "0"])
     test_la.main(["--checkpoint", str(tmp_path / "few"), "--scans", "held-out", "--threads", "1"])
-    with open(tmp_path / "few" / "held-out" / "cases.csv", newline="") as f:
-        assert {row["case"] for row in csv.DictReader(f)} == {"case10", "case11"}  # patients of their own
+    tested = {row["case"] for row in csv_rows(tmp_path / "few" / "held-out" / "cases.csv")}
+    assert tested == {"case10", "case11"}  # patients of their own
 
     (folder / "dataset.json").write_text(json.dumps({"patients": {"case02": "p", "case12": "p"}}))
     with pytest.raises(UserError, match=r"p has case02 in .*train\.list and case12 in .*test\.list"):
@@ -142,13 +141,9 @@ def test_convert_reads_patients_from_names_or_a_column_and_keeps_them(tmp_path, 
 
 @pytest.mark.parametrize(
     ("pattern", "message"),
-    [
-        ("(", "is no regular expression"),
-        ("[^_]+_", "needs one group in parentheses"),
-        ("(a)(_)", "needs one group in parentheses"),
-        ("(a*)_", "finds no patient in b_1, c$"),
-    ],
-)
+    [("(", "is no regular expression"), ("[^_]+_", "needs one group in parentheses"),
+     ("(a)(_)", "needs one group in parentheses"), ("(a*)_", "finds no patient in b_1, c$")],
+)  # fmt: skip
 def test_a_pattern_that_names_no_patient_is_refused(pattern, message):
     with pytest.raises(UserError, match=message.replace("$", r"\. Change it")):
         patients_by_name(["a_0", "b_1", "c"], pattern)

@@ -113,8 +113,7 @@ def test_an_h5_case_is_taken_as_it_is_and_predicted_as_test_la_does(tmp_path):
     test_la.main([*words, "--out", str(tmp_path / "tested")])
     for output in ("seg", "sdm", "mean"):
         cases = [data / name / "mri_norm2.h5" for name in ("case08", "case09")]
-        words = ["--stride", "8", "8", "8", "--weighting", "uniform"]
-        out = predicted(run, cases, tmp_path / output, *words, "--output", output)
+        out = predicted(run, cases, tmp_path / output, "--stride", "8", "8", "8", "--output", output)
         for name in ("case08.nii.gz", "case09.nii.gz"):
             (mine, geometry), (theirs, expected) = (
                 read_label(path) for path in (out / name, tmp_path / "tested" / "predictions" / output / name)
@@ -237,25 +236,6 @@ def test_flags_change_the_probability_or_only_its_rounding(words, changes, world
     assert (np.abs(usual - other).max() > 1e-4) == changes
 
 
-ELSEWHERE = {
-    "checkpoint",
-    "dicom_seg",
-    "method",
-    "out",
-    "series",
-    "flips",
-    "largest_component",
-    "probabilities",
-    "report",
-    "overwrite",
-}
-
-
-def test_every_flag_is_tested_here():
-    seen = {"output", "spacing", "interpolation", "patch_size", "stride", "weighting", "precision", "batch_size"}
-    assert {f.name for f in dataclasses.fields(predict.Options)} == ELSEWHERE | seen | {"threads", "device"}
-
-
 # -- what is refused --
 
 
@@ -339,6 +319,3 @@ def test_a_checkpoint_tells_the_median_spacing_of_its_labeled_cases(tmp_path):
     assert median_spacing(in_la) is None  # a folder's name declares nothing, the names of the published scans do
     published = [dataclasses.replace(c, name=n) for c, n in zip(in_la, lists_of(tmp_path)[0], strict=False)]
     assert median_spacing(published) == [0.625] * 3
-
-
-# -- memory --

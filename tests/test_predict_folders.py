@@ -1,6 +1,5 @@
 """Folders, patterns and DICOM series to predict, the table of volumes, and what is refused before any result."""
 
-import csv
 import locale
 import os
 import shutil
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from conftest import csv_rows
 from scans import OBLIQUE, make_scans, picture_of, write
 from test_predict import predicted, scan, trained
 
@@ -20,7 +20,6 @@ from dataloaders.dicom import read_series, series_in
 from dataloaders.images import read_label
 from methods import METHODS
 from tools import convert
-from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
 from utils.run_folder import write_json
 
@@ -93,8 +92,7 @@ def values_of(folder: Path, i: int = 0) -> np.ndarray:
 
 
 def rows_of(out: Path) -> list[dict[str, str]]:
-    with open(out / "volumes.csv", newline="") as f:
-        return list(csv.DictReader(f))
+    return csv_rows(out / "volumes.csv")
 
 
 # -- DICOM --
@@ -289,19 +287,3 @@ def test_the_table_names_the_classes_and_keeps_the_rows_of_other_scans(world, tm
     with pytest.raises(UserError, match=r"mine.csv is no table of predict.py"):
         predicted(run, [scan(world, 3)], out, "--report", str(tmp_path / "mine.csv"))
     assert (tmp_path / "mine.csv").read_text() == "name,age\nA,7\n" and not (out / "patient3.nii.gz").exists()
-
-
-def test_the_names_of_the_classes_are_in_the_checkpoint(world):
-    assert load_checkpoint(world / "runs" / "dtml")["class_names"] == {"1": "left atrium"}
-
-
-def test_windows_are_weighted_alike_unless_told_otherwise(world, tmp_path):
-    words = ["--probabilities", "float32"]
-    probabilities = [
-        sitk.GetArrayFromImage(sitk.ReadImage(str(out / "patient0_probability.nii.gz")))
-        for out in (
-            predicted(world / "runs" / "dtml", [scan(world)], tmp_path / f"{i}", *words, *more)
-            for i, more in enumerate(([], ["--weighting", "uniform"], ["--weighting", "gaussian"]))
-        )
-    ]
-    assert (probabilities[0] == probabilities[1]).all() and (probabilities[0] != probabilities[2]).any()

@@ -1,6 +1,12 @@
-"""docs/recipes.md: its commands, with the files of data/recipes, lead from small sets of that shape to predictions."""
+"""The commands of docs/recipes.md, with the files of data/recipes, and of docs/own-data.md lead from small sets of that
+shape to predictions.
 
+The folder with hippocampus.tar is looked for beside the repository, in shared/hippocampus, or in $HIPPOCAMPUS_DATA.
+"""
+
+import glob
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -13,15 +19,16 @@ import nibabel
 import numpy as np
 import pytest
 from conftest import ROOT
-from scans import ball, write
+from scans import ball, make_scans, write
 from scipy.ndimage import gaussian_filter
-from test_hippocampus import TAR
 
 from dataloaders.cases import lists_of, validation_of
+from dataloaders.images import read_image, read_label
 from tools import convert
 from tools.split import count_to_test, count_to_validate
 from utils.checkpoint import load_checkpoint
 
+TAR = Path(os.environ.get("HIPPOCAMPUS_DATA", ROOT.parent / "shared" / "hippocampus")) / "hippocampus.tar"
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", (ROOT / "docs" / "recipes.md").read_text(), re.M | re.S))
 SMALL = {  # after the flags of a command, which they win over
     "tools.check": "--workers 1 --labeled 3",
@@ -33,17 +40,18 @@ SMALL = {  # after the flags of a command, which they win over
 GRID = {"spacing": (1.5, 1.5, 2.0), "origin": (0.0, 0.0, 0.0), "direction": (-1.0, 0, 0, 0, -1.0, 0, 0, 0, 1.0)}
 
 
-def follow(section: str, small: bool = True) -> list[str]:
-    """Runs the commands of a section; returns the programs of this project."""
+def follow(text: str, small: dict[str, str] = SMALL) -> list[str]:
+    """Runs the commands of a text; returns the programs of this project."""
     done = []
-    for line in re.search(r"```bash\n(.*?)```", SECTIONS[section], re.S)[1].splitlines():
+    for line in "".join(re.findall(r"```bash\n(.*?)```", text, re.S)).splitlines():
         words = [word.replace("@data/", f"@{ROOT}/data/") for word in shlex.split(line)]
         if words[0] != "python":
             subprocess.run(["bash", "-c", line], check=True)
             continue
         module = words[2] if words[1] == "-m" else words[1].removesuffix(".py")
-        more = SMALL.get(module, "").split() if small else []
-        import_module(module).main([*words[3 if words[1] == "-m" else 2 :], *more])
+        words = words[3 if words[1] == "-m" else 2 :]
+        words = [found for word in words for found in (sorted(glob.glob(word)) if "*" in word else [word])]
+        import_module(module).main([*words, *small.get(module, "").split()])
         done.append(module)
     return done
 
@@ -85,7 +93,7 @@ def test_pancreas_ct(inside):
         write(folder / ("images" if i < 10 else "") / f"PANCREAS_{i:04d}.nii.gz", image, GRID)
         if i < 10:
             write(inside / f"Pancreas-CT/labels/PANCREAS_{i:04d}.nii.gz", label, GRID)
-    assert follow("Pancreas-CT") == ALL and predicted(inside)
+    assert follow(SECTIONS["Pancreas-CT"]) == ALL and predicted(inside)
     train, test = lists_of(inside / "data/pancreas")
     assert (len(train), len(test)) == (8, 2)
     with h5py.File(inside / "data/pancreas/PANCREAS_0000/mri_norm2.h5") as f:
@@ -127,7 +135,7 @@ def test_brats_2019(inside):
         write(folder / f"{name}_t1.nii.gz", image + 7, GRID)
         write(folder / f"{name}_seg.nii.gz", label, GRID)
     write(inside / "new" / "patient.nii.gz", scan(99, 0, 300)[0], GRID)
-    assert follow("BraTS 2019") == ALL and predicted(inside)
+    assert follow(SECTIONS["BraTS 2019"]) == ALL and predicted(inside)
     train, test = lists_of(inside / "data/brats")
     assert (len(train), len(test), len(validation_of(inside / "data/brats"))) == (9, 2, 1)
     with h5py.File(inside / f"data/brats/{train[0]}/mri_norm2.h5") as f:
@@ -160,7 +168,7 @@ def packed(inside: Path, task: str, background: float, values: tuple[int, ...], 
 
 def test_a_ct_of_the_decathlon(inside):
     packed(inside, "Task09_Spleen", -1000, (1,), 1)
-    assert follow("Decathlon") == ALL and predicted(inside)
+    assert follow(SECTIONS["Decathlon"]) == ALL and predicted(inside)
     train, test = lists_of(inside / "data/spleen")
     assert (len(train), len(test), len(validation_of(inside / "data/spleen"))) == (5 + 2, 1, 1)
     assert load_checkpoint(inside / "runs/spleen-8/best.pt")["class_names"] == {"1": "part 1"}
@@ -168,7 +176,7 @@ def test_a_ct_of_the_decathlon(inside):
 
 def test_four_channels_of_the_decathlon(inside):
     packed(inside, "Task01_BrainTumour", 0, (1, 2, 3), 4)
-    assert follow("Brain tumours of the Decathlon") == ALL and predicted(inside)
+    assert follow(SECTIONS["Brain tumours of the Decathlon"]) == ALL and predicted(inside)
     state = load_checkpoint(inside / "runs/brain-8/best.pt")
     assert state["channel_names"] == ["MR 0", "MR 1", "MR 2", "MR 3"] and state["options"]["augment"] == "flip"
     assert state["class_names"] == {"1": "part 1 + part 2 + part 3"}
@@ -191,6 +199,20 @@ def test_real_scans_of_the_hippocampus(inside):
     (folder / "dataset.json").write_text('{"labels": {"0": "background", "1": "Anterior", "2": "Posterior"}}')
     with tarfile.open("Task04_Hippocampus.tar", "w") as tar:
         tar.add(folder, folder.name)
-    assert follow("Hippocampus") == ALL
+    assert follow(SECTIONS["Hippocampus"]) == ALL
     text = (inside / "predictions" / "volumes.csv").read_text()
     assert "Anterior" in text and "Posterior" in text
+
+
+def test_the_commands_for_own_data_lead_from_scans_to_segmentations(inside):
+    make_scans(inside / "scans", labeled=12, unlabeled=2)
+    make_scans(inside / "made", labeled=0, unlabeled=2)
+    (inside / "made" / "images").rename(inside / "new")
+    train = "--patch-size 16 16 16 --filters 2 --iterations 2 --threads 1 --device cpu"
+    page = (ROOT / "docs" / "own-data.md").read_text(encoding="utf-8")
+    assert follow(page, {"train_dtml": train}) == ["tools.convert", "tools.check", "train_dtml", "test_la", "predict"]
+    assert len((inside / "predictions" / "volumes.csv").read_text().splitlines()) == 3
+    for path in (inside / "new").iterdir():
+        (image, geometry), (label, found) = read_image(path), read_label(inside / "predictions" / path.name)
+        assert image.shape == label.shape and set(np.unique(label)) <= {0, 1}
+        assert all(np.allclose(geometry[name], found[name], atol=1e-6) for name in geometry)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from conftest import write_case
+from conftest import csv_rows, write_case
 from PIL import Image
 from skimage.draw import polygon2mask
 
@@ -125,8 +125,7 @@ class Page(HTMLParser):
 
 
 def scores(test: Path) -> list[dict[str, str]]:
-    with open(test / "cases.csv", newline="") as f:
-        return list(csv.DictReader(f))
+    return csv_rows(test / "cases.csv")
 
 
 def shown_first_of(page: Page) -> list[str]:

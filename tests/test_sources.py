@@ -413,6 +413,3 @@ def test_validation_cases_are_labeled_ones_that_would_be_trained_on_and_stay_whe
     (out / "validation.list").write_text("\n".join(chosen[1:]))
     converted(source, out)
     assert chosen[0] not in {*validation_list(out), *lists_of(out)[0], *lists_of(out)[1]}
-
-
-# -- real scans --

@@ -1,27 +1,20 @@
 """SS-Net: both terms from their formulas in numpy, the perturbation, the prototypes, and what gets a gradient."""
 
 import math
+from functools import partial
 
+import by_hand
 import numpy as np
 import pytest
 import torch
 
 from losses.perturbation import adversarial, unit_items
 from losses.terms import agreement_loss, soft_dice_loss
-from methods.ss_net import Separator, SSNet, best
+from methods.ss_net import Separator, best
 from networks.batch_norm import BatchNorm3d
-from utils.options import fill
 
-
-def make(iterations=100, **options) -> SSNet:
-    torch.manual_seed(0)
-    return SSNet(fill(SSNet.Options, {"filters": 2, **options}), iterations=iterations).double().train()
-
-
-def batch(classes=1):
-    torch.manual_seed(1)
-    label = torch.randint(0, classes + 1, (2, 16, 16, 16)).to(torch.uint8)
-    return {"image": torch.randn(4, 1, 16, 16, 16, dtype=torch.float64), "label": label, "case": list("abcd")}
+make = partial(by_hand.make, "ss-net", iterations=100)
+batch = by_hand.batch
 
 
 def test_distances_are_their_formulas():

@@ -1,6 +1,5 @@
 """What a run says at its start, a finished run that goes further, and flags and folders that belong elsewhere."""
 
-import csv
 import json
 import shutil
 from pathlib import Path
@@ -8,11 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, make_set
+from conftest import TINY, csv_rows, load, make_set
 from scans import make_scans
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
-from test_validation import load
 
 import predict
 import test_la
@@ -38,8 +36,7 @@ def run(tmp_path_factory) -> Path:
 
 def rates(run: Path) -> dict[int, tuple[float, float]]:
     """Iteration -> learning rate and weight of the consistency."""
-    with open(run / "scalars.csv", newline="") as f:
-        return {int(row["iteration"]): (float(row["lr"]), float(row["lambda"])) for row in csv.DictReader(f)}
+    return {int(row["iteration"]): (float(row["lr"]), float(row["lambda"])) for row in csv_rows(run / "scalars.csv")}
 
 
 def test_the_log_begins_with_what_is_trained_and_says_how_long_it_will_take(run):

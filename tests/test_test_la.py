@@ -1,9 +1,9 @@
 """The test script: what it prints, what it writes, and that both are what the predictions on disk say."""
 
 import contextlib
-import csv
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import TINY, make_set
+from conftest import ROOT, TINY, csv_rows, load, make_set
 from medpy.metric import binary
 
 import test_la
@@ -55,8 +55,7 @@ def tested(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNam
 
 def rows_of(out: Path) -> list[dict[str, str]]:
     """The rows of cases.csv."""
-    with open(out / "cases.csv", newline="") as f:
-        return list(csv.DictReader(f))
+    return csv_rows(out / "cases.csv")
 
 
 def saved_mask(out: Path, output: str, case: str) -> np.ndarray:
@@ -327,3 +326,23 @@ def test_cases_in_subfolders_have_predictions_in_subfolders(trained, tmp_path):
     rows = score(trained, tmp_path / "out", "--data", str(folder))
     assert {row["case"] for row in rows} == {"site/case08", "case09"}
     assert saved_mask(tmp_path / "out", "seg", "site/case08").shape == (24, 22, 18)
+
+
+# -- what made it --
+
+
+def test_a_run_and_a_test_write_down_what_made_them(tiny_set, tmp_path):
+    folder = tmp_path / "run"
+    words = ["--data", str(tiny_set), *TINY, "--iterations", "2", "--seed", "7", "--picture-every", "1"]
+    train_dtml.main([*words, "--runs", str(tmp_path), "--name", "run"])
+    test_la.main(["--checkpoint", str(folder), "--stride", "8", "8", "8", "--threads", "1"])
+    saved = load(folder)
+    run, test = (json.loads((folder / name).read_text()) for name in ("manifest.json", "test/test.json"))
+    assert (saved["options"]["seed"], run["options"]["seed"]) == (7, 7) and saved["options"]["data"] == str(tiny_set)
+    assert saved["checksums"] == run["checksums"] and len(run["checksums"]) == 8
+    for told in (run, test):
+        assert told["command"].startswith("python ") and told["packages"]["torch"] == torch.__version__
+        assert not (ROOT / ".git").exists() or re.fullmatch("[0-9a-f]{40}", told["commit"])
+    assert test["data"] == str(tiny_set) and test["iteration"] == 2
+    known = {"manifest.json", "options.txt", "scalars.csv", "log.txt", "last.pt", "pictures", "test"}
+    assert {path.name for path in folder.iterdir() if "tfevents" not in path.name} == known

@@ -1,24 +1,18 @@
 """UniMatch: its losses from the formulas in numpy, its views, and what gets a gradient."""
 
+from functools import partial
+
+import by_hand
 import numpy as np
 import pytest
 import torch
 
-from methods.unimatch import LARGEST, SMALLEST, UniMatch, confidence
+from methods.unimatch import LARGEST, SMALLEST, confidence
 from networks.backbones import BACKBONES
 from utils.masks import label_maps
-from utils.options import fill
 
-
-def make(**options) -> UniMatch:
-    torch.manual_seed(0)
-    return UniMatch(fill(UniMatch.Options, {"filters": 2, **options}), iterations=10).double().train()
-
-
-def batch(classes=1):
-    torch.manual_seed(1)
-    label = torch.randint(0, classes + 1, (2, 16, 16, 16)).to(torch.uint8)
-    return {"image": torch.randn(5, 1, 16, 16, 16, dtype=torch.float64), "label": label, "case": list("abcde")}
+make = partial(by_hand.make, "unimatch")
+batch = partial(by_hand.batch, unlabeled=3)
 
 
 def p_by_hand(x, softmax):

@@ -1,6 +1,5 @@
 """Validation while a run trains: the curve, best.pt, resuming, and what is refused."""
 
-import csv
 import json
 import math
 import re
@@ -11,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, flat, make_validated_set, write_case
+from conftest import TINY, csv_rows, flat, load, make_validated_set, write_case
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import predict
@@ -37,19 +36,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def load(path: Path) -> dict:
-    return torch.load(path, weights_only=True)
-
-
 def scalars(run: Path) -> list[dict[str, str]]:
-    with open(run / "scalars.csv", newline="") as f:
-        return list(csv.DictReader(f))
+    return csv_rows(run / "scalars.csv")
 
 
 def rows_of(out: Path, *words: str) -> list[dict[str, str]]:
     test_la.main([*words, "--stride", "8", "8", "8", "--threads", "1"])
-    with open(out / "cases.csv", newline="") as f:
-        return list(csv.DictReader(f))
+    return csv_rows(out / "cases.csv")
 
 
 def test_validating_changes_nothing_in_what_is_learned(folder):
@@ -147,13 +140,8 @@ def test_a_resumed_run_keeps_the_best_of_before_and_ends_as_if_nothing_had_been(
 
 
 def spoilt(data: Path, how: str) -> None:
-    names = {
-        "missing": None,
-        "empty": "\n",
-        "trained": "case10\ncase03\n",
-        "tested": "case10\ncase09\n",
-        "gone": "case10\nnobody\n",
-    }
+    names = {"missing": None, "empty": "\n", "trained": "case10\ncase03\n", "tested": "case10\ncase09\n",
+             "gone": "case10\nnobody\n"}  # fmt: skip
     if how in names:
         (data / "validation.list").unlink()
         if names[how] is not None:

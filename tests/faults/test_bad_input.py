@@ -8,7 +8,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, flat, make_set, method_words
+from conftest import TINY, flat, load, make_set, method_words
 
 import test_la
 import train_dtml
@@ -35,7 +35,7 @@ def train(folder: Path, *more: str) -> dict:
     """Trains and returns the checkpoint; without a --name the run is called `run`."""
     name = more[more.index("--name") + 1] if "--name" in more else "run"
     train_dtml.main(flags(folder, "--name", "run", *more))
-    return torch.load(folder.parent / "runs" / name / "last.pt", weights_only=True)
+    return load(folder.parent / "runs" / name)
 
 
 def refuse(argv: list[str], *texts: str, untouched: Path, main=train_dtml.main) -> str:
@@ -403,9 +403,9 @@ def test_13_resume_with_other_options_lists_them(tiny_set):
 def test_13_resume_with_harmless_options_goes_on(tiny_set):
     whole = train(tiny_set, "--iterations", "4", "--save-every", "2")
     run = tiny_set.parent / "runs" / "run"
-    assert torch.load(run / "previous.pt", weights_only=True)["iteration"] == 2
+    assert load(run / "previous.pt")["iteration"] == 2
     train_dtml.main(["--resume", str(run / "previous.pt"), *HARMLESS])
-    assert same_weights(torch.load(run / "last.pt", weights_only=True), whole)
+    assert same_weights(load(run), whole)
     assert [row.split(",")[0] for row in (run / "scalars.csv").read_text().splitlines()] == ["iteration", "3"]
 
 
@@ -447,7 +447,7 @@ def checkpoint(finished: Path, tmp_path: Path) -> Path:
 
 def rewrite(path: Path, **changes: object) -> None:
     """Changes values of a checkpoint; None removes one."""
-    state = {**torch.load(path, weights_only=True), **changes}
+    state = {**load(path), **changes}
     torch.save({k: v for k, v in state.items() if v is not None}, path)
 
 
@@ -472,7 +472,7 @@ def test_14_checkpoint_that_is_missing_is_named(script, tmp_path):
 
 @BOTH
 def test_08_weights_that_do_not_fit_and_unknown_methods_are_refused(script, checkpoint):
-    options = torch.load(checkpoint, weights_only=True)["options"]
+    options = load(checkpoint)["options"]
     for change, text in ({"filters": 3}, "does not fit"), ({"method": "tomorrow"}, "tomorrow"):
         rewrite(checkpoint, options={**options, **change})
         refuse_checkpoint(script, checkpoint, text)
@@ -499,7 +499,7 @@ def unfinished(adversarial: Path, tmp_path: Path) -> Path:
 @BOTH
 @pytest.mark.parametrize("method", ["dtml", "mean-teacher"])
 def test_08_checkpoint_of_one_method_is_none_of_another(method, script, unfinished):
-    options = torch.load(unfinished, weights_only=True)["options"]
+    options = load(unfinished)["options"]
     rewrite(unfinished, options={**options, "method": method})
     refuse_checkpoint(script, unfinished, "does not fit")
 
@@ -536,7 +536,7 @@ BROKEN_CRITICS = {
 
 @pytest.mark.parametrize("kind", BROKEN_CRITICS)
 def test_08_damaged_state_of_a_critic_is_refused(kind, unfinished):
-    weights = torch.load(unfinished, weights_only=True)["method"]
+    weights = load(unfinished)["method"]
     BROKEN_CRITICS[kind](weights)
     rewrite(unfinished, method=weights)
     refuse_checkpoint("resume", unfinished, "does not fit")

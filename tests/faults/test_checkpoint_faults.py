@@ -18,7 +18,7 @@ from pathlib import Path
 import h5py  # noqa: F401  (its C library must be loaded before a fork)
 import pytest
 import torch
-from conftest import TINY, flat, method_words
+from conftest import TINY, flat, load, method_words
 
 import train_dtml
 from methods import METHODS, restore
@@ -32,10 +32,6 @@ def state(n, size=100, **more):
     """A state that knows its number: every element is n."""
     known = {**dict.fromkeys(checkpoint.CONTENTS, 0), "options": {"method": "dtml"}, "checksums": {}}
     return {**known, "n": n, "x": torch.full((size,), float(n)), **more}
-
-
-def load(path):
-    return torch.load(path, weights_only=True)
 
 
 def names(folder):
@@ -407,25 +403,6 @@ def test_10_a_checkpoint_that_lacks_something_is_refused(entry, tmp_path):
 def train(data, folder, *flags):
     where = ["--runs", str(folder.parent), "--name", folder.name]
     train_dtml.main(["--data", str(data), *TINY, "--batch-size", "2", "--iterations", "8", *where, *flags])
-
-
-def plain(value):
-    """Whether a value is made of tensors and plain Python only."""
-    if isinstance(value, dict):
-        return all(isinstance(key, (str, int)) and plain(v) for key, v in value.items())
-    if isinstance(value, (list, tuple)):
-        return all(map(plain, value))
-    return isinstance(value, torch.Tensor) or value is None or type(value) in (str, int, float, bool)
-
-
-@pytest.mark.parametrize("flags", [["--sdm-loss", "both"], *map(method_words, ("supervised", "ua-mt", "asdnet"))])
-def test_07_a_run_saves_tensors_and_plain_python_only(flags, tiny_set, tmp_path):
-    train(tiny_set, tmp_path / "run", "--iterations", "3", *flags)
-    saved = load(tmp_path / "run" / LAST)
-    assert plain(saved)
-    assert saved["iteration"] == 3 and saved["options"]["iterations"] == 3 and saved["checksums"]
-    with zipfile.ZipFile(tmp_path / "run" / LAST) as archive:
-        assert archive.testzip() is None
 
 
 # What is not finite.

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import TINY, flat, method_words
+from conftest import TINY, flat, load, method_words
 
 import train_dtml
 from dataloaders.augmentation import Draw, turn_and_flip
@@ -103,7 +103,7 @@ def test_19_a_gradient_alone_is_named_by_its_weights(tiny_set, tmp_path, monkeyp
 
     monkeypatch.setattr(METHODS["dtml"], "forward", spoilt)
     _, kept = diverge(tiny_set, tmp_path / "run", "--save-every", "1")
-    last = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    last = load(tmp_path / "run")
     weights = [name for name in last["method"] if name.endswith("weight")]
     assert last["iteration"] == 4 and flat([last["method"][n] for n in weights]) == flat(
         [kept["method"][n] for n in weights]

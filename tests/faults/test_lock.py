@@ -10,8 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import TINY, flat, make_set
+from conftest import TINY, flat, load, make_set
 
 import train_dtml
 from methods import METHODS
@@ -29,10 +28,6 @@ def data(tmp_path_factory):
 def train(data, folder, *flags):
     words = ["--data", str(data), *TINY, "--batch-size", "2", "--iterations", str(N), "--save-every", "1"]
     train_dtml.main([*words, "--runs", str(folder.parent), "--name", folder.name, *flags])
-
-
-def load(folder):
-    return torch.load(folder / "last.pt", weights_only=True)
 
 
 def forked(function, *words):

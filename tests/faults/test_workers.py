@@ -9,7 +9,7 @@ from multiprocessing import active_children
 
 import pytest
 import torch
-from conftest import TINY, flat, make_set
+from conftest import TINY, flat, load, make_set
 
 import train_dtml
 from dataloaders import watched
@@ -81,7 +81,7 @@ def test_17_a_signal_while_no_batch_comes_saves_and_leaves(
     assert f"stopped: saved {folder} after {step} of {N} iterations" in capsys.readouterr().err
     assert others.issuperset(active_children())
     train_dtml.main(words(data, folder, "--resume", "auto"))
-    a, b = (torch.load(path / "last.pt", weights_only=True) for path in (folder, whole))
+    a, b = (load(path) for path in (folder, whole))
     assert flat(a["method"]) == flat(b["method"]) and flat(a["optimizer"]) == flat(b["optimizer"])
     assert (folder / "scalars.csv").read_text() == (whole / "scalars.csv").read_text()
 
