@@ -29,7 +29,7 @@ from tools.grid import (
     Row,
 )
 from utils.errors import UserError, run
-from utils.options import Parser, fill
+from utils.options import Parser, fill, flag_of
 from utils.run_lock import inherited_lock
 
 GRIDS = {"half": (LA_RUNS, LA_TABLES), **runs.GRIDS}
@@ -199,7 +199,7 @@ def test_a_record_that_was_tested_in_another_way_is_left_out(here, tested):
     table, row = ("beyond", "beyond-intensity") if "scans" in tested else ("1", "dtml-16")
     write_record(row, 1337, tested=tested)
     out, err = printed("--table", table, "--rows", row)
-    assert "not yet run" in out and f"tested with --{next(iter(tested))}" in err
+    assert "not yet run" in out and f"tested with {flag_of(next(iter(tested)))}" in err
 
 
 def test_runs_of_the_same_training_share_its_folder_and_not_their_tests():
