@@ -66,7 +66,7 @@ class Options:
         nargs="+",
     )
     method: str = option(
-        "", "method of the bare weights of a released code (a checkpoint of train_dtml.py states its method)",
+        "", "method of the bare weights of a released code (default: what a checkpoint of train_dtml.py states)",
         group="what", choices=list(RELEASED),
     )  # fmt: skip
     series: list[str] = option([], "UIDs of the DICOM series to segment, of a folder with several (default none)",

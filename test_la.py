@@ -70,7 +70,7 @@ class Options:
     checkpoint: str = option("", "run folder or .pt file of train_dtml.py; bare weights with --method", group="what")
     method: str = option(
         "",
-        "method of the bare weights of a released code (a checkpoint of train_dtml.py states its method)",
+        "method of the bare weights of a released code (default: what a checkpoint of train_dtml.py states)",
         group="what",
         choices=list(RELEASED),
     )

@@ -133,7 +133,8 @@ def test_what_is_not_one_cross_validation_is_refused(three, tmp_path, capsys):
     with pytest.raises(UserError, match=r"not of one cross-validation: --lr is 0.01 and 0.5\."):
         folds.main([runs[0], str(other)])
     for i in (0, 1):  # best.pt of each fold is of an iteration of its own
-        best = shutil.copytree(three / f"fold{i}", tmp_path / "best" / f"fold{i}") / "best-validation"
+        folder = tmp_path / "best" / f"fold{i}"
+        best = shutil.copytree(three / f"fold{i}", folder, ignore=shutil.ignore_patterns("best-*")) / "best-validation"
         (best.parent / "validation").replace(best)
         about = json.loads((best / "test.json").read_text())
         (best / "test.json").write_text(json.dumps({**about, "checkpoint": f"{best}/best.pt", "iteration": 400 + i}))
