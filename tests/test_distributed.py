@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, csv_rows, flat, load, make_set, make_validated_set, method_words
+from conftest import ROOT, TINY, csv_rows, flat, load, make_validated_set, method_words
 
 import test_la
 from methods import METHODS
@@ -81,11 +81,6 @@ for name, how, method, flags in json.loads((place / "runs.json").read_text()):
     while not (place / f"{name}{1 - RANK}.pt").exists():
         time.sleep(0.01)
 """
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_set(tmp_path_factory.mktemp("data") / "set")
 
 
 def torchrun(*words, cwd):
@@ -170,7 +165,7 @@ def test_replicas_of_every_method_are_identical_to_the_last_bit(method, ranks):
 def test_the_critic_s_gradient_is_the_mean_of_both_processes(method, ranks):
     found, _ = ranks
     steps = list(zip(found[method, 0]["critic"], found[method, 1]["critic"], strict=True))
-    assert len(steps) == N
+    assert len(steps) == 3
     for (own, mean), (other, same_mean) in steps:
         assert all(torch.equal(x, y) for x, y in zip(mean, same_mean, strict=True))
         assert not all(torch.equal(x, y) for x, y in zip(own, other, strict=True))
