@@ -102,6 +102,47 @@ def flat(value: Any, name: str = "") -> dict[str, Any]:
     return {name: value}
 
 
+def nan_loss(method, losses):
+    losses.terms["seg"] = losses.terms["seg"] * float("nan")
+    losses.total = losses.terms["seg"]
+
+
+def nan_gradient(method, losses):
+    """The square root at 0: its value is finite, its derivative is not."""
+    weight = next(method.parameters())
+    losses.total = losses.total + (weight.flatten()[0] * 0).sqrt()
+
+
+@pytest.fixture
+def spoil(monkeypatch):
+    """Spoils the losses of iteration k -> a dict that then holds the weights from before it."""
+
+    from methods import METHODS  # not for tests that do without it
+
+    def spoil_at(k, how):
+        before = {}
+        for kind, own in {kind: kind.forward for kind in METHODS.values()}.items():
+
+            def forward(self, batch, iteration, real=own):
+                weights = {name: p.detach().clone() for name, p in self.named_parameters()}
+                losses = real(self, batch, iteration)
+                if iteration == k:
+                    before.update(weights=weights, method=self, cases=batch["case"])
+                    how(self, losses)
+                return losses
+
+            monkeypatch.setattr(kind, "forward", forward)
+        return before
+
+    return spoil_at
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `tiny_set`, made once: to be read only."""
+    return make_set(tmp_path_factory.mktemp("data") / "set")
+
+
 @pytest.fixture
 def tiny_set(tmp_path: Path) -> Path:
     """8 training cases of 24x22x18 voxels, 4 with label, and 2 test cases."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, csv_rows, flat, load, make_set, make_validated_set, method_words
+from conftest import ROOT, TINY, csv_rows, flat, load, make_validated_set, method_words
 
 import test_la
 from methods import METHODS
@@ -81,11 +81,6 @@ for name, how, method, flags in json.loads((place / "runs.json").read_text()):
     while not (place / f"{name}{1 - RANK}.pt").exists():
         time.sleep(0.01)
 """
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_set(tmp_path_factory.mktemp("data") / "set")
 
 
 def torchrun(*words, cwd):

@@ -5,8 +5,6 @@ layers (no class of ours, no class of theirs).
 """
 
 import json
-import subprocess
-import sys
 from collections import OrderedDict
 from pathlib import Path
 
@@ -15,7 +13,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, make_set, write_case
+from conftest import make_set, write_case
 from torch import Tensor
 
 import predict
@@ -248,7 +246,7 @@ def test_files_and_flags_that_do_not_fit_each_other_are_refused(tmp_path):
 # -- tested --
 
 
-def test_the_test_script_tests_bare_weights_with_the_papers_settings(tmp_path):
+def test_the_test_script_tests_bare_weights_with_the_papers_settings(tmp_path, monkeypatch, capsys):
     """One window of 112x112x80 around a smaller scan; the saved mask is that of the reference on the padded scan."""
     data = make_set(tmp_path / "set", train=2, test=1, labeled=2)
     image = np.random.default_rng(3).standard_normal((112, 111, 80)).astype(np.float32)
@@ -259,12 +257,10 @@ def test_the_test_script_tests_bare_weights_with_the_papers_settings(tmp_path):
     for name, w in weights.items():
         save(tmp_path / f"best_model_{name}.pth", w)
     words = ["--checkpoint", "best_model_seg.pth", "--sdm-weights", "best_model_dis.pth", "--method", "dtml"]
-    done = subprocess.run(
-        [sys.executable, ROOT / "test_la.py", *words, "--data", data, "--save", "all", "--threads", "1"],
-        cwd=tmp_path, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("| ")][1:] == [
+    monkeypatch.chdir(tmp_path)
+    test_la.main([*words, "--data", str(data), "--save", "all", "--threads", "1"])
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[1].strip() for line in printed if line.startswith("| ")][1:] == [
         "seg", "seg", "sdm", "sdm", "mean", "mean"
     ]  # fmt: skip
     out = tmp_path / "best_model_seg-test"

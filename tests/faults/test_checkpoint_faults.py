@@ -18,7 +18,7 @@ from pathlib import Path
 import h5py  # noqa: F401  (its C library must be loaded before a fork)
 import pytest
 import torch
-from conftest import TINY, flat, load, method_words
+from conftest import TINY, flat, load, method_words, nan_gradient, nan_loss
 
 import train_dtml
 from methods import METHODS, restore
@@ -408,42 +408,9 @@ def train(data, folder, *flags):
 # What is not finite.
 
 
-def nan_loss(method, losses):
-    losses.terms["seg"] = losses.terms["seg"] * float("nan")
-    losses.total = losses.terms["seg"]
-
-
 def infinite_loss(method, losses):
     losses.terms["seg"] = losses.terms["seg"] + float("inf")
     losses.total = losses.terms["seg"]
-
-
-def nan_gradient(method, losses):
-    """The square root at 0: its value is finite, its derivative is not."""
-    weight = next(method.parameters())
-    losses.total = losses.total + (weight.flatten()[0] * 0).sqrt()
-
-
-@pytest.fixture
-def spoil(monkeypatch):
-    """Spoils the losses of iteration k -> a dict that then holds the weights from before it."""
-
-    def spoil_at(k, how):
-        before = {}
-        for kind, own in {kind: kind.forward for kind in METHODS.values()}.items():
-
-            def forward(self, batch, iteration, real=own):
-                weights = {name: p.detach().clone() for name, p in self.named_parameters()}
-                losses = real(self, batch, iteration)
-                if iteration == k:
-                    before.update(weights=weights, method=self, cases=batch["case"])
-                    how(self, losses)
-                return losses
-
-            monkeypatch.setattr(kind, "forward", forward)
-        return before
-
-    return spoil_at
 
 
 def all_finite(saved):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import TINY, flat, load, method_words
+from conftest import TINY, flat, load, method_words, nan_gradient, nan_loss
 
 import train_dtml
 from dataloaders.augmentation import Draw, turn_and_flip
@@ -92,16 +92,8 @@ def test_18_what_overflows_by_itself_is_found_where_it_begins(tiny_set, tmp_path
     assert ", NOT FINITE" in out and "now:   the first map that is not finite is that of M_s." in out
 
 
-def test_19_a_gradient_alone_is_named_by_its_weights(tiny_set, tmp_path, monkeypatch, capsys):
-    real = METHODS["dtml"].forward
-
-    def spoilt(self, batch, iteration):
-        losses = real(self, batch, iteration)
-        if iteration == 4:
-            losses.total = losses.total + (next(self.parameters()).flatten()[0] * 0).sqrt()
-        return losses
-
-    monkeypatch.setattr(METHODS["dtml"], "forward", spoilt)
+def test_19_a_gradient_alone_is_named_by_its_weights(tiny_set, tmp_path, spoil, capsys):
+    spoil(4, nan_gradient)
     _, kept = diverge(tiny_set, tmp_path / "run", "--save-every", "1")
     last = load(tmp_path / "run")
     weights = [name for name in last["method"] if name.endswith("weight")]
@@ -116,18 +108,11 @@ def test_19_a_gradient_alone_is_named_by_its_weights(tiny_set, tmp_path, monkeyp
 # What is no diagnostic file, or cannot be written.
 
 
-def test_18_a_disk_too_full_for_the_batch_does_not_hide_the_divergence(tiny_set, tmp_path, monkeypatch):
-    real = METHODS["dtml"].forward
-
-    def spoilt(self, batch, iteration):
-        losses = real(self, batch, iteration)
-        losses.terms["seg"] = losses.total = losses.total * float("nan")
-        return losses
-
+def test_18_a_disk_too_full_for_the_batch_does_not_hide_the_divergence(tiny_set, tmp_path, spoil, monkeypatch):
     def full(folder, state, name):
         raise UserError(f"cannot save {name}: No space left on device.")
 
-    monkeypatch.setattr(METHODS["dtml"], "forward", spoilt)
+    spoil(0, nan_loss)
     monkeypatch.setattr("tools.diagnostic.save_checkpoint", full)
     with pytest.raises(Diverged, match=r"the loss seg is not finite.* could not be kept: cannot save diverged-rank0"):
         train_dtml.main(flags(tiny_set, tmp_path / "run"))

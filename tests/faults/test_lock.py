@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import TINY, flat, load, make_set
+from conftest import TINY, flat, load
 
 import train_dtml
 from methods import METHODS
@@ -18,11 +18,6 @@ from utils.errors import UserError
 from utils.run_lock import LOCK, _birth, inherited_lock, refuse_locked, run_lock
 
 N = 6
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_set(tmp_path_factory.mktemp("data") / "set")
 
 
 def train(data, folder, *flags):

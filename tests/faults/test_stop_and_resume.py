@@ -42,11 +42,6 @@ KINDS |= {kind: [*words, "--iterations", "6"] for kind, words in KINDS.items() i
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_set(tmp_path_factory.mktemp("data") / "set")
-
-
-@pytest.fixture(scope="module")
 def undisturbed(data, tmp_path_factory):
     """Kind -> the folder of its uninterrupted run, made once."""
     folders = {}

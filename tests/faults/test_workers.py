@@ -9,7 +9,7 @@ from multiprocessing import active_children
 
 import pytest
 import torch
-from conftest import TINY, flat, load, make_set
+from conftest import TINY, flat, load
 
 import train_dtml
 from dataloaders import watched
@@ -20,11 +20,6 @@ from utils.errors import UserError, run
 N = 6
 FLAGS = [*TINY, "--batch-size", "2", "--iterations", str(N), "--workers", "2", "--cache", "ram"]
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_set(tmp_path_factory.mktemp("data") / "set")
 
 
 @pytest.fixture(scope="module")
