@@ -100,8 +100,8 @@ class Options:
     batch_size: int = option(4, "windows at a time", group="window", minimum=1)
     out: str = option(
         "",
-        "folder of the results (default RUN/SCANS; of another file than last.pt FILE-SCANS next to it; "
-        "with --cases also -cases)",
+        "folder of the results (default RUN/SCANS; of another file than last.pt a folder next to it, named after both; "
+        "with --cases one of their own)",
     )
     save: str = option("largest", "predictions to write as NIfTI", choices=(*COMPONENTS, "none"))
     precision: str = option("fp32", "arithmetic of the convolutions", choices=(*PRECISIONS, "fp16"))
