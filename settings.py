@@ -94,8 +94,9 @@ class Options:
                           choices=AUGMENTATIONS)  # fmt: skip
     flip_axes: list[str] = option(list(AXES), "axes of --augment flip; a converted set's x goes from left to right",
                                   group="data", choices=AXES, nargs="+", only_if={"augment": ("flip",)})  # fmt: skip
-    intensity: float = option(0.0, "intensity augmentation: random gamma, contrast and brightness, up to this "
-                              "strength; 0: none", group="data", minimum=0, maximum=2)  # fmt: skip
+    intensity: float = option(0.0, "intensity augmentation: random gamma, contrast (by exp(-X) to exp(X)) and "
+                              "brightness (by up to X standard deviations of a scan; of --normalize window: window "
+                              "widths); 0: none", group="data", minimum=0, maximum=2)  # fmt: skip
     random_scale: float = option(0.0, "random zoom by a factor from exp(-X) to exp(X); 0: none",
                                  group="data", minimum=0, maximum=1)  # fmt: skip
     random_rotation: float = option(0.0, "random rotation about each axis, up to X degrees to either side; 0: none",
@@ -108,8 +109,8 @@ class Options:
                                       group="data", minimum=0, maximum=9)  # fmt: skip
     random_noise: float = option(0.0, "random Gaussian noise, SD up to X standard deviations of a scan (of --normalize "
                                  "window: window widths); 0: none", group="data", minimum=0, maximum=5)  # fmt: skip
-    object_share: float = option(0.0, "fraction of the labeled crops that are centred on a foreground voxel, each "
-                                 "class equally often; for small organs",
+    object_share: float = option(0.0, "probability that a labeled crop is centred on a foreground voxel, or as near as "
+                                 "the border allows, each class equally often; for small organs",
                                  group="data", minimum=0, maximum=1)  # fmt: skip
     sdm_of: str = option("crop", "distance maps of the crop, or cut out of those of the whole scan", group="data",
                          choices=SDM_OF, only_if={"needs_sdm": bool})  # fmt: skip

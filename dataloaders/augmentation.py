@@ -184,7 +184,9 @@ def random_intensities(image: Tensor, generator: np.random.Generator, strength: 
     With u the image scaled to [0,1] and independent random g, a, b:
 
         image'  =  a (low + (high - low) u^g) + b       g, a in [exp(-strength), exp(strength)], log-uniform
-                                                        b in [-strength, strength], in standard deviations of a scan
+                                                        b in [-strength, strength]
+
+    b is in the units of the image: standard deviations of a scan, or with --normalize window its width.
     """
     gamma, contrast, shift = generator.uniform(-strength, strength, 3).tolist()
     low, high = image.aminmax()

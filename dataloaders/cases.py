@@ -186,9 +186,11 @@ def named(case: Case, advice: str = "") -> Iterator[None]:
         raise UserError(f"{case.name}: {case.path} {e}. {advice}".rstrip()) from e
 
 
-def has_label(path: Path | None, unreadable: bool) -> bool:
-    """Whether a case file has a label, of which no value is read; `unreadable` for a file that cannot be opened, whose
-    error is raised where it is read."""
+def has_label(path: Path | None, *, unreadable: bool) -> bool:
+    """Whether a case file has a label, of which no value is read.
+
+    `unreadable` is the answer for a file that cannot be opened, whose error is raised where it is read.
+    """
     try:
         with h5py.File(path, "r") as f:
             return "label" in f

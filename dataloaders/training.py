@@ -47,7 +47,7 @@ def usual_labeled(folder: Path, of_profile: int | None = None) -> int:
     train, _ = lists_of(folder)
     if {*train} <= {*read_list(LA_SPLITS / "train.list"), *read_list(LA_SPLITS / "test.list")}:
         return of_profile or LA_LABELED
-    labels = [has_label(case_file(folder, name), True) for name in train]
+    labels = [has_label(case_file(folder, name), unreadable=True) for name in train]
     first = labels.index(False) if False in labels else len(train)
     later = sum(labels[first:])
     if later or not first:
@@ -136,7 +136,7 @@ def training_cases(
             "A batch has unlabeled crops exactly if there are unlabeled cases."
         )
     cases, problems = find_cases(folder, names, labeled=True, classes=classes, channels=channels)
-    without = [case for case in cases if not has_label(case.path, True)]
+    without = [case for case in cases if not has_label(case.path, unreadable=True)]
     if without:
         first = train.index(without[0].name)
         fewer = f"give --labeled {first} for those before {without[0].name}, or " if first else ""

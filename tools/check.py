@@ -110,7 +110,7 @@ def look(case: Case) -> Look:
     except CaseError as e:
         return Look(case.name, f"{case.path} {e}")
     facts = with_spacing(facts_of(case, image, label))
-    result = Look(case.name, facts=facts, image=facts.fingerprint, has_label=has_label(case.path, False))
+    result = Look(case.name, facts=facts, image=facts.fingerprint, has_label=has_label(case.path, unreadable=False))
     if label is None or not facts.voxels:
         return result
     faces = [np.unique(label.take((0, -1), axis=axis)) for axis in range(3)]
@@ -246,7 +246,9 @@ def check(folder: Path, o: Options) -> tuple[list[Finding], str, str]:
     for names, opened in ((labeled, True), (unlabeled, o.all_labels), (test, True), (validation, True)):
         usable, problems = find_cases(folder, names, labeled=opened, classes=o.classes)
         cases += [  # an unlabeled case need not have the label that --all-labels would open
-            dataclasses.replace(case, labeled=opened and (names is not unlabeled or has_label(case.path, False)))
+            dataclasses.replace(
+                case, labeled=opened and (names is not unlabeled or has_label(case.path, unreadable=False))
+            )
             for case in usable
         ]
         for problem in problems:

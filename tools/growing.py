@@ -44,7 +44,7 @@ def read_before(out: Path) -> Before:
 
 def labeled_of(out: Path, names: Sequence[str]) -> frozenset[str]:
     """The cases that are there and have a label."""
-    return frozenset(name for name in names if has_label(case_file(out, name), False))
+    return frozenset(name for name in names if has_label(case_file(out, name), unreadable=False))
 
 
 def listed_in(out: Path) -> dict[str, bool]:

@@ -24,6 +24,7 @@ FORMAT = 1
 CONTENTS = ("options", "iteration", "seconds", "checksums", "processes", "method", "optimizer")
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
 CHUNK = 2**20
+AFTER_SPACE = "Free some space, then give the same command again with --resume auto."
 BARE_WEIGHTS = (
     "Bare weights, as the released codes save them, do not name their method: test_la.py tests them with --method NAME."
 )
@@ -49,17 +50,25 @@ def whole(path: Path, advice: str = "Fix that, or choose another folder.") -> It
     """
     partial = path.with_name(f".{socket.gethostname()}-{os.getpid()}.partial.{path.name}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        fsync(partial)
-        os.replace(partial, path)
-        fsync(path.parent)
-    except (OSError, RuntimeError) as e:  # h5py and ITK raise the second for a full disk
-        reason = getattr(e, "strerror", None) or str(e).strip().rpartition("\n")[2]
-        raise UserError(f"cannot write {path}: {reason}. {advice}") from e
+        with _cannot_write(path, advice):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            fsync(partial)
+            os.replace(partial, path)
+            fsync(path.parent)
     finally:
         with suppress(OSError):
             partial.unlink()
+
+
+@contextmanager
+def _cannot_write(path: Path, advice: str) -> Iterator[None]:
+    """Context that turns the errors of writing a file into a UserError that names it."""
+    try:
+        yield
+    except (OSError, RuntimeError) as e:  # h5py and ITK raise the second for a full disk
+        reason = getattr(e, "strerror", None) or str(e).strip().rpartition("\n")[2]
+        raise UserError(f"cannot write {path}: {reason}. {advice}") from e
 
 
 def write_whole(path: Path, data: bytes | memoryview) -> None:
@@ -89,7 +98,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any], name: str = LAST) -> Pa
     data = io.BytesIO()  # written directly to a full disk, torch.save hides the reason
     torch.save({"format": FORMAT, **state}, data)
     try:
-        with whole(path, "Free some space, then give the same command again with --resume auto.") as partial:
+        with whole(path, AFTER_SPACE) as partial:
             partial.write_bytes(data.getbuffer())
             fsync(partial)
             if not _reads_back(partial, data.getbuffer()):
@@ -100,11 +109,13 @@ def save_checkpoint(folder: Path, state: dict[str, Any], name: str = LAST) -> Pa
                     os.link(path, before)
                 except OSError:  # a file system without hard links
                     shutil.copy(path, before)
-        if before.exists():
-            os.replace(before, folder / PREVIOUS)
-            fsync(folder)
+        with _cannot_write(folder / PREVIOUS, AFTER_SPACE):
+            if before.exists():
+                os.replace(before, folder / PREVIOUS)
+                fsync(folder)
     finally:
-        before.unlink(missing_ok=True)
+        with suppress(OSError):
+            before.unlink()
     return path
 
 

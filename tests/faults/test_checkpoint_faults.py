@@ -136,6 +136,24 @@ def test_01_a_damaged_last_costs_the_whole_previous_nothing_before_the_new_one_s
     assert seen == [0, 2, 2, 2]
 
 
+def test_01_an_old_checkpoint_that_cannot_be_renamed_is_named_and_the_new_one_stands(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, state(0))
+    save_checkpoint(tmp_path, state(1))
+    real = os.replace
+
+    def refuse(source, target):
+        if Path(target).name == PREVIOUS:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(UserError, match=f"cannot write .*{PREVIOUS}: Input/output error"):
+        save_checkpoint(tmp_path, state(2))
+    monkeypatch.undo()
+    assert load_checkpoint(tmp_path / LAST)["n"] == 2 and load_checkpoint(tmp_path / PREVIOUS)["n"] == 0
+    assert not list(tmp_path.glob(".*"))
+
+
 class Unsavable:
     """Fails in the middle of being saved."""
 
