@@ -20,6 +20,7 @@ from losses.ramps import RAMPS, ramp_up
 from losses.terms import consistency_loss, dice_loss, hard_dice, probabilities, weighted_sum
 from methods.base import AGREES, RISES, TIMED, TUNED, Batch, Losses, Method, by_name, labeled_part
 from networks.decoders import UPS, Decoders
+from utils.errors import UserError
 from utils.options import option
 
 
@@ -38,7 +39,7 @@ class MCNetPlus(Method):
         filters: int = option(16, "channels of the V-Net's first block", minimum=1)
         softmax: bool = option(False, "p by a softmax over C+1 channels in place of C sigmoids")
         temperature: float = option(0.1, "T of the sharpened pseudo-labels; 1: not sharpened", minimum=0.01,
-                                    maximum=1, only_if=AGREES)  # fmt: skip
+                                    only_if=AGREES)  # fmt: skip
         target_gradient: bool = option(False, "let the gradient flow through the pseudo-labels too", only_if=AGREES)
         seg_weight: float = option(0.5, "weight of the Dice loss of each decoder", minimum=0)
         lambda_max: float = option(1.0, "largest weight of the consistency", minimum=0)
@@ -52,6 +53,8 @@ class MCNetPlus(Method):
     def __init__(self, options: Options, *, iterations: int):
         super().__init__(options, iterations=iterations)
         o = options
+        if o.temperature > 1:  # the gradient of p^(1/T) is infinite at 0
+            raise UserError(f"--temperature {o.temperature:g} must be at most 1; 1 does not sharpen.")
         self.network = Decoders(self.backbone, heads={"seg": o.classes + o.softmax}, filters=o.filters)
 
     def forward(self, batch: Batch, iteration: int) -> Losses:
