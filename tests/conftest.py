@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+pytest.register_assert_rewrite("refusals")  # shared asserts say what they found, as those of a test do
 ROOT = Path(__file__).resolve().parent.parent
 GEOMETRY = {"spacing": (1.0, 1.0, 2.0), "direction": (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)}
 # A training run of seconds: patches of 16^3, two filters.
@@ -141,6 +143,23 @@ def spoil(monkeypatch):
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As `tiny_set`, made once: to be read only."""
     return make_set(tmp_path_factory.mktemp("data") / "set")
+
+
+@pytest.fixture(scope="session")
+def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two iterations on `data`, made once: to be read only."""
+    import train_dtml  # not for tests that do without it
+
+    runs = tmp_path_factory.mktemp("finished")
+    train_dtml.main(["--data", str(data), "--runs", str(runs), *TINY, "--iterations", "2", "--name", "run"])
+    return runs / "run"
+
+
+@pytest.fixture
+def checkpoint(finished: Path, tmp_path: Path) -> Path:
+    """A copy of its checkpoint, alone in a folder."""
+    (tmp_path / "copy").mkdir()
+    return Path(shutil.copy(finished / "last.pt", tmp_path / "copy" / "last.pt"))
 
 
 @pytest.fixture

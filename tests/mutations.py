@@ -47,7 +47,7 @@ class Mutation(NamedTuple):
 
 
 LOSSES, METHODS, DATA = "tests/test_losses.py", "tests/test_methods.py", "tests/test_data.py"
-CHECKPOINT, BAD_INPUT = "tests/faults/test_checkpoint_faults.py", "tests/faults/test_bad_input.py"
+CHECKPOINT, REFUSED = "tests/faults/test_checkpoint_faults.py", "tests/faults/test_refused_checkpoints.py"
 RESUME, REPRODUCE = "tests/faults/test_stop_and_resume.py", "tests/test_reproduce.py"
 
 MUTATIONS = [
@@ -245,7 +245,7 @@ MUTATIONS = [
              "a flag that does nothing is taken", "tests/test_idle.py"),
     Mutation("resume-options", "utils/options.py", "name not in harmless and value != saved.get(name)",
              "name not in harmless and name not in saved", "a run goes on with other options",
-             f"{BAD_INPUT} -k test_13"),
+             f"{REFUSED} -k test_13"),
 ]  # fmt: skip
 
 

@@ -332,7 +332,7 @@ ELSEWHERE = {
     "compile": test_compile_makes_one_program_of_each_network,
     "threads": test_threads_change_only_the_rounding,
     "resume": "faults/test_stop_and_resume.py",
-    "fresh": "faults/test_bad_input.py",
+    "fresh": "faults/test_refused_checkpoints.py",
     "from_diagnostic": "faults/test_diagnostic.py",
 }
 
