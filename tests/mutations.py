@@ -102,7 +102,7 @@ MUTATIONS = [
              "TCSE compares a turned prediction with another one", METHODS),
     Mutation("not-finite-gradient", "methods/finite.py",
              "losses.total.detach() + torch.nn.utils.get_total_norm(gradients.values())", "losses.total.detach()",
-             "a gradient that is not finite reaches the weights", f"{CHECKPOINT} -k test_18"),
+             "a gradient that is not finite reaches the weights", "tests/faults/test_not_finite.py"),
     # data
     Mutation("unlabeled-label", "dataloaders/training.py", "find_cases(folder, unlabeled_names, labeled=False",
              "find_cases(folder, unlabeled_names, labeled=True", "labels of unlabeled scans are opened",
@@ -204,7 +204,7 @@ MUTATIONS = [
     Mutation("checksum", "utils/checkpoint.py", "archive.testzip() or", "None or",
              "flipped bits are loaded without a word", f"{CHECKPOINT} -k test_06"),
     Mutation("pickle", "utils/checkpoint.py", "weights_only=True", "weights_only=False",
-             "loading a checkpoint runs code from it", f"{CHECKPOINT} -k test_07"),
+             "loading a checkpoint runs code from it", "tests/faults/test_hostile_checkpoints.py"),
     Mutation("optimiser-state", "tools/training.py", 'fit_optimizer(optimizer, state["optimizer"])', "pass",
              "a resumed run has no momentum", f"{RESUME} -k test_11"),
     Mutation("seed-of-iteration", "train_dtml.py", "seed_iteration(o.seed, iteration, RANK)",

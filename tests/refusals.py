@@ -1,5 +1,8 @@
-"""Tiny trainings, commands that must be refused and change no file, and cases edited so that they are."""
+"""Tiny trainings, commands that must be refused and change no file, and cases edited so that they are; within bounded
+memory."""
 
+import contextlib
+import re
 from pathlib import Path
 
 import h5py
@@ -58,3 +61,18 @@ def image(value: float | None = None) -> np.ndarray:
     if value is not None:
         noise[3, 4, 5] = value
     return noise
+
+
+@contextlib.contextmanager
+def bounded_memory(mebibytes=64):
+    """Fails if this process holds that much more at any moment than at the beginning."""
+
+    def held(line):
+        return int(re.search(rf"{line}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**10
+
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("this system does not report the memory of a process")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = held("VmRSS")
+    yield
+    assert held("VmHWM") - before < mebibytes

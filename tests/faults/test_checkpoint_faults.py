@@ -1,37 +1,25 @@
-"""Saving survives kill -9 and full disks, loading notices damage, and nothing that is not finite reaches a weight."""
+"""Saving survives kill -9 and full disks, and loading notices damage."""
 
 import contextlib
 import errno
-import io
 import os
-import pickle
 import random
-import re
 import signal
 import stat
 import subprocess
 import time
-import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
 import h5py  # noqa: F401  (its C library must be loaded before a fork)
 import pytest
 import torch
-from conftest import TINY, flat, load, method_words, nan_gradient, nan_loss
+from checkpoints import state, train
+from conftest import load
 
-import train_dtml
-from methods import METHODS, restore
-from methods.adversary import Adversary
 from utils import checkpoint
 from utils.checkpoint import LAST, PREVIOUS, load_checkpoint, save_checkpoint, write_whole
-from utils.errors import Diverged, UserError, run
-
-
-def state(n, size=100, **more):
-    """A state that knows its number: every element is n."""
-    known = {**dict.fromkeys(checkpoint.CONTENTS, 0), "options": {"method": "dtml"}, "checksums": {}}
-    return {**known, "n": n, "x": torch.full((size,), float(n)), **more}
+from utils.errors import UserError
 
 
 def names(folder):
@@ -298,99 +286,6 @@ def test_06_no_damage_goes_unnoticed(tmp_path):
     assert noticed > len(damaged) / 3
 
 
-def test_07_what_runs_code_is_not_loaded(tmp_path):
-    class Attack:
-        def __reduce__(self):
-            return Path.touch, (tmp_path / "was run",)
-
-    content = state(0, x=Attack(), format=checkpoint.FORMAT)
-    torch.save(content, tmp_path / "zip.pt")
-    (tmp_path / "plain.pt").write_bytes(pickle.dumps(content))
-    torch.save(content, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
-    for name in ("zip.pt", "plain.pt", "legacy.pt"):
-        with pytest.raises(UserError, match=name):
-            load_checkpoint(tmp_path / name)
-    assert not (tmp_path / "was run").exists()
-
-
-def archive(path, edit=None, compression=zipfile.ZIP_STORED, **content):
-    """A checkpoint whose pickle's bytes were edited; torch names its entries archive/..."""
-    data = io.BytesIO()
-    torch.save(state(0, format=checkpoint.FORMAT, **content), data)
-    with zipfile.ZipFile(data) as old, zipfile.ZipFile(path, "w") as new:
-        for entry in old.infolist():
-            held = old.read(entry)
-            edited = edit(held) if edit and entry.filename.endswith("data.pkl") else held
-            new.writestr(entry.filename, edited, compression)
-            new.infolist()[-1].external_attr = 0  # as torch writes it
-    return path
-
-
-@contextlib.contextmanager
-def bounded_memory(mebibytes=64):
-    """Fails if this process holds that much more at any moment than at the beginning."""
-
-    def held(line):
-        return int(re.search(rf"{line}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**10
-
-    if not Path("/proc/self/clear_refs").exists():
-        pytest.skip("this system does not report the memory of a process")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = held("VmRSS")
-    yield
-    assert held("VmHWM") - before < mebibytes
-
-
-def replaced(old, new):
-    def edit(data):
-        assert data.count(old) == 1
-        return data.replace(old, new)
-
-    return edit
-
-
-TEXT = b"X\x04\x00\x00\x00text"
-ZEROS_OF_16_TIB = b"c__builtin__\nbytearray\n\x8a\x06\0\0\0\0\0\x10\x85R"
-BOMBS = {  # what is wrong: what the file is made of, what is said of it
-    "zeros that compress to nothing": ({"x": torch.zeros(2**26), "compression": zipfile.ZIP_DEFLATED}, "unpack to"),
-    "a size the file does not hold": (
-        {"x": torch.arange(77.0), "edit": replaced(b"KMtq", b"J\x00\x00\x00\x70tq")},
-        "does not match expected size",
-    ),
-    "an array of bytes": ({"x": "text", "edit": replaced(TEXT, ZEROS_OF_16_TIB)}, "MemoryError"),
-    "other code": ({"x": "text", "edit": replaced(TEXT, b"cos\nsystem\nX\x02\0\0\0ls\x85R")}, "nothing in it was run"),
-    "a pickle cut short": ({"edit": lambda data: data[: len(data) // 2]}, "not loaded"),
-    "nothing but a stop": ({"edit": lambda data: b"."}, "incomplete or no checkpoint"),
-}
-
-
-@pytest.mark.parametrize("name", BOMBS)
-def test_07_a_file_that_claims_more_than_it_holds_is_refused_within_bounded_memory(name, tmp_path):
-    content, said = BOMBS[name]
-    path = archive(tmp_path / "bomb.pt", **content)
-    with bounded_memory(), pytest.raises(UserError, match=rf"bomb\.pt .*{said}"):
-        load_checkpoint(path)
-
-
-def test_07_a_checkpoint_that_asks_for_a_huge_network_is_refused_within_bounded_memory(tmp_path):
-    options = {"method": "dtml", "backbone": "vnet", "filters": 4096, "iterations": 8}
-    small = METHODS["dtml"](METHODS["dtml"].Options(filters=2), iterations=8).state_dict()
-    path = archive(tmp_path / "huge.pt", options=options, method=small)
-    with bounded_memory(), pytest.raises(UserError, match=r"huge\.pt does not fit this code .*shape"):
-        restore(load_checkpoint(path))
-
-
-WRONG_KINDS = [{"options": []}, {"options": {}}, {"options": {"method": []}}, {"iteration": "8"}, {"seconds": None}]
-WRONG_KINDS += [{"checksums": [1]}, {"checksums": {"a": []}}, {"images": []}, {"images": {"a": 1}}]
-
-
-@pytest.mark.parametrize("wrong", [*WRONG_KINDS, {"format": torch.zeros(2)}], ids=str)
-def test_07_contents_of_another_kind_are_refused(wrong, tmp_path):
-    torch.save({**state(0, format=checkpoint.FORMAT), **wrong}, tmp_path / "wrong.pt")
-    with pytest.raises(UserError, match=r"wrong\.pt"):
-        load_checkpoint(tmp_path / "wrong.pt")
-
-
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "before torch 1.6"])
 def test_09_bare_weights_of_the_released_code_are_refused_in_words(legacy, tmp_path):
     weights = OrderedDict({"block_one.conv.0.weight": torch.zeros(16, 1, 3, 3, 3)})
@@ -413,98 +308,3 @@ def test_10_a_checkpoint_that_lacks_something_is_refused(entry, tmp_path):
     torch.save(content, tmp_path / "less.pt")
     with pytest.raises(UserError, match=rf"less\.pt.*{entry}"):
         load_checkpoint(tmp_path / "less.pt")
-
-
-# What the training saves.
-
-
-def train(data, folder, *flags):
-    where = ["--runs", str(folder.parent), "--name", folder.name]
-    train_dtml.main(["--data", str(data), *TINY, "--batch-size", "2", "--iterations", "8", *where, *flags])
-
-
-# What is not finite.
-
-
-def infinite_loss(method, losses):
-    losses.terms["seg"] = losses.terms["seg"] + float("inf")
-    losses.total = losses.terms["seg"]
-
-
-def all_finite(saved):
-    return all(v.isfinite().all() for v in saved["method"].values() if isinstance(v, torch.Tensor))
-
-
-SPOILS = {
-    nan_loss: "the loss seg",
-    infinite_loss: "the loss seg",
-    nan_gradient: r"the gradient of (M_s|student|networks?(\.\w+)*)\.(encoder\.0|stem)\.0\.weight",
-}
-SPOILED = [("dtml", nan_loss, 0), ("dtml", infinite_loss, 4), ("dtml", nan_gradient, 7)]
-SPOILED += [(method, nan_gradient, 2) for method in METHODS]
-
-
-@pytest.mark.parametrize(("method", "how", "k"), SPOILED)  # 4 is logged, 7 is the last one
-def test_18_what_is_not_finite_never_reaches_the_weights(method, how, k, tiny_set, tmp_path, spoil):
-    before, folder = spoil(k, how), tmp_path / "run"
-    with pytest.raises(Diverged, match=f"at iteration {k} {SPOILS[how]}") as diverged:
-        train(tiny_set, folder, *method_words(method), "--save-every", "1", "--log-every", "5")
-    assert all(case in str(diverged.value) for case in before["cases"])
-    after = dict(before["method"].named_parameters())
-    assert all(torch.equal(after[name], weight) for name, weight in before["weights"].items())
-    assert (folder / LAST).exists() == (k > 0)
-    if k:
-        saved = load(folder / LAST)
-        assert saved["iteration"] == k
-        assert all(torch.equal(saved["method"][name], weight) for name, weight in before["weights"].items())
-        assert all_finite(saved)
-
-
-def nan_of_critic(critic, loss):
-    return loss * float("nan")
-
-
-def nan_gradient_of_critic(critic, loss):
-    return loss + (next(critic.parameters()).flatten()[0] * 0).sqrt()
-
-
-@pytest.mark.parametrize(
-    ("how", "named"), [(nan_of_critic, "the loss critic"), (nan_gradient_of_critic, r"the gradient of \S+\.weight")]
-)
-@pytest.mark.parametrize("method", ["sassnet", "asdnet"])
-def test_18_what_is_not_finite_never_reaches_the_critic(method, how, named, tiny_set, tmp_path, monkeypatch):
-    real, seen = Adversary.step, []
-
-    def weights_of(adversary):
-        return flat([dict(adversary.named_parameters()), adversary.get_extra_state()])
-
-    def step(self, loss, batch, iteration):
-        if iteration != 2:
-            return real(self, loss, batch, iteration)
-        seen.append(weights_of(self))
-        try:
-            real(self, lambda critic: how(critic, loss(critic)), batch, iteration)
-        finally:
-            seen.append(weights_of(self))
-            assert not self.critic.training and not any(p.requires_grad for p in self.parameters())
-
-    monkeypatch.setattr(Adversary, "step", step)
-    with pytest.raises(Diverged, match=f"at iteration 2 {named}"):
-        train(tiny_set, tmp_path / "run", "--method", method, "--save-every", "1")
-    assert seen[0] == seen[1]
-    saved = load(tmp_path / "run" / LAST)
-    assert saved["iteration"] == 2 and all_finite(saved)
-
-
-def test_18_a_diverged_program_exits_with_3_and_can_go_on(tiny_set, tmp_path, spoil, monkeypatch, capsys):
-    spoil(5, nan_gradient)
-    with pytest.raises(SystemExit) as left:
-        run(lambda: train(tiny_set, tmp_path / "run", "--save-every", "3", "--log-every", "1"))
-    assert left.value.code == 3
-    assert "diverged: at iteration 5 the gradient of" in capsys.readouterr().err
-    monkeypatch.undo()
-    train(tiny_set, tmp_path / "run", "--resume", "auto", "--log-every", "1")
-    train(tiny_set, tmp_path / "other", "--log-every", "1")
-    found, wanted = (flat(load(tmp_path / name / LAST)["method"]) for name in ("run", "other"))
-    assert found == wanted
-    assert (tmp_path / "run" / "scalars.csv").read_text() == (tmp_path / "other" / "scalars.csv").read_text()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from test_checkpoint_faults import bounded_memory
+from refusals import bounded_memory
 
 from dataloaders.cases import Case, CaseError, case_file, find_cases, read_case, read_list
 from dataloaders.geometry import read_geometry
