@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.register_assert_rewrite("refusals")  # shared asserts say what they found, as those of a test do
+pytest.register_assert_rewrite("refusals", "stopped_runs")  # shared asserts say what they found, as those of a test do
 ROOT = Path(__file__).resolve().parent.parent
 GEOMETRY = {"spacing": (1.0, 1.0, 2.0), "direction": (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)}
 # A training run of seconds: patches of 16^3, two filters.
