@@ -124,7 +124,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     put(folder / "docs" / "differences.md", DIFFERENCES.rstrip(), "\n" + code_after("## 5. Presets", "markdown"))
     losses = "| tag | method | healthy | trouble |\n|---|---|---|---|"
     put(folder / "docs" / "curves.md", losses, code_after("In [curves.md]", "markdown"))
-    put(folder / "tests" / "test_flags.py", "\nOWN_FLAGS = {", code_after("In `OWN_FLAGS`"))
+    put(folder / "tests" / "changing_flags.py", "\nOWN_FLAGS = {", code_after("In `OWN_FLAGS`"))
     put(folder / "tests" / "test_methods.py", "\nUNSUPERVISED = {", code_after("in `UNSUPERVISED`"))
     put(folder / "tools" / "grid.py", "\nLA_RUNS = {", code_after("In `LA_RUNS`"))
     put(folder / "tools" / "grid.py", '    "3": ("Table 3: methods", [', code_after("and in table 3"))
@@ -188,7 +188,7 @@ def test_the_worked_example_is_taken_in_by_the_tests_and_passes_them(copy):
     at_once = "every_method_that or every_flag or the_stored"
     others = " or ".join(METHODS)  # their own tests pass here as they do there
     chosen = f"(entropy or {at_once}) and not (worked or {others})"
-    names = ("methods", "flags", "idle", "golden", "precision", "docs")
+    names = ("methods", "flags", "help", "idle", "golden", "precision", "docs")
     files = [*(f"tests/test_{name}.py" for name in names), "tests/faults/test_stop_and_resume.py"]
     found = python(copy, "-m", "pytest", "-p", "no:cacheprovider", "-k", chosen, *files)
     assert int(re.search(r"(\d+) passed", found)[1]) >= 15, found

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_flags import OWN
+from changing_flags import OWN
 from test_methods import make_batch, with_sdm
 
 import settings
