@@ -46,7 +46,8 @@ class Mutation(NamedTuple):
     tests: str
 
 
-LOSSES, METHODS, DATA = "tests/test_losses.py", "tests/test_methods.py", "tests/test_data.py"
+LOSSES, DATA = "tests/test_losses.py", "tests/test_data.py"
+METHODS, TEACHERS = "tests/test_methods.py", "tests/test_teachers.py"
 CHECKPOINT, REFUSED = "tests/faults/test_checkpoint_faults.py", "tests/faults/test_refused_checkpoints.py"
 RESUME, REPRODUCE = "tests/faults/test_stop_and_resume.py", "tests/test_reproduce.py"
 
@@ -60,7 +61,7 @@ MUTATIONS = [
     Mutation("consistency-square", "losses/terms.py", "(m - p).square().mean()", "(m - p).abs().mean()",
              "equation (4) is an absolute difference", LOSSES),
     Mutation("masked-mean", "losses/terms.py", "(weight * x).sum() / weight.sum().clamp(min=1)",
-             "(weight * x).mean()", "the masked consistency is divided by all voxels", METHODS),
+             "(weight * x).mean()", "the masked consistency is divided by all voxels", TEACHERS),
     Mutation("ramp-square", "losses/ramps.py", "math.exp(-5 * left**2)", "math.exp(-5 * left)",
              "the Gaussian ramp is the one printed in the paper", LOSSES),
     Mutation("lr-step", "losses/ramps.py", "iteration >= step", "iteration > step",
@@ -71,14 +72,14 @@ MUTATIONS = [
              "distances to a background beyond the object's box", "tests/test_sdm.py"),
     # methods
     Mutation("ema-direction", "losses/ema.py", "averaged], 1 - decay)", "averaged], decay)",
-             "the teacher is nearly the student", METHODS),
+             "the teacher is nearly the student", TEACHERS),
     Mutation("ema-warm-up", "losses/ema.py", "min(1 - 1 / (iteration + 1), limit)", "limit",
-             "the teacher's first weights stay for long", METHODS),
+             "the teacher's first weights stay for long", TEACHERS),
     Mutation("teacher-gradient", "losses/ema.py", "copy.deepcopy(student).requires_grad_(False)",
              "copy.deepcopy(student)", "the optimiser moves the teacher", METHODS),
     Mutation("ema-buffers", "losses/ema.py", "zip(teacher.state_dict().values(), student.state_dict().values(), ",
              "zip(teacher.parameters(), student.parameters(), ", "a teacher has the first batch-norm statistics",
-             METHODS),
+             TEACHERS),
     Mutation("cross-labels", "methods/cps.py", "ce_loss(logits[i][part], pseudo[1 - i][part]",
              "ce_loss(logits[i][part], pseudo[i][part]", "each network of CPS learns its own label",
              "tests/test_cps.py"),
@@ -91,7 +92,7 @@ MUTATIONS = [
     Mutation("k-means", "networks/kmax.py", "self.value(x) @ hard_assignment(M)", "self.value(x) @ M.softmax(dim=1)",
              "queries receive shares of all voxels", "tests/test_dk_uxnet.py"),
     Mutation("certain-voxels", "methods/ua_mt.py", "self.uncertainty(image) < self.threshold(",
-             "self.uncertainty(image) > self.threshold(", "UA-MT learns where its teacher is uncertain", METHODS),
+             "self.uncertainty(image) > self.threshold(", "UA-MT learns where its teacher is uncertain", TEACHERS),
     Mutation("gradient-of-m", "methods/dtml.py", "consistency_loss(m[first:],", "consistency_loss(m[first:].detach(),",
              "M_d does not learn from M_s", LOSSES),
     Mutation("critic-gradient", "methods/adversary.py", "critic.requires_grad_(False), lr", "critic, lr",
@@ -99,7 +100,7 @@ MUTATIONS = [
     Mutation("critic-target", "methods/sassnet.py", "torch.ones(len(verdict)", "torch.zeros(len(verdict)",
              "the V-Net helps the critic", "tests/test_golden.py -k sassnet"),
     Mutation("turn-back", "losses/perturbation.py", "torch.rot90(item, -k,", "torch.rot90(item, k,",
-             "TCSE compares a turned prediction with another one", METHODS),
+             "TCSE compares a turned prediction with another one", TEACHERS),
     Mutation("not-finite-gradient", "methods/finite.py",
              "losses.total.detach() + torch.nn.utils.get_total_norm(gradients.values())", "losses.total.detach()",
              "a gradient that is not finite reaches the weights", "tests/faults/test_not_finite.py"),

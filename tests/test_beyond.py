@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 from scipy.ndimage import distance_transform_edt
+from small_methods import make, make_batch
 from test_data import patches
-from test_methods import make, make_batch
 
 from dataloaders.augmentation import draw_augmentation, random_intensities, turn_and_flip
 from dataloaders.two_stream import Slot

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from changing_flags import OWN
-from test_methods import make_batch, with_sdm
+from small_methods import make_batch, with_sdm
 
 import settings
 from methods import METHODS

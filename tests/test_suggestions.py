@@ -8,7 +8,7 @@ import h5py
 import pytest
 import torch
 from conftest import make_set
-from test_methods import make_batch
+from small_methods import make_batch
 
 import train_dtml
 from methods import METHODS
