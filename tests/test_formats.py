@@ -10,7 +10,7 @@ import subprocess
 import numpy as np
 import pytest
 from conftest import ROOT
-from test_reproduce import cells, write_record
+from records import cells, write_record
 
 from evaluation import statistics
 from evaluation.statistics import compare
