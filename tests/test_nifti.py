@@ -9,54 +9,14 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from headers import AFFINE, ARRAY, FLIP, RNG, SHAPE, nifti, rows, turned_by
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scans import OBLIQUE, write
 
 from dataloaders.cases import CaseError
 from dataloaders.images import read_image, read_label, to_physical, write_image
-from dataloaders.orientation import orientation_of
 from utils.errors import UserError
-
-SHAPE = (7, 6, 5)
-RNG = np.random.default_rng(0)
-ARRAY = RNG.integers(0, 200, SHAPE).astype(np.int16)
-FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])
-AFFINE = FLIP @ np.vstack(
-    [np.column_stack([np.reshape(OBLIQUE["direction"], (3, 3)) * OBLIQUE["spacing"], OBLIQUE["origin"]]), [0, 0, 0, 1]]
-)
-
-
-def nifti(path: Path, affine=AFFINE, array=ARRAY, kind=nibabel.Nifti1Image, **header) -> Path:
-    """By nibabel, both forms as the affine has them, and then header fields as given, by the names of the standard."""
-    image = kind(array, affine)
-    image.header.set_sform(affine, 1)
-    image.header.set_qform(affine, 1)
-    return with_header(image, path, **header)
-
-
-def with_header(image, path: Path, **fields) -> Path:
-    """Saves it and writes header fields into the file itself, so that nothing mends them on the way."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nibabel.save(image, path)
-    opened = gzip.open if path.suffix == ".gz" else open
-    with opened(path, "rb") as f:
-        data = f.read()
-    header = type(image.header)(data[: image.header.sizeof_hdr], check=False)
-    for name, value in fields.items():
-        header[name] = value
-    with opened(path, "wb") as f:
-        f.write(header.binaryblock + data[image.header.sizeof_hdr :])
-    return path
-
-
-def turned_by(degrees: float) -> np.ndarray:
-    c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
-    return np.array([[c, -s, 0, 0], [s, c, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
-
-
-def rows(affine: np.ndarray) -> dict:
-    return {f"srow_{axis}": affine[i] for i, axis in enumerate("xyz")}
 
 
 def affine_of(geometry: dict) -> np.ndarray:
@@ -232,78 +192,6 @@ def test_intensities_are_scaled_as_simpleitk_scales_them(slope, inter, tmp_path)
 def test_one_volume_of_four_dimensions_is_a_scan(tmp_path):
     image, geometry = read_image(nifti(tmp_path / "a.nii.gz", array=ARRAY[..., None]))
     assert (image == ARRAY).all() and geometry["spacing"] == pytest.approx(OBLIQUE["spacing"])
-
-
-TILTED = AFFINE @ [[1, 0, 0, 0], [0, 1, 0.26 * 1.7, 0], [0, 0, 0.966, 0], [0, 0, 0, 1]]
-
-
-# -- other formats, in the same words --
-
-
-def meta(path: Path, **fields: str) -> Path:
-    """A MetaImage of bytes whose header has these fields."""
-    whole = {"TransformMatrix": "1 0 0 0 1 0 0 0 1", "Offset": "0 0 0", "ElementSpacing": "0.8 1 1.7", **fields}
-    lines = ["ObjectType = Image", "NDims = 3", "BinaryData = True", "BinaryDataByteOrderMSB = False"]
-    lines += [f"{name} = {value}" for name, value in whole.items() if value]
-    lines += ["DimSize = 7 6 5", "ElementType = MET_SHORT", "ElementDataFile = LOCAL", ""]
-    path.write_bytes("\n".join(lines).encode() + ARRAY.tobytes(order="F"))
-    return path
-
-
-def nrrd(path: Path, *lines: str) -> Path:
-    head = ["NRRD0005", "type: short", "dimension: 3", "sizes: 7 6 5", "endian: little", "encoding: raw", *lines, "",
-            ""]  # fmt: skip
-    path.write_bytes("\n".join(head).encode() + ARRAY.tobytes(order="F"))
-    return path
-
-
-LPS = ("space: left-posterior-superior", "space directions: (0.8,0,0) (0,1,0) (0,0,1.7)", "space origin: (1,2,3)")
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda t: nifti(t / "a.nii", TILTED), "y and z are at .* tilted gantry"),
-        (lambda t: meta(t / "a.mha", TransformMatrix="1 0 0 0 1 0 0 0.27 0.963"), "y and z are at 74.34 degrees"),
-        (lambda t: meta(t / "a.mhd.mha", TransformMatrix="0.8 0 0 0 1 0 0 0 1"), "no unit vectors but 0.8, 1, 1 long"),
-        (lambda t: meta(t / "a.mha", TransformMatrix="1 0 0 0 1 0 0 0 0"), "has a direction of determinant 0"),
-        (lambda t: meta(t / "a.mha", TransformMatrix="1 0 0 0 1 0 0 0 1.02"), "no unit vectors"),
-        (lambda t: meta(t / "a.mha", DistanceUnits="um"), "states its lengths in um"),
-        (lambda t: nrrd(t / "a.nrrd", LPS[0], "space directions: (1,0,0) (0,1,0) (0,0.5,1.7)", LPS[2]), "y and z are"),
-        (lambda t: nrrd(t / "a.nrrd", *LPS, 'space units: "cm" "cm" "cm"'), "states its lengths in cm"),
-    ],
-)  # fmt: skip
-def test_axes_that_are_no_grid_are_refused_in_every_format(make, message, tmp_path):
-    for read in (read_image, read_label):
-        with pytest.raises(CaseError, match=message):
-            read(make(tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("make", "known"),
-    [
-        (lambda t: meta(t / "a.mha"), {"spacing", "origin", "direction"}),
-        (lambda t: meta(t / "a.mha", DistanceUnits="mm"), {"spacing", "origin", "direction"}),
-        (lambda t: meta(t / "a.mha", TransformMatrix=""), {"spacing"}),
-        (lambda t: meta(t / "a.mha", ElementSpacing=""), {"origin", "direction"}),
-        (lambda t: nrrd(t / "a.nrrd", *LPS, 'space units: "mm" "mm" "mm"'), {"spacing", "origin", "direction"}),
-        (lambda t: nrrd(t / "a.nrrd", "space: scanner-xyz", *LPS[1:]), {"spacing"}),
-        (lambda t: nrrd(t / "a.nrrd", "space dimension: 3", *LPS[1:]), {"spacing"}),
-        (lambda t: nrrd(t / "a.nrrd", "spacings: 0.8 1 1.7"), {"spacing"}),
-        (lambda t: nrrd(t / "a.nrrd"), set()),
-        (lambda t: write(t / "a.nrrd", ARRAY), {"spacing", "origin", "direction"}),
-        (lambda t: write(t / "a.mha", ARRAY), {"spacing", "origin", "direction"}),
-    ],
-)
-def test_what_a_header_does_not_tell_is_not_made_up(make, known, tmp_path):
-    image, geometry = read_image(make(tmp_path))
-    assert set(geometry) == known and (image == ARRAY).all()
-    assert "spacing" not in known or geometry["spacing"] == pytest.approx((0.8, 1, 1.7))
-
-
-def test_a_nrrd_in_ras_is_turned_into_the_frame_of_all_others(tmp_path):
-    _, geometry = read_image(nrrd(tmp_path / "a.nrrd", "space: RAS", *LPS[1:]))
-    assert orientation_of(geometry["direction"]) == "RAS" and geometry["origin"] == (-1.0, -2.0, 3.0)
 
 
 # -- what is written --
