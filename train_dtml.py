@@ -30,8 +30,8 @@ from methods import METHODS, Losses, Watch, restore
 from settings import Options
 from tools.command_line import NOT_REPLAYED, chosen_flags, flags_of, read_options
 from tools.diagnostic import kept_for_diagnosis, replay_batch
-from tools.starting import further, header, keep_finished, start_from
 from tools.training import Training, prepare, show
+from tools.training_start import extension_note, header, keep_as_finished, start_from
 from tools.validation import VALIDATION, validation_line, validation_scores
 from utils.checkpoint import BEST, load_checkpoint, save_checkpoint, write_whole
 from utils.clock import Clock
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
         manifest: dict[str, Any] = {}
         if report:
             if state and "before" in state:
-                keep_finished(folder, state)
+                keep_as_finished(folder, state)
             manifest = begin(t, report, state, flags, began_from)
         wait_for_rank_0()
         shares = train(t, replicate(method, device), report, stop)
@@ -152,7 +152,7 @@ def begin(
         report.say(line)
     if state and "before" in state:
         last = current_lr(t.start - 1, fill(Options, state["before"]))
-        report.say(further(state, o.iterations, last, current_lr(t.start, o)))
+        report.say(extension_note(state, o.iterations, last, current_lr(t.start, o)))
     for line in warnings_of(volumes.facts, patch_size=o.patch_size, downsample=o.downsample, normalize=o.normalize):
         report.say(line)
     if o.workers and volumes.on_device:
@@ -213,7 +213,7 @@ def train(t: Training, model: Callable[..., Losses], report: Report | None, stop
         last = done == o.iterations
         scores: dict[str, float] = {}
         if t.validation and (done % o.validate_every == 0 or last):
-            watch.settle()
+            watch.flush()
             scores = validation_scores(
                 method, t.validation, device, downsample=o.downsample, normalize=t.normalize,
                 patch_size=o.patch_size, batch_size=o.batch_size,
@@ -238,7 +238,7 @@ def train(t: Training, model: Callable[..., Losses], report: Report | None, stop
         ask = device.type == "cpu" or done % STOP_EVERY == 0 or saving
         number = stop_of_any_rank(stop.number, ask=ask, device=device)
         if number or saving:
-            watch.settle()
+            watch.flush()
         if report and (number or saving):
             save_checkpoint(t.folder, t.contents(done))
             clock.lap("saving")
@@ -251,7 +251,7 @@ def train(t: Training, model: Callable[..., Losses], report: Report | None, stop
         elif RANKS > 1:  # stopped while waiting for a batch; the others wait for its gradients
             raise Stopped(stop.number, f"no batch came after {after}; {t.folder} is as it was last saved")
         else:
-            watch.settle()
+            watch.flush()
             save_checkpoint(t.folder, t.contents(done))
         raise Stopped(number or stop.number, f"saved {t.folder} after {after}; go on with --resume {t.folder}")
     return clock.all_shares()

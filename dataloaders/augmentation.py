@@ -38,7 +38,7 @@ class Strengths:
     """Standard deviation of the noise, in the unit of the normalised image."""
 
     @property
-    def of_places(self) -> bool:
+    def moves_voxels(self) -> bool:
         """Whether any of them moves voxels, and so the label too."""
         return bool(self.random_scale or self.random_rotation)
 
@@ -105,7 +105,7 @@ def draw_augmentation(
     return Draw(start, size, turns, flips)  # type: ignore[arg-type]
 
 
-def draw_places(generator: np.random.Generator, strengths: Strengths) -> dict[str, Any]:
+def draw_warp(generator: np.random.Generator, strengths: Strengths) -> dict[str, Any]:
     """Draws `angles` and `scale` of a Draw; neither strength changes what is drawn for the other."""
     *angles, size = generator.uniform(-1, 1, 4).tolist()
     return {
@@ -194,7 +194,7 @@ def random_intensities(image: Tensor, generator: np.random.Generator, strength: 
     return float(np.exp(contrast)) * (low + (high - low) * u ** float(np.exp(gamma))) + shift
 
 
-def worsened(image: Tensor, generator: np.random.Generator, strengths: Strengths) -> Tensor:
+def degraded(image: Tensor, generator: np.random.Generator, strengths: Strengths) -> Tensor:
     """Bias field, blur, low resolution and noise, in this order, of one channel (w,h,d).
 
     No strength changes what is drawn for another.

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from dataloaders.cases import CaseError, case_file, lists_of
 from dataloaders.class_names import DATASET, read_dataset
-from dataloaders.geometry import UNTOLD
+from dataloaders.geometry import DEFAULT_GEOMETRY
 from dataloaders.images import Geometry, normalise, read_image, same_grid, scan_name
 from utils.channels import with_channels
 from utils.errors import UserError
@@ -102,7 +102,9 @@ def read_channels(paths: Sequence[Path]) -> tuple[NDArray[np.float32], Geometry]
         if image.ndim != 3:
             raise CaseError(f"{path} has {len(image)} channels, where a file for each channel has one")
         first = first or geometry
-        if channels and not same_grid(channels[0].shape, {**UNTOLD, **first}, image.shape, {**UNTOLD, **geometry}):
+        if channels and not same_grid(
+            channels[0].shape, {**DEFAULT_GEOMETRY, **first}, image.shape, {**DEFAULT_GEOMETRY, **geometry}
+        ):
             ours, theirs = described(channels[0].shape, first), described(image.shape, geometry)
             raise CaseError(
                 f"{path} lies on another grid than {paths[0]}: {theirs} where that has {ours}. The channels of a scan "

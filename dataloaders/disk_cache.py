@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataloaders.cases import Case, CaseError, refuse_channels
-from dataloaders.likeness import DIGITS
+from dataloaders.fingerprints import DIGITS
 from dataloaders.normalization import NONE, Normalization, Scaling, scaled, scalings_of_case
 from utils.checkpoint import write_whole
 from utils.distributed import RANK
@@ -24,7 +24,7 @@ from utils.run_folder import digest
 
 
 @dataclass(frozen=True)
-class Kept:
+class CacheEntry:
     """Cached knowledge about a case, available without opening its file."""
 
     shape: tuple[int, ...]
@@ -32,7 +32,7 @@ class Kept:
     checksum: str
     """Digest of the image and, if the case is labeled, of its label."""
     fingerprint: str
-    """Fingerprint of the image, see dataloaders/likeness.py."""
+    """Fingerprint of the image, see dataloaders/fingerprints.py."""
     scalings: list[Scaling] | None = None
     """Scaling of each channel by --normalize, if the image is read crop by crop."""
     image: NDArray[np.float32] | None = None
@@ -41,7 +41,7 @@ class Kept:
     """(W,H,D), pooled; None if the cache holds no arrays or the case is unlabeled."""
 
 
-class Checks:
+class CheckCache:
     """Entries FOLDER/CASE-KEY.json for cases whose file was read and found valid, so that it need not be read again.
 
     KEY is a hash of the path of the case's file, links resolved, relative to the folder. So sets that share a folder
@@ -62,7 +62,7 @@ class Checks:
         self._entries: dict[str, dict[str, Any]] = {}
         self._sources: dict[str, list[int]] = {}
 
-    def find(self, case: Case) -> Kept | None:
+    def find(self, case: Case) -> CacheEntry | None:
         """The valid entry of a case, or None."""
         try:
             source = _source(case)
@@ -73,7 +73,7 @@ class Checks:
             if case.labeled and entry.get("classes", 1) > case.classes:
                 return None
             refuse_channels(entry["shape"], case.channels)
-            return self._kept(case, entry)
+            return self._entry_of(case, entry)
         except (OSError, ValueError, KeyError, TypeError, CaseError):
             return None
 
@@ -112,10 +112,10 @@ class Checks:
         place = os.path.relpath(case.path.resolve(), self.folder.resolve())
         return self.folder / f"{case.name}-{hashlib.sha256(os.fsencode(place)).hexdigest()[:16]}.{what}"
 
-    def _kept(self, case: Case, entry: dict[str, Any]) -> Kept:
+    def _entry_of(self, case: Case, entry: dict[str, Any]) -> CacheEntry:
         scalings = None if self.normalize.kind == "none" else [Scaling(*values) for values in entry["scaling"]]
         mark = entry["fingerprint"]
-        return Kept(tuple(entry["shape"]), entry["both"] if case.labeled else mark[:DIGITS], mark, scalings)
+        return CacheEntry(tuple(entry["shape"]), entry["both"] if case.labeled else mark[:DIGITS], mark, scalings)
 
     def _write(self, case: Case, image: NDArray, label: NDArray | None) -> None:
         """Writes further files of the entry, from the scaled image; none here."""
@@ -129,8 +129,8 @@ class Checks:
             )
 
 
-class DiskCache(Checks):
-    """`Checks` with the volumes as CASE-KEY.image.npy and .label.npy, decoded once for all runs and memory-mapped.
+class DiskCache(CheckCache):
+    """`CheckCache` with the volumes as CASE-KEY.image.npy and .label.npy, decoded once for all runs and memory-mapped.
 
     The label of an unlabeled case is neither written nor read.
 
@@ -144,11 +144,11 @@ class DiskCache(Checks):
         super().__init__(folder, normalize)
         self.pool = pool
 
-    def _kept(self, case: Case, entry: dict[str, Any]) -> Kept:
+    def _entry_of(self, case: Case, entry: dict[str, Any]) -> CacheEntry:
         """The entry with memory-mapped arrays; writing to them does not change the files."""
         image = np.load(self._path(case, "image.npy"), mmap_mode="c")
         label = np.load(self._path(case, "label.npy"), mmap_mode="c") if case.labeled else None
-        kept = super()._kept(case, entry)
+        kept = super()._entry_of(case, entry)
         return dataclasses.replace(kept, scalings=None, image=image, label=label)
 
     def _write(self, case: Case, image: NDArray, label: NDArray | None) -> None:

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataloaders.cases import Case
+from dataloaders.fingerprints import DIGITS, fingerprint, groups
 from dataloaders.geometry import SPACING_FILE, known_spacing, published
-from dataloaders.likeness import DIGITS, fingerprint, groups
 from dataloaders.orientation import known_orientation
 from utils.channels import with_channels
 from utils.devices import GIB
@@ -67,7 +67,7 @@ class Facts:
     voxels: dict[int, int] | None
     """Class -> number of voxels, without the background; None if the label was not opened."""
     fingerprint: str
-    """Fingerprint of the image, see dataloaders/likeness.py."""
+    """Fingerprint of the image, see dataloaders/fingerprints.py."""
     orientation: str | None = None
     """Three letters, see dataloaders/orientation.py; None if not read, or if the file does not state it."""
     others: tuple[tuple[float, float, float, float], ...] = ()

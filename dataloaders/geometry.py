@@ -20,7 +20,7 @@ SQUARE = 1e-3  # tolerance of unit lengths and right angles: one voxel in a thou
 
 Geometry = dict[str, tuple[float, ...]]
 """spacing (3), origin (3) and direction (9); keys that a file does not state are missing."""
-UNTOLD: Geometry = {
+DEFAULT_GEOMETRY: Geometry = {
     "spacing": (1.0, 1.0, 1.0),
     "origin": (0.0, 0.0, 0.0),
     "direction": (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0),
@@ -28,7 +28,7 @@ UNTOLD: Geometry = {
 """Default geometry, for pictures and files that need values which the case file does not state."""
 
 
-def told_geometry(case: Case) -> Geometry:
+def stated_geometry(case: Case) -> Geometry:
     """The known parts of a case's geometry, from the attributes of its file.
 
     If the file states no spacing, the spacing is that of the set's spacing.txt, or 0.625 mm for the names of the
@@ -40,11 +40,11 @@ def told_geometry(case: Case) -> Geometry:
     """
     try:
         with h5py.File(case.path, "r") as f:
-            attributes = {name: np.ravel(f.attrs[name]) for name in UNTOLD if name in f.attrs}
+            attributes = {name: np.ravel(f.attrs[name]) for name in DEFAULT_GEOMETRY if name in f.attrs}
     except Exception as e:  # as in read_case
         raise CaseError(f"has attributes that cannot be read ({e})") from e
     for name, values in attributes.items():
-        count = len(UNTOLD[name])
+        count = len(DEFAULT_GEOMETRY[name])
         if values.dtype.kind not in "fiu" or len(values) != count or not np.isfinite(values).all():
             raise CaseError(f"has the attribute {name} {values.tolist()} where {count} finite numbers must stand")
     geometry = {name: tuple(map(float, values)) for name, values in attributes.items()}
@@ -115,17 +115,17 @@ def _la_names() -> frozenset[str]:
 
 
 def read_geometry(case: Case) -> Geometry:
-    """The complete geometry of a case, as a NIfTI file needs it: `told_geometry`, with missing parts from UNTOLD.
+    """The complete geometry of a case, as a NIfTI file needs it: `stated_geometry`, completed by DEFAULT_GEOMETRY.
 
     Raises:
-        CaseError: as `told_geometry`.
+        CaseError: as `stated_geometry`.
     """
-    return {**UNTOLD, **told_geometry(case)}
+    return {**DEFAULT_GEOMETRY, **stated_geometry(case)}
 
 
 def known_spacing(case: Case) -> tuple[float, ...] | None:
     """Spacing in mm along x, y, z; None if neither the case's file nor its set states it."""
     try:
-        return told_geometry(case).get("spacing")
+        return stated_geometry(case).get("spacing")
     except CaseError:
         return None

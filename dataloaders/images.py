@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter1d
 
 from dataloaders.cases import FILE_NAME, MOST_BYTES, Case, CaseError, read_case
-from dataloaders.geometry import UNTOLD, Geometry, refuse_direction, told_geometry
+from dataloaders.geometry import DEFAULT_GEOMETRY, Geometry, refuse_direction, stated_geometry
 from dataloaders.nifti import read_nifti, write_nifti
 from utils.checkpoint import whole
 
@@ -58,11 +58,11 @@ def read_image(path: Path) -> tuple[NDArray[np.float32], Geometry]:
     Raises:
         CaseError: if the file is missing, no scan or truncated; if its voxels are not three-dimensional numbers, need
             more than 2 GiB in float32, or are not finite; if the size of a voxel is ambiguous or the axes are not at
-            right angles; for an h5 case as `read_case` and `told_geometry`.
+            right angles; for an h5 case as `read_case` and `stated_geometry`.
     """
     if ending_of(path) == ".h5":
         case = Case(scan_name(path), path, labeled=False)
-        return read_case(case)[0], told_geometry(case)
+        return read_case(case)[0], stated_geometry(case)
     voxels, geometry = _read(path, several=True)
     with np.errstate(over="ignore"):  # values beyond float32 become infinite, which the next check refuses
         image = np.ascontiguousarray(voxels, np.float32)
@@ -158,7 +158,7 @@ def _array(picture: sitk.Image) -> NDArray[Any]:
 
 
 def _picture(array: NDArray[Any], geometry: Geometry) -> sitk.Image:
-    complete = {**UNTOLD, **geometry}
+    complete = {**DEFAULT_GEOMETRY, **geometry}
     picture = sitk.GetImageFromArray(array.transpose(2, 1, 0))
     picture.SetSpacing(complete["spacing"])
     picture.SetOrigin(complete["origin"])

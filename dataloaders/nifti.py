@@ -21,7 +21,7 @@ from nibabel.wrapstruct import WrapStructError
 from numpy.typing import NDArray
 
 from dataloaders.cases import MOST_BYTES, CaseError
-from dataloaders.geometry import UNTOLD, Geometry, refuse_direction
+from dataloaders.geometry import DEFAULT_GEOMETRY, Geometry, refuse_direction
 from dataloaders.orientation import TO_RAS
 
 CHUNK = 2**20
@@ -255,8 +255,8 @@ def write_nifti(path: Path, array: NDArray[Any], geometry: Geometry, like: Path 
 
 
 def _header_of(geometry: Geometry, shape: tuple[int, ...]) -> Header:
-    """A header for a grid of this geometry; missing values are those of UNTOLD."""
-    g = {**UNTOLD, **geometry}
+    """A header for a grid of this geometry; missing values are those of DEFAULT_GEOMETRY."""
+    g = {**DEFAULT_GEOMETRY, **geometry}
     affine = np.eye(4)
     affine[:3, :3] = TO_RAS @ (np.reshape(g["direction"], (3, 3)) * g["spacing"])
     affine[:3, 3] = TO_RAS @ g["origin"]

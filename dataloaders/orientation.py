@@ -15,7 +15,7 @@ from nibabel.orientations import axcodes2ornt, io_orientation, ornt2axcodes, orn
 from numpy.typing import NDArray
 
 from dataloaders.cases import Case, CaseError
-from dataloaders.geometry import Geometry, told_geometry
+from dataloaders.geometry import Geometry, stated_geometry
 
 RAS = "RAS"
 """The orientation to which scans are turned; any other would do, if it is the same for all."""
@@ -84,7 +84,7 @@ def turn_to(orientation: str | None, direction: Sequence[float] | None) -> Turn:
 def known_orientation(case: Case) -> str | None:
     """The orientation of a case, or None if its file does not state it."""
     try:
-        direction = told_geometry(case).get("direction")
+        direction = stated_geometry(case).get("direction")
     except CaseError:
         return None
     return None if direction is None else orientation_of(direction)

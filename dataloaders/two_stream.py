@@ -16,15 +16,15 @@ from dataloaders.augmentation import (
     Draw,
     Strengths,
     Warp,
+    degraded,
     draw_augmentation,
-    draw_places,
+    draw_warp,
     random_intensities,
     turn_and_flip,
-    worsened,
 )
 from dataloaders.geometry import known_spacing
 from dataloaders.volumes import Volumes
-from dataloaders.watched import Noted, WatchedLoader
+from dataloaders.watched import TrackedPatches, WatchedLoader
 from losses.sdm import signed_distance_map
 from utils.channels import with_channels
 from utils.errors import StopSignal, ignore_stop_signals
@@ -143,7 +143,7 @@ class Patches(Dataset[dict[str, Any]]):
         flip_axes: Sequence[str] = AXES,
         strengths: Strengths = UNCHANGED,
     ):
-        if strengths.of_places and sdm_of == "scan":
+        if strengths.moves_voxels and sdm_of == "scan":
             raise ValueError("distances of a whole scan do not hold in a rotated or scaled crop")
         self.volumes, self.patch_size, self.augment, self.seed = volumes, patch_size, augment, seed
         self.flip_axes, self.strengths = flip_axes, strengths
@@ -164,9 +164,9 @@ class Patches(Dataset[dict[str, Any]]):
         if self.object_share and self.volumes.cases[slot.case].labeled:
             chance = np.random.default_rng([self.seed, 2, slot.step, slot.slot])  # the draws above stay as they are
             draws = [self.onto_object(draw, slot.case, chance) for draw in draws]
-        if self.strengths.of_places:
+        if self.strengths.moves_voxels:
             places = np.random.default_rng([self.seed, 3, slot.step, slot.slot])
-            draws = [dataclasses.replace(draw, **draw_places(places, self.strengths)) for draw in draws]
+            draws = [dataclasses.replace(draw, **draw_warp(places, self.strengths)) for draw in draws]
         return draws, generator
 
     def onto_object(self, draw: Draw, case: int, chance: np.random.Generator) -> Draw:
@@ -202,13 +202,13 @@ class Patches(Dataset[dict[str, Any]]):
         if self.strengths.of_intensities:
             worse = np.random.default_rng([self.seed, 4, slot.step, slot.slot])
             for crop in (item, *second):
-                channels = [worsened(channel, worse, self.strengths) for channel in crop["image"]]
+                channels = [degraded(channel, worse, self.strengths) for channel in crop["image"]]
                 crop["image"] = torch.stack(channels)
         for crop in second:
             item |= {f"other_{name}": crop[name] for name in ("image", "label") if name in crop}
         return item
 
-    def middle(self, case: int) -> dict[str, Any]:
+    def centre_crop(self, case: int) -> dict[str, Any]:
         """The crop at the centre of a case, without augmentation."""
         shape = self.volumes.shapes[case]
         start = tuple(max(side - s, 0) // 2 for side, s in zip(shape, self.patch_size, strict=True))
@@ -301,7 +301,7 @@ def make_loader(
     """
     workers = 0 if patches.volumes.on_device else workers
     return WatchedLoader(
-        Noted(patches, workers),
+        TrackedPatches(patches, workers),
         workers=workers,
         collate=collate,
         stop=stop,

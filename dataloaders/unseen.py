@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dataloaders.cases import Case, CaseError, check_all, find_cases, read_case
+from dataloaders.fingerprints import DIGITS, alike, fingerprint
 from dataloaders.geometry import read_geometry
-from dataloaders.likeness import DIGITS, alike, fingerprint
 from dataloaders.normalization import OF_RAW, Normalization, scalings_of_case
 from utils.run_folder import digest
 

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dataloaders.cases import Case, CaseError, check_all, read_case
-from dataloaders.disk_cache import Checks, DiskCache
+from dataloaders.disk_cache import CheckCache, DiskCache
 from dataloaders.findings import Facts, facts_of
-from dataloaders.likeness import DIGITS
+from dataloaders.fingerprints import DIGITS
 from dataloaders.normalization import NONE, Normalization, Scaling, normalized_case, scaled
 from utils.distributed import RANK, RANKS
 from utils.errors import UserError
@@ -66,11 +66,11 @@ class Volumes:
             down = downsample_label if is_label else downsample_image
             return down(torch.from_numpy(volume), downsample).numpy()
 
-        checks: Checks | None = None
+        checks: CheckCache | None = None
         if cache == "disk":
             checks = DiskCache((folder or Path()) / f"downsample{downsample}{normalize.suffix}", pool, normalize)
         elif cache == "none":
-            checks = Checks(folder and folder / f"checked{normalize.suffix}", normalize)
+            checks = CheckCache(folder and folder / f"checked{normalize.suffix}", normalize)
 
         def check(case: Case) -> None:
             kept = checks.find(case) if checks else None

@@ -29,7 +29,7 @@ WARN_AFTER, GIVE_UP_AFTER = 60, 600  # seconds without a batch
 PATIENCE = 10  # seconds that one of several processes waits after a stop signal for a batch that the others need
 
 
-class Noted(Dataset[dict[str, Any]]):
+class TrackedPatches(Dataset[dict[str, Any]]):
     """Wraps patches; each worker notes its process id and the index of its current case in shared memory.
 
     Args:
@@ -60,7 +60,7 @@ class Noted(Dataset[dict[str, Any]]):
         return [f"{case.name} ({case.path})" for case in cases]
 
 
-def end(workers: list[BaseProcess]) -> None:
+def kill(workers: list[BaseProcess]) -> None:
     """Kills the remaining workers when the loader fails or the program ends.
 
     The traceback of a worker's death keeps torch's iterator alive, and with it the other workers. At exit Python would
@@ -72,7 +72,7 @@ def end(workers: list[BaseProcess]) -> None:
         worker.join()
 
 
-class Unsent(NamedTuple):
+class UnsentBatch(NamedTuple):
     """Sent by a worker in place of a batch that did not fit into shared memory."""
 
     reason: str
@@ -80,7 +80,7 @@ class Unsent(NamedTuple):
     """Size of the batch in bytes."""
 
 
-class HandOver:
+class WorkerCollate:
     """Collates a batch; in a worker it also pickles the batch, which moves its tensors into shared memory.
 
     By default torch pickles in a thread of the worker: an error there is only printed, and the loader waits for ever.
@@ -97,10 +97,10 @@ class HandOver:
             return bytes(ForkingPickler.dumps(batch))
         except (OSError, RuntimeError) as e:
             size = sum(x.nbytes for x in batch.values() if isinstance(x, torch.Tensor))
-            return Unsent(str(e), size)
+            return UnsentBatch(str(e), size)
 
 
-def room() -> str:
+def free_shared_memory() -> str:
     """A sentence about the free shared memory; empty if the system has no /dev/shm."""
     if not SHARED_MEMORY.is_dir():
         return ""
@@ -114,13 +114,13 @@ def advice(workers: int) -> str:
     Each worker holds up to two batches, one ready and one in preparation; one more is in use.
     """
     return (
-        f"{room()}--workers {workers} keep up to {2 * workers + 1} batches there. Give it more (docker run --shm-size "
-        "2g), or go on with --resume auto --workers 0."
+        f"{free_shared_memory()}--workers {workers} keep up to {2 * workers + 1} batches there. Give it more "
+        "(docker run --shm-size 2g), or go on with --resume auto --workers 0."
     )
 
 
 class WatchedLoader(DataLoader):
-    """A DataLoader of `Noted` patches that does not wait for ever.
+    """A DataLoader of `TrackedPatches` patches that does not wait for ever.
 
     While no batch comes it checks the stop signal and the workers every second. A stop signal ends the batches early.
 
@@ -138,10 +138,20 @@ class WatchedLoader(DataLoader):
     """
 
     def __init__(
-        self, patches: Noted, *, workers: int, collate: Callable[..., Any], stop: StopSignal | None, **more: Any
+        self,
+        patches: TrackedPatches,
+        *,
+        workers: int,
+        collate: Callable[..., Any],
+        stop: StopSignal | None,
+        **more: Any,
     ):
         super().__init__(
-            patches, num_workers=workers, collate_fn=HandOver(collate), timeout=LOOK_EVERY if workers else 0, **more
+            patches,
+            num_workers=workers,
+            collate_fn=WorkerCollate(collate),
+            timeout=LOOK_EVERY if workers else 0,
+            **more,
         )
         self.stop = stop
 
@@ -152,7 +162,7 @@ class WatchedLoader(DataLoader):
         except OSError as e:
             raise UserError(f"the data workers cannot be started ({e}). {advice(self.num_workers)}") from e
         workers = [child for child in active_children() if child not in before]
-        atexit.register(end, workers)
+        atexit.register(kill, workers)
         if self.num_workers and threading.current_thread() is threading.main_thread():
             # torch's handler would raise the error at any point of the program, even within a save.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -172,14 +182,14 @@ class WatchedLoader(DataLoader):
                 now = time.monotonic()
                 stopped = min(stopped, now) if self.stop is not None and self.stop.number else stopped
                 if now - stopped >= (0 if RANKS == 1 else PATIENCE):
-                    end(workers)
+                    kill(workers)
                     return
                 if now - since >= (GIVE_UP_AFTER if warned else WARN_AFTER):
                     self._warn_or_give_up(workers, warned)
                     warned = True
                 continue
-            if isinstance(batch, Unsent):
-                end(workers)
+            if isinstance(batch, UnsentBatch):
+                kill(workers)
                 size = f"{batch.size / 2**20:.1f} MiB"
                 raise UserError(
                     f"a data worker could not hand over its batch of {size} ({batch.reason}). "
@@ -193,7 +203,7 @@ class WatchedLoader(DataLoader):
         # A killed worker's socket breaks first; then its sentinel is ready, and only then is is_alive() False.
         ended = wait([worker.sentinel for worker in workers], timeout=1)
         dead = [worker for worker in workers if worker.sentinel in ended]
-        end(workers)
+        kill(workers)
         if not dead:
             return None
         pids = ", ".join(str(worker.pid) for worker in dead)
@@ -208,9 +218,9 @@ class WatchedLoader(DataLoader):
         """Warns that no batch comes; the second time it raises a UserError."""
         at = self._cases_of(workers) or "no case yet"
         seconds = GIVE_UP_AFTER if warned else WARN_AFTER
-        what = f"no batch came for {seconds} s, though the data workers live, which read {at}. {room()}"
+        what = f"no batch came for {seconds} s, though the data workers live, which read {at}. {free_shared_memory()}"
         if warned:
-            end(workers)
+            kill(workers)
             raise UserError(f"{what}The last checkpoint is intact: go on with --resume auto, or --workers 0 too.")
         print(f"warning: {what}If the disk is not that slow, stop and go on with --workers 0.", file=sys.stderr)
 

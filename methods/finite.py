@@ -49,7 +49,7 @@ class Watch:
         if not self.late:
             check_finite(losses, network, batch, iteration)
             return
-        self.settle()
+        self.flush()
         gradients = gradients_of(network)
         bad = is_bad(losses, gradients)
         self.optimizer.found_inf = worst_of_ranks(bad.float())  # type: ignore[attr-defined]
@@ -58,7 +58,7 @@ class Watch:
         copied.record()
         self.unread = copied, failed, losses, gradients, batch, iteration, bad
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Reads the pending result on a GPU; call before a checkpoint is saved.
 
         Raises:

@@ -163,10 +163,10 @@ def test_on_a_gpu_the_answer_comes_an_iteration_later_and_the_weights_stay(name,
         assert torch.equal(a, b)
     with pytest.raises(Diverged, match=r"at iteration 3 the gradient of weight is not finite, in the crops of a, b"):
         step(4, 1.0)
-    watch.settle()  # said once
+    watch.flush()  # said once
     step(5, float("inf"))
     with pytest.raises(Diverged, match="at iteration 5"):
-        watch.settle()
+        watch.flush()
 
 
 @pytest.mark.gpu

@@ -9,7 +9,7 @@ from conftest import TINY, make_set, trained_in_three_ways, write_case
 from scipy.ndimage import affine_transform
 
 import train_dtml
-from dataloaders.augmentation import Strengths, draw_augmentation, draw_places, worsened
+from dataloaders.augmentation import Strengths, degraded, draw_augmentation, draw_warp
 from dataloaders.cases import Case
 from dataloaders.two_stream import Patches, Slot
 from dataloaders.volumes import Volumes
@@ -124,7 +124,7 @@ def test_content_turns_from_x_to_y_and_grows_with_the_scale(tmp_path, monkeypatc
         ({"angles": (0.0, -90.0, 0.0), "scale": 1.0}, (0, 0, 9), 1.0),
         ({"angles": (0.0, 0.0, 0.0), "scale": 1.25}, (9 * 1.25, 0, 0), 1.25**3),
     ):
-        monkeypatch.setattr("dataloaders.two_stream.draw_places", lambda *_, chosen=chosen: chosen)
+        monkeypatch.setattr("dataloaders.two_stream.draw_warp", lambda *_, chosen=chosen: chosen)
         found = crops[Slot(0, 0, 0)]["label"].numpy()
         np.testing.assert_allclose(mm[:, found > 0].mean(axis=1), place, atol=0.4)
         assert found.sum() / label.sum() == pytest.approx(size, rel=0.15)  # coarse voxels
@@ -132,7 +132,7 @@ def test_content_turns_from_x_to_y_and_grows_with_the_scale(tmp_path, monkeypatc
 
 def test_places_are_drawn_up_to_their_strengths_and_apart():
     def drawn(**strengths):
-        return [draw_places(np.random.default_rng(i), Strengths(**strengths)) for i in range(2000)]
+        return [draw_warp(np.random.default_rng(i), Strengths(**strengths)) for i in range(2000)]
 
     both, scales = drawn(random_scale=0.3, random_rotation=20.0), drawn(random_scale=0.3)
     angles, logs = np.array([d["angles"] for d in both]), np.log([d["scale"] for d in both])
@@ -147,7 +147,7 @@ def test_places_are_drawn_up_to_their_strengths_and_apart():
 
 def change(image: np.ndarray, seed: int = 0, **strengths) -> np.ndarray:
     generator = np.random.default_rng(seed)
-    return worsened(torch.from_numpy(image.astype(np.float32)), generator, Strengths(**strengths)).numpy()
+    return degraded(torch.from_numpy(image.astype(np.float32)), generator, Strengths(**strengths)).numpy()
 
 
 def amount(i: int, seed: int = 0) -> float:
@@ -217,7 +217,7 @@ def test_each_change_is_drawn_for_itself_and_for_each_channel_and_crop(tmp_path)
         noises = torch.cat([b[name] - a[name] for name in ("image", "other_image")]).flatten(1)
         assert (torch.corrcoef(noises) - torch.eye(4)).abs().max() < 0.1 and noises.std(1).unique().numel() == 4
         torch.testing.assert_close(b["image"], c["image"], atol=1e-4, rtol=0)
-    assert torch.equal(one.middle(0)["image"], usual.middle(0)["image"])
+    assert torch.equal(one.centre_crop(0)["image"], usual.centre_crop(0)["image"])
 
 
 # -- flips along chosen axes --

@@ -277,9 +277,9 @@ def test_a_second_crop_is_drawn_on_its_own_and_moves_the_first_by_nothing(tiny_s
 
 def test_the_middle_crop_is_the_same_at_every_call(tiny_set):
     made = patches(tiny_set)
-    first = made.middle(0)
+    first = made.centre_crop(0)
     made[Slot(0, 0, 0)]
-    assert torch.equal(first["image"], made.middle(0)["image"]) and first["image"].shape == (1, 16, 12, 8)
+    assert torch.equal(first["image"], made.centre_crop(0)["image"]) and first["image"].shape == (1, 16, 12, 8)
     assert torch.equal(first["image"][0], made.volumes.read(0, (slice(4, 20), slice(5, 17), slice(5, 13)))[0])
 
 

@@ -68,7 +68,7 @@ def parsed(method: str, words: str) -> dict:
 
 def default(method: str, name: str):
     """The value of an option of the method or of the script when nothing is given."""
-    settled = command_line.settle({"data": "set", "method": method}, METHODS[method])
+    settled = command_line.resolve({"data": "set", "method": method}, METHODS[method])
     return next(getattr(options, name) for options in settled if hasattr(options, name))
 
 
@@ -128,7 +128,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     put(folder / "tests" / "test_methods.py", "\nUNSUPERVISED = {", code_after("in `UNSUPERVISED`"))
     put(folder / "tools" / "grid.py", "\nLA_RUNS = {", code_after("In `LA_RUNS`"))
     put(folder / "tools" / "grid.py", '    "3": ("Table 3: methods", [', code_after("and in table 3"))
-    put(folder / "tools" / "grid.py", "\nTODAY = {", code_after("In `TODAY`"))
+    put(folder / "tools" / "grid.py", "\nRECENT = {", code_after("In `RECENT`"))
     heads = "| what the unlabeled crops learn from | tested |\n|---|---|---|---|---|---|"
     put(folder / "docs" / "methods.md", heads, code_after("In the first table of [methods.md]", "markdown"))
     return folder

@@ -153,7 +153,7 @@ def words_of(method: str, *flags: str) -> list[str]:
 LEARNING = [("dtml", changed, beside) for pairs in SHARED.values() for changed, beside in pairs]
 
 
-# Those of the methods: test_idle.py; their presets: test_golden.py.
+# Those of the methods: test_unused_flags.py; their presets: test_golden.py.
 @pytest.mark.parametrize(("method", "changed", "beside"), LEARNING)
 def test_flag_changes_the_result(method, changed, beside, run):
     usual, other = run(*words_of(method, beside)), run(*words_of(method, beside, changed))

@@ -12,7 +12,7 @@ from scans import make_scans
 
 from dataloaders.cases import lists_of
 from tools import check
-from tools.growing import Before, grown
+from tools.set_lists import PreviousLists, extended_lists
 from tools.sources import Source
 from tools.split import choose_split
 from utils.errors import UserError
@@ -134,7 +134,7 @@ def test_a_source_that_tells_another_split_is_refused(tmp_path):
 def test_however_a_set_grows_it_keeps_its_promises(seed):
     """Random sources, again and again, with lists that are shuffled by hand between."""
     draw = random.Random(seed)
-    before, listed, has_label = Before(), {}, {}
+    before, listed, has_label = PreviousLists(), {}, {}
     share, to_validate = draw.choice([None, 0.0, 0.3, 0.5]), draw.choice([0.0, 0.2, 0.4]) if seed % 2 else 0.0
     for step in range(6):
         for i in range(draw.randint(2, 9) if step == 0 else draw.randint(0, 4)):
@@ -147,7 +147,7 @@ def test_however_a_set_grows_it_keeps_its_promises(seed):
         train, test, validation = choose_split(scans, **words, validation_share=to_validate)
         assert test == choose_split(scans, **words)[1]
         labeled = frozenset(name for name in has_label if has_label[name])
-        lists = grown(before, train, test, validation, labeled=labeled, listed=listed)
+        lists = extended_lists(before, train, test, validation, labeled=labeled, listed=listed)
         now, now_test, validated = lists["train"], lists["test"], lists["validation"]
         everything = [*now, *now_test, *validated]
         assert len({*everything}) == len(everything) and {scan.name for scan in scans} <= {*everything}
@@ -167,7 +167,7 @@ def test_however_a_set_grows_it_keeps_its_promises(seed):
             draw.shuffle(now)
             draw.shuffle(now_test)
             draw.shuffle(validated)
-        before = Before(now, now_test, frozenset(labeled & {*everything}), validation=validated)
+        before = PreviousLists(now, now_test, frozenset(labeled & {*everything}), validation=validated)
 
 
 def validation_list(out: Path) -> list[str]:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY
 from scans import make_scans
-from test_idle import SMALL
+from test_unused_flags import SMALL
 
 import predict
 import test_la

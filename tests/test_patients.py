@@ -13,7 +13,7 @@ import train_dtml
 from dataloaders.folds import split_fold
 from dataloaders.patients import patients_by_name
 from tools import convert
-from tools.growing import Before
+from tools.set_lists import PreviousLists
 from tools.sources import Source
 from tools.split import choose_split
 from utils.errors import UserError
@@ -62,7 +62,7 @@ def test_later_scans_follow_their_patient():
     first = scans_of(*patients, labeled=1)
     train, test, validation = split(first, share=0.34, validation_share=0.17)
     everything = frozenset(scan.name for scan in first)
-    before = Before(sorted(train), sorted(test), everything, frozenset(), sorted(validation))
+    before = PreviousLists(sorted(train), sorted(test), everything, frozenset(), sorted(validation))
     more = scans_of(*patients, labeled=2, unlabeled=1)
     added = split(more, share=0.34, validation_share=0.17, before=before)
     for old, new in zip((train, test, validation), added, strict=True):

@@ -19,7 +19,7 @@ from methods import METHODS, restore
 from tools import command_line
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError, run
-from utils.options import REMOVED, RENAMED, option, refuse_idle, renamed
+from utils.options import REMOVED, RENAMED, option, refuse_unused, renamed
 
 FILES = sorted((ROOT / "results").glob("*/*/options.txt"))
 
@@ -326,8 +326,8 @@ def test_an_option_counts_if_all_of_one_condition_holds(only_if, values, text):
     words = {"chosen": {"x": 2}, "classes": [made], "value_of": values.get, "why": {"fact": "there is none"}}
     if text:
         with pytest.raises(UserError) as refused:
-            refuse_idle(**words, usual=lambda name: 1)
+            refuse_unused(**words, usual=lambda name: 1)
         assert text in str(refused.value)
     else:
-        refuse_idle(**words, usual=lambda name: 1)
-    refuse_idle(**words, usual=lambda name: 2)  # what it would be without the flag is no mistake
+        refuse_unused(**words, usual=lambda name: 1)
+    refuse_unused(**words, usual=lambda name: 2)  # what it would be without the flag is no mistake

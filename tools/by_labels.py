@@ -8,7 +8,7 @@ from pathlib import Path
 from evaluation.metrics import mean_and_sd
 from evaluation.rows import read_row, runs_of, split_output
 from settings import PROFILES
-from tools.runs import Options, select, state
+from tools.runs import Options, select, status_of
 from utils.errors import UserError
 from utils.run_folder import MANIFEST, read_json
 
@@ -56,8 +56,8 @@ def rows_of_table(paths: Sequence[str], table: str) -> dict[str, list[str]]:
     runs, tables = select(Options(profile=folder.name, results=str(folder.parent), table=[table]))
     records: dict[str, list[str]] = {row.label: [] for row in tables[table][1]}
     for row in tables[table][1]:
-        done = [this for this in runs if this.key == row.key and state(this) == "done"]
-        records[row.label] += [f"{this.record}:{row.output}" for this in done]
+        done = [run for run in runs if run.key == row.key and status_of(run) == "done"]
+        records[row.label] += [f"{run.record}:{row.output}" for run in done]
     waits = [label for label, of_row in records.items() if not of_row]
     if len(waits) == len(records):
         raise UserError(f"no row of the table {table} has a record in {folder}. Run it first, by tools.reproduce.")

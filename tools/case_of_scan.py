@@ -14,7 +14,7 @@ from skimage.filters import threshold_otsu
 
 from dataloaders.cases import CaseError
 from dataloaders.channels import described, normalise_channels, read_channels, refuse_number
-from dataloaders.geometry import UNTOLD
+from dataloaders.geometry import DEFAULT_GEOMETRY
 from dataloaders.images import (
     Geometry,
     grid_of_spacing,
@@ -35,7 +35,7 @@ CROPS = ("label", "label-xy", "foreground", "none")
 MARGINS = ((10, 19), (10, 19), (5, 9))  # voxels beyond the label along x, y, z, drawn for each side
 SMALLEST = (112, 112, 80)  # sides of a crop around a label, where the scan has as much
 CHUNK = 32
-AT_TIMES = ("channels", "margin")  # settings of a case that are written only where they are not the usual ones
+OPTIONAL = ("channels", "margin")  # settings of a case that are written only where they are not the usual ones
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +120,7 @@ def _refuse_other(job: Job, sources: dict[str, str]) -> dict[str, Any]:
     names = ("source_image", "source_image_sha256", "source_label", "source_label_sha256")
     before = {**{name: about.get(name) for name in names}, **json.loads(about.get("settings", "{}"))}
     now = {**{name: sources.get(name) for name in names}, **json.loads(job.settings)}
-    other = [name for name in {**now, **dict.fromkeys(AT_TIMES)} if before.get(name) != now.get(name)]
+    other = [name for name in {**now, **dict.fromkeys(OPTIONAL)} if before.get(name) != now.get(name)]
     if other == ["source_label", "source_label_sha256"] and before["source_label"] is None:
         return {}
     differ = [f"{name}: {before.get(name)} before, {now.get(name)} now" for name in other]
@@ -155,13 +155,16 @@ def make_case(job: Job) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None, 
     stored, stored_geometry = _read(job)
     turn, size = turn_to(job.orientation, stored_geometry.get("direction")), stored.shape[-3:]
     source, stated = turn(stored), turn.geometry(stored_geometry, size)
-    geometry = {**UNTOLD, **stated}
+    geometry = {**DEFAULT_GEOMETRY, **stated}
     label: NDArray | None = None
     if job.scan.label is not None:
         stored_label, label_stated = _of(job.scan.label, read_label)
         turn = turn_to(job.orientation, label_stated.get("direction"))
         ours, scans = described(stored_label.shape, label_stated), described(size, stored_geometry)
-        turned_label, label_geometry = turn(stored_label), {**UNTOLD, **turn.geometry(label_stated, stored_label.shape)}
+        turned_label, label_geometry = (
+            turn(stored_label),
+            {**DEFAULT_GEOMETRY, **turn.geometry(label_stated, stored_label.shape)},
+        )
         if not same_grid(source.shape[-3:], geometry, turned_label.shape, label_geometry):
             raise CaseError(
                 f"{job.scan.label} lies on another grid than {job.scan.image}: {ours} where the scan has {scans}. "
@@ -179,7 +182,7 @@ def make_case(job: Job) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None, 
     about |= {"source_size": size, "mean": mean, "sd": sd}
     if grid is not geometry:
         # without the origin, whose rounding depends on how the scan is stored
-        here = {**UNTOLD, "spacing": geometry["spacing"]}
+        here = {**DEFAULT_GEOMETRY, "spacing": geometry["spacing"]}
         there = grid_of_spacing(source.shape[-3:], here, job.spacing)[1]
         image = each_channel(lambda x: resample(x, here, shape, there, job.interpolation), image)
         label = None if label is None else resample(label, here, shape, there, "nearest")

@@ -47,7 +47,7 @@ from dataloaders.findings import (
     memory_gib,
     with_spacing,
 )
-from dataloaders.geometry import told_geometry
+from dataloaders.geometry import stated_geometry
 from dataloaders.training import is_phantom, usual_labeled
 from methods import METHODS
 from settings import Options as Training
@@ -84,8 +84,8 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Look:
-    """One case looked at: what is wrong with it, or its facts and what its label shows."""
+class Inspection:
+    """One inspected case: what is wrong with it, or its facts and what its label shows."""
 
     name: str
     problem: str = ""
@@ -102,15 +102,17 @@ class Look:
     """The classes that touch the border of the volume."""
 
 
-def look(case: Case) -> Look:
+def inspect(case: Case) -> Inspection:
     """Reads a case once. Its label is opened only if `case.labeled`."""
     try:
         image, label = read_case(case)
-        told_geometry(case)  # an error here, where training would not mind
+        stated_geometry(case)  # an error here, where training would not mind
     except CaseError as e:
-        return Look(case.name, f"{case.path} {e}")
+        return Inspection(case.name, f"{case.path} {e}")
     facts = with_spacing(facts_of(case, image, label))
-    result = Look(case.name, facts=facts, image=facts.fingerprint, has_label=has_label(case.path, unreadable=False))
+    result = Inspection(
+        case.name, facts=facts, image=facts.fingerprint, has_label=has_label(case.path, unreadable=False)
+    )
     if label is None or not facts.voxels:
         return result
     faces = [np.unique(label.take((0, -1), axis=axis)) for axis in range(3)]
@@ -124,8 +126,8 @@ def _parts(mask: NDArray[np.bool_]) -> list[int]:
     return sorted(np.bincount(components(mask, connectivity=3).ravel())[1:].tolist(), reverse=True)
 
 
-def findings_of_looks(
-    looks: Sequence[Look],
+def findings_of_inspections(
+    inspections: Sequence[Inspection],
     *,
     classes: int,
     labeled: Sequence[str],
@@ -133,11 +135,11 @@ def findings_of_looks(
     validation: Sequence[str],
 ) -> list[Finding]:
     """Findings that training does not report itself: labels, parts, sizes of objects, duplicates."""
-    good = [x for x in looks if x.facts is not None]
+    good = [x for x in inspections if x.facts is not None]
     fix = "Fix the file or take the case out of the lists."
     findings = [
         Finding("error", tuple(same), f"{text if len(same) > 1 else next(iter(same.values()))}. {fix}")
-        for text, same in by_problem((x.name, x.problem) for x in looks if x.problem).items()
+        for text, same in by_problem((x.name, x.problem) for x in inspections if x.problem).items()
     ]
     findings += duplicates([x.facts for x in good if x.facts], test, validation)
     findings += _same_labels(good)
@@ -163,9 +165,9 @@ def findings_of_looks(
     return findings
 
 
-def _same_labels(looks: Sequence[Look]) -> list[Finding]:
-    groups: dict[str, list[Look]] = defaultdict(list)
-    for x in looks:
+def _same_labels(inspections: Sequence[Inspection]) -> list[Finding]:
+    groups: dict[str, list[Inspection]] = defaultdict(list)
+    for x in inspections:
         if x.label:
             groups[x.label].append(x)
     text = (
@@ -178,11 +180,11 @@ def _same_labels(looks: Sequence[Look]) -> list[Finding]:
     ]
 
 
-def _classes(looks: Sequence[Look], classes: int, groups: dict[str, Sequence[str]]) -> list[Finding]:
+def _classes(inspections: Sequence[Inspection], classes: int, groups: dict[str, Sequence[str]]) -> list[Finding]:
     """A warning for a class that no label of a group has, a note for one that some lack. Empty labels do not count."""
     findings = []
     for group, names in groups.items():
-        voxels = {x.name: x.facts.voxels for x in looks if x.facts and x.facts.voxels and x.name in names}
+        voxels = {x.name: x.facts.voxels for x in inspections if x.facts and x.facts.voxels and x.name in names}
         for c in range(1, classes + 1):
             without = tuple(name for name, counts in voxels.items() if c not in counts)
             if voxels and len(without) == len(voxels):
@@ -196,12 +198,12 @@ def _classes(looks: Sequence[Look], classes: int, groups: dict[str, Sequence[str
     return findings
 
 
-def _sizes(looks: Sequence[Look]) -> list[Finding]:
+def _sizes(inspections: Sequence[Inspection]) -> list[Finding]:
     """Objects much larger or smaller than the others of their class, and labels with more object than background."""
     findings = []
     sizes: dict[int, dict[str, float]] = defaultdict(dict)
-    unit = "ml" if all(x.facts.spacing for x in looks if x.facts) else "voxels"
-    for x in looks:
+    unit = "ml" if all(x.facts.spacing for x in inspections if x.facts) else "voxels"
+    for x in inspections:
         if x.facts and x.facts.voxels:
             for c, size in (volumes_ml(x.facts) if unit == "ml" else x.facts.voxels).items():
                 sizes[c][x.name] = size
@@ -254,15 +256,15 @@ def check(folder: Path, o: Options) -> tuple[list[Finding], str, str]:
         for problem in problems:
             name, _, text = problem.partition(": ")
             missing.append(Finding("error", (name,), f"{text}. Put it there or take the case out of the lists."))
-    looks = list(_each(cases, o))
-    good = {x.name: x.facts for x in looks if x.facts}
+    inspections = list(_each(cases, o))
+    good = {x.name: x.facts for x in inspections if x.facts}
     patch_size = o.patch_size or (PHANTOM_PATCH if is_phantom(folder) else PATCH)
     lists = {"labeled": labeled, "unlabeled": unlabeled, "test": test}
     lists |= {"validation": validation} if validation else {}
     groups = {name: [good[n] for n in names if n in good] for name, names in lists.items()}
     everything = [
         *missing,
-        *findings_of_looks(looks, classes=o.classes, labeled=labeled, test=test, validation=validation),
+        *findings_of_inspections(inspections, classes=o.classes, labeled=labeled, test=test, validation=validation),
         *findings_of(list(good.values()), patch_size=patch_size, downsample=o.downsample),
         *_memory(groups["labeled"] + groups["unlabeled"], o.downsample),
         *unlisted(folder, [*train, *test, *validation]),
@@ -289,19 +291,21 @@ def _memory(facts: Sequence[Facts], downsample: int) -> list[Finding]:
     return [Finding("warning", (), text)]
 
 
-def _each(cases: Sequence[Case], o: Options) -> Iterator[Look]:
+def _each(cases: Sequence[Case], o: Options) -> Iterator[Inspection]:
     """Looks of the cases in their order, from several processes: decoding and looking are work, not waiting."""
     workers = o.workers or min(cores(), 8)
     with _mapped(min(workers, len(cases))) as mapped:
-        looks = mapped(look, cases)
+        inspections = mapped(inspect, cases)
         try:
-            yield from tqdm(looks, "checking", len(cases), leave=False, unit="scan", disable=not sys.stderr.isatty())
+            yield from tqdm(
+                inspections, "checking", len(cases), leave=False, unit="scan", disable=not sys.stderr.isatty()
+            )
         except BrokenProcessPool as e:
             raise UserError("a process that read the volumes was ended, as if memory ran out. Give --workers 1.") from e
 
 
 @contextmanager
-def _mapped(workers: int) -> Iterator[Callable[..., Iterator[Look]]]:
+def _mapped(workers: int) -> Iterator[Callable[..., Iterator[Inspection]]]:
     """map, in several processes if there are to be some, and if this place lets them have semaphores."""
     try:
         pool = ProcessPoolExecutor(workers) if workers > 1 else None

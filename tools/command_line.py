@@ -18,7 +18,7 @@ from dataloaders.training import is_phantom, usual_labeled
 from losses.ramps import default_lr_steps
 from methods import METHODS, Method
 from settings import PROFILES, Options
-from utils.checkpoint import LAST, PREVIOUS, go_further, load_checkpoint
+from utils.checkpoint import LAST, PREVIOUS, extend, load_checkpoint
 from utils.errors import UserError
 from utils.options import (
     RENAMED,
@@ -28,8 +28,8 @@ from utils.options import (
     flag_of,
     harmless_names,
     refuse_differences,
-    refuse_idle,
     refuse_removed,
+    refuse_unused,
     renamed_words,
     varied,
 )
@@ -89,7 +89,7 @@ def read_options(
                     f"--resume {folder}, or --init {file} for a new run."
                 )
     else:
-        o, method_options = settle(flags, kind)
+        o, method_options = resolve(flags, kind)
         o.labeled = flags["labeled"] if "labeled" in flags else usual_labeled(Path(o.data), o.labeled)
         defaults = combine({key: flags[key] for key in ("data", "profile", "preset") if key in flags}, kind)
         derived = combine({key: value for key, value in flags.items() if key != "lr_steps"}, kind)[0].lr_steps
@@ -111,10 +111,10 @@ def read_options(
         saved = state["options"]
         refuse_removed(saved["method"], saved)
         steps = PROFILES[saved.get("profile", "full")].get("lr_steps")
-        saved = go_further(state, flags, lambda iterations: [steps, default_lr_steps(iterations)])
+        saved = extend(state, flags, lambda iterations: [steps, default_lr_steps(iterations)])
         refuse_differences(flags, saved, harmless_names([Options, kind.Options]), folder)
         o, method_options = (fill(cls, saved, flags) for cls in (Options, kind.Options))
-        refuse_idle(flags, [Options], values_of(o, method_options, kind), saved.get, WHY)
+        refuse_unused(flags, [Options], values_of(o, method_options, kind), saved.get, WHY)
     return o, method_options, folder, state
 
 
@@ -206,7 +206,7 @@ def preset_for(flags: dict[str, Any], preset: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in preset.items() if name not in dropped}
 
 
-def settle(flags: dict[str, Any], kind: type[Method]) -> tuple[Options, Method.Options]:
+def resolve(flags: dict[str, Any], kind: type[Method]) -> tuple[Options, Method.Options]:
     """`combine`, with a check that every flag has an effect.
 
     Raises:
@@ -218,7 +218,7 @@ def settle(flags: dict[str, Any], kind: type[Method]) -> tuple[Options, Method.O
         options = combine({key: value for key, value in flags.items() if key != name}, kind)
         return next(getattr(part, name) for part in options if hasattr(part, name))
 
-    refuse_idle(flags, [Options, kind.Options], values_of(o, method_options, kind), without, WHY)
+    refuse_unused(flags, [Options, kind.Options], values_of(o, method_options, kind), without, WHY)
     if o.normalize == "window" and o.window is None:
         raise UserError("--normalize window needs --window LEVEL WIDTH, as --window 40 400 for the abdomen in CT.")
     window = o.window or []

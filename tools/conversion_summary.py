@@ -7,8 +7,8 @@ from pathlib import Path
 from dataloaders.cases import LA_SPLITS, read_list
 from dataloaders.class_names import DATASET
 from tools.case_of_scan import Outcome
-from tools.growing import Before
-from tools.sources import SourceSet, shown
+from tools.set_lists import PreviousLists
+from tools.sources import SourceSet, paths_text
 from tools.split import count_to_test, count_to_validate
 from utils.text import some
 
@@ -48,7 +48,7 @@ def summary(
 def remarks(
     source_set: SourceSet,
     lists: dict[str, list[str]],
-    before: Before,
+    before: PreviousLists,
     share: float | None,
     validation_share: float,
     source: Path,
@@ -56,7 +56,7 @@ def remarks(
     """Lines about files that were not read, and about lists that a user may not expect."""
     lines = []
     if source_set.unread:
-        lines.append(f"not read: {shown(source_set.unread, source)}")
+        lines.append(f"not read: {paths_text(source_set.unread, source)}")
     for what, names in (
         (f"listed in {DATASET}, but scan or label is not there", source_set.absent),
         ("taken out of the lists by hand, and so left out", sorted(before.taken_out)),

@@ -54,9 +54,9 @@ from dataloaders.class_names import DATASET, class_names
 from dataloaders.images import INTERPOLATORS, ending_of, read_label
 from dataloaders.nifti import channels_in
 from dataloaders.orientation import RAS
-from tools.case_of_scan import AT_TIMES, CROPS, Job, Outcome, attributes_of, convert_case
+from tools.case_of_scan import CROPS, OPTIONAL, Job, Outcome, attributes_of, convert_case
 from tools.conversion_summary import remarks, summary
-from tools.growing import SPLITS, Before, grown, labeled_of, listed_in, read_before, write_set
+from tools.set_lists import SPLITS, PreviousLists, extended_lists, labeled_of, listed_in, read_previous, write_set
 from tools.sources import (
     IMAGES_TS,
     Source,
@@ -138,7 +138,7 @@ class Options:
     workers: int = option(1, "processes; their number changes nothing in the files", minimum=1)
 
 
-def keep(out: Path, before: Before, here: Container[str], settings: str) -> list[Outcome]:
+def keep(out: Path, before: PreviousLists, here: Container[str], settings: str) -> list[Outcome]:
     """Of the cases of the lists those that the source does not have: they stay as they are.
 
     Raises:
@@ -159,7 +159,7 @@ def keep(out: Path, before: Before, here: Container[str], settings: str) -> list
             raise UserError(f"{e}, or take {name} out of {split}.list.") from e
         now = json.loads(settings)
         then = json.loads(about.get("settings", settings))  # cases that were not converted here state none
-        keys = [*now, *(key for key in then if key in AT_TIMES and key not in now)]
+        keys = [*now, *(key for key in then if key in OPTIONAL and key not in now)]
         differ = [f"{key}: {then.get(key)} before, {now.get(key)} now" for key in keys if then.get(key) != now.get(key)]
         if differ:
             raise UserError(
@@ -269,7 +269,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # what there is, and what it is to become
     source_set = find_sources(Path(o.source), o.images_ts)
-    scans, before = source_set.scans, read_before(out)
+    scans, before = source_set.scans, read_previous(out)
     crop = o.crop or ("label-xy" if source_set.challenge else "none")
     spacing = None if o.spacing is None else tuple(o.spacing)
     if o.crop_margin is not None and crop not in ("label", "label-xy"):
@@ -318,7 +318,7 @@ def main(argv: list[str] | None = None) -> None:
     train, test, validation = ([name for name in new if name not in refused] for new in (train, test, validation))
     everything = [*before.train, *before.test, *before.validation, *train, *test, *validation]
     labeled = labeled_of(out, everything)
-    lists = grown(before, train, test, validation, labeled=labeled, listed=listed_in(out))
+    lists = extended_lists(before, train, test, validation, labeled=labeled, listed=listed_in(out))
     if lists["train"] and lists["test"]:
         write_set(out, lists, labeled, names, channels, patients)
         lines = summary([*outcomes, *kept], lists, labeled, names)

@@ -53,14 +53,14 @@ class Table:
     more: Numbers = dataclasses.field(default_factory=dict)
 
 
-def shown(line: Line) -> list[str]:
+def cells(line: Line) -> list[str]:
     """The texts of a line's cells."""
     return [cell.text if i >= line.same else "" for i, cell in enumerate(line.cells)]
 
 
 def markdown(table: Table) -> str:
     """The table without its title."""
-    rows = [[column.head for column in table.columns], *map(shown, table.lines)]
+    rows = [[column.head for column in table.columns], *map(cells, table.lines)]
     head, *lines = ["|" + "|".join(f" {text} " if text else " " for text in row) + "|" for row in rows]
     return "\n".join([head, "|" + "---|" * len(table.columns), *lines])
 
@@ -72,7 +72,7 @@ def latex(table: Table) -> str:
     bold = best_cells(table)
     body = [" & ".join(latex_text(column.head) for column in table.columns) + " \\\\", "\\midrule"]
     for n, line in enumerate(table.lines):
-        texts = [latex_text(text) for text in shown(line)]
+        texts = [latex_text(text) for text in cells(line)]
         texts = [f"\\textbf{{{text}}}" if (n, i) in bold else text for i, text in enumerate(texts)]
         body.append(" & ".join(texts) + " \\\\")
     caption = f"\\caption{{{latex_text(table.title)}}}"

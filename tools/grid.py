@@ -9,9 +9,9 @@ from methods import METHODS
 ALL_LABELED = (80, 208)  # labeled scans of LA's train.list, and of the hippocampus set's
 SEMI_SUPERVISED = ("dtml", "mean-teacher", "ua-mt", "tcse", "dtc", "sassnet", "asdnet", "double-unc")
 AUTHORS = {"dtml": "DTML", "ua-mt": "UA-MT", "dtc": "DTC", "sassnet": "SASSNet"}  # these have a preset `authors`
-OLDER = {"mean-teacher": "Mean Teacher", "ua-mt": "UA-MT", "tcse": "TCSE", "double-unc": "DoubleUnc", "dtc": "DTC",
+PAPER = {"mean-teacher": "Mean Teacher", "ua-mt": "UA-MT", "tcse": "TCSE", "double-unc": "DoubleUnc", "dtc": "DTC",
          "sassnet": "SASSNet", "asdnet": "ASDNet", "dk-uxnet": "DK-UXNet"}  # fmt: skip
-TODAY = {
+RECENT = {
     "cps": "CPS",
     "mc-net-plus": "MC-Net+",
     "ss-net": "SS-Net",
@@ -19,8 +19,8 @@ TODAY = {
     "bcp": "BCP",
     "ad-mt": "AD-MT",
 }
-SEVERAL = [name for name in (*OLDER, *TODAY) if METHODS[name].multiclass]  # can be trained on the hippocampus
-ALONE = "--unlabeled 0 --consistency-terms none"  # of DK-UXNet: the same network on labeled scans only
+SEVERAL = [name for name in (*PAPER, *RECENT) if METHODS[name].multiclass]  # can be trained on the hippocampus
+LABELED_ONLY = "--unlabeled 0 --consistency-terms none"  # of DK-UXNet: the same network on labeled scans only
 ADAMW = "--optimizer adamw --lr 0.001 --weight-decay 0.01"  # DK-UXNet's
 TUNED, AS_PUBLISHED = "--preset tuned", "--normalize none"
 BF16 = "--precision bf16"
@@ -72,8 +72,8 @@ LA_RUNS = {
     # the same networks and averages on the same labeled crops, without unlabeled scans; with 80 labels the upper bound
     **{f"plus-alone-{n}": f"--method dtml-plus --labeled {n} --unlabeled 0 --batch-size 4 {BF16}" for n in (4, 8, 16)},
     "plus-alone-80": f"--method dtml-plus --labeled 80 --batch-size 4 {BF16}",
-    **{f"{name}-8": f"--method {name} {TUNED} --labeled 8 {BF16}" for name in TODAY},
-    **{f"{name}-tuned-8": f"--method {name} {TUNED} --labeled 8 {BF16}" for name in OLDER},
+    **{f"{name}-8": f"--method {name} {TUNED} --labeled 8 {BF16}" for name in RECENT},
+    **{f"{name}-tuned-8": f"--method {name} {TUNED} --labeled 8 {BF16}" for name in PAPER},
     "supervised-sdm-tuned-16": f"--method supervised --head sdm --k 50 {TUNED} {AS_PUBLISHED} --labeled 16",
     "tuned-8": f"--method dtml {TUNED} {AS_PUBLISHED} --labeled 8",
     "dtml-uxnet-16": "--method dtml --backbone uxnet --labeled 16",
@@ -81,7 +81,7 @@ LA_RUNS = {
     "dtml-adamw-16": f"--method dtml {ADAMW} --labeled 16",
     **{f"dk-uxnet-{n}": f"--method dk-uxnet --labeled {n}" for n in (8, 16)},
     **{f"dk-uxnet-released-{n}": f"--method dk-uxnet --preset released --labeled {n}" for n in (8, 16)},
-    **{f"dk-uxnet-alone-{n}": f"--method dk-uxnet --labeled {n} {ALONE}" for n in (8, 16)},
+    **{f"dk-uxnet-alone-{n}": f"--method dk-uxnet --labeled {n} {LABELED_ONLY}" for n in (8, 16)},
     **{f"beyond-{key}": f"--method dtml --labeled 16 --unlabeled 48 {flags}" for key, (_, flags) in BEYOND.items()},
     "beyond-flips": "--method dtml --labeled 16 --unlabeled 48",
 }
@@ -92,7 +92,7 @@ TESTS: dict[str, dict[str, Any]] = {  # key: options of test_la.py other than th
 TRAINED_AS = {"beyond-flips": "beyond-paper"}  # key: that of the run whose weights it tests in another way
 ABLATIONS = {  # key: label of the row, flags
     "all": ("DK-UXNet, `repaired`", ""),
-    "alone": ("labeled scans alone", ALONE),
+    "alone": ("labeled scans alone", LABELED_ONLY),
     "no-segc": ("without L_segc", "--consistency-terms qdc"),
     "no-qdc": ("without L_qdc", "--consistency-terms segc"),
     "no-consistency": ("without both", "--consistency-terms none"),
@@ -115,12 +115,12 @@ PHANTOM_RUNS = {
     "supervised-sdm-8": "--method supervised --head sdm",
     **{f"{name}-8": f"--method {name}" for name in SEMI_SUPERVISED},
     "dk-uxnet-8": "--method dk-uxnet",
-    "dk-uxnet-alone-8": f"--method dk-uxnet {ALONE}",
+    "dk-uxnet-alone-8": f"--method dk-uxnet {LABELED_ONLY}",
     **{f"ablation-{key}": f"--method dk-uxnet {SMALLER} {flags}" for key, (_, flags) in ABLATIONS.items()},
 }
 HIPPOCAMPUS_RUNS = {  # with LA's settings, but for those of the profile
     **{key: LA_RUNS[key] for key in ("supervised-normalized-8", "tuned-normalized-8", "plus-8", "plus-alone-8")},
-    **{key: LA_RUNS[key] for key in (f"{name}-tuned-8" if name in OLDER else f"{name}-8" for name in SEVERAL)},
+    **{key: LA_RUNS[key] for key in (f"{name}-tuned-8" if name in PAPER else f"{name}-8" for name in SEVERAL)},
     "supervised-normalized-208": f"--method supervised {TUNED} --labeled 208",
     "plus-alone-208": f"--method dtml-plus --labeled 208 --unlabeled 0 --batch-size 4 {BF16}",
 }
@@ -157,12 +157,12 @@ def method_rows(n: int, scans: int, others: Sequence[str]) -> list[Row]:
     both = f"{n} / {scans - n}"
     return [
         Row("V-Net", f"{n} / 0", f"supervised-normalized-{n}"),
-        *(Row(OLDER[name], both, f"{name}-tuned-{n}", output="seg") for name in others if name in OLDER),
+        *(Row(PAPER[name], both, f"{name}-tuned-{n}", output="seg") for name in others if name in PAPER),
         Row("DTML", both, f"tuned-normalized-{n}"),
         *(
-            Row(TODAY[name], both, f"{name}-{n}", output="teacher_1" if name == "ad-mt" else "seg")
+            Row(RECENT[name], both, f"{name}-{n}", output="teacher_1" if name == "ad-mt" else "seg")
             for name in others
-            if name in TODAY
+            if name in RECENT
         ),
         Row("DTML+, labeled scans alone", f"{n} / 0", f"plus-alone-{n}", output="ema_mean"),
         Row("DTML+", both, f"plus-{n}", output="ema_mean"),
@@ -249,7 +249,7 @@ LA_TABLES: Tables = {
         Row("V-Net, bf16", "8 / 0", "supervised-normalized-bf16-8"),
     ]),
     METHODS_TABLE: ("All methods with the preset `tuned`", [
-        row for n in (4, 8, 16) for row in method_rows(n, 80, others=(*OLDER, *TODAY) if n == 8 else ())
+        row for n in (4, 8, 16) for row in method_rows(n, 80, others=(*PAPER, *RECENT) if n == 8 else ())
     ] + [
         Row("V-Net", "80 / 0", "supervised-normalized-80"),
         Row("DTML+, labeled scans alone", "80 / 0", "plus-alone-80", output="ema_mean"),

@@ -17,7 +17,7 @@ import torch
 from submitit.core.utils import UncompletedJobError
 
 from dataloaders.cases import ROOT
-from tools.runs import BROKEN, TEST, Options, Run, state, unfit
+from tools.runs import READ_ERRORS, TEST, Options, Run, mismatches, status_of
 from utils.checkpoint import fsync, write_whole
 from utils.errors import Stopped, StopSignal, UserError
 from utils.run_folder import MANIFEST, OPTIONS, SCALARS
@@ -66,42 +66,42 @@ def call(command: list[str], lock: IO[str], stop: StopSignal, deadline: float) -
     return code
 
 
-def record(this: Run) -> str:
+def record(run: Run) -> str:
     """Copies the files of a trained and tested run to its record, all or none. Returns why not, or ''."""
-    partial = this.record.with_name(f".{this.record.name}.partial")
+    partial = run.record.with_name(f".{run.record.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         trained, tested = (OPTIONS, MANIFEST, SCALARS), ("cases.csv", "table.md", TEST)
-        for path in [*(this.folder / name for name in trained), *(this.tested / name for name in tested)]:
+        for path in [*(run.folder / name for name in trained), *(run.tested / name for name in tested)]:
             write_whole(partial / path.name, path.read_bytes())
-        problems = unfit(this, partial)
+        problems = mismatches(run, partial)
         if not problems:
-            partial.rename(this.record)
-            fsync(this.record.parent)
+            partial.rename(run.record)
+            fsync(run.record.parent)
         return "; ".join(problems)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def make(this: Run, stop: StopSignal, deadline: float = math.inf) -> str:
+def make(run: Run, stop: StopSignal, deadline: float = math.inf) -> str:
     """Trains, tests and records one run from its present state on. Returns the problem, or ''."""
     try:
-        this.folder.parent.mkdir(parents=True, exist_ok=True)
-        with inherited_lock(this.folder.with_name(f".{this.folder.name}.lock")) as lock:
+        run.folder.parent.mkdir(parents=True, exist_ok=True)
+        with inherited_lock(run.folder.with_name(f".{run.folder.name}.lock")) as lock:
             if lock is None:
                 return "another process is at it"
-            status = state(this)
+            status = status_of(run)
             if status == "done":
                 return ""
             if status not in ("missing", "started"):
-                return f"{this.record if this.record.exists() else this.folder} is not overwritten; {status}"
-            for command in (this.train, this.test):
+                return f"{run.record if run.record.exists() else run.folder} is not overwritten; {status}"
+            for command in (run.train, run.test):
                 code = call(command, lock, stop, deadline)
                 if code:
                     return f"{command[0]} left with exit code {code}{' (diverged)' if code == 3 else ''}"
-            return record(this)
-    except BROKEN as e:
+            return record(run)
+    except READ_ERRORS as e:
         return f"cannot be recorded ({e})"
 
 
@@ -110,14 +110,14 @@ def make_missing(o: Options, runs: list[Run]) -> list[str]:
     deadline = time.monotonic() + 60 * o.budget if o.budget else math.inf
     failed = []
     with StopSignal() as stop:
-        for this in runs:
+        for run in runs:
             try:
-                problem = "" if state(this) == "done" else make(this, stop, deadline)
+                problem = "" if status_of(run) == "done" else make(run, stop, deadline)
             except OutOfTime:
                 print(f"{o.budget:g} minutes are used up; the same command goes on from here.", file=sys.stderr)
                 break
             if problem:
-                failed.append(f"{this.record.name}: {problem}")
+                failed.append(f"{run.record.name}: {problem}")
                 print(f"failed: {failed[-1]}", file=sys.stderr)
     return failed
 
@@ -130,7 +130,7 @@ class Job(submitit.helpers.Checkpointable):
 
     def __call__(self) -> str:
         with StopSignal() as stop:
-            return "; ".join(filter(None, (make(this, stop) for this in self.runs)))
+            return "; ".join(filter(None, (make(run, stop) for run in self.runs)))
 
 
 def submit(o: Options, runs: list[Run]) -> list[str]:
@@ -148,10 +148,10 @@ def submit(o: Options, runs: list[Run]) -> list[str]:
         raise UserError(f"--submit {o.submit} {shlex.join(o.slurm)}: {e} Fix --slurm, or use --missing.") from e
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])  # jobs import this code
     missing: dict[Path, list[Run]] = {}
-    for this in runs:
-        if state(this) != "done":
-            missing.setdefault(this.folder, []).append(this)
-    names = [" ".join(this.record.name for this in same_folder) for same_folder in missing.values()]
+    for run in runs:
+        if status_of(run) != "done":
+            missing.setdefault(run.folder, []).append(run)
+    names = [" ".join(run.record.name for run in same_folder) for same_folder in missing.values()]
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # so that at Ctrl-C submitit lets local jobs save
     jobs = [executor.submit(Job(same_folder)) for same_folder in missing.values()]
     signal.signal(signal.SIGINT, before)

@@ -23,7 +23,7 @@ from evaluation.metrics import mean_and_sd
 from evaluation.predictions import read_prediction
 from evaluation.slices import EDGES, OPPOSITE, edge_letters, fixed_slice
 from evaluation.surfaces import Camera, Surface, camera_around, render, surface
-from tools.report_tables import NAMES, metrics_of, shown
+from tools.report_tables import NAMES, metrics_of, text_of
 from utils.channels import with_channels
 from utils.errors import UserError
 
@@ -87,7 +87,7 @@ class ShownCase:
         self.name, self.shape = name, image.shape
         chosen = [row for row in rows if (row["case"], row["output"], row["component"]) == (name, output, component)]
         figures = metrics_of(rows) if len(chosen) == 1 else ["dice", "hd95"]  # two figures for each of several classes
-        lines = [", ".join(f"{NAMES.get(m, m)} {shown(m, row[m])}" for m in figures) for row in chosen]
+        lines = [", ".join(f"{NAMES.get(m, m)} {text_of(m, row[m])}" for m in figures) for row in chosen]
         names = [f"{class_names.get(row['class'], row['class'])}: " if "class" in row else "" for row in chosen]
         self.line = "; ".join(name + line for name, line in zip(names, lines, strict=True))
         self.z = fixed_slice(label > 0, image.shape[-1])
@@ -209,7 +209,7 @@ def viewers(cases: Sequence[ShownCase], dices: Mapping[str, float], output: str,
 def choice(dices: Mapping[str, float], place: int) -> str:
     """A list of all scans to choose from, with one chosen."""
     options = [
-        f"<option{' selected' if i == place else ''} value={i}>{escape(name)}, Dice {shown('dice', dice)}</option>"
+        f"<option{' selected' if i == place else ''} value={i}>{escape(name)}, Dice {text_of('dice', dice)}</option>"
         for i, (name, dice) in enumerate(dices.items())
     ]
     return f'<select aria-label="Scan" autocomplete="off">{"".join(options)}</select>'

@@ -28,7 +28,7 @@ def groups(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, ...], list[dict[st
     return rows_of
 
 
-def shown(name: str, value: float) -> str:
+def text_of(name: str, value: float) -> str:
     """A figure as the page prints it; a dash for what does not exist."""
     if name in COUNTS:
         return f"{value:.0f}"
@@ -62,7 +62,7 @@ def results_table(rows: Sequence[dict[str, Any]]) -> str:
 def every_table(rows: Sequence[dict[str, Any]]) -> str:
     """All of cases.csv."""
     keys, names = ["case", *keys_of(rows)], [*metrics_of(rows), *COUNTS]
-    lines = [[*(row[key] for key in keys), *(shown(name, row[name]) for name in names)] for row in rows]
+    lines = [[*(row[key] for key in keys), *(text_of(name, row[name]) for name in names)] for row in rows]
     return html_table([*keys, *(NAMES.get(name, name) for name in names)], lines, len(keys), id="cases")
 
 
@@ -76,9 +76,9 @@ def bars(rows: Sequence[dict[str, Any]]) -> str:
         choices.append(f'<option value="{i}">{name}</option>')
         lines = []
         for row in sorted(chosen, key=lambda row: (math.isnan(row["dice"]), row["dice"])):
-            tip = ", ".join(f"{NAMES.get(m, m)} {shown(m, row[m])}" for m in metrics_of(rows))
+            tip = ", ".join(f"{NAMES.get(m, m)} {text_of(m, row[m])}" for m in metrics_of(rows))
             cells = "".join(
-                f'<td class="bar"><i style="width:{100 * share:.1f}%"></i></td><td>{shown(metric, row[metric])}</td>'
+                f'<td class="bar"><i style="width:{100 * share:.1f}%"></i></td><td>{text_of(metric, row[metric])}</td>'
                 for metric, share in (("dice", np.nan_to_num(row["dice"])), ("hd95", hd95_share(row, largest)))
             )
             lines.append(

@@ -38,7 +38,7 @@ FORMATS = ("markdown", "latex", "csv")
 TRAINING = ("augment", "flip_axes", "intensity", *(f.name for f in dataclasses.fields(Strengths)), "normalize",
             "optimizer", "lr", "lr_schedule", "lr_steps", "lr_gamma", "momentum", "weight_decay")  # fmt: skip
 TEST = "test.json"
-BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, UserError)  # what a damaged file can raise
+READ_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, UserError)  # what a damaged file can raise
 
 
 @dataclasses.dataclass
@@ -160,12 +160,12 @@ def recipe_of(settings: list[str]) -> str:
     return ", ".join(f"`{text}`" for text in (o.preset, *others) if text)
 
 
-def other_options(this: Run, manifest: Path) -> list[str]:
+def other_options(run: Run, manifest: Path) -> list[str]:
     """The recorded options that can change the result and differ from those of the row today."""
-    if this.key in RETIRED:
+    if run.key in RETIRED:
         return []
     options = renamed(json.loads(manifest.read_text(encoding="utf-8"))["options"])
-    parts: tuple[Any, ...] = read_options(this.settings)[:2]
+    parts: tuple[Any, ...] = read_options(run.settings)[:2]
     fields = [(part, f) for part in parts for f in dataclasses.fields(part) if not f.metadata["harmless"]]
     fields = [(part, f) for part, f in fields if f.name != "preset"]  # its name may change; what it sets is compared
     now = {f.name: getattr(part, f.name) for part, f in fields}
@@ -177,9 +177,9 @@ def other_options(this: Run, manifest: Path) -> list[str]:
     return [f"{flag_of(name)} {now[name]} here, {then[name]} in the record" for name in differ]
 
 
-def unfit(this: Run, record: Path) -> list[str]:
+def mismatches(run: Run, record: Path) -> list[str]:
     """Why a record does not count: other options, another iteration than the last, a missing output."""
-    problems = other_options(this, record / MANIFEST)
+    problems = other_options(run, record / MANIFEST)
     trained = json.loads((record / MANIFEST).read_text(encoding="utf-8"))["options"]
     tested, last = json.loads((record / TEST).read_text(encoding="utf-8")), trained["iterations"]
     problems += [f"tested at iteration {tested['iteration']} of {last}"] if tested["iteration"] != last else []
@@ -188,35 +188,35 @@ def unfit(this: Run, record: Path) -> list[str]:
     }  # fmt: skip
     usual = {"scans": "test", "flips": 1, "weighting": "uniform", "precision": "fp32", **windows}
     then = usual | tested  # early records do not state all of it
-    now = {name: TESTS.get(this.key, {}).get(name, value) for name, value in usual.items()}
+    now = {name: TESTS.get(run.key, {}).get(name, value) for name, value in usual.items()}
     problems += [f"tested with {flag_of(name)} {then[name]}" for name in now if then[name] != now[name]]
-    for output in this.outputs:
+    for output in run.outputs:
         for component in COMPONENTS:
             read_row(f"{record}:{output}", "dice", component)
     return problems
 
 
-def state(this: Run) -> str:
+def status_of(run: Run) -> str:
     """'done', 'missing', 'started' if there is a checkpoint, or 'other options: ...' with each difference."""
     try:
-        if this.record.exists():
-            status, problems = "done", unfit(this, this.record)
-        elif has_checkpoint(this.folder):
-            status, problems = "started", other_options(this, this.folder / MANIFEST)
+        if run.record.exists():
+            status, problems = "done", mismatches(run, run.record)
+        elif has_checkpoint(run.folder):
+            status, problems = "started", other_options(run, run.folder / MANIFEST)
         else:
             return "missing"
-    except BROKEN as e:
+    except READ_ERRORS as e:
         problems = [f"cannot be read ({e})"]
     return f"other options: {'; '.join(problems)}" if problems else status
 
 
 def print_list(runs: list[Run], tables: Tables) -> None:
     """Prints every run with its tables, and for each seed its state and the command that trains it."""
-    for key in dict.fromkeys(this.key for this in runs):
+    for key in dict.fromkeys(run.key for run in runs):
         where = [name for name, (_, rows) in tables.items() if any(key in (row.key, row.alone) for row in rows)]
         print(f"{key} (table {', '.join(where)})")
-        for this in runs:
-            if this.key == key:
-                print(f"  {this.seed} {state(this)}\n    python {shlex.join(this.train)}")
-                if this.key in RETIRED:
+        for run in runs:
+            if run.key == key:
+                print(f"  {run.seed} {status_of(run)}\n    python {shlex.join(run.train)}")
+                if run.key in RETIRED:
                     print("    an option that this code no longer has")

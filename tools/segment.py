@@ -15,7 +15,7 @@ from tqdm import tqdm
 from dataloaders.cases import Case
 from dataloaders.channels import normalise_channels, read_channels, refuse_number
 from dataloaders.dicom import read_series
-from dataloaders.geometry import UNTOLD
+from dataloaders.geometry import DEFAULT_GEOMETRY
 from dataloaders.images import (
     Geometry,
     anti_alias,
@@ -141,7 +141,7 @@ def predict_scan(
     del source
     # The origin is left out: its rounding depends on how the scan is stored. The header brings the result to its place.
     spacing = turn.geometry(stated, shape).get("spacing")
-    geometry = {**UNTOLD, "spacing": spacing or UNTOLD["spacing"]}
+    geometry = {**DEFAULT_GEOMETRY, "spacing": spacing or DEFAULT_GEOMETRY["spacing"]}
     size, grid = grid_of_spacing(shape, geometry, model.spacing if spacing else None)
     if grid is not geometry:
         image = each_channel(lambda x: resample(x, geometry, size, grid, interpolation), image)

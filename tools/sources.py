@@ -97,7 +97,7 @@ def find_sources(source: Path, images_ts: str) -> SourceSet:
         raise UserError(
             f"{source} holds no scans in a known layout: images/ and labels/, imagesTr/ and labelsTr/, "
             "NAME/image.nii.gz and NAME/label.nii.gz, or NAME/lgemri.nrrd. Arrange them so, or list them in a CSV; see "
-            f"--help.{' Not read: ' + shown(unread, source) + '.' if unread else ''}"
+            f"--help.{' Not read: ' + paths_text(unread, source) + '.' if unread else ''}"
         )
     dataset = read_dataset(source / DATASET)
     absent = _absent(dataset, scans, left_out)
@@ -112,7 +112,7 @@ def find_sources(source: Path, images_ts: str) -> SourceSet:
     return SourceSet(_distinct(scans, source), challenge, unread, left_out, names, channels, absent)
 
 
-def shown(paths: Sequence[Path], folder: Path) -> str:
+def paths_text(paths: Sequence[Path], folder: Path) -> str:
     """A few of the paths, from a folder, and how many more there are."""
     return some(f"{path.relative_to(folder)}{'/' if path.is_dir() else ''}" for path in paths)
 
@@ -215,7 +215,7 @@ def _in_case_folders(source: Path, image: str, label: str, unread: list[Path]) -
 
 def _refuse_orphans(labels: Sequence[Path], where: Path, unread: Sequence[Path] = ()) -> None:
     if labels:
-        there = f" Not read there: {shown(unread, where)}." if unread else ""
+        there = f" Not read there: {paths_text(unread, where)}." if unread else ""
         raise UserError(
             f"{len(labels)} labels have no scan in {where}: {some(labels)}. Add the scans or remove the labels.{there}"
         )

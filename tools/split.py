@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dataloaders.cases import LA_SPLITS, read_list
 from dataloaders.patients import patients_by_name, patients_of, refuse_shared
-from tools.growing import SPLITS, Before
+from tools.set_lists import SPLITS, PreviousLists
 from tools.sources import Source, SourceSet
 from utils.errors import UserError
 from utils.text import some
@@ -22,7 +22,7 @@ def choose_split(
     share: float | None,
     seed: int,
     validation_share: float = 0.0,
-    before: Before | None = None,
+    before: PreviousLists | None = None,
     patients: Mapping[str, str] | None = None,
 ) -> tuple[list[str], list[str], list[str]]:
     """Names for train.list, the labeled ones first, for test.list and for validation.list; of a set that grows, the new
@@ -40,7 +40,7 @@ def choose_split(
         UserError: a --test-share for a source that states its split, a source that states another split than the
             lists, too few labeled cases, none that can become a validation case, or a patient in two lists.
     """
-    before, patients = before or Before(), patients or {}
+    before, patients = before or PreviousLists(), patients or {}
     old_names = {*before.train, *before.test, *before.validation, *before.taken_out}
     patient = {name: patients.get(name, name) for name in (*(scan.name for scan in scans), *old_names)}
     place = {patient[name]: split for split in SPLITS for name in getattr(before, split)}  # of the patients seen before

@@ -166,20 +166,20 @@ def largest_patch(
 def described(s: Suggestion, facts: Sequence[Facts], t: Planned) -> str:
     """The suggestion as text, the command last."""
 
-    def shown(numbers: Sequence[float]) -> str:
+    def by_x(numbers: Sequence[float]) -> str:
         return " x ".join(f"{n:.3g}" for n in numbers)
 
     lines = [f"Suggested for a training of {t.method} with {t.gib:.3g} GiB of memory:"]
     mm = ""
     if s.spacing:
-        lines.append(f"  spacing   {shown(s.spacing)} mm, the median")
-        mm = f", {shown([n * one * t.downsample for n, one in zip(s.patch_size, s.spacing, strict=True)])} mm"
+        lines.append(f"  spacing   {by_x(s.spacing)} mm, the median")
+        mm = f", {by_x([n * one * t.downsample for n, one in zip(s.patch_size, s.spacing, strict=True)])} mm"
         if of_other_spacing(facts):
             target = " ".join(f"{one:.3g}" for one in s.spacing)
             lines[-1] += f"; resample first: python -m tools.convert --source SCANS --out NEW --spacing {target}"
     if s.halvings != HALVINGS:
         lines.append(f"  halvings  {' '.join(map(str, s.halvings))}: fewer along long voxels and short sides")
-    lines.append(f"  patch     {shown(s.patch_size)} voxels{mm}; the 25th percentile of the sides is {shown(s.sides)}")
+    lines.append(f"  patch     {by_x(s.patch_size)} voxels{mm}; the 25th percentile of the sides is {by_x(s.sides)}")
     scans = f", and {s.volumes_gib:.2g} GiB for the scans" if s.volumes_gib else ""
     lines.append(f"  batch     {s.batch_size} crops; {s.gib:.2g} GiB for a step{scans}")
     return "\n".join([*lines, "", command(s, facts, t)])

@@ -10,7 +10,7 @@ from evaluation.rows import read_row
 from tools.comparisons import Records, comparison_tables, comparisons
 from tools.formats import Table, as_csv, latex, markdown
 from tools.grid import BEYOND_TABLE, GLANCE, METHODS_TABLE, TESTS, TRAINED_AS, Row, Tables
-from tools.runs import Options, Run, recipe_of, state
+from tools.runs import Options, Run, recipe_of, status_of
 from tools.table_rows import (
     BEYOND_COLUMNS,
     COLUMNS,
@@ -80,16 +80,16 @@ def print_tables(o: Options, runs: list[Run], tables: Tables) -> None:
     done: dict[str, Records] = {}
     scans: dict[Path, int] = {}
     devices = set()
-    for this in runs:
-        status = state(this)
+    for run in runs:
+        status = status_of(run)
         if status == "done":
-            done.setdefault(this.key, {})[this.seed] = this.record
-            if this.key not in TESTS:
-                scans[this.record] = len(read_row(f"{this.record}:{this.outputs[0]}", "dice", "all"))
-            manifest = json.loads((this.record / MANIFEST).read_text(encoding="utf-8"))
+            done.setdefault(run.key, {})[run.seed] = run.record
+            if run.key not in TESTS:
+                scans[run.record] = len(read_row(f"{run.record}:{run.outputs[0]}", "dice", "all"))
+            manifest = json.loads((run.record / MANIFEST).read_text(encoding="utf-8"))
             devices.add(f"{manifest.get('device')}, threads: {manifest.get('threads')}")
-        elif this.record.exists():
-            print(f"warning: {this.record} is left out; {status}", file=sys.stderr)
+        elif run.record.exists():
+            print(f"warning: {run.record} is left out; {status}", file=sys.stderr)
     blocks: list[tuple[str, Table]] = []
     if GLANCE in tables:
         blocks.append(("", glance_table(tables[GLANCE][1], done)))
@@ -99,7 +99,7 @@ def print_tables(o: Options, runs: list[Run], tables: Tables) -> None:
         if count != usual:
             print(f"warning: {path} was tested on {count} scans, most others on {usual}.", file=sys.stderr)
     phantom = o.profile == "phantom"
-    seeds = ", ".join(map(str, dict.fromkeys(this.seed for this in runs)))
+    seeds = ", ".join(map(str, dict.fromkeys(run.seed for run in runs)))
     about = ABOUT.format(profile=o.profile, seeds=seeds, scans=f"{usual} " if scans else "")
     about += ("" if phantom else RECIPES) + SCALES[o.profile]
     about += f"\nSpeed and memory on {'; '.join(sorted(devices))}." if phantom and devices else ""
@@ -139,7 +139,7 @@ def table_of(name: str, title: str, rows: list[Row], done: dict[str, Records], r
     if name == BEYOND_TABLE:
         paper = done.get(f"{BEYOND_TABLE}-paper", {})
         return Table(name, title, BEYOND_COLUMNS, [beyond_line(row, done.get(row.key, {}), paper) for row in rows])
-    words = {this.key: (this.method, this.settings) for this in runs}
+    words = {run.key: (run.method, run.settings) for run in runs}
     recipes = {row.key: recipe_of(words[row.key][1]) if row.key in words else "" for row in rows}
     if name == METHODS_TABLE:
         measured = costs_of(Path(o.results, o.profile, COST))

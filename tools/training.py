@@ -83,10 +83,10 @@ class Training:
 
     def contents(self, done: int) -> dict[str, Any]:
         """The contents of a checkpoint after `done` iterations."""
-        at_times = {"best": self.best, "extended": self.extended}
+        optional = {"best": self.best, "extended": self.extended}
         return {
             **self.constant, "iteration": done, "seconds": self.passed, "method": self.method.state_dict(),
-            "optimizer": self.optimizer.state_dict(), **{name: value for name, value in at_times.items() if value},
+            "optimizer": self.optimizer.state_dict(), **{name: value for name, value in optional.items() if value},
         }  # fmt: skip
 
 
@@ -231,7 +231,7 @@ def show(
     method.eval()
     for name, case in {"labeled": 0, "unlabeled": labeled}.items():
         if case < len(patches.volumes.cases):
-            item = patches.middle(case)
+            item = patches.centre_crop(case)
             tensors = {key: v[0] for key, v in method.maps(item["image"][None].to(device)).items()}
             prediction = label_map(torch.stack(list(tensors.values())[: method.options.classes])).cpu().numpy()
             maps = {key: v.cpu().numpy() for key, v in tensors.items()}

@@ -195,7 +195,7 @@ def channels_of_state(state: dict[str, Any]) -> list[str]:
     return state.get("channel_names") or [f"channel {i}" for i in range(state["options"].get("channels", 1))]
 
 
-def go_further(
+def extend(
     state: dict[str, Any], flags: dict[str, Any], usual_steps: Callable[[int], Sequence[list[int] | None]]
 ) -> dict[str, Any]:
     """The options of a checkpoint; of a finished run those of a longer one, if --iterations asks for it.

@@ -31,9 +31,9 @@ class Clock:
         """Assigns the time since the last lap to this name."""
         self._laps.append((name, self._now()))
         if len(self._laps) > 10_000:
-            self._settle()
+            self._collect()
 
-    def _settle(self) -> dict[str, float]:
+    def _collect(self) -> dict[str, float]:
         if self.cuda:
             self._laps[-1][1].synchronize()
         recent: dict[str, float] = defaultdict(float)
@@ -46,11 +46,11 @@ class Clock:
 
     def shares(self) -> dict[str, float]:
         """Name -> share of the time since the last call; they add up to 1."""
-        return _shares(self._settle())
+        return _shares(self._collect())
 
     def all_shares(self) -> dict[str, float]:
         """Name -> share of the time since the beginning."""
-        self._settle()
+        self._collect()
         return _shares(self.seconds)
 
 

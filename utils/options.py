@@ -49,7 +49,7 @@ def option(
         type: of the value, needed where the default is None or an empty list.
         minimum, maximum: numbers outside are refused.
         only_if: the option has an effect only if this condition, or one of a list of them, holds completely. If none
-            does, `refuse_idle` refuses the flag.
+            does, `refuse_unused` refuses the flag.
         flag: False of a field that the data decide; no flag sets it.
     """
     about = {"help": help, "group": group, "type": type, "choices": choices, "nargs": nargs, "flag": flag}
@@ -269,7 +269,7 @@ def options_file(chosen: dict[str, Any], everything: dict[str, Any]) -> str:
     return f"{as_flags(chosen)}# Derived from the above. They are derived again when this file is replayed.\n{comments}"
 
 
-def obstacles(f: dataclasses.Field, value_of: Callable[[str], Any]) -> list[str]:
+def unmet_conditions(f: dataclasses.Field, value_of: Callable[[str], Any]) -> list[str]:
     """The names whose values leave an option without effect, one for each condition; [] if it has an effect."""
 
     def holds(name: str, wanted: tuple[Any, ...] | Callable[[Any], Any]) -> bool:
@@ -284,7 +284,7 @@ def obstacles(f: dataclasses.Field, value_of: Callable[[str], Any]) -> list[str]
     return list(names_found)
 
 
-def refuse_idle(
+def refuse_unused(
     chosen: dict[str, Any],
     classes: Iterable[type],
     value_of: Callable[[str], Any],
@@ -304,7 +304,7 @@ def refuse_idle(
         UserError: naming the flag and those with which it has no effect.
     """
     for f in (f for cls in classes for f in dataclasses.fields(cls) if f.name in chosen):
-        names = obstacles(f, value_of)
+        names = unmet_conditions(f, value_of)
         if not names or chosen[f.name] == usual(f.name):
             continue
         flag = f"{flag_of(f.name, chosen[f.name])} does nothing"

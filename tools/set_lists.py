@@ -13,7 +13,7 @@ SPLITS = ("train", "test", "validation")
 
 
 @dataclass(frozen=True)
-class Before:
+class PreviousLists:
     """The lists of a set that is to grow, all empty for a new one."""
 
     train: list[str] = field(default_factory=list)
@@ -25,7 +25,7 @@ class Before:
     validation: list[str] = field(default_factory=list)
 
 
-def read_before(out: Path) -> Before:
+def read_previous(out: Path) -> PreviousLists:
     """The lists that a set has, none if it is new; where train.list or test.list is missing, its cases count as new.
 
     Raises:
@@ -39,7 +39,7 @@ def read_before(out: Path) -> Before:
     else:
         train, test = (read_list(path) if path.exists() else [] for path in paths)
         taken_out = frozenset()
-    return Before(train, test, labeled_of(out, [*train, *test, *validation]), taken_out, validation)
+    return PreviousLists(train, test, labeled_of(out, [*train, *test, *validation]), taken_out, validation)
 
 
 def labeled_of(out: Path, names: Sequence[str]) -> frozenset[str]:
@@ -53,8 +53,8 @@ def listed_in(out: Path) -> dict[str, bool]:
     return listed if isinstance(listed, dict) else {}
 
 
-def grown(
-    before: Before,
+def extended_lists(
+    before: PreviousLists,
     train: Sequence[str],
     test: Sequence[str],
     validation: Sequence[str],

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from dataloaders.likeness import alike, fingerprint, groups
+from dataloaders.fingerprints import alike, fingerprint, groups
 from utils.run_folder import digest
 
 

@@ -87,7 +87,7 @@ def switches(method: str) -> list[str]:
 def refusal(method: str, flags: str) -> str:
     """What a command line is refused with; '' if it is not."""
     try:
-        command_line.settle(parsed(method, flags), METHODS[method])
+        command_line.resolve(parsed(method, flags), METHODS[method])
     except UserError as e:
         return str(e)
     return ""

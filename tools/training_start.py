@@ -38,11 +38,11 @@ def header(t: Training, device: str, rate: float) -> list[str]:
     return [f"{name:<12}{text}" for name, text in lines.items()]
 
 
-def further(state: dict[str, Any], iterations: int, before: float, now: float) -> str:
+def extension_note(state: dict[str, Any], iterations: int, before: float, now: float) -> str:
     """What --iterations changes in a finished run, as a line of the log.
 
     Args:
-        state: its checkpoint, after `go_further`.
+        state: its checkpoint, after `extend`.
         iterations: of the longer run.
         before, now: learning rate of the last iteration and of the next one.
     """
@@ -60,7 +60,7 @@ def finished_name(iterations: int) -> str:
     return f"finished-{iterations}.pt"
 
 
-def keep_finished(folder: Path, state: dict[str, Any]) -> None:
+def keep_as_finished(folder: Path, state: dict[str, Any]) -> None:
     """Copies the last checkpoint of a finished run, before others replace it."""
     write_whole(folder / finished_name(state["iteration"]), Path(state["file"]).read_bytes())
 
