@@ -80,8 +80,8 @@ def trained_in_three_ways(folder: Path, argv: list[str]) -> dict[str, torch.Tens
     import train_dtml  # not for tests that do without it
 
     argv = [*argv, "--iterations", "4", "--save-every", "2", "--runs", str(folder)]
-    for name, words in {"ram": "", "none": "--cache none --workers 1"}.items():
-        train_dtml.main([*argv, "--name", name, *words.split()])
+    for name, args in {"ram": "", "none": "--cache none --workers 1"}.items():
+        train_dtml.main([*argv, "--name", name, *args.split()])
     expected, streamed = weights(folder / "ram"), weights(folder / "none")
     (folder / "ram" / "previous.pt").rename(folder / "none" / "last.pt")
     assert load(folder / "none")["iteration"] == 2

@@ -19,8 +19,8 @@ NNUNET = {
 }
 
 
-def converted(source: Path, out: Path, *words: str) -> Path:
-    convert.main(["--source", str(source), "--out", str(out), *words])
+def converted(source: Path, out: Path, *args: str) -> Path:
+    convert.main(["--source", str(source), "--out", str(out), *args])
     return out
 
 

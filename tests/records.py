@@ -22,8 +22,8 @@ def cells(text, label):
     return lines[start:rest]
 
 
-def options_of(words):
-    o, method_options, *_ = command_line.read_options(words)
+def options_of(args):
+    o, method_options, *_ = command_line.read_options(args)
     return {**dataclasses.asdict(o), **dataclasses.asdict(method_options)}
 
 
@@ -53,18 +53,18 @@ def write_record(key, seed, scans=SCORES, *, profile="half", change=(), tested=(
     runs, tables = GRIDS[profile]
     scored = [row.output for _, rows in tables.values() for row in rows if row.key == key]
     more = {"outputs": list(dict.fromkeys(["seg", "sdm", "mean", *scored]))} | more
-    words = [] if key in RETIRED else runs[key].split()
-    options = options_of([*words, "--profile", profile, "--seed", str(seed)]) | dict(change)
+    args = [] if key in RETIRED else runs[key].split()
+    options = options_of([*args, "--profile", profile, "--seed", str(seed)]) | dict(change)
     folder = Path("results", profile, f"{key}-seed{seed}")
     write_run(folder, options, scans, test=".", tested=TESTS.get(key, {}) | dict(tested), **more)
     return folder
 
 
-def printed(*words, profile="half"):
+def printed(*args, profile="half"):
     """stdout and stderr of the command."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        reproduce.main(["--profile", profile, *words])
+        reproduce.main(["--profile", profile, *args])
     return out.getvalue(), err.getvalue()
 
 

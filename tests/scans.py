@@ -41,8 +41,8 @@ def write(path: Path, array: np.ndarray, geometry: Geometry = OBLIQUE) -> Path:
 def turned(array: np.ndarray, geometry: Geometry, orientation: str = "RAS") -> tuple[np.ndarray, Geometry]:
     """An array and its geometry with axes along the patient's, by SimpleITK's own code."""
     picture = sitk.DICOMOrient(picture_of(array, geometry), orientation)
-    found = {"spacing": picture.GetSpacing(), "origin": picture.GetOrigin(), "direction": picture.GetDirection()}
-    return sitk.GetArrayFromImage(picture).transpose(2, 1, 0), found
+    result = {"spacing": picture.GetSpacing(), "origin": picture.GetOrigin(), "direction": picture.GetDirection()}
+    return sitk.GetArrayFromImage(picture).transpose(2, 1, 0), result
 
 
 def ball(shape: tuple[int, int, int], geometry: Geometry, centre: np.ndarray, radius: float) -> np.ndarray:

@@ -27,7 +27,7 @@ KINDS = {
 }
 
 KINDS |= {m: method_words(m) for m in METHODS if not any(m in (kind.split(",")[0], *KINDS[kind]) for kind in KINDS)}
-KINDS |= {kind: [*words, "--iterations", "6"] for kind, words in KINDS.items() if kind != "dtml"}
+KINDS |= {kind: [*args, "--iterations", "6"] for kind, args in KINDS.items() if kind != "dtml"}
 UNDISTURBED = {}
 
 

@@ -71,7 +71,7 @@ def test_the_losses_are_the_formulas_of_the_docstring(turn, classes, monkeypatch
     boxes = torch.stack([mixing.random_box((16, 16, 16), 0.7) for _ in range(3)])
     monkeypatch.setattr(ad_mt, "mixing_boxes", lambda image: boxes)
     monkeypatch.setattr(ad_mt, "strong_view", lambda image, strength: image.flip(2) * strength)
-    found = method(data, t)
+    result = method(data, t)
     networks = (method.ema.teacher_1, method.ema.teacher_2, method.student)
     q = [by_hand.distribution(network(u)["seg"]) for network in networks]
     assert 0.1 < (q[0].argmax(1) != q[1].argmax(1)).mean() < 0.9
@@ -86,10 +86,10 @@ def test_the_losses_are_the_formulas_of_the_docstring(turn, classes, monkeypatch
     assert 0.05 < (c >= 0.8).mean() < 0.95
     strong, own = (by_hand.distribution(method.student(x)["seg"]) for x in (view, data["image"][:2]))
     seg, pseudo = by_hand.seg(own, data["label"].numpy()), by_hand.ce(strong, y, c >= 0.8)
-    assert found.terms["seg"].item() == pytest.approx(seg, rel=1e-6)
-    assert found.terms["pseudo"].item() == pytest.approx(pseudo, rel=1e-6)
-    assert found.total.item() == pytest.approx(seg + 2 * ramp_up(t, 30) * pseudo, rel=1e-6)
-    assert found.monitors["pseudo/sure"].item() == pytest.approx((c >= 0.8).mean(), rel=1e-6)
+    assert result.terms["seg"].item() == pytest.approx(seg, rel=1e-6)
+    assert result.terms["pseudo"].item() == pytest.approx(pseudo, rel=1e-6)
+    assert result.total.item() == pytest.approx(seg + 2 * ramp_up(t, 30) * pseudo, rel=1e-6)
+    assert result.monitors["pseudo/sure"].item() == pytest.approx((c >= 0.8).mean(), rel=1e-6)
 
 
 def test_no_gradient_reaches_the_teachers_or_the_pseudo_label(monkeypatch):

@@ -92,15 +92,15 @@ def test_compiled_networks_have_the_same_losses_and_gradients(precision, monkeyp
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     # In float32 an activation near 0 has one sign or the other, by the CPU, and the gradient jumps.
     dtype = torch.float32 if precision == "bf16" else torch.float64
-    batch, found = make_batch(), []
+    batch, result = make_batch(), []
     batch["image"] = batch["image"].to(dtype)
     for compiled in (False, True):
         method = make("supervised").to(dtype)
         set_precision(method, precision, training=True)
         if compiled:
             compile_networks(method)
-        found.append((*gradients(method, batch), set(method.state_dict())))
-    plain, compiled = found
+        result.append((*gradients(method, batch), set(method.state_dict())))
+    plain, compiled = result
     assert torch.allclose(plain[0], compiled[0], rtol=1e-4)
     for name, g in plain[1].items():
         assert torch.allclose(g, compiled[1][name], rtol=1e-3, atol=1e-5), name
@@ -115,12 +115,12 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("words", REFUSED)
-def test_what_cannot_be_is_refused(words, tmp_path, capsys):
+@pytest.mark.parametrize("args", REFUSED)
+def test_what_cannot_be_is_refused(args, tmp_path, capsys):
     folder = make_set(tmp_path / "set")
     with pytest.raises((UserError, SystemExit)) as error:
-        train_dtml.main(["--data", str(folder), "--runs", str(tmp_path), "--device", "cpu", *TINY, *words.split()])
-    assert REFUSED[words] in str(error.value) + capsys.readouterr().err
+        train_dtml.main(["--data", str(folder), "--runs", str(tmp_path), "--device", "cpu", *TINY, *args.split()])
+    assert REFUSED[args] in str(error.value) + capsys.readouterr().err
     assert not list(tmp_path.glob("set-*"))
 
 

@@ -66,9 +66,9 @@ def test_a_ramp_is_read_where_the_turned_and_scaled_voxels_lie(strengths, tmp_pa
         x = places(crops, slot)
         inside = ((x > 0) & (x < np.array(SHAPE).reshape(3, 1, 1, 1) - 1)).all(0)
         beyond = ((x < -1) | (x > np.array(SHAPE).reshape(3, 1, 1, 1))).any(0)
-        found = crops[slot]["image"].numpy()
-        np.testing.assert_allclose(found[:, inside], (100 + np.tensordot(ramps, x, 1))[:, inside], atol=2e-3)
-        assert (found[:, beyond] == 0).all()
+        result = crops[slot]["image"].numpy()
+        np.testing.assert_allclose(result[:, inside], (100 + np.tensordot(ramps, x, 1))[:, inside], atol=2e-3)
+        assert (result[:, beyond] == 0).all()
         seen += inside.sum()
     assert seen > 4 * np.prod(PATCH)
 
@@ -105,11 +105,11 @@ def test_the_label_follows_the_image_and_the_distances_the_label(tmp_path):
                     "random_bias": 0.0, "random_blur": 0.0, "random_resolution": 0.0}, sdm=True)  # fmt: skip
     for step in range(6):
         item = crops[Slot(step, 0, 0)]
-        found = item["label"]
-        assert found.dtype == torch.uint8 and set(found.unique().tolist()) <= {0, 1, 2}
-        assert ((item["image"][0] - found).abs() <= 0.75).float().mean() > 0.98
+        result = item["label"]
+        assert result.dtype == torch.uint8 and set(result.unique().tolist()) <= {0, 1, 2}
+        assert ((item["image"][0] - result).abs() <= 0.75).float().mean() > 0.98
         for c, sdm in enumerate(item["sdm"], 1):
-            np.testing.assert_array_equal(sdm.numpy(), signed_distance_map(found.numpy() == c))
+            np.testing.assert_array_equal(sdm.numpy(), signed_distance_map(result.numpy() == c))
 
 
 def test_content_turns_from_x_to_y_and_grows_with_the_scale(tmp_path, monkeypatch):
@@ -125,9 +125,9 @@ def test_content_turns_from_x_to_y_and_grows_with_the_scale(tmp_path, monkeypatc
         ({"angles": (0.0, 0.0, 0.0), "scale": 1.25}, (9 * 1.25, 0, 0), 1.25**3),
     ):
         monkeypatch.setattr("dataloaders.two_stream.draw_warp", lambda *_, chosen=chosen: chosen)
-        found = crops[Slot(0, 0, 0)]["label"].numpy()
-        np.testing.assert_allclose(mm[:, found > 0].mean(axis=1), place, atol=0.4)
-        assert found.sum() / label.sum() == pytest.approx(size, rel=0.15)  # coarse voxels
+        result = crops[Slot(0, 0, 0)]["label"].numpy()
+        np.testing.assert_allclose(mm[:, result > 0].mean(axis=1), place, atol=0.4)
+        assert result.sum() / label.sum() == pytest.approx(size, rel=0.15)  # coarse voxels
 
 
 def test_places_are_drawn_up_to_their_strengths_and_apart():
@@ -172,18 +172,18 @@ def test_blur_damps_a_wave_as_a_gaussian_does():
     for seed in range(4):
         sigma = 2 * amount(1, seed)
         expected = np.exp(-2 * (np.pi * sigma / 16) ** 2)
-        found = change(wave, seed, random_blur=2.0)[16:48]
-        np.testing.assert_allclose(found, expected * wave[16:48], atol=5e-3)  # a sampled Gaussian
+        result = change(wave, seed, random_blur=2.0)[16:48]
+        np.testing.assert_allclose(result, expected * wave[16:48], atol=5e-3)  # a sampled Gaussian
 
 
 def test_the_bias_field_is_a_polynomial_within_its_strength():
     image = np.ones((20, 18, 16))
     image[3, 4, 5] = 0  # the lowest intensity, which stays
     for seed in range(4):
-        found = change(image, seed, random_bias=0.4)
-        assert found[3, 4, 5] == 0
-        found[3, 4, 5] = np.nan
-        b = np.log(found.astype(float))
+        result = change(image, seed, random_bias=0.4)
+        assert result[3, 4, 5] == 0
+        result[3, 4, 5] = np.nan
+        b = np.log(result.astype(float))
         assert np.nanmax(np.abs(b)) == pytest.approx(0.4 * amount(0, seed), rel=1e-4) and np.nanstd(b) > 0.003
         for axis in range(3):
             fourth = np.diff(b, n=4, axis=axis)
@@ -194,8 +194,8 @@ def test_low_resolution_leaves_what_coarse_voxels_hold():
     """Of white noise the power above the coarse grid's Nyquist frequency goes, and a slow wave stays."""
     noise = np.random.default_rng(0).standard_normal((48, 48, 48))
     seed = next(seed for seed in range(99) if amount(2, seed) > 0.97)
-    found = change(noise, seed, random_resolution=3.0)  # voxels nearly 4 times as long
-    power, before = (np.abs(np.fft.fftn(x)) ** 2 for x in (found, noise))
+    result = change(noise, seed, random_resolution=3.0)  # voxels nearly 4 times as long
+    power, before = (np.abs(np.fft.fftn(x)) ** 2 for x in (result, noise))
     f = np.abs(np.stack(np.meshgrid(*[np.fft.fftfreq(48)] * 3, indexing="ij"))).max(axis=0)
     assert power[f > 1 / 8].sum() < 0.02 * before[f > 1 / 8].sum()
     assert power[f < 1 / 48].sum() > 0.9 * before[f < 1 / 48].sum()
@@ -257,10 +257,10 @@ def test_flips_of_a_prediction_that_were_not_trained_on_are_named():
         ("--random-rotation 200", "between 0 and 180"),
     ],
 )
-def test_what_does_not_go_together_is_refused(words, text, tmp_path):
+def test_what_does_not_go_together_is_refused(args, text, tmp_path):
     data = make_set(tmp_path / "set", train=4, labeled=2)
     with pytest.raises(UserError, match=text):
-        train_dtml.main(["--data", str(data), *TINY, "--labeled", "2", "--runs", str(tmp_path), *words.split()])
+        train_dtml.main(["--data", str(data), *TINY, "--labeled", "2", "--runs", str(tmp_path), *args.split()])
     assert {path.name for path in tmp_path.iterdir()} == {"set"}
 
 

@@ -45,9 +45,9 @@ def test_is_as_near_to_float64_as_torch_s_on_contiguous_maps(shape, offset):
     contiguous.load_state_dict(ours.state_dict())
     expected = outcome(in_float64, x.double(), grad.double())
     usual = outcome(contiguous, x, grad)
-    found = outcome(ours, x.to(memory_format=LAST), grad)
-    assert found[0].is_contiguous(memory_format=LAST)
-    for i, (a, b, c) in enumerate(zip(found, expected, usual, strict=True)):
+    result = outcome(ours, x.to(memory_format=LAST), grad)
+    assert result[0].is_contiguous(memory_format=LAST)
+    for i, (a, b, c) in enumerate(zip(result, expected, usual, strict=True)):
         assert distance(a, b) < 2 * distance(c, b) + 1e-6, i
     assert ours.num_batches_tracked == in_float64.num_batches_tracked == 1
 

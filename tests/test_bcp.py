@@ -44,7 +44,7 @@ def test_the_losses_are_the_formulas_of_the_docstring(iteration, classes, monkey
     torch.manual_seed(3)
     box = random_box((16, 16, 16), 2 / 3)
     torch.manual_seed(3)
-    found = method(data, iteration)
+    result = method(data, iteration)
     crops = list(zip(data["image"], [*data["label"], *pseudo], strict=True))
     mixes = [(0, 4), (1, 5), (6, 2), (7, 3)] if iteration == 5 else [(0, 2), (1, 3), (2, 0), (3, 1)]
     m = box.double()
@@ -58,9 +58,9 @@ def test_the_losses_are_the_formulas_of_the_docstring(iteration, classes, monkey
         other = by_hand.seg(q[:2], y[:2], inside) + by_hand.seg(q[2:], y[2:], outside)
     else:
         seg, other = by_hand.seg(q, y), 0.0
-    assert found.terms["seg"].item() == pytest.approx(seg, rel=1e-6)
-    assert found.terms["pseudo_seg"].item() == pytest.approx(other, rel=1e-6)
-    assert found.total.item() == pytest.approx(seg + 0.7 * other, rel=1e-6)
+    assert result.terms["seg"].item() == pytest.approx(seg, rel=1e-6)
+    assert result.terms["pseudo_seg"].item() == pytest.approx(other, rel=1e-6)
+    assert result.total.item() == pytest.approx(seg + 0.7 * other, rel=1e-6)
 
 
 def test_the_teacher_is_the_student_until_the_start_and_then_its_average():
@@ -84,8 +84,8 @@ def test_pseudo_labels_keep_the_largest_component_of_each_class(classes):
     method = make(classes=classes)
     method.ema.student.forward = lambda image: {"seg": logits}
     q = by_hand.distribution(logits)
-    every, found = q.argmax(axis=1), method.pseudo_label(batch()["image"][:2]).numpy()
-    for kept, label in zip(found, every, strict=True):
+    every, result = q.argmax(axis=1), method.pseudo_label(batch()["image"][:2]).numpy()
+    for kept, label in zip(result, every, strict=True):
         for c in range(1, classes + 1):
             numbers, count = ndimage.label(label == c, np.ones((3, 3, 3)))
             assert count > 1 and (kept == c).sum() == np.bincount(numbers.flat)[1:].max()

@@ -20,12 +20,12 @@ from utils.errors import UserError
 def test_a_method_is_timed(name, monkeypatch):
     tiny = {"patch_size": [32, 32, 32], "filters": 2, "iterations": 9}
     monkeypatch.setitem(settings.PROFILES, "phantom", tiny)
-    found = bench.measure(name, bench.Options(iterations=1, device="cpu"))
-    assert found["seconds"] > 0 and 0.1 < found["memory"] < 100
-    assert 0 < found["trained"] <= found["all"]
+    result = bench.measure(name, bench.Options(iterations=1, device="cpu"))
+    assert result["seconds"] > 0 and 0.1 < result["memory"] < 100
+    assert 0 < result["trained"] <= result["all"]
     options = command_line.read_options(["--method", name, "--profile", "phantom"])[1]
     parts = dict(METHODS[name](options, iterations=9).named_children())
-    assert (found["trained"] < found["all"]) == bool({"teacher", "ema", "adversary"} & set(parts))
+    assert (result["trained"] < result["all"]) == bool({"teacher", "ema", "adversary"} & set(parts))
 
 
 def test_times_ratios_and_peaks_of_forms_side_by_side(monkeypatch):
@@ -80,10 +80,10 @@ def test_the_tables_of_single_parts(part, small_scans, capsys, tmp_path, monkeyp
         scaled = ["--normalize", "scan"] if part is window else []
         train_dtml.main(["--data", "set", "--runs", ".", "--name", "run", *TINY, "--iterations", "1", *scaled])
         capsys.readouterr()
-    words, rows = PARTS[part]
+    args, rows = PARTS[part]
     seen, real = [], window.predict_scan
     monkeypatch.setattr(window, "predict_scan", lambda m, image, *a, **k: seen.append(image) or real(m, image, *a, **k))
-    part.main(words if part is precision else [*words, "--rounds", "1"])
+    part.main(args if part is precision else [*args, "--rounds", "1"])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + rows and min(line.count("|") for line in lines) > 3
     assert not any("NO" in line for line in lines)

@@ -34,9 +34,9 @@ def test_the_consistency_is_over_the_crops_that_its_option_names(crops, first):
     torch.manual_seed(3)  # the same dropout
     p, z = method.M_s(batch["image"])["seg"].sigmoid(), method.M_d(batch["image"])["sdm"]
     torch.manual_seed(3)
-    found = method(batch, 30).terms["consistency"].item()
+    result = method(batch, 30).terms["consistency"].item()
     m = 1 / (1 + torch.exp(3 * z.double()))
-    assert len(p) == 4 and found == pytest.approx((m - p.double())[first:].square().mean().item(), rel=1e-5)
+    assert len(p) == 4 and result == pytest.approx((m - p.double())[first:].square().mean().item(), rel=1e-5)
     assert method.needs_unlabeled == (first > 0)
 
 
@@ -49,8 +49,8 @@ def test_intensities_are_the_formula():
     x = image.numpy()
     u = (x - x.min()) / (x.max() - x.min())
     expected = np.exp(contrast) * (x.min() + (x.max() - x.min()) * u ** np.exp(gamma)) + shift
-    found = random_intensities(image, np.random.default_rng(5), 0.3)
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12)
+    result = random_intensities(image, np.random.default_rng(5), 0.3)
+    np.testing.assert_allclose(result.numpy(), expected, rtol=1e-12)
 
 
 def test_a_crop_of_one_value_stays_finite():
@@ -101,6 +101,6 @@ def test_the_mean_of_flips_undoes_every_flip(flips):
     x = torch.randn(2, 1, 6, 6, 3)
     torch.testing.assert_close(mean_of_flips(torch.sigmoid, x, flips), x.sigmoid())
     place = torch.arange(6.0).view(1, 1, 6, 1, 1).expand(2, 1, 6, 6, 3)
-    found = mean_of_flips(lambda turned: place + 0 * turned, x, flips)
+    result = mean_of_flips(lambda turned: place + 0 * turned, x, flips)
     group = {1: place, 4: torch.full_like(place, 2.5), 8: torch.full_like(place, 2.5)}
-    torch.testing.assert_close(found, group[flips])
+    torch.testing.assert_close(result, group[flips])

@@ -61,9 +61,9 @@ def world(tmp_path_factory) -> Path:
     return folder
 
 
-def train(data: Path, run: Path, *words: str) -> Path:
+def train(data: Path, run: Path, *args: str) -> Path:
     argv = ["--data", str(data), *TINY, "--labeled", "2", "--batch-size", "2", "--iterations", "3", "--device", "cpu"]
-    train_dtml.main([*argv, "--runs", str(run.parent), "--name", run.name, *words])
+    train_dtml.main([*argv, "--runs", str(run.parent), "--name", run.name, *args])
     return run
 
 
@@ -118,15 +118,15 @@ def test_a_csv_and_4d_files_give_the_same_cases(layout, world, tmp_path):
 def test_convert_treats_each_channel_as_a_scan_of_its_own(tmp_path):
     """Bit for bit, with resampling and a crop."""
     nnunet(tmp_path / "scans", labeled=2, unlabeled=0)
-    words = ["--spacing", "1.6", "1", "2", "--crop", "label"]
-    convert.main(["--source", str(tmp_path / "scans"), "--out", str(tmp_path / "set"), *words])
+    args = ["--spacing", "1.6", "1", "2", "--crop", "label"]
+    convert.main(["--source", str(tmp_path / "scans"), "--out", str(tmp_path / "set"), *args])
     for c in range(2):
         source = tmp_path / f"scans{c}"
         shutil.copytree(tmp_path / "scans" / "labelsTr", source / "labelsTr")
         (source / "imagesTr").mkdir()
         for path in (tmp_path / "scans" / "imagesTr").glob(f"*_{c:04}.nii.gz"):
             shutil.copy(path, source / "imagesTr" / path.name.replace(f"_{c:04}", ""))
-        convert.main(["--source", str(source), "--out", str(tmp_path / f"set{c}"), *words])
+        convert.main(["--source", str(source), "--out", str(tmp_path / f"set{c}"), *args])
         for i in range(2):
             (image, label), (one, its_label) = (
                 read_case(Case("", tmp_path / where / f"p{i}" / "mri_norm2.h5", True)) for where in ("set", f"set{c}")
@@ -172,18 +172,18 @@ def test_channels_that_do_not_fit_are_refused(change, message, tmp_path):
 def test_a_set_keeps_to_its_channels(tmp_path):
     """Other names, or one channel in place of two, are refused when it grows."""
     nnunet(tmp_path / "scans", labeled=2, unlabeled=0)
-    words = ["--source", str(tmp_path / "scans"), "--out", str(tmp_path / "set")]
-    convert.main(words)
-    convert.main(words)
+    args = ["--source", str(tmp_path / "scans"), "--out", str(tmp_path / "set")]
+    convert.main(args)
+    convert.main(args)
     (tmp_path / "scans" / "dataset.json").write_text(json.dumps({"channel_names": {"0": "FLAIR", "1": "T1"}}))
     with pytest.raises(UserError, match=r"channels: \['T1', 'FLAIR'\] before, \['FLAIR', 'T1'\] now"):
-        convert.main(words)
+        convert.main(args)
     for path in (tmp_path / "scans").glob("*/p*"):
         path.rename(path.with_name(path.name.replace("p", "q", 1)))
     for path in (tmp_path / "scans" / "imagesTr").glob("*_0001*"):
         path.unlink()
     with pytest.raises(UserError, match=r"made in another way \(channels: \['T1', 'FLAIR'\] before, None now"):
-        convert.main(words)
+        convert.main(args)
 
 
 def test_a_checkpoint_names_its_channels_and_a_test_wants_the_same(world, tmp_path):
@@ -221,8 +221,8 @@ def test_a_case_with_other_channels_than_the_first_stops_a_training(tmp_path):
     assert channels_of_set(tmp_path / "set") == 2
 
 
-def predicted(run: Path, out: Path, *words: object) -> Path:
-    predict.main(["--checkpoint", str(run), *map(str, words), "-o", str(out), "--device", "cpu", "--threads", "1"])
+def predicted(run: Path, out: Path, *args: object) -> Path:
+    predict.main(["--checkpoint", str(run), *map(str, args), "-o", str(out), "--device", "cpu", "--threads", "1"])
     return out
 
 
@@ -233,16 +233,16 @@ def test_files_of_channels_in_any_form_are_predicted_alike(world, tmp_path):
         write(tmp_path / f"{name}.nii.gz", channel, geometry)
     affine = nibabel.load(files[0]).affine
     nibabel.save(nibabel.Nifti1Image(np.moveaxis(image, 0, -1), affine), tmp_path / "both.nii.gz")
-    run, words = world / "runs" / "two", ["--probabilities", "float32"]
-    predicted(run, tmp_path / "a", files[1], files[0], *words)  # in any order
-    predicted(run, tmp_path / "b", f"{tmp_path / 'T1.nii.gz'},{tmp_path / 'FLAIR.nii.gz'}", *words)
-    predicted(run, tmp_path / "c", tmp_path / "both.nii.gz", *words)
+    run, args = world / "runs" / "two", ["--probabilities", "float32"]
+    predicted(run, tmp_path / "a", files[1], files[0], *args)  # in any order
+    predicted(run, tmp_path / "b", f"{tmp_path / 'T1.nii.gz'},{tmp_path / 'FLAIR.nii.gz'}", *args)
+    predicted(run, tmp_path / "c", tmp_path / "both.nii.gz", *args)
     written = [tmp_path / "a" / "p5", tmp_path / "b" / "T1", tmp_path / "c" / "both"]
     maps = [read_image(path.with_name(path.name + "_probability.nii.gz")) for path in written]
     for p, geometry_there in maps:
         np.testing.assert_array_equal(p, maps[0][0])
         assert p.shape == SHAPE and np.allclose(geometry_there["origin"], geometry["origin"], atol=1e-3)
-    predicted(run, tmp_path / "d", f"{tmp_path / 'FLAIR.nii.gz'},{tmp_path / 'T1.nii.gz'}", *words)
+    predicted(run, tmp_path / "d", f"{tmp_path / 'FLAIR.nii.gz'},{tmp_path / 'T1.nii.gz'}", *args)
     assert not np.array_equal(read_image(tmp_path / "d" / "FLAIR_probability.nii.gz")[0], maps[0][0])
 
 
@@ -276,12 +276,12 @@ def test_a_wrong_number_of_channels_is_refused_with_what_is_needed(world, tmp_pa
         (["d/b_0001.nii.gz,d/b_0000.nii.gz"], {"b": ["b_0001", "b_0000"]}),
     ],
 )
-def test_the_files_of_a_scan_are_one_scan_however_they_are_named(words, scans, tmp_path, monkeypatch):
+def test_the_files_of_a_scan_are_one_scan_however_they_are_named(args, scans, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("d").mkdir()
     for name in ("a_0000", "a_0001", "b_0000", "b_0001"):
         Path(f"d/{name}.nii.gz").touch()
-    named = {scan.name: [scan_name(file) for file in scan.files] for scan in given_scans(words, [], channels=2)}
+    named = {scan.name: [scan_name(file) for file in scan.files] for scan in given_scans(args, [], channels=2)}
     assert named == scans
     assert len(given_scans(["d"], [], channels=1)) == 4
 

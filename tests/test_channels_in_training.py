@@ -21,9 +21,9 @@ from tools import check
 SCAN = Normalization("scan")
 
 
-def two_channels(folder: Path, channels: int = 2, **words) -> Path:
+def two_channels(folder: Path, channels: int = 2, **args) -> Path:
     """The set of `make_set`, with further channels that are mixtures of the first and noise."""
-    make_set(folder, **words)
+    make_set(folder, **args)
     for path in sorted(folder.glob("*/mri_norm2.h5")):
         with h5py.File(path, "r+") as f:
             first = f["image"][()]
@@ -83,8 +83,8 @@ def test_the_sliding_window_shows_every_channel_to_the_network():
     """A network that adds up its channels with weights gives that sum of the volumes, padded sides and all."""
     image = torch.randn(3, 20, 12, 17)
     weights = torch.tensor([1.0, -2.0, 0.5]).view(-1, 1, 1, 1)
-    found = sliding_window(lambda x: (x * weights).sum(dim=1, keepdim=True), image, (16, 16, 16), (5, 7, 4))
-    torch.testing.assert_close(found[0], (image * weights).sum(dim=0))
+    result = sliding_window(lambda x: (x * weights).sum(dim=1, keepdim=True), image, (16, 16, 16), (5, 7, 4))
+    torch.testing.assert_close(result[0], (image * weights).sum(dim=0))
 
 
 @pytest.mark.parametrize(

@@ -20,10 +20,10 @@ from utils.errors import UserError
 CHECK = ["--labeled", "4", "--patch-size", "16", "16", "16", "--workers", "1"]
 
 
-def run_check(folder: Path, capsys: pytest.CaptureFixture, *words: str) -> tuple[list[str], str]:
+def run_check(folder: Path, capsys: pytest.CaptureFixture, *args: str) -> tuple[list[str], str]:
     """The lines of the findings and the table."""
     with contextlib.suppress(UserError):
-        check.main([str(folder), *CHECK, *words])
+        check.main([str(folder), *CHECK, *args])
     lines, _, rest = capsys.readouterr().out.partition("| |")
     return [line for line in lines.splitlines() if line], rest
 
@@ -84,13 +84,13 @@ def test_every_bad_file_is_named_at_once(tiny_set, capsys):
     drop_label(tiny_set, "case09")
     lines, rest = run_check(tiny_set, capsys)
     errors = [line for line in lines if line.startswith("error:")]
-    words = {
+    args = {
         "case00": "damaged or incomplete", "case01": "there is no", "case02": "has shape",
         "case03": "0, 2 where only 0 and 1", "case04": "not a number", "case05": "three-dimensional",
         "case06": "above 0 mm", "case09": "without a dataset 'label'",
     }  # fmt: skip
-    assert len(errors) == len(words) and "8 errors" in rest
-    for name, text in words.items():
+    assert len(errors) == len(args) and "8 errors" in rest
+    for name, text in args.items():
         (line,) = (line for line in errors if line.startswith(f"error:   {name}: "))
         assert text in line and "take the case out of the lists" in line
 
@@ -120,9 +120,9 @@ def test_a_validation_image_elsewhere_is_a_leak(place, so, tmp_path, capsys):
 # -- warnings --
 
 
-def warned(folder: Path, capsys: pytest.CaptureFixture, *words: str) -> str:
+def warned(folder: Path, capsys: pytest.CaptureFixture, *args: str) -> str:
     """The one warning, and no error."""
-    lines, _ = run_check(folder, capsys, *words)
+    lines, _ = run_check(folder, capsys, *args)
     (line,) = (line for line in lines if not line.startswith("note:"))
     assert line.startswith("warning: ")
     return line.removeprefix("warning: ")
@@ -240,8 +240,8 @@ def test_an_inverted_label(tiny_set, capsys):
 # -- notes --
 
 
-def noted(folder: Path, capsys: pytest.CaptureFixture, *words: str) -> list[str]:
-    lines, _ = run_check(folder, capsys, *words)
+def noted(folder: Path, capsys: pytest.CaptureFixture, *args: str) -> list[str]:
+    lines, _ = run_check(folder, capsys, *args)
     assert all(line.startswith("note:") for line in lines), lines
     return [line.removeprefix("note:").strip() for line in lines]
 
@@ -317,10 +317,10 @@ def test_classes_are_counted_and_named_where_they_are_absent(three, capsys):
 # -- training --
 
 
-def log_of(data: Path, folder: Path, *words: str) -> list[str]:
+def log_of(data: Path, folder: Path, *args: str) -> list[str]:
     """The warnings in a run's log."""
     where = ["--runs", str(folder.parent), "--name", folder.name]
-    train_dtml.main(["--data", str(data), *TINY, "--method", "dtc", "--iterations", "1", *where, *words])
+    train_dtml.main(["--data", str(data), *TINY, "--method", "dtc", "--iterations", "1", *where, *args])
     return [line for line in (folder / "log.txt").read_text().splitlines() if line.startswith("warning:")]
 
 

@@ -104,8 +104,8 @@ def test_largest_component_of_each_class():
     label = np.random.default_rng(0).choice(4, (20, 18, 16), p=(0.7, 0.1, 0.1, 0.1)).astype(np.uint8)
     kept = largest_components(label, 3)
     for c in (1, 2, 3):
-        found, _ = ndimage.label(label == c, np.ones((3, 3, 3)))
-        assert (kept == c).sum() == np.bincount(found.ravel())[1:].max()
+        result, _ = ndimage.label(label == c, np.ones((3, 3, 3)))
+        assert (kept == c).sum() == np.bincount(result.ravel())[1:].max()
         assert not (kept == c)[label != c].any()
 
 
@@ -114,9 +114,9 @@ def test_largest_component_of_each_class():
 def test_the_classes_names_mean_nothing(name, softmax):
     """Classes 1 and 2 swapped, in the labels, in the maps and in the heads: the same loss, to rounding."""
     kind = METHODS[name]
-    words = {"classes": 3, "softmax": softmax, "filters": 2, "k": 10.0, "passes": 2}
+    args = {"classes": 3, "softmax": softmax, "filters": 2, "k": 10.0, "passes": 2}
     torch.manual_seed(0)
-    method = kind(fill(kind.Options, words), iterations=10).double()
+    method = kind(fill(kind.Options, args), iterations=10).double()
     image = torch.randn(4, 1, 16, 16, 16, dtype=torch.float64)
     label = torch.randint(4, (2, 16, 16, 16))
     swapped = torch.tensor([0, 2, 1, 3])[label]
@@ -152,8 +152,8 @@ def test_from_labels_to_tables(tmp_path, capsys):
     train_dtml.main([*flags, "--filters", "4", *where])
     assert len(list((run / "pictures").glob("*.png"))) == 1
     capsys.readouterr()
-    words = ["--threads", "1", "--stride", "8", "8", "8", "--save", "all", "--report"]
-    test_la.main(["--checkpoint", str(run), *words])
+    args = ["--threads", "1", "--stride", "8", "8", "8", "--save", "all", "--report"]
+    test_la.main(["--checkpoint", str(run), *args])
     out, printed = run / "test", capsys.readouterr().out
     rows = csv_rows(out / "cases.csv")
     assert len(rows) == 2 * 2 * 3 and [row["class"] for row in rows[:3]] == ["1", "2", "mean"]
@@ -180,8 +180,8 @@ def test_from_labels_to_tables(tmp_path, capsys):
 def test_a_scan_that_lacks_a_class_has_no_mean_distance_and_is_counted():
     label = np.zeros((8, 8, 8), np.uint8)
     label[1:4, 1:4, 1:4], label[5:7, 5:7, 5:7] = 1, 2
-    found = np.where(label == 1, label, 0)
-    one, two, mean = scores.class_scores(found, label, 2, (1.0, 1.0, 2.0))
+    result = np.where(label == 1, label, 0)
+    one, two, mean = scores.class_scores(result, label, 2, (1.0, 1.0, 2.0))
     assert (one["dice"], two["dice"], mean["dice"]) == (1, 0, 0.5)
     assert np.isnan(two["hd95"]) and np.isnan(mean["hd95"]) and one["hd95"] == 0
     diagonal, in_mm = 8 * 3**0.5, 8 * 6**0.5  # of 8 x 8 x 8 voxels, of 1 x 1 x 2 mm
@@ -197,8 +197,8 @@ def test_a_scan_that_lacks_a_class_has_no_mean_distance_and_is_counted():
 def test_a_class_that_is_in_neither_map_is_in_no_mean_and_counted_apart():
     label = np.zeros((8, 8, 8), np.uint8)
     label[1:4, 1:4, 1:4] = 1
-    found = np.roll(label, 1, axis=0)
-    one, two, mean = scores.class_scores(found, label, 2, None)
+    result = np.roll(label, 1, axis=0)
+    one, two, mean = scores.class_scores(result, label, 2, None)
     assert all(np.isnan(two[name]) for name in ("dice", "jaccard", "asd", "hd95", "hd95_penalised", "asd_mm"))
     names = ("dice", "jaccard", "asd", "hd95", "hd95_penalised", "voxels", "label_voxels")
     assert [mean[name] for name in names] == [one[name] for name in names] and one["hd95"] == 1

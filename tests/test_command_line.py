@@ -29,8 +29,8 @@ def inside(sets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_underscores_are_hyphens_but_in_values():
-    words = ["--patch_size", "32", "16", "16", "--lr_gamma=0.5", "--name=my_run"]
-    o, _, folder, _ = command_line.read_options(["--data", "set", *words])
+    args = ["--patch_size", "32", "16", "16", "--lr_gamma=0.5", "--name=my_run"]
+    o, _, folder, _ = command_line.read_options(["--data", "set", *args])
     assert (o.patch_size, o.lr_gamma, folder.name) == ([32, 16, 16], 0.5, "my_run")
 
 
@@ -44,9 +44,9 @@ def test_later_flags_win_over_an_options_file(tmp_path):
 # -- presets, profiles, names --
 
 
-def settled(*words: str) -> dict[str, Any]:
+def settled(*args: str) -> dict[str, Any]:
     """All options that a command line comes to."""
-    o, method_options, *_ = command_line.read_options(list(words))
+    o, method_options, *_ = command_line.read_options(list(args))
     return {**dataclasses.asdict(o), **dataclasses.asdict(method_options)}
 
 
@@ -61,8 +61,8 @@ AUTHORS = {"lambda_max": 1.0, "ramp": "steps", "consistency_times": 2, "augment"
 def test_flag_wins_over_a_preset_and_a_profile(choice, name, value):
     flag = shlex.split(as_flags({name: value}))
     usual = settled("--data", "set", *choice.split())
-    for words in ([*flag, *choice.split()], [*choice.split(), *flag]):
-        options = settled("--data", "set", *words)
+    for args in ([*flag, *choice.split()], [*choice.split(), *flag]):
+        options = settled("--data", "set", *args)
         assert options[name] == value != usual[name]
         assert {other for other in options if options[other] != usual[other]} <= {name, "lr_steps"}
 
@@ -116,8 +116,8 @@ def test_without_la_the_phantom_set_is_taken(tmp_path, monkeypatch):
         ("--name mine", "mine"),
     ],
 )
-def test_run_folder_is_named_after_what_varies(words, name):
-    assert command_line.read_options(["--data", "set", *words.split()])[2] == Path("runs") / name
+def test_run_folder_is_named_after_what_varies(args, name):
+    assert command_line.read_options(["--data", "set", *args.split()])[2] == Path("runs") / name
 
 
 # -- the preset tuned --
@@ -130,17 +130,17 @@ OF_A_METHOD = {  # method: what it needs otherwise, of the options that all shar
 OF_A_LOSS = {"dtml": {"k": 50.0}, "unimatch": {"pseudo_loss": "dice"}}  # in `tuned`, of the method's own options
 
 
-def shared(*words):
+def shared(*args):
     """The options that all methods share, as a command line comes to them; without the names of method and preset."""
-    o = command_line.read_options(["--data", "set", "--labeled", "8", *words])[0]
+    o = command_line.read_options(["--data", "set", "--labeled", "8", *args])[0]
     return {name: value for name, value in vars(o).items() if name not in ("method", "preset")}
 
 
 @pytest.mark.parametrize("profile", ["full", "half", "hippocampus"])
 def test_under_tuned_all_methods_are_trained_alike(profile):
     """One word gives every method the same training settings, in each another than by default."""
-    words = ["--preset", "tuned", "--profile", profile]
-    usual = shared("--method", "dtml", *words)
+    args = ["--preset", "tuned", "--profile", profile]
+    usual = shared("--method", "dtml", *args)
     stated = {"lr_schedule": "cosine", "lr_steps": [], "intensity": 0.3, "normalize": "scan",
               "augment": "d4", "optimizer": "sgd", "lr": 0.01, "momentum": 0.9, "weight_decay": 1e-4,
               "precision": "fp32", "batch_size": 6, "labeled_batch": 4, "unlabeled": None}  # fmt: skip
@@ -148,9 +148,9 @@ def test_under_tuned_all_methods_are_trained_alike(profile):
         stated |= {"augment": "none", "optimizer": "adamw", "lr": 0.001, "weight_decay": 0.01}
     assert {name: usual[name] for name in stated} == stated
     for method in METHODS:
-        found = shared("--method", method, *words)
-        assert found == usual | OF_A_METHOD.get(method, {}), method
-        assert (found["labeled_batch"] or found["batch_size"]) == 4, "labeled crops in a batch"
+        result = shared("--method", method, *args)
+        assert result == usual | OF_A_METHOD.get(method, {}), method
+        assert (result["labeled_batch"] or result["batch_size"]) == 4, "labeled crops in a batch"
     paper = shared("--method", "dtml", "--profile", profile)
     differ = {name for name in usual if usual[name] != paper[name]}
     assert differ == {"lr_schedule", "lr_steps", "intensity", "normalize", "batch_size", "labeled_batch"}
@@ -159,8 +159,8 @@ def test_under_tuned_all_methods_are_trained_alike(profile):
 @pytest.mark.parametrize("method", METHODS)
 def test_tuned_leaves_a_methods_own_options_as_they_are(method):
     """But for two constants; so methods differ by their losses alone."""
-    words = ["--method", method, "--data", "set", "--labeled", "8"]
-    tuned, usual = (command_line.read_options([*words, *more])[1] for more in (["--preset", "tuned"], []))
+    args = ["--method", method, "--data", "set", "--labeled", "8"]
+    tuned, usual = (command_line.read_options([*args, *more])[1] for more in (["--preset", "tuned"], []))
     names = [f.name for f in dataclasses.fields(usual)]
     differ = {name: getattr(tuned, name) for name in names if getattr(tuned, name) != getattr(usual, name)}
     assert differ == OF_A_LOSS.get(method, {})
@@ -168,7 +168,12 @@ def test_tuned_leaves_a_methods_own_options_as_they_are(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_its_settings_are_flags_that_win_over_it(method):
-    found = shared("--method", method, "--preset", "tuned", "--normalize", "none", "--lr", "0.02", "--intensity", "0")
-    assert (found["normalize"], found["lr"], found["intensity"], found["lr_schedule"]) == ("none", 0.02, 0, "cosine")
+    result = shared("--method", method, "--preset", "tuned", "--normalize", "none", "--lr", "0.02", "--intensity", "0")
+    assert (result["normalize"], result["lr"], result["intensity"], result["lr_schedule"]) == (
+        "none",
+        0.02,
+        0,
+        "cosine",
+    )
     alone = shared("--method", method, "--preset", "tuned", "--unlabeled", "0")  # its control
     assert (alone["batch_size"], alone["labeled_batch"]) == (4, None)

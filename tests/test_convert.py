@@ -23,8 +23,8 @@ SHAPE = (30, 28, 18)
 RAS_GRID = {"spacing": (2.0, 2.0, 1.0), "origin": (0.0, 0.0, 0.0), "direction": (-1.0, 0, 0, 0, -1.0, 0, 0, 0, 1.0)}
 
 
-def converted(source: Path, out: Path, *words: str) -> Path:
-    convert.main(["--source", str(source), "--out", str(out), *words])
+def converted(source: Path, out: Path, *args: str) -> Path:
+    convert.main(["--source", str(source), "--out", str(out), *args])
     return out
 
 
@@ -50,11 +50,11 @@ def plain(scans, tmp_path_factory) -> Path:
 def test_a_case_is_the_normalised_scan_with_its_geometry_and_where_it_came_from(scans, plain):
     image, label, geometry, about = read(plain, "patient1")
     stored, stored_geometry = read_image(scans / "images" / "patient1.nii.gz")
-    source, found = turned(stored, stored_geometry)
+    source, result = turned(stored, stored_geometry)
     expected = (source.astype(float) - source.mean(dtype=float)) / source.std(dtype=float)
     np.testing.assert_allclose(image, expected, atol=1e-4)
-    for name in found:
-        np.testing.assert_allclose(geometry[name], found[name], atol=1e-9)
+    for name in result:
+        np.testing.assert_allclose(geometry[name], result[name], atol=1e-9)
         np.testing.assert_allclose(about[f"source_{name}"], stored_geometry[name], rtol=0)
     assert label.sum() > 500
     assert about["source_image"] == "patient1.nii.gz" and len(about["source_label_sha256"]) == 64
@@ -80,8 +80,8 @@ def test_resampling_keeps_the_object_in_its_place(scans, tmp_path):
     for i, centre in enumerate(make_scans(tmp_path / "again")[:4]):
         image, label, geometry, _ = read(out, f"patient{i}")
         assert geometry["spacing"] == (1.0, 1.5, 1.2)
-        found = to_physical(geometry, np.argwhere(label)).mean(0)
-        assert np.linalg.norm(found - centre) < 0.3
+        result = to_physical(geometry, np.argwhere(label)).mean(0)
+        assert np.linalg.norm(result - centre) < 0.3
         truth = ball(image.shape, geometry, centre, 7) > 0
         assert 2 * (truth & (label > 0)).sum() / (truth.sum() + label.sum()) > 0.88  # nearest voxels: a rough edge
         assert image[truth].mean() > image[~truth].mean() + 1
@@ -163,8 +163,8 @@ def test_processes_change_nothing_and_what_is_there_is_left_alone(scans, plain, 
 
 def test_a_killed_process_is_told_and_the_same_command_goes_on(scans, plain, tmp_path, monkeypatch):
     class Struck(ProcessPoolExecutor):
-        def map(self, *words):
-            outcomes = super().map(*words)
+        def map(self, *args):
+            outcomes = super().map(*args)
             active_children()[0].kill()
             return outcomes
 
@@ -252,9 +252,9 @@ def test_values_joined_by_commas_become_one_class(tmp_path):
         write(tmp_path / f"scans/labelsTr/p{i}.nii.gz", label)
     names = {"0": "background", "1": "core", "2": "edema", "4": "rim"}
     (tmp_path / "scans" / "dataset.json").write_text(json.dumps({"labels": names}))
-    words = (tmp_path / "scans", tmp_path / "set", "--labels", "1,4", "2")
+    args = (tmp_path / "scans", tmp_path / "set", "--labels", "1,4", "2")
     for _ in range(2):
-        out = converted(*words)
+        out = converted(*args)
     label = read_case(Case("p0", out / "p0" / "mri_norm2.h5", True, classes=2))[1]
     assert (label == 1).sum() == 7 * 4 * 4 and (label == 2).sum() == 10 * 8 * SHAPE[2]
     assert class_names(out) == {1: "core + rim", 2: "edema"}
@@ -265,7 +265,7 @@ def test_values_joined_by_commas_become_one_class(tmp_path):
         (("1,0", "2"), "1,0 is no value above 0, and no such values joined by commas"),
     ):
         with pytest.raises(UserError, match=message):
-            converted(*words[:3], *other)
+            converted(*args[:3], *other)
 
 
 def test_a_margin_is_of_every_side_of_the_label_and_a_part_of_how_a_set_was_made(tmp_path):
@@ -275,16 +275,16 @@ def test_a_margin_is_of_every_side_of_the_label_and_a_part_of_how_a_set_was_made
         image = np.random.default_rng(i).standard_normal(label.shape)
         write(tmp_path / f"scans/images/p{i}.nii.gz", image.astype(np.float32), RAS_GRID)
         write(tmp_path / f"scans/labels/p{i}.nii.gz", label, RAS_GRID)
-    words = (tmp_path / "scans", tmp_path / "set", "--crop", "label", "--spacing", "1", "1", "1", "--crop-margin", "5")
-    out = converted(*words)
+    args = (tmp_path / "scans", tmp_path / "set", "--crop", "label", "--spacing", "1", "1", "1", "--crop-margin", "5")
+    out = converted(*args)
     _, cut, _, about = read(out, "p0")
     assert cut.shape == (20 + 10, 6 + 10, 30)  # 5 voxels of the new grid, and the scan's end along z
     assert np.argwhere(cut).min(axis=0).tolist() == [5, 5, 3] and about["crop_margins"].tolist() == [5] * 6
-    assert converted(*words) == out
+    assert converted(*args) == out
     for again, message in (
-        ((*words[:-1], "6"), "margin: 5 before, 6 now"),
-        (words[:-2], "margin: 5 before, None now"),
-        ((*words[:2], "--crop-margin", "5"), "--crop-margin does nothing with --crop none"),
+        ((*args[:-1], "6"), "margin: 5 before, 6 now"),
+        (args[:-2], "margin: 5 before, None now"),
+        ((*args[:2], "--crop-margin", "5"), "--crop-margin does nothing with --crop none"),
     ):
         with pytest.raises(UserError, match=message):
             converted(*again)
@@ -320,11 +320,11 @@ def spoil(folder: Path, what: str) -> None:
         ("", ("--crop", "label"), "patient4: has no label to crop around"),
     ],
 )
-def test_a_scan_that_cannot_be_used_is_refused_with_its_reason(what, words, message, tmp_path):
+def test_a_scan_that_cannot_be_used_is_refused_with_its_reason(what, args, message, tmp_path):
     make_scans(tmp_path / "scans")
     spoil(tmp_path / "scans", what)
     with pytest.raises(UserError, match=message):
-        converted(tmp_path / "scans", tmp_path / "set", *words)
+        converted(tmp_path / "scans", tmp_path / "set", *args)
 
 
 @pytest.mark.parametrize(

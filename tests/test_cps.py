@@ -23,7 +23,7 @@ def make(**options):
 @pytest.mark.parametrize("on", ["all", "unlabeled"])
 def test_the_losses_are_the_formulas_of_the_docstring(on, classes):
     method, data = make(pseudo_on=on, classes=classes).eval(), batch(classes=classes)
-    found = method(data, 0)
+    result = method(data, 0)
     with torch.no_grad():
         q = [by_hand.distribution(network(data["image"])["seg"]) for network in method.networks]
     assert q[0].shape[1] == classes + 1
@@ -32,9 +32,9 @@ def test_the_losses_are_the_formulas_of_the_docstring(on, classes):
     parts = [slice(2, None)] + [slice(2)] * (on == "all")
     pseudo = sum(by_hand.ce(q[i][part], y[1 - i][part]) for part in parts for i in (0, 1))
     seg = sum(by_hand.seg(x[:2], data["label"].numpy()) for x in q)
-    assert found.terms["seg"].item() == pytest.approx(seg, rel=1e-9)
-    assert found.terms["pseudo"].item() == pytest.approx(pseudo, rel=1e-9)
-    assert found.total.item() == pytest.approx(seg + 1.5 * pseudo, rel=1e-9) and found.weights == {"w": 1.5}
+    assert result.terms["seg"].item() == pytest.approx(seg, rel=1e-9)
+    assert result.terms["pseudo"].item() == pytest.approx(pseudo, rel=1e-9)
+    assert result.total.item() == pytest.approx(seg + 1.5 * pseudo, rel=1e-9) and result.weights == {"w": 1.5}
 
 
 def test_each_network_learns_the_other_s_label_and_no_gradient_reaches_that_label():
@@ -51,18 +51,18 @@ def test_each_network_learns_the_other_s_label_and_no_gradient_reaches_that_labe
 
 def test_the_authors_code_has_one_mean_over_all_crops():
     method, data = make(pseudo_weight=CPS.PRESETS["authors"]["pseudo_weight"]).eval(), batch(unlabeled=2)
-    found = method(data, 0)
+    result = method(data, 0)
     with torch.no_grad():
         q = [by_hand.distribution(network(data["image"])["seg"]) for network in method.networks]
     once = sum(by_hand.ce(q[i], q[1 - i].argmax(axis=1)) for i in (0, 1))
-    assert found.weights["w"] * found.terms["pseudo"].item() == pytest.approx(1.5 * once, rel=1e-9)
+    assert result.weights["w"] * result.terms["pseudo"].item() == pytest.approx(1.5 * once, rel=1e-9)
 
 
 def test_the_weight_is_constant_or_rises():
     constant, rising = make(iterations=40), make(iterations=40, **{"pseudo_weight": 0.1, "ramp_end": 0.5})
     assert [constant(batch(), t).weights["w"] for t in (0, 39)] == [1.5, 1.5]
-    found = [rising(batch(), t).weights["w"] for t in (0, 10, 20, 39)]
-    assert found == pytest.approx([0.1 * ramp_up(t, 20) for t in (0, 10, 20, 20)]) and found[2:] == [0.1, 0.1]
+    result = [rising(batch(), t).weights["w"] for t in (0, 10, 20, 39)]
+    assert result == pytest.approx([0.1 * ramp_up(t, 20) for t in (0, 10, 20, 20)]) and result[2:] == [0.1, 0.1]
 
 
 @pytest.mark.parametrize("on", ["all", "unlabeled"])

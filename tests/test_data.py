@@ -22,11 +22,11 @@ from utils.errors import UserError
 def orbit(kind: str) -> set[tuple[float, ...]]:
     """Every image that the augmentation makes of a small square with four different corners."""
     square = torch.tensor([[1.0, 2.0], [3.0, 4.0]])[:, :, None]
-    found = set()
+    result = set()
     for seed in range(200):
         draw = draw_augmentation(np.random.default_rng(seed), (2, 2, 1), (2, 2, 1), kind)
-        found.add(tuple(turn_and_flip(square, draw).flatten().tolist()))
-    return found
+        result.add(tuple(turn_and_flip(square, draw).flatten().tolist()))
+    return result
 
 
 def test_d4_has_all_eight_turns_and_reflections_and_mirror_the_four_reflections():
@@ -99,7 +99,7 @@ def kept(folder: Path, name: str, what: str) -> Path:
 def opened(monkeypatch):
     """Names of the cases whose h5 files are opened."""
     names, real = [], h5py.File
-    monkeypatch.setattr(h5py, "File", lambda path, *words: names.append(Path(path).parent.name) or real(path, *words))
+    monkeypatch.setattr(h5py, "File", lambda path, *args: names.append(Path(path).parent.name) or real(path, *args))
     return names
 
 
@@ -147,12 +147,12 @@ def twin_sets(folder: Path) -> tuple[Path, Path]:
     return a, b
 
 
-def assert_read(found: Volumes, expected: Volumes) -> None:
+def assert_read(result: Volumes, expected: Volumes) -> None:
     """Voxels, shapes and checksums of all cases."""
-    assert (found.checksums, found.shapes) == (expected.checksums, expected.shapes)
+    assert (result.checksums, result.shapes) == (expected.checksums, expected.shapes)
     for i, shape in enumerate(expected.shapes):
         whole = tuple(slice(0, side) for side in shape)
-        for one, other in zip(found.read(i, whole), expected.read(i, whole), strict=True):
+        for one, other in zip(result.read(i, whole), expected.read(i, whole), strict=True):
             assert (one is None and other is None) or torch.equal(one, other)
 
 
@@ -190,8 +190,8 @@ def test_another_file_in_the_place_of_the_first_is_read_anew(how, cache, tmp_pat
 
 
 def test_what_a_run_does_to_its_crops_stays_out_of_the_disk_cache(tiny_set, tmp_path):
-    found = volumes(tiny_set, cache="disk", folder=tmp_path)
-    image, label = found.read(0, (slice(None),) * 3)
+    result = volumes(tiny_set, cache="disk", folder=tmp_path)
+    image, label = result.read(0, (slice(None),) * 3)
     expected = image.clone(), label.clone()
     image.zero_()
     label.fill_(7)
@@ -207,9 +207,9 @@ def test_a_disk_cache_that_cannot_be_written_is_a_user_s_mistake(tiny_set, tmp_p
 
 def test_a_source_that_changes_while_it_is_read_is_not_remembered(tiny_set, tmp_path, monkeypatch):
     def read_and_touch(case):
-        found = read_case(case)
+        result = read_case(case)
         os.utime(case.path, ns=(0, case.path.stat().st_mtime_ns + 1))
-        return found
+        return result
 
     monkeypatch.setattr("dataloaders.volumes.read_case", read_and_touch)
     for cache in ("none", "disk"):

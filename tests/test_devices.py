@@ -82,7 +82,7 @@ def test_a_card_that_is_hidden_on_purpose_is_left_alone(value, machine, monkeypa
 def test_a_driver_that_hangs_counts_as_a_card(machine, monkeypatch):
     machine(program="exec sleep 60")
     run = subprocess.run
-    monkeypatch.setattr(subprocess, "run", lambda *words, **more: run(*words, **{**more, "timeout": 0.5}))
+    monkeypatch.setattr(subprocess, "run", lambda *args, **more: run(*args, **{**more, "timeout": 0.5}))
     with pytest.raises(UserError, match=r"nvidia-smi does not answer\), but torch"):
         choose_device("auto")
 

@@ -83,10 +83,10 @@ for name, how, method, flags in json.loads((place / "runs.json").read_text()):
 """
 
 
-def torchrun(*words, cwd):
+def torchrun(*args, cwd):
     """Starts a program in two processes, in a process group of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, words)],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, args)],
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "PYTHONFAULTHANDLER": "1"},
         start_new_session=True,
@@ -138,11 +138,11 @@ def ranks(data, tmp_path_factory):
 
 
 def test_replicas_are_identical_to_the_last_bit(ranks):
-    found, runs = ranks
+    result, runs = ranks
     for name in ("whole", "diverged", "stopped", "resumed"):
-        assert differing(found[name, 0]["weights"], found[name, 1]["weights"]) == []
+        assert differing(result[name, 0]["weights"], result[name, 1]["weights"]) == []
     saved = load(runs / "whole" / "last.pt")
-    weights = found["whole", 0]["weights"]
+    weights = result["whole", 0]["weights"]
     assert differing({name: saved["method"][name] for name in weights}, weights) == []
     assert saved["iteration"] == N
 
@@ -150,8 +150,8 @@ def test_replicas_are_identical_to_the_last_bit(ranks):
 @pytest.mark.parametrize("method", OTHERS)
 def test_replicas_of_every_method_are_identical_to_the_last_bit(method, ranks):
     """Teachers and critics too, whose weights no optimiser of the loop moves."""
-    found, runs = ranks
-    a, b = (found[method, rank] for rank in (0, 1))
+    result, runs = ranks
+    a, b = (result[method, rank] for rank in (0, 1))
     assert a["end"] == b["end"] == "done" and len(a["seen"]) == 3
     assert all(not torch.equal(x, y) for (_, x), (_, y) in zip(a["seen"], b["seen"], strict=True))
     assert differing(a["weights"], b["weights"]) == []
@@ -163,8 +163,8 @@ def test_replicas_of_every_method_are_identical_to_the_last_bit(method, ranks):
 
 @pytest.mark.parametrize("method", CRITICS)
 def test_the_critic_s_gradient_is_the_mean_of_both_processes(method, ranks):
-    found, _ = ranks
-    steps = list(zip(found[method, 0]["critic"], found[method, 1]["critic"], strict=True))
+    result, _ = ranks
+    steps = list(zip(result[method, 0]["critic"], result[method, 1]["critic"], strict=True))
     assert len(steps) == 3
     for (own, mean), (other, same_mean) in steps:
         assert all(torch.equal(x, y) for x, y in zip(mean, same_mean, strict=True))
@@ -176,8 +176,8 @@ def test_the_critic_s_gradient_is_the_mean_of_both_processes(method, ranks):
 
 
 def test_each_process_has_its_own_batches(ranks):
-    found, _ = ranks
-    a, b = (found["whole", rank]["seen"] for rank in (0, 1))
+    result, _ = ranks
+    a, b = (result["whole", rank]["seen"] for rank in (0, 1))
     assert len(a) == len(b) == N
     assert all(not torch.equal(x, y) for _, x in a for _, y in b)
     # 4 labeled cases, one in each batch, two batches at a time: every two iterations see each of them once.
@@ -187,29 +187,29 @@ def test_each_process_has_its_own_batches(ranks):
 
 
 def test_all_stop_when_the_loss_of_one_is_not_finite(ranks):
-    found, runs = ranks
-    ends = [found["diverged", rank]["end"] for rank in (0, 1)]
+    result, runs = ranks
+    ends = [result["diverged", rank]["end"] for rank in (0, 1)]
     assert ends[0].startswith("Diverged: at iteration 3 a loss of another process")
     assert ends[1].startswith("Diverged: at iteration 3 the loss seg")
     # The batch is kept by the process whose loss it was.
     kept = load(runs / "diverged" / "diverged-rank1.pt")
-    assert kept["batch"]["case"] == found["diverged", 1]["seen"][3][0] and kept["iteration"] == 3
-    assert torch.equal(kept["batch"]["image"], found["diverged", 1]["seen"][3][1])
+    assert kept["batch"]["case"] == result["diverged", 1]["seen"][3][0] and kept["iteration"] == 3
+    assert torch.equal(kept["batch"]["image"], result["diverged", 1]["seen"][3][1])
     assert not (runs / "diverged" / "diverged-rank0.pt").exists()
     saved = load(runs / "diverged" / "last.pt")
-    weights = found["diverged", 0]["weights"]
+    weights = result["diverged", 0]["weights"]
     assert saved["iteration"] == 3
     assert differing({name: saved["method"][name] for name in weights}, weights) == []
 
 
 def test_all_stop_when_one_is_signalled_and_go_on_as_if_nothing_had_been(ranks):
-    found, runs = ranks
-    assert all(found["stopped", rank]["end"].startswith("Stopped: saved") for rank in (0, 1))
-    assert [len(found["stopped", rank]["seen"]) for rank in (0, 1)] == [4, 4]
+    result, runs = ranks
+    assert all(result["stopped", rank]["end"].startswith("Stopped: saved") for rank in (0, 1))
+    assert [len(result["stopped", rank]["seen"]) for rank in (0, 1)] == [4, 4]
     for rank in (0, 1):
-        assert differing(found["resumed", rank]["weights"], found["whole", rank]["weights"]) == []
-        halves = found["stopped", rank]["seen"] + found["resumed", rank]["seen"]
-        assert [cases for cases, _ in halves] == [cases for cases, _ in found["whole", rank]["seen"]]
+        assert differing(result["resumed", rank]["weights"], result["whole", rank]["weights"]) == []
+        halves = result["stopped", rank]["seen"] + result["resumed", rank]["seen"]
+        assert [cases for cases, _ in halves] == [cases for cases, _ in result["whole", rank]["seen"]]
     a, b = (load(runs / name / "last.pt") for name in ("stopped", "whole"))
     assert differing(a["method"], b["method"]) == []
     for x, y in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values(), strict=True):
@@ -250,13 +250,13 @@ def test_48_a_killed_process_is_started_again_by_torchrun_and_ends_as_if_nothing
 
 def test_the_scans_of_a_validation_are_shared_out_and_scored_with_the_weights_that_are_saved(ranks, tmp_path):
     """Three scans, of which one process has two; each process has running statistics of its own in training."""
-    found, runs = ranks
+    result, runs = ranks
     for rank in (0, 1):
-        assert differing(found["validated", rank]["weights"], found["whole", rank]["weights"]) == []
+        assert differing(result["validated", rank]["weights"], result["whole", rank]["weights"]) == []
     last, whole, best = (load(runs / name) for name in ("validated/last.pt", "whole/last.pt", "validated/best.pt"))
     assert flat(last["method"]) == flat(whole["method"]) and flat(last["optimizer"]) == flat(whole["optimizer"])
-    words = ["--checkpoint", str(runs / "validated" / "best.pt"), "--scans", "validation", "--stride", "8", "8", "8"]
-    test_la.main([*words, "--out", str(tmp_path), "--threads", "1", "--device", "cpu"])
+    args = ["--checkpoint", str(runs / "validated" / "best.pt"), "--scans", "validation", "--stride", "8", "8", "8"]
+    test_la.main([*args, "--out", str(tmp_path), "--threads", "1", "--device", "cpu"])
     rows = [row for row in csv_rows(tmp_path / "cases.csv") if (row["output"], row["component"]) == ("seg", "all")]
     assert len(rows) == 3
     assert sum(float(row["dice"]) for row in rows) / 3 == pytest.approx(best["best"]["dice"], abs=2e-6)
@@ -267,9 +267,9 @@ def test_the_test_script_shares_out_its_scans(data, ranks, tmp_path):
     copy = shutil.copytree(data, tmp_path / "set")
     shutil.copytree(copy / "case09", copy / "more")
     (copy / "test.list").write_text("case08\ncase09\nmore\n")
-    words = ["--checkpoint", str(ranks[1] / "whole"), "--data", str(copy), "--stride", "8", "8", "8", "--device", "cpu"]
-    test_la.main([*words, "--out", str(tmp_path / "one"), "--threads", "1"])
-    code, err = end_of(torchrun(ROOT / "test_la.py", *words, "--out", tmp_path / "two", cwd=tmp_path))
+    args = ["--checkpoint", str(ranks[1] / "whole"), "--data", str(copy), "--stride", "8", "8", "8", "--device", "cpu"]
+    test_la.main([*args, "--out", str(tmp_path / "one"), "--threads", "1"])
+    code, err = end_of(torchrun(ROOT / "test_la.py", *args, "--out", tmp_path / "two", cwd=tmp_path))
     assert code == 0, err
     for name in ("cases.csv", "table.md"):
         assert (tmp_path / "two" / name).read_text() == (tmp_path / "one" / name).read_text()

@@ -115,12 +115,12 @@ def test_parameters_of_the_decoder_are_the_published_ones():
 
 @pytest.mark.parametrize("shape", [(32, 32, 16), (16, 48, 32), (16, 16, 16)])
 def test_every_voxel_is_shared_out_among_the_queries(shape):
-    found = decoder()(maps_of(shape))
-    assert found.logits.shape == (2, 2, *shape) and found.assignment.shape == (2, 6, *shape)
-    torch.testing.assert_close(found.assignment.sum(dim=1), torch.ones(2, *shape))
-    assert [tuple(M.shape) for M in found.levels] == [(2, 6, *(side // s for side in shape)) for s in (8, 4)]
-    G = group_sums(found.assignment, (1, 2, 3))
-    torch.testing.assert_close(G[:, 2], found.assignment[:, 3:].sum(dim=1))
+    result = decoder()(maps_of(shape))
+    assert result.logits.shape == (2, 2, *shape) and result.assignment.shape == (2, 6, *shape)
+    torch.testing.assert_close(result.assignment.sum(dim=1), torch.ones(2, *shape))
+    assert [tuple(M.shape) for M in result.levels] == [(2, 6, *(side // s for side in shape)) for s in (8, 4)]
+    G = group_sums(result.assignment, (1, 2, 3))
+    torch.testing.assert_close(G[:, 2], result.assignment[:, 3:].sum(dim=1))
     torch.testing.assert_close(G.mean(dim=(0, 2, 3, 4)), torch.tensor([1, 2, 3]) / 6, atol=0.03, rtol=0)
 
 
@@ -155,7 +155,7 @@ def test_the_k_means_step_is_its_equation():
     layer = KMeansLayer(8, 16, 0.1, 0.1).double()
     nn.init.ones_(layer.update[1].weight)
     X, Q = torch.randn(2, 8, 4, 4, 4).double(), torch.randn(2, 16, 5).double()
-    found, M = layer(X, Q)
+    result, M = layer(X, Q)
     x = F.gelu(layer.pixel(F.gelu(X.flatten(2))))
     U, owner = layer.value(x), M.flatten(2).argmax(dim=1)
     sums = torch.zeros(2, 16, 5).double()
@@ -164,20 +164,20 @@ def test_the_k_means_step_is_its_equation():
             sums[b, :, owner[b, u]] += U[b, :, u]
     mean, var = sums.mean(dim=(0, 2), keepdim=True), sums.var(dim=(0, 2), keepdim=True, unbiased=False)
     Q = Q + layer.update((sums - mean) / (var + 1e-3).sqrt())
-    torch.testing.assert_close(found, F.gelu(F.gelu(Q)))
+    torch.testing.assert_close(result, F.gelu(F.gelu(Q)))
 
 
 def test_attention_is_over_the_other_queries():
     torch.manual_seed(0)
     layer, z = KMeansLayer(8, 16, 0.1, 0.1).double(), torch.randn(2, 16, 5).double()
-    found = layer.attention(z)
+    result = layer.attention(z)
     q, k, v = layer.qkv(z).split([8, 8, 16], dim=1)
     similarity = torch.stack([q[:, h : h + 1].transpose(1, 2) @ k[:, h : h + 1] for h in range(8)], dim=1)
     mean, var = (f(similarity) for f in (lambda s: s.mean((0, 2, 3), True), lambda s: s.var((0, 2, 3), False, True)))
     weight = ((similarity - mean) / (var + 1e-3).sqrt()).softmax(dim=3)
     for h in range(8):
         by_hand = torch.einsum("bnm,bcm->bcn", weight[:, h], v[:, 2 * h : 2 * h + 2])
-        torch.testing.assert_close(found[:, 2 * h : 2 * h + 2], by_hand)
+        torch.testing.assert_close(result[:, 2 * h : 2 * h + 2], by_hand)
 
 
 # -- losses --
@@ -266,8 +266,8 @@ def test_deep_supervision_is_the_query_loss_of_each_layer_at_its_own_size():
         share = F.avg_pool3d(label[:, None].float(), stride)
         G = P[:, 4:].sum(dim=1, keepdim=True)
         by_hand.append(-(share * G.log() + (1 - share) * (1 - G).log()).mean())
-    found = method.supervised(view, label)["deep"]
-    torch.testing.assert_close(found, torch.stack(by_hand).mean())
+    result = method.supervised(view, label)["deep"]
+    torch.testing.assert_close(result, torch.stack(by_hand).mean())
     assert "deep" not in make(deep_weight=0.0)(batch, 0).terms
 
 

@@ -40,12 +40,12 @@ def test_links_lead_somewhere_and_the_readme_leads_here():
 
 def sections() -> dict[str, str]:
     """Method -> its section; '' -> what all share."""
-    found = {}
+    result = {}
     for part in re.split(r"^## ", DIFFERENCES, flags=re.MULTILINE)[1:]:
         title = part.splitlines()[0]
         name = re.search(r"\(`([\w-]+)`\)$", title)
-        found[name[1] if name else ""] = part
-    return found
+        result[name[1] if name else ""] = part
+    return result
 
 
 def flags_in(text: str) -> list[str]:
@@ -53,15 +53,15 @@ def flags_in(text: str) -> list[str]:
     return [code for code in re.findall(r"`([^`]+)`", text) if code.startswith("--")]
 
 
-def parsed(method: str, words: str) -> dict:
+def parsed(method: str, args: str) -> dict:
     """Option -> value of a flag as written; {} if it stands there without its value."""
     parser = Parser()
     parser.add_dataclass(settings.Options)
     parser.add_dataclass(METHODS[method].Options)
     try:
-        return parser.parse(shlex.split(words))
+        return parser.parse(shlex.split(args))
     except UserError as e:
-        if "expected" in str(e) and " " not in words:
+        if "expected" in str(e) and " " not in args:
             return {}
         raise
 
@@ -76,26 +76,26 @@ def default(method: str, name: str):
 def test_flags_are_the_methods_and_defaults_are_defaults(method):
     assert set(sections()) == {"", *METHODS}
     text, name, here = sections()[method], method or "ua-mt", 0
-    assert all(isinstance(parsed(name, words), dict) for words in flags_in(text))
+    assert all(isinstance(parsed(name, args), dict) for args in flags_in(text))
     rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| ")]
     assert len(rows) > 3 and {len(row) for row in rows} == {5}
     for row in rows[1:]:
-        for words in flags_in(row[3]):
-            for option, value in parsed(name, words).items():
+        for args in flags_in(row[3]):
+            for option, value in parsed(name, args).items():
                 here += 1
-                assert value == default(name, option), words
-        for words in flags_in(row[4]):
-            for option, value in parsed(name, words).items():
-                assert value != default(name, option), words
+                assert value == default(name, option), args
+        for args in flags_in(row[4]):
+            for option, value in parsed(name, args).items():
+                assert value != default(name, option), args
     assert here >= 2
 
 
 # -- adding a method --
 
 
-def code_after(words: str, language: str = "python") -> str:
+def code_after(place: str, language: str = "python") -> str:
     """The first block of code after these words of the page."""
-    return re.search(rf"```{language}\n(.*?)```", ADDING[ADDING.index(words) :], re.S)[1]
+    return re.search(rf"```{language}\n(.*?)```", ADDING[ADDING.index(place) :], re.S)[1]
 
 
 def put(path: Path, after: str, lines: str) -> None:
@@ -145,9 +145,9 @@ def shell(copy: Path, block: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def python(copy: Path, *words: str) -> str:
+def python(copy: Path, *args: str) -> str:
     env = {**os.environ, "PYTHONPATH": str(copy)}
-    done = subprocess.run([sys.executable, *words], cwd=copy, env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *args], cwd=copy, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -182,16 +182,16 @@ def test_the_worked_example_trains_resumes_is_tested_and_is_in_the_grid(copy):
 def test_the_worked_example_is_taken_in_by_the_tests_and_passes_them(copy):
     """The page to its end, the losses and the tables that it has written included; then the tests of its own and those
     that go through all methods or rows at once."""
-    for words in ("## 6. The tests", "The tables in `results/`"):
-        shell(copy, code_after(words, "bash"))
+    for place in ("## 6. The tests", "The tables in `results/`"):
+        shell(copy, code_after(place, "bash"))
     assert "Entropy minimisation" in (copy / "results" / "half" / "tables.md").read_text(encoding="utf-8")
     at_once = "every_method_that or every_flag or the_stored"
     others = " or ".join(METHODS)  # their own tests pass here as they do there
     chosen = f"(entropy or {at_once}) and not (worked or {others})"
-    names = ("methods", "flags", "help", "idle", "golden", "precision", "docs")
+    names = ("methods", "flags", "help", "unused_flags", "golden", "precision", "docs")
     files = [*(f"tests/test_{name}.py" for name in names), "tests/faults/test_stop_and_resume.py"]
-    found = python(copy, "-m", "pytest", "-p", "no:cacheprovider", "-k", chosen, *files)
-    assert int(re.search(r"(\d+) passed", found)[1]) >= 15, found
+    result = python(copy, "-m", "pytest", "-p", "no:cacheprovider", "-k", chosen, *files)
+    assert int(re.search(r"(\d+) passed", result)[1]) >= 15, result
 
 
 # -- findings --
@@ -249,19 +249,19 @@ def verdict(reference: Runs, row: Runs) -> str:
 
 def test_the_claims_are_what_the_records_give():
     lines = re.findall(r"^\| \[[^]]+\]\(#([\w-]+)\) \|[^|]*\| ([^|]*) \| ([\w ]+) \|$", PAGES["findings.md"], re.M)
-    found = {}
+    result = {}
     for section, here, word in lines:
-        found.setdefault(section, []).append((here, word))
+        result.setdefault(section, []).append((here, word))
     compared = [compare(*(read_runs(f"{ROOT}/results/half/{name}-16-seed1337", "dice", "all") for name in pair))
                 for pair in ((other, "dtml") for other in OTHERS)]  # fmt: skip
     assert all(c.low < 0 < c.high for c in compared)
     least, most = (f"{100 * end(c.difference for c in compared):+.2f}" for end in (min, max))
-    ((here, word),) = found.pop("the-other-methods")
+    ((here, word),) = result.pop("the-other-methods")
     assert here.startswith(f"{least} to {most} (every interval contains 0; 1 and 1 runs".replace("-", "\N{MINUS SIGN}"))
-    assert word == "not shown" and found.keys() == CLAIMS.keys()
+    assert word == "not shown" and result.keys() == CLAIMS.keys()
     for section, pairs in CLAIMS.items():
         runs = [[read_runs(f"{ROOT}/results/{where}", "dice", "all") for where in pair] for pair in pairs]
-        assert found[section] == [(shown(compare(*pair, most=1)), verdict(*pair)) for pair in runs]
+        assert result[section] == [(shown(compare(*pair, most=1)), verdict(*pair)) for pair in runs]
     slugs = [
         re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
         for title in re.findall("^#+ (.*)", PAGES["findings.md"], re.M)

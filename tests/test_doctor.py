@@ -10,8 +10,8 @@ from conftest import make_set
 from tools import doctor
 
 
-def report(capsys, *words):
-    doctor.main(list(words))
+def report(capsys, *args):
+    doctor.main(list(args))
     return capsys.readouterr().out
 
 
@@ -29,11 +29,11 @@ def test_it_names_every_case_that_cannot_be_used(tiny_set, capsys):
     assert "- PROBLEM: 2 cases are not usable" in out and "case01" in out and "case09" in out and "8 read" in out
 
 
-@pytest.mark.parametrize("words", [["--data", "nowhere"], []])
-def test_it_reports_where_there_is_no_set(words, capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize("args", [["--data", "nowhere"], []])
+def test_it_reports_where_there_is_no_set(args, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    out = report(capsys, *words)
-    assert ("PROBLEM: the data folder nowhere does not exist" if words else "folder: none here") in out
+    out = report(capsys, *args)
+    assert ("PROBLEM: the data folder nowhere does not exist" if args else "folder: none here") in out
 
 
 def test_it_tells_no_names_of_users_and_folders(capsys, tmp_path, monkeypatch):

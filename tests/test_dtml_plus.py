@@ -38,7 +38,7 @@ def test_the_losses_are_the_formulas_of_the_docstring(trust):
     for name in ("M_s", "M_d"):  # averages that differ from their networks
         for weight in method.ema[name].parameters():
             weight.data += 0.1 * torch.randn_like(weight)
-    found = method(data, 3)
+    result = method(data, 3)
     with torch.no_grad():
         x, u = data["image"][:2], data["image"][2:]
         p, z = (net(x)[head].numpy() for net, head in ((method.M_s, "seg"), (method.M_d, "sdm")))
@@ -59,16 +59,16 @@ def test_the_losses_are_the_formulas_of_the_docstring(trust):
     }
     assert trust == "all" or 0 < a.mean() < 1
     for name, value in expected.items():
-        assert found.terms[name].item() == pytest.approx(value, rel=1e-6), name
+        assert result.terms[name].item() == pytest.approx(value, rel=1e-6), name
     total = expected["seg"] + expected["mask"] + 0.7 * (expected["pseudo_seg"] + expected["pseudo_mask"])
-    assert found.total.item() == pytest.approx(total, rel=1e-6)
+    assert result.total.item() == pytest.approx(total, rel=1e-6)
 
 
 def test_the_weight_waits_rises_and_stays():
     method = make(iterations=100, start=0.2, full=0.4)
-    found = [method.ramp(t) for t in range(100)]
-    assert found[:20] == [0.0] * 20 and found[40:] == [1.0] * 60
-    assert found[30] == pytest.approx(np.exp(-5 * 0.25)) and all(np.diff(found) >= 0)
+    result = [method.ramp(t) for t in range(100)]
+    assert result[:20] == [0.0] * 20 and result[40:] == [1.0] * 60
+    assert result[30] == pytest.approx(np.exp(-5 * 0.25)) and all(np.diff(result) >= 0)
     assert method(batch(), 10).terms["pseudo_seg"] == 0 and method(batch(), 10).weights["w"] == 0
 
 
@@ -96,10 +96,10 @@ def test_outputs_are_the_networks_their_averages_and_the_means(classes):
 def test_blur_is_scipys():
     torch.manual_seed(3)
     x, sigma = torch.randn(3, 1, 12, 10, 9, dtype=torch.float64), torch.tensor([0.5, 0.8, 1.0]).view(3, 1, 1, 1, 1)
-    found = perturbation.blurred(x, sigma)
+    result = perturbation.blurred(x, sigma)
     for i in range(3):
         expected = gaussian_filter(x[i, 0].numpy(), sigma[i].item(), mode="nearest", radius=3)
-        np.testing.assert_allclose(found[i, 0].numpy(), expected, atol=1e-7)
+        np.testing.assert_allclose(result[i, 0].numpy(), expected, atol=1e-7)
 
 
 def test_strong_views_differ_by_item_and_are_a_function_of_the_seed():

@@ -62,7 +62,7 @@ class Trained:
         return sorted(events.Reload().Tags()["images"])
 
 
-def train(folder: Path, *words: str) -> Trained:
+def train(folder: Path, *argv: str) -> Trained:
     """Trains; the run is the one folder below `folder` that holds a new checkpoint."""
     opened, recomputed, pids = 0, 0, folder / "pids"
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ def train(folder: Path, *words: str) -> Trained:
         patch.setattr(backbone, "checkpoint", compute_again)
         patch.setattr(Patches, "__getitem__", make_and_note)
         patch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        train_dtml.main(["--runs", str(folder), *words])
+        train_dtml.main(["--runs", str(folder), *argv])
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(False)
     last = max(folder.rglob("last.pt"), key=lambda path: path.stat().st_mtime_ns)
@@ -117,8 +117,8 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with h5py.File(path, "a") as f:
             if "label" in f:
                 f["label"][:, :11] *= 2
-    words = ["--data", str(folder / "set"), "--runs", str(folder), "--name", "origin", *BASE, "--seed", "5"]
-    train_dtml.main([*words, "--iterations", "1"])
+    argv = ["--data", str(folder / "set"), "--runs", str(folder), "--name", "origin", *BASE, "--seed", "5"]
+    train_dtml.main([*argv, "--iterations", "1"])
     return folder
 
 
@@ -133,8 +133,8 @@ def run(sets: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., T
     """Trains with BASE and more words, once for all tests that ask for the same ones."""
 
     @functools.cache
-    def trained(*words: str) -> Trained:
-        return train(tmp_path_factory.mktemp("my runs"), "--data", "set", *BASE, *words)
+    def trained(*argv: str) -> Trained:
+        return train(tmp_path_factory.mktemp("my runs"), "--data", "set", *BASE, *argv)
 
     return trained
 
@@ -144,10 +144,10 @@ def run(sets: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., T
 
 def words_of(method: str, *flags: str) -> list[str]:
     """The words of some flags for a method, which is not named where a flag names it."""
-    words = [word for flag in flags for word in flag.split()]
-    if "--no-kmax" in words:  # which leaves nothing of the queries' flags
-        return ["--method", method, *words]
-    return words if "--method" in words else [*method_words(method), *words]
+    argv = [word for flag in flags for word in flag.split()]
+    if "--no-kmax" in argv:  # which leaves nothing of the queries' flags
+        return ["--method", method, *argv]
+    return argv if "--method" in argv else [*method_words(method), *argv]
 
 
 LEARNING = [("dtml", changed, beside) for pairs in SHARED.values() for changed, beside in pairs]
@@ -239,10 +239,10 @@ ELSEWHERE = {
 def finished(sets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run long enough that windows matter, with a checkpoint previous.pt of 20 and a last.pt of 30 iterations."""
     runs = tmp_path_factory.mktemp("finished")
-    words = ["--iterations", "30", "--lr", "0.1", "--lr-steps", "--k", "10", "--filters", "4", "--save-every", "20"]
+    argv = ["--iterations", "30", "--lr", "0.1", "--lr-steps", "--k", "10", "--filters", "4", "--save-every", "20"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(sets)
-        train_dtml.main(["--runs", str(runs), "--data", "set", *BASE, *words, "--name", "run"])
+        train_dtml.main(["--runs", str(runs), "--data", "set", *BASE, *argv, "--name", "run"])
     return runs / "run"
 
 
@@ -269,7 +269,7 @@ class Outcome:
         return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.nii.gz")}
 
 
-def run_test(finished: Path, out: Path, *words: str) -> Outcome:
+def run_test(finished: Path, out: Path, *argv: str) -> Outcome:
     """Tests the run `finished`; the results are in `out` unless the words say otherwise."""
     batches, asked, pools = [], [], []
     choose, predict, pool = test_la.choose_device, METHODS["dtml"].predict, test_la.ThreadPoolExecutor
@@ -283,8 +283,8 @@ def run_test(finished: Path, out: Path, *words: str) -> Outcome:
         patch.setattr(METHODS["dtml"], "predict", note_batch)
         patch.setattr(test_la, "ThreadPoolExecutor", lambda count: pools.append(count) or pool(count))
         usual = ["--checkpoint", str(finished), "--stride", "8", "8", "8", "--device", "cpu"]
-        test_la.main([*usual, "--threads", "1", "--out", str(out), *words])
-    return Outcome(Path(words[words.index("--out") + 1]) if "--out" in words else out, batches, asked[0], pools)
+        test_la.main([*usual, "--threads", "1", "--out", str(out), *argv])
+    return Outcome(Path(argv[argv.index("--out") + 1]) if "--out" in argv else out, batches, asked[0], pools)
 
 
 @pytest.fixture(scope="module")
@@ -320,9 +320,9 @@ TEST_FLAGS: dict[str, tuple[list[str], Callable[[Outcome], Any]]] = {
 
 @pytest.mark.parametrize("name", TEST_FLAGS)
 def test_flag_of_the_test_changes_something(name, finished, usual_test, tmp_path):
-    words, look = TEST_FLAGS[name]
-    words = [word.format(finished=finished, tmp=tmp_path) for word in words]
-    other = run_test(finished, tmp_path / "out", *words)
+    argv, look = TEST_FLAGS[name]
+    argv = [word.format(finished=finished, tmp=tmp_path) for word in argv]
+    other = run_test(finished, tmp_path / "out", *argv)
     assert look(other) != look(usual_test)
     changing = ["checkpoint", "data", "output", "cases", "metrics", "nsd_tolerance", "patch_size", "stride",
                 "weighting", "flips", "precision"]  # fmt: skip

@@ -23,11 +23,11 @@ def words_of(folder: Path, fold: str, *more: str) -> list[str]:
     return ["--data", str(folder / "set"), "--runs", str(folder), "--name", name, *WORDS, "--fold", fold, *more]
 
 
-def scored(run: Path, *words: str) -> list[dict[str, str]]:
+def scored(run: Path, *args: str) -> list[dict[str, str]]:
     """The rows of cases.csv of --scans validation."""
     out = run.parent / "best-validation" if run.name == "best.pt" else run / "validation"
     test_la.main(
-        ["--checkpoint", str(run), "--scans", "validation", "--stride", "16", "16", "16", "--threads", "1", *words]
+        ["--checkpoint", str(run), "--scans", "validation", "--stride", "16", "16", "16", "--threads", "1", *args]
     )
     return csv_rows(out / "cases.csv")
 
@@ -95,11 +95,11 @@ def cells_of(text: str, title: str) -> dict[tuple[str, str], dict[str, str]]:
     lines = text.partition(title)[2].strip().splitlines()
     header, _, *rest = [line for line in lines if line.startswith("|")]
     head = [cell.strip() for cell in header.strip("|").split("|")]
-    found = {}
+    result = {}
     for line in rest:
         row = dict(zip(head, [cell.strip() for cell in line.strip("|").split("|")], strict=True))
-        found.setdefault((row["output"], row["component"]), row)
-    return found
+        result.setdefault((row["output"], row["component"]), row)
+    return result
 
 
 def test_the_summary_has_mean_and_sd_over_all_scans_and_over_the_folds(three, tmp_path, capsys):
@@ -162,5 +162,5 @@ def test_wrong_folds_are_refused_and_a_run_is_named_after_its_own(three, tmp_pat
     with pytest.raises(UserError, match="deals out 8 folds, but only 7 scans are labeled"):
         train_dtml.main(words_of(three, "7/8"))
     assert not (three / "foldo").exists() and not (three / "fold7").exists()
-    words = ["--data", str(three / "set"), "--labeled", "7", "--fold", "1/05"]
-    assert command_line.read_options(words)[2].name == "dtml-7-fold1of5-seed1337"
+    args = ["--data", str(three / "set"), "--labeled", "7", "--fold", "1/05"]
+    assert command_line.read_options(args)[2].name == "dtml-7-fold1of5-seed1337"

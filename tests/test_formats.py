@@ -29,8 +29,8 @@ def check_latex(text, folder):
     """Compiles a page of tables where pdflatex is there; else looks at commands, braces, columns and signs."""
     if shutil.which("pdflatex"):
         (folder / "page.tex").write_text(f"{PREAMBLE}{text}\n\\end{{document}}\n", encoding="utf-8")
-        words = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "page.tex"]
-        done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=120)
+        args = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "page.tex"]
+        done = subprocess.run(args, cwd=folder, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stdout[-2000:]
         return
     text = "\n".join(line for line in text.splitlines() if not line.startswith("%"))
@@ -57,14 +57,14 @@ def check_latex(text, folder):
         assert {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {len(layout) - 1}
 
 
-def printed(capsys, *words):
-    reproduce.main(list(words))
+def printed(capsys, *args):
+    reproduce.main(list(args))
     return capsys.readouterr().out
 
 
-def records_of(capsys, *words):
+def records_of(capsys, *args):
     """The lines of a CSV by the name of their table."""
-    rows = list(csv.DictReader(io.StringIO(printed(capsys, *words, "--format", "csv"))))
+    rows = list(csv.DictReader(io.StringIO(printed(capsys, *args, "--format", "csv"))))
     assert rows and None not in rows[0]
     return {name: list(lines) for name, lines in itertools.groupby(rows, lambda row: row["table"])}
 
@@ -111,8 +111,8 @@ def test_csv_has_the_numbers_of_the_records(here, capsys):
 def test_the_best_of_as_many_labels_is_bold_in_latex_and_not_in_markdown(here, capsys):
     for key, value in {"supervised-normalized-8": 0.7, "cps-8": 0.8, "supervised-normalized-80": 0.9}.items():
         write_record(key, 1337, [(value, 10 * value)] * 6)
-    words = ["--profile", "half", "--table", "methods", "--labels", "8", "80"]
-    text = printed(capsys, *words, "--format", "latex")
+    args = ["--profile", "half", "--table", "methods", "--labels", "8", "80"]
+    text = printed(capsys, *args, "--format", "latex")
     check_latex(text, here)
     text = text.split("\\end{table}")[0]
     lines = {line.split(" & ")[0]: line.split(" & ") for line in text.splitlines() if " & " in line}
@@ -120,7 +120,7 @@ def test_the_best_of_as_many_labels_is_bold_in_latex_and_not_in_markdown(here, c
     vnet = [line.split(" & ") for line in text.splitlines() if line.startswith("V-Net & ")]
     assert vnet[0][3:6] == ["70.00", "35.00", "\\textbf{7.00 (6 of 6)}"]  # a smaller distance is better
     assert vnet[1][3] == "90.00"  # alone with its labels
-    assert "**80.00**" not in printed(capsys, *words)
+    assert "**80.00**" not in printed(capsys, *args)
 
 
 def test_cost_rank_and_recipe_stand_in_markdown(here, capsys):
@@ -154,11 +154,11 @@ def test_all_recorded_tables_are_latex_and_csv(profile, monkeypatch, tmp_path, c
 def test_the_glance_table_has_a_column_for_each_number(here, capsys):
     for seed, value in {1337: 0.8, 1338: 0.7, 1339: 0.9}.items():
         write_record("supervised-normalized-16", seed, [(value, 2)] * 6)
-    words = ["--profile", "half", "--table", "glance"]
-    rows = {row["labeled"]: row for row in records_of(capsys, *words)["glance"]}
+    args = ["--profile", "half", "--table", "glance"]
+    rows = {row["labeled"]: row for row in records_of(capsys, *args)["glance"]}
     shown = rows["16"]["V-Net"], rows["16"]["V-Net: SD"], rows["16"]["V-Net: runs"], rows["8"]["V-Net"]
     assert shown == ("80", "10", "3", "not yet run")
-    check_latex(printed(capsys, *words, "--format", "latex"), here)
+    check_latex(printed(capsys, *args, "--format", "latex"), here)
 
 
 def test_signs_and_marks():
@@ -184,10 +184,10 @@ def test_all_methods_have_a_row_with_8_labels_and_their_first_output():
     """On the hippocampus those that know several classes."""
     for runs, tables in ((LA_RUNS, LA_TABLES), (HIPPOCAMPUS_RUNS, HIPPOCAMPUS_TABLES)):
         rows = [row for row in tables[METHODS_TABLE][1] if row.labeled == 8 and not row.label.endswith("alone")]
-        found = {runs[row.key].split()[1]: row for row in rows}
+        result = {runs[row.key].split()[1]: row for row in rows}
         several = {name for name, kind in METHODS.items() if kind.multiclass}
-        assert found.keys() == (METHODS.keys() if runs is LA_RUNS else several) and len(found) == len(rows)
-        for name, row in found.items():
+        assert result.keys() == (METHODS.keys() if runs is LA_RUNS else several) and len(result) == len(rows)
+        for name, row in result.items():
             assert row.output == METHODS[name].outputs[0] if METHODS[name].outputs else "seg"
             o, *_ = read_options([*runs[row.key].split(), "--profile", "half"])
             assert (o.preset, recipe_of(runs[row.key].split())) == ("tuned", "`tuned`")
@@ -208,10 +208,10 @@ def test_labels_select_rows(here, capsys):
     }
     out = printed(capsys, "--profile", "half", "--labels", "4", "--list", "--seeds", "1337")
     assert set(re.findall(r"--labeled (\d+)", out)) == {"4"}
-    for words, message in ((["--labels", "5"], "--labels 5 is not in this grid. Choose from 4, 8, 16, 80"),
+    for args, message in ((["--labels", "5"], "--labels 5 is not in this grid. Choose from 4, 8, 16, 80"),
                            (["--labels", "4", "--rows", "cps"], "no row is in all of")):  # fmt: skip
         with pytest.raises(UserError, match=message):
-            reproduce.main(["--profile", "half", *words])
+            reproduce.main(["--profile", "half", *args])
     assert PHANTOM_TABLES["methods"][1][0].labeled == 8
 
 

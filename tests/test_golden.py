@@ -81,7 +81,7 @@ def first_losses(method, options):
         torch.set_default_dtype(torch.float32)
     trained = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.01, momentum=0.9, weight_decay=1e-4)
-    found = {}
+    result = {}
     for iteration in range(ITERATIONS):
         batch = make_batch(iteration, unlabeled=kind.uses_unlabeled)
         if network.needs_other_crop:
@@ -95,17 +95,17 @@ def first_losses(method, options):
         optimizer.step()
         network.after_step(batch, iteration)
         for name, value in {"total": losses.total, **losses.terms}.items():
-            found.setdefault(name, []).append(round(value.item(), 8))
-    return found
+            result.setdefault(name, []).append(round(value.item(), 8))
+    return result
 
 
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this torch draws other dropout masks, without MKL")
 @pytest.mark.parametrize("case", CASES)
 def test_first_losses_are_the_stored_ones(case):
-    stored, found = json.loads(FILE.read_text())[case], first_losses(*CASES[case])
-    assert set(found) == set(stored)
+    stored, result = json.loads(FILE.read_text())[case], first_losses(*CASES[case])
+    assert set(result) == set(stored)
     for name, values in stored.items():
-        assert found[name] == pytest.approx(values, abs=TOLERANCE, rel=0), name
+        assert result[name] == pytest.approx(values, abs=TOLERANCE, rel=0), name
 
 
 def test_the_stored_losses_are_of_these_cases_and_alive():

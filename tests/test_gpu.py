@@ -83,8 +83,8 @@ def test_every_command_of_the_list_is_one_that_its_program_takes(options, kind):
     options.methods = list(METHODS)
     seen = set()
     for step in gpu.steps_of(options, torch.device(kind)):
-        words = step.command[1:]
-        program, flags = (words[1], words[2:]) if words[0] == "-m" else (words[0], words[1:])
+        args = step.command[1:]
+        program, flags = (args[1], args[2:]) if args[0] == "-m" else (args[0], args[1:])
         if program == "torch.distributed.run":
             at = flags.index("train_dtml.py")
             program, flags = flags[at], flags[at + 1 :]
@@ -109,11 +109,11 @@ def test_results_are_kept_and_failed_steps_run_again(options, tmp_path, monkeypa
              step("odd", "print('{')", gpu.last_line)]  # fmt: skip
     monkeypatch.setattr(gpu, "steps_of", lambda o, device: steps)
     monkeypatch.chdir(tmp_path)
-    words = ["--out", "out", "--device", "cpu"]
+    args = ["--out", "out", "--device", "cpu"]
     with pytest.raises(UserError, match="again, slow, odd"):
-        gpu.main(words)
+        gpu.main(args)
     with pytest.raises(UserError, match=r": slow, odd\."):
-        gpu.main(words)
+        gpu.main(args)
     results = {name: json.loads(Path(f"out/{name}.json").read_text()) for name in ("good", "again", "slow", "odd")}
     assert results["good"]["said"] == "once" and Path("count").read_text() == "x"
     assert results["again"]["said"] == "second" and results["slow"]["error"] == "not done in time"

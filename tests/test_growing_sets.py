@@ -143,9 +143,9 @@ def test_however_a_set_grows_it_keeps_its_promises(seed):
             has_label[name] |= name in before.train and draw.random() < 0.1
         scans = [Source(x, Path(x), Path(x) if has_label[x] else None) for x in sorted(has_label, key=hash)]
         scans = scans if step == 0 else [scan for scan in scans if draw.random() < 0.8]  # some are gone
-        words = {"challenge": False, "share": share, "seed": seed, "before": before}
-        train, test, validation = choose_split(scans, **words, validation_share=to_validate)
-        assert test == choose_split(scans, **words)[1]
+        args = {"challenge": False, "share": share, "seed": seed, "before": before}
+        train, test, validation = choose_split(scans, **args, validation_share=to_validate)
+        assert test == choose_split(scans, **args)[1]
         labeled = frozenset(name for name in has_label if has_label[name])
         lists = extended_lists(before, train, test, validation, labeled=labeled, listed=listed)
         now, now_test, validated = lists["train"], lists["test"], lists["validation"]

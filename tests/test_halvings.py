@@ -76,12 +76,12 @@ def test_critics_views_queries_and_decoders_take_a_thin_patch(name):
 def test_a_thin_scan_is_trained_on_tested_and_predicted(backbone, tmp_path, capsys):
     make_scans(tmp_path / "scans", shape=(30, 28, 9))
     convert.main(["--source", str(tmp_path / "scans"), "--out", str(tmp_path / "set"), "--spacing", "1", "1", "4"])
-    words = ["--data", str(tmp_path / "set"), *TINY, "--labeled", "2", "--batch-size", "2", "--iterations", "2"]
-    words += ["--device", "cpu", "--runs", str(tmp_path), "--method", "dtc", "--backbone", backbone]
+    args = ["--data", str(tmp_path / "set"), *TINY, "--labeled", "2", "--batch-size", "2", "--iterations", "2"]
+    args += ["--device", "cpu", "--runs", str(tmp_path), "--method", "dtc", "--backbone", backbone]
     run = tmp_path / "run"
     with pytest.raises(UserError, match=r"16 16 10 must be multiples of 16 16 4. Try --patch-size 16 16 8"):
-        train_dtml.main([*words, "--halvings", "4", "4", "2", "--patch-size", "16", "16", "10"])
-    train_dtml.main([*words, "--halvings", "4", "4", "2", "--patch-size", "32", "16", "4", "--name", "run"])
+        train_dtml.main([*args, "--halvings", "4", "4", "2", "--patch-size", "16", "16", "10"])
+    train_dtml.main([*args, "--halvings", "4", "4", "2", "--patch-size", "32", "16", "4", "--name", "run"])
     assert load_checkpoint(run)["options"]["halvings"] == [4, 4, 2]
     with pytest.raises(UserError, match=r"--patch-size .16, 16, 6. must be multiples of 16 16 4"):
         test_la.main(["--checkpoint", str(run), "--patch-size", "16", "16", "6", "--device", "cpu"])
@@ -100,9 +100,9 @@ def test_other_halvings_are_refused(halvings, tiny_set):
 
 
 def test_turned_windows_whose_sides_do_not_fit_are_refused(tmp_path, tiny_set):
-    words = ["--data", str(tiny_set), *TINY, "--patch-size", "4", "16", "16", "--halvings", "2", "4", "4"]
-    words += ["--batch-size", "2", "--iterations", "1", "--method", "supervised", "--runs", str(tmp_path)]
-    train_dtml.main([*words, "--name", "run"])
+    args = ["--data", str(tiny_set), *TINY, "--patch-size", "4", "16", "16", "--halvings", "2", "4", "4"]
+    args += ["--batch-size", "2", "--iterations", "1", "--method", "supervised", "--runs", str(tmp_path)]
+    train_dtml.main([*args, "--name", "run"])
     test = ["--checkpoint", str(tmp_path / "run"), "--threads", "1", "--save", "none", "--stride", "4", "16", "16"]
     with pytest.raises(UserError, match=r"--flips 8 turns windows of .4, 16, 16., .* 16 4 along x and y"):
         test_la.main([*test, "--flips", "8"])

@@ -20,9 +20,9 @@ def trained(tmp_path_factory):
     """4 of 8 scans labeled, 2 unlabeled: the last two of train.list are left."""
     folder = tmp_path_factory.mktemp("held-out")
     data = str(make_set(folder / "set", labeled=8))
-    words = ["--data", data, "--runs", str(folder), *TINY, "--iterations", "2"]
-    train_dtml.main([*words, "--unlabeled", "2", "--name", "run"])
-    train_dtml.main([*words, "--name", "all"])
+    args = ["--data", data, "--runs", str(folder), *TINY, "--iterations", "2"]
+    train_dtml.main([*args, "--unlabeled", "2", "--name", "run"])
+    train_dtml.main([*args, "--name", "all"])
     return folder
 
 
@@ -45,8 +45,8 @@ def test_a_list_in_another_order_brings_no_scan_of_the_training_back(trained, tm
     shutil.copytree(trained / "set", tmp_path / "set")
     lines = (tmp_path / "set" / "train.list").read_text().split()
     (tmp_path / "set" / "train.list").write_text("\n".join(lines[::-1]) + "\n")
-    words = ["--checkpoint", str(trained / "run"), "--data", str(tmp_path / "set"), "--out", str(tmp_path / "out")]
-    test_la.main([*words, "--scans", "held-out", "--threads", "1"])
+    args = ["--checkpoint", str(trained / "run"), "--data", str(tmp_path / "set"), "--out", str(tmp_path / "out")]
+    test_la.main([*args, "--scans", "held-out", "--threads", "1"])
     assert {row["case"] for row in csv_rows(tmp_path / "out" / "cases.csv")} == set(lines[6:])
 
 
@@ -81,19 +81,19 @@ def test_a_scan_of_the_training_is_known_by_its_image(trained, tmp_path, how, pl
     shutil.copytree(trained / "set", tmp_path / "set")
     name = (tmp_path / "set" / "train.list").read_text().split()[place]
     put(tmp_path / "set", name, *CHANGED[how](*read_case(Case(name, case_file(tmp_path / "set", name), True))))
-    words = ["--checkpoint", str(trained / "run"), "--data", str(tmp_path / "set"), "--out", str(tmp_path / "out")]
+    args = ["--checkpoint", str(trained / "run"), "--data", str(tmp_path / "set"), "--out", str(tmp_path / "out")]
     message = rf"^1 case is(?s:.*)twin: .*is a scan of the training, there called {name}"
     with pytest.raises(UserError, match=message):
-        test_la.main([*words, "--threads", "1"])
+        test_la.main([*args, "--threads", "1"])
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("cache", ["disk"])
 def test_images_are_kept_where_the_volumes_are_not_decoded_again(trained, tmp_path, cache):
     """The checkpoint of a run that found its cases in the cache knows their images too; so do shared weights."""
-    words = ["--data", str(trained / "set"), "--cache", cache, "--cache-folder", str(tmp_path / "cache"), *TINY]
+    args = ["--data", str(trained / "set"), "--cache", cache, "--cache-folder", str(tmp_path / "cache"), *TINY]
     for name in ("first", "second"):
-        train_dtml.main([*words, "--runs", str(tmp_path), "--unlabeled", "2", "--name", name, "--iterations", "1"])
+        train_dtml.main([*args, "--runs", str(tmp_path), "--unlabeled", "2", "--name", name, "--iterations", "1"])
     share.main([str(tmp_path / "second"), str(tmp_path / "weights")])
     expected = load_checkpoint(trained / "run")["images"]
     assert len(expected) == 6
@@ -107,9 +107,9 @@ def test_an_early_checkpoint_still_refuses_the_very_scan(trained, tmp_path):
     state = load_checkpoint(trained / "run")
     early = {key: value for key, value in state.items() if key not in ("images", "file", "saved", "format")}
     save_checkpoint(tmp_path, early)
-    words = ["--checkpoint", str(tmp_path), "--data", str(tmp_path / "set"), "--out", str(tmp_path / "out")]
-    test_la.main([*words, "--threads", "1"])
+    args = ["--checkpoint", str(tmp_path), "--data", str(tmp_path / "set"), "--out", str(tmp_path / "out")]
+    test_la.main([*args, "--threads", "1"])
     name = (tmp_path / "set" / "train.list").read_text().split()[0]
     put(tmp_path / "set", name, *read_case(Case(name, case_file(tmp_path / "set", name), True)))
     with pytest.raises(UserError, match=rf"twin: .*is a scan of the training, there called {name}"):
-        test_la.main([*words, "--threads", "1"])
+        test_la.main([*args, "--threads", "1"])

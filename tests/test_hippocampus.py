@@ -66,13 +66,13 @@ def test_real_scans_are_predicted_the_same_in_every_orientation(scans, tmp_path,
 
     check.main([str(tmp_path / "set"), "--labeled", "3", "--classes", "2", "--patch-size", "32", "48", "32"])
     assert "axes" not in capsys.readouterr().out
-    words = ["--data", str(tmp_path / "set"), *SMALL, "--labeled", "3", "--iterations", "2", "--batch-size", "2"]
-    train_dtml.main([*words, "--runs", str(tmp_path), "--name", "run", "--picture-every", "0"])
+    args = ["--data", str(tmp_path / "set"), *SMALL, "--labeled", "3", "--iterations", "2", "--batch-size", "2"]
+    train_dtml.main([*args, "--runs", str(tmp_path), "--name", "run", "--picture-every", "0"])
     state = load_checkpoint(tmp_path / "run")
     assert state["orientation"] == "RAS" and state["spacing"] == [1.0, 1.0, 1.0]
     test_la.main(["--checkpoint", str(tmp_path / "run"), "--device", "cpu", "--stride", "32", "48", "32"])
 
-    found = []
+    result = []
     for code in ORIENTATIONS:
         path = store(new, tmp_path / "new" / f"{code}.nii.gz", code)
         argv = ["--checkpoint", str(tmp_path / "run"), str(path), "-o", str(tmp_path / "out"), "--device", "cpu"]
@@ -82,7 +82,7 @@ def test_real_scans_are_predicted_the_same_in_every_orientation(scans, tmp_path,
         assert nibabel.aff2axcodes(nibabel.load(files[0]).affine) == tuple(code)
         for file in files:
             assert nibabel.load(file).shape == scan.shape and (nibabel.load(file).affine == scan.affine).all()
-        found.append([nibabel.as_closest_canonical(nibabel.load(file)).get_fdata() for file in files])
-    assert found[0][0].shape == nibabel.as_closest_canonical(nibabel.load(new)).shape and found[0][1].std() > 0
-    for maps in found[1:]:
-        assert all((a == b).all() for a, b in zip(maps, found[0], strict=True))
+        result.append([nibabel.as_closest_canonical(nibabel.load(file)).get_fdata() for file in files])
+    assert result[0][0].shape == nibabel.as_closest_canonical(nibabel.load(new)).shape and result[0][1].std() > 0
+    for maps in result[1:]:
+        assert all((a == b).all() for a, b in zip(maps, result[0], strict=True))

@@ -23,11 +23,11 @@ OURS = {*FLOORS, "settings", "train_dtml", "test_la", "predict"}
 
 
 def modules() -> list[tuple[str, Path]]:
-    found = [("scripts", path) for path in sorted(ROOT.glob("*.py"))]
+    result = [("scripts", path) for path in sorted(ROOT.glob("*.py"))]
     for floor in FLOORS:
         for path in sorted((ROOT / floor).glob("*.py")):
-            found.append((floor, path))
-    return found
+            result.append((floor, path))
+    return result
 
 
 def test_a_module_imports_only_what_is_below_it():
@@ -47,7 +47,7 @@ def test_no_module_imports_itself_through_others():
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         imports = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
         graph[name] = {node.module for node in imports} | {f"{x.module}.{a.name}" for x in imports for a in x.names}
-    TopologicalSorter({name: found & graph.keys() - {name} for name, found in graph.items()}).prepare()
+    TopologicalSorter({name: result & graph.keys() - {name} for name, result in graph.items()}).prepare()
 
 
 def test_the_training_script_names_no_method():

@@ -63,8 +63,8 @@ def test_names_and_endings(path, ending, name, tmp_path):
 
 def test_labels_stay_as_they_are_and_must_be_integers(tmp_path):
     label = RNG.integers(0, 1200, SHAPE).astype(np.float32)
-    found, _ = read_label(write(tmp_path / "a.nii.gz", label))
-    assert found.dtype.kind in "iu" and (found == label).all()
+    result, _ = read_label(write(tmp_path / "a.nii.gz", label))
+    assert result.dtype.kind in "iu" and (result == label).all()
     with pytest.raises(CaseError, match=r"holds 0\.5, and labels are integers"):
         read_label(write(tmp_path / "b.nii.gz", np.where(label > 0, 0.5, 0)))
     with pytest.raises(CaseError, match="holds -1, and labels are 0 or above"):

@@ -24,8 +24,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(folder: Path, name: str, *words: str) -> Path:
-    argv = ["--data", str(folder / "set"), "--runs", str(folder), "--name", name, *WORDS, *words]
+def train(folder: Path, name: str, *args: str) -> Path:
+    argv = ["--data", str(folder / "set"), "--runs", str(folder), "--name", name, *WORDS, *args]
     train_dtml.main(argv)
     return folder / name
 
@@ -62,13 +62,13 @@ def test_iteration_and_optimiser_begin_anew(folder):
 
 def test_a_run_goes_on_without_the_weights_that_it_began_with(folder, tmp_path):
     shutil.copytree(folder / "pre", tmp_path / "pre")
-    words = ["--data", str(folder / "set"), "--runs", str(tmp_path), "--name", "run", *WORDS]
-    words += ["--init", str(tmp_path / "pre")]
-    train_dtml.main(words)
+    args = ["--data", str(folder / "set"), "--runs", str(tmp_path), "--name", "run", *WORDS]
+    args += ["--init", str(tmp_path / "pre")]
+    train_dtml.main(args)
     whole = load(tmp_path / "run" / "last.pt")
     (tmp_path / "run" / "previous.pt").replace(tmp_path / "run" / "last.pt")
     shutil.rmtree(tmp_path / "pre")
-    train_dtml.main([*words, "--resume", "auto"])
+    train_dtml.main([*args, "--resume", "auto"])
     resumed = load(tmp_path / "run" / "last.pt")
     for part in ("method", "optimizer", "images"):
         assert flat(whole[part]) == flat(resumed[part])
@@ -80,8 +80,8 @@ def test_scans_of_the_first_training_are_not_tested_on_after_the_second(folder, 
     # a scan of `pre` that is a test case of another set
     shutil.copy(folder / "set" / "case02" / "mri_norm2.h5", data / "case08" / "mri_norm2.h5")
     (data / "train.list").write_text("case00\ncase01\ncase03\ncase04\n")
-    words = ["--data", str(data), "--runs", str(tmp_path), "--name", "run", *WORDS, "--labeled", "3"]
-    train_dtml.main([*words, "--init", str(folder / "pre")])
+    args = ["--data", str(data), "--runs", str(tmp_path), "--name", "run", *WORDS, "--labeled", "3"]
+    train_dtml.main([*args, "--init", str(folder / "pre")])
     tested = ["--checkpoint", str(tmp_path / "run"), "--stride", "8", "8", "8", "--threads", "1"]
     message = r"case08: .*is a scan of the training, there called case02 of .*pre"
     with pytest.raises(UserError, match=message):
@@ -105,8 +105,8 @@ def test_scans_of_the_first_training_are_not_tested_on_after_the_second(folder, 
         (["--init", "nowhere"], "nowhere does not exist"),
     ],
 )
-def test_weights_that_do_not_fit_are_refused_by_what_differs(words, message, folder, tmp_path):
+def test_weights_that_do_not_fit_are_refused_by_what_differs(args, message, folder, tmp_path):
     with pytest.raises(UserError, match=message):
         train_dtml.main(["--data", str(folder / "set"), "--runs", str(tmp_path / "runs"), *WORDS,
-                         "--init", str(folder / "pre"), *words])  # fmt: skip
+                         "--init", str(folder / "pre"), *args])  # fmt: skip
     assert not (tmp_path / "runs").exists()

@@ -71,8 +71,8 @@ def test_training_and_figures_take_them_from_the_case(tmp_path: Path, monkeypatc
     folder = make_set(tmp_path / "set")
     with h5py.File(case_file(folder, "case04"), "a") as f:  # the first unlabeled one
         del f.attrs["direction"]
-    words = ["--data", str(folder), *TINY, "--iterations", "1", "--picture-every", "1", "--runs", str(tmp_path)]
-    train_dtml.main([*words, "--method", "dtc", "--name", "run"])
+    argv = ["--data", str(folder), *TINY, "--iterations", "1", "--picture-every", "1", "--runs", str(tmp_path)]
+    train_dtml.main([*argv, "--method", "dtc", "--name", "run"])
     assert seen == ["LPS", None]
     rows = []
     monkeypatch.setattr(pictures, "draw_maps", rows.extend)

@@ -80,7 +80,7 @@ def stage(here, monkeypatch):
     return SimpleNamespace(
         missing=missing,
         scripts=scripts,
-        plan=lambda name, words: (scripts / f"plan-{name}").write_text(words),
+        plan=lambda name, args: (scripts / f"plan-{name}").write_text(args),
         calls=lambda: (scripts / "calls").read_text().splitlines() if (scripts / "calls").exists() else [],
         records=lambda: sorted(path.name for path in (here / "results").rglob("[!.]*-seed*")),
     )
@@ -153,15 +153,15 @@ def test_slurm_jobs_are_submitted_and_not_waited_for(stage, here, monkeypatch, c
         (here / name).write_text('#!/bin/sh\ncat "$1" >> batch\necho Submitted batch job 4$(grep -c shebang batch)\n')
         (here / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{here}{os.pathsep}{os.environ['PATH']}")
-    words = ["--profile", "half", "--table", "1", "--rows", "dtml-16", "--submit", "slurm", "--slurm"]
+    args = ["--profile", "half", "--table", "1", "--rows", "dtml-16", "--submit", "slurm", "--slurm"]
     with pytest.raises(UserError, match="gpu_per_node"):
-        reproduce.main([*words, "gpu_per_node=1"])
-    reproduce.main([*words, "gpus_per_node=1", "slurm_partition=long"])
+        reproduce.main([*args, "gpu_per_node=1"])
+    reproduce.main([*args, "gpus_per_node=1", "slurm_partition=long"])
     out = capfd.readouterr().out
     assert [line.split(": ")[1] for line in out.splitlines()] == ["dtml-16-seed1338", "dtml-16-seed1339"]
     batch = (here / "batch").read_text()
-    words = ["--profile", "half", "--table", "beyond", "--rows", "beyond-paper", "beyond-flips", "--seeds", "1337"]
-    reproduce.main([*words, "--submit", "slurm", "--slurm", "gpus_per_node=1"])
+    args = ["--profile", "half", "--table", "beyond", "--rows", "beyond-paper", "beyond-flips", "--seeds", "1337"]
+    reproduce.main([*args, "--submit", "slurm", "--slurm", "gpus_per_node=1"])
     out = capfd.readouterr().out
     assert [line.split(": ")[1] for line in out.splitlines()] == ["beyond-paper-seed1337 beyond-flips-seed1337"]
     assert "--gpus-per-node=1" in batch and "--partition=long" in batch and "--time=1440" in batch
@@ -181,18 +181,18 @@ def test_a_run_cut_short_and_finished_by_a_job_equals_one_in_one_go(tiny_set, he
     flags = [*TINY, "--method", "supervised", "--batch-size", "2", "--iterations", "12", "--log-every", "1"]
     monkeypatch.setattr(runs, "LA_RUNS", {"supervised-4": " ".join(flags)})
     monkeypatch.setattr(runs, "LA_TABLES", {"3": ("Table 3", [Row("V-Net", "4 / 0", "supervised-4")])})
-    words = ["--seeds", "7", "--data", str(tiny_set), "--threads", "1"]
+    args = ["--seeds", "7", "--data", str(tiny_set), "--threads", "1"]
     scalars = here / "runs" / "reproduce" / "full" / "supervised-4-seed7" / "scalars.csv"
     seen = SimpleNamespace(
         monotonic=lambda: 1e9 * (scalars.exists() and len(scalars.read_text().splitlines()) > 2), sleep=time.sleep
     )
     with monkeypatch.context() as patch:
         patch.setattr(make_runs, "time", seen)
-        reproduce.main([*words, "--missing", "--budget", "1"])
+        reproduce.main([*args, "--missing", "--budget", "1"])
     assert "not yet run" in capfd.readouterr().out and 2 < len(scalars.read_text().splitlines()) < 13
-    reproduce.main([*words, "--list"])
+    reproduce.main([*args, "--list"])
     assert "7 started" in capfd.readouterr().out
-    reproduce.main([*words, "--submit", "local"])
+    reproduce.main([*args, "--submit", "local"])
     assert cells(capfd.readouterr().out, "V-Net")[1][7] == "1: 7"
 
     train_dtml.main([*flags, "--seed", "7", "--data", str(tiny_set), "--runs", "whole", "--name", "run"])

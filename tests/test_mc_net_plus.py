@@ -25,7 +25,7 @@ def test_the_loss_is_the_formula_in_numpy(classes, softmax, monkeypatch):
     torch.manual_seed(2)
     logits = [3 * torch.randn(4, classes + softmax, 16, 16, 16, dtype=torch.float64) for _ in UPS]
     monkeypatch.setattr(method.network, "forward", lambda image: [{"seg": x} for x in logits])
-    found = method(data, 20)
+    result = method(data, 20)
     p = [np.exp(x.numpy()) for x in logits]
     p = [e / e.sum(1, keepdims=True) for e in p] if softmax else [e / (1 + e) for e in p]
     p = [e[:, -classes:] for e in p]
@@ -37,9 +37,9 @@ def test_the_loss_is_the_formula_in_numpy(classes, softmax, monkeypatch):
             dice += (1 - (2 * (a * y).sum() + 1e-5) / ((a**2).sum() + y.sum() + 1e-5)) / classes
     consistency = sum(((p[i] - s[j]) ** 2).mean() for i, j in itertools.permutations(range(3), 2))
     lambda_ = math.exp(-5 * (1 - 20 / 40) ** 2)
-    assert found.terms["seg"].item() == pytest.approx(dice, rel=1e-12)
-    assert found.terms["consistency"].item() == pytest.approx(consistency, rel=1e-12)
-    assert found.total.item() == pytest.approx(0.5 * dice + lambda_ * consistency, rel=1e-12)
+    assert result.terms["seg"].item() == pytest.approx(dice, rel=1e-12)
+    assert result.terms["consistency"].item() == pytest.approx(consistency, rel=1e-12)
+    assert result.total.item() == pytest.approx(0.5 * dice + lambda_ * consistency, rel=1e-12)
     assert method(data, 40).weights["lambda"] == method(data, 99).weights["lambda"] == 1
 
 
@@ -48,7 +48,7 @@ def test_the_gradient_is_that_of_the_formula(target_gradient):
     """d/dp_i of sum_{i != j} mean (p_i - s_j)^2, with or without the part through s_i."""
     method = make(target_gradient=target_gradient)
     p = [torch.rand(2, 1, 3, 3, 3, dtype=torch.float64).clamp(0.05, 0.95).requires_grad_() for _ in UPS]
-    found = torch.autograd.grad(method.consistency(p), p)
+    result = torch.autograd.grad(method.consistency(p), p)
     q = [x.detach() for x in p]
     s = [1 / (1 + ((1 - x) / x) ** 10) for x in q]
     for i in range(3):
@@ -57,7 +57,7 @@ def test_the_gradient_is_that_of_the_formula(target_gradient):
         if target_gradient:
             slope = 10 * s[i] * (1 - s[i]) / (q[i] * (1 - q[i]))
             expected = expected - slope * sum(2 * (q[j] - s[i]) for j in others)
-        torch.testing.assert_close(found[i], expected / q[i].numel(), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(result[i], expected / q[i].numel(), rtol=1e-9, atol=1e-12)
 
 
 def test_sharpening_keeps_a_half_and_both_ends():
@@ -89,9 +89,9 @@ def test_doubling_is_that_of_torch(mode, layout):
 def test_the_decoders_share_one_encoder_and_the_first_is_a_backbone():
     network = Decoders(VNet, heads={"seg": 1}, filters=2).eval()
     x = torch.randn(1, 1, 16, 16, 16)
-    found = network(x)
-    assert torch.equal(found[0]["seg"], network.first(x)["seg"]) and len(found) == len(UPS) == 3
-    assert not torch.equal(found[1]["seg"], found[2]["seg"])
+    result = network(x)
+    assert torch.equal(result[0]["seg"], network.first(x)["seg"]) and len(result) == len(UPS) == 3
+    assert not torch.equal(result[1]["seg"], result[2]["seg"])
     full, ours = parameter_count(VNet(heads={"seg": 1}, filters=2)), parameter_count(network.first)
     assert full == ours and not hasattr(network.others[0], "encoder")
     assert {n.split(".")[2] for n, _ in network.others.named_parameters(prefix="others")} == {"up", "decoder", "heads"}

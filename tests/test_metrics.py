@@ -30,9 +30,9 @@ def ball(radius: int) -> np.ndarray:
 
 
 def from_medpy(a: np.ndarray, b: np.ndarray, spacing=None) -> dict[str, float]:
-    found = {"dice": binary.dc(a, b), "jaccard": binary.jc(a, b), "asd": binary.asd(a, b), "hd95": binary.hd95(a, b)}
+    result = {"dice": binary.dc(a, b), "jaccard": binary.jc(a, b), "asd": binary.asd(a, b), "hd95": binary.hd95(a, b)}
     in_mm = {} if spacing is None else {"asd_mm": binary.asd(a, b, spacing), "hd95_mm": binary.hd95(a, b, spacing)}
-    return found | in_mm
+    return result | in_mm
 
 
 @pytest.mark.parametrize("spacing", [None, (0.625,) * 3, (0.7, 0.7, 0.7), (0.625, 0.625, 1.25)])
@@ -78,16 +78,16 @@ def test_asd_is_one_way_from_prediction_to_reference():
 
 def test_concentric_balls():
     grid = ((np.stack(np.meshgrid(*[np.arange(40)] * 3, indexing="ij")) - 20) ** 2).sum(0)
-    found = segmentation_metrics(grid <= 12**2, grid <= 15**2)
-    assert found["asd"] == pytest.approx(3, abs=0.3) and found["hd95"] == pytest.approx(3, abs=0.7)
-    assert found["dice"] == pytest.approx(2 * 12**3 / (12**3 + 15**3), abs=0.01)
+    result = segmentation_metrics(grid <= 12**2, grid <= 15**2)
+    assert result["asd"] == pytest.approx(3, abs=0.3) and result["hd95"] == pytest.approx(3, abs=0.7)
+    assert result["dice"] == pytest.approx(2 * 12**3 / (12**3 + 15**3), abs=0.01)
 
 
 def test_empty_masks_never_look_perfect():
     full, empty = np.ones((4, 4, 4)), np.zeros((4, 4, 4))
     for a, b in ((empty, full), (full, empty)):
-        found = segmentation_metrics(a, b)
-        assert found["dice"] == found["jaccard"] == 0 and math.isnan(found["asd"]) and math.isnan(found["hd95"])
+        result = segmentation_metrics(a, b)
+        assert result["dice"] == result["jaccard"] == 0 and math.isnan(result["asd"]) and math.isnan(result["hd95"])
         assert list(segmentation_metrics(a, b, (1, 1, 1))) == list(segmentation_metrics(full, full, (1, 1, 1)))
     assert all(math.isnan(value) for value in segmentation_metrics(empty, empty, (1, 1, 1)).values())
 
@@ -96,15 +96,15 @@ def test_an_empty_mask_scores_the_diagonal_and_two_score_nothing():
     shape, spacing = (3, 4, 12), (2.0, 1.0, 0.5)
     full, empty = np.ones(shape), np.zeros(shape)
     for pair in ((empty, full), (full, empty)):
-        found = with_penalties(segmentation_metrics(*pair, spacing), shape, spacing)
-        assert found["asd_penalised"] == found["hd95_penalised"] == 13  # 3, 4, 12
-        assert found["asd_mm_penalised"] == found["hd95_mm_penalised"] == pytest.approx(math.sqrt(36 + 16 + 36))
+        result = with_penalties(segmentation_metrics(*pair, spacing), shape, spacing)
+        assert result["asd_penalised"] == result["hd95_penalised"] == 13  # 3, 4, 12
+        assert result["asd_mm_penalised"] == result["hd95_mm_penalised"] == pytest.approx(math.sqrt(36 + 16 + 36))
         assert "hd95_mm_penalised" not in with_penalties(segmentation_metrics(*pair), shape)
-    found = with_penalties(segmentation_metrics(empty, empty, spacing), shape, spacing)
-    assert all(math.isnan(value) for value in found.values())
+    result = with_penalties(segmentation_metrics(empty, empty, spacing), shape, spacing)
+    assert all(math.isnan(value) for value in result.values())
     a, b = blob(1), blob(2)
-    found = with_penalties(segmentation_metrics(a, b, spacing), a.shape, spacing)
-    assert all(found[f"{name}_penalised"] == found[name] for name in ("asd", "hd95", "asd_mm", "hd95_mm"))
+    result = with_penalties(segmentation_metrics(a, b, spacing), a.shape, spacing)
+    assert all(result[f"{name}_penalised"] == result[name] for name in ("asd", "hd95", "asd_mm", "hd95_mm"))
 
 
 def test_two_numbers_have_no_sd():
@@ -146,11 +146,13 @@ def test_a_mean_distance_tells_how_many_scans_have_one(values, diagonal, text):
 
 def test_over_runs_the_means_are_averaged_and_the_scans_counted():
     runs = [[1.0, 3.0], [2.0, None], [4.0, 6.0]]
-    found = [distances_of(scans_of(run, diagonal=10), "asd") for run in runs]
-    assert distance_text(found, over_runs=True) == "4.33 ± 2.08 (5 of 6; these alone 3.00)"  # of 2, 6, 5 and of 2, 2, 5
-    early = [*found[:2], distances_of(scans_of([4.0, None]), "asd")]
+    result = [distances_of(scans_of(run, diagonal=10), "asd") for run in runs]
+    assert (
+        distance_text(result, over_runs=True) == "4.33 ± 2.08 (5 of 6; these alone 3.00)"
+    )  # of 2, 6, 5 and of 2, 2, 5
+    early = [*result[:2], distances_of(scans_of([4.0, None]), "asd")]
     assert distance_text(early, over_runs=True) == "2.67 ± 1.15 (4 of 6; not penalised)"  # of 2, 2, 4
-    assert distance_text(found[:1], over_runs=True) == "2.00 (2 of 2)"
+    assert distance_text(result[:1], over_runs=True) == "2.00 (2 of 2)"
 
 
 def test_scans_without_a_prediction_a_label_and_either_are_counted_apart():

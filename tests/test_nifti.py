@@ -40,10 +40,10 @@ def test_voxels_and_places_are_those_of_nibabel(kind, ending, number, tmp_path):
     order = "big" if number.startswith(">") else "little"
     image = kind(array, AFFINE, kind.header_class(endianness=order), dtype=number)
     nibabel.save(image, tmp_path / f"a{ending}")
-    found, geometry = read_image(tmp_path / f"a{ending}")
+    result, geometry = read_image(tmp_path / f"a{ending}")
     loaded = nibabel.load(tmp_path / f"a{ending}")
     assert loaded.header.endianness == {"big": ">", "little": "<"}[order]
-    assert found.dtype == np.float32 and (found == loaded.get_fdata()).all() and found.flags.c_contiguous
+    assert result.dtype == np.float32 and (result == loaded.get_fdata()).all() and result.flags.c_contiguous
     np.testing.assert_allclose(affine_of(geometry), loaded.affine, atol=1e-5)
     label, _ = read_label(tmp_path / f"a{ending}")
     assert (label == array).all() and label.dtype.kind in "iu" and label.dtype.isnative
@@ -231,10 +231,10 @@ def test_a_result_has_the_header_of_its_scan(kind, sform_code, qform_code, endin
         assert (loaded.get_fdata() == values).all() and loaded.get_data_dtype() == values.dtype
         assert (loaded.affine == nibabel.load(scan).affine).all()
         if kind is nibabel.Nifti1Image:
-            found, source = (sitk.ReadImage(str(p)) for p in (tmp_path / f"{name}{ending}", scan))
-            assert (sitk.GetArrayFromImage(found).transpose(2, 1, 0) == values).all()
+            result, source = (sitk.ReadImage(str(p)) for p in (tmp_path / f"{name}{ending}", scan))
+            assert (sitk.GetArrayFromImage(result).transpose(2, 1, 0) == values).all()
             for what in ("GetSpacing", "GetOrigin", "GetDirection"):
-                assert getattr(found, what)() == getattr(source, what)()
+                assert getattr(result, what)() == getattr(source, what)()
 
 
 def test_a_header_that_went_away_is_named_and_nothing_is_written(tmp_path):

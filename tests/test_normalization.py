@@ -33,10 +33,10 @@ def test_scan_is_clipped_to_percentiles_then_z_scored():
     x = image()
     x[0, 0, 0], x[1, 1, 1] = 1e4, -1e4
     before = x.copy()
-    found = normalized(x, SCAN)
-    assert found.dtype == np.float32 and np.array_equal(x, before)
-    np.testing.assert_allclose(found, by_hand(x), atol=1e-5)
-    assert abs(found.mean()) < 1e-5 and abs(found.std() - 1) < 1e-5 and found.max() < 6
+    result = normalized(x, SCAN)
+    assert result.dtype == np.float32 and np.array_equal(x, before)
+    np.testing.assert_allclose(result, by_hand(x), atol=1e-5)
+    assert abs(result.mean()) < 1e-5 and abs(result.std() - 1) < 1e-5 and result.max() < 6
     assert normalized(x, NONE) is x and scaling_of(x, NONE) is None
 
 
@@ -75,11 +75,11 @@ def test_every_cache_scales_the_whole_volume_before_pooling(tiny_set, tmp_path, 
 def test_a_scan_of_any_scale_is_segmented_alike(tmp_path):
     """Train, test and predict: with --normalize scan the test scans may be stored at any scale, without it not."""
     data = make_set(tmp_path / "set")
-    words = ["--data", str(data), "--device", "cpu", "--iterations", "4", "--method", "supervised", *TINY]
+    args = ["--data", str(data), "--device", "cpu", "--iterations", "4", "--method", "supervised", *TINY]
     tested, predicted = {}, {}
     for kind in ("none", "scan"):
         run = tmp_path / kind
-        train_dtml.main([*words, "--normalize", kind, "--runs", str(tmp_path), "--name", kind])
+        train_dtml.main([*args, "--normalize", kind, "--runs", str(tmp_path), "--name", kind])
         for factor in (1.0, 4.0):
             other = make_set(tmp_path / f"x{factor}")
             file = other / "case08" / "mri_norm2.h5"

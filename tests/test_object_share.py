@@ -55,8 +55,8 @@ def test_the_share_of_crops_that_hold_the_object_is_that_of_chance_and_of_the_op
         free = np.mean([chance(size, mask) for size in sizes])
         assert free < 0.1
         expected = SHARE * part + (1 - SHARE) * free
-        found = np.mean([holds(draw, mask) for draw in draws])
-        assert abs(found - expected) < 4 * np.sqrt(expected * (1 - expected) / COUNT)
+        result = np.mean([holds(draw, mask) for draw in draws])
+        assert abs(result - expected) < 4 * np.sqrt(expected * (1 - expected) / COUNT)
 
 
 def test_a_placed_crop_has_the_voxel_in_its_middle_or_ends_with_the_volume(volumes):

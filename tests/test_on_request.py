@@ -30,10 +30,10 @@ def test_assd_and_rve_are_medpys_bit_for_bit(spacing):
     for seed in range(3):
         a, b = blob(seed), blob(seed + 50) | blob(seed)
         for one, other in ((a, b), (b, a)):
-            found = segmentation_metrics(one, other, spacing, more=BOTH)
-            assert found["assd"] == float(binary.assd(one, other))
-            assert found["assd_mm"] == float(binary.assd(one, other, spacing))
-            assert found["rve"] == float(binary.ravd(one, other))
+            result = segmentation_metrics(one, other, spacing, more=BOTH)
+            assert result["assd"] == float(binary.assd(one, other))
+            assert result["assd_mm"] == float(binary.assd(one, other, spacing))
+            assert result["rve"] == float(binary.ravd(one, other))
 
 
 def test_empty_masks_score_the_diagonal_and_have_no_volume_error_without_a_label():
@@ -57,8 +57,8 @@ def test_empty_masks_score_the_diagonal_and_have_no_volume_error_without_a_label
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("request")
-    words = [*TINY, "--iterations", "1", "--method", "supervised", "--unlabeled", "0"]
-    train_dtml.main(["--data", str(make_set(folder / "set")), "--runs", str(folder), "--name", "run", *words])
+    args = [*TINY, "--iterations", "1", "--method", "supervised", "--unlabeled", "0"]
+    train_dtml.main(["--data", str(make_set(folder / "set")), "--runs", str(folder), "--name", "run", *args])
     return folder
 
 
@@ -68,9 +68,9 @@ def bright(monkeypatch):
     monkeypatch.setattr(METHODS["supervised"], "predict", lambda self, image, outputs: (image - 0.7).sigmoid())
 
 
-def score(trained, out, *words):
+def score(trained, out, *args):
     where = ["--out", str(out)] if out else []
-    test_la.main(["--checkpoint", str(trained / "run"), *where, "--stride", "16", "16", "16", "--threads", "1", *words])
+    test_la.main(["--checkpoint", str(trained / "run"), *where, "--stride", "16", "16", "16", "--threads", "1", *args])
     out = out or trained / "run" / "test-cases"
     return csv_rows(out / "cases.csv"), json.loads((out / "test.json").read_text())
 

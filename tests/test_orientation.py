@@ -64,8 +64,8 @@ def test_every_orientation_is_turned_as_simpleitk_and_nibabel_do():
         picture = picture_of(array, geometry)
         expected = sitk.DICOMOrient(picture, code)
         turn = turn_to(code, geometry["direction"])
-        found, after = turn(array), turn.geometry(geometry, array.shape)
-        assert (found == sitk.GetArrayFromImage(expected).transpose(2, 1, 0)).all() and found.flags.c_contiguous
+        result, after = turn(array), turn.geometry(geometry, array.shape)
+        assert (result == sitk.GetArrayFromImage(expected).transpose(2, 1, 0)).all() and result.flags.c_contiguous
         for name, values in told(expected).items():
             np.testing.assert_allclose(after[name], values, atol=1e-9)
         affine = np.eye(4)
@@ -77,8 +77,8 @@ def test_every_orientation_is_turned_as_simpleitk_and_nibabel_do():
         canonical = nibabel.as_closest_canonical(nibabel.Nifti1Image(array, affine))
         ras = turn_to("RAS", geometry["direction"])
         assert (ras(array) == canonical.get_fdata()).all()
-        assert (turn.back(found) == array).all()
-        again = turn.back.geometry(after, found.shape)
+        assert (turn.back(result) == array).all()
+        again = turn.back.geometry(after, result.shape)
         assert all(np.allclose(again[name], geometry[name], atol=1e-9) for name in geometry)
 
 
@@ -94,13 +94,13 @@ def test_axes_midway_are_turned_alike_however_they_are_stored(axis, angle):
     """Nothing is nearest there, but the same patient must become the same array; files round to 32 bits."""
     array = RNG.random((5, 4, 3))
     direction = Rotation.from_euler(axis, angle, degrees=True).as_matrix()
-    found = set()
+    result = set()
     for order in itertools.permutations(range(3)):
         for signs in itertools.product((1, -1), repeat=3):
             stored = array.transpose(order)[tuple(slice(None, None, s) for s in signs)]
             axes = (direction[:, order] * signs).astype(np.float32)
-            found.add(turn_to("RAS", tuple(map(float, axes.ravel())))(stored).tobytes())
-    assert len(found) == 1
+            result.add(turn_to("RAS", tuple(map(float, axes.ravel())))(stored).tobytes())
+    assert len(result) == 1
 
 
 # -- from files to a set, and to predictions --
@@ -121,10 +121,10 @@ def patients(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("words", [[], ["--spacing", "1", "1.5", "1.2"], ["--crop", "label"]])
-def test_a_set_is_the_same_however_its_scans_are_stored(words, patients, tmp_path, capsys):
+@pytest.mark.parametrize("args", [[], ["--spacing", "1", "1.5", "1.2"], ["--crop", "label"]])
+def test_a_set_is_the_same_however_its_scans_are_stored(args, patients, tmp_path, capsys):
     for source, out in ((patients, "mixed"), (patients / "plain", "plain")):
-        convert.main(["--source", str(source), "--out", str(tmp_path / out), *words])
+        convert.main(["--source", str(source), "--out", str(tmp_path / out), *args])
     assert "orientations differ" not in capsys.readouterr().out
     for i in range(6):
         with (
@@ -142,49 +142,49 @@ def test_a_set_is_the_same_however_its_scans_are_stored(words, patients, tmp_pat
 def run(patients, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     convert.main(["--source", str(patients), "--out", str(folder / "set"), "--spacing", "1.1", "0.9", "1.5"])
-    words = ["--data", str(folder / "set"), *TINY, "--iterations", "1", "--batch-size", "2", "--device", "cpu"]
-    train_dtml.main([*words, "--runs", str(folder), "--name", "run"])
+    args = ["--data", str(folder / "set"), *TINY, "--iterations", "1", "--batch-size", "2", "--device", "cpu"]
+    train_dtml.main([*args, "--runs", str(folder), "--name", "run"])
     assert load_checkpoint(folder / "run")["orientation"] == "RAS"
     return folder / "run"
 
 
-def predicted(run: Path, path: Path, out: Path, *words: str) -> tuple[np.ndarray, np.ndarray]:
+def predicted(run: Path, path: Path, out: Path, *args: str) -> tuple[np.ndarray, np.ndarray]:
     """Label and probability in the scan's own axes."""
     argv = ["--checkpoint", str(run), str(path), "-o", str(out), "--device", "cpu", "--threads", "1", "--overwrite"]
-    predict.main([*argv, "--probabilities", "float32", *words])
+    predict.main([*argv, "--probabilities", "float32", *args])
     name = path.name.partition(".")[0]
     (label,) = out.glob(f"{name}.*")
     (probability,) = out.glob(f"{name}_probability*")
     for file in (label, probability):  # where the scan is, by SimpleITK
-        found, source = (sitk.ReadImage(str(p)) for p in (file, path))
-        assert found.GetSize() == source.GetSize()
+        result, source = (sitk.ReadImage(str(p)) for p in (file, path))
+        assert result.GetSize() == source.GetSize()
         for what in ("GetSpacing", "GetOrigin", "GetDirection"):
-            np.testing.assert_allclose(getattr(found, what)(), getattr(source, what)(), atol=1e-6)
+            np.testing.assert_allclose(getattr(result, what)(), getattr(source, what)(), atol=1e-6)
     return read_label(label)[0], read_image(probability)[0]
 
 
 @pytest.mark.parametrize(
     ("ending", "words"), [(".nii.gz", ()), (".nrrd", ("--spacing", "0.8", "1", "1.7", "--largest-component"))]
 )
-def test_a_patient_is_predicted_the_same_however_it_is_stored(ending, words, run, tmp_path):
+def test_a_patient_is_predicted_the_same_however_it_is_stored(ending, args, run, tmp_path):
     """Bit for bit, the probabilities too, once SimpleITK has brought them to one orientation."""
     image = RNG.standard_normal(SHAPE).astype(np.float32)
-    found = []
+    result = []
     for code in SIX:
         path = restored(tmp_path / f"{code}{ending}", image, OBLIQUE, code, "nibabel" if ".nii" in ending else "itk")
         geometry = told(sitk.ReadImage(str(path)))
-        maps = predicted(run, path, tmp_path / "out", *words)
-        found.append([turned(values.astype(np.float32), geometry)[0] for values in maps])
-    assert 0 < found[0][0].mean() < 1 and found[0][1].std() > 1e-4
-    for label, probability in found[1:]:
-        assert (label == found[0][0]).all() and (probability == found[0][1]).all()
+        maps = predicted(run, path, tmp_path / "out", *args)
+        result.append([turned(values.astype(np.float32), geometry)[0] for values in maps])
+    assert 0 < result[0][0].mean() < 1 and result[0][1].std() > 1e-4
+    for label, probability in result[1:]:
+        assert (label == result[0][0]).all() and (probability == result[0][1]).all()
 
 
 def test_a_checkpoint_has_the_orientation_of_its_own_cases(tmp_path, patients, capsys):
     """One of sets that convert did not make, LPS here; what differs or is not told is none, and is said."""
     folder = make_set(tmp_path / "set")
-    words = ["--data", str(folder), *TINY, "--iterations", "1", "--batch-size", "2", "--device", "cpu"]
-    train_dtml.main([*words, "--runs", str(tmp_path), "--name", "lps"])
+    args = ["--data", str(folder), *TINY, "--iterations", "1", "--batch-size", "2", "--device", "cpu"]
+    train_dtml.main([*args, "--runs", str(tmp_path), "--name", "lps"])
     assert load_checkpoint(tmp_path / "lps")["orientation"] == "LPS"
     image, geometry = turned(RNG.standard_normal(SHAPE).astype(np.float32), OBLIQUE, "LPS")
     straight, other = write(tmp_path / "a.nrrd", image, geometry), write(tmp_path / "b.nrrd", image[::-1], geometry)

@@ -32,10 +32,10 @@ def scans_of(*patients: str, labeled: int, unlabeled: int = 0) -> list[Source]:
     ]
 
 
-def split(scans: list[Source], **words) -> list[set[str]]:
+def split(scans: list[Source], **args) -> list[set[str]]:
     """The three lists as sets, with the patients from the scans' names."""
     patients = {scan.name: patient(scan.name) for scan in scans}
-    return [set(names) for names in choose_split(scans, **{"challenge": False, "seed": 1, **words}, patients=patients)]
+    return [set(names) for names in choose_split(scans, **{"challenge": False, "seed": 1, **args}, patients=patients)]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -89,21 +89,21 @@ def test_a_run_of_a_fold_and_its_tests_leave_its_patients_out(tmp_path):
     folder = make_set(tmp_path / "set", train=12, labeled=12)
     patients = {f"case{i:02d}": f"p{i % 5}" for i in range(10)}
     (folder / "dataset.json").write_text(json.dumps({"patients": patients}))
-    words = ["--data", str(folder), "--runs", str(tmp_path), *TINY, "--labeled", "5", "--iterations", "1"]
-    train_dtml.main([*words, "--name", "fold", "--fold", "1/5"])
+    args = ["--data", str(folder), "--runs", str(tmp_path), *TINY, "--labeled", "5", "--iterations", "1"]
+    train_dtml.main([*args, "--name", "fold", "--fold", "1/5"])
     seen = json.loads((tmp_path / "fold" / "manifest.json").read_text())["checksums"]
     (_, (left_out,)) = split_fold([f"case0{i}" for i in range(5)], "1/5", patients)
     of_patient = {name for name in patients if patients[name] == patients[left_out]}
     assert set(seen) == {f"case{i:02d}" for i in range(12)} - of_patient and len(of_patient) == 2
 
-    train_dtml.main([*words, "--name", "few", "--unlabeled", "0"])
+    train_dtml.main([*args, "--name", "few", "--unlabeled", "0"])
     test_la.main(["--checkpoint", str(tmp_path / "few"), "--scans", "held-out", "--threads", "1"])
     tested = {row["case"] for row in csv_rows(tmp_path / "few" / "held-out" / "cases.csv")}
     assert tested == {"case10", "case11"}  # patients of their own
 
     (folder / "dataset.json").write_text(json.dumps({"patients": {"case02": "p", "case12": "p"}}))
     with pytest.raises(UserError, match=r"p has case02 in .*train\.list and case12 in .*test\.list"):
-        train_dtml.main([*words, "--name", "shared"])
+        train_dtml.main([*args, "--name", "shared"])
 
 
 def test_convert_reads_patients_from_names_or_a_column_and_keeps_them(tmp_path, capsys):
@@ -113,8 +113,8 @@ def test_convert_reads_patients_from_names_or_a_column_and_keeps_them(tmp_path, 
         for path in (tmp_path / "made" / kind).iterdir():
             number = int(path.name[len("patient")])
             path.rename(tmp_path / "scans" / kind / f"sub{number % 4}_day{number // 4}.nii.gz")
-    words = ["--source", str(tmp_path / "scans"), "--out", str(tmp_path / "set"), "--test-share", "0.33"]
-    convert.main([*words, "--patient", "([^_]+)_"])
+    args = ["--source", str(tmp_path / "scans"), "--out", str(tmp_path / "set"), "--test-share", "0.33"]
+    convert.main([*args, "--patient", "([^_]+)_"])
     printed = capsys.readouterr()
     assert "patients: 3 in train.list, 1 in test.list" in printed.out
     assert "left out: 1 scans without label, of patients in test.list" in printed.err
@@ -125,18 +125,18 @@ def test_convert_reads_patients_from_names_or_a_column_and_keeps_them(tmp_path, 
     stated = json.loads((tmp_path / "set" / "dataset.json").read_text())["patients"]
     assert stated == {name: patient(name) for name in (*names["train"], tested, later)}
     with pytest.raises(UserError, match=r"was made with patients.*Give --patient as before"):
-        convert.main(words)
+        convert.main(args)
 
     lines = [
         f"scans/images/{path.name},{tmp_path / 'scans' / 'labels' / path.name},{patient(path.name)}"
         for path in sorted((tmp_path / "scans" / "labels").iterdir())
     ]
     (tmp_path / "scans.csv").write_text("\n".join(["image,label,patient", *lines]))
-    words = ["--source", str(tmp_path / "scans.csv"), "--out", str(tmp_path / "from-csv"), "--test-share", "0.33"]
-    convert.main(words)
+    args = ["--source", str(tmp_path / "scans.csv"), "--out", str(tmp_path / "from-csv"), "--test-share", "0.33"]
+    convert.main(args)
     assert (tmp_path / "from-csv" / "test.list").read_text().split() == names["test"]
     with pytest.raises(UserError, match="the CSV has a column patient"):
-        convert.main([*words, "--patient", "(.*)_"])
+        convert.main([*args, "--patient", "(.*)_"])
 
 
 @pytest.mark.parametrize(

@@ -68,10 +68,10 @@ def test_set_lies_as_la_does(tmp_path):
     assert [path.name for path in folder.parent.iterdir()] == ["phantom"]
 
 
-@pytest.mark.parametrize("words", [["--test", "0"], ["--seed", "-1"], ["--classes", "4"], ["--train", "x"]])
-def test_numbers_that_make_no_set_are_refused(words, tmp_path):
-    with pytest.raises(UserError, match=rf"{words[0]}: "):
-        module.main([str(tmp_path / "set"), *words])
+@pytest.mark.parametrize("args", [["--test", "0"], ["--seed", "-1"], ["--classes", "4"], ["--train", "x"]])
+def test_numbers_that_make_no_set_are_refused(args, tmp_path):
+    with pytest.raises(UserError, match=rf"{args[0]}: "):
+        module.main([str(tmp_path / "set"), *args])
     assert not list(tmp_path.iterdir())
 
 

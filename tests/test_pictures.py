@@ -120,8 +120,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("figures")
     data = make_set(folder / "set")
     for method in ("dtml", "supervised", "dtc"):
-        words = ["--method", method, "--data", str(data), "--runs", str(folder), "--name", method, "--iterations", "3"]
-        train_dtml.main([*words, *TINY])
+        args = ["--method", method, "--data", str(data), "--runs", str(folder), "--name", method, "--iterations", "3"]
+        train_dtml.main([*args, *TINY])
     for method in ("dtml", "supervised"):
         test_la.main(["--checkpoint", str(folder / method), "--stride", "16", "16", "16", "--threads", "1"])
     (folder / "begun").mkdir()
@@ -129,23 +129,23 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def draw(folder: Path, figure: str, *words: str) -> Path:
+def draw(folder: Path, figure: str, *args: str) -> Path:
     out = folder / "figure.png"
     out.unlink(missing_ok=True)
-    pictures.main([figure, *words, "--out", str(out), "--dpi", "60"])
+    pictures.main([figure, *args, "--out", str(out), "--dpi", "60"])
     return out
 
 
 def test_figures_are_drawn_from_run_folders(runs, tmp_path):
     dtml, supervised, dtc = (str(runs / name) for name in ("dtml", "supervised", "dtc"))
     heights = []
-    for words in (
+    for args in (
         ["figure2", dtml], ["figure2", dtc, "--cases", "case08"], ["figure2", supervised, "--slice", "5"],
         ["figure3", f"{dtml}:sdm", supervised], ["figure3", dtml, f"{dtml}:mean", "--cases", "case09", "--palette"],
         ["curves", dtml, dtc, "--titles", "one", "two"],
         ["differences", f"{dtml}/test", supervised, f"{dtml}:sdm"],
     ):  # fmt: skip
-        with Image.open(draw(tmp_path, *words)) as picture:
+        with Image.open(draw(tmp_path, *args)) as picture:
             assert 300 < picture.width < 520 and picture.height > 60
             heights.append(picture.height)
             assert np.asarray(picture.convert("L")).std() > 10
@@ -162,11 +162,11 @@ def test_figure_2_shows_what_the_network_says_of_the_slice(runs):
 
     method = restore(load_checkpoint(runs / "dtml")).eval()
     image = np.random.default_rng(0).standard_normal((16, 16, 16)).astype(np.float32)
-    found = pictures.maps_of_slice(method, image, 5, (16, 16, 16), 1)
+    result = pictures.maps_of_slice(method, image, 5, (16, 16, 16), 1)
     with torch.no_grad():
         expected = method.maps(torch.from_numpy(image)[None, None])
-    assert list(found) == ["p", "m", "z"]
-    for name, values in found.items():
+    assert list(result) == ["p", "m", "z"]
+    for name, values in result.items():
         assert values == pytest.approx(expected[name][0, ..., 5].numpy(), abs=1e-5)
 
 
@@ -255,9 +255,9 @@ def test_differences_are_each_scan_s_and_their_mean(tmp_path):
         (["figure4", "{runs}/dtml"], "figure4"),
     ],
 )
-def test_mistakes_are_named(words, says, runs, tmp_path):
+def test_mistakes_are_named(args, says, runs, tmp_path):
     with pytest.raises(UserError, match=says):
-        draw(tmp_path, *(word.format(runs=runs) for word in words))
+        draw(tmp_path, *(word.format(runs=runs) for word in args))
     assert not list(tmp_path.iterdir())
 
 
@@ -281,19 +281,21 @@ def test_a_run_s_event_file_holds_the_mesh_of_every_picture(tmp_path):
     where = ["--data", str(data), "--runs", str(tmp_path), "--name", "run"]
     train_dtml.main([*where, *TINY, "--iterations", "4", "--picture-every", "2"])
     events = EventAccumulator(str(tmp_path / "run"), size_guidance={"tensors": 0}).Reload()
-    found = {}
+    result = {}
     for tag in events.Tags()["tensors"]:
         about = events.SummaryMetadata(tag).plugin_data
         if about.plugin_name == "mesh":
             kind = plugin_data_pb2.MeshPluginData.FromString(about.content)
             assert kind.name == "surface/labeled"
-            found[kind.content_type] = [(e.step, e.tensor_proto) for e in events.Tensors(tag)]
+            result[kind.content_type] = [(e.step, e.tensor_proto) for e in events.Tensors(tag)]
     kinds = plugin_data_pb2.MeshPluginData
-    assert set(found) == {kinds.VERTEX, kinds.FACE, kinds.COLOR}
-    assert all([step for step, _ in one] == [1, 3] for one in found.values())
+    assert set(result) == {kinds.VERTEX, kinds.FACE, kinds.COLOR}
+    assert all([step for step, _ in one] == [1, 3] for one in result.values())
     from tensorboard.util.tensor_util import make_ndarray
 
-    vertices, faces, colours = (make_ndarray(found[kind][-1][1])[0] for kind in (kinds.VERTEX, kinds.FACE, kinds.COLOR))
+    vertices, faces, colours = (
+        make_ndarray(result[kind][-1][1])[0] for kind in (kinds.VERTEX, kinds.FACE, kinds.COLOR)
+    )
     assert len(vertices) == len(colours) and faces.min() >= 0 and faces.max() < len(vertices) and len(faces) <= 12000
     green = vertices[(colours == (0, 208, 160)).all(axis=1)]
     # The label of the fixed crop, in mm: its voxels lie inside its surface, whose spacing (1,1,2) stretches z.

@@ -35,8 +35,8 @@ def programs(
 ) -> subprocess.CompletedProcess:
     """Runs the mains of modules one after the other in one process, as `python FILE` would run each."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    words = [sys.executable, "-c", DRIVER, json.dumps(commands, ensure_ascii=False)]
-    return subprocess.run(words, cwd=ROOT, env=env, timeout=300, **streams)
+    args = [sys.executable, "-c", DRIVER, json.dumps(commands, ensure_ascii=False)]
+    return subprocess.run(args, cwd=ROOT, env=env, timeout=300, **streams)
 
 
 def whole_way(place: Path) -> list[tuple[str, list[str]]]:
@@ -90,7 +90,7 @@ def test_a_name_that_is_no_text_here_is_refused_in_words(tmp_path):
 
 def test_closed_streams_neither_end_a_training_nor_get_into_its_files(tmp_path):
     """Of `>&- 2>&-` the next files that are opened would take the numbers, and what libraries print there."""
-    (name, words), *_ = whole_way(tmp_path)
-    closed = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, f"{name}.py", *words]
+    (name, args), *_ = whole_way(tmp_path)
+    closed = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, f"{name}.py", *args]
     assert subprocess.run(closed, cwd=ROOT).returncode == 0
     assert (tmp_path / "runs" / "run" / "log.txt").read_text().count("2/2  ") == 1

@@ -158,12 +158,12 @@ class Watch(TorchDispatchMode):
 
     def take(self, method):
         """(name of the weight, way) -> the set of its flags; forgotten then."""
-        names, found = {p.data_ptr(): name for name, p in method.named_parameters()}, {}
+        names, result = {p.data_ptr(): name for name, p in method.named_parameters()}, {}
         for address, way, flag in self.seen:
             if address in names:  # the kernel of a blur is nobody's weight
-                found.setdefault((names[address], way), set()).add(flag)
+                result.setdefault((names[address], way), set()).add(flag)
         self.seen.clear()
-        return found
+        return result
 
 
 def own_flag(method, name, precision):

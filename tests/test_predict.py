@@ -29,16 +29,16 @@ from utils.errors import UserError
 SHAPE = (30, 28, 18)
 
 
-def trained(folder: Path, data: Path, *words: str) -> Path:
+def trained(folder: Path, data: Path, *args: str) -> Path:
     """A run folder, by default of DTML after one iteration."""
     argv = ["--data", str(data), *TINY, "--labeled", "2", "--batch-size", "2", "--iterations", "1", "--device", "cpu"]
-    train_dtml.main([*argv, "--runs", str(folder.parent), "--name", folder.name, *words])
+    train_dtml.main([*argv, "--runs", str(folder.parent), "--name", folder.name, *args])
     return folder
 
 
-def predicted(run: Path | list[Path], scans: list[Path], out: Path, *words: str) -> Path:
+def predicted(run: Path | list[Path], scans: list[Path], out: Path, *args: str) -> Path:
     runs = [str(path) for path in (run if isinstance(run, list) else [run])]
-    predict.main(["--checkpoint", *runs, *map(str, scans), "-o", str(out), "--device", "cpu", "--threads", "1", *words])
+    predict.main(["--checkpoint", *runs, *map(str, scans), "-o", str(out), "--device", "cpu", "--threads", "1", *args])
     return out
 
 
@@ -72,23 +72,23 @@ def dice(a: np.ndarray, b: np.ndarray) -> float:
 
 def test_oblique_scans_are_converted_trained_on_and_predicted_in_their_own_place(world, tmp_path):
     """What a network of seconds learned lies where the object was put, by SimpleITK's own places in mm."""
-    words = ["--method", "supervised", "--iterations", "40", "--lr", "0.1", "--filters", "4"]
-    run = trained(tmp_path / "runs" / "learned", world / "set", *words)
+    args = ["--method", "supervised", "--iterations", "40", "--lr", "0.1", "--filters", "4"]
+    run = trained(tmp_path / "runs" / "learned", world / "set", *args)
     assert load_checkpoint(run)["spacing"] == [1.0, 1.0, 1.5]
     places = make_scans(tmp_path / "new" / "scans", labeled=0, unlabeled=3)
     out = predicted(run, [scan(tmp_path / "new", i) for i in range(3)], tmp_path / "out", "--largest-component")
     for i, place in enumerate(places):
-        found = sitk.ReadImage(str(out / f"patient{i}.nii.gz"))
+        result = sitk.ReadImage(str(out / f"patient{i}.nii.gz"))
         source = sitk.ReadImage(str(scan(tmp_path / "new", i)))
-        assert found.GetSize() == source.GetSize() == SHAPE and found.GetPixelID() == sitk.sitkUInt8
+        assert result.GetSize() == source.GetSize() == SHAPE and result.GetPixelID() == sitk.sitkUInt8
         for corner in ((0, 0, 0), (29, 0, 0), (0, 27, 17)):
-            there, here = (p.TransformIndexToPhysicalPoint(corner) for p in (source, found))
+            there, here = (p.TransformIndexToPhysicalPoint(corner) for p in (source, result))
             np.testing.assert_allclose(here, there, atol=1e-6)
-        inside = np.argwhere(sitk.GetArrayFromImage(found))[:, ::-1]
-        centre = np.mean([found.TransformIndexToPhysicalPoint(tuple(map(int, index))) for index in inside], axis=0)
+        inside = np.argwhere(sitk.GetArrayFromImage(result))[:, ::-1]
+        centre = np.mean([result.TransformIndexToPhysicalPoint(tuple(map(int, index))) for index in inside], axis=0)
         assert np.linalg.norm(centre - place) < 1.5  # mm; a voxel is 0.8 x 1.0 x 1.7
         truth = ball(SHAPE, read_image(scan(tmp_path / "new", i))[1], place, 7)
-        assert dice(sitk.GetArrayFromImage(found).transpose(2, 1, 0), truth) > 0.8
+        assert dice(sitk.GetArrayFromImage(result).transpose(2, 1, 0), truth) > 0.8
 
 
 @pytest.mark.parametrize(
@@ -101,16 +101,16 @@ def test_a_bright_object_is_found_where_it_is_whatever_the_spacing(spacing, axes
     label = ball(shape, geometry, place, 6.0)
     path = write(tmp_path / "one.nrrd", (100.0 * label).astype(np.float32), geometry)
     out = predicted(world / "runs" / "dtml", [path], tmp_path / "out", "--spacing", *spacing.split())
-    found, after = read_label(out / "one.nrrd")
-    assert np.linalg.norm(to_physical(after, np.argwhere(found)).mean(0) - place) < 0.4 and dice(found, label) > 0.8
+    result, after = read_label(out / "one.nrrd")
+    assert np.linalg.norm(to_physical(after, np.argwhere(result)).mean(0) - place) < 0.4 and dice(result, label) > 0.8
 
 
 def test_an_h5_case_is_taken_as_it_is_and_predicted_as_test_la_does(tmp_path):
     """The same windows by the other script, which has a reference and is tested against it."""
     data = make_set(tmp_path / "set")
     run = trained(tmp_path / "runs" / "run", data, "--k", "5")
-    words = ["--checkpoint", str(run), "--save", "all", "--stride", "8", "8", "8", "--device", "cpu"]
-    test_la.main([*words, "--out", str(tmp_path / "tested")])
+    args = ["--checkpoint", str(run), "--save", "all", "--stride", "8", "8", "8", "--device", "cpu"]
+    test_la.main([*args, "--out", str(tmp_path / "tested")])
     for output in ("seg", "sdm", "mean"):
         cases = [data / name / "mri_norm2.h5" for name in ("case08", "case09")]
         out = predicted(run, cases, tmp_path / output, "--stride", "8", "8", "8", "--output", output)
@@ -156,8 +156,8 @@ def test_probabilities_are_what_the_segmentation_is_cut_from(world, tmp_path):
     assert (read_image(tmp_path / "uint8" / "patient0_probability.nii.gz")[0] == np.rint(255 * p)).all()
 
 
-def probability_of(runs: list[Path], path: Path, out: Path, *words: str) -> np.ndarray:
-    predicted(runs, [path], out, "--probabilities", "float32", *words)
+def probability_of(runs: list[Path], path: Path, out: Path, *args: str) -> np.ndarray:
+    predicted(runs, [path], out, "--probabilities", "float32", *args)
     return read_image(out / f"{path.name.removesuffix('.nii.gz')}_probability.nii.gz")[0]
 
 
@@ -176,12 +176,12 @@ def test_the_largest_component_and_the_report(world, tmp_path, monkeypatch, caps
     ]
     path = write(tmp_path / "two.nii.gz", (100 * (parts[0] | parts[1])).astype(np.int16))
     monkeypatch.setattr(METHODS["dtml"], "predict", lambda self, image, outputs: (image > 1).float())
-    words = ["--spacing", *map(str, OBLIQUE["spacing"])]
-    both = read_label(predicted(world / "runs" / "dtml", [path], tmp_path / "both", *words) / "two.nii.gz")[0]
+    args = ["--spacing", *map(str, OBLIQUE["spacing"])]
+    both = read_label(predicted(world / "runs" / "dtml", [path], tmp_path / "both", *args) / "two.nii.gz")[0]
     assert (both == (parts[0] | parts[1])).all() and ndimage.label(both)[1] == 2
     report = tmp_path / "new" / "volumes.csv"
     out = predicted(
-        world / "runs" / "dtml", [path], tmp_path / "one", *words, "--largest-component", "--report", str(report)
+        world / "runs" / "dtml", [path], tmp_path / "one", *args, "--largest-component", "--report", str(report)
     )
     assert (read_label(out / "two.nii.gz")[0] == parts[1]).all()
     (row,) = csv.DictReader(report.open())
@@ -207,8 +207,8 @@ def test_several_classes_are_predicted_each_in_its_place(tmp_path, monkeypatch):
         "predict",
         lambda self, x, outputs: torch.cat([(x > edges[0]) & (x < edges[1]), x >= edges[1]], 1).float(),
     )
-    words = ["--probabilities", "uint8", "--report", str(tmp_path / "r.csv"), "--largest-component"]
-    out = predicted(run, [tmp_path / "s" / "p0" / "image.nii.gz"], tmp_path / "out", *words)
+    args = ["--probabilities", "uint8", "--report", str(tmp_path / "r.csv"), "--largest-component"]
+    out = predicted(run, [tmp_path / "s" / "p0" / "image.nii.gz"], tmp_path / "out", *args)
     assert sorted(os.listdir(out)) == ["image.nii.gz", "image_probability_1.nii.gz", "image_probability_2.nii.gz"]
     assert (read_label(out / "image.nii.gz")[0] == label).all()
     assert (read_label(out / "image_probability_2.nii.gz")[0] == 255 * (label == 2)).all()
@@ -230,9 +230,9 @@ def test_several_classes_are_predicted_each_in_its_place(tmp_path, monkeypatch):
         (["--threads", "2"], False),
     ],
 )
-def test_flags_change_the_probability_or_only_its_rounding(words, changes, world, tmp_path):
+def test_flags_change_the_probability_or_only_its_rounding(args, changes, world, tmp_path):
     usual = probability_of([world / "runs" / "dtml"], scan(world), tmp_path / "usual")
-    other = probability_of([world / "runs" / "dtml"], scan(world), tmp_path / "other", *words)
+    other = probability_of([world / "runs" / "dtml"], scan(world), tmp_path / "other", *args)
     assert (np.abs(usual - other).max() > 1e-4) == changes
 
 
@@ -279,11 +279,11 @@ def test_scans_and_places_that_would_get_in_each_other_s_way_are_refused(world, 
 
 def test_checkpoints_that_cannot_be_averaged_are_refused(world, tmp_path):
     first = world / "runs" / "dtml"
-    for words, message in (
+    for args, message in (
         (["--downsample", "2"], "the checkpoints differ in --downsample: 1, 2"),
         (["--patch-size", "16", "32", "16"], "Choose one by --patch-size"),
     ):
-        second = trained(tmp_path / "runs" / words[0].strip("-"), world / "set", *words)
+        second = trained(tmp_path / "runs" / args[0].strip("-"), world / "set", *args)
         with pytest.raises(UserError, match=message):
             predicted([first, second], [scan(world)], tmp_path / "out")
     coarse = make_set(tmp_path / "coarse")  # spacing 1 1 2

@@ -118,9 +118,9 @@ def test_a_dicom_series_is_predicted_to_the_voxel_as_its_nifti_twin(world, tmp_p
 def test_intensities_are_those_after_each_slice_s_own_rescaling(tmp_path):
     values = np.random.default_rng(0).integers(-1000, 1000, SHAPE).astype(np.int16)
     folder = write_series(tmp_path / "ct", values)
-    found, geometry = read_series(series_in(folder)[0].files)
+    result, geometry = read_series(series_in(folder)[0].files)
     order = slice(None) if np.allclose(geometry["origin"], OBLIQUE["origin"]) else slice(None, None, -1)
-    assert found.dtype == np.float32 and (found[:, :, order] == values).all()
+    assert result.dtype == np.float32 and (result[:, :, order] == values).all()
     assert geometry["spacing"] == pytest.approx(OBLIQUE["spacing"], abs=1e-6)  # not the slices' thickness of 9 mm
 
 

@@ -67,15 +67,15 @@ def test_other_commands_parse(start):
     parsed = [parser.parse(shlex.split(c)[len(start.split()) :]) for c in commands]
     assert all(parsed) and commands
     if options is reproduce.Options:  # each names runs of the grid
-        assert all(reproduce.select(fill(reproduce.Options, words))[0] for words in parsed)
+        assert all(reproduce.select(fill(reproduce.Options, args))[0] for args in parsed)
 
 
 def test_predicting_commands_parse_and_their_weights_are_there():
     parser = Parser()
     parser.add_dataclass(predict.Options)
     lines = [shlex.split(c)[2:] for c in COMMANDS if c.startswith("python predict.py")]
-    found = [parser.parse([word for word in line if not word.endswith(".nrrd")]) for line in lines]
-    shared = [ROOT / run for words in found for run in words["checkpoint"] if run.startswith("results/")]
+    result = [parser.parse([word for word in line if not word.endswith(".nrrd")]) for line in lines]
+    shared = [ROOT / run for args in result for run in args["checkpoint"] if run.startswith("results/")]
     assert shared and all(load_checkpoint(run)["iteration"] == 2400 for run in shared)
 
 

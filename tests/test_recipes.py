@@ -44,14 +44,14 @@ def follow(text: str, small: dict[str, str] = SMALL) -> list[str]:
     """Runs the commands of a text; returns the programs of this project."""
     done = []
     for line in "".join(re.findall(r"```bash\n(.*?)```", text, re.S)).splitlines():
-        words = [word.replace("@data/", f"@{ROOT}/data/") for word in shlex.split(line)]
-        if words[0] != "python":
+        args = [word.replace("@data/", f"@{ROOT}/data/") for word in shlex.split(line)]
+        if args[0] != "python":
             subprocess.run(["bash", "-c", line], check=True)
             continue
-        module = words[2] if words[1] == "-m" else words[1].removesuffix(".py")
-        words = words[3 if words[1] == "-m" else 2 :]
-        words = [found for word in words for found in (sorted(glob.glob(word)) if "*" in word else [word])]
-        import_module(module).main([*words, *small.get(module, "").split()])
+        module = args[2] if args[1] == "-m" else args[1].removesuffix(".py")
+        args = args[3 if args[1] == "-m" else 2 :]
+        args = [result for word in args for result in (sorted(glob.glob(word)) if "*" in word else [word])]
+        import_module(module).main([*args, *small.get(module, "").split()])
         done.append(module)
     return done
 
@@ -118,9 +118,9 @@ def test_a_published_split_is_put_there_before(inside):
     out.mkdir(parents=True)
     for split, those in lists.items():
         (out / f"{split}.list").write_text("\n".join(those) + "\n")
-    words = ["--source", "Pancreas-CT", "--out", "data/pancreas", f"@{ROOT}/data/recipes/pancreas/convert.txt"]
+    args = ["--source", "Pancreas-CT", "--out", "data/pancreas", f"@{ROOT}/data/recipes/pancreas/convert.txt"]
     for _ in range(2):
-        convert.main(words)
+        convert.main(args)
         assert lists_of(out) == (lists["train"], lists["test"]) and validation_of(out) == lists["validation"]
 
 
@@ -213,6 +213,6 @@ def test_the_commands_for_own_data_lead_from_scans_to_segmentations(inside):
     assert follow(page, {"train_dtml": train}) == ["tools.convert", "tools.check", "train_dtml", "test_la", "predict"]
     assert len((inside / "predictions" / "volumes.csv").read_text().splitlines()) == 3
     for path in (inside / "new").iterdir():
-        (image, geometry), (label, found) = read_image(path), read_label(inside / "predictions" / path.name)
+        (image, geometry), (label, result) = read_image(path), read_label(inside / "predictions" / path.name)
         assert image.shape == label.shape and set(np.unique(label)) <= {0, 1}
-        assert all(np.allclose(geometry[name], found[name], atol=1e-6) for name in geometry)
+        assert all(np.allclose(geometry[name], result[name], atol=1e-6) for name in geometry)

@@ -33,20 +33,20 @@ Weights = OrderedDict[str, Tensor]
 def released_weights(heads: dict[str, int], *, filters: int = FILTERS, seed: int = 0) -> Weights:
     """Random weights and running statistics of the released V-Net; heads: name -> channels."""
     rng = torch.Generator().manual_seed(seed)
-    found: Weights = OrderedDict()
+    result: Weights = OrderedDict()
 
     def conv(name: str, out: int, into: int, side: int, *, transposed: bool = False) -> None:
         shape = (into, out) if transposed else (out, into)
         spread = (2 / (into * side**3)) ** 0.5 if not transposed else (2 / into) ** 0.5
-        found[f"{name}.weight"] = spread * torch.randn(*shape, side, side, side, generator=rng)
-        found[f"{name}.bias"] = 0.1 * torch.randn(out, generator=rng)
+        result[f"{name}.weight"] = spread * torch.randn(*shape, side, side, side, generator=rng)
+        result[f"{name}.bias"] = 0.1 * torch.randn(out, generator=rng)
 
     def norm(name: str, size: int) -> None:
-        found[f"{name}.weight"] = 1 + 0.2 * torch.randn(size, generator=rng)
-        found[f"{name}.bias"] = 0.2 * torch.randn(size, generator=rng)
-        found[f"{name}.running_mean"] = 0.2 * torch.randn(size, generator=rng)
-        found[f"{name}.running_var"] = 0.5 + torch.rand(size, generator=rng)
-        found[f"{name}.num_batches_tracked"] = torch.tensor(6000)
+        result[f"{name}.weight"] = 1 + 0.2 * torch.randn(size, generator=rng)
+        result[f"{name}.bias"] = 0.2 * torch.randn(size, generator=rng)
+        result[f"{name}.running_mean"] = 0.2 * torch.randn(size, generator=rng)
+        result[f"{name}.running_var"] = 0.5 + torch.rand(size, generator=rng)
+        result[f"{name}.num_batches_tracked"] = torch.tensor(6000)
 
     for block, depth in DEPTHS.items():
         size = SCALE[block] * filters
@@ -61,7 +61,7 @@ def released_weights(heads: dict[str, int], *, filters: int = FILTERS, seed: int
             norm(f"block_{block}_up.conv.1", size // 2)
     for name, channels in heads.items():
         conv(name, channels, filters, 1)
-    return found
+    return result
 
 
 def released_network(w: Weights, image: Tensor) -> dict[str, Tensor]:
@@ -117,10 +117,10 @@ def double(weights: Weights) -> Weights:
 
 def probabilities(weights: Weights, image: Tensor) -> dict[str, Tensor]:
     """What the released test scripts threshold, of a segmentation and, if there is one, of a map."""
-    found = released_network(weights, image)
-    if "out_conv2" not in found:
-        return {"seg": found["out_conv"].softmax(dim=1)[:, 1:]}
-    return {"seg": found["out_conv2"].sigmoid(), "sdm": 1 / (1 + (1500 * found["out_conv"].tanh()).exp())}
+    result = released_network(weights, image)
+    if "out_conv2" not in result:
+        return {"seg": result["out_conv"].softmax(dim=1)[:, 1:]}
+    return {"seg": result["out_conv2"].sigmoid(), "sdm": 1 / (1 + (1500 * result["out_conv"].tanh()).exp())}
 
 
 # -- the same numbers --
@@ -154,9 +154,9 @@ def test_the_two_files_of_dtml_are_m_s_and_m_d(given, tmp_path):
     expected = {name: probabilities(double(w), image)[name] for name, w in both.items()}
     expected["mean"] = (expected["seg"] + expected["sdm"]) / 2
     with torch.no_grad():
-        found = trained.double().eval().predict(image, outputs)
+        result = trained.double().eval().predict(image, outputs)
         z = trained.maps(image)["z"]
-    assert (found - torch.cat([expected[name] for name in outputs], dim=1)).abs().max() < 1e-9
+    assert (result - torch.cat([expected[name] for name in outputs], dim=1)).abs().max() < 1e-9
     if "sdm" in given:
         assert (z - released_network(double(both["sdm"]), image)["out_conv"].tanh()[:, 0]).abs().max() < 1e-12
 
@@ -186,9 +186,9 @@ def test_files_of_old_versions_of_torch_load(tmp_path):
 
 
 def refused(path: Path, method: str, *, sdm_weights: Path | None = None) -> str:
-    with pytest.raises(UserError) as found:
+    with pytest.raises(UserError) as result:
         load_trained(str(path), method=method, sdm_weights=str(sdm_weights or ""))
-    return str(found.value)
+    return str(result.value)
 
 
 def test_another_familys_file_is_named_with_what_is_missing_and_unexpected(tmp_path):
@@ -236,8 +236,8 @@ def test_files_and_flags_that_do_not_fit_each_other_are_refused(tmp_path):
     assert "--method dtml" in refused(weights, "", sdm_weights=weights)
     torch.save({"format": 1}, tmp_path / "ours.pt")
     assert "Leave out --method" in refused(tmp_path / "ours.pt", "dtc")
-    for method, words in (("", "a run folder"), ("dtc", "dtc's bare weights")):
-        with pytest.raises(UserError, match=f"--checkpoint is missing. Give .*{words}"):
+    for method, args in (("", "a run folder"), ("dtc", "dtc's bare weights")):
+        with pytest.raises(UserError, match=f"--checkpoint is missing. Give .*{args}"):
             load_trained("", method=method)
     with pytest.raises(UserError, match=r"--output sdm: .*w.pth has no such output\. Choose from seg\."):
         test_la.main(["--checkpoint", str(weights), "--method", "dtml", "--output", "sdm"])
@@ -256,9 +256,9 @@ def test_the_test_script_tests_bare_weights_with_the_papers_settings(tmp_path, m
     weights["seg"]["out_conv2.bias"] -= released_network(weights["seg"], padded)["out_conv2"].median()  # a half of each
     for name, w in weights.items():
         save(tmp_path / f"best_model_{name}.pth", w)
-    words = ["--checkpoint", "best_model_seg.pth", "--sdm-weights", "best_model_dis.pth", "--method", "dtml"]
+    args = ["--checkpoint", "best_model_seg.pth", "--sdm-weights", "best_model_dis.pth", "--method", "dtml"]
     monkeypatch.chdir(tmp_path)
-    test_la.main([*words, "--data", str(data), "--save", "all", "--threads", "1"])
+    test_la.main([*args, "--data", str(data), "--save", "all", "--threads", "1"])
     printed = capsys.readouterr().out.splitlines()
     assert [line.split("|")[1].strip() for line in printed if line.startswith("| ")][1:] == [
         "seg", "seg", "sdm", "sdm", "mean", "mean"
@@ -280,11 +280,11 @@ def test_predict_takes_bare_weights_too(tmp_path):
     picture = sitk.GetImageFromArray(image.transpose(2, 1, 0))
     picture.SetSpacing((0.625, 0.625, 0.625))
     sitk.WriteImage(picture, str(tmp_path / "scan.nii.gz"))
-    words = ["--checkpoint", str(save(tmp_path / "w.pth", weights)), "--method", "ua-mt", str(tmp_path / "scan.nii.gz")]
-    predict.main([*words, "--patch-size", "16", "16", "16", "-o", str(tmp_path / "out"), "--threads", "1"])
-    found = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "out" / "scan.nii.gz"))).transpose(2, 1, 0)
+    args = ["--checkpoint", str(save(tmp_path / "w.pth", weights)), "--method", "ua-mt", str(tmp_path / "scan.nii.gz")]
+    predict.main([*args, "--patch-size", "16", "16", "16", "-o", str(tmp_path / "out"), "--threads", "1"])
+    result = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "out" / "scan.nii.gz"))).transpose(2, 1, 0)
     normalised = torch.from_numpy((image - image.mean()) / image.std())[None, None].double()
     p = probabilities(double(weights), normalised)["seg"][0, 0].numpy()
     clear = np.abs(p - 0.5) > 1e-4
     assert clear.mean() > 0.99 and 0.02 < (p > 0.5).mean() < 0.98
-    assert (found[clear] == (p > 0.5)[clear]).all()
+    assert (result[clear] == (p > 0.5)[clear]).all()

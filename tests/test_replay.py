@@ -24,9 +24,9 @@ from utils.options import REMOVED, RENAMED, option, refuse_unused, renamed
 FILES = sorted((ROOT / "results").glob("*/*/options.txt"))
 
 
-def settled(*words: str) -> dict[str, Any]:
+def settled(*args: str) -> dict[str, Any]:
     """Option -> value of all that a command line comes to."""
-    o, method_options, *_ = command_line.read_options(list(words))
+    o, method_options, *_ = command_line.read_options(list(args))
     return {**dataclasses.asdict(o), **dataclasses.asdict(method_options)}
 
 
@@ -38,10 +38,10 @@ def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def train(*words: str) -> Path:
+def train(*args: str) -> Path:
     """Trains for 12 iterations unless the words say otherwise; the run folder is runs/NAME."""
-    train_dtml.main([*TINY, "--device", "cpu", "--iterations", "12", *words])
-    return Path("runs") / words[words.index("--name") + 1]
+    train_dtml.main([*TINY, "--device", "cpu", "--iterations", "12", *args])
+    return Path("runs") / args[args.index("--name") + 1]
 
 
 # -- replays --
@@ -88,9 +88,9 @@ OLD_SHORT = ROOT / "results" / "short" / "beyond-k-seed1337" / "options.txt"
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
-def test_flags_after_an_old_options_file_mean_what_they_mean_without_it(file, words, expected):
+def test_flags_after_an_old_options_file_mean_what_they_mean_without_it(file, args, expected):
     """--k and --unlabeled of the second file were chosen, and so they stay."""
-    options = settled(f"@{file}", *words.split())
+    options = settled(f"@{file}", *args.split())
     assert {name: options[name] for name in expected} == expected
 
 
@@ -104,8 +104,8 @@ def test_flags_after_an_old_options_file_mean_what_they_mean_without_it(file, wo
         ("", "--lr-schedule cosine", []),
     ],
 )
-def test_a_replay_scales_what_followed_and_keeps_what_was_chosen(words, more, expected, inside):
-    folder = train("--data", "set", "--name", "first", *words.split())
+def test_a_replay_scales_what_followed_and_keeps_what_was_chosen(args, more, expected, inside):
+    folder = train("--data", "set", "--name", "first", *args.split())
     assert settled(f"@{folder}/options.txt", "--name", "second", *more.split())["lr_steps"] == expected
 
 
@@ -134,8 +134,8 @@ def test_an_options_file_holds_what_was_chosen_and_lists_the_rest_as_comments(in
 
 
 def test_old_options_of_a_checkpoint_are_filled_in_under_their_names_of_today(inside):
-    words = [*method_words("dk-uxnet"), "--data", "set", "--noise-variance", "5", "--logit-scale", "0.1"]
-    folder = train(*words, "--consistency-terms", "segc", "--iterations", "2", "--name", "run", "--save-every", "1")
+    args = [*method_words("dk-uxnet"), "--data", "set", "--noise-variance", "5", "--logit-scale", "0.1"]
+    folder = train(*args, "--consistency-terms", "segc", "--iterations", "2", "--name", "run", "--save-every", "1")
     new = load_checkpoint(folder)
     for path in (folder / "last.pt", folder / "previous.pt"):
         state = torch.load(path, weights_only=True)
@@ -171,7 +171,7 @@ def test_an_option_of_several_methods_has_one_meaning():
             about = f.metadata
             choices = tuple(about["choices"]) if about["choices"] else None
             kinds.setdefault(f.name, set()).add((str(f.type), about["maximum"], about["nargs"], choices))
-    assert {name: found for name, found in kinds.items() if len(found) > 1} == {}
+    assert {name: result for name, result in kinds.items() if len(result) > 1} == {}
 
 
 # -- which data set --
@@ -181,8 +181,8 @@ def test_an_option_of_several_methods_has_one_meaning():
 def test_the_phantom_set_is_known_by_any_path(path, inside):
     (inside / "data").mkdir()
     (inside / "link").symlink_to(inside / "data" / "phantom")
-    found = settled("--data", path.format(here=inside))
-    assert (found["profile"], found["labeled"], found["iterations"]) == ("phantom", 8, 300)
+    result = settled("--data", path.format(here=inside))
+    assert (result["profile"], result["labeled"], result["iterations"]) == ("phantom", 8, 300)
     assert is_phantom(Path(path.format(here=inside))) and not is_phantom(inside / "set")
     assert Path("data/phantom") == PHANTOM_FOLDER
 
@@ -247,9 +247,9 @@ def test_labels_that_do_not_come_first_are_not_left_out_unnoticed(inside):
         ("--method supervised --labeled 2", ("4 labeled crops", "give --batch-size 2")),
     ],
 )
-def test_too_few_labels_are_told_with_what_to_do(words, texts, inside, capsys):
+def test_too_few_labels_are_told_with_what_to_do(args, texts, inside, capsys):
     with pytest.raises(SystemExit) as ended:
-        run(lambda: train("--data", "set", "--name", "run", *words.split()))
+        run(lambda: train("--data", "set", "--name", "run", *args.split()))
     err = capsys.readouterr().err
     assert ended.value.code == 2 and all(text in err for text in texts) and "Traceback" not in err
     assert "case03" not in err and not Path("runs").exists()
@@ -301,9 +301,9 @@ def test_flags_that_do_nothing_together_are_refused(inside):
     train("--data", "set", "--name", "run", "--iterations", "1")
     files = sorted(Path("runs").rglob("*"))
     usual = [*TINY, "--data", "set", "--name", "other", "--iterations", "12"]
-    for words, text in NOTHING_TO_DO.items():
+    for args, text in NOTHING_TO_DO.items():
         with pytest.raises(UserError, match=text):
-            train_dtml.main([*([] if "runs/run" in words else usual), *words.split()])
+            train_dtml.main([*([] if "runs/run" in args else usual), *args.split()])
     assert sorted(Path("runs").rglob("*")) == files
 
 
@@ -323,11 +323,11 @@ def test_flags_that_do_nothing_together_are_refused(inside):
 )
 def test_an_option_counts_if_all_of_one_condition_holds(only_if, values, text):
     made = dataclasses.make_dataclass("Made", [("x", int, option(1, "x", only_if=only_if))])
-    words = {"chosen": {"x": 2}, "classes": [made], "value_of": values.get, "why": {"fact": "there is none"}}
+    args = {"chosen": {"x": 2}, "classes": [made], "value_of": values.get, "why": {"fact": "there is none"}}
     if text:
         with pytest.raises(UserError) as refused:
-            refuse_unused(**words, usual=lambda name: 1)
+            refuse_unused(**args, usual=lambda name: 1)
         assert text in str(refused.value)
     else:
-        refuse_unused(**words, usual=lambda name: 1)
-    refuse_unused(**words, usual=lambda name: 2)  # what it would be without the flag is no mistake
+        refuse_unused(**args, usual=lambda name: 1)
+    refuse_unused(**args, usual=lambda name: 2)  # what it would be without the flag is no mistake

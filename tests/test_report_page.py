@@ -88,11 +88,11 @@ class Page(HTMLParser):
         self.data = json.loads(self.json)
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        found = dict(attributes)
+        result = dict(attributes)
         self.tags.append(tag)
-        self.addresses += [str(found[name]) for name in ("src", "href", "action", "data", "poster") if name in found]
+        self.addresses += [str(result[name]) for name in ("src", "href", "action", "data", "poster") if name in result]
         if tag == "table":
-            self._table = found.get("id") or f"bars{len(self.tables)}"
+            self._table = result.get("id") or f"bars{len(self.tables)}"
             self.tables[self._table] = []
         elif tag == "tr" and self._table:
             self.tables[self._table].append([])
@@ -100,11 +100,11 @@ class Page(HTMLParser):
             self.tables[self._table][-1].append("")
             self._cell = True
         elif tag == "img":
-            self.images.append(found)
-        elif tag == "option" and "selected" in found:
-            self.chosen.append(str(found["value"]))
-        self._edge = tag == "b" and str(found.get("class")).startswith(("edge", "end"))
-        self._script = tag == "script" and found.get("type") == "application/json"
+            self.images.append(result)
+        elif tag == "option" and "selected" in result:
+            self.chosen.append(str(result["value"]))
+        self._edge = tag == "b" and str(result.get("class")).startswith(("edge", "end"))
+        self._script = tag == "script" and result.get("type") == "application/json"
 
     def handle_endtag(self, tag: str) -> None:
         self._edge = False

@@ -37,8 +37,8 @@ def test_the_flags_parse_and_the_row_s_output_and_scans_are_the_run_s(profile):
     runs, tables = GRIDS[profile]
 
     @functools.cache
-    def outputs_and_scans(words):
-        o, method_options, *_ = command_line.read_options([*words.split(), "--profile", profile, "--filters", "2"])
+    def outputs_and_scans(args):
+        o, method_options, *_ = command_line.read_options([*args.split(), "--profile", profile, "--filters", "2"])
         unlabeled = SCANS[profile] - o.labeled if o.unlabeled is None else o.unlabeled
         return METHODS[o.method](method_options, iterations=1).outputs, f"{o.labeled} / {unlabeled}"
 
@@ -108,10 +108,10 @@ def test_rows_without_a_common_seed_or_of_other_scans_are_not_compared(here):
 
 def test_a_row_whose_option_is_gone_shows_its_records_and_is_not_run(here):
     write_record("beyond-mix", 1338, [(0.72, 1), (0.84, 2)])
-    words = ["--table", "beyond", "--rows", "beyond-mix"]
-    out, err = printed(*words)
+    args = ["--table", "beyond", "--rows", "beyond-mix"]
+    out, err = printed(*args)
     assert cells(out, "crops pasted into one another")[0][2] == "78.00" and not err
-    lines = printed(*words, "--list")[0].splitlines()
+    lines = printed(*args, "--list")[0].splitlines()
     assert lines[1].strip() == "1338 done" and "no longer has" in lines[3] and len(lines) == 4
     runs, _ = reproduce.select(fill(reproduce.Options, {"profile": "half", "rows": ["beyond-mix"], "seeds": [1337]}))
     assert not runs
@@ -158,14 +158,14 @@ def test_runs_of_the_same_training_share_its_folder_and_not_their_tests():
 def test_a_record_that_does_not_fit_is_left_out_named_and_kept(here, capsys, more, text):
     record = write_record("dtml-16", 1337, **more)
     before = (record / "manifest.json").read_bytes()
-    words = ["--table", "1", "--rows", "dtml-16", "--seeds", "1337"]
-    line = printed(*words, "--list")[0].splitlines()[1]
+    args = ["--table", "1", "--rows", "dtml-16", "--seeds", "1337"]
+    line = printed(*args, "--list")[0].splitlines()[1]
     assert line.startswith("  1337 other options: ") and text in line
-    out, err = printed(*words)
+    out, err = printed(*args)
     assert cells(out, "L_mask")[1][2] == "not yet run" and "is left out; other options" in err and text in err
     (here / "data" / "la").mkdir(parents=True)
     with pytest.raises(SystemExit, match="1"):
-        reproduce.main(["--profile", "half", *words, "--missing"])
+        reproduce.main(["--profile", "half", *args, "--missing"])
     assert "is not overwritten; other options" in capsys.readouterr().err
     assert (record / "manifest.json").read_bytes() == before and not list((here / "runs").rglob("*.pt"))
 
@@ -205,9 +205,9 @@ def test_what_cannot_change_a_result_and_options_of_later_do_not_matter(here):
         (["--missing"], "data/la does not exist"),
     ],
 )
-def test_mistakes_are_named_before_anything_is_run(here, capsys, words, text):
+def test_mistakes_are_named_before_anything_is_run(here, capsys, args, text):
     with pytest.raises(UserError, match=text):
-        reproduce.main(words)
+        reproduce.main(args)
     assert not list(here.iterdir())
 
 

@@ -38,8 +38,8 @@ def weights_of(where: Path) -> dict[str, torch.Tensor]:
     return restore(load_checkpoint(where)).state_dict()
 
 
-def shared(run: Path, folder: Path, *words: str) -> list[Path]:
-    share.main([str(run), str(folder), *words])
+def shared(run: Path, folder: Path, *args: str) -> list[Path]:
+    share.main([str(run), str(folder), *args])
     return sorted(folder.iterdir())
 
 
@@ -83,8 +83,8 @@ def test_files_are_small_and_hold_no_optimiser(exact, runs, tmp_path, capsys):
 @pytest.mark.parametrize("method", ["dtml", "sassnet", "dk-uxnet", "ad-mt"])
 def test_a_method_predicts_from_them_what_its_run_does(method, tmp_path):
     make_set(tmp_path / "set")
-    words = [*TINY, *method_words(method), "--device", "cpu", "--iterations", "1", "--data", str(tmp_path / "set")]
-    train_dtml.main([*words, "--runs", str(tmp_path), "--name", "run"])
+    args = [*TINY, *method_words(method), "--device", "cpu", "--iterations", "1", "--data", str(tmp_path / "set")]
+    train_dtml.main([*args, "--runs", str(tmp_path), "--name", "run"])
     shared(tmp_path / "run", tmp_path / "w", "--exact")
     shared(tmp_path / "run", tmp_path / "half")
     image = torch.randn(1, 1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -180,14 +180,14 @@ def test_the_weights_in_the_repository_give_the_recorded_figures_on_a_real_scan(
     (tmp_path / "set" / LA_SUBFOLDER).symlink_to((la / LA_SUBFOLDER).resolve())
     (tmp_path / "set" / "train.list").write_text((lists / "train.list").read_text())
     (tmp_path / "set" / "test.list").write_text(f"{name}\n")
-    words = ["--data", str(tmp_path / "set"), "--out", str(tmp_path / "out"), "--save", "none", "--device", "cpu"]
-    test_la.main(["--checkpoint", str(record), *words])
+    args = ["--data", str(tmp_path / "set"), "--out", str(tmp_path / "out"), "--save", "none", "--device", "cpu"]
+    test_la.main(["--checkpoint", str(record), *args])
     rows = []
     for file in (record / "cases.csv", tmp_path / "out" / "cases.csv"):
         rows.append({(r["output"], r["component"]): r for r in csv_rows(file) if r["case"] == name})
-    recorded, found = rows
-    assert recorded.keys() == found.keys() and len(found) == 12
-    for key, row in found.items():
+    recorded, result = rows
+    assert recorded.keys() == result.keys() and len(result) == 12
+    for key, row in result.items():
         assert float(row["dice"]) == pytest.approx(float(recorded[key]["dice"]), abs=0.0005), key
 
 

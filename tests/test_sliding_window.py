@@ -60,11 +60,11 @@ def windows_by_hand(predict, volume, patch, stride, batch_size, weights):
 def test_slabs_are_bit_for_bit_the_whole_and_come_as_soon_as_they_are_done(shape, stride, batch_size, weighting):
     volume, network, patch = torch.randn(*shape), torch.nn.Conv3d(1, 2, 3, padding=1), (8, 8, 8)
     weights = gaussian_weights(patch) if weighting == "gaussian" else torch.ones(*patch)
-    words = {"batch_size": batch_size, "weighting": weighting}
+    args = {"batch_size": batch_size, "weighting": weighting}
     expected = windows_by_hand(network, volume, patch, stride, batch_size, weights)
-    slabs = list(sliding_slabs(network, volume, patch, stride, **words))
+    slabs = list(sliding_slabs(network, volume, patch, stride, **args))
     assert torch.equal(torch.cat([slab for _, slab in slabs], 1), expected)
-    assert torch.equal(sliding_window(network, volume, patch, stride, **words), expected)
+    assert torch.equal(sliding_window(network, volume, patch, stride, **args), expected)
     starts = window_starts(shape[0], patch[0], stride[0])
     assert [start for start, _ in slabs] == starts and all(slab.shape[1] <= patch[0] for _, slab in slabs)
 

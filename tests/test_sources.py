@@ -137,12 +137,12 @@ def test_a_label_among_the_scans_is_no_scan(name, tmp_path):
 
 def test_each_value_of_labels_must_occur_somewhere(tmp_path, capsys):
     source = decathlon(tmp_path / "Task")
-    for words, message in (
+    for args, message in (
         (["3"], "--labels 3: no label holds that. They hold 1 2"),
         (["2", "7", "5"], "--labels 5 7: no label holds that"),
     ):
         with pytest.raises(UserError, match=message):
-            converted(source, tmp_path / "set", "--labels", *words)
+            converted(source, tmp_path / "set", "--labels", *args)
         assert not (tmp_path / "set").exists()
     write(source / "labelsTr" / "ball_005.nii.gz", 5 * np.eye(30, 28, dtype=np.uint8)[:, :, None].repeat(18, 2))
     converted(source, tmp_path / "set", "--labels", "2", "5")  # one label of all is enough

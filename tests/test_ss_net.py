@@ -62,7 +62,7 @@ def test_separation_is_the_sum_over_all_pairs_in_numpy(classes, largest):
     maps = torch.randn(3, 3, 4, 4, 4, dtype=torch.float64)
     label, predicted = torch.randint(0, 3, (2, 4, 4, 4)), torch.randint(0, 3, (3, 4, 4, 4))
     with torch.no_grad():
-        found, counts = separator(maps, predicted, label, prototypes=5, largest=largest)
+        result, counts = separator(maps, predicted, label, prototypes=5, largest=largest)
         h = separator.h(maps)
         z = separator.k(h)
         rows = {name: x.movedim(1, -1).numpy() for name, x in (("h", h), ("z", z))}
@@ -84,7 +84,7 @@ def test_separation_is_the_sum_over_all_pairs_in_numpy(classes, largest):
             features = features / np.linalg.norm(features, axis=1, keepdims=True)
             pairs = (attention / attention.mean())[:, None] * (v / v.mean())[None] * (1 - features @ q.T)
             expected += pairs.mean()
-        assert found[i].item() == pytest.approx(expected, rel=1e-10)
+        assert result[i].item() == pytest.approx(expected, rel=1e-10)
 
 
 def test_a_class_without_prototypes_or_voxels_costs_nothing_and_leaves_gradients():
@@ -93,9 +93,9 @@ def test_a_class_without_prototypes_or_voxels_costs_nothing_and_leaves_gradients
     label = torch.ones(1, 4, 4, 4, dtype=torch.uint8)
     predicted = torch.ones(2, 4, 4, 4, dtype=torch.uint8)
     predicted[0, 1:] = 0
-    found, counts = separator(maps, predicted, label, prototypes=32, largest=True)
-    assert found[[0, 2]].tolist() == [0, 0] and found[1] > 0 and counts.tolist() == [0, 16, 0]
-    found.sum().backward()
+    result, counts = separator(maps, predicted, label, prototypes=32, largest=True)
+    assert result[[0, 2]].tolist() == [0, 0] and result[1] > 0 and counts.tolist() == [0, 16, 0]
+    result.sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in separator.parameters())
     features, is_one = best(torch.ones(1, 2, 4, 4, 4), torch.rand(1, 1, 4, 4, 4), label == 0, 5)
     assert features.abs().max() == 0 and not is_one.any()

@@ -63,9 +63,9 @@ def test_tensorboard_has_the_options_of_the_run_in_its_own_folder(run):
     events = EventAccumulator(str(run)).Reload()
     metadata = events.SummaryMetadata("_hparams_/session_start_info").plugin_data
     content = plugin_data_pb2.HParamsPluginData.FromString(metadata.content)
-    found = content.session_start_info.hparams
-    assert found["lr"].number_value == 0.01 and found["patch_size"].string_value == "[16, 16, 16]"
-    assert found["method"].string_value == "dtml" and found["seed"].number_value == 1337
+    result = content.session_start_info.hparams
+    assert result["lr"].number_value == 0.01 and result["patch_size"].string_value == "[16, 16, 16]"
+    assert result["method"].string_value == "dtml" and result["seed"].number_value == 1337
     assert not [path for path in run.iterdir() if path.is_dir()]  # no folder of its own
 
 
@@ -131,9 +131,9 @@ def test_an_unfinished_run_keeps_its_iterations_and_none_gets_fewer(run, tmp_pat
         (train_dtml.main, "--itertions 3", r"Did you mean --iterations\?"),
     ],
 )
-def test_flags_of_other_projects_are_told_apart(main, words, message):
+def test_flags_of_other_projects_are_told_apart(main, args, message):
     with pytest.raises(UserError, match=message):
-        main(words.split())
+        main(args.split())
 
 
 @pytest.mark.parametrize("where", ["", "images"])

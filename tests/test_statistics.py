@@ -42,8 +42,8 @@ def test_the_interval_covers_the_true_difference_at_least_as_often_as_it_says(k,
     """Of 300: 95 % are 285, two standard errors below that 277."""
     monkeypatch.setattr("evaluation.statistics.RESAMPLES", 999)
     sides = [simulated(seed, k, 20, run_sd=run_sd) for seed in range(300)]
-    found = [interval(*pair) for pair in sides]
-    hits = sum(low <= 1 <= high for low, high in found)
+    result = [interval(*pair) for pair in sides]
+    hits = sum(low <= 1 <= high for low, high in result)
     assert hits >= (274 if k == 1 else 277)  # scans alone: a percentile interval of 20 is a little narrow
 
 
@@ -79,17 +79,17 @@ def test_it_is_the_same_each_time_and_turns_with_its_sides(runs):
 )  # fmt: skip
 def test_it_says_what_it_is_over(runs, over):
     sides = [{seed: row(100 * side + seed) for seed in range(k)} for side, k in enumerate(runs)]
-    found = compare(*sides)
-    assert (found.runs, found.over) == (runs, over) and found.low < found.difference < found.high
-    assert found.difference == pytest.approx(found.mean - found.reference)
+    result = compare(*sides)
+    assert (result.runs, result.over) == (runs, over) and result.low < result.difference < result.high
+    assert result.difference == pytest.approx(result.mean - result.reference)
 
 
 @pytest.mark.parametrize("n", [1, 5, 6])
 def test_below_six_scans_there_is_neither_interval_nor_p(n):
     sides = [{seed: row(100 * side + seed, n) for seed in range(5)} for side in range(2)]
-    found = compare(*sides)
-    assert math.isnan(found.low) == math.isnan(found.high) == math.isnan(found.p) == (n < 6)
-    assert math.isnan(compare_scans(row(0, n), row(1, n)).p) == (n < 6) and math.isfinite(found.difference)
+    result = compare(*sides)
+    assert math.isnan(result.low) == math.isnan(result.high) == math.isnan(result.p) == (n < 6)
+    assert math.isnan(compare_scans(row(0, n), row(1, n)).p) == (n < 6) and math.isfinite(result.difference)
 
 
 # -- runs --
@@ -120,11 +120,11 @@ def test_very_many_runs_are_dealt_out_at_random_and_never_to_a_p_of_0():
 @pytest.mark.parametrize("runs", [(4, 9), (9, 4), (5, 5)])
 def test_p_needs_five_runs_on_each_side(runs):
     sides = [{seed: row(100 * side + seed) for seed in range(k)} for side, k in enumerate(runs)]
-    found = compare(*sides)
-    assert math.isnan(found.p) == (min(runs) < 5)
+    result = compare(*sides)
+    assert math.isnan(result.p) == (min(runs) < 5)
     if min(runs) >= 5:
         means = [np.array([np.mean(list(scans.values())) for scans in side.values()]) for side in sides]
-        assert found.p == permutation_p(*means)
+        assert result.p == permutation_p(*means)
 
 
 # -- scans of one pair of runs --
@@ -173,8 +173,8 @@ def test_holm_by_hand():
 def test_a_scan_without_a_number_in_one_run_is_left_out_and_counted():
     a, b, c = row(0), row(1), row(2)
     b["case3"] = math.nan
-    found = compare({1: c}, {1: a, 2: b})
-    assert (found.n, found.left_out) == (19, 1)
+    result = compare({1: c}, {1: a, 2: b})
+    assert (result.n, result.left_out) == (19, 1)
     with pytest.raises(UserError, match="no scan has a number"):
         compare({1: {"a": 1.0, "b": math.nan}}, {1: {"a": math.nan, "b": 0.5}})
 
@@ -189,10 +189,10 @@ def test_different_scans_are_refused():
 def test_a_penalised_column_of_an_early_test_is_the_distance_or_not_a_number(tmp_path):
     lines = ["case,output,component,dice,jaccard,asd,hd95,voxels,label_voxels", "a,seg,all,0.5,0.3,2,3,9,9"]
     (tmp_path / "cases.csv").write_text("\n".join([*lines, "b,seg,all,0,0,nan,nan,0,9", "c,seg,all,1,1,0,0,0,0\n"]))
-    found = read_row(str(tmp_path), "hd95_penalised", "all")
-    assert found["a"] == 3 and math.isnan(found["b"])
+    result = read_row(str(tmp_path), "hd95_penalised", "all")
+    assert result["a"] == 3 and math.isnan(result["b"])
     dice = read_row(str(tmp_path), "dice", "all")
-    assert dice["b"] == 0 and math.isnan(dice["c"]) and math.isnan(found["c"]), "both masks empty: nothing to measure"
+    assert dice["b"] == 0 and math.isnan(dice["c"]) and math.isnan(result["c"]), "both masks empty: nothing to measure"
 
 
 # -- the command --
@@ -222,9 +222,9 @@ def test_a_row_of_several_seeds_is_compared_by_its_runs(tmp_path, capsys):
     old, new = ({seed: row(seed) for seed in seeds} for seeds in ((0, 1), (2, 3, 4)))
     out = capsys.readouterr().out
     shown, of_all, of_one = [line for line in out.splitlines() if str(tmp_path) in line]
-    found = compare(old, new)
+    result = compare(old, new)
     assert shown.endswith("old-seed*, runs: 2") and "new-seed*:sdm | 3 | 20 (0)" in of_all
-    assert f"| {found.difference:+.4f} | {found.low:+.4f} to {found.high:+.4f} | runs and scans | no seed" in of_all
+    assert f"| {result.difference:+.4f} | {result.low:+.4f} to {result.high:+.4f} | runs and scans | no seed" in of_all
     assert "new-seed3 | 1 | 20 (0)" in of_one and "the runs of the reference" in of_one and "Wilcoxon" not in out
 
 
@@ -233,8 +233,8 @@ def test_five_runs_have_a_p_and_five_scans_neither(tmp_path, capsys):
         for seed in range(5):
             write(tmp_path / f"{name}-seed{seed}.csv", row(seed + 10 * len(name) * (name[-1] == "b"), n))
     statistics.main([f"{tmp_path}/a-seed*", f"{tmp_path}/b-seed*"])
-    found = compare(*(read_runs(f"{tmp_path}/{name}-seed*", "dice", "all") for name in "ab"))
-    assert f"| {found.higher} of 5; p = {found.p:.2g}, Holm {found.p:.2g} |" in capsys.readouterr().out
+    result = compare(*(read_runs(f"{tmp_path}/{name}-seed*", "dice", "all") for name in "ab"))
+    assert f"| {result.higher} of 5; p = {result.p:.2g}, Holm {result.p:.2g} |" in capsys.readouterr().out
     statistics.main([f"{tmp_path}/few-seed*", f"{tmp_path}/few_b-seed*"])
     line = capsys.readouterr().out.splitlines()[-1]
     assert "none: 5 scans are too few" in line and "p =" not in line
@@ -256,12 +256,12 @@ def test_two_runs_of_one_seed_are_no_row(tmp_path):
      (["a.csv", "text.csv"], "text.csv is no"), (["a.csv", "a.csv", "--metric", "hd96"], "hd96"),
      (["a.csv", "a.csv", "--metric", "hd95_mm"], "no column hd95_mm")],
 )  # fmt: skip
-def test_mistakes_are_named(tmp_path, monkeypatch, words, text):
+def test_mistakes_are_named(tmp_path, monkeypatch, args, text):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "a.csv", row(0))
     (tmp_path / "text.csv").write_text("hello\n")
     with pytest.raises(UserError, match=text):
-        statistics.main(words)
+        statistics.main(args)
 
 
 def test_metrics_on_request_are_compared_and_nsd_at_one_tolerance(tmp_path, capsys):
@@ -272,13 +272,13 @@ def test_metrics_on_request_are_compared_and_nsd_at_one_tolerance(tmp_path, caps
         lines += [",".join([f"case{i},seg,all,0.8", *(f"{v + shift}" for v in more.values())]) for i in range(8)]
         (tmp_path / name / "cases.csv").write_text("\n".join(lines) + "\n")
         (tmp_path / name / "test.json").write_text('{"nsd_tolerance_mm": 2.0}')
-    words = [str(tmp_path / "a"), str(tmp_path / "b")]
+    args = [str(tmp_path / "a"), str(tmp_path / "b")]
     for metric, value in more.items():
-        statistics.main([*words, "--metric", metric])
+        statistics.main([*args, "--metric", metric])
         assert f"| {value + 0.25:.4f} | {value:.4f} | +0.2500 |" in capsys.readouterr().out
     (tmp_path / "b" / "test.json").write_text('{"nsd_tolerance_mm": 1.0}')
     with pytest.raises(UserError, match=r"different tolerances: 2 mm in .*a; 1 mm in .*b\. Test them"):
-        statistics.main([*words, "--metric", "nsd"])
+        statistics.main([*args, "--metric", "nsd"])
     write(tmp_path / "plain.csv", row(0))
     for metric, flag in (("nsd", "--nsd-tolerance"), ("assd_mm", "--metrics assd"), ("rve", "--metrics rve")):
         with pytest.raises(UserError, match=f"no column {metric}. Test the run again with {flag}"):

@@ -32,9 +32,9 @@ def with_spacing(folder: Path, spacing: tuple[float, ...], cases: str = "case*")
     return folder
 
 
-def suggested(folder: Path, capsys: pytest.CaptureFixture, *words: str) -> tuple[str, list[str]]:
+def suggested(folder: Path, capsys: pytest.CaptureFixture, *args: str) -> tuple[str, list[str]]:
     """What the check prints after its table, and the words of the command in it."""
-    check.main([str(folder), "--workers", "1", *words])
+    check.main([str(folder), "--workers", "1", *args])
     text = capsys.readouterr().out.partition("in memory, GiB")[2]
     commands = [line for line in text.splitlines() if line.startswith("python train_dtml.py")]
     return text, shlex.split(commands[0])[2:] if commands else []

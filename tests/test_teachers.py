@@ -72,8 +72,8 @@ def test_entropy_is_that_of_a_coin():
 
 def test_the_threshold_of_ua_mt_rises_from_its_first_value_to_ln_2():
     method = UAMT(UAMT.Options(filters=2), iterations=6000)
-    found = [method.threshold(t) for t in (0, 1500, 3000, 4500, 5999)]
-    assert found == pytest.approx([0.5210, 0.5303, 0.5695, 0.6466, 0.6931], abs=5e-5)
+    result = [method.threshold(t) for t in (0, 1500, 3000, 4500, 5999)]
+    assert result == pytest.approx([0.5210, 0.5303, 0.5695, 0.6466, 0.6931], abs=5e-5)
     assert method.threshold(6000) == pytest.approx(math.log(2), abs=1e-12)
 
 
@@ -86,8 +86,8 @@ def test_ua_mt_counts_certain_voxels_alone(monkeypatch):
     uncertain[1] = math.log(2)
     monkeypatch.setattr(method, "teach", lambda image: q)
     monkeypatch.setattr(method, "uncertainty", lambda image: uncertain)
-    found, monitors = method.consistency(p, batch["image"][2:], 10)
-    assert found.item() == pytest.approx(0.04) and monitors["certain_share"].item() == 0.5
+    result, monitors = method.consistency(p, batch["image"][2:], 10)
+    assert result.item() == pytest.approx(0.04) and monitors["certain_share"].item() == 0.5
     uncertain[:] = math.log(2)
     assert method.consistency(p, batch["image"][2:], 10)[0] == 0
     assert masked_mean(p, torch.zeros_like(p)) == 0
@@ -211,11 +211,11 @@ def test_double_unc_s_consistency_is_its_equation(monkeypatch):
         method = make("double-unc", learnable=learnable, gamma=0.5)
         monkeypatch.setattr(method, "bayesian_teacher", lambda x: (q, U_f))
         p = torch.full_like(image, 0.3, requires_grad=True)
-        found, _ = method.consistency(p, image, 3)
-        assert found.item() == pytest.approx(expected, rel=1e-5)
+        result, _ = method.consistency(p, image, 3)
+        assert result.item() == pytest.approx(expected, rel=1e-5)
         slope = 2 * -0.6 * math.exp(-0.4 - h[0.9 if not learnable else 0.3])
         if learnable:  # dU_s/dp = ln((1-p)/p) / ln 2
             d = math.log(0.7 / 0.3) / math.log(2)
             slope += d * (0.5 - math.exp(-0.4 - h[0.3]) * 0.36)
-        (g,) = torch.autograd.grad(found, p)
+        (g,) = torch.autograd.grad(result, p)
         assert g.sum().item() == pytest.approx(slope, rel=1e-4)

@@ -37,9 +37,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def score(checkpoint: Path, out: Path, *words: str) -> list[dict[str, str]]:
+def score(checkpoint: Path, out: Path, *args: str) -> list[dict[str, str]]:
     """Tests a checkpoint and returns the rows of cases.csv."""
-    test_la.main(["--checkpoint", str(checkpoint), "--out", str(out), "--threads", "1", *STRIDE, *words])
+    test_la.main(["--checkpoint", str(checkpoint), "--out", str(out), "--threads", "1", *STRIDE, *args])
     return rows_of(out)
 
 
@@ -242,11 +242,11 @@ def test_a_test_that_ends_early_leaves_the_one_before_as_it_was(trained, tmp_pat
     before = files_of(tmp_path / "out")
     real, calls = predict_scan, []
 
-    def interrupted(*words, **more):
-        calls.append(words)
+    def interrupted(*args, **more):
+        calls.append(args)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return torch.ones_like(real(*words, **more))
+        return torch.ones_like(real(*args, **more))
 
     monkeypatch.setattr(test_la, "predict_scan", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -333,8 +333,8 @@ def test_cases_in_subfolders_have_predictions_in_subfolders(trained, tmp_path):
 
 def test_a_run_and_a_test_write_down_what_made_them(tiny_set, tmp_path):
     folder = tmp_path / "run"
-    words = ["--data", str(tiny_set), *TINY, "--iterations", "2", "--seed", "7", "--picture-every", "1"]
-    train_dtml.main([*words, "--runs", str(tmp_path), "--name", "run"])
+    args = ["--data", str(tiny_set), *TINY, "--iterations", "2", "--seed", "7", "--picture-every", "1"]
+    train_dtml.main([*args, "--runs", str(tmp_path), "--name", "run"])
     test_la.main(["--checkpoint", str(folder), "--stride", "8", "8", "8", "--threads", "1"])
     saved = load(folder)
     run, test = (json.loads((folder / name).read_text()) for name in ("manifest.json", "test/test.json"))

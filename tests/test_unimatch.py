@@ -50,7 +50,7 @@ def test_the_loss_is_the_formula_in_numpy(classes, softmax, pseudo_loss, monkeyp
 
     monkeypatch.setattr(method.network, "read", note)
     monkeypatch.setattr(method, "box", lambda sides: boxes.append(box(sides)) or boxes[-1])
-    found = method(data, 3)
+    result = method(data, 3)
     first, strong = outputs
     assert first.shape[0] == 2 + 3 + 3 and strong.shape[0] == 3 + 3 and len(boxes) == 6
     p, p_f, p_s = p_by_hand(first[:5], softmax), p_by_hand(first[5:], softmax), p_by_hand(strong, softmax)
@@ -72,9 +72,9 @@ def test_the_loss_is_the_formula_in_numpy(classes, softmax, pseudo_loss, monkeyp
     features = H(p_f, y, a)
     views = [H(p_s[3 * i : 3 * i + 3], mixed_y[i], mixed_a[i]) for i in range(2)]
     expected = {"seg": seg, "features": features, "strong": sum(views) / 2}
-    assert {name: x.item() for name, x in found.terms.items()} == pytest.approx(expected, rel=1e-10)
+    assert {name: x.item() for name, x in result.terms.items()} == pytest.approx(expected, rel=1e-10)
     total = seg + 0.5 * features + 0.25 * views[0] + 0.25 * views[1]
-    assert found.total.item() == pytest.approx(total, rel=1e-10)
+    assert result.total.item() == pytest.approx(total, rel=1e-10)
 
 
 def test_confidence_is_that_of_the_label():

@@ -40,8 +40,8 @@ def outcome(method: str, flags: str) -> dict[str, bytes]:
         trained.after_step(batch, iteration)
     trained.eval()
     with torch.no_grad():
-        found = {" ".join(trained.outputs): trained.predict(batch["image"], trained.outputs)} | weights(trained)
-    return {name: x.numpy().tobytes() for name, x in found.items()}
+        result = {" ".join(trained.outputs): trained.predict(batch["image"], trained.outputs)} | weights(trained)
+    return {name: x.numpy().tobytes() for name, x in result.items()}
 
 
 def weights(built: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -71,7 +71,7 @@ def parsed(method: str, flags: str) -> dict[str, Any]:
 def switches(method: str) -> list[str]:
     """The flags that may switch another option off: every other choice, every bool turned round, every number that can
     be 0, at 0, and every share at 1."""
-    found = []
+    result = []
     for f in dataclasses.fields(METHODS[method].Options):
         about, default = f.metadata, default_of(f)
         if f.name in ("backbone", "ramp", "channels") or isinstance(default, list):  # none of which is ever off
@@ -80,8 +80,8 @@ def switches(method: str) -> list[str]:
         values += [not default] if isinstance(default, bool) else []
         values += [0.0] if about["minimum"] == 0 else []
         values += [1.0] if (about["minimum"], about["maximum"]) == (0, 1) else []
-        found += [as_flags({f.name: value}).strip() for value in values if value != default]
-    return found
+        result += [as_flags({f.name: value}).strip() for value in values if value != default]
+    return result
 
 
 def refusal(method: str, flags: str) -> str:

@@ -30,9 +30,9 @@ SHORT = [*TINY, "--iterations", "6", "--log-every", "2", "--save-every", "4", "-
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `set`, and of it the runs `plain` and `validated`, which differ in --validate-every alone."""
     folder = tmp_path_factory.mktemp("validation")
-    words = ["--data", str(make_validated_set(folder / "set")), "--runs", str(folder), *FLAGS]
-    train_dtml.main([*words, "--name", "plain"])
-    train_dtml.main([*words, "--name", "validated", "--validate-every", "10"])
+    args = ["--data", str(make_validated_set(folder / "set")), "--runs", str(folder), *FLAGS]
+    train_dtml.main([*args, "--name", "plain"])
+    train_dtml.main([*args, "--name", "validated", "--validate-every", "10"])
     return folder
 
 
@@ -40,8 +40,8 @@ def scalars(run: Path) -> list[dict[str, str]]:
     return csv_rows(run / "scalars.csv")
 
 
-def rows_of(out: Path, *words: str) -> list[dict[str, str]]:
-    test_la.main([*words, "--stride", "8", "8", "8", "--threads", "1"])
+def rows_of(out: Path, *args: str) -> list[dict[str, str]]:
+    test_la.main([*args, "--stride", "8", "8", "8", "--threads", "1"])
     return csv_rows(out / "cases.csv")
 
 
@@ -104,8 +104,8 @@ def test_each_class_has_a_curve_which_the_test_script_finds_again(folder, tmp_pa
                 f["label"][:, :11] *= 2
     dataset = {"labels": {"background": 0, "left": 1, "right": 2}}
     (data / "dataset.json").write_text(json.dumps(dataset))
-    words = ["--data", str(data), "--runs", str(tmp_path), "--name", "run", *FLAGS, "--classes", "2"]
-    train_dtml.main([*words, "--validate-every", "30"])
+    args = ["--data", str(data), "--runs", str(tmp_path), "--name", "run", *FLAGS, "--classes", "2"]
+    train_dtml.main([*args, "--validate-every", "30"])
     last = scalars(tmp_path / "run")[-1]
     rows = rows_of(tmp_path / "run" / "validation", "--checkpoint", str(tmp_path / "run"), "--scans", "validation")
     for name, c in (("", "mean"), ("_1", "1"), ("_2", "2")):
@@ -117,13 +117,13 @@ def test_each_class_has_a_curve_which_the_test_script_finds_again(folder, tmp_pa
 
 def faked(monkeypatch: pytest.MonkeyPatch, *dices: float) -> None:
     values = iter(dices)
-    monkeypatch.setattr(train_dtml, "validation_scores", lambda *words, **more: {"dice/validation": next(values)})
+    monkeypatch.setattr(train_dtml, "validation_scores", lambda *args, **more: {"dice/validation": next(values)})
 
 
 def test_a_resumed_run_keeps_the_best_of_before_and_ends_as_if_nothing_had_been(folder, tmp_path, monkeypatch):
-    words = ["--data", str(folder / "set"), "--runs", str(tmp_path), *SHORT]
+    args = ["--data", str(folder / "set"), "--runs", str(tmp_path), *SHORT]
     faked(monkeypatch, 0.5, 0.3, 0.4)
-    train_dtml.main([*words, "--name", "whole"])
+    train_dtml.main([*args, "--name", "whole"])
     shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
     (tmp_path / "stopped" / "previous.pt").replace(tmp_path / "stopped" / "last.pt")  # after 4 iterations
     faked(monkeypatch, 0.4)

@@ -57,10 +57,10 @@ def world(tmp_path_factory) -> Path:
     return folder
 
 
-def train(data: Path, run: Path, *words: str) -> Path:
+def train(data: Path, run: Path, *args: str) -> Path:
     argv = ["--data", str(data), *TINY, "--labeled", "2", "--batch-size", "2", "--iterations", "2", "--device", "cpu"]
     argv += ["--method", "supervised", "--runs", str(run.parent), "--name", run.name]
-    train_dtml.main([*argv, *words])
+    train_dtml.main([*argv, *args])
     return run
 
 
@@ -80,9 +80,9 @@ def raw_values(world: Path, name: str, i: int) -> tuple[Case, np.ndarray, np.nda
 def test_a_window_is_of_the_scan_s_own_intensities(level, width, world):
     case, image, hu = raw_values(world, "ct", 1)
     expected = np.clip((hu - (level - width / 2)) / width, 0, 1)
-    found = normalized_case(case, image, Normalization("window", (level, width)))
-    assert found.dtype == np.float32 and found.min() >= 0 and found.max() <= 1
-    np.testing.assert_allclose(found, expected, atol=2e-4 * 1000 / width)
+    result = normalized_case(case, image, Normalization("window", (level, width)))
+    assert result.dtype == np.float32 and result.min() >= 0 and result.max() <= 1
+    np.testing.assert_allclose(result, expected, atol=2e-4 * 1000 / width)
 
 
 @pytest.mark.parametrize("name", ["mr", "ct"])
@@ -111,11 +111,11 @@ def test_an_image_that_states_no_scaling_holds_its_own_intensities(tmp_path):
 def test_each_channel_has_its_own_scale():
     a = np.random.default_rng(0).normal(100, 30, (12, 12, 12)).astype(np.float32)
     both = np.stack([(a - 100) / 30, (5 * a - 7) / 2])
-    found = normalized(both, Normalization("window", (90.0, 80.0)), [(100.0, 30.0), (1.4, 0.4)])
-    np.testing.assert_allclose(found, np.clip((np.stack([a, a]) - 50) / 80, 0, 1), atol=1e-5)
+    result = normalized(both, Normalization("window", (90.0, 80.0)), [(100.0, 30.0), (1.4, 0.4)])
+    np.testing.assert_allclose(result, np.clip((np.stack([a, a]) - 50) / 80, 0, 1), atol=1e-5)
     two = Normalization("window", (90.0, 80.0, 110.0, 40.0))
-    found = normalized(both, two, [(100.0, 30.0), (1.4, 0.4)])
-    np.testing.assert_allclose(found, np.clip([(a - 50) / 80, (a - 90) / 40], 0, 1), atol=1e-5)
+    result = normalized(both, two, [(100.0, 30.0), (1.4, 0.4)])
+    np.testing.assert_allclose(result, np.clip([(a - 50) / 80, (a - 90) / 40], 0, 1), atol=1e-5)
     assert two.suffix == "-window-90_80_110_40"
 
 
@@ -132,8 +132,8 @@ def test_every_cache_scales_alike(how, world, tmp_path):
     assert not torch.equal(p[Slot(0, 0, 0)]["image"], crops[0][0])
 
 
-def predicted(run: Path, out: Path, *words: object) -> np.ndarray:
-    predict.main(["--checkpoint", str(run), *map(str, words), "-o", str(out), "--device", "cpu", "--threads", "1",
+def predicted(run: Path, out: Path, *args: object) -> np.ndarray:
+    predict.main(["--checkpoint", str(run), *map(str, args), "-o", str(out), "--device", "cpu", "--threads", "1",
                   "--probabilities", "float32"])  # fmt: skip
     return read_image(next(out.glob("*_probability.nii.gz")))[0]
 
@@ -179,9 +179,9 @@ def test_a_test_scores_what_a_prediction_of_the_raw_scan_says(tmp_path, world):
         ("--normalize windows", "Did you mean window"),
     ],
 )
-def test_options_that_cannot_go_together_are_refused(words, message, tiny_set):
+def test_options_that_cannot_go_together_are_refused(args, message, tiny_set):
     with pytest.raises(UserError, match=message):
-        command_line.read_options(["--data", str(tiny_set), *words.split()])
+        command_line.read_options(["--data", str(tiny_set), *args.split()])
 
 
 def test_a_window_that_shows_nothing_is_refused(world, tmp_path, tiny_set):

@@ -39,7 +39,7 @@ def flags(o: argparse.Namespace, folder: Path, *more: str) -> list[str]:
     return [*FLAGS, *method, "--runs", str(folder.parent), "--name", folder.name, *more]
 
 
-def start(words: list[str], log: Path) -> int:
+def start(args: list[str], log: Path) -> int:
     """Forks a training in a process group of its own -> its number."""
     pid = os.fork()
     if pid:
@@ -51,7 +51,7 @@ def start(words: list[str], log: Path) -> int:
     os.dup2(out, 2)
     code = 1
     try:
-        run(lambda: train_dtml.main(words))
+        run(lambda: train_dtml.main(args))
         code = 0
     except SystemExit as left:
         code = left.code if isinstance(left.code, int) else 1
@@ -72,15 +72,15 @@ def end_of(pid: int) -> int:
 
 def living(group: int) -> list[int]:
     """The processes of a group that have not ended."""
-    found = []
+    result = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, _, owner = path.read_text().rpartition(")")[2].split()[:3]
         except OSError:
             continue
         if int(owner) == group and state != "Z":
-            found.append(int(path.parent.name))
-    return found
+            result.append(int(path.parent.name))
+    return result
 
 
 def orphans(group: int) -> int:
@@ -98,8 +98,8 @@ def differences(a: Path, b: Path) -> list[str]:
     """What two finished runs do not share, bit for bit."""
     one, two = (torch.load(folder / "last.pt", weights_only=True) for folder in (a, b))
     parts = ("method", "optimizer", "iteration", "checksums")
-    found = [part for part in parts if flat(one[part]) != flat(two[part])]
-    return found + ["curves"] * ((a / "scalars.csv").read_text() != (b / "scalars.csv").read_text())
+    result = [part for part in parts if flat(one[part]) != flat(two[part])]
+    return result + ["curves"] * ((a / "scalars.csv").read_text() != (b / "scalars.csv").read_text())
 
 
 def main() -> None:

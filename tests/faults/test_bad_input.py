@@ -203,9 +203,9 @@ BAD_FLAGS = {
 }
 
 
-@pytest.mark.parametrize("words", BAD_FLAGS)
-def test_34_bad_flag_is_named(words, whole_set):
-    refuse(flags(whole_set, *words.split()), *BAD_FLAGS[words], untouched=whole_set.parent)
+@pytest.mark.parametrize("args", BAD_FLAGS)
+def test_34_bad_flag_is_named(args, whole_set):
+    refuse(flags(whole_set, *args.split()), *BAD_FLAGS[args], untouched=whole_set.parent)
 
 
 NEED_UNLABELED = ["ua-mt", "sassnet", "asdnet", *(f"{m} --consistency-on unlabeled" for m in ("mean-teacher", "tcse"))]
@@ -213,8 +213,8 @@ NEED_UNLABELED = ["ua-mt", "sassnet", "asdnet", *(f"{m} --consistency-on unlabel
 
 @pytest.mark.parametrize("method", NEED_UNLABELED)
 def test_33_method_that_needs_unlabeled_scans_is_refused_without(method, whole_set):
-    for words, labeled in (("--unlabeled 0", 4), ("--labeled 8", 8)):
-        argv = flags(whole_set, "--method", *method.split(), *words.split())
+    for args, labeled in (("--unlabeled 0", 4), ("--labeled 8", 8)):
+        argv = flags(whole_set, "--method", *method.split(), *args.split())
         text = f"--method {method.split()[0]} needs unlabeled scans"
         refuse(argv, text, f"all {labeled} are labeled", "--unlabeled 0", untouched=whole_set.parent)
 
@@ -223,12 +223,12 @@ def test_33_method_that_needs_unlabeled_scans_is_refused_without(method, whole_s
     "method", [m for m, kind in METHODS.items() if kind.uses_unlabeled and m not in NEED_UNLABELED]
 )
 def test_33_method_that_needs_none_trains_without_unlabeled_scans(method, tiny_set):
-    words = [*method_words(method), "--unlabeled", "0"]
+    args = [*method_words(method), "--unlabeled", "0"]
     options = command_line.read_options(flags(tiny_set, *method_words(method)))[1]
     if METHODS[method](options, iterations=1).needs_unlabeled:  # one that is not yet in the list
-        refuse(flags(tiny_set, *words), "needs unlabeled scans", untouched=tiny_set.parent)
+        refuse(flags(tiny_set, *args), "needs unlabeled scans", untouched=tiny_set.parent)
     else:
-        assert len(train(tiny_set, *words)["checksums"]) == 4
+        assert len(train(tiny_set, *args)["checksums"]) == 4
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -298,12 +298,12 @@ def test_40_both_scripts_say_what_to_lower_where_memory_does_not_suffice(script,
     assert list((tiny_set.parent / "runs").rglob("*.pt")) == []
 
 
-@pytest.mark.parametrize("words", [["--runs", "set/train.list"], ["--name", "x" * 300]], ids=["a file", "too long"])
-def test_35_run_folder_that_cannot_be_made_is_named(words, tiny_set, monkeypatch):
+@pytest.mark.parametrize("args", [["--runs", "set/train.list"], ["--name", "x" * 300]], ids=["a file", "too long"])
+def test_35_run_folder_that_cannot_be_made_is_named(args, tiny_set, monkeypatch):
     monkeypatch.chdir(tiny_set.parent)
     before = {path for path in tiny_set.parent.rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match=f"cannot make the run folder .*{words[1]}"):
-        train_dtml.main(flags(tiny_set, *words))
+    with pytest.raises(UserError, match=f"cannot make the run folder .*{args[1]}"):
+        train_dtml.main(flags(tiny_set, *args))
     assert {path for path in tiny_set.parent.rglob("*") if path.is_file()} == before
 
 
@@ -323,6 +323,6 @@ BAD_TEST_FLAGS = {
 
 
 def test_34_bad_flag_of_the_test_is_named(checkpoint):
-    for words, texts in BAD_TEST_FLAGS.items():
-        argv = ["--checkpoint", str(checkpoint), "--stride", "8", "8", "8", *words.split()]
+    for args, texts in BAD_TEST_FLAGS.items():
+        argv = ["--checkpoint", str(checkpoint), "--stride", "8", "8", "8", *args.split()]
         refuse(argv, *texts, untouched=checkpoint.parent.parent, main=test_la.main)

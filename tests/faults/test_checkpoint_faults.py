@@ -226,9 +226,9 @@ def test_03_a_folder_that_became_read_only_is_named_and_left_as_it_was(tiny_set,
         (disk / "run" / PREVIOUS).rename(disk / "run" / LAST)
         before = files(disk)
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        for words, path in ((["--resume", "auto"], "run"), (["--name", "new"], "new"), (["--fresh"], "run")):
+        for argv, path in ((["--resume", "auto"], "run"), (["--name", "new"], "new"), (["--fresh"], "run")):
             with pytest.raises(UserError, match=rf"cannot .* {disk}/{path}.*Read-only"):
-                train(tiny_set, disk / "run", "--iterations", "4", *words)
+                train(tiny_set, disk / "run", "--iterations", "4", *argv)
         assert files(disk) == before
 
 
@@ -277,12 +277,12 @@ def test_06_no_damage_goes_unnoticed(tmp_path):
     for data in damaged:
         path.write_bytes(data)
         try:
-            found = load_checkpoint(path)
+            result = load_checkpoint(path)
         except UserError as e:
             assert str(path) in str(e)
             noticed += 1
         else:
-            assert found["n"] == 3 and found["text"] == "abc" and torch.equal(found["x"], torch.arange(10.0))
+            assert result["n"] == 3 and result["text"] == "abc" and torch.equal(result["x"], torch.arange(10.0))
     assert noticed > len(damaged) / 3
 
 

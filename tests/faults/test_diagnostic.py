@@ -15,8 +15,8 @@ FILE = "diverged-rank0.pt"
 
 
 def flags(data, folder, *more):
-    words = ["--data", str(data), *TINY, "--batch-size", "2", "--iterations", "8", "--log-every", "3"]
-    return [*words, "--runs", str(folder.parent), "--name", folder.name, *more]
+    args = ["--data", str(data), *TINY, "--batch-size", "2", "--iterations", "8", "--log-every", "3"]
+    return [*args, "--runs", str(folder.parent), "--name", folder.name, *more]
 
 
 def diverge(data, folder, *more):
@@ -54,8 +54,8 @@ def test_18_the_diagnostic_file_names_term_cases_and_boxes_and_replays_the_batch
         return losses
 
     monkeypatch.setattr(kind, "forward", spoilt)
-    words = [*method_words(method), *(["--crops", "independent"] if method == "dk-uxnet" else [])]
-    text, kept = diverge(tiny_set, tmp_path / "run", *words)
+    args = [*method_words(method), *(["--crops", "independent"] if method == "dk-uxnet" else [])]
+    text, kept = diverge(tiny_set, tmp_path / "run", *args)
     assert f"--from-diagnostic {tmp_path / 'run' / FILE}" in text
     assert kept["iteration"] == k and "the loss seg" in kept["error"] and kept["rank"] == 0
     assert (
@@ -71,7 +71,7 @@ def test_18_the_diagnostic_file_names_term_cases_and_boxes_and_replays_the_batch
             kept["batch"]["image"][box["slot"], 0],
             *([kept["batch"]["other_image"][box["slot"], 0]] if "other_image" in kept["batch"] else []),
         ]
-        assert any(torch.equal(crop, found) for found in of)
+        assert any(torch.equal(crop, result) for result in of)
 
     out = replayed(tmp_path / "run", capsys)
     assert "now:   the loss seg is nan, NOT FINITE" in out and f"iteration {k}, process 0" in out

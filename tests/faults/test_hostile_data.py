@@ -169,11 +169,11 @@ VALUES = st.one_of(
 
 @settings(STEADY, max_examples=300)
 @given(st.lists(st.one_of(FLAGS, VALUES), max_size=6))
-def test_34_any_words_are_options_or_a_user_s_mistake(tmp_path, words):
-    if "--help" in words or "-h" in words:
+def test_34_any_words_are_options_or_a_user_s_mistake(tmp_path, args):
+    if "--help" in args or "-h" in args:
         return
     try:
-        options, _, folder, state = read_options(["--data", str(tmp_path), "--runs", str(tmp_path), *words])
+        options, _, folder, state = read_options(["--data", str(tmp_path), "--runs", str(tmp_path), *args])
     except UserError as e:
         assert str(e)[-1] in ".?" or "\n" in str(e)
         return

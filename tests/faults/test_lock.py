@@ -21,13 +21,13 @@ N = 6
 
 
 def train(data, folder, *flags):
-    words = ["--data", str(data), *TINY, "--batch-size", "2", "--iterations", str(N), "--save-every", "1"]
-    train_dtml.main([*words, "--runs", str(folder.parent), "--name", folder.name, *flags])
+    argv = ["--data", str(data), *TINY, "--batch-size", "2", "--iterations", str(N), "--save-every", "1"]
+    train_dtml.main([*argv, "--runs", str(folder.parent), "--name", folder.name, *flags])
 
 
-def forked(function, *words):
+def forked(function, *argv):
     """Calls the function in a process of its own, as fast as a fork."""
-    process = multiprocessing.get_context("fork").Process(target=function, args=words)
+    process = multiprocessing.get_context("fork").Process(target=function, args=argv)
     process.start()
     return process
 
@@ -163,8 +163,8 @@ def test_41_of_many_processes_one_holds_the_lock_at_a_time(tmp_path):
 def hold_with_a_child(path):
     """Takes the lock, and ends after a child was started that holds it for longer."""
     with inherited_lock(path) as lock:
-        words = ["sh", "-c", f"echo $$ > {path}.pid; exec sleep 60"]
-        subprocess.Popen(words, pass_fds=[lock.fileno()])
+        argv = ["sh", "-c", f"echo $$ > {path}.pid; exec sleep 60"]
+        subprocess.Popen(argv, pass_fds=[lock.fileno()])
         wait_for(lambda: Path(f"{path}.pid").exists() and Path(f"{path}.pid").read_text().strip())
         os.kill(os.getpid(), signal.SIGKILL)
 

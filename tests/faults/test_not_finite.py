@@ -90,6 +90,6 @@ def test_18_a_diverged_program_exits_with_3_and_can_go_on(tiny_set, tmp_path, sp
     monkeypatch.undo()
     train(tiny_set, tmp_path / "run", "--resume", "auto", "--log-every", "1")
     train(tiny_set, tmp_path / "other", "--log-every", "1")
-    found, wanted = (flat(load(tmp_path / name / LAST)["method"]) for name in ("run", "other"))
-    assert found == wanted
+    result, wanted = (flat(load(tmp_path / name / LAST)["method"]) for name in ("run", "other"))
+    assert result == wanted
     assert (tmp_path / "run" / "scalars.csv").read_text() == (tmp_path / "other" / "scalars.csv").read_text()

@@ -53,11 +53,11 @@ def test_16_a_signal_at_any_other_work_lets_it_finish_and_saves(
     }[place]
     real, calls = getattr(owner, name), []
 
-    def signalled(*words):
-        calls.append(words)
+    def signalled(*args):
+        calls.append(args)
         if len(calls) == 2:
             kill_myself(number)
-        return real(*words)
+        return real(*args)
 
     monkeypatch.setattr(owner, name, signalled)
     every = ["--picture-every", "3", "--save-every", "3"]
@@ -75,7 +75,7 @@ def test_16_a_signal_at_any_other_work_lets_it_finish_and_saves(
 def test_16_a_signal_while_the_volumes_are_read_is_not_held_back_and_leaves_nothing(data, tmp_path, monkeypatch):
     """Nothing is done yet that could be saved, so the signal ends the process as it does any other."""
     number = signal.SIGTERM
-    monkeypatch.setattr(volumes, "check_all", lambda *words: kill_myself(number))
+    monkeypatch.setattr(volumes, "check_all", lambda *args: kill_myself(number))
     with pytest.raises(pytest.fail.Exception, match=f"signal {number.value} was not caught"):
         train(data, tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
@@ -134,9 +134,9 @@ class Paused:
     def __init__(self, data, place, at, *flags):
         self.place = place
         (place / "driver.py").write_text(DRIVER)
-        words = ["--data", str(data), *FLAGS, *in_folder(place / "run"), *flags]
+        args = ["--data", str(data), *FLAGS, *in_folder(place / "run"), *flags]
         self.process = subprocess.Popen(
-            [sys.executable, "driver.py", str(at), *words],
+            [sys.executable, "driver.py", str(at), *args],
             cwd=place,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             start_new_session=True,

@@ -81,12 +81,12 @@ def test_11_tensorboard_and_scalars_csv_of_a_resumed_run_have_each_iteration_onc
     data, after_step, tmp_path
 ):
     every = 2
-    words = ["--save-every", "4", "--picture-every", "4", "--log-every", str(every)]
+    args = ["--save-every", "4", "--picture-every", "4", "--log-every", str(every)]
     after_step(crash_after(7))
     with pytest.raises(ZeroDivisionError):
-        train(data, tmp_path / "run", *words)
+        train(data, tmp_path / "run", *args)
     after_step(None)
-    train(data, tmp_path / "run", *words, "--resume", "auto")
+    train(data, tmp_path / "run", *args, "--resume", "auto")
     board = EventAccumulator(str(tmp_path / "run")).Reload()
     rows = csv_rows(tmp_path / "run" / "scalars.csv")
     expected = sorted({*range(every - 1, N, every), N - 1})

@@ -26,11 +26,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def whole(data, tmp_path_factory):
     """The folder of an undisturbed run."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    train_dtml.main([*words(data, folder), "--workers", "0"])
+    train_dtml.main([*args(data, folder), "--workers", "0"])
     return folder
 
 
-def words(data, folder, *more):
+def args(data, folder, *more):
     return ["--data", str(data), *FLAGS, "--runs", str(folder.parent), "--name", folder.name, *more]
 
 
@@ -71,11 +71,11 @@ def test_17_a_signal_while_no_batch_comes_saves_and_leaves(
         threading.Thread(target=interrupt, daemon=True).start()
         began = time.monotonic()
         with pytest.raises(SystemExit) as left:
-            run(lambda: train_dtml.main(words(data, folder)))
+            run(lambda: train_dtml.main(args(data, folder)))
     assert left.value.code == code and time.monotonic() - began < 300
     assert f"stopped: saved {folder} after {step} of {N} iterations" in capsys.readouterr().err
     assert others.issuperset(active_children())
-    train_dtml.main(words(data, folder, "--resume", "auto"))
+    train_dtml.main(args(data, folder, "--resume", "auto"))
     a, b = (load(path) for path in (folder, whole))
     assert flat(a["method"]) == flat(b["method"]) and flat(a["optimizer"]) == flat(b["optimizer"])
     assert (folder / "scalars.csv").read_text() == (whole / "scalars.csv").read_text()
@@ -87,7 +87,7 @@ def test_17_workers_that_live_and_send_nothing_are_told_of_and_then_given_up(dat
     monkeypatch.setattr(watched, "WARN_AFTER", 2)
     monkeypatch.setattr(watched, "GIVE_UP_AFTER", 4)
     with pytest.raises(UserError, match=r"no batch came for 4 s, .* read case0\d \(.*mri_norm2.h5\)") as error:
-        train_dtml.main(words(data, tmp_path / "run"))
+        train_dtml.main(args(data, tmp_path / "run"))
     assert "--workers 0" in str(error.value) and "/dev/shm has" in str(error.value)
     assert "warning: no batch came for 2 s" in capsys.readouterr().err
     assert others.issuperset(active_children())
@@ -96,13 +96,13 @@ def test_17_workers_that_live_and_send_nothing_are_told_of_and_then_given_up(dat
 def test_17_a_batch_that_the_shared_memory_has_no_room_for_is_told_with_its_size(data, tmp_path, monkeypatch):
     """torch asks for the room as a thread of the worker sends the batch, where nobody sees that it failed."""
 
-    def full(self, *words):
+    def full(self, *args):
         raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
 
     others = set(active_children())
     monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", full)
     with pytest.raises(UserError, match=r"hand over its batch of 0.0 MiB .*No space left") as error:
-        train_dtml.main(words(data, tmp_path / "run"))
+        train_dtml.main(args(data, tmp_path / "run"))
     total, _, free = shutil.disk_usage("/dev/shm")
     assert f"/dev/shm has {total / 2**20:.1f} MiB, {free / 2**20:.1f} of them free" in str(error.value)
     assert "--workers 0" in str(error.value) and others.issuperset(active_children())
@@ -114,4 +114,4 @@ def test_17_a_worker_that_died_of_a_page_without_memory_blames_the_shared_memory
 
     monkeypatch.setattr(Patches, "__getitem__", struck)
     with pytest.raises(UserError, match=r"was killed while it read case0\d .*/dev/shm has .*--workers 0"):
-        train_dtml.main(words(data, tmp_path / "run"))
+        train_dtml.main(args(data, tmp_path / "run"))
