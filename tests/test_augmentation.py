@@ -248,7 +248,7 @@ def test_flips_of_a_prediction_that_were_not_trained_on_are_named():
 
 
 @pytest.mark.parametrize(
-    ("words", "text"),
+    ("args", "text"),
     [
         ("--method dtc --sdm-of scan --random-rotation 5", "--sdm-of scan does not go with .*--sdm-of crop"),
         ("--method dtc --sdm-of scan --random-scale 0.1", "--sdm-of scan does not go with"),

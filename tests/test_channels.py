@@ -268,7 +268,7 @@ def test_a_wrong_number_of_channels_is_refused_with_what_is_needed(world, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("words", "scans"),
+    ("args", "scans"),
     [
         (["d"], {"a": ["a_0000", "a_0001"], "b": ["b_0000", "b_0001"]}),
         (["d/a_0001.nii.gz", "d/a_0000.nii.gz"], {"a": ["a_0000", "a_0001"]}),

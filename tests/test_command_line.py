@@ -98,7 +98,7 @@ def test_without_la_the_phantom_set_is_taken(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("words", "name"),
+    ("args", "name"),
     [
         ("", "set/dtml-4-seed1337"),
         ("--labeled 8 --seed 2", "set/dtml-8-seed2"),

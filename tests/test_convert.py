@@ -310,7 +310,7 @@ def spoil(folder: Path, what: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("what", "words", "message"),
+    ("what", "args", "message"),
     [
         ("shape", (), r"labels/patient0.nii.gz lies on another grid than .*\(30, 28, 17\) voxels"),
         ("origin", (), r"lies on another grid .*origin 0 0 0.* Resample the label onto the scan"),

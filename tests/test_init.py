@@ -93,7 +93,7 @@ def test_scans_of_the_first_training_are_not_tested_on_after_the_second(folder, 
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("args", "message"),
     [
         (["--method", "dtc"], r"holds weights of --method dtml, and this run is of dtc\. .*--method dtml"),
         (

@@ -164,7 +164,7 @@ def predicted(run: Path, path: Path, out: Path, *args: str) -> tuple[np.ndarray,
 
 
 @pytest.mark.parametrize(
-    ("ending", "words"), [(".nii.gz", ()), (".nrrd", ("--spacing", "0.8", "1", "1.7", "--largest-component"))]
+    ("ending", "args"), [(".nii.gz", ()), (".nrrd", ("--spacing", "0.8", "1", "1.7", "--largest-component"))]
 )
 def test_a_patient_is_predicted_the_same_however_it_is_stored(ending, args, run, tmp_path):
     """Bit for bit, the probabilities too, once SimpleITK has brought them to one orientation."""

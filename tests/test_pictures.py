@@ -237,7 +237,7 @@ def test_differences_are_each_scan_s_and_their_mean(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("args", "says"),
     [
         (["figure3", "{runs}/dtc"], "Run test_la.py --checkpoint"),
         (["figure3", "{runs}/typo"], "cannot read .*typo/cases.csv"),

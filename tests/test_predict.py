@@ -217,7 +217,7 @@ def test_several_classes_are_predicted_each_in_its_place(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("words", "changes"),
+    ("args", "changes"),
     [
         (["--output", "sdm"], True),
         (["--spacing", "2", "2", "2"], True),

@@ -78,7 +78,7 @@ OLD_SHORT = ROOT / "results" / "short" / "beyond-k-seed1337" / "options.txt"
 
 
 @pytest.mark.parametrize(
-    ("file", "words", "expected"),
+    ("file", "args", "expected"),
     [
         (OLD, "--iterations 1200", {"iterations": 1200, "lr_steps": [500, 1000], "patch_size": [64, 64, 32]}),
         (OLD, "--iterations 1200 --lr-steps 7", {"lr_steps": [7]}),
@@ -95,7 +95,7 @@ def test_flags_after_an_old_options_file_mean_what_they_mean_without_it(file, ar
 
 
 @pytest.mark.parametrize(
-    ("words", "more", "expected"),
+    ("args", "more", "expected"),
     [
         ("", "--iterations 24", [10, 20]),
         ("--lr-steps 3 5", "--iterations 24", [3, 5]),
@@ -235,7 +235,7 @@ def test_labels_that_do_not_come_first_are_not_left_out_unnoticed(inside):
 
 
 @pytest.mark.parametrize(
-    ("words", "texts"),
+    ("args", "texts"),
     [
         (
             "--labeled 6",

@@ -194,7 +194,7 @@ def test_what_cannot_change_a_result_and_options_of_later_do_not_matter(here):
 
 
 @pytest.mark.parametrize(
-    ("words", "text"),
+    ("args", "text"),
     [
         (["--rows", "dtml", "ua-m"], r"--rows ua-m is not in this grid. Choose from .*supervised-16, .*ua-mt"),
         (["--rows", "dtml-4"], r"--rows dtml-4 .* dtml-16"),

@@ -118,7 +118,7 @@ def test_an_unfinished_run_keeps_its_iterations_and_none_gets_fewer(run, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("main", "words", "message"),
+    ("main", "args", "message"),
     [
         (train_dtml.main, "--epochs 100", r"unknown argument --epochs. Here it is --iterations, a number of batches"),
         (train_dtml.main, "--gpu 0", r"unknown argument --gpu. Here it is --device, as --device cuda:0"),

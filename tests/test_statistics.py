@@ -250,7 +250,7 @@ def test_two_runs_of_one_seed_are_no_row(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "text"),
+    ("args", "text"),
     [(["a.csv"], "two rows"), (["a.csv", "none.csv"], "none.csv"), (["a.csv", "a.csv:mean"], "no output mean"),
      (["a.csv", "b*.csv"], "nothing matches b"),
      (["a.csv", "text.csv"], "text.csv is no"), (["a.csv", "a.csv", "--metric", "hd96"], "hd96"),

@@ -166,7 +166,7 @@ def test_a_test_scores_what_a_prediction_of_the_raw_scan_says(tmp_path, world):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("args", "message"),
     [
         ("--window 40 400", "--window does nothing with --normalize none"),
         ("--normalize scan --window 40 400", "--window does nothing with --normalize scan"),
