@@ -1,5 +1,4 @@
-"""Tiny trainings, commands that must be refused and change no file, and cases edited so that they are; within bounded
-memory."""
+"""Tiny trainings, commands that must be refused and leave every file as it was, and edited cases."""
 
 import contextlib
 import re
