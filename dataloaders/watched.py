@@ -100,7 +100,7 @@ class WorkerCollate:
             return UnsentBatch(str(e), size)
 
 
-def free_shared_memory() -> str:
+def shared_memory_text() -> str:
     """A sentence about the free shared memory; empty if the system has no /dev/shm."""
     if not SHARED_MEMORY.is_dir():
         return ""
@@ -114,13 +114,13 @@ def advice(workers: int) -> str:
     Each worker holds up to two batches, one ready and one in preparation; one more is in use.
     """
     return (
-        f"{free_shared_memory()}--workers {workers} keep up to {2 * workers + 1} batches there. Give it more "
+        f"{shared_memory_text()}--workers {workers} keep up to {2 * workers + 1} batches there. Give it more "
         "(docker run --shm-size 2g), or go on with --resume auto --workers 0."
     )
 
 
 class WatchedLoader(DataLoader):
-    """A DataLoader of `TrackedPatches` patches that does not wait for ever.
+    """A DataLoader of `TrackedPatches` that does not wait for ever.
 
     While no batch comes it checks the stop signal and the workers every second. A stop signal ends the batches early.
 
@@ -218,7 +218,7 @@ class WatchedLoader(DataLoader):
         """Warns that no batch comes; the second time it raises a UserError."""
         at = self._cases_of(workers) or "no case yet"
         seconds = GIVE_UP_AFTER if warned else WARN_AFTER
-        what = f"no batch came for {seconds} s, though the data workers live, which read {at}. {free_shared_memory()}"
+        what = f"no batch came for {seconds} s, though the data workers live, which read {at}. {shared_memory_text()}"
         if warned:
             kill(workers)
             raise UserError(f"{what}The last checkpoint is intact: go on with --resume auto, or --workers 0 too.")

@@ -161,10 +161,8 @@ def make_case(job: Job) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None, 
         stored_label, label_stated = _of(job.scan.label, read_label)
         turn = turn_to(job.orientation, label_stated.get("direction"))
         ours, scans = described(stored_label.shape, label_stated), described(size, stored_geometry)
-        turned_label, label_geometry = (
-            turn(stored_label),
-            {**DEFAULT_GEOMETRY, **turn.geometry(label_stated, stored_label.shape)},
-        )
+        turned_label = turn(stored_label)
+        label_geometry = {**DEFAULT_GEOMETRY, **turn.geometry(label_stated, stored_label.shape)}
         if not same_grid(source.shape[-3:], geometry, turned_label.shape, label_geometry):
             raise CaseError(
                 f"{job.scan.label} lies on another grid than {job.scan.image}: {ours} where the scan has {scans}. "
