@@ -292,7 +292,7 @@ def _memory(facts: Sequence[Facts], downsample: int) -> list[Finding]:
 
 
 def _each(cases: Sequence[Case], o: Options) -> Iterator[Inspection]:
-    """Looks of the cases in their order, from several processes: decoding and looking are work, not waiting."""
+    """Inspections of the cases in their order, from several processes: they are work, not waiting."""
     workers = o.workers or min(cores(), 8)
     with _mapped(min(workers, len(cases))) as mapped:
         inspections = mapped(inspect, cases)
