@@ -7,7 +7,6 @@ import numpy as np
 from scans import OBLIQUE, ball, write
 
 from dataloaders.images import to_physical
-from tools import convert
 
 SHAPE = (30, 28, 18)
 CENTRE = to_physical(OBLIQUE, (15, 14, 9))
@@ -17,11 +16,6 @@ NNUNET = {
     "labels": {"background": 0, "Anterior": 1, "Posterior": 2},
     "file_ending": ".nii.gz",
 }
-
-
-def converted(source: Path, out: Path, *args: str) -> Path:
-    convert.main(["--source", str(source), "--out", str(out), *args])
-    return out
 
 
 def add(folder: Path, name: str, *, seed: int, label: bool = True, ending: str = "", split: str = "Tr") -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from dataloaders.images import Geometry, to_physical
+from tools import convert
 
 # Turned about all three axes and mirrored along the second: z, y, x angles of 0.5, -0.3 and 0.2 rad.
 _cz, _sz, _cy, _sy, _cx, _sx = np.cos(0.5), np.sin(0.5), np.cos(-0.3), np.sin(-0.3), np.cos(0.2), np.sin(0.2)
@@ -66,3 +67,9 @@ def make_scans(
         if i < labeled:
             write(folder / "labels" / f"patient{i}{ending}", label, geometry)
     return places
+
+
+def converted(source: Path, out: Path, *args: str) -> Path:
+    """The data set that tools.convert makes of the scans, in `out`."""
+    convert.main(["--source", str(source), "--out", str(out), *args])
+    return out

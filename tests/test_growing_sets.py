@@ -7,8 +7,8 @@ from pathlib import Path
 
 import h5py
 import pytest
-from decathlon import add, converted, decathlon, names
-from scans import make_scans
+from decathlon import add, decathlon, names
+from scans import converted, make_scans
 
 from dataloaders.cases import lists_of
 from tools import check

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from decathlon import DECATHLON, NNUNET, SHAPE, add, converted, decathlon, names
-from scans import OBLIQUE, make_scans, write
+from decathlon import DECATHLON, NNUNET, SHAPE, add, decathlon, names
+from scans import OBLIQUE, converted, make_scans, write
 
 from dataloaders.cases import Case, lists_of, read_case
 from dataloaders.class_names import class_names
