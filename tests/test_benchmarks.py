@@ -4,11 +4,14 @@ import os
 from pathlib import Path
 
 import pytest
+import small_methods
+import torch
 from conftest import TINY, make_set
+from torch.utils.flop_counter import FlopCounterMode
 
 import settings
 import train_dtml
-from benchmarks import data, memory, metrics, precision, scale, sdm, step, window
+from benchmarks import data, memory, metrics, precision, roofline, scale, sdm, step, window
 from benchmarks import methods as bench
 from benchmarks.timing import side_by_side, table
 from methods import METHODS
@@ -67,6 +70,10 @@ PARTS = {  # module: words, rows of its tables, the heads of further tables amon
     metrics: (["--scans", "1", "--side", "24"], 8),
     precision: (["--checkpoints", "run/last.pt", "--data", "set", "--seeds", "1", "--profile", "phantom"], 12),
     step: (["--data", "set", "--patch-size", "16", "16", "16", "--filters", "2"], 3 + 4),
+    roofline: (
+        ["--patch-size", "16", "16", "16", "--filters", "2", "--side", "64", "--mebibytes", "1"],
+        2 + (2 + 28) + (2 + 7),
+    ),
     window: (["--checkpoint", "run", "--data", "set", "--scans", "2", "--overlaps", "0.5", "--threads", "1"], 5 + 6),
 }
 
@@ -109,3 +116,20 @@ def test_what_cannot_be_pinned_or_shared_out_is_a_user_s_mistake():
         scale.main(["--processes", "4000"])
     with pytest.raises(UserError, match="multiple of 4"):
         scale.main(["--batch-size", "6"])
+
+
+def test_the_operations_of_a_step_are_those_that_torch_counts():
+    method = small_methods.make("supervised")
+    batch = small_methods.make_batch(labeled=2, unlabeled=0)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        method(batch, 0).total.backward()
+    counted = counter.get_flop_counts()["Global"]
+    layers, parts = roofline.profiled(lambda: method(batch, 0).total.backward(), rounds=2)
+    forward, backward = layers[roofline.FORWARD], layers[roofline.BACKWARD]
+    assert forward.keys() == backward.keys() and len(forward) == 14
+    assert sum(count * layer.flops() for layer, (count, _) in forward.items()) == counted[torch.ops.aten.convolution]
+    sums = sum(count * layer.products * layer.flops() for layer, (count, _) in backward.items())
+    assert sums == counted[torch.ops.aten.convolution_backward]
+    assert sum(value for part, value in parts.items() if part != "step") == pytest.approx(parts["step"])
+    assert min(parts.values()) > 0

@@ -1,0 +1,192 @@
+"""How near each convolution of a V-Net's training step comes to what this computer can do (its roofline).
+
+    python -m benchmarks.roofline --threads 1                                   at full size, in fp32 and bf16
+    python -m benchmarks.roofline --patch-size 64 64 32 --filters 8 --threads 1     as in the profile half
+
+The roofline (Williams, Waterman & Patterson 2009) is the lower one of two limits: the rate of a large matrix product,
+and what the memory delivers if every input is read once and every output written once. The first table has both limits,
+as measured here. The second has the convolutions of one step, timed by torch's profiler within the step: `of roofline`
+is the time at the roofline divided by the time taken. The third has where the step's time goes.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.timing import table
+from methods import METHODS
+from networks.backbone import set_precision
+from utils.devices import keep_freed_memory
+from utils.errors import run
+from utils.options import fill, option, read_flags
+
+FORWARD, BACKWARD = "aten::convolution", "aten::convolution_backward"
+PARTS = {
+    "convolutions, forward": (FORWARD,),
+    "convolutions, backward": (BACKWARD,),
+    "batch norm, forward": ("_Normalise", "aten::native_batch_norm"),
+    "batch norm, backward": ("_NormaliseBackward", "aten::native_batch_norm_backward"),
+    "ReLU": ("aten::relu", "aten::relu_", "aten::threshold_backward"),
+}
+"""Part of a step -> the names that torch's profiler has for it; batch norm in bf16 is torch's own."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclasses.dataclass
+class Options:
+    """Options of the benchmark."""
+
+    patch_size: list[int] = option([112, 112, 80], "voxels of a crop along x, y, z", nargs=3, minimum=16)
+    filters: int = option(16, "channels of the first block", minimum=1)
+    batch_size: int = option(4, "crops", minimum=1)
+    rounds: int = option(3, "timed steps of each precision", minimum=1)
+    side: int = option(2048, "side of the matrices whose product gives the peak rate", minimum=1)
+    mebibytes: int = option(256, "size of the array whose copy gives the memory's rate", minimum=1)
+    threads: int = option(1, "CPU threads", minimum=1)
+
+
+class Layer(NamedTuple):
+    """A convolution of the step; layers of the same shapes count as one."""
+
+    image: tuple[int, ...]
+    """Shape of its input (N,K,W,H,D)."""
+    kernel: tuple[int, ...]
+    """Shape of its weight."""
+
+    @property
+    def transposed(self) -> bool:
+        """Whether it doubles the sides. Of a transposed convolution the weight has the input's channels first."""
+        return self.kernel[0] == self.image[1] != self.kernel[1]
+
+    @property
+    def output(self) -> tuple[int, ...]:
+        """Shape of its output: kernels of 2 halve or double the sides, odd ones keep them."""
+        sides, channels = self.image[2:], self.kernel[self.transposed]
+        if self.kernel[2] == 2:
+            sides = tuple(2 * side if self.transposed else side // 2 for side in sides)
+        return (self.image[0], channels, *sides)
+
+    @property
+    def products(self) -> int:
+        """Computations of the forward one's size in the backward pass; the first layer's image needs no gradient."""
+        return 1 if self.image[1] == 1 else 2
+
+    def flops(self) -> int:
+        """Floating-point operations of the forward pass, a multiplication and an addition for each weight and voxel."""
+        voxels = math.prod((self.image if self.transposed else self.output)[2:])
+        return 2 * self.image[0] * voxels * math.prod(self.kernel)
+
+    def numbers(self) -> int:
+        """Numbers that the forward pass reads or writes, each once."""
+        return math.prod(self.image) + math.prod(self.kernel) + math.prod(self.output)
+
+
+def peak_rate(side: int, dtype: torch.dtype) -> float:
+    """FLOP/s of the product of two square matrices."""
+    a, b = torch.randn(2, side, side).to(dtype)
+    return 2 * side**3 / fastest(lambda: a @ b)
+
+
+def memory_rate(mebibytes: int) -> float:
+    """Bytes/s of a copy, which reads and writes each byte."""
+    a = torch.ones(mebibytes * 2**18)
+    b = torch.empty_like(a)
+    return 2 * a.numel() * 4 / fastest(lambda: b.copy_(a))
+
+
+def fastest(call: Callable[[], Any], times: int = 5) -> float:
+    """The seconds of the fastest of several calls, after one that is not timed."""
+    call()
+    seconds = []
+    for _ in range(times):
+        began = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
+
+
+def profiled(step: Callable[[], Any], rounds: int) -> tuple[dict[str, dict[Layer, list[float]]], dict[str, float]]:
+    """Runs a step several times -> pass -> layer -> calls in a step and seconds of each; part -> seconds of a step."""
+    step()
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as kept:
+        began = time.perf_counter()
+        for _ in range(rounds):
+            step()
+        whole = (time.perf_counter() - began) / rounds
+    layers: dict[str, dict[Layer, list[float]]] = {FORWARD: {}, BACKWARD: {}}
+    for event in kept.key_averages(group_by_input_shape=True):
+        if event.key in layers:
+            # the backward pass begins with the gradient of the output
+            image, kernel = event.input_shapes[event.key == BACKWARD :][:2]
+            layers[event.key][Layer(tuple(image), tuple(kernel))] = [
+                event.count / rounds,
+                event.cpu_time_total / event.count / 1e6,
+            ]
+    total = {event.key: event.cpu_time_total / rounds / 1e6 for event in kept.key_averages()}
+    parts = {part: sum(total.get(name, 0.0) for name in names) for part, names in PARTS.items()}
+    return layers, parts | {"all else": whole - sum(parts.values()), "step": whole}
+
+
+def layer_rows(precision: str, layers: dict[str, dict[Layer, list[float]]], peak: float, memory: float) -> list[list]:
+    """A row for each layer: rates in GFLOP/s, and their shares of the roofline."""
+    rows = []
+    size = DTYPES[precision].itemsize
+    for layer, (count, forward) in layers[FORWARD].items():
+        _, backward = layers[BACKWARD][layer]
+        best = max(layer.flops() / peak, layer.numbers() * size / memory)
+        rows.append([
+            precision, f"{layer.image[1]} to {layer.output[1]}, kernel {layer.kernel[2]}",
+            "x".join(map(str, layer.image[2:])), round(count), layer.flops() / 1e9,
+            layer.flops() / forward / 1e9, f"{best / forward:.0%}",
+            layer.products * layer.flops() / backward / 1e9, f"{layer.products * best / backward:.0%}",
+        ])  # fmt: skip
+    return rows
+
+
+def main(argv: list[str] | None = None) -> None:
+    o: Options = read_flags(Options, __doc__, "python -m benchmarks.roofline", argv)
+    torch.set_num_threads(o.threads)
+    keep_freed_memory()
+    peaks = {precision: peak_rate(o.side, dtype) for precision, dtype in DTYPES.items()}
+    memory = memory_rate(o.mebibytes)
+    limits: list[list[Any]] = [
+        ["matrix product, GFLOP/s", *(peak / 1e9 for peak in peaks.values())],
+        ["copy, GB/s", *[memory / 1e9] * len(DTYPES)],
+    ]
+    print(table(["limit", *DTYPES], limits))
+    kind = METHODS["supervised"]
+    method = kind(fill(kind.Options, {"filters": o.filters}), iterations=1).train()
+    shape = (o.batch_size, *o.patch_size)
+    batch = {"image": torch.randn(shape)[:, None], "label": torch.randint(0, 2, shape, dtype=torch.uint8)}
+
+    def step() -> None:
+        method.zero_grad()
+        total: Tensor = method(batch, 0).total
+        total.backward()
+
+    rows, times = [], {}
+    for precision in DTYPES:
+        set_precision(method, precision, training=True)
+        layers, times[precision] = profiled(step, o.rounds)
+        rows += layer_rows(precision, layers, peaks[precision], memory)
+    head = ["precision", "channels", "input", "calls", "GFLOP", "forward GFLOP/s", "of roofline", "backward GFLOP/s",
+            "of roofline"]  # fmt: skip
+    print("\n" + table(head, rows))
+    shares = [
+        [
+            part,
+            *(text for seconds in times.values() for text in (seconds[part], f"{seconds[part] / seconds['step']:.0%}")),
+        ]
+        for part in times["fp32"]
+    ]
+    print("\n" + table(["part", "fp32 s", "share", "bf16 s", "share"], shares))
+
+
+if __name__ == "__main__":
+    run(main)
