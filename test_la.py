@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dataloaders.cases import Case, read_case
-from dataloaders.channels import refuse_other_channels
+from dataloaders.channel_names import refuse_other_channels
 from dataloaders.class_names import class_names
 from dataloaders.geometry import known_spacing, read_geometry
 from dataloaders.images import write_image
@@ -50,7 +50,6 @@ from evaluation.sliding_window import (
 )
 from methods.released import RELEASED, load_trained
 from networks.backbone import PRECISIONS, set_precision
-from tools.report_page import write_report
 from tools.tested_scans import SCANS, chosen_cases, names_of
 from utils.checkpoint import LAST, channels_of_state, unfinished, write_whole
 from utils.devices import choose_device, enough_memory, keep_freed_memory, refuse_precision, set_arithmetic
@@ -277,7 +276,11 @@ def main(argv: list[str] | None = None) -> None:
         about |= {"method": o.method, "released": state["released"]}
     write_json(new / "test.json", make_manifest(device, **settings, **about))
     replace_test(out)
-    report = write_report(out, str(folder)) if o.report else None
+    report = None
+    if o.report:
+        from tools.report_page import write_report  # here, as its figures take a second of every start
+
+        report = write_report(out, str(folder))
     size, step = ("x".join(map(str, v)) for v in (patch_size, stride))
     print(f"{folder}: {len(cases)} {o.scans} scans, {count} windows of {size}, stride {step}.\n")
     print(means)

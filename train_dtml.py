@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from dataloaders.channels import channels_of_set
+from dataloaders.channel_names import channels_of_set
 from dataloaders.findings import warnings_of
 from dataloaders.two_stream import make_loader
 from losses.ramps import cosine_rate, learning_rate

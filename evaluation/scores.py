@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from medpy.metric import binary
 from numpy.typing import NDArray
 
 from evaluation.metrics import (
@@ -23,6 +22,7 @@ from evaluation.metrics import (
     mean_and_sd,
     mean_text,
     overlap_text,
+    overlaps,
     segmentation_metrics,
     with_penalties,
 )
@@ -92,7 +92,7 @@ def class_scores(
 def class_dices(prediction: NDArray, label: NDArray, classes: int) -> list[float]:
     """Dice in [0,1] of each class of two label maps (W,H,D) of 0..classes; NaN for a class that is in neither."""
     pairs = [(prediction == c, label == c) for c in range(1, classes + 1)]
-    return [float(binary.dc(a, b)) if a.any() or b.any() else math.nan for a, b in pairs]
+    return [overlaps(a, b)["dice"] if a.any() or b.any() else math.nan for a, b in pairs]
 
 
 def means(rows: Sequence[dict[str, Any]], over: str = "") -> tuple[list[str], list[list[str]]]:

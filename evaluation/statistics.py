@@ -21,7 +21,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from evaluation.drawing import Figure
 from evaluation.figures import as_png
 from evaluation.metrics import COMPONENTS, METRICS, MM, OVERLAPS, PENALISED
 from evaluation.rows import Runs, Scans, mean_over, read_runs, runs_of, tolerance_of
@@ -275,6 +274,8 @@ def refuse_tolerances(names: Sequence[str]) -> None:
 
 def scatter(reference: Scans, rows: Mapping[str, Scans], title: str, path: Path) -> None:
     """Writes a PNG with the value of each scan: reference along x, rows along y, and the line of equal values."""
+    from evaluation.drawing import Figure  # here, as matplotlib takes half a second of every start
+
     figure = Figure(figsize=(5, 5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     everything = [v for values in (reference, *rows.values()) for v in values.values() if math.isfinite(v)]

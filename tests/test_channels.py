@@ -16,7 +16,7 @@ import predict
 import test_la
 import train_dtml
 from dataloaders.cases import Case, read_case
-from dataloaders.channels import channels_of_set
+from dataloaders.channel_names import channels_of_set
 from dataloaders.images import read_image, scan_name, to_physical
 from methods.released import load_trained
 from tools import check, convert, pictures

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dataloaders.channels import by_number, channel_names_in, in_order
+from dataloaders.channel_names import channel_names_in
+from dataloaders.channels import by_number, in_order
 from dataloaders.class_names import DATASET, names_in, read_dataset
 from dataloaders.images import WRITTEN_AS, ending_of, scan_name
 from utils.errors import UserError

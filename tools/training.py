@@ -10,7 +10,7 @@ import torch
 
 from dataloaders.augmentation import Strengths
 from dataloaders.cases import Case, CaseError
-from dataloaders.channels import channel_names
+from dataloaders.channel_names import channel_names
 from dataloaders.class_names import class_names
 from dataloaders.normalization import Normalization, normalization_of
 from dataloaders.orientation import common_orientation, known_orientation
@@ -18,7 +18,6 @@ from dataloaders.training import median_spacing, refuse_classes, training_cases,
 from dataloaders.two_stream import Patches, TwoStreamBatchSampler
 from dataloaders.unseen import open_cases
 from dataloaders.volumes import Volumes
-from evaluation.slices import prediction_mesh, slice_picture
 from methods import Method
 from networks.backbone import STEEPEST, compile_networks, set_precision, set_recompute
 from settings import OPTIMIZERS, Options
@@ -228,6 +227,8 @@ def show(
         done: finished iterations.
         device: device of the method.
     """
+    from evaluation.slices import prediction_mesh, slice_picture  # here, as matplotlib takes half a second
+
     method.eval()
     for name, case in {"labeled": 0, "unlabeled": labeled}.items():
         if case < len(patches.volumes.cases):
