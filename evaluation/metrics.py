@@ -283,7 +283,7 @@ def counts_of(run: Distances) -> tuple[int, int, int]:
 
 
 def distance_text(runs: Sequence[Distances], *, over_runs: bool = False) -> str:
-    """Mean ± SD of the scores, then in brackets how many scans have a distance, and their mean if others are penalised.
+    """Mean ± SD of the scores; where a scan has no distance then in brackets how many have one, and their mean alone.
 
     Args:
         runs: one run, or several with `over_runs`.
@@ -294,4 +294,6 @@ def distance_text(runs: Sequence[Distances], *, over_runs: bool = False) -> str:
     measured, scored, scans = (sum(counts) for counts in zip(*map(counts_of, runs), strict=True))
     partial = f"; these alone {mean_and_sd(plain)[0]:.2f}" if 0 < measured < scored else ""
     over = (plain if unknown else scores) if over_runs else runs[0].scores
+    if measured == scans:
+        return mean_text(over)
     return f"{mean_text(over)} ({measured} of {scans}{'; not penalised' if unknown else partial})"

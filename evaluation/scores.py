@@ -30,9 +30,9 @@ from evaluation.metrics import (
 MEAN = "mean"  # class of the mean over the classes
 CAPTION = """\
 Mean ± SD over the scans, each on its own grid; fewer than three scans have no SD. ASD is from prediction to reference.
-In brackets: how many scans have a distance. A scan with only the prediction or only the label empty has none: the
-diagonal of its volume counts instead, and `these alone` is the mean of the others. Where both are empty the scan is
-not measured. The last three columns count such scans.
+A scan with only the prediction or only the label empty has no distance: the diagonal of its volume counts instead.
+Where there are such scans, the number in brackets says how many have a distance, and `these alone` is their mean. Where
+both are empty the scan is not measured. The last three columns count such scans.
 """
 MORE_CAPTIONS = {
     "assd": "ASSD is the mean distance over the border voxels of both, each to the border of the other.\n",

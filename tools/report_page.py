@@ -34,7 +34,7 @@ DEFINITIONS = (
     "<b>95HD</b>: the 95th percentile of the distances from each border to the other, both directions pooled.",
     "Both in voxels, as the papers print them, and in mm by the spacing of the scan.",
     "Where the prediction or the label alone is <b>empty</b>, Dice and Jaccard are 0 and there is no distance: in the "
-    "means the volume's diagonal stands for it. In brackets: how many scans have a distance, and their mean alone. "
+    "means the volume's diagonal stands for it, and brackets say how many scans have a distance, and their mean alone. "
     "Where both are empty nothing is measured; such a scan is in no mean. The last columns count all three.",
     "<b>largest</b>: scored on the largest 26-connected component of the prediction alone; <b>all</b>: as predicted.",
 )

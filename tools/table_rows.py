@@ -75,7 +75,7 @@ def runs_cell(records: Records) -> Cell:
 def figures(row: Row, component: str, records: Records) -> list[Cell]:
     """The four figures of a row: the mean over its runs of their means over the scans, from three runs on with ± SD.
 
-    The number after a distance says how many scans of all runs have one."""
+    Where scans have no distance, the number after it says how many of all runs' have one."""
     runs = [rows_of(f"{path}:{row.output}", component) for path in records.values()]
     cells = [mean_cell([100 * mean_and_sd([scan[name] for scan in run])[0] for run in runs], name)
              for name in METRICS[:2]]  # fmt: skip
@@ -197,8 +197,7 @@ def suffixed(cell: Cell, suffix: str) -> Cell:
 def run_lines(record: Path) -> list[Line]:
     """Every output of one run, mean ± SD over its scans; its training time, hardware and commit.
 
-    A run that was resumed elsewhere names all devices, threads and commits. The number after a distance says how many
-    scans have one.
+    A run that was resumed elsewhere names all devices, threads and commits.
     """
     manifest = json.loads((record / MANIFEST).read_text(encoding="utf-8"))
     outputs = dict.fromkeys(row["output"] for row in read_scores(record))

@@ -34,8 +34,9 @@ ABOUT = """\
 Profile `{profile}`, seeds {seeds}. Every run was tested at its last iteration. Each run has a mean over the
 {scans}test scans, and a figure is the mean of these over the runs of a row. ± is the SD over the runs, shown from three
 runs on. The last column gives the number of runs and their seeds. `all` is without a component filter, `largest` with
-it. The number after a distance says how many scans of all runs have one. An empty mask has no distance and scores the
-volume's diagonal. Early records have no such score: their distances are too low and marked `not penalised`."""
+it. An empty mask has no distance and scores the volume's diagonal. Where there are such scans, the number after a
+distance says how many scans of all runs have one. Early records have no such score: their distances are too low and
+marked `not penalised`."""
 RECIPES = """
 `recipe` is the preset of a run, with the flags that set its training settings in another way."""
 QUOTED = """
@@ -63,9 +64,7 @@ LIVE = """\
 M_d learns only through voxels of m with 1e-3 < m < 1 - 1e-3. The table gives their share in the labeled crops, as the
 mean and the lowest of all logged iterations; how many of these iterations had none; and the final Dice of M_d."""
 EACH = """\
-**Each run: mean ± SD over its scans, whose number is in the column `scans`**
-
-The number after a distance says how many of the scans have one, as above."""
+**Each run: mean ± SD over its scans, whose number is in the column `scans`**"""
 SCALES = {
     "full": QUOTED,
     "half": QUOTED + SMALL.format("half resolution, 8 filters, 2400 iterations."),
