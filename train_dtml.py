@@ -230,7 +230,7 @@ def train(t: Training, model: Callable[..., Losses], report: Report | None, stop
                     clock.lap("saving")
         if report:
             rate = optimizer.param_groups[0]["lr"]
-            report.iteration(iteration, losses, rate, clock, peak_memory_gib(device), scores)
+            report.iteration(iteration, losses, batch["label"], rate, clock, peak_memory_gib(device), scores)
             if o.picture_every and (done % o.picture_every == 0 or last):
                 show(report, method, t.patches, t.labeled, t.constant["spacing"] or [1.0] * 3, done, device)
             clock.lap("logging")

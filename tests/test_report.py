@@ -16,6 +16,8 @@ from utils.report import Report
 
 SHORT = ["--iterations", "6", "--log-every", "2", "--save-every", "3"]
 CLOCK = Clock(torch.device("cpu"))
+LABEL = torch.zeros(2, 4, 4, 4)
+LABEL[:, 0, 0] = 1  # 1/16 of it
 
 
 def losses(live: float) -> Losses:
@@ -26,16 +28,31 @@ def losses(live: float) -> Losses:
 def test_an_output_without_a_live_gradient_is_warned_of_once(tmp_path, capsys):
     with Report(tmp_path, start=0, iterations=4, log_every=1) as report:
         for iteration, live in enumerate((0.01, 0.0, 0.0, 0.002)):
-            report.iteration(iteration, losses(live), lr=0.01, clock=CLOCK, memory=1.5)
+            report.iteration(iteration, losses(live), LABEL, lr=0.01, clock=CLOCK, memory=1.5)
     lines = [line for line in (tmp_path / "log.txt").read_text().splitlines() if "warning" in line]
     assert len(lines) == 1 and "live_gradient/sdm is 0 at iteration 1" in lines[0]
     assert "live_gradient/sdm is 0" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("shares", "warned"), [([0.0, 0.9], True), ([0.2], True), ([0.18], False), ([0.0], False)])
+def test_pseudo_labels_with_far_too_much_foreground_are_warned_of_once(shares, warned, tmp_path):
+    """A few crops may differ by chance: the mean of ten logged iterations counts, without those before the start."""
+    one = torch.tensor(1.0)
+    with Report(tmp_path, start=0, iterations=40, log_every=1) as report:
+        for iteration in range(40):
+            monitors = {"pseudo/foreground": torch.tensor(shares[iteration % len(shares)])}
+            report.iteration(iteration, Losses(one, {}, {}, monitors), LABEL, lr=0.01, clock=CLOCK, memory=1.5)
+    lines = [line for line in (tmp_path / "log.txt").read_text().splitlines() if "warning" in line]
+    assert len(lines) == warned
+    if warned:
+        at = 10 * len(shares) - 1
+        assert f"at iteration {at} the pseudo-labels are {max(shares):.0%} foreground, the labels 6%" in lines[0]
+
+
 def test_only_every_nth_iteration_and_the_last_are_logged(tmp_path):
     with Report(tmp_path, start=0, iterations=7, log_every=3) as report:
         for iteration in range(7):
-            report.iteration(iteration, losses(0.5), lr=0.01, clock=CLOCK, memory=1.5)
+            report.iteration(iteration, losses(0.5), LABEL, lr=0.01, clock=CLOCK, memory=1.5)
     rows = (tmp_path / "scalars.csv").read_text().splitlines()
     assert rows[0] == "iteration,loss/total,loss/mask,lambda,lr,live_gradient/sdm"
     assert [row.split(",")[0] for row in rows[1:]] == ["2", "5", "6"]
@@ -51,7 +68,7 @@ def test_threads_that_wait_for_cores_are_reported(threads, used, said, tmp_path,
     with Report(tmp_path, start=0, iterations=20, log_every=20) as report:
         for iteration in range(12):
             seconds[0] = float(iteration)
-            report.iteration(iteration, losses(0.5), lr=0.01, clock=CLOCK, memory=1.5)
+            report.iteration(iteration, losses(0.5), LABEL, lr=0.01, clock=CLOCK, memory=1.5)
     text = (tmp_path / "log.txt").read_text()
     assert "about 10 s left: 1 s an iteration" in text
     assert ("4 threads had 0.1 cores. If other programs run, --threads 1 may be faster." in text) == said

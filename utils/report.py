@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
@@ -18,6 +20,9 @@ from utils.clock import Clock
 from utils.run_folder import Scalars
 
 ESTIMATED_AFTER = 10  # iterations of this start, the first of which is slower and does not count
+FOREGROUND = "pseudo/foreground"  # monitor: share of foreground in the pseudo-labels
+LOOKED_AT = 10  # logged iterations over which pseudo-labels and labels are compared
+TOO_MUCH = 3  # times the labels' share of foreground, above which pseudo-labels are warned of; healthy runs reach 1.3
 SHARED = 0.6  # cores for each thread below which they are thought to be shared with other programs
 
 
@@ -66,7 +71,9 @@ class Report:
             dynamic_ncols=True,
             smoothing=0.05,
         )
-        self.dead: set[str] = set()
+        self.warned: set[str] = set()
+        self.marked: deque[tuple[float, float]] = deque(maxlen=LOOKED_AT)
+        """Share of foreground in the pseudo-labels and in the labels of the last logged iterations."""
         self.last, self.clock = start, time.monotonic()
         self.first = self.clock
         """When the first iteration of this start was done."""
@@ -100,11 +107,18 @@ class Report:
             self.board._get_file_writer().add_summary(summary)
 
     def iteration(
-        self, iteration: int, losses: Any, lr: float, clock: Clock, memory: float, scores: Mapping[str, float] = {}
+        self,
+        iteration: int,
+        losses: Any,
+        label: Tensor,
+        lr: float,
+        clock: Clock,
+        memory: float,
+        scores: Mapping[str, float] = {},
     ) -> None:
         """After the optimizer step of an iteration, counted from 0 here, in scalars.csv and in TensorBoard: `losses` is
-        methods.base.Losses, `lr` the learning rate of the step, `memory` the peak in GiB so far, `scores` those of the
-        validation, with which an iteration is always logged."""
+        methods.base.Losses, `label` that of the labeled crops, `lr` the learning rate of the step, `memory` the peak in
+        GiB so far, `scores` those of the validation, with which an iteration is always logged."""
         self.bar.update()
         done = iteration + 1
         if done == self.start + 1:
@@ -129,13 +143,7 @@ class Report:
         for name, value in {**curves, "speed/iterations_per_s": speed, "memory/peak_gib": memory, **shares}.items():
             self.board.add_scalar(name, value, iteration)
         self.scalars.add(iteration, curves)
-        for name in monitors:
-            if name.startswith("live_gradient/") and monitors[name] == 0 and name not in self.dead:
-                self.dead.add(name)
-                self.say(
-                    f"warning: {name} is 0 at iteration {iteration}: that output has no gradient left and may never "
-                    "move again. Watch it; a smaller --k or another --seed may help."
-                )
+        self.warn(iteration, monitors, label)
         short = [f"{name.partition('/')[2]} {value:.3f}" for name, value in terms.items()]
         short += [f"{name} {value:.4f}" for name, value in losses.weights.items()]
         self.bar.set_postfix_str(", ".join([*short, f"lr {lr:g}"]))
@@ -145,6 +153,26 @@ class Report:
             self.say(line)
         else:
             self.log.write(line + "\n")
+
+    def warn(self, iteration: int, monitors: Mapping[str, float], label: Tensor) -> None:
+        """Warns once of each output without a gradient, and once of pseudo-labels with far too much foreground."""
+        for name in monitors:
+            if name.startswith("live_gradient/") and monitors[name] == 0 and name not in self.warned:
+                self.warned.add(name)
+                self.say(
+                    f"warning: {name} is 0 at iteration {iteration}: that output has no gradient left and may never "
+                    "move again. Watch it; a smaller --k or another --seed may help."
+                )
+        if monitors.get(FOREGROUND):  # 0 until pseudo-labels count
+            self.marked.append((monitors[FOREGROUND], float((label > 0).float().mean())))
+        pseudo, true = (sum(shares) / LOOKED_AT for shares in zip(*self.marked, strict=True)) if self.marked else (0, 0)
+        if len(self.marked) == LOOKED_AT and pseudo > TOO_MUCH * true > 0 and FOREGROUND not in self.warned:
+            self.warned.add(FOREGROUND)
+            self.say(
+                f"warning: at iteration {iteration} the pseudo-labels are {pseudo:.0%} foreground, the labels "
+                f"{true:.0%}. The networks that make them have not learned yet and teach their own mistakes. Let "
+                "pseudo-labels count later (--start, where the method has it), or train longer (--iterations)."
+            )
 
     def picture(self, name: str, picture: NDArray, done: int) -> None:
         """(height, width, 3) uint8 after `done` iterations to pictures/NAME-DONE.png, and to TensorBoard at the last of
