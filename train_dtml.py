@@ -27,6 +27,7 @@ from dataloaders.findings import warnings_of
 from dataloaders.two_stream import make_loader
 from losses.ramps import cosine_rate, learning_rate
 from methods import METHODS, Losses, Watch, restore
+from networks.backbone import set_precision
 from settings import Options
 from tools.command_line import NOT_REPLAYED, chosen_flags, flags_of, read_options
 from tools.diagnostic import kept_for_diagnosis, replay_batch
@@ -106,6 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     origin = load_checkpoint(Path(o.init)) if o.init and state is None else None
     began_from = start_from(method, o.method, origin) if origin else None
     if o.from_diagnostic and state is not None:
+        set_precision(method, o.precision, training=True)
         print("\n".join(replay_batch(method, state, device)))
         return
     if state is not None and state["iteration"] >= o.iterations:

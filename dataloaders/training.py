@@ -133,8 +133,10 @@ def training_cases(
         raise UserError(
             f"--labeled-batch {labeled_batch} of --batch-size {batch_size} does not fit "
             f"{len(unlabeled_names)} unlabeled cases. "
-            "A batch has unlabeled crops exactly if there are unlabeled cases."
-        )
+            + ("Raise --batch-size above it, or give --unlabeled 0." if unlabeled_names else
+               "Lower --labeled, so that cases without label are used too, or give --unlabeled 0 without "
+               "--labeled-batch to learn from labels alone.")
+        )  # fmt: skip
     cases, problems = find_cases(folder, names, labeled=True, classes=classes, channels=channels)
     without = [case for case in cases if not has_label(case.path, unreadable=True)]
     if without:

@@ -62,8 +62,8 @@ class DTMLPlus(Method):
         pseudo_weight: float = option(0.5, "largest weight of the pseudo-label losses", minimum=0, only_if=STARTS)
         start: float = option(0.2, "share of the iterations before unlabeled crops count", minimum=0, maximum=1,
                               only_if=COUNTS)  # fmt: skip
-        full: float = option(0.4, "share of the iterations after which w is largest", minimum=0, maximum=1,
-                             only_if=BOTH)  # fmt: skip
+        full: float = option(0.4, "share of the iterations after which w is largest; up to --start: at once",
+                             minimum=0, maximum=1, only_if=BOTH)  # fmt: skip
         trust: str = option("both", "voxels of a pseudo-label to learn: all; voxel: where both tasks agree; both: "
                             "there, weighted by the Dice of the two tasks on the crop", choices=TRUST,
                             only_if=BOTH)  # fmt: skip

@@ -178,9 +178,10 @@ def best(h: Tensor, score: Tensor, mask: Tensor, number: int) -> tuple[Tensor, T
         number: how many.
 
     Returns:
-        Features (1,channels,number,1,1), 0 where the mask has no more, and whether each is one, (1,1,number,1,1).
+        Features (1,channels,number,1,1), 0 where the mask has no more, and whether each is one, (1,1,number,1,1). There
+        are fewer than `number` if the crops have fewer voxels.
     """
-    scores, places = score.flatten().masked_fill(~mask.flatten(), -torch.inf).topk(number)
+    scores, places = score.flatten().masked_fill(~mask.flatten(), -torch.inf).topk(min(number, mask.numel()))
     found = (scores > -torch.inf).view(1, 1, -1, 1, 1)
     features = F.normalize(h.transpose(0, 1).flatten(1)[:, places], dim=0)[None, :, :, None, None]
     return torch.where(found, features, 0), found

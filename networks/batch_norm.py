@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from utils.errors import UserError
+
 CHUNK = 1024
 """Voxels that are summed in float32 before the sums are added in float64."""
 
@@ -15,6 +17,9 @@ class BatchNorm3d(nn.BatchNorm3d):
 
     In this layout torch 2.13 adds up all voxels one after the other. With 4 x 112x112x80 voxels the mean loses half of
     its digits, and M_d multiplies the error by k = 1500. Maps are (N,C,W,H,D).
+
+    Raises:
+        UserError: in training for a single voxel, which has no variance.
     """
 
     counts: ClassVar[bool] = True
@@ -24,7 +29,10 @@ class BatchNorm3d(nn.BatchNorm3d):
         last = x.is_contiguous(memory_format=torch.channels_last_3d)
         ours = self.training and last and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
         count = x.numel() // x.shape[1]
-        if not ours or count < 2:
+        if self.training and count < 2:
+            raise UserError("batch norm needs more than one voxel, and one crop has one in the deepest map. Raise "
+                            "--batch-size or --patch-size.")  # fmt: skip
+        if not ours:
             return super().forward(x) if self.counts or not self.training else self._uncounted(x)
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
         assert self.num_batches_tracked is not None

@@ -1,11 +1,15 @@
 """Batch norm in both layouts against torch's in float64."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
 
+from networks.backbone import uncounted
 from networks.batch_norm import CHUNK, BatchNorm3d
 from networks.vnet import VNet
+from utils.errors import UserError
 
 LAST = torch.channels_last_3d
 
@@ -89,3 +93,15 @@ def test_every_map_of_the_vnet_is_in_channels_last_on_a_cpu_and_its_state_is_tor
     network(torch.randn(2, 1, 32, 16, 16))
     assert len(seen) == 29 and all(seen)
     assert set(BatchNorm3d(2).state_dict()) == set(nn.BatchNorm3d(2).state_dict())
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_a_single_voxel_is_a_user_s_mistake_in_training_alone(counted):
+    """A batch of one crop whose deepest map is one voxel."""
+    network, crop = VNet(heads={"seg": 1}, filters=2), torch.randn(1, 1, 16, 16, 16)
+    with (
+        pytest.raises(UserError, match="Raise --batch-size or --patch-size"),
+        nullcontext() if counted else uncounted(),
+    ):
+        network.train()(crop)
+    assert network.eval()(crop)["seg"].isfinite().all()

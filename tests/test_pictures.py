@@ -170,6 +170,17 @@ def test_figure_2_shows_what_the_network_says_of_the_slice(runs):
         assert values == pytest.approx(expected[name][0, ..., 5].numpy(), abs=1e-5)
 
 
+def test_the_dice_of_figure_3_is_the_mean_over_the_classes_in_prediction_or_label(runs, monkeypatch):
+    """The label has class 1 alone, the prediction class 3 too; class 2 is in neither and counts in no mean."""
+    label = read_case(Case("case09", case_file(runs / "set", "case09"), True))[1]
+    wrong, drawn = label.copy(), []
+    wrong[:2] = 3
+    monkeypatch.setattr(pictures, "read_prediction", lambda *_: wrong)
+    monkeypatch.setattr(pictures, "draw_comparison", lambda compared, *_: drawn.extend(compared))
+    pictures.figure3([str(runs / "dtml")], pictures.Options(cases=["case09"]))
+    assert [text for _, text in drawn[0].predictions.values()] == ["Dice 50.0"]
+
+
 def test_scale_has_a_point_for_each_scan_without_and_with_normalization(tmp_path):
     """Each the mean over its runs, at the SD of the volume, which is measured once and then read."""
     data = make_set(tmp_path / "set")

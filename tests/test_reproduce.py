@@ -13,6 +13,7 @@ from records import GRIDS, cells, here, options_of, printed, write_record, write
 import test_la
 from evaluation.statistics import compare, hodges_lehmann
 from methods import METHODS
+from networks.backbone import set_precision
 from tools import command_line, reproduce
 from tools.grid import RETIRED, TRAINED_AS
 from utils.errors import UserError
@@ -40,7 +41,9 @@ def test_the_flags_parse_and_the_row_s_output_and_scans_are_the_run_s(profile):
     def outputs_and_scans(args):
         o, method_options, *_ = command_line.read_options([*args.split(), "--profile", profile, "--filters", "2"])
         unlabeled = SCANS[profile] - o.labeled if o.unlabeled is None else o.unlabeled
-        return METHODS[o.method](method_options, iterations=1).outputs, f"{o.labeled} / {unlabeled}"
+        method = METHODS[o.method](method_options, iterations=1)
+        assert set_precision(method, o.precision, training=True), f"{args}: train_dtml.py refuses this --precision"
+        return method.outputs, f"{o.labeled} / {unlabeled}"
 
     for row in (row for _, rows in tables.values() for row in rows if row.key not in RETIRED):
         outputs, scans = outputs_and_scans(runs[row.key])

@@ -99,6 +99,8 @@ def test_a_class_without_prototypes_or_voxels_costs_nothing_and_leaves_gradients
     assert all(p.grad is not None and p.grad.isfinite().all() for p in separator.parameters())
     features, is_one = best(torch.ones(1, 2, 4, 4, 4), torch.rand(1, 1, 4, 4, 4), label == 0, 5)
     assert features.abs().max() == 0 and not is_one.any()
+    more, fewer = (separator(maps, predicted, label, prototypes=n, largest=True) for n in (1000, 64))
+    assert torch.equal(more[0], fewer[0]) and torch.equal(more[1], fewer[1]), "more prototypes than voxels are all"
 
 
 def test_prototypes_and_the_inputs_of_attention_get_no_gradient():

@@ -112,6 +112,8 @@ def test_an_unfinished_run_keeps_its_iterations_and_none_gets_fewer(run, tmp_pat
         train_dtml.main(["--resume", str(tmp_path / "run"), "--iterations", "8"])
     with pytest.raises(UserError, match=r"--lr: 0.01 before, 0.1 now"):
         train_dtml.main(["--resume", str(tmp_path / "run"), "--iterations", "20", "--lr", "0.1"])
+    with pytest.raises(UserError, match=r"--lr-steps 20 never comes in --iterations 20"):
+        train_dtml.main(["--resume", str(tmp_path / "run"), "--iterations", "20", "--lr-steps", "14", "20"])
     (tmp_path / "run" / "previous.pt").replace(tmp_path / "run" / "last.pt")
     with pytest.raises(UserError, match=r"12 before, 20 now\n  --iterations can be raised once the run is finished"):
         train_dtml.main(["--resume", str(tmp_path / "run"), "--iterations", "20"])

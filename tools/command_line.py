@@ -115,6 +115,7 @@ def read_options(
         refuse_differences(flags, saved, harmless_names([Options, kind.Options]), folder)
         o, method_options = (fill(cls, saved, flags) for cls in (Options, kind.Options))
         refuse_unused(flags, [Options], values_of(o, method_options, kind), saved.get, WHY)
+        refuse_late_steps(flags, o.iterations)
     return o, method_options, folder, state
 
 
@@ -234,10 +235,15 @@ def resolve(flags: dict[str, Any], kind: type[Method]) -> tuple[Options, Method.
         )
     if len({*o.flip_axes}) < len(o.flip_axes):
         raise UserError("--flip-axes names an axis twice. Name each once.")
-    never = [step for step in flags.get("lr_steps") or () if step >= o.iterations]
-    if never:
-        raise UserError(f"--lr-steps {never[0]} never comes in --iterations {o.iterations}. Give steps below that.")
+    refuse_late_steps(flags, o.iterations)
     return o, method_options
+
+
+def refuse_late_steps(flags: dict[str, Any], iterations: int) -> None:
+    """Raises UserError for a chosen step of the learning rate that a run of so many iterations never reaches."""
+    never = [step for step in flags.get("lr_steps") or () if step >= iterations]
+    if never:
+        raise UserError(f"--lr-steps {never[0]} never comes in --iterations {iterations}. Give steps below that.")
 
 
 def values_of(o: Options, method_options: Method.Options, kind: type[Method]) -> Callable[[str], Any]:

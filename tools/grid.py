@@ -24,6 +24,7 @@ LABELED_ONLY = "--unlabeled 0 --consistency-terms none"  # of DK-UXNet: the same
 ADAMW = "--optimizer adamw --lr 0.001 --weight-decay 0.01"  # DK-UXNet's
 TUNED, AS_PUBLISHED = "--preset tuned", "--normalize none"
 BF16 = "--precision bf16"
+IN_FP32 = ("dtc", "sassnet")  # their one network has a distance head and stays in fp32
 EARLY = "--ramp-end 0.2"
 SMALLER = "--downsample 2 --patch-size 32 32 16"
 HELD_OUT = {"scans": "held-out", "stride": [16, 16, 8], "save": "none"}
@@ -73,7 +74,7 @@ LA_RUNS = {
     **{f"plus-alone-{n}": f"--method dtml-plus --labeled {n} --unlabeled 0 --batch-size 4 {BF16}" for n in (4, 8, 16)},
     "plus-alone-80": f"--method dtml-plus --labeled 80 --batch-size 4 {BF16}",
     **{f"{name}-8": f"--method {name} {TUNED} --labeled 8 {BF16}" for name in RECENT},
-    **{f"{name}-tuned-8": f"--method {name} {TUNED} --labeled 8 {BF16}" for name in PAPER},
+    **{f"{name}-tuned-8": f"--method {name} {TUNED} --labeled 8 {'' if name in IN_FP32 else BF16}" for name in PAPER},
     "supervised-sdm-tuned-16": f"--method supervised --head sdm --k 50 {TUNED} {AS_PUBLISHED} --labeled 16",
     "tuned-8": f"--method dtml {TUNED} {AS_PUBLISHED} --labeled 8",
     "dtml-uxnet-16": "--method dtml --backbone uxnet --labeled 16",

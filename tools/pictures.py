@@ -37,9 +37,10 @@ from dataloaders.orientation import known_orientation
 from evaluation.drawing import Figure
 from evaluation.figures import ComparedCase, MapsRow, around, as_png, draw_comparison, draw_maps
 from evaluation.graphs import draw_curves, draw_differences, draw_labels, draw_scale
-from evaluation.metrics import mean_and_sd, segmentation_metrics
+from evaluation.metrics import mean_and_sd
 from evaluation.predictions import read_prediction, read_scores, test_of
 from evaluation.rows import mean_over, read_runs, split_output
+from evaluation.scores import class_dices
 from evaluation.slices import fixed_slice
 from evaluation.sliding_window import sliding_window
 from evaluation.statistics import compare
@@ -174,11 +175,17 @@ def figure3(paths: Sequence[str], o: Options) -> Figure:
             mask = read_prediction(test, output, name)
             if mask.shape != label.shape:
                 raise UserError(f"the prediction of {name} in {test} has {mask.shape} voxels, the scan {label.shape}.")
-            dice = [segmentation_metrics(mask == c, label == c)["dice"] for c in range(1, int(label.max()) + 1)]
-            predictions[title] = (mask, f"Dice {100 * np.mean(dice):.1f}" if dice else "")
+            predictions[title] = (mask, dice_text(mask, label))
         orientation = known_orientation(case)
         compared.append(ComparedCase(name, with_channels(image)[0], label, z, predictions, spacing, orientation))
     return draw_comparison(compared, *o.view)
+
+
+def dice_text(prediction: NDArray, label: NDArray) -> str:
+    """The Dice of two label maps (W,H,D), the mean over the classes in either; nothing if both are empty."""
+    classes = int(max(prediction.max(), label.max()))
+    mean, _ = mean_and_sd(class_dices(prediction, label, classes))
+    return "" if math.isnan(mean) else f"Dice {100 * mean:.1f}"
 
 
 def typical(rows: Sequence[dict[str, Any]], output: str) -> list[str]:

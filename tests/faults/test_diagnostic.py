@@ -54,7 +54,8 @@ def test_18_the_diagnostic_file_names_term_cases_and_boxes_and_replays_the_batch
         return losses
 
     monkeypatch.setattr(kind, "forward", spoilt)
-    args = [*method_words(method), *(["--crops", "independent"] if method == "dk-uxnet" else [])]
+    more = {"dk-uxnet": ["--crops", "independent"], "ua-mt": ["--precision", "bf16"]}
+    args = [*method_words(method), *more.get(method, [])]
     text, kept = diverge(tiny_set, tmp_path / "run", *args)
     assert f"--from-diagnostic {tmp_path / 'run' / FILE}" in text
     assert kept["iteration"] == k and "the loss seg" in kept["error"] and kept["rank"] == 0
