@@ -30,11 +30,11 @@ from tqdm import tqdm
 
 from dataloaders.cases import Case, read_case
 from dataloaders.channels import refuse_other_channels
-from dataloaders.class_names import class_names
+from dataloaders.class_names import class_names, refuse_other_numbers
 from dataloaders.geometry import known_spacing, read_geometry
 from dataloaders.images import write_image
 from dataloaders.normalization import normalization_of, normalized_case
-from dataloaders.unseen import open_cases
+from dataloaders.unseen import open_cases, other_grid
 from evaluation.metrics import COMPONENTS, MORE
 from evaluation.predictions import new_test, replace_test
 from evaluation.scores import as_csv, caption_of, class_scores, table
@@ -52,7 +52,7 @@ from methods.released import RELEASED, load_trained
 from networks.backbone import PRECISIONS, set_precision
 from tools.report_page import write_report
 from tools.tested_scans import SCANS, chosen_cases, names_of
-from utils.checkpoint import LAST, channels_of_state, unfinished, write_whole
+from utils.checkpoint import LAST, channels_of_state, classes_of_state, unfinished, write_whole
 from utils.devices import choose_device, enough_memory, keep_freed_memory, refuse_precision, set_arithmetic
 from utils.distributed import RANK, RANKS, in_turn, process_group
 from utils.errors import UserError, run
@@ -203,10 +203,13 @@ def main(argv: list[str] | None = None) -> None:
         normalize,
     )
     refuse_other_channels(folder, channels_of_state(state))
+    names = {c: name for c, name in class_names(folder).items() if c <= classes}
+    refuse_other_numbers(names, folder, classes_of_state(state), path)
+    if RANK == 0 and (warning := other_grid(cases, state)):
+        print(f"warning: {folder} {warning}", file=sys.stderr)
     if o.nsd_tolerance is not None:
         refuse_unknown_spacing(cases, folder, o.nsd_tolerance)
     count = sum(len(windows([-(-side // downsample) for side in shape], patch_size, stride)) for shape in shapes)
-    names = {c: name for c, name in class_names(folder).items() if c <= classes}
     other = path.is_file() and path.name != LAST and path.suffix != ENDING  # best.pt, previous.pt, released weights
     usual_out = (path if path.is_dir() else path.parent) / o.scans
     usual_out = path.with_name(f"{path.stem}-{o.scans}") if other else usual_out
