@@ -256,30 +256,30 @@ def main(argv: list[str] | None = None) -> None:
             collect(2 * o.workers)
         collect(0)
         rows = in_turn(rows, len(COMPONENTS) * len(outputs) * (classes + (classes > 1)))
-    if RANK > 0:
-        return
+        if RANK > 0:
+            return
 
-    # results
-    means = f"{caption_of(o.nsd_tolerance, o.metrics)}\n{table(rows)}"
-    write_whole(new / "cases.csv", as_csv(rows).encode())
-    write_whole(new / "table.md", means.encode())
-    settings = {"patch_size": patch_size, "stride": stride, "windows": count, "weighting": o.weighting,
-                "flips": o.flips, "precision": o.precision, "scans": o.scans,
-                **({"cases": tested} if o.cases else {})}  # fmt: skip
-    about = {"checkpoint": str(path), "iteration": state["iteration"], "downsample": downsample,
-            "normalize": normalize.kind, "data": str(folder), "saved": o.save}  # fmt: skip
-    if normalize.window:
-        about["window"] = normalize.window
-    if names:
-        about["class_names"] = names
-    if o.nsd_tolerance is not None:
-        about["nsd_tolerance_mm"] = o.nsd_tolerance
-    if o.metrics:
-        about["metrics"] = o.metrics
-    if o.method:
-        about |= {"method": o.method, "released": state["released"]}
-    write_json(new / "test.json", make_manifest(device, **settings, **about))
-    replace_test(out)
+        # results
+        means = f"{caption_of(o.nsd_tolerance, o.metrics)}\n{table(rows)}"
+        write_whole(new / "cases.csv", as_csv(rows).encode())
+        write_whole(new / "table.md", means.encode())
+        settings = {"patch_size": patch_size, "stride": stride, "windows": count, "weighting": o.weighting,
+                    "flips": o.flips, "precision": o.precision, "scans": o.scans,
+                    **({"cases": tested} if o.cases else {})}  # fmt: skip
+        about = {"checkpoint": str(path), "iteration": state["iteration"], "downsample": downsample,
+                "normalize": normalize.kind, "data": str(folder), "saved": o.save}  # fmt: skip
+        if normalize.window:
+            about["window"] = normalize.window
+        if names:
+            about["class_names"] = names
+        if o.nsd_tolerance is not None:
+            about["nsd_tolerance_mm"] = o.nsd_tolerance
+        if o.metrics:
+            about["metrics"] = o.metrics
+        if o.method:
+            about |= {"method": o.method, "released": state["released"]}
+        write_json(new / "test.json", make_manifest(device, **settings, **about))
+        replace_test(out)
     report = write_report(out, str(folder)) if o.report else None
     size, step = ("x".join(map(str, v)) for v in (patch_size, stride))
     print(f"{folder}: {len(cases)} {o.scans} scans, {count} windows of {size}, stride {step}.\n")

@@ -154,6 +154,19 @@ def test_classes_with_other_numbers_than_in_the_training_are_refused(trained, tm
         score(tmp_path / "last.pt", tmp_path / "out", *args)
 
 
+def test_two_tests_at_the_same_time_do_not_mix_their_files(trained, tmp_path, monkeypatch):
+    def predict(*args, **window):
+        monkeypatch.undo()
+        with pytest.raises(UserError, match=r"another test is writing to .*out\. Wait for it"):
+            score(trained, tmp_path / "out", "--output", "sdm", "--save", "all")
+        return predict_scan(*args, **window)
+
+    monkeypatch.setattr(test_la, "predict_scan", predict)
+    rows = score(trained, tmp_path / "out", "--output", "seg", "--save", "all")
+    saved = {case: np.count_nonzero(saved_mask(tmp_path / "out", "seg", case)) for case in CASES}
+    assert saved == {row["case"]: int(row["voxels"]) for row in rows if row["component"] == "all"}
+
+
 def test_files_without_a_spacing_give_no_distance_in_mm(trained, tested, tmp_path, capsys):
     shutil.copytree(trained.parent / "set", tmp_path / "set")
     for case in CASES:

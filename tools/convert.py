@@ -320,6 +320,12 @@ def main(argv: list[str] | None = None) -> None:
     labeled = labeled_of(out, everything)
     lists = extended_lists(before, train, test, validation, labeled=labeled, listed=listed_in(out))
     if lists["train"] and lists["test"]:
+        now = read_previous(out)
+        if any(getattr(now, split) != getattr(before, split) for split in SPLITS):
+            raise UserError(
+                f"the lists of {out} have changed meanwhile, as by another conversion into it. Give the same command "
+                "again; what is done is left alone."
+            )
         write_set(out, lists, labeled, names, channels, patients)
         lines = summary([*outcomes, *kept], lists, labeled, names)
         if patients:
