@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from dataloaders.cases import CaseError
+from dataloaders.class_names import refuse_other_numbers
 from dataloaders.images import INTERPOLATORS, ending_of, write_image, written_as
 from dataloaders.normalization import normalization_of
 from evaluation.sliding_window import (
@@ -45,7 +46,7 @@ from tools.dicom_seg import dicom_seg, require_highdicom
 from tools.given_scans import DICOM_ENDINGS, Scan, given_scans
 from tools.segment import Model, predict_scan
 from tools.volumes import read_volumes, volume_rows, volumes_table, write_volumes
-from utils.checkpoint import channels_of_state, unfinished, write_whole
+from utils.checkpoint import channels_of_state, classes_of_state, unfinished, write_whole
 from utils.devices import choose_device, enough_memory, keep_freed_memory, refuse_precision, set_arithmetic
 from utils.errors import UserError, run
 from utils.options import Parser, fill, flag_of, option
@@ -138,6 +139,8 @@ def load_model(o: Options, device: torch.device) -> Model:
     if any(names != channels[0] for names in channels) and len(channels[0]) > 1:
         shown = "; ".join(sorted({", ".join(names) for names in channels}))
         raise UserError(f"the checkpoints were trained on different channels: {shown}. Average like with like.")
+    for state in states[1:]:
+        refuse_other_numbers(classes_of_state(state), state["file"], classes_of_state(states[0]), states[0]["file"])
     sizes = {tuple(o.patch_size or options["patch_size"]) for options in trained}
     if len(sizes) > 1:
         raise UserError(f"the checkpoints were trained on patches of {sorted(sizes)}. Choose one by --patch-size.")
@@ -174,7 +177,7 @@ def load_model(o: Options, device: torch.device) -> Model:
     return Model(
         list(methods), taken, trained[0]["downsample"], normalization_of(trained[0]), sizes.pop(),
         spacing or None, orientation, classes, o.flips, channels[0],
-        {int(c): name for c, name in states[0].get("class_names", {}).items()},
+        classes_of_state(states[0]),
     )  # fmt: skip
 
 

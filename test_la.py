@@ -30,11 +30,11 @@ from tqdm import tqdm
 
 from dataloaders.cases import Case, read_case
 from dataloaders.channel_names import refuse_other_channels
-from dataloaders.class_names import class_names
+from dataloaders.class_names import class_names, refuse_other_numbers
 from dataloaders.geometry import known_spacing, read_geometry
 from dataloaders.images import write_image
 from dataloaders.normalization import normalization_of, normalized_case
-from dataloaders.unseen import open_cases
+from dataloaders.unseen import open_cases, other_grid
 from evaluation.metrics import COMPONENTS, MORE
 from evaluation.predictions import new_test, replace_test
 from evaluation.scores import as_csv, caption_of, class_scores, table
@@ -51,7 +51,7 @@ from evaluation.sliding_window import (
 from methods.released import RELEASED, load_trained
 from networks.backbone import PRECISIONS, set_precision
 from tools.tested_scans import SCANS, chosen_cases, names_of
-from utils.checkpoint import LAST, channels_of_state, unfinished, write_whole
+from utils.checkpoint import LAST, channels_of_state, classes_of_state, unfinished, write_whole
 from utils.devices import choose_device, enough_memory, keep_freed_memory, refuse_precision, set_arithmetic
 from utils.distributed import RANK, RANKS, in_turn, process_group
 from utils.errors import UserError, run
@@ -202,10 +202,13 @@ def main(argv: list[str] | None = None) -> None:
         normalize,
     )
     refuse_other_channels(folder, channels_of_state(state))
+    names = {c: name for c, name in class_names(folder).items() if c <= classes}
+    refuse_other_numbers(names, folder, classes_of_state(state), path)
+    if RANK == 0 and (warning := other_grid(cases, state)):
+        print(f"warning: {folder} {warning}", file=sys.stderr)
     if o.nsd_tolerance is not None:
         refuse_unknown_spacing(cases, folder, o.nsd_tolerance)
     count = sum(len(windows([-(-side // downsample) for side in shape], patch_size, stride)) for shape in shapes)
-    names = {c: name for c, name in class_names(folder).items() if c <= classes}
     other = path.is_file() and path.name != LAST and path.suffix != ENDING  # best.pt, previous.pt, released weights
     usual_out = (path if path.is_dir() else path.parent) / o.scans
     usual_out = path.with_name(f"{path.stem}-{o.scans}") if other else usual_out
@@ -252,30 +255,30 @@ def main(argv: list[str] | None = None) -> None:
             collect(2 * o.workers)
         collect(0)
         rows = in_turn(rows, len(COMPONENTS) * len(outputs) * (classes + (classes > 1)))
-    if RANK > 0:
-        return
+        if RANK > 0:
+            return
 
-    # results
-    means = f"{caption_of(o.nsd_tolerance, o.metrics)}\n{table(rows)}"
-    write_whole(new / "cases.csv", as_csv(rows).encode())
-    write_whole(new / "table.md", means.encode())
-    settings = {"patch_size": patch_size, "stride": stride, "windows": count, "weighting": o.weighting,
-                "flips": o.flips, "precision": o.precision, "scans": o.scans,
-                **({"cases": tested} if o.cases else {})}  # fmt: skip
-    about = {"checkpoint": str(path), "iteration": state["iteration"], "downsample": downsample,
-            "normalize": normalize.kind, "data": str(folder), "saved": o.save}  # fmt: skip
-    if normalize.window:
-        about["window"] = normalize.window
-    if names:
-        about["class_names"] = names
-    if o.nsd_tolerance is not None:
-        about["nsd_tolerance_mm"] = o.nsd_tolerance
-    if o.metrics:
-        about["metrics"] = o.metrics
-    if o.method:
-        about |= {"method": o.method, "released": state["released"]}
-    write_json(new / "test.json", make_manifest(device, **settings, **about))
-    replace_test(out)
+        # results
+        means = f"{caption_of(o.nsd_tolerance, o.metrics)}\n{table(rows)}"
+        write_whole(new / "cases.csv", as_csv(rows).encode())
+        write_whole(new / "table.md", means.encode())
+        settings = {"patch_size": patch_size, "stride": stride, "windows": count, "weighting": o.weighting,
+                    "flips": o.flips, "precision": o.precision, "scans": o.scans,
+                    **({"cases": tested} if o.cases else {})}  # fmt: skip
+        about = {"checkpoint": str(path), "iteration": state["iteration"], "downsample": downsample,
+                "normalize": normalize.kind, "data": str(folder), "saved": o.save}  # fmt: skip
+        if normalize.window:
+            about["window"] = normalize.window
+        if names:
+            about["class_names"] = names
+        if o.nsd_tolerance is not None:
+            about["nsd_tolerance_mm"] = o.nsd_tolerance
+        if o.metrics:
+            about["metrics"] = o.metrics
+        if o.method:
+            about |= {"method": o.method, "released": state["released"]}
+        write_json(new / "test.json", make_manifest(device, **settings, **about))
+        replace_test(out)
     report = None
     if o.report:
         from tools.report_page import write_report  # here, as its figures take a second of every start

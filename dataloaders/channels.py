@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from dataloaders.cases import CaseError
 from dataloaders.geometry import DEFAULT_GEOMETRY
-from dataloaders.images import Geometry, normalise, read_image, same_grid, scan_name
+from dataloaders.images import Geometry, ending_of, normalise, read_image, same_grid, scan_name
 from utils.channels import with_channels
 from utils.errors import UserError
 from utils.text import some
@@ -36,6 +36,10 @@ def read_channels(paths: Sequence[Path]) -> tuple[NDArray[np.float32], Geometry]
             raise CaseError(f"{path} {e}") from e
         if image.ndim != 3:
             raise CaseError(f"{path} has {len(image)} channels, where a file for each channel has one")
+        if ending_of(path) == ".h5":  # whose intensities are scaled already, unlike those of the other files
+            raise CaseError(
+                f"{path} is an h5 case, which holds all channels of a scan. Give that, or the scan's own files"
+            )
         first = first or geometry
         if channels and not same_grid(
             channels[0].shape, {**DEFAULT_GEOMETRY, **first}, image.shape, {**DEFAULT_GEOMETRY, **geometry}

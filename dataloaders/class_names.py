@@ -1,6 +1,7 @@
 """Class names from dataset.json, the format of the Medical Segmentation Decathlon and nnU-Net."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,3 +62,27 @@ def names_in(content: dict[str, Any], path: Path) -> dict[int, str]:
         names[number] = name
     plain = {number: "".join(c for c in " ".join(name.split()) if c.isprintable()) for number, name in names.items()}
     return {number: plain[number] for number in sorted(plain) if number > 0}
+
+
+def refuse_other_numbers(
+    names: Mapping[int, str], where: object, trained: Mapping[int, str], checkpoint: object
+) -> None:
+    """Checks that no class has the name of another one.
+
+    Args:
+        names, where: class -> name, and what states them.
+        trained, checkpoint: the same of a checkpoint. Names that only one of the two has are left alone.
+
+    Raises:
+        UserError: naming the classes with other numbers.
+    """
+    differ = []
+    for c, name in names.items():
+        there = [number for number, other in trained.items() if other.casefold() == name.casefold()]
+        if there and c not in there:
+            differ.append(f"{name} is class {c} and class {there[0]}")
+    if differ:
+        raise UserError(
+            f"{where} and {checkpoint} number the classes in different ways: {'; '.join(differ)}. They need the same "
+            "order; --labels of tools.convert chooses it."
+        )

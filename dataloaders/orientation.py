@@ -15,7 +15,7 @@ from nibabel.orientations import axcodes2ornt, io_orientation, ornt2axcodes, orn
 from numpy.typing import NDArray
 
 from dataloaders.cases import Case, CaseError
-from dataloaders.geometry import Geometry, stated_geometry
+from dataloaders.geometry import DEFAULT_GEOMETRY, Geometry, stated_geometry
 
 RAS = "RAS"
 """The orientation to which scans are turned; any other would do, if it is the same for all."""
@@ -65,9 +65,10 @@ class Turn:
         if "direction" in geometry:
             axes = np.reshape(geometry["direction"], (3, 3))
             turned["direction"] = tuple(map(float, (axes[:, self.order] * self.steps).ravel() + 0.0))  # no -0.0
-            if "origin" in geometry and "spacing" in geometry:
+            if "origin" in geometry:
                 first = [shape[axis] - 1 if step < 0 else 0 for axis, step in zip(self.order, self.steps, strict=True)]
-                shift = axes[:, self.order] @ (np.array(turned["spacing"]) * first)
+                spacing = turned.get("spacing", DEFAULT_GEOMETRY["spacing"])
+                shift = axes[:, self.order] @ (np.array(spacing) * first)
                 turned["origin"] = tuple(map(float, geometry["origin"] + shift))
         return turned
 

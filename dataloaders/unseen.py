@@ -2,12 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from dataloaders.cases import Case, CaseError, check_all, find_cases, read_case
 from dataloaders.fingerprints import DIGITS, alike, fingerprint
-from dataloaders.geometry import read_geometry
+from dataloaders.geometry import known_spacing, read_geometry
 from dataloaders.normalization import OF_RAW, Normalization, scalings_of_case
+from dataloaders.orientation import known_orientation
 from utils.run_folder import digest
+
+OTHER_SPACING = 0.1  # relative difference of the median spacing from that of the training
 
 
 def open_cases(
@@ -55,3 +61,26 @@ def open_cases(
 
     check_all(cases, check, problems)
     return cases, shapes
+
+
+def other_grid(cases: Sequence[Case], trained: Mapping[str, Any]) -> str:
+    """A warning that continues a sentence, if the axes or the voxels of cases are not as in the training; '' if they
+    are, or if one of the two does not state them.
+
+    Args:
+        cases: the cases.
+        trained: what a checkpoint states: `orientation` and `spacing`.
+    """
+    orientation, spacing = trained.get("orientation"), trained.get("spacing")
+    codes = {code for code in map(known_orientation, cases) if code}
+    spacings = [mm for mm in map(known_spacing, cases) if mm]
+    differ = []
+    if orientation and codes - {orientation}:
+        differ.append(f"axes that point to {', '.join(sorted(codes))}, those of the training to {orientation}")
+    if spacing and spacings:
+        middle = np.median(spacings, axis=0)
+        if np.abs(middle / spacing - 1).max() > OTHER_SPACING:
+            here, there = (" x ".join(f"{mm:.3g}" for mm in sizes) for sizes in (middle, spacing))
+            differ.append(f"voxels of {here} mm, the training of {there} mm")
+    advice = "A network sees voxels as they are stored: convert the scans as those of the training."
+    return f"has {'; and '.join(differ)}. {advice}" if differ else ""

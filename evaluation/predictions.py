@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from utils.distributed import RANK, wait_for_rank_0
 from utils.errors import UserError
+from utils.run_lock import folder_lock
 
 COUNTS = ("voxels", "label_voxels")
 PARTIAL = ".partial"  # folder in a test folder, for the files of a running test
@@ -72,16 +73,21 @@ def read_prediction(test: Path, output: str, case: str) -> NDArray[np.uint8]:
 
 @contextmanager
 def new_test(test: Path) -> Iterator[Path]:
-    """Context with the empty folder test/.partial for the files of all processes; removed if they fail."""
+    """Context with the empty folder test/.partial for the files of all processes; removed if they fail.
+
+    Raises:
+        UserError: another test is writing there, whose files would be mixed with these.
+    """
     folder = test / PARTIAL
-    if RANK == 0:
-        shutil.rmtree(folder, ignore_errors=True)  # left by a killed test
-    wait_for_rank_0()
-    try:
-        yield folder
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+    with folder_lock(test, "another test") if RANK == 0 else nullcontext():
+        if RANK == 0:
+            shutil.rmtree(folder, ignore_errors=True)  # left by a killed test
+        wait_for_rank_0()
+        try:
+            yield folder
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 def replace_test(test: Path) -> None:

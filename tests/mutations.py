@@ -197,7 +197,7 @@ MUTATIONS = [
              "distances in mm are those in voxels", "tests/test_test_la.py tests/test_metrics.py"),
     Mutation("largest", "utils/masks.py", ".argmax() + 1", ".argmin() + 1", "the smallest component is kept",
              "tests/test_metrics.py tests/test_predict.py tests/test_test_la.py"),
-    Mutation("at-the-tolerance", "evaluation/metrics.py", "areas[away <= tolerance]", "areas[away < tolerance]",
+    Mutation("at-the-tolerance", "evaluation/metrics.py", "tolerance * (1 + ROUNDING)", "tolerance * (1 - ROUNDING)",
              "NSD leaves out what is exactly so near", "tests/test_nsd.py"),
     # checkpoints and resuming
     Mutation("atomic-rename", "utils/checkpoint.py", "os.replace(partial, path)", "shutil.copy(partial, path)",

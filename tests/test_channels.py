@@ -246,6 +246,21 @@ def test_files_of_channels_in_any_form_are_predicted_alike(world, tmp_path):
     assert not np.array_equal(read_image(tmp_path / "d" / "FLAIR_probability.nii.gz")[0], maps[0][0])
 
 
+def test_h5_cases_are_no_channels_of_a_scan(world, tmp_path):
+    """Each has been normalised, and states its own mean and sd."""
+    file = world / "scans" / "imagesTs" / "p5_0000.nii.gz"
+    with h5py.File(tmp_path / "a.h5", "w") as f:
+        f["image"] = scan(5)[0][0]
+        f.attrs.update(mean=300.0, sd=100.0)
+    for words in (
+        f"{tmp_path / 'a.h5'},{tmp_path / 'a.h5'}",
+        f"{tmp_path / 'a.h5'},{file}",
+        f"{file},{tmp_path / 'a.h5'}",
+    ):
+        with pytest.raises(UserError, match=r"a\.h5 is an h5 case, which holds all channels of a scan"):
+            predicted(world / "runs" / "two", tmp_path / "out", words)
+
+
 def test_a_wrong_number_of_channels_is_refused_with_what_is_needed(world, tmp_path):
     files = [world / "scans" / "imagesTs" / f"p5_{c:04}.nii.gz" for c in range(2)]
     run = world / "runs" / "two"

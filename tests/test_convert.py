@@ -144,6 +144,20 @@ def test_a_crop_keeps_every_voxel_in_its_place(crop, tmp_path):
         assert len(corners) == 3
 
 
+def test_a_crop_to_the_foreground_keeps_the_label_where_it_is_dark(tmp_path):
+    image, label = 0.1 * np.random.default_rng(0).random(SHAPE), np.zeros(SHAPE, np.uint8)
+    image[10:20, 8:20, 5:12] += 300
+    label[2:14, 10:16, 6:10] = 1  # most of it is outside
+    for i in range(2):
+        write(tmp_path / "scans" / f"p{i}" / "image.nii.gz", image)
+        write(tmp_path / "scans" / f"p{i}" / "label.nii.gz", label)
+    out = converted(tmp_path / "scans", tmp_path / "set", "--crop", "foreground")
+    cut, cut_label, _, about = read(out, "p0")
+    assert cut.shape == (18, 12, 7) and cut_label.sum() == label.sum()
+    box = tuple(slice(a, a + n) for a, n in zip(about["crop_corner"], cut.shape, strict=True))
+    np.testing.assert_array_equal(cut_label, turned(label, OBLIQUE)[0][box])
+
+
 def test_processes_change_nothing_and_what_is_there_is_left_alone(scans, plain, tmp_path, capsys):
     out = converted(scans, tmp_path / "set", "--workers", "2")
     files = sorted(str(path.relative_to(plain)) for path in plain.rglob("*") if path.is_file())
@@ -186,6 +200,16 @@ def test_what_was_made_from_something_else_or_in_another_way_is_refused(tmp_path
         converted(tmp_path / "scans", out)
     (out / "patient2" / "mri_norm2.h5").write_text("half")
     with pytest.raises(UserError, match=r"is damaged or incomplete. Move it away"):
+        converted(tmp_path / "scans", out)
+
+
+def test_other_voxels_under_the_same_header_are_noticed(tmp_path):
+    make_scans(tmp_path / "scans", ending=".mhd")
+    out = converted(tmp_path / "scans", tmp_path / "set")
+    for path in (tmp_path / "scans").glob("*/patient2.raw"):
+        voxels = path.read_bytes()
+        path.write_bytes(voxels[len(voxels) // 2 :] + voxels[: len(voxels) // 2])
+    with pytest.raises(UserError, match=r"1 of 6 scans .*\n  patient2: .*image_sha256: .*; source_label_sha256: .*"):
         converted(tmp_path / "scans", out)
 
 

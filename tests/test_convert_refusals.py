@@ -56,6 +56,7 @@ def test_a_scan_that_cannot_be_used_is_refused_with_its_reason(what, args, messa
         (lambda t: [write(t / f"scans/imagesTr/{x}.nii", np.ones((3, 3, 3))) for x in ("a_0000", "b_0001")], "b_0000"),
         (lambda t: make_scans(t / "scans", labeled=1), "0 labeled cases to train on and 0 to test on|1 labeled cases"),
         (lambda t: (t / "scans").write_text("image,mask\na,b\n"), "has the columns image, mask. Use image and"),
+        (lambda t: (t / "scans").write_text("image,image\na,b\n"), "has the columns image, image. Use image and.*once"),
         (lambda t: (t / "scans").write_text("image,split\na.nii,validate\n"), "line 2: an image is needed"),
         (lambda t: (t / "scans").write_text("image\na.nii\nb/a.nii\n"), "names a twice"),
         (lambda t: (t / "scans").write_text("image,name\na.nii,b/../c\n"), "which is not a valid case name"),

@@ -11,7 +11,7 @@ from decathlon import add, decathlon, names
 from scans import converted, make_scans
 
 from dataloaders.cases import lists_of
-from tools import check
+from tools import check, convert
 from tools.set_lists import PreviousLists, extended_lists
 from tools.sources import Source
 from tools.split import choose_split
@@ -43,6 +43,23 @@ def test_a_set_grows_and_nothing_changes_its_place(tmp_path, capsys):
     converted(source, out)
     assert lists_of(out) == (now, now_test)
     check.main([str(out), "--labeled", "12", "--classes", "2", "--workers", "1", "--patch-size", "16", "16", "16"])
+
+
+def test_lists_that_another_conversion_wrote_meanwhile_are_not_overwritten(tmp_path, monkeypatch):
+    for folder, first in (("a", 0), ("b", 10)):
+        for i in range(first, first + 3):
+            add(tmp_path / folder, f"ball_{i:03d}", seed=i)
+
+    def meanwhile(*args):
+        monkeypatch.undo()
+        converted(tmp_path / "b", tmp_path / "set")
+        return convert.outcomes_of(*args)
+
+    monkeypatch.setattr(convert, "outcomes_of", meanwhile)
+    with pytest.raises(UserError, match=r"lists of .*set have changed meanwhile.*Give the same command again"):
+        converted(tmp_path / "a", tmp_path / "set")
+    out = converted(tmp_path / "a", tmp_path / "set")
+    assert sorted(name for names in lists_of(out) for name in names) == names(*range(3), *range(10, 13))
 
 
 def test_an_unlabeled_case_that_gets_a_label_is_made_anew_and_follows_the_labeled_ones(tmp_path, capsys):

@@ -75,6 +75,16 @@ def test_a_longer_cuboid_differs_by_its_end(axis, spacing):
     assert nsd(a, b, 3 * mm[axis] + 1e-9, spacing) == 1
 
 
+@pytest.mark.parametrize("mm", [0.3, 0.7, 0.8, 1.2])
+@pytest.mark.parametrize("voxels", [1, 2, 3])
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_a_shift_by_as_many_voxels_as_the_tolerance_is_within_it(kind, voxels, mm):
+    """Files state a spacing of 0.8 as 0.800000012 mm, and 3 * 0.8 is 2.4000000000000004."""
+    a, b = (cuboid((16, 10, 10), (x, x + 6), (2, 8), (2, 8)) for x in (3, 3 + voxels))
+    assert nsd(a, b, round(voxels * mm, 1), (float(kind(mm)),) * 3) == 1
+    assert nsd(a, b, round(voxels * mm, 1) - 0.01, (float(kind(mm)),) * 3) < 1
+
+
 def test_empty_masks():
     full, empty = cuboid((8, 8, 8), (2, 5), (2, 5), (2, 5)), np.zeros((8, 8, 8), bool)
     assert nsd(full, empty, 100) == nsd(empty, full, 100) == 0

@@ -82,6 +82,15 @@ def test_every_orientation_is_turned_as_simpleitk_and_nibabel_do():
         assert all(np.allclose(again[name], geometry[name], atol=1e-9) for name in geometry)
 
 
+def test_without_a_spacing_voxels_are_of_1_mm_as_for_simpleitk():
+    geometry = {**random_geometry(RNG), "spacing": (1.0, 1.0, 1.0)}
+    expected = told(sitk.DICOMOrient(picture_of(RNG.random((5, 4, 3)), geometry), "PIR"))
+    del geometry["spacing"]
+    after = turn_to("PIR", geometry["direction"]).geometry(geometry, (5, 4, 3))
+    assert after.keys() == geometry.keys()
+    np.testing.assert_allclose(after["origin"], expected["origin"], atol=1e-9)
+
+
 def test_what_is_not_known_is_not_turned():
     assert turn_to("RAS", None) == turn_to(None, OBLIQUE["direction"]) == Turn()
     assert Turn().geometry({"spacing": (1.0, 2.0, 3.0)}, SHAPE) == {"spacing": (1.0, 2.0, 3.0)}

@@ -126,6 +126,10 @@ def test_convert_reads_patients_from_names_or_a_column_and_keeps_them(tmp_path, 
     assert stated == {name: patient(name) for name in (*names["train"], tested, later)}
     with pytest.raises(UserError, match=r"was made with patients.*Give --patient as before"):
         convert.main(args)
+    (tmp_path / "later.csv").write_text(f"image\nscans/images/{later}.nii.gz\n")  # and so nothing to convert
+    more = ["--source", str(tmp_path / "later.csv"), "--patient", "([^_]+)_", "--workers", "2"]
+    convert.main([*args, *more])
+    assert "0 converted, 0 already there, 0 refused, 7 kept" in capsys.readouterr().out
 
     lines = [
         f"scans/images/{path.name},{tmp_path / 'scans' / 'labels' / path.name},{patient(path.name)}"

@@ -286,6 +286,11 @@ def test_checkpoints_that_cannot_be_averaged_are_refused(world, tmp_path):
         second = trained(tmp_path / "runs" / args[0].strip("-"), world / "set", *args)
         with pytest.raises(UserError, match=message):
             predicted([first, second], [scan(world)], tmp_path / "out")
+    state = torch.load(first / "last.pt", weights_only=True)
+    for file, names in (("a.pt", {"1": "aorta", "2": "vein"}), ("b.pt", {"1": "vein"})):
+        torch.save({**state, "class_names": names}, tmp_path / file)
+    with pytest.raises(UserError, match=r"b\.pt and .*a\.pt number the classes .*: vein is class 1 and class 2\."):
+        predicted([tmp_path / "a.pt", tmp_path / "b.pt"], [scan(world)], tmp_path / "out")
     coarse = make_set(tmp_path / "coarse")  # spacing 1 1 2
     second = trained(tmp_path / "runs" / "coarse", coarse)
     with pytest.raises(UserError, match=r"of different spacings. Choose one by --spacing"):

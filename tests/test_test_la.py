@@ -19,6 +19,7 @@ from medpy.metric import binary
 import test_la
 import train_dtml
 from evaluation.sliding_window import predict_scan
+from utils.errors import UserError
 
 # 30 iterations are enough for balls: both networks then find most of each, with a ragged border.
 FLAGS = [*TINY, "--iterations", "30", "--lr", "0.1", "--lr-steps", "--k", "10", "--filters", "4", "--save-every", "20"]
@@ -124,6 +125,46 @@ def test_rows_are_what_medpy_says_of_the_saved_predictions(tested, trained):
             assert set(np.unique(mask)) == {0, 1} and 0.3 < binary.dc(mask, label) < 0.99
             for name, value in measure(mask, label).items():
                 assert float(row[name]) == pytest.approx(value, abs=1e-6), name
+
+
+def test_a_set_on_another_grid_than_the_training_is_warned_of(trained, tmp_path, capsys):
+    shutil.copytree(trained.parent / "set", tmp_path / "set")
+    score(trained, tmp_path / "out", "--data", str(tmp_path / "set"), "--output", "seg")
+    assert "A network sees" not in capsys.readouterr().err
+    for case in CASES:
+        with h5py.File(tmp_path / "set" / case / "mri_norm2.h5", "r+") as f:
+            f.attrs["spacing"] = (1.0, 1.0, 1.0)
+            f.attrs["direction"] = (0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, -1.0)
+    score(trained, tmp_path / "out", "--data", str(tmp_path / "set"), "--output", "seg")
+    axes = "has axes that point to PLI, those of the training to LPS"
+    voxels = "voxels of 1 x 1 x 1 mm, the training of 1 x 1 x 2 mm. A network sees"
+    assert f"warning: {tmp_path / 'set'} {axes}; and {voxels}" in capsys.readouterr().err
+
+
+def test_classes_with_other_numbers_than_in_the_training_are_refused(trained, tmp_path):
+    shutil.copytree(trained.parent / "set", tmp_path / "set")
+    state = load(trained)
+    torch.save({**state, "class_names": {"1": "aorta", "2": "vein"}}, tmp_path / "last.pt")
+    args = ["--data", str(tmp_path / "set"), "--output", "seg"]
+    for name in ("Aorta", "vessel"):  # another way to write it, or another word
+        (tmp_path / "set" / "dataset.json").write_text(json.dumps({"labels": {"1": name}}))
+        score(tmp_path / "last.pt", tmp_path / "out", *args)
+    (tmp_path / "set" / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "Vein": 1}}))
+    with pytest.raises(UserError, match=r"set and .*last.pt number the classes .*: Vein is class 1 and class 2\."):
+        score(tmp_path / "last.pt", tmp_path / "out", *args)
+
+
+def test_two_tests_at_the_same_time_do_not_mix_their_files(trained, tmp_path, monkeypatch):
+    def predict(*args, **window):
+        monkeypatch.undo()
+        with pytest.raises(UserError, match=r"another test is writing to .*out\. Wait for it"):
+            score(trained, tmp_path / "out", "--output", "sdm", "--save", "all")
+        return predict_scan(*args, **window)
+
+    monkeypatch.setattr(test_la, "predict_scan", predict)
+    rows = score(trained, tmp_path / "out", "--output", "seg", "--save", "all")
+    saved = {case: np.count_nonzero(saved_mask(tmp_path / "out", "seg", case)) for case in CASES}
+    assert saved == {row["case"]: int(row["voxels"]) for row in rows if row["component"] == "all"}
 
 
 def test_files_without_a_spacing_give_no_distance_in_mm(trained, tested, tmp_path, capsys):

@@ -17,6 +17,7 @@ from dataloaders.channels import described, normalise_channels, read_channels, r
 from dataloaders.geometry import DEFAULT_GEOMETRY
 from dataloaders.images import (
     Geometry,
+    ending_of,
     grid_of_spacing,
     moved,
     read_image,
@@ -102,12 +103,15 @@ def convert_case(job: Job) -> Outcome:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """SHA-256, in hexadecimal, of a file, and of a .mhd with its voxels, which other files hold."""
     try:
         with open(path, "rb") as f:
-            return hashlib.file_digest(f, "sha256").hexdigest()
+            digest = hashlib.file_digest(f, "sha256")
     except OSError as e:
         raise CaseError(f"{path} cannot be read ({e.strerror})") from e
+    if ending_of(path) == ".mhd":
+        digest.update(_of(path, read_image)[0])
+    return digest.hexdigest()
 
 
 def _refuse_other(job: Job, sources: dict[str, str]) -> dict[str, Any]:
@@ -263,6 +267,7 @@ def crop_box(
         return tuple(slice(0, side) for side in image.shape[-3:]), [0] * 6  # type: ignore[return-value]
     if job.crop == "foreground":
         bright = np.any([channel > threshold_otsu(channel) for channel in with_channels(image)], axis=0)
+        bright = bright if label is None else bright | (label > 0)
         return tuple(slice(s.start, s.stop) for s in box_of(bright)), [0] * 6  # type: ignore[return-value]
     if label is None or not label.any():
         what = "no label" if label is None else "an empty label"

@@ -97,9 +97,9 @@ class Options:
     crop: str = option(
         "",
         "label: box of the label with a random margin at each side, 10 to 19 voxels along x and y, 5 to 9 along z, and "
-        "at least 112 112 80 in all; label-xy: the same, all slices kept; foreground: box of what is brighter than "
-        "Otsu's threshold; none. New patients have no label to crop around (default label-xy, as the LA set is "
-        "published, for the challenge's folders, else none)",
+        "at least 112 112 80 in all; label-xy: the same, all slices kept; foreground: box of the label and of what is "
+        "brighter than Otsu's threshold; none. New patients have no label to crop around (default label-xy, as the LA "
+        "set is published, for the challenge's folders, else none)",
         choices=CROPS,
     )
     crop_margin: int | None = option(
@@ -233,7 +233,7 @@ def outcomes_of(jobs: Sequence[Job], workers: int) -> Iterator[Outcome]:
     Raises:
         UserError: one of them was killed.
     """
-    if workers == 1:
+    if workers == 1 or not jobs:
         yield from map(convert_case, jobs)
         return
     context = multiprocessing.get_context("spawn")
@@ -320,6 +320,12 @@ def main(argv: list[str] | None = None) -> None:
     labeled = labeled_of(out, everything)
     lists = extended_lists(before, train, test, validation, labeled=labeled, listed=listed_in(out))
     if lists["train"] and lists["test"]:
+        now = read_previous(out)
+        if any(getattr(now, split) != getattr(before, split) for split in SPLITS):
+            raise UserError(
+                f"the lists of {out} have changed meanwhile, as by another conversion into it. Give the same command "
+                "again; what is done is left alone."
+            )
         write_set(out, lists, labeled, names, channels, patients)
         lines = summary([*outcomes, *kept], lists, labeled, names)
         if patients:

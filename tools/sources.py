@@ -263,16 +263,18 @@ def read_manifest(path: Path) -> tuple[list[Source], list[str]]:
         UserError: unreadable, other columns, an empty image, a split other than train and test.
     """
     try:
-        rows = list(csv.DictReader(read_text(path).splitlines(), skipinitialspace=True))
+        reader = csv.DictReader(read_text(path).splitlines(), skipinitialspace=True)
+        rows = list(reader)
     except (OSError, ValueError, csv.Error) as e:
         raise UserError(f"cannot read {path}: {e}. It must be a CSV with the column image.") from e
-    columns = [name for name in (rows[0] if rows else ()) if name is not None]
+    columns = list(reader.fieldnames or ())
     images = [name for name in columns if name == "image" or name.startswith("image_")]
     unknown = [name for name in columns if name not in (*images, *COLUMNS)]
-    if not images or (len(images) > 1 and "image" in images) or unknown or any(None in row for row in rows):
+    twice = len({*columns}) < len(columns)
+    if not images or (len(images) > 1 and "image" in images) or unknown or twice or any(None in row for row in rows):
         raise UserError(
             f"{path} has the columns {', '.join(columns) or 'none'}. Use image and, if wanted, label, split, name, "
-            "patient; several channels are a column image_NAME each."
+            "patient, each once; several channels are a column image_NAME each."
         )
     scans = []
     for line, row in enumerate(rows, 2):

@@ -195,6 +195,11 @@ def channels_of_state(state: dict[str, Any]) -> list[str]:
     return state.get("channel_names") or [f"channel {i}" for i in range(state["options"].get("channels", 1))]
 
 
+def classes_of_state(state: dict[str, Any]) -> dict[int, str]:
+    """Class -> its name, of those that the training set of a checkpoint named."""
+    return {int(c): name for c, name in state.get("class_names", {}).items()}
+
+
 def extend(
     state: dict[str, Any], flags: dict[str, Any], usual_steps: Callable[[int], Sequence[list[int] | None]]
 ) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Locks: one process at a time works on a run.
+"""Locks: one process at a time works on a run, or writes a test.
 
 The package filelock does not replace this module: its locks name no owner that another computer or a requeued job could
 check where flock does not reach across a network file system, and a child process cannot keep one of them.
@@ -130,3 +130,31 @@ def run_lock(folder: Path) -> Iterator[None]:
         with contextlib.suppress(OSError), _alone(folder / LOCK) as f:  # a broken disk must not hide another error
             if _owner(f.read()) == _me():
                 (folder / LOCK).unlink()
+
+
+@contextlib.contextmanager
+def folder_lock(folder: Path, who: str) -> Iterator[None]:
+    """Makes a folder and holds it, without a file; it is deleted at the end if it is still empty.
+
+    Where the file system has no locks of folders, nothing is held.
+
+    Raises:
+        UserError: another process, called `who`, holds it, or it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as e:
+        raise UserError(f"cannot write {folder}: {e.strerror}. Fix that, or choose another folder.") from e
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise UserError(f"{who} is writing to {folder}. Wait for it, or choose another folder.") from e
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+        with contextlib.suppress(OSError):
+            folder.rmdir()
