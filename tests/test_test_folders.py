@@ -1,0 +1,99 @@
+"""The folder that a test writes, and the set that it reads."""
+
+import json
+import shutil
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from conftest import load
+from tested_run import CASES, saved_mask, score, trained
+
+import test_la
+from evaluation.sliding_window import predict_scan
+from utils.errors import UserError
+
+__all__ = ["trained"]  # a fixture
+
+
+def test_a_set_on_another_grid_than_the_training_is_warned_of(trained, tmp_path, capsys):
+    shutil.copytree(trained.parent / "set", tmp_path / "set")
+    score(trained, tmp_path / "out", "--data", str(tmp_path / "set"), "--output", "seg")
+    assert "A network sees" not in capsys.readouterr().err
+    for case in CASES:
+        with h5py.File(tmp_path / "set" / case / "mri_norm2.h5", "r+") as f:
+            f.attrs["spacing"] = (1.0, 1.0, 1.0)
+            f.attrs["direction"] = (0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, -1.0)
+    score(trained, tmp_path / "out", "--data", str(tmp_path / "set"), "--output", "seg")
+    axes = "has axes that point to PLI, those of the training to LPS"
+    voxels = "voxels of 1 x 1 x 1 mm, the training of 1 x 1 x 2 mm. A network sees"
+    assert f"warning: {tmp_path / 'set'} {axes}; and {voxels}" in capsys.readouterr().err
+
+
+def test_classes_with_other_numbers_than_in_the_training_are_refused(trained, tmp_path):
+    shutil.copytree(trained.parent / "set", tmp_path / "set")
+    state = load(trained)
+    torch.save({**state, "class_names": {"1": "aorta", "2": "vein"}}, tmp_path / "last.pt")
+    args = ["--data", str(tmp_path / "set"), "--output", "seg"]
+    for name in ("Aorta", "vessel"):  # another way to write it, or another word
+        (tmp_path / "set" / "dataset.json").write_text(json.dumps({"labels": {"1": name}}))
+        score(tmp_path / "last.pt", tmp_path / "out", *args)
+    (tmp_path / "set" / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "Vein": 1}}))
+    with pytest.raises(UserError, match=r"set and .*last.pt number the classes .*: Vein is class 1 and class 2\."):
+        score(tmp_path / "last.pt", tmp_path / "out", *args)
+
+
+def test_two_tests_at_the_same_time_do_not_mix_their_files(trained, tmp_path, monkeypatch):
+    def predict(*args, **window):
+        monkeypatch.undo()
+        with pytest.raises(UserError, match=r"another test is writing to .*out\. Wait for it"):
+            score(trained, tmp_path / "out", "--output", "sdm", "--save", "all")
+        return predict_scan(*args, **window)
+
+    monkeypatch.setattr(test_la, "predict_scan", predict)
+    rows = score(trained, tmp_path / "out", "--output", "seg", "--save", "all")
+    saved = {case: np.count_nonzero(saved_mask(tmp_path / "out", "seg", case)) for case in CASES}
+    assert saved == {row["case"]: int(row["voxels"]) for row in rows if row["component"] == "all"}
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_of_an_earlier_test_in_the_folder_nothing_stays_and_nothing_else_goes(trained, tmp_path):
+    """Other outputs, other scans, no report: what is there is what the last test alone would have written."""
+    score(trained, tmp_path / "alone", "--output", "seg")
+    score(trained, tmp_path / "out", "--scans", "test", "--report")
+    mine = {"notes.txt": b"mine", "predictions/seg/mine.nii.gz": b"mine", "predictions/other/case08.nii.gz": b"mine"}
+    for name, data in mine.items():
+        (tmp_path / "out" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "out" / name).write_bytes(data)
+    assert (tmp_path / "out" / "report.html").exists() and saved_mask(tmp_path / "out", "sdm", "case08").any()
+    score(trained, tmp_path / "out", "--output", "seg")
+    alone, files = files_of(tmp_path / "alone"), files_of(tmp_path / "out")
+    assert set(files) == set(alone) | set(mine)
+    for name in {**alone, **mine}:
+        if name.endswith((".csv", ".md")) or name in mine:
+            assert files[name] == {**alone, **mine}[name], name
+    np.testing.assert_array_equal(*(saved_mask(tmp_path / n, "seg", "case08") for n in ("alone", "out")))
+    score(trained, tmp_path / "out", "--save", "none")
+    assert set(files_of(tmp_path / "out")) == {"cases.csv", "table.md", "test.json", *mine}
+
+
+def test_a_test_that_ends_early_leaves_the_one_before_as_it_was(trained, tmp_path, monkeypatch):
+    score(trained, tmp_path / "out", "--report")
+    before = files_of(tmp_path / "out")
+    real, calls = predict_scan, []
+
+    def interrupted(*args, **more):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return torch.ones_like(real(*args, **more))
+
+    monkeypatch.setattr(test_la, "predict_scan", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        score(trained, tmp_path / "out", "--workers", "1")
+    assert files_of(tmp_path / "out") == before
