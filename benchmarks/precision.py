@@ -2,7 +2,7 @@
 
     python -m benchmarks.precision --checkpoints runs/la/dtml-16-seed1337/previous.pt runs/la/dtml-16-seed1337/last.pt
 
-m = sigmoid(-1500 z) has a gradient only where |z| < 0.003. Rounding errors of z move this shell to other voxels, so the
+m = sigmoid(-1500 z) has a gradient only where |z| < 0.005. Rounding errors of z move this shell to other voxels, so the
 gradient of M_d becomes that of another surface. The table shows the cosine between the gradient of each part and that
 in float64, on the same crops, without dropout: 1 is the same direction, 0 an unrelated one. On a CPU tf32 is emulated:
 the inputs of every convolution, forward and backward, are rounded to ten bits.
