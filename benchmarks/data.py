@@ -18,13 +18,13 @@ import h5py
 import numpy as np
 import torch
 
-from benchmarks.timing import side_by_side, table
+from benchmarks.timing import labeled_cases, side_by_side, table
 from dataloaders.augmentation import AUGMENTATIONS, draw_augmentation
-from dataloaders.cases import LA_FOLDER, find_cases, lists_of
+from dataloaders.cases import LA_FOLDER
 from dataloaders.two_stream import Patches, Slot, collate
 from dataloaders.volumes import Volumes
 from utils.devices import keep_freed_memory
-from utils.errors import UserError, run
+from utils.errors import run
 from utils.options import option, read_flags
 
 
@@ -81,10 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     o: Options = read_flags(Options, __doc__, "python -m benchmarks.data", argv)
     torch.set_num_threads(o.threads)
     keep_freed_memory()
-    train, _ = lists_of(Path(o.data))
-    cases, problems = find_cases(Path(o.data), train, labeled=True)
-    if problems or not cases:
-        raise UserError("\n".join(problems))
+    cases = labeled_cases(Path(o.data))
     folder = Path(tempfile.mkdtemp())
     try:
         starts = []

@@ -2,7 +2,7 @@
 
     python -m benchmarks.precision --checkpoints runs/la/dtml-16-seed1337/previous.pt runs/la/dtml-16-seed1337/last.pt
 
-m = sigmoid(-1500 z) has a gradient only where |z| < 0.003. Rounding errors of z move this shell to other voxels, so the
+m = sigmoid(-1500 z) has a gradient only where |z| < 0.005. Rounding errors of z move this shell to other voxels, so the
 gradient of M_d becomes that of another surface. The table shows the cosine between the gradient of each part and that
 in float64, on the same crops, without dropout: 1 is the same direction, 0 an unrelated one. On a CPU tf32 is emulated:
 the inputs of every convolution, forward and backward, are rounded to ten bits.
@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.timing import table
-from dataloaders.cases import PHANTOM_FOLDER, find_cases, lists_of, usual_folder
+from benchmarks.timing import labeled_cases, table
+from dataloaders.cases import PHANTOM_FOLDER, usual_folder
 from dataloaders.phantom import make_phantom_set
 from dataloaders.two_stream import Patches, Slot, collate
 from dataloaders.volumes import Volumes
@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
             method.options = dataclasses.replace(method.options, k=o.k)
         return method.to(device)
 
-    cases, _ = find_cases(folder, lists_of(folder)[0][:8], labeled=True)
+    cases = labeled_cases(folder, 8)
     volumes = Volumes(cases, downsample=settings.downsample, device=device)
     patches = Patches(volumes, patch_size=settings.patch_size, augment="d4", seed=0, sdm=False)
     rows = []

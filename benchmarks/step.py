@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from benchmarks.data import released as released_crop
-from benchmarks.timing import table
-from dataloaders.cases import PHANTOM_FOLDER, find_cases, lists_of, usual_folder
+from benchmarks.timing import labeled_cases, table
+from dataloaders.cases import PHANTOM_FOLDER, usual_folder
 from dataloaders.phantom import make_phantom_set
 from dataloaders.two_stream import Patches, TwoStreamBatchSampler, collate
 from dataloaders.volumes import Volumes
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = usual_folder(o.data)
     if folder == PHANTOM_FOLDER:
         make_phantom_set(folder)
-    cases, _ = find_cases(folder, lists_of(folder)[0][:8], labeled=True)
+    cases = labeled_cases(folder, 8)
     options, dtml_options, *_ = read_options(["--method", "dtml", "--filters", str(o.filters)])
     method_options = cast(DTML.Options, dtml_options)
     torch.manual_seed(0)

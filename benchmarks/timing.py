@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dataloaders.cases import LA_FOLDER, find_cases, lists_of, read_case
+from dataloaders.cases import LA_FOLDER, Case, find_cases, has_label, lists_of, read_case
 from dataloaders.normalization import NONE, Normalization, normalized, normalized_case
 from dataloaders.phantom import phantom
+from utils.errors import UserError
 
 LA_SHAPE = (256, 208, 88)
 
@@ -66,6 +67,21 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A Markdown table."""
     cells = [[digits(x) for x in row] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in [list(head), ["---"] * len(head), *cells])
+
+
+def labeled_cases(folder: Path, count: int | None = None) -> list[Case]:
+    """The cases of train.list that have a label, the first `count` of them if it is given.
+
+    Raises:
+        UserError: if there are fewer, or a case has no file.
+    """
+    cases, problems = find_cases(folder, lists_of(folder)[0], labeled=True)
+    if problems:
+        raise UserError("\n".join(problems))
+    cases = [case for case in cases if has_label(case.path, unreadable=True)][:count]
+    if len(cases) < (count or 1):
+        raise UserError(f"{folder}/train.list names {len(cases)} cases with a label; {count or 1} are needed.")
+    return cases
 
 
 def scans(

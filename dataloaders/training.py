@@ -124,9 +124,11 @@ def training_cases(
         labeled_batch = max(batch_size // 2, 1) if unlabeled_names else batch_size
     if not 1 <= labeled_batch <= min(batch_size, len(names)):
         here = f" --fold {fold} leaves {len(names)} labeled cases" if fold else f" --labeled {labeled}"
+        lacking = {"label more cases": len(names), "raise --batch-size": batch_size}
+        more = " and ".join(advice for advice, number in lacking.items() if labeled_batch > number).capitalize()
         raise UserError(
             f"{labeled_batch} labeled crops a batch are asked for, but --batch-size is {batch_size} and"
-            f"{here}. Label more cases, or give {'--labeled-batch' if unlabeled_names else '--batch-size'} "
+            f"{here}. {more}, or give {'--labeled-batch' if unlabeled_names else '--batch-size'} "
             f"{max(min(batch_size - bool(unlabeled_names), len(names)), 1)}."
         )
     if (labeled_batch < batch_size) != bool(unlabeled_names):

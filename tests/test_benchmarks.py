@@ -13,7 +13,7 @@ import settings
 import train_dtml
 from benchmarks import data, memory, metrics, precision, roofline, scale, sdm, step, window
 from benchmarks import methods as bench
-from benchmarks.timing import side_by_side, table
+from benchmarks.timing import labeled_cases, side_by_side, table
 from methods import METHODS
 from tools import command_line
 from utils.errors import UserError
@@ -62,6 +62,14 @@ def small_scans(monkeypatch):
     """No data set, and phantoms of a smaller size in its place."""
     monkeypatch.setattr("benchmarks.timing.LA_FOLDER", Path("nowhere"))
     monkeypatch.setattr("benchmarks.timing.LA_SHAPE", (112, 112, 64))
+
+
+def test_cases_without_a_label_are_left_out_and_too_few_are_a_user_s_mistake(tmp_path):
+    folder = make_set(tmp_path / "set", labeled=3)
+    assert [case.name for case in labeled_cases(folder)] == ["case00", "case01", "case02"]
+    assert [case.name for case in labeled_cases(folder, 2)] == ["case00", "case01"]
+    with pytest.raises(UserError, match="names 3 cases with a label; 8 are needed"):
+        labeled_cases(folder, 8)
 
 
 PARTS = {  # module: words, rows of its tables, the heads of further tables among them

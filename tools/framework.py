@@ -119,8 +119,10 @@ def draw() -> plt.Figure:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Draw the framework of DTML.")
-    parser.add_argument("file", nargs="?", type=Path, default=Path("docs/framework.png"))
+    parser = argparse.ArgumentParser(prog="python -m tools.framework", description="Draws the framework of DTML.")
+    parser.add_argument(
+        "file", nargs="?", type=Path, default=Path("docs/framework.png"), help="PNG to write (default %(default)s)"
+    )
     file = parser.parse_args(argv).file
     data = io.BytesIO()
     draw().savefig(data, format="png", dpi=100, facecolor="white")

@@ -13,9 +13,9 @@ RUN:OUTPUT; curves reads scalars.csv; differences shows the Dice of each scan (c
 quoted 'RUN-seed*' being each scan's mean over all runs that match; labels shows the Dice of runs against their number
 of labeled scans, with a line through the means of each pattern, or of each row of a table of tools.reproduce; scale
 shows the Dice of each scan against the SD of its intensities, a panel for each pair of runs, without and with
---normalize scan. The SDs are read from scales.csv
-next to the records; where there is none, it is written from the volumes of --data. Slices have x to the right and y
-down. Letters at their edges name the patient's sides, R L A P S I, where a case states its direction.
+--normalize scan. The SDs are read from scales.csv next to the records; where there is none, it is written from the
+volumes of --data. Slices have x to the right and y down. Letters at their edges name the patient's sides, R L A P S I,
+where a case states its direction.
 """
 
 import csv
