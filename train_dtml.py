@@ -13,6 +13,7 @@ therefore equal to an uninterrupted one.
 """
 
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -46,7 +47,7 @@ from utils.devices import (
     why_device,
 )
 from utils.distributed import RANK, RANKS, process_group, replicate, stop_of_any_rank, wait_for_rank_0
-from utils.errors import Stopped, StopSignal, run
+from utils.errors import Stopped, StopSignal, UserError, run
 from utils.options import Parser, fill, options_file
 from utils.report import Report
 from utils.run_folder import (
@@ -282,13 +283,23 @@ def summarize(t: Training, report: Report, manifest: dict[str, Any], shares: dic
 
 @contextmanager
 def open_report(folder: Path, o: Options, start: int, state: dict[str, Any] | None) -> Iterator[Report]:
-    """Context that creates the run folder, locks it and opens its report; nothing else is written before training."""
+    """Context that creates the run folder, locks it and opens its report; nothing else is written before training.
+
+    A folder that it has created is removed if the first iteration ends with a UserError, as for a wrong option.
+    """
     refuse_locked(folder)  # otherwise --fresh would move the folder of a running training
+    new = start == 0 and (o.fresh or not folder.exists())
     make_run_folder(folder, fresh=o.fresh and start == 0)
     with run_lock(folder):
         refuse_changed(folder, state)
-        with Report(folder, start=start, iterations=o.iterations, log_every=o.log_every) as report:
-            yield report
+        report = Report(folder, start=start, iterations=o.iterations, log_every=o.log_every)
+        try:
+            with report:
+                yield report
+        except UserError:
+            if new and report.done == start:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from dataloaders.cases import MOST_BYTES, CaseError
 from dataloaders.geometry import Geometry, refuse_direction
 
 POSITION, ORIENTATION, PIXEL_SPACING = "0020|0032", "0020|0037", "0028|0030"
-MODALITY, DESCRIPTION = "0008|0060", "0008|103e"
+MODALITY, DESCRIPTION, PHOTOMETRIC = "0008|0060", "0008|103e", "0028|0004"
 UNEVEN = 0.01
 """Largest difference of a step between slices from their median, as a share of it."""
 SAME_ANGLE = 1e-3
@@ -86,18 +86,24 @@ def read_series(files: Sequence[str]) -> tuple[NDArray[np.float32], Geometry]:
     Raises:
         CaseError: continuing a sentence that begins with the folder: files that are damaged or no slices of numbers;
             one slice alone; positions that are missing, doubled or unevenly spaced, so that a slice may be missing;
-            slices in several directions or of several sizes; a tilted gantry; more than 2 GiB in float32.
+            slices in several directions or of several sizes; inverted intensities; a tilted gantry; more than 2 GiB in
+            float32.
     """
     try:
         headers = [_header(file) for file in files]
     except RuntimeError as e:
         raise CaseError(f"holds a file that cannot be read ({str(e).splitlines()[-1]})") from e
-    first = headers[0]
     if any(header.GetNumberOfComponents() != 1 for header in headers):
         raise CaseError("holds a picture in colours, where one number must stand for a voxel")
+    if any(_text(header, PHOTOMETRIC) == "MONOCHROME1" for header in headers):
+        raise CaseError(
+            "has slices that are MONOCHROME1 (0028,0004), whose intensities some programs invert, and others do not. "
+            "Convert it to NIfTI as the training scans were"
+        )
     positions = np.stack([_numbers(header, POSITION, 3, "position") for header in headers])
     cosines = np.stack([_numbers(header, ORIENTATION, 6, "orientation") for header in headers])
-    between = _numbers(first, PIXEL_SPACING, 2, "size of a pixel")
+    pixels = np.stack([_numbers(header, PIXEL_SPACING, 2, "size of a pixel") for header in headers])
+    between = pixels[0]
     sizes = {header.GetSize() for header in headers}
     if len(sizes) > 1:
         raise CaseError(f"holds slices of several sizes: {', '.join(map(str, sorted(sizes)))}")
@@ -106,11 +112,15 @@ def read_series(files: Sequence[str]) -> tuple[NDArray[np.float32], Geometry]:
         raise CaseError("holds one file alone, and a scan has a file for each slice. Convert it to NIfTI")
     if 4 * size[0] * size[1] * len(files) > MOST_BYTES:
         raise CaseError(f"claims {size[0]}x{size[1]}x{len(files)} voxels, more than {MOST_BYTES / 2**30:g} GiB")
+    if between.min() <= 0 or np.abs(pixels / between - 1).max() > UNEVEN:
+        shown = ", ".join(f"{a:g} x {b:g}" for a, b in np.unique(pixels, axis=0)[:4])
+        raise CaseError(f"has pixels of {shown} mm, where one size above 0 must stand (0028,0030)")
     if np.abs(cosines - cosines[0]).max() > SAME_ANGLE:
         raise CaseError("holds slices in several directions, as a localizer has them")
     steps = np.diff(positions, axis=0)
     usual, lengths = np.median(steps, axis=0), np.linalg.norm(steps, axis=1)
-    if lengths.min() <= UNEVEN * np.linalg.norm(usual):
+    along = np.sort(positions @ np.cross(cosines[0, :3], cosines[0, 3:]))  # doubled ones are not in order in `files`
+    if np.diff(along).min() <= UNEVEN * np.linalg.norm(usual):
         raise CaseError("holds several slices at one place, as a series over time or with several echoes has them")
     away = np.linalg.norm(steps - usual, axis=1)
     if away.max() > UNEVEN * np.linalg.norm(usual):

@@ -74,7 +74,7 @@ class CheckCache:
                 return None
             refuse_channels(entry["shape"], case.channels)
             return self._entry_of(case, entry)
-        except (OSError, ValueError, KeyError, TypeError, CaseError):
+        except (OSError, EOFError, ValueError, KeyError, TypeError, CaseError):  # EOFError: an empty .npy
             return None
 
     def add(self, case: Case, image: NDArray, label: NDArray | None, fingerprint: str) -> None:

@@ -41,8 +41,8 @@ class Normalization(NamedTuple):
     @property
     def suffix(self) -> str:
         """Part of the name of a cache's folder, '' for 'none'."""
-        window = "" if self.window is None else "-" + "_".join(f"{value:g}" for value in self.window)
-        return "" if self.kind == "none" else f"-{self.kind}{window}"
+        window = "_".join(np.format_float_positional(value, trim="-") for value in self.window or ())
+        return "" if self.kind == "none" else f"-{self.kind}{'-' * bool(window)}{window}"
 
     def of_channels(self, count: int) -> list["Normalization"]:
         """That of each of so many channels, with one window each.

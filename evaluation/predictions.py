@@ -102,7 +102,7 @@ def replace_test(test: Path) -> None:
     folder = test / "predictions"
     earlier = {folder / row["output"] / f"{row['case']}.nii.gz" for row in rows}
     stale = [path for path in earlier if path.resolve().is_relative_to(folder.resolve())]
-    for path in (*(test / name for name in FILES), *stale):
+    for path in (*stale, *(test / name for name in FILES)):  # cases.csv names the others, if this is interrupted
         path.unlink(missing_ok=True)
     for path in sorted((test / PARTIAL).rglob("*"), reverse=True):  # cases.csv last
         if path.is_file():

@@ -91,6 +91,22 @@ def runs_of(where: str) -> list[str]:
     return [f"{path}:{output}" if output else path for path in paths]
 
 
+def with_output(where: str, component: str) -> str:
+    """A row as PATH:OUTPUT, with the output that its runs have first if `where` names none. Arguments as `read_runs`.
+
+    Raises:
+        UserError: if that is not the same output in all runs, so that different ones would be mixed.
+    """
+    path, output = split_output(where)
+    if output:
+        return where
+    first = {rows_of(run, component)[0]["output"]: run for run in runs_of(where)}
+    if len(first) > 1:
+        shown = "; ".join(f"{name} in {run}" for name, run in first.items())
+        raise UserError(f"the runs of {where} begin with different outputs: {shown}. Name one: {path}:{min(first)}.")
+    return f"{path}:{next(iter(first))}"
+
+
 def read_runs(where: str, metric: str, component: str) -> dict[Any, dict[str, float]]:
     """Reads the runs of a row: seed (or path, if it states no seed) -> case -> value.
 
@@ -99,10 +115,10 @@ def read_runs(where: str, metric: str, component: str) -> dict[Any, dict[str, fl
         metric, component: as for `read_row`.
 
     Raises:
-        UserError: if two runs have the same seed; else as `runs_of` and `read_row`.
+        UserError: if two runs have the same seed; else as `runs_of`, `with_output` and `read_row`.
     """
     runs: dict[Any, dict[str, float]] = {}
-    for path in runs_of(where):
+    for path in runs_of(with_output(where, component)):
         seeds = re.findall(r"seed(\d+)", path)
         seed = int(seeds[-1]) if seeds else path
         if seed in runs:

@@ -23,7 +23,7 @@ from scipy import stats
 
 from evaluation.figures import as_png
 from evaluation.metrics import COMPONENTS, METRICS, MM, OVERLAPS, PENALISED
-from evaluation.rows import Runs, Scans, mean_over, read_runs, runs_of, tolerance_of
+from evaluation.rows import Runs, Scans, mean_over, read_runs, runs_of, tolerance_of, with_output
 from utils.checkpoint import write_whole
 from utils.errors import UserError, run
 from utils.options import Parser, fill, option
@@ -302,6 +302,7 @@ def main(argv: list[str] | None = None) -> None:
     reference, *rows = (read_runs(name, o.metric, o.component) for name in names)
     if o.metric == "nsd":
         refuse_tolerances(names)
+    names = [with_output(name, o.component) for name in names]  # shown, as two rows may begin with different ones
     most = 1 if o.metric in OVERLAPS else math.inf
     comparisons = [compare(reference, row, most) for row in rows]
     if o.picture:

@@ -123,10 +123,13 @@ def test_the_disk_cache_is_decoded_once_and_again_only_where_the_source_or_the_e
     image.unlink()  # `first` holds on to it
     image.write_bytes(short)
     label.unlink()
+    empty = kept(cache / "downsample1", train[7], "image.npy")
+    empty.unlink()
+    empty.write_bytes(b"")
     entry.write_text("{")
     opened.clear()
     again = volumes(data, cache="disk", folder=cache)
-    assert opened == [train[i] for i in (1, 2, 3, 5)]
+    assert opened == [train[i] for i in (1, 2, 3, 5, 7)]
     assert again.checksums == {**first.checksums, train[1]: first.checksums[train[2]]}
     assert torch.equal(again.read(3, (slice(None),) * 3)[0], first.read(3, (slice(None),) * 3)[0])
     assert not list(cache.rglob(".*"))

@@ -16,10 +16,12 @@ from scans import OBLIQUE, make_scans, picture_of, write
 from test_predict import predicted, scan, trained
 
 import predict
+from dataloaders.cases import CaseError
 from dataloaders.dicom import read_series, series_in
 from dataloaders.images import read_label
 from methods import METHODS
 from tools import convert
+from tools.given_scans import scans_in
 from utils.errors import UserError
 from utils.run_folder import write_json
 
@@ -161,6 +163,44 @@ def test_a_series_that_is_no_whole_grid_is_refused(more, message, world, tmp_pat
     with pytest.raises(UserError, match=message):
         predicted(world / "runs" / "dtml", [folder], tmp_path / "out")
     assert not (tmp_path / "out" / "bad.nii.gz").exists()
+
+
+def changed(folder: Path, name: str, old: bytes, new: bytes) -> None:
+    content = (folder / name).read_bytes()
+    assert content.count(old) == 1 and len(old) == len(new)
+    (folder / name).write_bytes(content.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        # ITK reads them as 65535 - value or -1 - value, pydicom as they are stored
+        (lambda folder: changed(folder, "IM003.dcm", b"MONOCHROME2", b"MONOCHROME1"), "slices that are MONOCHROME1"),
+        (lambda folder: changed(folder, "IM003.dcm", b"1\\.8", b"1\\.9"), "pixels of 1 x 0.8, 1 x 0.9 mm"),
+        (lambda folder: [changed(path.parent, path.name, b"1\\.8", b"1\\.0") for path in sorted(folder.iterdir())],
+         "pixels of 1 x 0 mm"),
+        (lambda folder: shutil.copy(folder / "IM009.dcm", folder / "copy.dcm"), "several slices at one place"),
+    ],
+    ids=["inverted", "another size", "no size", "a copy"],
+)  # fmt: skip
+def test_a_series_whose_slices_are_not_alike_is_refused(change, message, tmp_path):
+    folder = write_series(tmp_path / "bad", np.arange(np.prod(SHAPE)).reshape(SHAPE).astype(np.int16))
+    change(folder)
+    with pytest.raises(CaseError, match=message):
+        read_series(series_in(folder)[0].files)
+
+
+def test_a_slice_that_is_cut_short_is_named(tmp_path, capsys):
+    """GDCM leaves it out; at the end of the series the others are a whole grid."""
+    folder = write_series(tmp_path / "cut", np.zeros(SHAPE, np.int16))
+    for size in (0, 300, (folder / "IM001.dcm").stat().st_size - 50):
+        os.truncate(folder / "IM001.dcm", size)
+        (scan_of,) = scans_in(folder, (), set())
+        assert len(scan_of.slices) == SHAPE[2] - 1
+        assert f"not read in {folder}: IM001.dcm. If one of them is a slice, it is damaged." in capsys.readouterr().err
+        write_series(folder, np.zeros(SHAPE, np.int16))
+    scans_in(folder, (), set())
+    assert not capsys.readouterr().err
 
 
 def test_of_several_series_one_is_chosen_by_its_uid(world, tmp_path, bright):

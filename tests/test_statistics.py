@@ -223,9 +223,21 @@ def test_a_row_of_several_seeds_is_compared_by_its_runs(tmp_path, capsys):
     out = capsys.readouterr().out
     shown, of_all, of_one = [line for line in out.splitlines() if str(tmp_path) in line]
     result = compare(old, new)
-    assert shown.endswith("old-seed*, runs: 2") and "new-seed*:sdm | 3 | 20 (0)" in of_all
+    assert shown.endswith("old-seed*:sdm, runs: 2") and "new-seed*:sdm | 3 | 20 (0)" in of_all
     assert f"| {result.difference:+.4f} | {result.low:+.4f} to {result.high:+.4f} | runs and scans | no seed" in of_all
-    assert "new-seed3 | 1 | 20 (0)" in of_one and "the runs of the reference" in of_one and "Wilcoxon" not in out
+    assert "new-seed3:sdm | 1 | 20 (0)" in of_one and "the runs of the reference" in of_one and "Wilcoxon" not in out
+
+
+def test_the_table_names_the_outputs_and_a_row_has_one(tmp_path, capsys):
+    """Without :NAME the first of the file counts, which need not be that of another test."""
+    write(tmp_path / "a-seed1.csv", row(1), output="seg")
+    write(tmp_path / "a-seed2.csv", row(2), output="mean")
+    first, second = (str(tmp_path / f"a-seed{i}.csv") for i in (1, 2))
+    statistics.main([first, second])
+    out = capsys.readouterr().out
+    assert f"reference {first}:seg, runs: 1" in out and out.count(f"| {second}:mean |") == 2
+    with pytest.raises(UserError, match=r"different outputs: seg in .*seed1.csv; mean in .*seed2.csv. Name one: "):
+        statistics.main([first, f"{tmp_path}/a-seed*"])
 
 
 def test_five_runs_have_a_p_and_five_scans_neither(tmp_path, capsys):

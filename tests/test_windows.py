@@ -117,6 +117,7 @@ def test_each_channel_has_its_own_scale():
     result = normalized(both, two, [(100.0, 30.0), (1.4, 0.4)])
     np.testing.assert_allclose(result, np.clip([(a - 50) / 80, (a - 90) / 40], 0, 1), atol=1e-5)
     assert two.suffix == "-window-90_80_110_40"
+    assert len({Normalization("window", (level, 0.5)).suffix for level in (1e6, 1e6 + 1, 1e6 + 0.1)}) == 3
 
 
 @pytest.mark.parametrize("how", [WINDOW, FOREGROUND], ids=str)

@@ -134,6 +134,10 @@ def scans_in(folder: Path, chosen: Sequence[str], seen: set[str]) -> list[Scan]:
         where = f" Its subfolders are not looked into: give '{folder}/*' for them." if inner else ""
         raise UserError(f"{folder} holds no file that ends in {', '.join(WRITTEN_AS)}, and no DICOM series.{where}")
     one = the_series(folder, series, chosen)
+    unread = {*files} - {Path(file) for some_series in series for file in some_series.files}
+    if unread:  # GDCM leaves out files that are cut short without a word
+        names = some(sorted(path.name for path in unread))
+        print(f"not read in {folder}: {names}. If one of them is a slice, it is damaged.", file=sys.stderr)
     seen.add(one.uid)
     # An absolute path, as that of `.` has no name to give to the prediction.
     folder = folder if folder.name else folder.resolve()

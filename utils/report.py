@@ -74,6 +74,8 @@ class Report:
         self.warned: set[str] = set()
         self.marked: deque[tuple[float, float]] = deque(maxlen=LOOKED_AT)
         """Share of foreground in the pseudo-labels and in the labels of the last logged iterations."""
+        self.done = start
+        """Finished iterations."""
         self.last, self.clock = start, time.monotonic()
         self.first = self.clock
         """When the first iteration of this start was done."""
@@ -120,7 +122,7 @@ class Report:
         methods.base.Losses, `label` that of the labeled crops, `lr` the learning rate of the step, `memory` the peak in
         GiB so far, `scores` those of the validation, with which an iteration is always logged."""
         self.bar.update()
-        done = iteration + 1
+        self.done = done = iteration + 1
         if done == self.start + 1:
             self.first, self.computed = time.monotonic(), time.process_time()
         if done == self.start + ESTIMATED_AFTER < self.iterations:
