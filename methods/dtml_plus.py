@@ -14,8 +14,8 @@ Each network then learns y' from its own strong view S(u), with random contrast,
 
 x, Y are labeled crops; the superscript a weights every voxel. Where the two averages disagree, at least one of them is
 wrong, so the weight is 0. The default output is the mean of both averages. With C classes p and m have C channels,
-and a label is the class of the largest value, the background having 1 minus their sum. They agree where both labels
-are the same class. D is a mean over the classes, of p'_c > 1/2 and the label by m'.
+and a label is the class of the largest value where that is above 1/2, else background (`sure_labels`). They agree where
+both labels are the same class. D is a mean over the classes, of p'_c > 1/2 and the label by m'.
 """
 
 from dataclasses import dataclass
@@ -37,13 +37,22 @@ from losses.terms import (
 )
 from methods.base import TUNED, Batch, Losses, Method
 from methods.dtml import probability_maps, task_maps, task_monitors
-from utils.masks import label_maps
 from utils.options import Condition, option
 
 TRUST = ("all", "voxel", "both")
 COUNTS: Condition = {"pseudo_weight": bool}
 STARTS: Condition = {"start": lambda share: share < 1}
 BOTH: Condition = {**COUNTS, **STARTS}
+
+
+def sure_labels(p: Tensor) -> Tensor:
+    """Foreground probabilities (N,C,W,H,D) in [0,1] -> uint8 (N,W,H,D): the largest's class if it is above 1/2, or 0.
+
+    `utils.masks.label_maps` leaves the background what the classes leave of 1. Where two classes of a network that has
+    not learned are at 0.35 each, that is foreground, and as a pseudo-label it teaches more of it.
+    """
+    largest, c = p.max(dim=1)
+    return torch.where(largest > 0.5, c + 1, 0).to(torch.uint8)
 
 
 class DTMLPlus(Method):
@@ -113,7 +122,7 @@ class DTMLPlus(Method):
         o = self.options
         p = probabilities(self.ema["M_s"](image)["seg"], o.classes)
         m = sdm_to_mask(self.ema["M_d"](image)["sdm"], o.k)
-        pseudo, label_p, label_m = (label_maps(q) for q in ((p + m) / 2, p, m))
+        pseudo, label_p, label_m = (sure_labels(q) for q in ((p + m) / 2, p, m))
         agree = (label_p == label_m)[:, None].to(p.dtype)
         dice = torch.stack([hard_dice(q[None], y[None]) for q, y in zip(p, label_m, strict=True)])
         a = torch.ones_like(agree) if o.trust == "all" else agree

@@ -111,3 +111,23 @@ def test_strong_views_differ_by_item_and_are_a_function_of_the_seed():
     same = perturbation.strong_view(x[:1].repeat(2, 1, 1, 1, 1), 0.5)
     assert not torch.equal(same[0], same[1])
     assert perturbation.strong_view(x, 0.0) is x and len(perturbation.strong_view(x[:0], 0.5)) == 0
+
+
+def test_with_several_classes_a_pseudo_label_is_a_class_that_is_likelier_than_not(monkeypatch):
+    """Voxel by voxel; two classes at 0.35 each leave less than that to the background, and are no label."""
+    method = make(classes=2)
+    g = torch.Generator().manual_seed(0)
+    q, n = torch.rand(2, 2, 4, 4, 4, generator=g), torch.rand(2, 2, 4, 4, 4, generator=g)
+    q[0, :, 0, 0, 0] = n[0, :, 0, 0, 0] = 0.35
+    for name, head, value in (("M_s", "seg", q.logit()), ("M_d", "sdm", (-n.logit() / 50))):
+        monkeypatch.setattr(method.ema[name], "forward", lambda image, head=head, value=value: {head: value})
+    pseudo, a, _ = method.pseudo_label(torch.zeros(2, 1, 4, 4, 4))
+
+    def label(values):
+        return max((1, 2), key=lambda c: values[c - 1]) if max(values) > 0.5 else 0
+
+    assert pseudo[0, 0, 0, 0] == 0 and a[0, 0, 0, 0, 0] > 0
+    for i, x, y, z in np.ndindex(2, 4, 4, 4):
+        one, other = q[i, :, x, y, z].tolist(), n[i, :, x, y, z].tolist()
+        assert pseudo[i, x, y, z] == label([(u + v) / 2 for u, v in zip(one, other, strict=True)])
+        assert (a[i, 0, x, y, z] > 0) == (label(one) == label(other))
