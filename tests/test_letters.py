@@ -11,9 +11,10 @@ from scans import OBLIQUE
 import train_dtml
 from dataloaders.cases import case_file
 from dataloaders.orientation import orientation_of
+from evaluation import slices
 from evaluation.figures import ComparedCase, MapsRow, draw_comparison, draw_maps
 from evaluation.slices import OPPOSITE, edge_letters, panels
-from tools import pictures, training
+from tools import pictures
 
 DIRECTIONS = {
     "LPS": np.eye(3),
@@ -67,7 +68,7 @@ def test_a_training_picture_has_them_at_the_edges_of_the_image():
 
 def test_training_and_figures_take_them_from_the_case(tmp_path: Path, monkeypatch):
     seen = []
-    monkeypatch.setattr(training, "slice_picture", lambda *args: seen.append(args[-1]) or np.zeros((4, 4, 3), np.uint8))
+    monkeypatch.setattr(slices, "slice_picture", lambda *args: seen.append(args[-1]) or np.zeros((4, 4, 3), np.uint8))
     folder = make_set(tmp_path / "set")
     with h5py.File(case_file(folder, "case04"), "a") as f:  # the first unlabeled one
         del f.attrs["direction"]
