@@ -3,10 +3,11 @@
     python -m benchmarks.roofline --threads 1                                   at full size, in fp32 and bf16
     python -m benchmarks.roofline --patch-size 64 64 32 --filters 8 --threads 1     as in the profile half
 
-The roofline (Williams, Waterman & Patterson 2009) is the lower one of two limits: the rate of a large matrix product,
-and what the memory delivers if every input is read once and every output written once. The first table has both limits,
-as measured here. The second has the convolutions of one step, timed by torch's profiler within the step: `of roofline`
-is the time at the roofline divided by the time taken. The third has where the step's time goes.
+The roofline (Williams, Waterman & Patterson 2009) is the lower one of two limits: the rate of the arithmetic, and what
+the memory delivers if every input is read once and every output written once. The first table has both limits, as
+measured here. That of the arithmetic is the rate of a large matrix product, or of a convolution whose maps stay in the
+cache if that is faster. The second table has the convolutions of one step, timed by torch's profiler within the step:
+`of roofline` is the time at the roofline divided by the time taken. The third has where the step's time goes.
 """
 
 import dataclasses
@@ -16,8 +17,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.benchmark import Timer
 
 from benchmarks.timing import table
 from methods import METHODS
@@ -88,27 +91,24 @@ class Layer(NamedTuple):
 
 
 def peak_rate(side: int, dtype: torch.dtype) -> float:
-    """FLOP/s of the product of two square matrices."""
+    """FLOP/s of the product of two square matrices, or of a convolution of 64 channels if that is faster."""
     a, b = torch.randn(2, side, side).to(dtype)
-    return 2 * side**3 / fastest(lambda: a @ b)
+    layer = Layer((1, 64, 28, 28, 20), (64, 64, 3, 3, 3))
+    x, w = (torch.randn(shape).to(dtype, memory_format=torch.channels_last_3d) for shape in layer)
+    return max(2 * side**3 / seconds_of(lambda: a @ b), layer.flops() / seconds_of(lambda: F.conv3d(x, w, padding=1)))
 
 
 def memory_rate(mebibytes: int) -> float:
     """Bytes/s of a copy, which reads and writes each byte."""
     a = torch.ones(mebibytes * 2**18)
     b = torch.empty_like(a)
-    return 2 * a.numel() * 4 / fastest(lambda: b.copy_(a))
+    return 2 * a.numel() * 4 / seconds_of(lambda: b.copy_(a))
 
 
-def fastest(call: Callable[[], Any], times: int = 5) -> float:
-    """The seconds of the fastest of several calls, after one that is not timed."""
-    call()
-    seconds = []
-    for _ in range(times):
-        began = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - began)
-    return min(seconds)
+def seconds_of(call: Callable[[], Any]) -> float:
+    """Median seconds of a call."""
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange().median
 
 
 def profiled(step: Callable[[], Any], rounds: int) -> tuple[dict[str, dict[Layer, list[float]]], dict[str, float]]:
@@ -156,8 +156,8 @@ def main(argv: list[str] | None = None) -> None:
     peaks = {precision: peak_rate(o.side, dtype) for precision, dtype in DTYPES.items()}
     memory = memory_rate(o.mebibytes)
     limits: list[list[Any]] = [
-        ["matrix product, GFLOP/s", *(peak / 1e9 for peak in peaks.values())],
-        ["copy, GB/s", *[memory / 1e9] * len(DTYPES)],
+        ["arithmetic, GFLOP/s", *(peak / 1e9 for peak in peaks.values())],
+        ["memory, GB/s", *[memory / 1e9] * len(DTYPES)],
     ]
     print(table(["limit", *DTYPES], limits))
     kind = METHODS["supervised"]
@@ -178,12 +178,9 @@ def main(argv: list[str] | None = None) -> None:
     head = ["precision", "channels", "input", "calls", "GFLOP", "forward GFLOP/s", "of roofline", "backward GFLOP/s",
             "of roofline"]  # fmt: skip
     print("\n" + table(head, rows))
+    both = times["fp32"], times["bf16"]
     shares = [
-        [
-            part,
-            *(text for seconds in times.values() for text in (seconds[part], f"{seconds[part] / seconds['step']:.0%}")),
-        ]
-        for part in times["fp32"]
+        [part, *(cell for of in both for cell in (of[part], f"{of[part] / of['step']:.0%}"))] for part in times["fp32"]
     ]
     print("\n" + table(["part", "fp32 s", "share", "bf16 s", "share"], shares))
 

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -165,10 +166,11 @@ class Report:
                     f"warning: {name} is 0 at iteration {iteration}: that output has no gradient left and may never "
                     "move again. Watch it; a smaller --k or another --seed may help."
                 )
-        if monitors.get(FOREGROUND):  # 0 until pseudo-labels count
-            self.marked.append((monitors[FOREGROUND], float((label > 0).float().mean())))
-        pseudo, true = (sum(shares) / LOOKED_AT for shares in zip(*self.marked, strict=True)) if self.marked else (0, 0)
-        if len(self.marked) == LOOKED_AT and pseudo > TOO_MUCH * true > 0 and FOREGROUND not in self.warned:
+        if not monitors.get(FOREGROUND) or FOREGROUND in self.warned:  # 0 until pseudo-labels count
+            return
+        self.marked.append((monitors[FOREGROUND], float((label > 0).float().mean())))
+        pseudo, true = (mean(shares) for shares in zip(*self.marked, strict=True))
+        if len(self.marked) == LOOKED_AT and pseudo > TOO_MUCH * true > 0:
             self.warned.add(FOREGROUND)
             self.say(
                 f"warning: at iteration {iteration} the pseudo-labels are {pseudo:.0%} foreground, the labels "
