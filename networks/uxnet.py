@@ -4,6 +4,7 @@ A ConvNeXt encoder with depthwise 7x7x7 kernels, and a decoder of residual 3x3x3
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,36 @@ class Depthwise(Conv3d):
 
     def __init__(self, channels: int, kernel: int, *, bias: bool = True):
         super().__init__(channels, channels, kernel, padding=kernel // 2, groups=channels, bias=bias)
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if input.device.type != "cpu":
+            return super()._conv_forward(input, weight, bias)
+        return _DepthwiseOnCPU.apply(input, weight, bias)
+
+
+class _DepthwiseOnCPU(torch.autograd.Function):
+    """x (N,C,W,H,D), weight (C,1,k,k,k), bias (C,) or None -> the convolution, with zeros around x.
+
+    Its gradient to x is a depthwise convolution as well, with the mirrored kernel. Computed as one it takes a fifth to
+    a twentieth of the time that torch 2.13 takes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.conv3d(x, weight, bias, padding=weight.shape[-1] // 2, groups=len(weight))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        to_x, *others = ctx.needs_input_grad
+        grad = grad.contiguous(memory_format=torch.channels_last_3d)
+        padding, channels = weight.shape[-1] // 2, len(weight)
+        grad_x = F.conv3d(grad, weight.flip(2, 3, 4), padding=padding, groups=channels) if to_x else None
+        _, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+            grad, x, weight, [channels], [1] * 3, [padding] * 3, [1] * 3, False, [0] * 3, channels, [False, *others]
+        )
+        return grad_x, grad_weight, grad_bias
 
 
 class InstanceNorm(nn.Module):

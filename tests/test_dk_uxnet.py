@@ -12,7 +12,7 @@ from losses.terms import dice_ce_loss, nt_xent, one_hot, query_loss
 from methods import METHODS
 from networks.backbones import BACKBONES
 from networks.kmax import KMaXDecoder, KMeansLayer, QueryNet, group_sums, hard_assignment
-from networks.uxnet import UXBlock, UXNet
+from networks.uxnet import Depthwise, UXBlock, UXNet
 from networks.vnet import parameter_count
 from utils.errors import UserError
 from utils.options import fill
@@ -48,6 +48,26 @@ def open_gates(network):
 
 
 # -- UX-Net --
+
+
+@pytest.mark.parametrize(("kernel", "bias", "of_image"), [(7, True, True), (5, False, True), (7, True, False)])
+def test_the_gradients_of_a_depthwise_convolution_are_those_of_torch(kernel, bias, of_image):
+    torch.manual_seed(0)
+    ours = Depthwise(3, kernel, bias=bias).double()
+    theirs = nn.Conv3d(3, 3, kernel, padding=kernel // 2, groups=3, bias=bias).double()
+    theirs.load_state_dict(ours.state_dict())
+    for shape in ((9, 8, 7), (2, 1, 3)):
+        x = torch.randn(2, 3, *shape, dtype=torch.float64)
+        inputs = [x.clone().requires_grad_(of_image) for _ in range(2)]
+        y, expected = ours(inputs[0]), theirs(inputs[1])
+        assert torch.allclose(y, expected, rtol=1e-12)
+        g = torch.randn_like(y)
+        for out, conv, x in ((y, ours, inputs[0]), (expected, theirs, inputs[1])):
+            conv.zero_grad()
+            out.backward(g)
+            assert (x.grad is not None) == of_image
+        pairs = [*zip(ours.parameters(), theirs.parameters(), strict=True), *[inputs] * of_image]
+        assert all(torch.allclose(a.grad, b.grad, rtol=1e-10, atol=1e-12) for a, b in pairs)
 
 
 def test_parameters_of_ux_net_are_the_published_ones():
