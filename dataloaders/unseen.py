@@ -1,6 +1,6 @@
 """Labeled cases that a training has not seen."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -63,20 +63,28 @@ def open_cases(
     return cases, shapes
 
 
+def axes_text(codes: Set[str]) -> str:
+    """Orientations, '' for one that is not stated -> the end of a sentence about axes."""
+    known = ", ".join(sorted(filter(None, codes)))
+    texts = [f"point to {known}"] * bool(known) + ["are not stated"] * ("" in codes)
+    return " or ".join(texts)
+
+
 def other_grid(cases: Sequence[Case], trained: Mapping[str, Any]) -> str:
-    """A warning that continues a sentence, if the axes or the voxels of cases are not as in the training; '' if they
-    are, or if one of the two does not state them.
+    """A warning that continues a sentence, if the axes or the voxels of cases are not as in the training, or if only
+    one of the two states its axes; '' otherwise.
 
     Args:
         cases: the cases.
         trained: what a checkpoint states: `orientation` and `spacing`.
     """
     orientation, spacing = trained.get("orientation"), trained.get("spacing")
-    codes = {code for code in map(known_orientation, cases) if code}
+    codes = {known_orientation(case) or "" for case in cases}
     spacings = [mm for mm in map(known_spacing, cases) if mm]
     differ = []
-    if orientation and codes - {orientation}:
-        differ.append(f"axes that point to {', '.join(sorted(codes))}, those of the training to {orientation}")
+    if codes - {orientation or ""}:
+        there = axes_text({orientation or ""})
+        differ.append(f"axes that {axes_text(codes)}, while those of the training {there}")
     if spacing and spacings:
         middle = np.median(spacings, axis=0)
         if np.abs(middle / spacing - 1).max() > OTHER_SPACING:

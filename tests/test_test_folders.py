@@ -27,9 +27,24 @@ def test_a_set_on_another_grid_than_the_training_is_warned_of(trained, tmp_path,
             f.attrs["spacing"] = (1.0, 1.0, 1.0)
             f.attrs["direction"] = (0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, -1.0)
     score(trained, tmp_path / "out", "--data", str(tmp_path / "set"), "--output", "seg")
-    axes = "has axes that point to PLI, those of the training to LPS"
+    axes = "has axes that point to PLI, while those of the training point to LPS"
     voxels = "voxels of 1 x 1 x 1 mm, the training of 1 x 1 x 2 mm. A network sees"
     assert f"warning: {tmp_path / 'set'} {axes}; and {voxels}" in capsys.readouterr().err
+
+
+def test_axes_that_only_the_set_or_only_the_training_states_are_warned_of(trained, tmp_path, capsys):
+    shutil.copytree(trained.parent / "set", tmp_path / "set")
+    state = load(trained)
+    torch.save({**state, "orientation": None}, tmp_path / "last.pt")
+    args = ["--data", str(tmp_path / "set"), "--output", "seg"]
+    score(tmp_path / "last.pt", tmp_path / "out", *args)
+    assert "has axes that point to LPS, while those of the training are not stated. A" in capsys.readouterr().err
+    for n, text in ((1, "axes that point to LPS or are not stated"), (2, "axes that are not stated")):
+        for case in CASES[:n]:
+            with h5py.File(tmp_path / "set" / case / "mri_norm2.h5", "r+") as f:
+                f.attrs.pop("direction", None)
+        score(trained, tmp_path / "out", *args)
+        assert f"has {text}, while those of the training point to LPS. A" in capsys.readouterr().err
 
 
 def test_classes_with_other_numbers_than_in_the_training_are_refused(trained, tmp_path):
