@@ -38,10 +38,11 @@ class BatchNorm3d(nn.BatchNorm3d):
         assert self.num_batches_tracked is not None
         y, mean, var = _Normalise.apply(x, self.weight, self.bias, self.eps)
         if self.counts:
-            with torch.no_grad():
-                self.num_batches_tracked.add_(1)
-                self.running_mean.lerp_(mean, self.momentum)
-                self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
+            self.num_batches_tracked.add_(1)
+            # By .data, as torch's own batch norm does not note the change either: a pass in another layout may have
+            # saved both for its gradient, which makes no use of them.
+            self.running_mean.data.lerp_(mean, self.momentum)
+            self.running_var.data.lerp_(var * (count / (count - 1)), self.momentum)
         return y
 
     def _uncounted(self, x: Tensor) -> Tensor:

@@ -105,3 +105,17 @@ def test_a_single_voxel_is_a_user_s_mistake_in_training_alone(counted):
     ):
         network.train()(crop)
     assert network.eval()(crop)["seg"].isfinite().all()
+
+
+@pytest.mark.parametrize("order", [(torch.contiguous_format, LAST), (LAST, torch.contiguous_format)])
+def test_passes_in_two_layouts_before_one_backward_pass(order):
+    """As where a map of one voxel loses its layout in one of them."""
+    torch.manual_seed(0)
+    ours, plain = BatchNorm3d(3).double(), nn.BatchNorm3d(3).double()
+    x = torch.randn(2, 3, 4, 4, 4, dtype=torch.float64)
+    for norm in (ours, plain):
+        sum((norm(x.to(memory_format=layout) + i) ** 3).sum() for i, layout in enumerate(order)).backward()
+    for (name, a), (_, b) in zip(ours.named_parameters(), plain.named_parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, msg=name)
+    for (name, a), (_, b) in zip(ours.named_buffers(), plain.named_buffers(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
