@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from losses.terms import probabilities
 from networks.backbone import Backbone
 from networks.backbones import BACKBONES
-from networks.heads import HALVINGS, side_multiples, strides_of
+from networks.heads import DROPOUT, HALVINGS, side_multiples, strides_of
 from utils.errors import UserError
 from utils.options import Condition, option
 
@@ -73,6 +73,8 @@ class Method(nn.Module):
         """The method's own options; each is a flag of train_dtml.py."""
 
         backbone: str = option("vnet", "encoder-decoder of every network", choices=list(BACKBONES))
+        dropout: float = option(DROPOUT, "share of the channels dropped in training, after the deepest map and before "
+                                "the heads", minimum=0, maximum=0.9)  # fmt: skip
         classes: int = option(1, "C, foreground classes; labels hold 0..C", minimum=1, maximum=254)
         channels: int = option(1, "K, channels of the images", flag=False)
         halvings: list[int] = option(
@@ -120,7 +122,9 @@ class Method(nn.Module):
     def backbone(self) -> Callable[..., Backbone]:
         """The class of --backbone, to be called with `heads`: for images of K channels, with --filters."""
         o = self.options
-        return partial(BACKBONES[o.backbone], filters=o.filters, in_channels=o.channels, halvings=o.halvings)
+        return partial(
+            BACKBONES[o.backbone], filters=o.filters, in_channels=o.channels, dropout=o.dropout, halvings=o.halvings
+        )
 
     def forward(self, batch: Batch, iteration: int) -> Losses:
         """Returns the losses of a batch at this iteration (0 <= iteration < iterations)."""

@@ -50,6 +50,8 @@ class DKUXNet(Method):
     class Options(Method.Options):
         backbone: str = option("uxnet", "network that computes the queries' feature maps", choices=list(BACKBONES))
         filters: int = option(48, "channels of the backbone's first scale", minimum=1)
+        dropout: float = option(0.0, "share of the channels dropped in training, after the deepest map and, with "
+                                "--no-kmax, before the head; as published none", minimum=0, maximum=0.9)  # fmt: skip
         kmax: bool = option(True, "k-means decoder; without it a convolution gives S; no G, L_qd, L_qdc")
         groups: list[int] = option([16, 16], "queries per group, background first", nargs="+", minimum=1, only_if=KMAX)
         query_channels: int = option(256, "channels of a query, a multiple of 16", minimum=16, only_if=KMAX)
@@ -82,7 +84,7 @@ class DKUXNet(Method):
         self.networks = nn.ModuleList(
             QueryNet(self.backbone, filters=o.filters, kmax=o.kmax, queries=sum(o.groups), levels=o.levels,
                      query_channels=o.query_channels, momentum=o.bn_momentum, scale=o.logit_scale,
-                     train_levels=o.deep_weight > 0)
+                     train_levels=o.deep_weight > 0, dropout=o.dropout)
             for _ in range(1 if o.share_weights else 2)
         )  # fmt: skip
         self.needs_other_crop = o.crops == "independent"

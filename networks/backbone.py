@@ -12,7 +12,7 @@ from torch.autograd.graph import Node
 from torch.utils.checkpoint import checkpoint
 
 from networks.batch_norm import BatchNorm3d
-from networks.heads import DROPOUT, HALVINGS, make_heads, refuse_sides
+from networks.heads import HALVINGS, make_heads, refuse_sides
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 """Precisions for training; testing can use fp16 too."""
@@ -33,7 +33,7 @@ class Backbone(nn.Module):
             the object. Heads are 1x1x1 convolutions of the last map, computed in at least float32. A network without
             heads is used for its `features`.
         filters: channels of the last map.
-        dropout: channel dropout with p = 0.5 after the deepest and after the last map, in training mode only.
+        dropout: p of the channel dropout after the deepest and after the last map, in training mode only.
 
     Raises:
         ValueError: for an unknown head name, or in `features` for a side that is not a multiple of 2^halvings.
@@ -46,13 +46,13 @@ class Backbone(nn.Module):
     halvings: Sequence[int] = HALVINGS
     """How often x, y and z are halved."""
 
-    def add_heads(self, heads: dict[str, int], filters: int, *, dropout: bool) -> None:
+    def add_heads(self, heads: dict[str, int], filters: int, *, dropout: float) -> None:
         """Adds `heads` and `dropout`; call it last in `__init__`, so that weights are drawn in the order of the layers.
 
         Raises:
             ValueError: for an unknown head name.
         """
-        self.dropout = nn.Dropout3d(DROPOUT if dropout else 0.0)
+        self.dropout = nn.Dropout3d(dropout)
         self.heads = make_heads(heads, filters)
 
     def encode(self, image: Tensor) -> list[Tensor]:

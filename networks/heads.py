@@ -12,6 +12,7 @@ from utils.text import once
 HALVINGS = (4, 4, 4)
 """How often a backbone halves x, y and z in its four steps, unless told otherwise."""
 DROPOUT = 0.5
+"""Share of the channels that a backbone drops in training, as in the released V-Net."""
 Stride = tuple[int, int, int]
 ACTIVATIONS = {"seg": nn.Identity, "sdm": nn.Tanh}
 

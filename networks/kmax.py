@@ -201,8 +201,9 @@ class QueryNet(nn.Module):
     pass of a crop of 112x112x80 voxels then takes 1,218 GFLOP.
 
     Args:
-        backbone: class of the backbone, built without dropout.
+        backbone: class of the backbone.
         kmax: False replaces the decoder by a head of the backbone: logits only, no queries, no assignment.
+        dropout: that of the backbone; the published network has none.
         train_levels: False freezes the predictors of the layers' assignments, for losses without a gradient there.
         filters, queries, query_channels, levels, momentum, scale, classes: as in KMaXDecoder.
     """
@@ -210,9 +211,10 @@ class QueryNet(nn.Module):
     def __init__(
         self, backbone: Callable[..., Any], *, filters: int, kmax: bool, queries: int, query_channels: int,
         levels: Sequence[int], momentum: float, train_levels: bool, scale: float = 0.1, classes: int = 2,
+        dropout: float = 0.0,
     ):  # fmt: skip
         super().__init__()
-        self.backbone = backbone(heads={} if kmax else {"seg": classes}, filters=filters, dropout=False)
+        self.backbone = backbone(heads={} if kmax else {"seg": classes}, filters=filters, dropout=dropout)
         self.kmax = None
         if kmax:
             self.kmax = KMaXDecoder(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from networks.backbone import Backbone
 from networks.convolution import Conv3d
 from networks.decoders import upsampling
-from networks.heads import HALVINGS, Stride, strides_of
+from networks.heads import DROPOUT, HALVINGS, Stride, strides_of
 
 LAYER_SCALE = 1e-6  # initial gamma of a UX block, which starts close to the identity
 EXPANSION = 4
@@ -137,14 +137,14 @@ class UXNet(Backbone):
     Args: as for Backbone, and
         in_channels: channels of the image.
         filters: channels of the first scale; 48 as published.
-        dropout: the published network has none; methods that need stochastic passes or compare backbones turn it on.
+        dropout: as for Backbone; the published network has none.
         up: how the decoder doubles the sides, one of `networks.decoders.UPS`.
         encoder: False leaves the encoder out; the network then has `decode` alone.
         halvings: how often x, y and z are halved.
     """
 
     def __init__(
-        self, *, heads: dict[str, int], in_channels: int = 1, filters: int = 48, dropout: bool = True,
+        self, *, heads: dict[str, int], in_channels: int = 1, filters: int = 48, dropout: float = DROPOUT,
         up: str = "transposed", encoder: bool = True, halvings: Sequence[int] = HALVINGS,
     ):  # fmt: skip
         super().__init__()

@@ -12,7 +12,7 @@ from networks.backbone import Backbone
 from networks.batch_norm import BatchNorm3d
 from networks.convolution import Conv3d
 from networks.decoders import upsampling
-from networks.heads import HALVINGS, Stride, strides_of
+from networks.heads import DROPOUT, HALVINGS, Stride, strides_of
 
 
 class Convs(nn.Sequential):
@@ -58,7 +58,7 @@ class VNet(Backbone):
     """Memory layout of the maps on a CPU; convolutions need not reorder them in this one."""
 
     def __init__(
-        self, *, heads: dict[str, int], in_channels: int = 1, filters: int = 16, dropout: bool = True,
+        self, *, heads: dict[str, int], in_channels: int = 1, filters: int = 16, dropout: float = DROPOUT,
         up: str = "transposed", encoder: bool = True, halvings: Sequence[int] = HALVINGS,
     ):  # fmt: skip
         super().__init__()

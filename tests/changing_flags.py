@@ -69,7 +69,7 @@ OWN_FLAGS = {
     "asdnet": "--filters 3, --softmax, --attention none, --attention released, --attention none beside --attention "
     "released, --lambda-adv 0.1, --lambda-semi 0.2, --threshold 0.46, --threshold 0.9 beside --threshold 0.46, "
     "--semi-start 0, --semi-start 0.5 beside --semi-start 0, --semi-start 1, --critic-lr 0.001, --critic-image",
-    "dk-uxnet": "--backbone vnet, --filters 3, --no-kmax, --groups 2 3, --groups 2 3 2 beside --groups 2 3, "
+    "dk-uxnet": "--backbone vnet, --dropout 0.2 beside --no-kmax, --filters 3, --no-kmax, --groups 2 3, --groups 2 3 2 beside --groups 2 3, "
     "--query-channels 48, --levels 16 8 4, --levels 8, --bn-momentum 0.01, --logit-scale 0.1, --no-share-weights, "
     "--crops independent, --noise-variance 0, --noise-variance 5, --qd-weight 0, --deep-weight 0, --deep-weight 1, "
     "--consistency-terms segc, --consistency-terms qdc, --consistency-terms none, --contrast sum, --contrast mse, "
@@ -98,6 +98,7 @@ def pairs_of(method: str) -> dict[str, list[tuple[str, str]]]:
         name = changed.split()[0].removeprefix("--").removeprefix("no-").replace("-", "_")
         pairs.setdefault(name, []).append((changed, beside))
     pairs.setdefault("backbone", [("--backbone uxnet", "")])
+    pairs.setdefault("dropout", [("--dropout 0.2", "")])
     pairs["halvings"] = [("--halvings 4 4 2", "")]
     pairs["classes"] = [("--classes 2 --data two", "")] if METHODS[method].multiclass else []  # else: test_classes.py
     return pairs

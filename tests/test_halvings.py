@@ -26,7 +26,7 @@ from utils.options import fill
 @pytest.mark.parametrize("up", UPS)
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_an_axis_is_halved_so_often_and_last_of_all(backbone, up):
-    network = BACKBONES[backbone](heads={"seg": 1}, filters=2, dropout=False, up=up, halvings=(4, 3, 1))
+    network = BACKBONES[backbone](heads={"seg": 1}, filters=2, dropout=0.0, up=up, halvings=(4, 3, 1))
     image = torch.randn(2, 1, 32, 24, 6)
     maps = network.features(image)
     sides = [tuple(x.shape[2:]) for x in maps]

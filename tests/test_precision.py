@@ -49,7 +49,7 @@ def make_crops(shape):
 
 def make_network(backbone, **options):
     torch.manual_seed(0)
-    return BACKBONES[backbone](heads={"seg": 1}, filters=4, dropout=False, **options)
+    return BACKBONES[backbone](heads={"seg": 1}, filters=4, dropout=0.0, **options)
 
 
 def gradients(network, image, label, precision):
