@@ -86,7 +86,8 @@ OWN_FLAGS = {
     "--ramp-end 0.9, --ramp-end 1",
     "unimatch": "--filters 3, --softmax, --threshold 0, --threshold 0.7 beside --threshold 0, --feature-dropout 0.2, "
     "--pseudo-loss dice beside --threshold 0, --feature-weight 1 beside --threshold 0, --strong-weight 1 beside "
-    "--threshold 0, --strong 1 beside --threshold 0, --cutmix 1 beside --threshold 0, --cutmix 0 beside --threshold 0",
+    "--threshold 0, --strong 1 beside --threshold 0, --cutmix 1 beside --threshold 0, --cutmix 0 beside --threshold 0, "
+    "--halve",
 }
 
 
