@@ -17,8 +17,8 @@ def random_box(sides: Sequence[int], share: float | Sequence[float]) -> Tensor:
 
     Args:
         sides: W, H, D of the crop in voxels.
-        share: sides of the box as shares of those of the crop, in [0,1], rounded down to voxels; one for all axes, or
-            one for each.
+        share: sides of the box as shares of those of the crop, in [0,1], rounded down to voxels, but not to none; one
+            for all axes, or one for each. 0: no box.
 
     Returns:
         Mask (W,H,D) of bool on the CPU, True inside the box.
@@ -31,7 +31,7 @@ def random_box(sides: Sequence[int], share: float | Sequence[float]) -> Tensor:
         raise ValueError(f"the shares of a box must be in [0,1], not {shares}")
     mask = torch.ones(*sides, dtype=torch.bool)
     for axis, (side, s) in enumerate(zip(sides, shares, strict=True)):
-        length = math.floor(s * side)
+        length = max(math.floor(s * side), 1) if s else 0
         start = int(torch.randint(side - length + 1, ()))
         along = torch.arange(side)
         inside = (along >= start) & (along < start + length)

@@ -19,7 +19,7 @@ w and v are attentions that are learned for each class, divided by their mean. W
 No gradient reaches p in D, P_c and the inputs of w. The sum over all pairs is 1 minus the product of two weighted
 means, as w and v have mean 1. As released, the supervised loss is Dice alone, and lambda rises to 1 as a Gaussian
 ramp that ends after 40 % of the iterations. Preset `authors`: D is 1 minus the mean of pq + (1-p)(1-q), P_c has the
-lowest attention, and there are no prototypes of the background.
+lowest attention, there are no prototypes of the background, and v is 1.
 """
 
 from collections.abc import Sequence
@@ -52,8 +52,8 @@ class SSNet(Method):
     PRESETS = {
         "paper": {},
         "authors": {
-            "softmax": True, "distance": "agreement", "rank": "lowest", "background": False, "ramp": "steps",
-            "augment": "mirror",
+            "softmax": True, "distance": "agreement", "rank": "lowest", "background": False,
+            "prototype_attention": False, "ramp": "steps", "augment": "mirror",
         },
         "tuned": TUNED,
     }  # fmt: skip
@@ -71,6 +71,8 @@ class SSNet(Method):
         rank: str = option("highest", "attention of the features that become prototypes", choices=RANKS,
                            only_if=SEPARATES)  # fmt: skip
         background: bool = option(True, "prototypes of the background too", only_if=SEPARATES)
+        prototype_attention: bool = option(True, "v, learned weights of the prototypes; without, all count the same",
+                                           only_if=SEPARATES)  # fmt: skip
         lambda_max: float = option(1.0, "largest weight of the two terms", minimum=0)
         ramp: str = option("gaussian", "how lambda rises", choices=RAMPS, only_if=RISES)
         ramp_end: float = option(0.4, "share of the iterations after which lambda is largest", minimum=0, maximum=1,
@@ -85,7 +87,8 @@ class SSNet(Method):
         self.network = self.backbone(heads={"seg": o.classes + o.softmax})
         self.separator = None
         if o.lambda_max and o.separation:
-            self.separator = Separator(o.filters, classes=range(0 if o.background else 1, o.classes + 1))
+            classes = range(0 if o.background else 1, o.classes + 1)
+            self.separator = Separator(o.filters, classes=classes, prototype_attention=o.prototype_attention)
 
     def forward(self, batch: Batch, iteration: int) -> Losses:
         o, image, label, L = self.options, batch["image"], batch["label"], len(batch["label"])
@@ -127,13 +130,15 @@ class Separator(nn.Module):
     Args:
         channels: those of the feature maps.
         classes: the labels that have prototypes.
+        prototype_attention: whether v weighs the prototypes; otherwise it is 1.
     """
 
-    def __init__(self, channels: int, *, classes: Sequence[int]):
+    def __init__(self, channels: int, *, classes: Sequence[int], prototype_attention: bool = True):
         super().__init__()
         self.classes = classes
         self.h, self.k = projection(channels, FEATURES), projection(FEATURES, FEATURES)
-        self.w, self.v = (nn.ModuleList([attention(FEATURES) for _ in classes]) for _ in range(2))
+        self.w = nn.ModuleList([attention(FEATURES) for _ in classes])
+        self.v = nn.ModuleList([attention(FEATURES) for _ in classes if prototype_attention])
 
     def forward(
         self, maps: Tensor, predicted: Tensor, label: Tensor, *, prototypes: int, largest: bool
@@ -155,11 +160,11 @@ class Separator(nn.Module):
         h, labels = h[:L].detach(), torch.cat([label, predicted[L:].to(label.dtype)])
         length = z.norm(dim=1, keepdim=True).clamp(min=1e-12)
         losses, counts = [], []
-        for c, w, v in zip(self.classes, self.w, self.v, strict=True):
+        for c, w, v in zip(self.classes, self.w, self.v or [None] * len(self.w), strict=True):
             with torch.no_grad():
                 score = w(h)
             chosen, found = best(h, score if largest else -score, (label == c) & (predicted[:L] == c), prototypes)
-            q = weighted_mean(chosen, v(chosen).sigmoid() * found)
+            q = weighted_mean(chosen, (v(chosen).sigmoid() if v else 1.0) * found.to(h.dtype))
             weight = w(z.detach()).sigmoid() * (labels == c)[:, None]
             for part in (slice(L), slice(L, None)):
                 mean = weighted_mean(z[part], weight[part], length[part])

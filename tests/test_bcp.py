@@ -98,10 +98,21 @@ def test_pseudo_labels_keep_the_largest_component_of_each_class(classes):
 # -- boxes and pasting --
 
 
+def test_crops_of_one_slice_are_mixed_too():
+    method, data = make(start=0.0, halvings=[4, 4, 0]), batch()
+    data = {**data, "image": data["image"][..., :1], "label": data["label"][..., :1]}
+    seen = []
+    method.student.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    method(data, 1)
+    for mix, (outside, inside) in zip(seen[0], [(0, 4), (1, 5), (6, 2), (7, 3)], strict=True):
+        shares = [(mix == data["image"][i]).sum().item() for i in (inside, outside)]
+        assert shares == [10 * 10, 16**2 - 10**2]
+
+
 @pytest.mark.parametrize(
     ("sides", "share", "expected"),
     [((12, 9, 7), 2 / 3, (8, 6, 4)), ((112, 112, 80), 2 / 3, (74, 74, 53)), ((12, 9, 7), (1, 0.5, 0.3), (12, 4, 2)),
-     ((4, 4, 4), 1.0, (4, 4, 4))],
+     ((4, 4, 4), 1.0, (4, 4, 4)), ((12, 12, 1), 2 / 3, (8, 8, 1)), ((16, 16, 2), 0.27, (4, 4, 1))],
 )  # fmt: skip
 def test_a_box_is_a_solid_block_of_its_share_of_each_side(sides, share, expected):
     for seed in range(5):
@@ -113,7 +124,7 @@ def test_a_box_is_a_solid_block_of_its_share_of_each_side(sides, share, expected
 
 
 def test_a_box_of_no_voxel_is_empty_and_a_wrong_share_is_refused():
-    assert not random_box((8, 8, 8), 0.1).any() and not random_box((8, 8, 8), (1.0, 0.0, 1.0)).any()
+    assert not random_box((8, 8, 8), 0.0).any() and not random_box((8, 8, 8), (1.0, 0.0, 1.0)).any()
     for share in (1.1, -0.1, (0.5, 0.5), (0.5, 0.5, 2.0)):
         with pytest.raises(ValueError):
             random_box((8, 8, 8), share)

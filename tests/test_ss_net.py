@@ -10,6 +10,7 @@ import torch
 
 from losses.perturbation import adversarial, unit_items
 from losses.terms import agreement_loss, soft_dice_loss
+from methods import METHODS
 from methods.ss_net import Separator, best
 from networks.batch_norm import BatchNorm3d
 
@@ -54,37 +55,65 @@ def test_smoothness_changes_no_statistics_and_its_target_has_no_gradient():
     assert all(w.grad is not None for w in method.network.parameters()) and BatchNorm3d.counts
 
 
-@pytest.mark.parametrize("largest", [True, False])
-@pytest.mark.parametrize("classes", [(0, 1), (1,), (0, 1, 2)])
-def test_separation_is_the_sum_over_all_pairs_in_numpy(classes, largest):
-    torch.manual_seed(5)
-    separator = Separator(3, classes=classes).double().train()
-    maps = torch.randn(3, 3, 4, 4, 4, dtype=torch.float64)
-    label, predicted = torch.randint(0, 3, (2, 4, 4, 4)), torch.randint(0, 3, (3, 4, 4, 4))
+def over_all_pairs(separator, maps, predicted, label, *, prototypes, largest, weighed):
+    """L_sep of each class, pair by pair, and its number of prototypes; `predicted` and `label` of 0 to 2."""
+    L = len(label)
     with torch.no_grad():
-        result, counts = separator(maps, predicted, label, prototypes=5, largest=largest)
         h = separator.h(maps)
         z = separator.k(h)
-        rows = {name: x.movedim(1, -1).numpy() for name, x in (("h", h), ("z", z))}
-    for i, c in enumerate(classes):
+    rows = {name: x.movedim(1, -1).numpy() for name, x in (("h", h), ("z", z))}
+    losses, counts = [], []
+    for i, c in enumerate(separator.classes):
         with torch.no_grad():
-            score = separator.w[i](h[:2])[:, 0].numpy()
+            score = separator.w[i](h[:L])[:, 0].numpy()
             w = torch.sigmoid(separator.w[i](z))[:, 0].numpy()
-        correct = ((label == c) & (predicted[:2] == c)).numpy()
+        correct = ((label == c) & (predicted[:L] == c)).numpy()
         order = np.argsort(score[correct])
-        chosen = rows["h"][:2][correct][order[-5:] if largest else order[:5]]
-        assert counts[i] == len(chosen) == 5
+        chosen = rows["h"][:L][correct][order[-prototypes:] if largest else order[:prototypes]]
         q = chosen / np.linalg.norm(chosen, axis=1, keepdims=True)
-        with torch.no_grad():
-            v = torch.sigmoid(separator.v[i](torch.from_numpy(q.T.copy())[None, :, :, None, None])).numpy().ravel()
-        expected = 0.0
-        for items, y in ((slice(0, 2), label), (slice(2, 3), predicted[2:])):
+        v = np.ones(len(q))
+        if weighed:
+            with torch.no_grad():
+                v = torch.sigmoid(separator.v[i](torch.from_numpy(q.T.copy())[None, :, :, None, None])).numpy().ravel()
+        loss = 0.0
+        for items, y in ((slice(0, L), label), (slice(L, None), predicted[L:])):
             mask = (y == c).numpy()
             features, attention = rows["z"][items][mask], w[items][mask]
             features = features / np.linalg.norm(features, axis=1, keepdims=True)
             pairs = (attention / attention.mean())[:, None] * (v / v.mean())[None] * (1 - features @ q.T)
-            expected += pairs.mean()
-        assert result[i].item() == pytest.approx(expected, rel=1e-10)
+            loss += pairs.mean()
+        losses.append(loss)
+        counts.append(len(chosen))
+    return losses, counts
+
+
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize(("classes", "weighed"), [((0, 1), True), ((1,), True), ((0, 1, 2), True), ((0, 1), False)])
+def test_separation_is_the_sum_over_all_pairs_in_numpy(classes, weighed, largest):
+    torch.manual_seed(5)
+    separator = Separator(3, classes=classes, prototype_attention=weighed).double().train()
+    maps = torch.randn(3, 3, 4, 4, 4, dtype=torch.float64)
+    label, predicted = torch.randint(0, 3, (2, 4, 4, 4)), torch.randint(0, 3, (3, 4, 4, 4))
+    with torch.no_grad():
+        result, counts = separator(maps, predicted, label, prototypes=5, largest=largest)
+    expected, numbers = over_all_pairs(
+        separator, maps, predicted, label, prototypes=5, largest=largest, weighed=weighed
+    )
+    assert result.tolist() == pytest.approx(expected, rel=1e-10)
+    assert counts.tolist() == numbers == [5] * len(classes)
+
+
+def test_the_preset_authors_gives_all_prototypes_the_same_weight():
+    """The released code divides the attention of each prototype by itself; the background has no prototypes."""
+    method, data, seen = make(**METHODS["ss-net"].PRESETS["authors"]), batch(), []
+    method.network.heads["seg"][0].bias.data.zero_()  # so that both classes are found before any training
+    method.separator.register_forward_pre_hook(lambda module, inputs: seen.extend(inputs))
+    result = method(data, 20)
+    maps, predicted, label = (x.detach() for x in seen)
+    (expected,), (number,) = over_all_pairs(
+        method.separator, maps, predicted, label, prototypes=32, largest=False, weighed=False
+    )
+    assert number == 32 and result.terms["separation"].item() == pytest.approx(expected / 2, rel=1e-10)
 
 
 def test_a_class_without_prototypes_or_voxels_costs_nothing_and_leaves_gradients():

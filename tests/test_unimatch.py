@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from methods.unimatch import LARGEST, SMALLEST, confidence
+from methods.unimatch import LARGEST, SMALLEST, UniMatch, confidence
 from networks.backbones import BACKBONES
+from tools.command_line import combine
 from utils.masks import label_maps
 
 make = partial(by_hand.make, "unimatch")
@@ -75,6 +76,18 @@ def test_the_loss_is_the_formula_in_numpy(classes, softmax, pseudo_loss, monkeyp
     assert {name: x.item() for name, x in result.terms.items()} == pytest.approx(expected, rel=1e-10)
     total = seg + 0.5 * features + 0.25 * views[0] + 0.25 * views[1]
     assert result.total.item() == pytest.approx(total, rel=1e-10)
+
+
+@pytest.mark.parametrize("profile", ["full", "hippocampus"])
+def test_the_preset_authors_minimises_half_of_the_sum_at_the_usual_learning_rate(profile):
+    """Half of the learning rate would not do the same with AdamW, as on the hippocampus."""
+    chosen = {"method": "unimatch", "profile": profile, "data": "set"}
+    usual, authors = (combine({**chosen, "preset": preset}, UniMatch)[0] for preset in ("paper", "authors"))
+    names = ("optimizer", "lr", "weight_decay", "momentum", "lr_schedule", "lr_steps")
+    assert [getattr(authors, name) for name in names] == [getattr(usual, name) for name in names]
+    result = make(**UniMatch.PRESETS["authors"], threshold=0.0)(batch(), 3)
+    seg, features, strong = (result.terms[name].item() for name in ("seg", "features", "strong"))
+    assert result.total.item() == pytest.approx((seg + 0.5 * features + 0.5 * strong) / 2, rel=1e-12)
 
 
 def test_confidence_is_that_of_the_label():
