@@ -262,11 +262,12 @@ def check(folder: Path, o: Options) -> tuple[list[Finding], str, str]:
     lists = {"labeled": labeled, "unlabeled": unlabeled, "test": test}
     lists |= {"validation": validation} if validation else {}
     groups = {name: [good[n] for n in names if n in good] for name, names in lists.items()}
+    trained = groups["labeled"] + groups["unlabeled"]
     everything = [
         *missing,
         *findings_of_inspections(inspections, classes=o.classes, labeled=labeled, test=test, validation=validation),
-        *findings_of(list(good.values()), patch_size=patch_size, downsample=o.downsample),
-        *_memory(groups["labeled"] + groups["unlabeled"], o.downsample),
+        *findings_of(list(good.values()), trained=trained, patch_size=patch_size, downsample=o.downsample),
+        *_memory(trained, o.downsample),
         *unlisted(folder, [*train, *test, *validation]),
     ]
     findings = sorted(everything, key=lambda finding: LEVELS.index(finding.level))
@@ -275,9 +276,8 @@ def check(folder: Path, o: Options) -> tuple[list[Finding], str, str]:
     if not (bad or o.patch_size or is_phantom(folder)) and groups["labeled"]:
         gib = suggestions.device_gib() if o.memory is None else o.memory
         t = suggestions.Planned(str(folder), o.labeled, o.method, o.classes, o.downsample, gib)
-        facts = groups["labeled"] + groups["unlabeled"]
         try:
-            suggested = suggestions.described(suggestions.suggest(facts, len(groups["labeled"]), t), facts, t)
+            suggested = suggestions.described(suggestions.suggest(trained, len(groups["labeled"]), t), trained, t)
         except UserError as e:  # the findings count all the same
             suggested = f"No patch is suggested: {e}"
     return findings, table(groups, o.classes), suggested
