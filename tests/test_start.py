@@ -96,6 +96,20 @@ def test_a_finished_run_goes_further_with_the_schedules_of_the_longer_one(run, t
     assert "more --iterations goes on from there" in capsys.readouterr().err
 
 
+def test_a_run_killed_before_its_new_end_does_not_state_the_time_of_the_old_one(run, tmp_path, monkeypatch):
+    """Killed between its last checkpoint and its manifest; given again, it is done, with the time of all iterations."""
+    copy = shutil.copytree(run, tmp_path / "run")
+    old = json.loads((copy / "manifest.json").read_text())
+    with monkeypatch.context() as killed:
+        killed.setattr(train_dtml, "summarize", lambda *_: None)
+        train_dtml.main(["--resume", str(copy), "--iterations", "16"])
+    manifest = json.loads((copy / "manifest.json").read_text())
+    assert set(old) - set(manifest) == {"wall_s", "iterations_per_s", "peak_memory_gib", "time_shares"}
+    train_dtml.main(["--resume", str(copy)])
+    manifest, seconds = json.loads((copy / "manifest.json").read_text()), load(copy / "last.pt")["seconds"]
+    assert manifest["wall_s"] == round(seconds, 1) and manifest["iterations_per_s"] == round(16 / seconds, 4)
+
+
 def test_steps_that_were_not_chosen_move_along(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     state = load(tmp_path / "run" / "last.pt")
