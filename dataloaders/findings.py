@@ -8,7 +8,7 @@ cropped around the atrium, so the crops are brighter. LA holds the smallest and 
 import dataclasses
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -309,10 +309,36 @@ def duplicates(facts: Sequence[Facts], test: Sequence[str] = (), validation: Seq
     return findings
 
 
-def warnings_of(facts: Sequence[Facts], *, patch_size: Sequence[int], downsample: int, normalize: str) -> list[str]:
-    """Warning lines for the start of a training, from the facts of the volumes that it has read."""
+def absent(group: str, voxels: Sequence[Mapping[int, int]], classes: int) -> dict[int, str]:
+    """Class -> a sentence about it, for each class that no case of a group has.
+
+    Args:
+        group: training, test or validation, the word for the cases.
+        voxels: class -> voxels of each of its labels. Empty ones do not count.
+        classes: C.
+    """
+    shown = {c for counts in voxels for c in counts}
+    what = "scored" if group in ("test", "validation") else "learned"
+    text = f"no {group} case has class {{}}, so that it cannot be {what}. See --classes and the order of the list."
+    return {c: text.format(c) for c in range(1, classes + 1) if shown and c not in shown}
+
+
+def warnings_of(
+    facts: Sequence[Facts], *, labeled: int, patch_size: Sequence[int], downsample: int, normalize: str
+) -> list[str]:
+    """Warning lines for the start of a training, from the facts of the volumes that it has read.
+
+    Args:
+        facts: of the cases that were not in a cache.
+        labeled: number of labeled cases. If some of them were in a cache, nothing is said of classes that none has.
+        patch_size, downsample, normalize: as in `findings_of`.
+    """
     facts = [with_spacing(x) for x in facts]
     findings = findings_of(facts, patch_size=patch_size, downsample=downsample, normalize=normalize)
+    voxels = [x.voxels for x in facts if x.voxels is not None]
+    if len(voxels) == labeled:
+        texts = absent("labeled training", voxels, facts[0].case.classes)
+        findings += [Finding("warning", (), text) for text in texts.values()]
     return [f"warning: {finding}" for finding in findings + duplicates(facts) if finding.level == "warning"]
 
 

@@ -41,6 +41,7 @@ from dataloaders.findings import (
     LEVELS,
     Facts,
     Finding,
+    absent,
     duplicates,
     facts_of,
     findings_of,
@@ -185,12 +186,11 @@ def _classes(inspections: Sequence[Inspection], classes: int, groups: dict[str, 
     findings = []
     for group, names in groups.items():
         voxels = {x.name: x.facts.voxels for x in inspections if x.facts and x.facts.voxels and x.name in names}
+        nowhere = absent(group, list(voxels.values()), classes)
         for c in range(1, classes + 1):
             without = tuple(name for name, counts in voxels.items() if c not in counts)
-            if voxels and len(without) == len(voxels):
-                what = "scored" if group in ("test", "validation") else "learned"
-                text = f"no {group} case has class {c}, so that it cannot be {what}. "
-                findings.append(Finding("warning", (), text + "See --classes and the order of the list."))
+            if c in nowhere:
+                findings.append(Finding("warning", (), nowhere[c]))
             elif without:
                 findings.append(
                     Finding("note", without, f"class {c} is absent. Fine if the object is not in the scan.")

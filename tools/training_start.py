@@ -9,6 +9,7 @@ from torch import Tensor
 from methods import Method, restore
 from tools.training import Training, trained
 from utils.checkpoint import write_whole
+from utils.distributed import RANKS
 from utils.errors import UserError
 from utils.options import default_of, flag_of
 from utils.run_folder import digest
@@ -26,12 +27,14 @@ def header(t: Training, device: str, rate: float) -> list[str]:
     o = t.o
     left_out = f", fold {o.fold} left out" if o.fold else ""
     validation = f", {len(t.validation)} validated every {o.validate_every} iterations" if t.validation else ""
-    size = "x".join(map(str, o.patch_size)) + (f" at 1/{o.downsample} of the resolution" if o.downsample > 1 else "")
+    pooled = f" at 1/{o.downsample} of the resolution" if o.downsample > 1 else ""
+    size = "x".join(map(str, o.patch_size)) + f" voxels{pooled}"
+    where = f", in each of {RANKS} processes" if RANKS > 1 else ""
     lines = {
         "run": str(t.folder),
         "method": f"{o.method}, preset {o.preset}, {sum(p.numel() for p in trained(t.method)):,} parameters",
         "data": f"{o.data}: {t.labeled} labeled and {t.unlabeled} unlabeled scans{left_out}{validation}",
-        "batch": f"{o.batch_size} crops of {size} voxels, {t.labeled_batch} of them labeled",
+        "batch": f"{o.batch_size} crops of {size}, {t.labeled_batch} of them labeled{where}",
         "device": device,
         "iterations": f"{t.start} to {o.iterations}, {o.optimizer}, learning rate {rate:g} at first",
     }
