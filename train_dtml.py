@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(o.seed)
     method = restore(state) if state else kind(method_options, iterations=o.iterations)
     origin = load_checkpoint(Path(o.init)) if o.init and state is None else None
-    began_from = start_from(method, o.method, origin) if origin else None
+    began_from = start_from(method, o.method, origin, Path(o.data)) if origin else None
     if o.from_diagnostic and state is not None:
         set_precision(method, o.precision, training=True)
         print("\n".join(replay_batch(method, state, device)))
