@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(o.seed)
     method = restore(state) if state else kind(method_options, iterations=o.iterations)
     origin = load_checkpoint(Path(o.init)) if o.init and state is None else None
-    began_from = start_from(method, o.method, origin) if origin else None
+    began_from = start_from(method, o.method, origin, Path(o.data)) if origin else None
     if o.from_diagnostic and state is not None:
         set_precision(method, o.precision, training=True)
         print("\n".join(replay_batch(method, state, device)))
@@ -156,7 +156,14 @@ def begin(
     if state and "before" in state:
         last = current_lr(t.start - 1, fill(Options, state["before"]))
         report.say(extension_note(state, o.iterations, last, current_lr(t.start, o)))
-    for line in warnings_of(volumes.facts, patch_size=o.patch_size, downsample=o.downsample, normalize=o.normalize):
+    scans = [case.name for case in t.validation]
+    if t.best and scans and t.best.get("scans", scans) != scans:  # early checkpoints do not name them
+        report.say(f"The best checkpoint so far, after {t.best['iteration']} iterations, was chosen on other "
+                   "validation scans than there are now. The best is chosen anew.")  # fmt: skip
+        t.best = None
+    for line in warnings_of(
+        volumes.facts, labeled=t.labeled, patch_size=o.patch_size, downsample=o.downsample, normalize=o.normalize
+    ):
         report.say(line)
     if o.workers and volumes.on_device:
         report.say(f"--workers {o.workers} is not used: the volumes are on the GPU, where crops are made. "
@@ -228,7 +235,7 @@ def train(t: Training, model: Callable[..., Losses], report: Report | None, stop
                 text = validation_line(scores, len(t.validation), done, t.constant.get("class_names", {}))
                 report.say(text + (", the best so far" if better else ""))
                 if better:
-                    t.best = {"iteration": done, "dice": dice}
+                    t.best = {"iteration": done, "dice": dice, "scans": [case.name for case in t.validation]}
                     save_checkpoint(t.folder, t.contents(done), BEST)
                     clock.lap("saving")
         if report:
@@ -264,11 +271,12 @@ def summarize(t: Training, report: Report, manifest: dict[str, Any], shares: dic
     """Adds what was measured to the manifest and the log, and names the commands that come next."""
     o, folder, best = t.o, t.folder, t.best
     wall, memory = t.passed, peak_memory_gib(t.device)
+    chosen = {"best": {name: best[name] for name in ("iteration", "dice")}} if best else {}
     measured: dict[str, Any] = {
         **speed(o.iterations, wall),
         "peak_memory_gib": round(memory, 2),
         "time_shares": {name: round(share, 4) for name, share in shares.items()},
-        **({"best": best} if best else {}),
+        **chosen,
     }
     write_json(folder / MANIFEST, {**manifest, **measured})
     report.say(f"done: {o.iterations} iterations in {wall / 60:.1f} min, {measured['iterations_per_s']} it/s, "

@@ -17,6 +17,7 @@ from torch import Tensor
 
 AUGMENTATIONS = ("d4", "mirror", "flip", "none")
 AXES = ("x", "y", "z")
+PIECE = 2**14  # voxels; torch shares out 2**15 and more
 FLIPPED = ((), (0,), (0, 1), (1,))  # axes to flip for 0..3 quarter turns, after the transpose of odd turns
 
 
@@ -191,7 +192,19 @@ def random_intensities(image: Tensor, generator: np.random.Generator, strength: 
     gamma, contrast, shift = generator.uniform(-strength, strength, 3).tolist()
     low, high = image.aminmax()
     u = (image - low) / (high - low).clamp(min=torch.finfo(image.dtype).tiny)
-    return float(np.exp(contrast)) * (low + (high - low) * u ** float(np.exp(gamma))) + shift
+    return float(np.exp(contrast)) * (low + (high - low) * power(u, float(np.exp(gamma)))) + shift
+
+
+def power(u: Tensor, exponent: float) -> Tensor:
+    """u^exponent of a tensor of any shape, the same to the last bit for any number of threads.
+
+    On a CPU torch computes the voxels left over at the end of each thread's share by another function than the others.
+    A data worker has one thread and the main process several, so a crop would depend on who makes it. Pieces of this
+    size are not shared out.
+    """
+    if u.device.type != "cpu":
+        return u**exponent
+    return torch.cat([piece**exponent for piece in u.flatten().split(PIECE)]).view_as(u)
 
 
 def degraded(image: Tensor, generator: np.random.Generator, strengths: Strengths) -> Tensor:

@@ -8,7 +8,7 @@ cropped around the atrium, so the crops are brighter. LA holds the smallest and 
 import dataclasses
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -113,12 +113,18 @@ def with_spacing(facts: Facts) -> Facts:
 
 
 def findings_of(
-    facts: Sequence[Facts], *, patch_size: Sequence[int] = (), downsample: int = 1, normalize: str = "none"
+    facts: Sequence[Facts],
+    *,
+    trained: Sequence[Facts] = (),
+    patch_size: Sequence[int] = (),
+    downsample: int = 1,
+    normalize: str = "none",
 ) -> list[Finding]:
     """Warnings and notes about intensities, spacing, orientation, sizes and empty labels; none for the LA set.
 
     Args:
         facts: facts of the cases, with spacing.
+        trained: those of the training cases among them, whose median spacing all should have; (): all.
         patch_size: voxels of a crop along x, y, z; () skips the check of the sizes.
         downsample: pooling factor before the crop.
         normalize: normalisation of each volume; unless it is 'none' the intensities are not checked.
@@ -126,7 +132,7 @@ def findings_of(
     return [
         *_channels(facts),
         *(_intensities(facts) if normalize == "none" else []),
-        *_spacings(facts),
+        *_spacings(facts, usual_spacing(trained) or usual_spacing(facts)),
         *_orientations(facts),
         *(_small(facts, patch_size, downsample) if patch_size else []),
         *_labels(facts),
@@ -194,23 +200,21 @@ def usual_spacing(facts: Sequence[Facts]) -> tuple[float, ...] | None:
     return tuple(np.median(spacings, axis=0).tolist()) if spacings else None
 
 
-def of_other_spacing(facts: Sequence[Facts]) -> list[Facts]:
-    """The cases whose spacing differs from the usual one by more than 1 %."""
-    middle = usual_spacing(facts)
+def of_other_spacing(facts: Sequence[Facts], middle: Sequence[float] | None) -> list[Facts]:
+    """The cases whose spacing differs from the usual one, `middle`, by more than 1 %; none if it is not known."""
     return [x for x in facts if x.spacing and middle and np.abs(np.divide(x.spacing, middle) - 1).max() > 0.01]
 
 
-def _spacings(facts: Sequence[Facts]) -> list[Finding]:
+def _spacings(facts: Sequence[Facts], middle: Sequence[float] | None) -> list[Finding]:
     findings = []
     unknown = tuple(x.case.name for x in facts if not x.spacing)
     if unknown:
         text = "neither the file nor the set states the size of a voxel, so that nothing is known in mm. Write it into "
         more = f"the files (attribute spacing) or, the mm along x, y and z, into {SPACING_FILE} next to the lists."
         findings.append(Finding("warning", () if len(unknown) == len(facts) else unknown, text + more))
-    middle = usual_spacing(facts)
     if middle is None:
         return findings
-    others = of_other_spacing(facts)
+    others = of_other_spacing(facts, middle)
     target = " ".join(f"{mm:.3g}" for mm in middle)
     if others:
         ranges = " x ".join(_range(mm) for mm in zip(*(x.spacing for x in facts if x.spacing), strict=True))
@@ -305,10 +309,36 @@ def duplicates(facts: Sequence[Facts], test: Sequence[str] = (), validation: Seq
     return findings
 
 
-def warnings_of(facts: Sequence[Facts], *, patch_size: Sequence[int], downsample: int, normalize: str) -> list[str]:
-    """Warning lines for the start of a training, from the facts of the volumes that it has read."""
+def absent(group: str, voxels: Sequence[Mapping[int, int]], classes: int) -> dict[int, str]:
+    """Class -> a sentence about it, for each class that no case of a group has.
+
+    Args:
+        group: training, test or validation, the word for the cases.
+        voxels: class -> voxels of each of its labels. Empty ones do not count.
+        classes: C.
+    """
+    shown = {c for counts in voxels for c in counts}
+    what = "scored" if group in ("test", "validation") else "learned"
+    text = f"no {group} case has class {{}}, so that it cannot be {what}. See --classes and the order of the list."
+    return {c: text.format(c) for c in range(1, classes + 1) if shown and c not in shown}
+
+
+def warnings_of(
+    facts: Sequence[Facts], *, labeled: int, patch_size: Sequence[int], downsample: int, normalize: str
+) -> list[str]:
+    """Warning lines for the start of a training, from the facts of the volumes that it has read.
+
+    Args:
+        facts: of the cases that were not in a cache.
+        labeled: number of labeled cases. If some of them were in a cache, nothing is said of classes that none has.
+        patch_size, downsample, normalize: as in `findings_of`.
+    """
     facts = [with_spacing(x) for x in facts]
     findings = findings_of(facts, patch_size=patch_size, downsample=downsample, normalize=normalize)
+    voxels = [x.voxels for x in facts if x.voxels is not None]
+    if len(voxels) == labeled:
+        texts = absent("labeled training", voxels, facts[0].case.classes)
+        findings += [Finding("warning", (), text) for text in texts.values()]
     return [f"warning: {finding}" for finding in findings + duplicates(facts) if finding.level == "warning"]
 
 

@@ -3,17 +3,17 @@
     python -m dataloaders.phantom DEST
     python -m dataloaders.phantom DEST --seed 5 --train 80 --test 20 --classes 3
 
-writes a set (an existing one is kept) and prints the Dice of a global intensity threshold on its test cases. The blood
-of the atrium is as bright as that of the ventricle, the aorta and the vessels. The atrium differs by a thin dark wall
-and a smoother texture, which do not change under flips and quarter turns, and by its size and position. Class 1 is the
-atrium, class 2 the blood of the ventricle, class 3 the muscle around it.
+writes a set (an existing one is kept, and refused if a flag asks for another) and prints the Dice of a global intensity
+threshold on its test cases. The blood of the atrium is as bright as that of the ventricle, the aorta and the vessels.
+The atrium differs by a thin dark wall and a smoother texture, which do not change under flips and quarter turns, and by
+its size and position. Class 1 is the atrium, class 2 the blood of the ventricle, class 3 the muscle around it.
 """
 
 import dataclasses
 import itertools
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import h5py
@@ -22,8 +22,8 @@ from scipy import ndimage
 from skimage import measure
 
 from utils import masks
-from utils.errors import run
-from utils.options import Parser, fill, option
+from utils.errors import UserError, run
+from utils.options import Parser, fill, flag_of, option
 
 Shape = tuple[int, int, int]
 MOST_CLASSES = 3
@@ -194,6 +194,28 @@ def make_phantom_set(folder: Path, *, seed: int = 2021, train: int = 40, test: i
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def refuse_other_set(folder: Path, flags: Mapping[str, int]) -> None:
+    """Checks that a set, which may have been there before, is the one that the flags ask for.
+
+    Raises:
+        UserError: naming the first flag that asks for another one.
+    """
+    train, test = ((folder / f"{split}.list").read_text(encoding="utf-8").split() for split in ("train", "test"))
+    shapes, classes = [], 0
+    for name in (*train, *test):
+        with h5py.File(folder / name / "mri_norm2.h5") as file:
+            shapes.append(file["image"].shape)
+            classes = classes or int(file["label"][:].max())
+    there: dict[str, object] = {"train": len(train), "test": len(test), "classes": classes}
+    for name, value in flags.items():
+        of_seed = name == "seed" and shapes == [case_shape(value, index) for index in range(len(shapes))]
+        if not (of_seed or there.get(name) == value):
+            raise UserError(
+                f"{folder} is there already, made with another {flag_of(name)}, and is kept. Name another folder, or "
+                f"leave {flag_of(name)} out."
+            )
+
+
 def threshold_dice(cases: Iterable[tuple[np.ndarray, np.ndarray]], largest_component: bool = False) -> float:
     """Best mean Dice in [0,1] of one intensity interval [lo, hi] over all `cases` (image, label).
 
@@ -229,6 +251,7 @@ def main(argv: list[str] | None = None) -> None:
     flags = parser.parse(argv)
     folder: Path = flags.pop("dest")
     make_phantom_set(folder, **dataclasses.asdict(fill(Options, flags)))
+    refuse_other_set(folder, flags)
     cases = []
     for name in (folder / "test.list").read_text(encoding="utf-8").split():
         with h5py.File(folder / name / "mri_norm2.h5") as file:

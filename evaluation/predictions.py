@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from utils.distributed import RANK, wait_for_rank_0
 from utils.errors import UserError
+from utils.run_folder import has_checkpoint
 from utils.run_lock import folder_lock
 
 COUNTS = ("voxels", "label_voxels")
@@ -23,8 +24,10 @@ FILES = ("test.json", "cases.csv", "table.md", "report.html")
 
 
 def test_of(path: Path) -> Path:
-    """The test folder of a run folder that was tested, RUN/test; another folder itself."""
-    return path / "test" if (path / "test" / "cases.csv").is_file() and not (path / "cases.csv").is_file() else path
+    """The test folder of a run folder, RUN/test, also where it is still to be written; another folder itself."""
+    inner = path / "test"
+    of_run = (inner / "cases.csv").is_file() or has_checkpoint(path)
+    return inner if of_run and not (path / "cases.csv").is_file() else path
 
 
 def read_scores(test: Path) -> list[dict[str, Any]]:
@@ -47,8 +50,9 @@ def read_scores(test: Path) -> list[dict[str, Any]]:
                 # Both masks are empty; early tests wrote scores of 1 and 0.
                 row.update({name: math.nan for name in numbers if name not in COUNTS})
     except OSError as e:
+        run = path.parent.parent if has_checkpoint(path.parent.parent) else "RUN"
         raise UserError(
-            f"cannot read {path}: {e.strerror or e}. Run test_la.py --checkpoint RUN, which writes it."
+            f"cannot read {path}: {e.strerror or e}. Run test_la.py --checkpoint {run}, which writes it."
         ) from e
     except (KeyError, IndexError, ValueError, TypeError) as e:
         raise UserError(f"{path} is no cases.csv of test_la.py ({e!r}). Test the run again.") from e

@@ -108,7 +108,7 @@ class ADMT(Method):
             monitors = dict.fromkeys(("pseudo/foreground", "pseudo/sure", "pseudo/conflict"), zero)
         p = probabilities(logits.detach(), o.classes)
         monitors["dice/train_seg"] = hard_dice(labeled_part(p, batch), label)
-        weight = o.pseudo_weight * ramp_up(iteration, o.ramp_end * self.iterations)
+        weight = o.pseudo_weight * ramp_up(iteration, o.ramp_end * self.iterations) if len(unlabeled) else 0.0
         return Losses(weighted_sum(terms, {"pseudo": weight}), terms, {"w": weight}, monitors)
 
     @torch.no_grad()

@@ -69,7 +69,7 @@ class CPS(Method):
             "seg": torch.stack([seg_loss(labeled_part(x, batch), label, o.classes) for x in logits]).sum(),
             "pseudo": torch.stack(crossed).sum(),
         }
-        weight = o.pseudo_weight * ramp_up(iteration, o.ramp_end * self.iterations)
+        weight = o.pseudo_weight * ramp_up(iteration, o.ramp_end * self.iterations) if parts else 0.0
         monitors = {
             "dice/train_seg": hard_dice(labeled_part(p[0], batch), label),
             "pseudo/foreground": (pseudo[0] > 0).float().mean(),

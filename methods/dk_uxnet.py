@@ -105,8 +105,10 @@ class DKUXNet(Method):
             views = self.networks[1](strong), self.networks[0](weak)
         labels = batch["other_label" if self.needs_other_crop else "label"], batch["label"]
         parts = [self.supervised(x, y) for x, y in zip(views, labels, strict=True)]
-        terms = {name: torch.stack([part[name] for part in parts]).sum() for name in parts[0]} | self.agreement(*views)
-        lambda_ = o.lambda_max * ramp_up(iteration, self.iterations, o.ramp)
+        terms = {name: torch.stack([part[name] for part in parts]).sum() for name in parts[0]}
+        agreement = self.agreement(*views)
+        terms |= agreement
+        lambda_ = o.lambda_max * ramp_up(iteration, self.iterations, o.ramp) if agreement else 0.0
         factors = {"qd": o.qd_weight, "deep": o.deep_weight, "segc": lambda_, "qdc": lambda_}
         p = labeled_part(foreground_logits(views[1].logits.detach()).sigmoid(), batch)
         monitors = {"dice/train_seg": hard_dice(p, batch["label"])}

@@ -95,10 +95,10 @@ class DTMLPlus(Method):
         logits = self.M_s(torch.cat([labeled, strong_view(unlabeled, o.strong)]))["seg"]
         z = self.M_d(torch.cat([labeled, strong_view(unlabeled, o.strong)]))["sdm"]
         p, m = probabilities(logits, o.classes), sdm_to_mask(z, o.k)
-        weight = o.pseudo_weight * self.ramp(iteration)
+        weight = o.pseudo_weight * self.ramp(iteration) if len(unlabeled) else 0.0
         terms = {"seg": seg_loss(logits[:L], label, o.classes), "mask": dice_loss(m[:L], label)}
         monitors: dict[str, Tensor] = {}
-        if weight and len(unlabeled):
+        if weight:
             pseudo, a, monitors = self.pseudo_label(unlabeled)
             terms["pseudo_seg"] = seg_loss(logits[L:], pseudo, o.classes, a)
             terms["pseudo_mask"] = dice_loss(m[L:], pseudo, a)

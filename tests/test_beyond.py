@@ -7,7 +7,7 @@ from scipy.ndimage import distance_transform_edt
 from small_methods import make, make_batch
 from test_data import patches
 
-from dataloaders.augmentation import draw_augmentation, random_intensities, turn_and_flip
+from dataloaders.augmentation import draw_augmentation, power, random_intensities, turn_and_flip
 from dataloaders.two_stream import Slot
 from evaluation.sliding_window import FLIPS, mean_of_flips
 from losses.ramps import cosine_rate
@@ -51,6 +51,24 @@ def test_intensities_are_the_formula():
     expected = np.exp(contrast) * (x.min() + (x.max() - x.min()) * u ** np.exp(gamma)) + shift
     result = random_intensities(image, np.random.default_rng(5), 0.3)
     np.testing.assert_allclose(result.numpy(), expected, rtol=1e-12)
+
+
+def test_intensities_are_the_same_for_any_number_of_threads():
+    """A data worker has one thread. Sides whose shares leave no voxels over give what torch gives."""
+    images = [torch.randn(sides, generator=torch.Generator().manual_seed(0)) for sides in ((61, 53, 47), (64, 64, 32))]
+    threads = torch.get_num_threads()
+    try:
+        for image in (*images, images[0].transpose(0, 1)):
+            results = []
+            for n in (1, 2, 3):
+                torch.set_num_threads(n)
+                results.append(random_intensities(image, np.random.default_rng(5), 0.3))
+            assert all(torch.equal(result, results[0]) for result in results)
+        torch.set_num_threads(2)
+        u = (images[1] - images[1].min()) / (images[1].max() - images[1].min())
+        assert torch.equal(power(u, 1.27), u**1.27)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_a_crop_of_one_value_stays_finite():

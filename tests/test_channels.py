@@ -199,6 +199,10 @@ def test_a_checkpoint_names_its_channels_and_a_test_wants_the_same(world, tmp_pa
     (tmp_path / "set" / "dataset.json").write_text(json.dumps(names))
     with pytest.raises(UserError, match=r"are FLAIR, T1, and the network was trained on T1, FLAIR"):
         test_la.main(["--checkpoint", str(world / "runs" / "two"), "--data", str(tmp_path / "set"), "--device", "cpu"])
+    with pytest.raises(
+        UserError, match=r"--init .*two/last.pt was trained on the channels T1, FLAIR, .* are FLAIR, T1\. "
+    ):
+        train(tmp_path / "set", tmp_path / "init", "--method", "supervised", "--init", str(world / "runs" / "two"))
     make_set(tmp_path / "one", train=4, test=1)
     with pytest.raises(UserError, match="has 1 channel, where 2 are needed"):
         test_la.main(["--checkpoint", str(world / "runs" / "two"), "--data", str(tmp_path / "one"), "--device", "cpu"])

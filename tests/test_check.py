@@ -324,6 +324,19 @@ def log_of(data: Path, folder: Path, *args: str) -> list[str]:
     return [line for line in (folder / "log.txt").read_text().splitlines() if line.startswith("warning:")]
 
 
+def test_training_tells_of_a_class_that_no_labeled_scan_has(tiny_set, tmp_path):
+    for i in range(4):
+        label = volumes(tiny_set, f"case{i:02d}")[1]
+        change(tiny_set, f"case{i:02d}", label=np.where(label > 0, 3 if i else 1, 0).astype(np.uint8))
+    text = (
+        "no labeled training case has class 2, so that it cannot be learned. See --classes and the order of the list."
+    )
+    said = [f"warning: all cases: {text}"]
+    assert log_of(tiny_set, tmp_path / "once", "--classes", "3", "--cache", "disk") == said
+    change(tiny_set, "case03", spacing=(1.0, 1.0, 2.0))  # alone read anew, so that nothing is known of the others
+    assert log_of(tiny_set, tmp_path / "again", "--classes", "3", "--cache", "disk") == []
+
+
 def test_training_tells_what_it_sees_and_a_clean_set_is_silent(tiny_set, tmp_path, capsys):
     assert log_of(tiny_set, tmp_path / "clean") == []
     image, _ = volumes(tiny_set, "case01")

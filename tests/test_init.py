@@ -1,6 +1,8 @@
 """--init: what a run takes from the weights of another one, what begins anew, and what is refused."""
 
+import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,8 @@ from conftest import TINY, flat, load, make_set
 import test_la
 import train_dtml
 from methods import METHODS
+from methods.dtml import DTML
+from tools.training_start import refuse_other_order
 from utils.errors import UserError
 
 WORDS = [*TINY, "--iterations", "2", "--save-every", "1", "--device", "cpu"]
@@ -90,6 +94,24 @@ def test_scans_of_the_first_training_are_not_tested_on_after_the_second(folder, 
     train_dtml.main(["--resume", str(tmp_path / "run")])
     with pytest.raises(UserError, match=message):
         test_la.main(tested)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ({"1": "anterior", "2": "posterior"}, ""),
+        ({"1": "liver", "2": "tumour"}, ""),
+        ({}, ""),
+        ({"1": "posterior", "2": "anterior"}, "set and w.pt number the classes in different ways: posterior is class 1 "
+                                              "and class 2; anterior is class 2 and class 1"),
+    ],
+)  # fmt: skip
+def test_classes_of_the_weights_in_another_order_are_refused(names, message, tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "dataset.json").write_text(json.dumps({"labels": names}))
+    state = {"file": "w.pt", "options": {}, "class_names": {"1": "anterior", "2": "posterior"}}
+    with pytest.raises(UserError, match=message) if message else nullcontext():
+        refuse_other_order(tmp_path / "set", DTML.Options(classes=2), state)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,28 @@ def test_a_longer_training_takes_the_weights_of_a_shorter_one(name):
         assert not isinstance(weight, torch.Tensor) or torch.equal(weight, longer.state_dict()[key]), key
 
 
+NOT_THERE = {  # of a batch without unlabeled crops, with options that leave none of these terms
+    "cps": ({"pseudo_on": "unlabeled"}, {"pseudo"}),
+    "dtml-plus": ({}, {"pseudo_seg", "pseudo_mask"}),
+    "bcp": ({}, {"pseudo_seg"}),
+    "ad-mt": ({}, {"pseudo"}),
+    "unimatch": ({}, {"features", "strong"}),
+    "dk-uxnet": ({"consistency_terms": "none", "query_channels": 16, "groups": [3, 2], "levels": [8, 4]}, set()),
+}
+
+
+@pytest.mark.parametrize("name", NOT_THERE)
+def test_the_log_has_no_weight_above_0_of_terms_that_are_not_there(name):
+    options, constant = NOT_THERE[name]
+    losses = make(name, **options)(make_batch(labeled=4, unlabeled=0), T - 1)
+    assert {key for key, term in losses.terms.items() if not term.requires_grad} == constant
+    assert all(losses.terms[key] == 0 for key in constant)
+    assert set(losses.weights.values()) <= {0.0}
+    assert losses.total.item() == pytest.approx(
+        sum({"qd": 0.1, "deep": 0.1}.get(key, 1) * term.item() for key, term in losses.terms.items()), rel=1e-6
+    )
+
+
 # -- DTC and SASSNet --
 
 

@@ -75,6 +75,18 @@ def test_numbers_that_make_no_set_are_refused(args, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_set_that_is_there_is_kept_and_never_taken_for_another_one(tmp_path, capsys):
+    made = [str(tmp_path / "set"), "--train", "1", "--test", "1", "--seed", "5", "--classes", "2"]
+    module.main(made)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.h5")}
+    for args in (made, made[:1], made[:3]):
+        module.main(args)
+    for flag, value in {"--train": "2", "--test": "2", "--seed": "6", "--classes": "1"}.items():
+        with pytest.raises(UserError, match=rf"set is there already, made with another {flag}, and is kept"):
+            module.main([*made, flag, value])
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.h5")} == before
+
+
 def test_interrupted_generation_leaves_nothing(tmp_path, monkeypatch):
     def fail_midway(seed, index, shape, classes):
         if index == 1:

@@ -3,6 +3,8 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,9 @@ import train_dtml
 from evaluation.slices import LABEL, PREDICTION, panels
 from losses.ramps import ramp_up
 from methods import restore
+from settings import Options
+from tools import training_start
+from tools.training_start import header
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
 from utils.report import duration
@@ -51,6 +56,18 @@ def test_the_log_begins_with_what_is_trained_and_says_how_long_it_will_take(run)
     assert head["iterations"] == "0 to 12, sgd, learning rate 0.01 at first"
     place = [i for i, line in enumerate(lines) if " left: " in line and "2 iterations to go" in line]
     assert len(place) == 1 and lines[place[0] + 1].startswith("10/12  ")
+
+
+def test_the_batch_in_the_log_is_that_of_each_process(run, monkeypatch):
+    o = Options(data="set", batch_size=6, patch_size=[32, 16, 16], downsample=2)
+    t: Any = SimpleNamespace(o=o, folder=run, method=restore(load_checkpoint(run)), labeled=4, unlabeled=4,
+                             validation=[], labeled_batch=2, start=0)  # fmt: skip
+    batches = []
+    for ranks in (1, 2):
+        monkeypatch.setattr(training_start, "RANKS", ranks)
+        batches.append(header(t, "cpu", 0.01)[3].split(maxsplit=1)[1])
+    crops = "6 crops of 32x16x16 voxels at 1/2 of the resolution, 2 of them labeled"
+    assert batches == [crops, f"{crops}, in each of 2 processes"]
 
 
 def test_times_are_written_as_people_say_them():
@@ -94,6 +111,20 @@ def test_a_finished_run_goes_further_with_the_schedules_of_the_longer_one(run, t
     assert all(torch.equal(weight, again["method"][name]) for name, weight in last["method"].items())
     train_dtml.main(["--resume", str(copy)])
     assert "more --iterations goes on from there" in capsys.readouterr().err
+
+
+def test_a_run_killed_before_its_new_end_does_not_state_the_time_of_the_old_one(run, tmp_path, monkeypatch):
+    """Killed between its last checkpoint and its manifest; given again, it is done, with the time of all iterations."""
+    copy = shutil.copytree(run, tmp_path / "run")
+    old = json.loads((copy / "manifest.json").read_text())
+    with monkeypatch.context() as killed:
+        killed.setattr(train_dtml, "summarize", lambda *_: None)
+        train_dtml.main(["--resume", str(copy), "--iterations", "16"])
+    manifest = json.loads((copy / "manifest.json").read_text())
+    assert set(old) - set(manifest) == {"wall_s", "iterations_per_s", "peak_memory_gib", "time_shares"}
+    train_dtml.main(["--resume", str(copy)])
+    manifest, seconds = json.loads((copy / "manifest.json").read_text()), load(copy / "last.pt")["seconds"]
+    assert manifest["wall_s"] == round(seconds, 1) and manifest["iterations_per_s"] == round(16 / seconds, 4)
 
 
 def test_steps_that_were_not_chosen_move_along(run, tmp_path):

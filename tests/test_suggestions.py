@@ -1,6 +1,7 @@
 """What python -m tools.check suggests for a training, and the memory that it counts for it."""
 
 import math
+import re
 import shlex
 from pathlib import Path
 
@@ -173,6 +174,17 @@ def test_what_is_known_stands_in_the_command(tmp_path, capsys):
         f"--data '{folder}' --labeled 1 --classes 2 --normalize scan --halvings 2 4 4 --augment none --patch-size "
         "40 16 16 --batch-size 2"
     )
+
+
+def test_one_spacing_is_named_that_of_the_training_cases(tmp_path, capsys):
+    """Five of the eight scans are tested on, so that the median of all of them would be theirs."""
+    folder = with_spacing(make_set(tmp_path / "set", train=3, test=5, labeled=3, shape=(40, 24, 24)), (1.0, 1.0, 1.5))
+    with_spacing(folder, (0.3, 0.3, 2.0), "case0[3-7]")
+    check.main([str(folder), "--workers", "1"])
+    text = capsys.readouterr().out
+    assert "spacing   1 x 1 x 1.5 mm, the median" in text
+    assert "case03, case04, case05, case06, case07: voxels of another size than 1 1 1.5 mm; in the set" in text
+    assert set(re.findall(r"--spacing ([\d. ]+\d)", text)) == {"1 1 1.5"}
 
 
 def test_nothing_is_suggested_with_a_patch_size_or_an_error(thin, tiny_set, capsys):

@@ -70,7 +70,8 @@ def test_best_is_the_highest_dice_which_the_test_script_finds_again(folder):
     curve = {int(row["iteration"]) + 1: float(row["dice/validation"]) for row in scalars(run)}
     top = max((dice, i) for i, dice in curve.items() if not math.isnan(dice))
     assert best["iteration"] == top[1] == best["best"]["iteration"] == load(run / "last.pt")["best"]["iteration"]
-    assert json.loads((run / "manifest.json").read_text())["best"] == best["best"]
+    stated = json.loads((run / "manifest.json").read_text())["best"]
+    assert best["best"] == {**stated, "scans": VALIDATION} and set(stated) == {"iteration", "dice"}
     rows = rows_of(run / "best-validation", "--checkpoint", str(run / "best.pt"), "--scans", "validation")
     rows = [row for row in rows if (row["output"], row["component"]) == ("seg", "all")]
     assert [row["case"] for row in rows] == VALIDATION
@@ -129,11 +130,26 @@ def test_a_resumed_run_keeps_the_best_of_before_and_ends_as_if_nothing_had_been(
     faked(monkeypatch, 0.4)
     train_dtml.main(["--resume", str(tmp_path / "stopped")])
     whole, resumed = (load(tmp_path / name / "last.pt") for name in ("whole", "stopped"))
-    assert resumed["best"] == whole["best"] == {"iteration": 2, "dice": 0.5}
+    assert resumed["best"] == whole["best"] == {"iteration": 2, "dice": 0.5, "scans": VALIDATION}
     for part in ("method", "optimizer", "best"):
         assert flat(whole[part]) == flat(resumed[part])
     for name in ("best.pt", "scalars.csv"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes()
+
+
+def test_the_best_of_other_validation_scans_is_not_compared_with(folder, tmp_path, monkeypatch, capsys):
+    data = shutil.copytree(folder / "set", tmp_path / "set")
+    faked(monkeypatch, 0.5, 0.3, 0.4)
+    train_dtml.main(["--data", str(data), "--runs", str(tmp_path), "--name", "run", *SHORT])
+    (data / "validation.list").write_text("\n".join(VALIDATION[:2]) + "\n")
+    (tmp_path / "run" / "previous.pt").replace(tmp_path / "run" / "last.pt")  # after 4 iterations
+    faked(monkeypatch, 0.2)
+    capsys.readouterr()
+    train_dtml.main(["--resume", str(tmp_path / "run")])
+    assert "after 2 iterations, was chosen on other validation scans" in capsys.readouterr().err
+    best = {"iteration": 6, "dice": 0.2}
+    assert load(tmp_path / "run" / "best.pt")["best"] == {**best, "scans": VALIDATION[:2]}
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["best"] == best
 
 
 # -- what is refused --

@@ -41,6 +41,7 @@ from dataloaders.findings import (
     LEVELS,
     Facts,
     Finding,
+    absent,
     duplicates,
     facts_of,
     findings_of,
@@ -185,12 +186,11 @@ def _classes(inspections: Sequence[Inspection], classes: int, groups: dict[str, 
     findings = []
     for group, names in groups.items():
         voxels = {x.name: x.facts.voxels for x in inspections if x.facts and x.facts.voxels and x.name in names}
+        nowhere = absent(group, list(voxels.values()), classes)
         for c in range(1, classes + 1):
             without = tuple(name for name, counts in voxels.items() if c not in counts)
-            if voxels and len(without) == len(voxels):
-                what = "scored" if group in ("test", "validation") else "learned"
-                text = f"no {group} case has class {c}, so that it cannot be {what}. "
-                findings.append(Finding("warning", (), text + "See --classes and the order of the list."))
+            if c in nowhere:
+                findings.append(Finding("warning", (), nowhere[c]))
             elif without:
                 findings.append(
                     Finding("note", without, f"class {c} is absent. Fine if the object is not in the scan.")
@@ -262,11 +262,12 @@ def check(folder: Path, o: Options) -> tuple[list[Finding], str, str]:
     lists = {"labeled": labeled, "unlabeled": unlabeled, "test": test}
     lists |= {"validation": validation} if validation else {}
     groups = {name: [good[n] for n in names if n in good] for name, names in lists.items()}
+    trained = groups["labeled"] + groups["unlabeled"]
     everything = [
         *missing,
         *findings_of_inspections(inspections, classes=o.classes, labeled=labeled, test=test, validation=validation),
-        *findings_of(list(good.values()), patch_size=patch_size, downsample=o.downsample),
-        *_memory(groups["labeled"] + groups["unlabeled"], o.downsample),
+        *findings_of(list(good.values()), trained=trained, patch_size=patch_size, downsample=o.downsample),
+        *_memory(trained, o.downsample),
         *unlisted(folder, [*train, *test, *validation]),
     ]
     findings = sorted(everything, key=lambda finding: LEVELS.index(finding.level))
@@ -275,9 +276,8 @@ def check(folder: Path, o: Options) -> tuple[list[Finding], str, str]:
     if not (bad or o.patch_size or is_phantom(folder)) and groups["labeled"]:
         gib = suggestions.device_gib() if o.memory is None else o.memory
         t = suggestions.Planned(str(folder), o.labeled, o.method, o.classes, o.downsample, gib)
-        facts = groups["labeled"] + groups["unlabeled"]
         try:
-            suggested = suggestions.described(suggestions.suggest(facts, len(groups["labeled"]), t), facts, t)
+            suggested = suggestions.described(suggestions.suggest(trained, len(groups["labeled"]), t), trained, t)
         except UserError as e:  # the findings count all the same
             suggested = f"No patch is suggested: {e}"
     return findings, table(groups, o.classes), suggested

@@ -97,7 +97,8 @@ def data_set(folder: Path, every: int, classes: int) -> tuple[dict[str, Any], fl
         smallest, largest = (tuple(map(choose, sides)) for choose in (min, max))
         report["volumes"] = f"{len(facts)} read, sides from {smallest} to {largest}"
         report["time to read"] = f"{(time.monotonic() - began) / len(facts):.2f} s a case"
-    for i, finding in enumerate(findings_of(facts) + duplicates(facts, test), 1):
+    trained = [x for x in facts if x.case.name not in test]
+    for i, finding in enumerate(findings_of(facts, trained=trained) + duplicates(facts, test), 1):
         report[f"{finding.level} {i}"] = str(finding)
     report["more"] = f"python -m tools.check {hidden(folder)} looks at every label and part"
     return report, memory_gib(facts) * every

@@ -174,7 +174,7 @@ def described(s: Suggestion, facts: Sequence[Facts], t: Planned) -> str:
     if s.spacing:
         lines.append(f"  spacing   {by_x(s.spacing)} mm, the median")
         mm = f", {by_x([n * one * t.downsample for n, one in zip(s.patch_size, s.spacing, strict=True)])} mm"
-        if of_other_spacing(facts):
+        if of_other_spacing(facts, s.spacing):
             target = " ".join(f"{one:.3g}" for one in s.spacing)
             lines[-1] += f"; resample first: python -m tools.convert --source SCANS --out NEW --spacing {target}"
     if s.halvings != HALVINGS:

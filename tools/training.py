@@ -54,7 +54,7 @@ class Training:
     seconds: float = 0.0
     """Time that the iterations before took."""
     best: dict[str, Any] | None = None
-    """Iteration and validation Dice of the best checkpoint."""
+    """Iteration and validation Dice of the best checkpoint, and the names of the scans that it was chosen on."""
     extended: list[int] = dataclasses.field(default_factory=list)
     """The numbers of iterations after which the run was once finished."""
 

@@ -6,9 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
+from dataloaders.channel_names import channel_names
+from dataloaders.class_names import class_names, refuse_other_numbers
 from methods import Method, restore
 from tools.training import Training, trained
-from utils.checkpoint import write_whole
+from utils.checkpoint import channels_of_state, classes_of_state, write_whole
+from utils.distributed import RANKS
 from utils.errors import UserError
 from utils.options import default_of, flag_of
 from utils.run_folder import digest
@@ -26,12 +29,14 @@ def header(t: Training, device: str, rate: float) -> list[str]:
     o = t.o
     left_out = f", fold {o.fold} left out" if o.fold else ""
     validation = f", {len(t.validation)} validated every {o.validate_every} iterations" if t.validation else ""
-    size = "x".join(map(str, o.patch_size)) + (f" at 1/{o.downsample} of the resolution" if o.downsample > 1 else "")
+    pooled = f" at 1/{o.downsample} of the resolution" if o.downsample > 1 else ""
+    size = "x".join(map(str, o.patch_size)) + f" voxels{pooled}"
+    where = f", in each of {RANKS} processes" if RANKS > 1 else ""
     lines = {
         "run": str(t.folder),
         "method": f"{o.method}, preset {o.preset}, {sum(p.numel() for p in trained(t.method)):,} parameters",
         "data": f"{o.data}: {t.labeled} labeled and {t.unlabeled} unlabeled scans{left_out}{validation}",
-        "batch": f"{o.batch_size} crops of {size} voxels, {t.labeled_batch} of them labeled",
+        "batch": f"{o.batch_size} crops of {size}, {t.labeled_batch} of them labeled{where}",
         "device": device,
         "iterations": f"{t.start} to {o.iterations}, {o.optimizer}, learning rate {rate:g} at first",
     }
@@ -65,19 +70,44 @@ def keep_as_finished(folder: Path, state: dict[str, Any]) -> None:
     write_whole(folder / finished_name(state["iteration"]), Path(state["file"]).read_bytes())
 
 
-def start_from(method: Method, name: str, state: dict[str, Any]) -> dict[str, Any]:
+def refuse_other_order(data: Path, own: Method.Options, state: dict[str, Any]) -> None:
+    """Refuses weights that have channels or classes of a set in another order, by their names in both.
+
+    Other names are those of another task, for which weights may be taken all the same.
+
+    Args:
+        data: folder of the set.
+        own: options of the method that is to take the weights.
+        state: contents of their checkpoint.
+
+    Raises:
+        UserError: naming them.
+    """
+    names, there = channel_names(data, own.channels), channels_of_state(state)
+    if names != there and sorted(names) == sorted(there):
+        raise UserError(
+            f"--init {state['file']} was trained on the channels {', '.join(there)}, and those of {data} are "
+            f"{', '.join(names)}. Convert the scans with their channels in the order of the weights."
+        )
+    classes = {c: name for c, name in class_names(data).items() if c <= own.classes}
+    refuse_other_numbers(classes, data, classes_of_state(state), state["file"])
+
+
+def start_from(method: Method, name: str, state: dict[str, Any], data: Path) -> dict[str, Any]:
     """Gives a new method the weights of a checkpoint, of its teacher and its critic too, but no optimizer's state.
 
     Args:
         method: the new method, on the CPU.
         name: its name, as of --method.
         state: contents of a checkpoint or of shared weights.
+        data: folder of the new run's data set.
 
     Returns:
         Where the weights come from, for the manifest: file, method, iteration and a checksum.
 
     Raises:
-        UserError: for weights of another method or of other shapes, naming what differs.
+        UserError: for weights of another method or of other shapes, or of the same channels or classes in another
+            order, naming what differs.
     """
     file, saved = state["file"], state["options"]
     if saved["method"] != name:
@@ -106,6 +136,7 @@ def start_from(method: Method, name: str, state: dict[str, Any]) -> dict[str, An
             f"--init {file} does not fit this run: {why}. Train with the same, or start without --init. "
             f"Weights that differ: {some(sorted(differ), 3, '; ')}."
         )
+    refuse_other_order(data, method.options, state)
     method.load_state_dict(fresh | there)
     weights = digest(*(weight.numpy() for _, weight in sorted(there.items())))
     return {"file": file, "method": name, "iteration": state["iteration"], "weights": weights}

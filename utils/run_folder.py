@@ -29,6 +29,7 @@ from utils.run_lock import LOCK
 
 OPTIONS, MANIFEST, SCALARS = "options.txt", "manifest.json", "scalars.csv"
 MOVED_ASIDE = re.compile(r"\.\d{8}-\d{6}(\.\d+)?(?=/|$)")  # what --fresh adds to the name of an old run folder
+MEASURED = ("wall_s", "iterations_per_s", "peak_memory_gib", "time_shares", "best")  # of a finished run
 PACKAGES = ("torch", "numpy", "h5py", "scipy", "medpy", "scikit-image", "tensorboard")
 
 
@@ -144,11 +145,13 @@ def make_manifest(device: torch.device, **more: Any) -> dict[str, Any]:
 def start_manifest(folder: Path, start: int, manifest: dict[str, Any]) -> dict[str, Any]:
     """Writes manifest.json of a run that begins at iteration `start`, and returns it.
 
-    A resumed run keeps its first manifest and adds when, where and how it went on.
+    A resumed run keeps its first manifest and adds when, where and how it went on. What was measured at the end of a
+    run that goes further is left out until its new end.
     """
     path = folder / MANIFEST
     if start and path.exists():
-        began = json.loads(path.read_text(encoding="utf-8"))
+        before = json.loads(path.read_text(encoding="utf-8"))
+        began = {key: value for key, value in before.items() if key not in MEASURED}
         again = {key: manifest[key] for key in ("command", "started", "commit", "device", "threads")}
         further = {"extended": manifest["extended"]} if "extended" in manifest else {}
         manifest = {**began, "resumed": [*began.get("resumed", []), {"iteration": start, **again}], **further}
