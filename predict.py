@@ -253,7 +253,7 @@ def refuse_scans(scans: list[Scan], o: Options, classes: int) -> None:
         )
     there = [str(file) for file in written if file.exists()]
     if there and not o.overwrite:
-        raise UserError(f"{some(there)} exists already. Choose another --out, or --overwrite.")
+        raise UserError(f"{some(there)} exist{'s' * (len(there) == 1)} already. Choose another --out, or --overwrite.")
     if {file.resolve() for file in (*written, out)} & {path.resolve() for path in paths}:
         raise UserError(f"--out {o.out} is where the scans are: they would be replaced. Choose another folder.")
 
@@ -340,9 +340,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"volumes: {report}", file=sys.stderr)
     if refused:
         listing = "\n".join(f"  {line}" for line in refused)
-        raise UserError(
-            f"{len(refused)} of {len(scans)} scans were not predicted, the others are in {o.out}:\n{listing}"
-        )
+        rest = f", the others are in {o.out}" if rows else ""
+        raise UserError(f"{len(refused)} of {len(scans)} scans were not predicted{rest}:\n{listing}")
 
 
 if __name__ == "__main__":

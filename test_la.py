@@ -28,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from dataloaders.cases import Case, read_case
+from dataloaders.cases import Case, lists_of, read_case
 from dataloaders.channel_names import refuse_other_channels
 from dataloaders.class_names import class_names, refuse_other_numbers
 from dataloaders.geometry import known_spacing, read_geometry
@@ -100,7 +100,7 @@ class Options:
     out: str = option(
         "",
         "folder of the results (default RUN/SCANS; of another file than last.pt a folder next to it, named after both; "
-        "with --cases one of their own)",
+        "with --cases, or --data of another set, one of their own)",
     )
     save: str = option("largest", "predictions to write as NIfTI", choices=(*COMPONENTS, "none"))
     precision: str = option("fp32", "arithmetic of the convolutions", choices=(*PRECISIONS, "fp16"))
@@ -213,6 +213,8 @@ def main(argv: list[str] | None = None) -> None:
     usual_out = (path if path.is_dir() else path.parent) / o.scans
     usual_out = path.with_name(f"{path.stem}-{o.scans}") if other else usual_out
     usual_out = usual_out.with_name(f"{usual_out.name}-cases") if o.cases else usual_out  # next to the test of all
+    if o.data and seen and not {*seen} & {*lists_of(folder)[0]}:  # a set of other scans
+        usual_out = usual_out.with_name(f"{usual_out.name}-{folder.resolve().name}")
     out = Path(o.out) if o.out else usual_out
 
     # predict, and score earlier scans meanwhile

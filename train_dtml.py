@@ -282,7 +282,8 @@ def summarize(t: Training, report: Report, manifest: dict[str, Any], shares: dic
     report.say(f"done: {o.iterations} iterations in {wall / 60:.1f} min, {measured['iterations_per_s']} it/s, "
                f"{measured['peak_memory_gib']} GiB at most")  # fmt: skip
     report.say("time: " + ", ".join(f"{k} {100 * v:.1f} %" for k, v in measured["time_shares"].items()))
-    report.say(f"test it:      python test_la.py --checkpoint {shlex.quote(str(folder))}")
+    scans = " --scans validation" if o.fold else ""  # of the fold
+    report.say(f"test it:      python test_la.py --checkpoint {shlex.quote(str(folder))}{scans}")
     if best:
         report.say(f"the best:     python test_la.py --checkpoint {shlex.quote(str(folder / BEST))}   (iteration "
                    f"{best['iteration']}, Dice {100 * best['dice']:.2f} % in validation)")  # fmt: skip

@@ -17,6 +17,7 @@ has no spacing in mm.
 import itertools
 import math
 import re
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -108,7 +109,8 @@ def refuse_unconverted(folder: Path) -> None:
             source = folder if part or folder.name not in SOURCES else folder.parent
             raise UserError(
                 f"{folder} holds scans such as {scan.relative_to(folder)} and no converted data set. Convert them "
-                f"first: python -m tools.convert --source {source} --out data/mine, then give --data data/mine."
+                f"first: python -m tools.convert --source {shlex.quote(str(source))} --out data/mine, then "
+                "give data/mine."
             )
 
 

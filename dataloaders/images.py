@@ -85,7 +85,7 @@ def read_label(path: Path) -> tuple[NDArray[np.integer], Geometry]:
             raise CaseError(f"holds {wrong[0] if wrong.size else np.abs(label).max():g}, and labels are integers")
         label = label.astype(np.int32)
     if label.min() < 0:
-        raise CaseError(f"holds {label.min()}, and labels are 0 or above")
+        raise CaseError(f"holds {label.min()}, and labels are 0 or above. Is it a scan?")
     return label, geometry
 
 

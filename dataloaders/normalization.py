@@ -156,7 +156,7 @@ def _window_scaling(image: NDArray[np.float32], how: Normalization, mean_before:
         darkest, brightest = (float(x) * sd_before + mean_before for x in (image.min(), image.max()))
         raise CaseError(
             f"has intensities from {darkest:g} to {brightest:g}, which are almost all alike in --window {level:g} "
-            f"{width:g}. Give a window of the scan's own intensities"
+            f"{width:g}. Train with a window of the scans' own intensities, or leave this scan out"
         )
     return scaling
 

@@ -128,7 +128,8 @@ def test_check_looks_at_every_channel(tmp_path):
     two_channels(tmp_path, train=3, labeled=2)
     with h5py.File(tmp_path / "case01" / "mri_norm2.h5", "r+") as f:
         f["image"][1] = 1000 + f["image"][1]
+    (tmp_path / "dataset.json").write_text('{"channel_names": {"0": "T1", "1": "T2"}}')
     findings, table, _ = check.check(tmp_path, check.Options(labeled=2, patch_size=[16, 16, 16], workers=1))
     odd = [x for x in findings if "not that of a normalised scan" in x.text]
     assert [x.cases for x in odd] == [("case01",)] and odd[0].text.startswith("in channel 1 the intensities")
-    assert "channel 0, mean" in table and "channel 1, 99th percentile" in table
+    assert "T1, mean" in table and "T2, 99th percentile" in table

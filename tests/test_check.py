@@ -188,6 +188,8 @@ def test_an_unknown_spacing_is_no_size_in_ml(tiny_set, capsys):
 
 
 def test_scans_smaller_than_the_patch(tiny_set, capsys, monkeypatch):
+    check.main([str(tiny_set), "--labeled", "4", "--workers", "1"])  # a patch within the scans is suggested
+    assert "smaller than" not in capsys.readouterr().out
     line = warned(tiny_set, capsys, "--patch-size", "32", "16", "32")
     assert "and 5 more: smaller than the patch 32 16 32 along x, z (the smallest is 24x22x18)" in line
     assert "filled up with zeros" in line
@@ -262,6 +264,20 @@ def test_islands_are_those_of_scipy(tiny_set, capsys):
     assert count == 3 and line.startswith(f"case02: class 1 lies in 3 parts of {int(label.sum()) - 3}, 2, 1 voxels")
 
 
+def test_several_parts_are_one_note_and_specks_one_for_each_case(tiny_set, capsys):
+    for i in range(3):
+        label = np.zeros((24, 22, 18), np.uint8)
+        label[2:10, 2:10, 2:10], label[12 + i : 16 + i, 12:16, 12:16] = 1, 1
+        change(tiny_set, f"case0{i}", label=label)
+    text = "class 1 lies in 2 parts of 512, 64 voxels in case00. Fine if the object has several parts."
+    assert noted(tiny_set, capsys) == [f"case00, case01, case02: {text}"]
+    label[20, 20, 3] = 1  # less than 1 % of it
+    change(tiny_set, "case02", label=label)
+    specks, several = noted(tiny_set, capsys)
+    assert specks == "case02: class 1 lies in 3 parts of 512, 64, 1 voxels. See whether the specks belong to it."
+    assert several == f"case00, case01: {text}"
+
+
 def test_the_border(tiny_set, capsys):
     label = volumes(tiny_set, "case02")[1].copy()
     label[:12, 11, 9] = 1
@@ -303,6 +319,10 @@ def test_classes_are_counted_and_named_where_they_are_absent(three, capsys):
     lines, rest = run_check(three, capsys, "--classes", "3")
     assert [line for line in lines if not line.startswith("note:")] == []
     assert "| class 2, ml | 0.064 |  | 0.064 |  |" in rest and "| class 3, ml | 0.048 |" in rest
+    assert "| sides, voxels | 24x22x18 | 24x22x18 | 24x22x18 |" in rest
+    assert "e-0" not in rest.split("in memory")[0]
+    (three / "dataset.json").write_text('{"labels": {"0": "background", "1": "liver"}}')
+    assert "| class 1 liver, ml |" in run_check(three, capsys, "--classes", "3")[1]
     for i in range(4):
         label = volumes(three, f"case{i:02d}")[1].copy()
         label[label == 3] = 0

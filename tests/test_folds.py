@@ -68,6 +68,11 @@ def rows_in(run: Path) -> list[dict[str, str]]:
     return csv_rows(run / "validation" / "cases.csv")
 
 
+def test_the_log_names_the_test_of_the_fold(three):
+    log = (three / "fold1" / "log.txt").read_text()
+    assert f"test_la.py --checkpoint {three / 'fold1'} --scans validation\n" in log
+
+
 def test_a_fold_is_what_is_validated_while_the_run_trains(three):
     best = load(three / "fold0" / "best.pt")
     rows = [row for row in scored(three / "fold0" / "best.pt") if (row["output"], row["component"]) == ("seg", "all")]
@@ -148,6 +153,10 @@ def test_what_is_not_one_cross_validation_is_refused(three, tmp_path, capsys):
         folds.main([runs[0], str(tmp_path / "third")])
     shutil.rmtree(tmp_path / "third" / "validation")
     with pytest.raises(UserError, match=r"third has no test of its fold. Run python test_la.py"):
+        folds.main([str(tmp_path / "third")])
+    del manifest["options"]["fold"]
+    (tmp_path / "third" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"third is no run of train_dtml.py with --fold"):
         folds.main([str(tmp_path / "third")])
     capsys.readouterr()
     folds.main(runs[:2])

@@ -245,6 +245,10 @@ def test_results_that_are_there_are_left_unless_told_otherwise(world, tmp_path):
     (out / "patient0.nii.gz").write_bytes(b"mine")
     with pytest.raises(UserError, match=r"patient0.nii.gz exists already. Choose another --out, or --overwrite"):
         predicted(world / "runs" / "dtml", [scan(world, 1), scan(world)], out)
+    (out / "patient1.nii.gz").touch()
+    with pytest.raises(UserError, match=r"patient1.nii.gz, .*patient0.nii.gz exist already\."):
+        predicted(world / "runs" / "dtml", [scan(world, 1), scan(world)], out)
+    (out / "patient1.nii.gz").unlink()
     assert (
         sorted(os.listdir(out)) == ["patient0.nii.gz", "volumes.csv"]
         and (out / "patient0.nii.gz").read_bytes() == b"mine"

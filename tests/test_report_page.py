@@ -20,6 +20,7 @@ from skimage.draw import polygon2mask
 
 from evaluation.metrics import segmentation_metrics, with_penalties
 from evaluation.scores import as_csv, class_scores, table
+from evaluation.slices import COLOURS
 from tools import report_page
 from tools.report_scans import jpeg_slices
 from utils.errors import UserError
@@ -274,6 +275,19 @@ def test_the_figures_of_a_scan_name_its_classes(tmp_path):
     write_json(test / "test.json", {**json.loads((test / "test.json").read_text()), "class_names": {"1": "head <of>"}})
     text = report_page.write_report(test).read_text(encoding="utf-8")
     assert re.search(r"head &lt;of&gt;: Dice % [\d.]+, 95HD voxel [\d.]+; 2: Dice % [\d.]+, .*; mean: Dice %", text)
+    key = re.search(r"Classes: .*</p>", text)
+    assert key and re.findall(r"background:(#\w+)", key[0]) == list(COLOURS[:2])
+    assert "</span>1 head &lt;of&gt;, " in key[0]
+
+
+def test_the_page_of_a_run_is_the_same_from_any_folder(test, monkeypatch, tmp_path, capsys):
+    """The test states the checkpoint as it was given, relative to another folder."""
+    write_json(test / "test.json", {**json.loads((test / "test.json").read_text()), "checkpoint": "runs/run"})
+    monkeypatch.chdir(tmp_path)
+    report_page.main([str(test.parent)])
+    assert capsys.readouterr().out.strip() == str(test / "report.html")
+    text = (test / "report.html").read_text(encoding="utf-8")
+    assert "<h1>Test of run</h1>" in text and "dtml, 4 labeled scans, seed 1, iteration 7" in text
 
 
 def test_slices_keep_to_their_bytes():

@@ -171,10 +171,10 @@ def test_flags_of_other_projects_are_told_apart(main, args, message):
 
 @pytest.mark.parametrize("where", ["", "images"])
 def test_scans_that_were_not_converted_name_the_command_that_does_it(where, tmp_path):
-    make_scans(tmp_path / "raw", labeled=1, unlabeled=0)
+    make_scans(tmp_path / "raw scans", labeled=1, unlabeled=0)
     with pytest.raises(UserError) as caught:
-        train_dtml.main(["--data", str(tmp_path / "raw" / where), *TINY])
-    assert f"python -m tools.convert --source {tmp_path / 'raw'} --out data/mine" in str(caught.value)
+        train_dtml.main(["--data", str(tmp_path / "raw scans" / where), *TINY])
+    assert f"python -m tools.convert --source '{tmp_path / 'raw scans'}' --out data/mine" in str(caught.value)
     assert "patient0.nii.gz and no converted data set" in str(caught.value)
 
 

@@ -198,6 +198,13 @@ def test_a_penalised_column_of_an_early_test_is_the_distance_or_not_a_number(tmp
 # -- the command --
 
 
+def test_a_run_without_a_test_is_told_its_other_tests(tmp_path):
+    (tmp_path / "run" / "best-test").mkdir(parents=True)
+    write(tmp_path / "run" / "best-test" / "cases.csv", row(0))
+    with pytest.raises(UserError, match=r"run/cases.csv: .*Give one of its tests: .*run/best-test\.$"):
+        read_row(str(tmp_path / "run"), "dice", "all")
+
+
 def test_the_command_prints_a_line_per_row_and_draws(tmp_path, capsys):
     a, b = write(tmp_path / "a.csv", row(0)), tmp_path / "run"
     b.mkdir()

@@ -32,6 +32,22 @@ def test_a_set_on_another_grid_than_the_training_is_warned_of(trained, tmp_path,
     assert f"warning: {tmp_path / 'set'} {axes}; and {voxels}" in capsys.readouterr().err
 
 
+def test_a_test_on_another_set_leaves_that_on_the_own_one(trained, tmp_path):
+    small = ["--checkpoint", str(trained), "--stride", "16", "16", "16", "--output", "seg", "--save", "none"]
+    for name, prefix in (("moved", "case"), ("elsewhere", "scan")):
+        folder = shutil.copytree(trained.parent / "set", tmp_path / name)
+        for path in folder.glob("case*"):
+            path.rename(folder / path.name.replace("case", prefix))
+        for path in folder.glob("*.list"):
+            path.write_text(path.read_text().replace("case", prefix))
+    run = shutil.copytree(trained, tmp_path / "run")
+    small[1] = str(run)
+    for name, written in (("moved", "test"), ("elsewhere", "test-elsewhere")):
+        shutil.rmtree(run / "test", ignore_errors=True)
+        test_la.main([*small, "--data", str(tmp_path / name)])
+        assert [path.parent.name for path in run.glob("*/cases.csv")] == [written]
+
+
 def test_axes_that_only_the_set_or_only_the_training_states_are_warned_of(trained, tmp_path, capsys):
     shutil.copytree(trained.parent / "set", tmp_path / "set")
     state = load(trained)

@@ -37,6 +37,8 @@ from dataloaders.cases import (
     read_case,
     validation_of,
 )
+from dataloaders.channel_names import channel_names_in
+from dataloaders.class_names import DATASET, class_names, read_dataset
 from dataloaders.findings import (
     LEVELS,
     Facts,
@@ -59,7 +61,7 @@ from utils.errors import UserError, run
 from utils.options import Parser, fill, flag_of, option
 from utils.run_folder import digest
 
-PATCH, PHANTOM_PATCH = [112, 112, 80], [48, 48, 32]  # of the profiles full and phantom
+PHANTOM_PATCH = [48, 48, 32]  # of the profile phantom
 SPECK = 0.01  # of the voxels of a class: a smaller part is a speck
 DIFFERENT = 10.0  # times larger or smaller than the usual object
 
@@ -71,7 +73,7 @@ class Options:
     )
     classes: int = option(1, "C, labels hold 0..C", minimum=1, maximum=MOST_CLASSES)
     patch_size: list[int] | None = option(
-        None, "voxels of a crop along x, y, z (default 112 112 80, of data/phantom 48 48 32, and another is suggested)",
+        None, "voxels of a crop along x, y, z (default one is suggested; of data/phantom 48 48 32)",
         type=int, nargs=3, minimum=1,
     )  # fmt: skip
     method: str = option(Training.method, "method to be trained, whose memory is counted", choices=list(METHODS))
@@ -146,15 +148,7 @@ def findings_of_inspections(
     findings += _same_labels(good)
     findings += _classes(good, classes, {"labeled training": labeled, "test": test, "validation": validation})
     findings += _sizes(good)
-    for x in good:
-        for c, (first, *others) in x.parts.items():
-            specks = [n for n in others if n < SPECK * (first + sum(others))]
-            if others:
-                text = (
-                    f"class {c} lies in {len(others) + 1} parts of {first}, {', '.join(map(str, others[:4]))} voxels. "
-                )
-                todo = "See whether the specks belong to it." if specks else "Fine if the object has several parts."
-                findings.append(Finding("note", (x.name,), text + todo))
+    findings += _parts_of_classes(good)
     touching = tuple(x.name for x in good if x.border)
     if touching:
         text = "the object touches the border of the scan, so that it is cut or the crop was too narrow. "
@@ -220,6 +214,29 @@ def _sizes(inspections: Sequence[Inspection]) -> list[Finding]:
     return findings
 
 
+def _parts_of_classes(inspections: Sequence[Inspection]) -> list[Finding]:
+    """A note for each case where a class has specks, and one for all where it has several parts without them."""
+    findings = []
+    several: dict[int, list[Inspection]] = defaultdict(list)
+    for x in inspections:
+        for c, (first, *others) in x.parts.items():
+            if any(n < SPECK * (first + sum(others)) for n in others):
+                text = f"{_parts_text(x, c)}. See whether the specks belong to it."
+                findings.append(Finding("note", (x.name,), text))
+            elif others:
+                several[c].append(x)
+    for c, having in sorted(several.items()):
+        text = _parts_text(having[0], c) + (f" in {having[0].name}" if len(having) > 1 else "")
+        names = tuple(x.name for x in having)
+        findings.append(Finding("note", names, f"{text}. Fine if the object has several parts."))
+    return findings
+
+
+def _parts_text(x: Inspection, c: int) -> str:
+    first, *others = x.parts[c]
+    return f"class {c} lies in {len(others) + 1} parts of {first}, {', '.join(map(str, others[:4]))} voxels"
+
+
 def unlisted(folder: Path, names: Sequence[str]) -> list[Finding]:
     """A note if there are case files that no list names."""
     files = [path.parent for path in folder.glob(f"**/{FILE_NAME}")] + [
@@ -258,7 +275,7 @@ def check(folder: Path, o: Options) -> tuple[list[Finding], str, str]:
             missing.append(Finding("error", (name,), f"{text}. Put it there or take the case out of the lists."))
     inspections = list(_each(cases, o))
     good = {x.name: x.facts for x in inspections if x.facts}
-    patch_size = o.patch_size or (PHANTOM_PATCH if is_phantom(folder) else PATCH)
+    patch_size = o.patch_size or (PHANTOM_PATCH if is_phantom(folder) else [])
     lists = {"labeled": labeled, "unlabeled": unlabeled, "test": test}
     lists |= {"validation": validation} if validation else {}
     groups = {name: [good[n] for n in names if n in good] for name, names in lists.items()}
@@ -280,7 +297,8 @@ def check(folder: Path, o: Options) -> tuple[list[Finding], str, str]:
             suggested = suggestions.described(suggestions.suggest(trained, len(groups["labeled"]), t), trained, t)
         except UserError as e:  # the findings count all the same
             suggested = f"No patch is suggested: {e}"
-    return findings, table(groups, o.classes), suggested
+    channels = channel_names_in(read_dataset(folder / DATASET), folder / DATASET)
+    return findings, table(groups, o.classes, class_names(folder), channels), suggested
 
 
 def _memory(facts: Sequence[Facts], downsample: int) -> list[Finding]:

@@ -62,6 +62,7 @@ from tools.sources import (
     Source,
     SourceSet,
     find_sources,
+    paths_text,
 )
 from tools.split import choose_split, patients_in
 from utils.errors import UserError, ignore_stop_signals, run
@@ -285,6 +286,12 @@ def main(argv: list[str] | None = None) -> None:
         )
         for scan in scans
     ]  # fmt: skip
+    if not before.labeled and not any(scan.label for scan in scans):
+        unread = f" Not read: {paths_text(source_set.unread, Path(o.source))}." if source_set.unread else ""
+        raise UserError(
+            f"none of the {len(scans)} scans of {o.source} has a label. A label has the name of its scan, in labels/ "
+            f"next to images/ or in labelsTr/ next to imagesTr/; a CSV has a column label.{unread}"
+        )
     patients = patients_in(source_set, o.patient, out)
     kept = keep(out, before, {scan.name for scan in scans}, jobs[0].settings)
     train, test, validation = choose_split(
@@ -338,7 +345,8 @@ def main(argv: list[str] | None = None) -> None:
         print("\n".join(lines + remarks(source_set, lists, before, o.test_share, o.validation_share, Path(o.source))))
     if refused:
         listing = "\n".join(f"  {name}: {why}" for name, why in refused.items())
-        raise UserError(f"{len(refused)} of {len(scans)} scans were refused, the others are in {out}:\n{listing}")
+        rest = f", the others are in {out}" if len(refused) < len(scans) else ""
+        raise UserError(f"{len(refused)} of {len(scans)} scans were refused{rest}:\n{listing}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ one fold, with the same options but --fold, and each scan is tested by the run t
 """
 
 import dataclasses
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,13 +71,13 @@ def read_fold(path: Path) -> Fold:
         raise UserError(f"there is no folder {path}. Give the run folder of each fold.")
     test = path if (path / "test.json").is_file() else path / TESTED
     about, options = read_json(test / "test.json"), read_json(test.parent / MANIFEST).get("options", {})
-    if not about:
-        raise UserError(
-            f"{path} has no test of its fold. Run python test_la.py --checkpoint {path} --scans validation, which "
-            f"writes {path / TESTED}."
-        )
     if not options.get("fold"):
         raise UserError(f"{test.parent} is no run of train_dtml.py with --fold: its {MANIFEST} states none.")
+    if not about:
+        raise UserError(
+            f"{path} has no test of its fold. Run python test_la.py --checkpoint {shlex.quote(str(path))} "
+            f"--scans validation, which writes {path / TESTED}."
+        )
     if about.get("scans") != TESTED:
         raise UserError(f"{test} was tested on the scans `{about.get('scans')}`. Test with --scans validation.")
     number, folds = map(int, options["fold"].split("/"))

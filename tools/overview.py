@@ -1,6 +1,6 @@
 """The table of a data set: what its cases are like, compared with LA."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -17,8 +17,15 @@ def volumes_ml(facts: Facts) -> dict[int, float]:
     return {c: n * float(np.prod(facts.spacing)) / 1000 for c, n in (facts.voxels or {}).items()}
 
 
-def table(groups: dict[str, list[Facts]], classes: int) -> str:
-    """Markdown: what each group is like, and LA."""
+def table(groups: dict[str, list[Facts]], classes: int, names: Mapping[int, str], channel_names: Sequence[str]) -> str:
+    """Markdown: what each group is like, and LA.
+
+    Args:
+        groups: list -> facts of its cases.
+        classes: C.
+        names: class -> name, of those that have one.
+        channel_names: of all channels, or [].
+    """
     channels = max((x.channels for group in groups.values() for x in group), default=1)
 
     def span(values: Iterable[float]) -> str:
@@ -29,9 +36,8 @@ def table(groups: dict[str, list[Facts]], classes: int) -> str:
         return low if low == high else f"{low} to {high}"
 
     def sides(group: list[Facts]) -> str:
-        return " to ".join(
-            "x".join(str(pick(s)) for s in zip(*(x.shape for x in group), strict=True)) for pick in (min, max)
-        )
+        ends = ["x".join(str(pick(s)) for s in zip(*(x.shape for x in group), strict=True)) for pick in (min, max)]
+        return " to ".join(dict.fromkeys(ends))
 
     def column(group: list[Facts]) -> list[str]:
         if not group:
@@ -42,7 +48,7 @@ def table(groups: dict[str, list[Facts]], classes: int) -> str:
         cells = [str(len(group)), sides(group), mm]
         for channel in range(channels):
             having = [x.of_channel(channel) for x in group if channel < x.channels]
-            cells += [span(getattr(x, name) for x in having) for name in INTENSITIES]
+            cells += [span(round(getattr(x, name), 3) + 0.0 for x in having) for name in INTENSITIES]
         for c in range(1, classes + 1):
             cells += [span(100 * x.voxels[c] / np.prod(x.shape) for x in sized if x.voxels and c in x.voxels)]
             cells += [span(volumes_ml(x)[c] for x in sized if c in volumes_ml(x))]
@@ -50,9 +56,11 @@ def table(groups: dict[str, list[Facts]], classes: int) -> str:
 
     rows = ["cases", "sides, voxels", "spacing, mm"]
     for channel in range(channels):
-        rows += [f"channel {channel}, {text}" if channels > 1 else text for text in INTENSITIES.values()]
+        called = channel_names[channel] if len(channel_names) == channels else f"channel {channel}"
+        rows += [f"{called}, {text}" if channels > 1 else text for text in INTENSITIES.values()]
     for c in range(1, classes + 1):
-        rows += [f"class {c}, % of the voxels", f"class {c}, ml"]
+        called = f"class {c} {names.get(c, '')}".rstrip()
+        rows += [f"{called}, % of the voxels", f"{called}, ml"]
     rows.append("in memory, GiB")
     la = ["100", " to ".join("x".join(map(str, s)) for s in LA_SIDES), "0.625 x 0.625 x 0.625"]
     la += [span(LA[name]) for name in INTENSITIES] + [""] * (len(INTENSITIES) * (channels - 1))

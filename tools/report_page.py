@@ -1,6 +1,6 @@
 """One page about a tested run: its table, every scan's figures, and all scans to look through.
 
-    python -m tools.report_page runs/la/dtml-16-seed1337/test            of what test_la.py has written there
+    python -m tools.report_page runs/la/dtml-16-seed1337                 of what test_la.py has written there
     python test_la.py --checkpoint runs/la/dtml-16-seed1337 --report     the same, right after the test
 
 Writes report.html into the test folder. It holds everything itself, so it opens offline and can be sent around.
@@ -9,6 +9,7 @@ Writes report.html into the test folder. It holds everything itself, so it opens
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from string import Template
@@ -16,8 +17,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from evaluation.predictions import read_scores
-from evaluation.scores import CAPTION, caption_of
+from evaluation.figures import colour_of
+from evaluation.predictions import read_scores, test_of
+from evaluation.scores import CAPTION, MEAN, caption_of
 from evaluation.slices import COLOURS, LABEL
 from tools.report_scans import ALL_BYTES, MOST_BYTES, ShownCase, by_dice, shown_first, viewers
 from tools.report_tables import bars, every_table, results_table
@@ -55,8 +57,8 @@ def write_report(test: Path, data: str = "") -> Path:
     """
     rows = read_scores(test)
     tested = read_json(test / "test.json")
-    run_folder = Path(tested.get("checkpoint", test.parent))
-    trained = read_json((run_folder if run_folder.is_dir() else run_folder.parent) / MANIFEST)
+    run_folder = _run_of(test, tested)
+    trained = read_json(run_folder / MANIFEST)
     options = trained.get("options", {})
     output, component = rows[0]["output"], tested.get("saved", "largest")
     dices = by_dice(rows, output, component)  # of no scan if none was saved
@@ -86,11 +88,12 @@ def write_report(test: Path, data: str = "") -> Path:
     about += [f"{count} {scans} scans of {tested.get('data', 'unknown data')}"]
     more = caption_of(tested.get("nsd_tolerance_mm"), tested.get("metrics", [])).removeprefix(CAPTION).splitlines()
     page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        title=escape(f"Test of {(run_folder if run_folder.is_dir() else run_folder.parent).resolve().name}"),
+        title=escape(f"Test of {run_folder.resolve().name}"),
         subtitle=escape(", ".join(about)),
         prediction_colour=COLOURS[0],
         label_colour=LABEL,
         results=results_table(rows),
+        classes=_key(rows, class_names),
         bars=bars(rows),
         viewers=viewers(cases, dices, output, component),
         every=every_table(rows),
@@ -101,6 +104,23 @@ def write_report(test: Path, data: str = "") -> Path:
     path = test / "report.html"
     write_whole(path, page.encode())
     return path
+
+
+def _run_of(test: Path, tested: dict[str, Any]) -> Path:
+    """The run folder of a test: the one that it lies in, or that of the checkpoint that it states."""
+    stated = Path(tested.get("checkpoint", test.parent))
+    if (test.parent / MANIFEST).is_file():
+        return test.parent
+    return stated if stated.is_dir() else stated.parent
+
+
+def _key(rows: Sequence[dict[str, Any]], class_names: dict[str, str]) -> str:
+    """The classes with their colours and names; '' for a single one."""
+    classes = [c for c in dict.fromkeys(str(row.get("class", MEAN)) for row in rows) if c != MEAN]
+    chips = [f'<span class="chip" style="background:{colour_of(int(c))}"></span>' for c in classes]
+    names = [escape(f"{c} {class_names.get(c, '')}".rstrip()) for c in classes]
+    entries = ", ".join(chip + name for chip, name in zip(chips, names, strict=True))
+    return f'<p class="soft">Classes: {entries}</p>' if classes else ""
 
 
 def provenance(tested: dict[str, Any], trained: dict[str, Any]) -> str:
@@ -126,11 +146,11 @@ def provenance(tested: dict[str, Any], trained: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Writes the page of one test folder."""
     parser = Parser(description=__doc__, prog="python -m tools.report_page")
-    parser.add_argument("test", help="folder that test_la.py wrote, RUN/test")
+    parser.add_argument("test", metavar="RUN", help="run folder that was tested, or a folder of test_la.py in it")
     parser.add_dataclass(Options)
     options = parser.parse(argv)
     o: Options = fill(Options, options)
-    print(write_report(Path(options["test"]), o.data))
+    print(write_report(test_of(Path(options["test"])), o.data))
 
 
 if __name__ == "__main__":

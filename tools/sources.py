@@ -95,10 +95,11 @@ def find_sources(source: Path, images_ts: str) -> SourceSet:
             raise UserError(f"--images-ts is given, but {source} has no scans without label in imagesTs. Leave it out.")
         scans += _in_case_folders(source, "image", "label", unread)
     if not scans:
+        there = f" Not read: {paths_text(unread, source)}." if unread else ""
         raise UserError(
             f"{source} holds no scans in a known layout: images/ and labels/, imagesTr/ and labelsTr/, "
             "NAME/image.nii.gz and NAME/label.nii.gz, or NAME/lgemri.nrrd. Arrange them so, or list them in a CSV; see "
-            f"--help.{' Not read: ' + paths_text(unread, source) + '.' if unread else ''}"
+            f"--help. Make NIfTI files of DICOM first, as with dcm2niix.{there}"
         )
     dataset = read_dataset(source / DATASET)
     absent = _absent(dataset, scans, left_out)
@@ -274,7 +275,7 @@ def read_manifest(path: Path) -> tuple[list[Source], list[str]]:
     if not images or (len(images) > 1 and "image" in images) or unknown or twice or any(None in row for row in rows):
         raise UserError(
             f"{path} has the columns {', '.join(columns) or 'none'}. Use image and, if wanted, label, split, name, "
-            "patient, each once; several channels are a column image_NAME each."
+            "patient, each once, with commas between them; several channels are a column image_NAME each."
         )
     scans = []
     for line, row in enumerate(rows, 2):
