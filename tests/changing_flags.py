@@ -70,7 +70,8 @@ OWN_FLAGS = {
     "released, --lambda-adv 0.1, --lambda-semi 0.2, --threshold 0.46, --threshold 0.9 beside --threshold 0.46, "
     "--semi-start 0, --semi-start 0.5 beside --semi-start 0, --semi-start 1, --critic-lr 0.001, --critic-image",
     "dk-uxnet": "--backbone vnet, --dropout 0.2 beside --no-kmax, --filters 3, --no-kmax, --groups 2 3, "
-    "--groups 2 3 2 beside --groups 2 3, --query-channels 48, --levels 16 8 4, --levels 8, --bn-momentum 0.01, --logit-scale 0.1, --no-share-weights, "
+    "--groups 2 3 2 beside --groups 2 3, --query-channels 48, --levels 16 8 4, --levels 8, --bn-momentum 0.01, "
+    "--logit-scale 0.1, --no-share-weights, "
     "--crops independent, --noise-variance 0, --noise-variance 5, --qd-weight 0, --deep-weight 0, --deep-weight 1, "
     "--consistency-terms segc, --consistency-terms qdc, --consistency-terms none, --contrast sum, --contrast mse, "
     "--temperature 1, --lambda-max 1, --ramp steps, --ramp epochs",
