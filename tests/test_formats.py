@@ -281,6 +281,15 @@ def test_the_rows_of_a_table_are_lines_with_a_bar_from_three_runs_on(here, capsy
     assert bar[:, 1] == pytest.approx([75 - sd, 75 + sd])
 
 
+def test_two_rows_of_one_label_and_as_many_labels_are_two_lines(here):
+    """Table 2 has DTML with 16 / 0 and with 16 / 64 scans: no point is the mean of both."""
+    for key, value in {"dtml-16-0": 0.6, "dtml-16": 0.8}.items():
+        write_record(key, 1337, [(value, 1)] * 2)
+    (axes,) = pictures.labels(["results/half"], pictures.Options(table="2")).axes
+    lines = {name: line.get_ydata() for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    assert lines == {"DTML, 16 / 0": pytest.approx([60]), "DTML, 16 / 64": pytest.approx([80])}
+
+
 @pytest.mark.parametrize(
     ("paths", "options", "message"),
     [
@@ -289,6 +298,8 @@ def test_the_rows_of_a_table_are_lines_with_a_bar_from_three_runs_on(here, capsy
         (["results/half"], {"table": "9"}, "--table 9 is not in this grid. Choose from .*methods"),
         (["results/half"], {"table": "methods"}, "no row of the table methods has a record in .*results/half"),
         (["results/half"], {"table": "methods", "titles": ["a"]}, "none with --table"),
+        (["a", "b"], {"titles": ["one", "one"]}, "Give each once, or different --titles"),
+        (["a", "a"], {}, "Give each once, or different --titles"),
     ],
 )
 def test_what_cannot_be_drawn_is_a_user_s_mistake(paths, options, message, here):
