@@ -13,8 +13,8 @@ In half of the strong views another unlabeled crop u' of the batch fills a box b
     min over f   L_seg(f(x), Y)  +  1/2 H(p_f, y, a)  +  1/4 (H(p_1, y_1, a_1) + H(p_2, y_2, a_2))
 
 x, Y are labeled crops. H is the cross-entropy, weighted by a in every voxel. In the released code for medical images it
-is the Dice loss with these weights (`--pseudo-loss dice`). Paper and code minimise half of this sum, which for SGD is
-half of the learning rate.
+is the Dice loss with these weights (`--pseudo-loss dice`). Paper and code minimise half of this sum (`--halve`), which
+for SGD is half of the learning rate.
 """
 
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ class UniMatch(Method):
     multiclass = True
     PRESETS = {
         "paper": {},
-        "authors": {"softmax": True, "pseudo_loss": "dice", "lr": 0.005, "weight_decay": 2e-4},
+        "authors": {"softmax": True, "pseudo_loss": "dice", "halve": True},
         "tuned": {**TUNED, "pseudo_loss": "dice"},
     }
 
@@ -62,6 +62,7 @@ class UniMatch(Method):
                                only_if=STRONG)  # fmt: skip
         cutmix: float = option(0.5, "share of the strong views into which another unlabeled crop is pasted", minimum=0,
                                maximum=1, only_if=STRONG)  # fmt: skip
+        halve: bool = option(False, "minimise half of the sum, as paper and released code")
 
     options: Options
     outputs = ("seg",)
@@ -99,7 +100,7 @@ class UniMatch(Method):
             "pseudo/confident": a.mean() if len(unlabeled) else zero,
         }
         total = weighted_sum(terms, {"features": o.feature_weight, "strong": o.strong_weight})
-        return Losses(total, terms, {}, monitors)
+        return Losses(total / 2 if o.halve else total, terms, {}, monitors)
 
     def mixed(self, image: Tensor, pseudo: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A strong view of each crop, with a box of the next one in some, and its labels and weights.
