@@ -153,7 +153,8 @@ def test_a_row_whose_option_is_gone_shows_its_records_and_is_not_run(here):
 
 
 @pytest.mark.parametrize(
-    "tested", [{"flips": 8}, {"stride": [18, 18, 4]}, {"patch_size": [64, 64, 64]}, {"scans": "test"}]
+    "tested",
+    [{"flips": 8}, {"stride": [18, 18, 4]}, {"patch_size": [64, 64, 64]}, {"scans": "test"}, {"cases": ["case0"]}],
 )
 def test_a_record_that_was_tested_in_another_way_is_left_out(here, tested):
     table, row = ("beyond", "beyond-intensity") if "scans" in tested else ("1", "dtml-16")
