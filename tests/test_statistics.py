@@ -8,6 +8,7 @@ import pytest
 from scipy import stats
 
 from evaluation import statistics
+from evaluation.figures import as_png
 from evaluation.rows import read_row, read_runs
 from evaluation.statistics import compare, compare_scans, hodges_lehmann, holm, interval, permutation_p
 from utils.errors import UserError
@@ -214,12 +215,15 @@ def test_a_penalised_column_of_an_early_test_is_the_distance_or_not_a_number(tmp
 # -- the command --
 
 
-def test_the_command_prints_a_line_per_row_and_draws(tmp_path, capsys):
+def test_the_command_prints_a_line_per_row_and_draws(tmp_path, capsys, monkeypatch):
     a, b = write(tmp_path / "a.csv", row(0)), tmp_path / "run"
     b.mkdir()
     write(b / "cases.csv", row(1), output="sdm")
-    picture = tmp_path / "scatter.png"
+    picture, drawn = tmp_path / "scatter.png", []
+    monkeypatch.setattr(statistics, "as_png", lambda figure, *a, **b: drawn.append(figure) or as_png(figure, *a, **b))
     statistics.main([str(a), f"{b}:sdm", str(b), "--component", "largest", "--picture", str(picture)])
+    (axes,) = drawn[0].axes
+    assert (axes.get_xlabel(), axes.get_ylabel()) == (f"dice, largest: {a}:seg", "dice, largest: the others")
     rows, scans = capsys.readouterr().out.split("Scan by scan")
     lines = [[line for line in part.splitlines() if line.startswith("| /")] for part in (rows, scans)]
     assert [len(part) for part in lines] == [2, 2] and picture.read_bytes()[1:4] == b"PNG"
