@@ -160,6 +160,19 @@ def test_the_median_is_that_of_all_pairs_and_has_the_sign_of_the_test():
     assert hodges_lehmann(np.zeros(4)) == 0 and hodges_lehmann(np.array([0, 0, 3.0])) == 3
 
 
+@pytest.mark.parametrize("unequal", [1, 2, 5, 9])
+def test_scans_with_equal_values_leave_the_p_exact(unequal):
+    """p is the share of all signs of the other differences whose rank sum is at least as far from its middle."""
+    d = np.random.default_rng(unequal).normal(1, 1, unequal)
+    reference = {f"case{i}": 0.5 for i in range(20)}
+    row = {case: value + (d[i] if i < unequal else 0) for i, (case, value) in enumerate(reference.items())}
+    ranks = stats.rankdata(np.abs(d))
+    signs = np.array(list(itertools.product((-1, 1), repeat=unequal)))
+    p = (np.abs(signs @ ranks) >= abs(np.sign(d) @ ranks) - 1e-9).mean()
+    test = compare_scans(reference, row)
+    assert test.p == pytest.approx(p) and (p >= 1 / 16) == (unequal <= 5)
+
+
 def test_a_mean_and_a_median_of_other_signs_are_both_told():
     a = row(0)
     b = {case: value - 0.01 for case, value in a.items()} | {"case3": a["case3"] + 0.9}
