@@ -76,6 +76,16 @@ def test_mean_and_sd_over_runs(here):
     assert "2 test scans" in out and "Not the paper's size" in out
 
 
+def test_a_dice_says_how_many_scans_have_one(here):
+    """Both masks of a scan are empty: nothing is measured there."""
+    for seed, first in {1337: (0.8, 1), 1338: ("nan", "nan")}.items():
+        folder = write_record("dtml-16", seed, [(0.6, 2), (0.7, 3)])
+        text = (folder / "cases.csv").read_text().replace("case0,seg,all,0.6,0.3,2,4", "case0,seg,all,{0},{0},{1},{1}")
+        (folder / "cases.csv").write_text(text.format(*first))
+    _, ours, _ = cells(printed("--table", "3")[0], "DTML")
+    assert ours[3] == f"{100 * statistics.mean([(0.8 + 0.7) / 2, 0.7]):.2f} (3 of 4)" and ours[5].endswith("(3 of 4)")
+
+
 @pytest.mark.parametrize("seeds", [[1337], [1, 2, 3, 1337, 1338]])
 def test_rows_are_compared_by_the_runs_of_the_seeds_that_both_have(here, seeds):
     rng = np.random.default_rng(0)
