@@ -141,7 +141,8 @@ def compare_scans(reference: Scans, row: Scans) -> ScanTest:
     """
     a, b, _ = matrices({0: reference}, {0: row})
     d = (b - a)[0]
-    p = stats.wilcoxon(d).pvalue if d.any() else 1.0
+    unequal = d[d != 0]  # the others have no sign; among more than 13 scans scipy's p would be approximate with them
+    p = stats.wilcoxon(unequal).pvalue if len(unequal) else 1.0
     return ScanTest(len(d), hodges_lehmann(d), int((d > 0).sum()), float(p) if len(d) >= LEAST_SCANS else math.nan)
 
 
@@ -272,8 +273,11 @@ def refuse_tolerances(names: Sequence[str]) -> None:
         raise UserError(f"the rows have NSD at different tolerances: {shown}. Test them with one --nsd-tolerance.")
 
 
-def scatter(reference: Scans, rows: Mapping[str, Scans], title: str, path: Path) -> None:
-    """Writes a PNG with the value of each scan: reference along x, rows along y, and the line of equal values."""
+def scatter(reference: Scans, rows: Mapping[str, Scans], title: str, what: str, path: Path) -> None:
+    """Writes a PNG with the value of each scan: reference along x, rows along y, and the line of equal values.
+
+    `what` is the metric and the component, for the axes.
+    """
     from evaluation.drawing import Figure  # here, as matplotlib takes half a second of every start
 
     figure = Figure(figsize=(5, 5), dpi=120, layout="constrained")
@@ -284,7 +288,7 @@ def scatter(reference: Scans, rows: Mapping[str, Scans], title: str, path: Path)
     axes.plot(limits, limits, color="0.7", linewidth=1)
     for name, values in rows.items():
         axes.scatter(list(reference.values()), [values[case] for case in reference], s=18, alpha=0.8, label=name)
-    axes.set(xlim=limits, ylim=limits, aspect="equal", xlabel=title, ylabel="the others")
+    axes.set(xlim=limits, ylim=limits, aspect="equal", xlabel=f"{what}: {title}", ylabel=f"{what}: the others")
     axes.legend(fontsize=8)
     write_whole(path, as_png(figure, 120, palette=False))
 
@@ -307,7 +311,7 @@ def main(argv: list[str] | None = None) -> None:
     comparisons = [compare(reference, row, most) for row in rows]
     if o.picture:
         means = {name: mean_over(row) for name, row in zip(names[1:], rows, strict=True)}
-        scatter(mean_over(reference), means, names[0], Path(o.picture))
+        scatter(mean_over(reference), means, names[0], f"{o.metric}, {o.component}", Path(o.picture))
     print(f"{o.metric}, component {o.component}; reference {names[0]}, runs: {len(reference)}\n")
     print(WHAT)
     print("| row | runs | scans (left out) | mean | reference | difference | 95 % interval | over | higher in |")

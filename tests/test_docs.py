@@ -1,10 +1,12 @@
 """The pages of docs/: the code of the worked example runs, every flag exists, and every stated default is one."""
 
+import csv
 import json
 import os
 import re
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -245,6 +247,58 @@ def verdict(reference: Runs, row: Runs) -> str:
     if not excluded[0]:
         return "not shown"
     return "shown" if all(excluded) and min(len(reference), len(row)) > 1 else "open"
+
+
+def curve(run: str, column: str) -> dict[int, float]:
+    """Iteration -> value of a column of scalars.csv in results/; {} if it has none."""
+    with open(ROOT / "results" / run / "scalars.csv", newline="") as f:
+        return {int(row["iteration"]): float(row[column]) for row in csv.DictReader(f) if column in row}
+
+
+def test_other_figures_are_what_the_records_give():
+    """Live voxels by k, the spread of the V-Nets, the scan that is not drawn, and a median of the screening."""
+    live: dict[float, list[float]] = {}
+    for path in [*(ROOT / "results" / "half").glob("*-seed*"), *(ROOT / "results" / "short").glob("*-seed*")]:
+        options = json.loads((path / "manifest.json").read_text())["options"]
+        own = options["method"] == "dtml" or options.get("head") == "sdm"
+        if own and not re.match("beyond-(flips|grow)", path.name):  # the test of another run; k changes
+            share = curve(f"{path.parent.name}/{path.name}", "live_gradient/sdm").values()
+            live.setdefault(options["k"], []).append(100 * statistics.mean(share))
+    text = " ".join(PAGES["findings.md"].split())
+    assert f"learn, {min(live[1500]):.2f} to {max(live[1500]):.2f} % of all" in text
+    assert f"4 of {len(live[1500])} runs with k = 1500" in text and f"4 of the {len(live[1500])} recorded" in text
+    assert f"k = 50, {min(live[50]):.0f} to {max(live[50]):.0f} % of the voxels learn" in text
+    assert f"none of {len(live[50])} runs of DTML failed. Nine are" in text and len(live[50]) == 9
+    died = curve("half/supervised-sdm-16-seed1338", "live_gradient/sdm")
+    assert max(share for i, share in died.items() if 69 <= i < 510) < 1e-4 and died[69] == 0 < died[59]
+    rows = {path.name[: path.name.index("-seed")] for path in (ROOT / "results" / "half").glob("supervised*-seed*")}
+    vnets = [read_runs(f"{ROOT}/results/half/{row}-seed*", "dice", "all") for row in rows if "sdm" not in row]
+    means = [[statistics.mean(run.values()) for run in runs.values()] for runs in vnets]
+    assert f"furthest apart differ by {100 * max(max(row) - min(row) for row in means):.2f}." in text
+    names = [f"{ROOT}/results/half/{row}-16-seed1337" for row in ("supervised", "dtml")]
+    vnet, dtml = (read_runs(name, "dice", "all")[1337] for name in names)
+    assert f"one scan is {100 * max(dtml[scan] - vnet[scan] for scan in vnet):.0f} points lower" in text
+    both, every = (read_runs(f"{ROOT}/results/screening/quick-plus-4{name}-seed*:ema_mean", "dice", "all")[1337]
+                   for name in ("", "-all"))  # fmt: skip
+    gains = [100 * (every[scan] - both[scan]) for scan in both]
+    page = (ROOT / "results/screening/README.md").read_text(encoding="utf-8")
+    shown_median = f"{statistics.median(gains):.2f}".replace("-", "\N{MINUS SIGN}")
+    assert f"lower on {sum(gain < 0 for gain in gains)} of {len(gains)} scans (median {shown_median})" in page
+
+
+def test_the_live_voxels_of_the_curves_are_those_of_the_run():
+    table = PAGES["curves.md"].split("| iterations | ")[1].splitlines()
+    spans = [(int(a), int(b)) for a, b in re.findall(r"(\d+)\D(\d+)", table[0])]
+    columns = {"live voxels": ("live_gradient/sdm", 100, "{:.2f} %"), "L_mask": ("loss/mask", 1, "{:.2f}"),
+               "Dice of M_d in training": ("dice/train_sdm", 1, "{:.2f}"),
+               "Dice of M_s in training": ("dice/train_seg", 1, "{:.2f}")}  # fmt: skip
+    for line in table[2:6]:
+        name, *figures = (cell.strip() for cell in line.strip("|").split("|"))
+        column, factor, form = columns.pop(name)
+        values = curve("half/dtml-16-seed1337", column)
+        means = [statistics.mean(v for i, v in values.items() if start <= i < end) for start, end in spans]
+        assert figures == [form.format(factor * mean) for mean in means]
+    assert not columns
 
 
 def test_the_claims_are_what_the_records_give():

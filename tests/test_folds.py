@@ -151,6 +151,9 @@ def test_what_is_not_one_cross_validation_is_refused(three, tmp_path, capsys):
     (tmp_path / "third" / "validation" / "test.json").write_text(json.dumps({**about, "scans": "test"}))
     with pytest.raises(UserError, match=r"tested on the scans `test`. Test with --scans validation"):
         folds.main([runs[0], str(tmp_path / "third")])
+    (tmp_path / "third" / "validation" / "test.json").write_text(json.dumps({**about, "cases": ["case00"]}))
+    with pytest.raises(UserError, match=r"third/validation is of some scans of its fold alone, by --cases"):
+        folds.main([runs[0], str(tmp_path / "third")])
     shutil.rmtree(tmp_path / "third" / "validation")
     with pytest.raises(UserError, match=r"third has no test of its fold. Run python test_la.py"):
         folds.main([str(tmp_path / "third")])

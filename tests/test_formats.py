@@ -3,6 +3,7 @@
 import csv
 import io
 import itertools
+import math
 import re
 import shutil
 import subprocess
@@ -121,6 +122,23 @@ def test_the_best_of_as_many_labels_is_bold_in_latex_and_not_in_markdown(here, c
     assert vnet[0][3:6] == ["70.00", "35.00", "\\textbf{7.00}"]  # a smaller distance is better
     assert vnet[1][3] == "90.00"  # alone with its labels
     assert "**80.00**" not in printed(capsys, *args)
+
+
+def test_a_distance_that_is_too_low_is_not_the_best_in_latex(here, capsys):
+    """An empty prediction of an early record has neither distance nor penalty: the other scan's 2 is not below 3."""
+    for key, scans in {"supervised-normalized-8": [(0, math.nan), (0.9, 2)], "cps-8": [(0.8, 3), (0.8, 3)]}.items():
+        folder = write_record(key, 1337, scans)
+        lines = (folder / "cases.csv").read_text().splitlines()
+        counted = [lines[0] + ",voxels,label_voxels", *(f"{line},{0 if 'nan' in line else 9},9" for line in lines[1:])]
+        (folder / "cases.csv").write_text("\n".join(counted) + "\n")
+    args = ["--profile", "half", "--table", "methods", "--labels", "8", "--format", "latex"]
+    lines = [line.split(" & ") for line in printed(capsys, *args).split("\\end{table}")[0].splitlines()]
+    rows = {line[0]: line[3:7] for line in lines if len(line) > 1}
+    assert rows["CPS"] == ["\\textbf{80.00}", "\\textbf{40.00}", "3.00", "6.00"]
+    assert rows["V-Net"] == ["45.00", "22.50", "2.00 (1 of 2; not penalised)", "4.00 (1 of 2; not penalised)"]
+    write_record("bcp-8", 1337, [(0.5, 1)] * 2)  # below what is too low, and so the best
+    lines = [line.split(" & ") for line in printed(capsys, *args).split("\\end{table}")[0].splitlines()]
+    assert [line[5] for line in lines if line[0] == "BCP"] == ["\\textbf{1.00}"]
 
 
 def test_cost_rank_and_recipe_stand_in_markdown(here, capsys):
@@ -281,6 +299,15 @@ def test_the_rows_of_a_table_are_lines_with_a_bar_from_three_runs_on(here, capsy
     assert bar[:, 1] == pytest.approx([75 - sd, 75 + sd])
 
 
+def test_two_rows_of_one_label_and_as_many_labels_are_two_lines(here):
+    """Table 2 has DTML with 16 / 0 and with 16 / 64 scans: no point is the mean of both."""
+    for key, value in {"dtml-16-0": 0.6, "dtml-16": 0.8}.items():
+        write_record(key, 1337, [(value, 1)] * 2)
+    (axes,) = pictures.labels(["results/half"], pictures.Options(table="2")).axes
+    lines = {name: line.get_ydata() for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    assert lines == {"DTML, 16 / 0": pytest.approx([60]), "DTML, 16 / 64": pytest.approx([80])}
+
+
 @pytest.mark.parametrize(
     ("paths", "options", "message"),
     [
@@ -289,6 +316,8 @@ def test_the_rows_of_a_table_are_lines_with_a_bar_from_three_runs_on(here, capsy
         (["results/half"], {"table": "9"}, "--table 9 is not in this grid. Choose from .*methods"),
         (["results/half"], {"table": "methods"}, "no row of the table methods has a record in .*results/half"),
         (["results/half"], {"table": "methods", "titles": ["a"]}, "none with --table"),
+        (["a", "b"], {"titles": ["one", "one"]}, "Give each once, or different --titles"),
+        (["a", "a"], {}, "Give each once, or different --titles"),
     ],
 )
 def test_what_cannot_be_drawn_is_a_user_s_mistake(paths, options, message, here):

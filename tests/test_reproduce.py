@@ -16,6 +16,7 @@ from methods import METHODS
 from networks.backbone import set_precision
 from tools import command_line, reproduce
 from tools.grid import RETIRED, TRAINED_AS
+from tools.runs import recipe_of
 from utils.errors import UserError
 from utils.options import Parser, fill, flag_of
 
@@ -75,6 +76,16 @@ def test_mean_and_sd_over_runs(here):
     assert "2 test scans" in out and "Not the paper's size" in out
 
 
+def test_a_dice_says_how_many_scans_have_one(here):
+    """Both masks of a scan are empty: nothing is measured there."""
+    for seed, first in {1337: (0.8, 1), 1338: ("nan", "nan")}.items():
+        folder = write_record("dtml-16", seed, [(0.6, 2), (0.7, 3)])
+        text = (folder / "cases.csv").read_text().replace("case0,seg,all,0.6,0.3,2,4", "case0,seg,all,{0},{0},{1},{1}")
+        (folder / "cases.csv").write_text(text.format(*first))
+    _, ours, _ = cells(printed("--table", "3")[0], "DTML")
+    assert ours[3] == f"{100 * statistics.mean([(0.8 + 0.7) / 2, 0.7]):.2f} (3 of 4)" and ours[5].endswith("(3 of 4)")
+
+
 @pytest.mark.parametrize("seeds", [[1337], [1, 2, 3, 1337, 1338]])
 def test_rows_are_compared_by_the_runs_of_the_seeds_that_both_have(here, seeds):
     rng = np.random.default_rng(0)
@@ -90,7 +101,8 @@ def test_rows_are_compared_by_the_runs_of_the_seeds_that_both_have(here, seeds):
     a = {seed: dict(enumerate(100 * usual[seed])) for seed in seeds}
     for name, dice in {("V-Net", "80 / 0"): bound, ("DTML", "16 / 64"): other}.items():
         c = compare(a, {seed: dict(enumerate(100 * dice[seed])) for seed in seeds})
-        difference, interval, over, median, higher, shown_seeds = rows[name]
+        difference, interval, over, median, higher, shown_seeds, recipe = rows[name]
+        assert recipe == "`paper`"
         assert difference == f"{c.difference:+.2f}" and interval == f"{c.low:+.2f} to {c.high:+.2f}"
         assert over == ("runs and scans" if len(seeds) > 1 else "scans only, one run each")
         d = 100 * np.mean([dice[seed] - usual[seed] for seed in seeds], axis=0)
@@ -99,6 +111,36 @@ def test_rows_are_compared_by_the_runs_of_the_seeds_that_both_have(here, seeds):
         assert higher.split(";")[0] == f"{above} of {len(seeds)}" and ("p = " in higher) == (len(seeds) == 5)
     if len(seeds) == 5:  # Holm's correction is over all lines, the one against DTML too
         assert text.count("Holm 0") + text.count("Holm 1") == 3
+
+
+def test_runs_of_one_label_are_told_apart_in_the_comparisons(here):
+    """V-Net, 8 / 0 is the paper's in one table and that of `tuned` in another: both are rows here, and references."""
+    dice = {"supervised-8": 0.6, "dtml-8": 0.7, "supervised-normalized-8": 0.8, "cps-8": 0.85}
+    dice |= {"supervised-16": 0.62, "supervised-tuned-16": 0.7, "supervised-normalized-16": 0.83}
+    for key, value in dice.items():
+        write_record(key, 1337, [(value + i / 1000, 1) for i in range(6)])
+    text = printed()[0].split("**Comparisons**")[1].split("**Each run")[0]
+    parts = {part.splitlines()[0]: part for part in text.split("Against ")[1:]}
+    paper, tuned, normalized = "`paper`", "`tuned`, `--normalize none`", "`tuned`"
+    expected = {
+        f"*V-Net, 8 / 0* ({paper}):": [("DTML", "8 / 72", "+10.00", paper)],
+        f"*V-Net, 8 / 0* ({normalized}):": [("CPS", "8 / 72", "+5.00", normalized)],
+        f"*V-Net, schedule and augmentation of `tuned`, 16 / 0* ({tuned}):": [
+            ("V-Net", "16 / 0", "-8.00", paper), ("V-Net", "16 / 0", "+13.00", normalized)
+        ],
+    }  # fmt: skip
+    assert parts.keys() == expected.keys()
+    for title, rows in expected.items():
+        lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in parts[title].splitlines()[4:-1]]
+        assert [(*line[:3], line[-1]) for line in lines if len(line) > 1] == rows
+
+
+@pytest.mark.parametrize("profile", [name for name in GRIDS if name != "phantom"])
+def test_label_scans_and_recipe_name_one_run_in_the_comparisons(profile):
+    runs, tables = GRIDS[profile]
+    last = {(row.key, row.output): row for name, (_, rows) in tables.items() for row in rows if name != "beyond"}
+    names = [(row.label, row.scans, recipe_of([*runs[row.key].split(), "--profile", profile])) for row in last.values()]
+    assert len(set(names)) == len(names)
 
 
 def test_rows_without_a_common_seed_or_of_other_scans_are_not_compared(here):
@@ -121,7 +163,8 @@ def test_a_row_whose_option_is_gone_shows_its_records_and_is_not_run(here):
 
 
 @pytest.mark.parametrize(
-    "tested", [{"flips": 8}, {"stride": [18, 18, 4]}, {"patch_size": [64, 64, 64]}, {"scans": "test"}]
+    "tested",
+    [{"flips": 8}, {"stride": [18, 18, 4]}, {"patch_size": [64, 64, 64]}, {"scans": "test"}, {"cases": ["case0"]}],
 )
 def test_a_record_that_was_tested_in_another_way_is_left_out(here, tested):
     table, row = ("beyond", "beyond-intensity") if "scans" in tested else ("1", "dtml-16")

@@ -8,6 +8,7 @@ import pytest
 from scipy import stats
 
 from evaluation import statistics
+from evaluation.figures import as_png
 from evaluation.rows import read_row, read_runs
 from evaluation.statistics import compare, compare_scans, hodges_lehmann, holm, interval, permutation_p
 from utils.errors import UserError
@@ -45,6 +46,22 @@ def test_the_interval_covers_the_true_difference_at_least_as_often_as_it_says(k,
     result = [interval(*pair) for pair in sides]
     hits = sum(low <= 1 <= high for low, high in result)
     assert hits >= (274 if k == 1 else 277)  # scans alone: a percentile interval of 20 is a little narrow
+
+
+@pytest.mark.parametrize(
+    ("k", "spreads", "share", "least", "most"),
+    [(3, (3.0, 0.1), 0, 0.91, 0.97), (5, (3.0, 0.1), 0, 0.92, 0.98), (5, (0.5, 0.5), 0.05, 0.72, 0.86)],
+)
+def test_what_the_interval_covers_is_what_the_findings_say(k, spreads, share, least, most, monkeypatch):
+    """Runs of unequal spread; and a gain of which one scan in twenty has nearly all, 20 points. The true mean is 1."""
+    monkeypatch.setattr("evaluation.statistics.RESAMPLES", 999)
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(400):
+        own = 20.0 * (rng.random(20) < share) + rng.normal(1 - 20 * share, 0.5, 20)
+        sides = [rng.normal(0, spread, (k, 1)) + rng.normal(0, 1, (k, 20)) for spread in spreads]
+        low, high = interval(sides[0], sides[1] + own)
+        hits += low <= 1 <= high
+    assert least <= hits / 400 <= most
 
 
 def test_two_runs_a_side_by_hand():
@@ -143,6 +160,19 @@ def test_the_median_is_that_of_all_pairs_and_has_the_sign_of_the_test():
     assert hodges_lehmann(np.zeros(4)) == 0 and hodges_lehmann(np.array([0, 0, 3.0])) == 3
 
 
+@pytest.mark.parametrize("unequal", [1, 2, 5, 9])
+def test_scans_with_equal_values_leave_the_p_exact(unequal):
+    """p is the share of all signs of the other differences whose rank sum is at least as far from its middle."""
+    d = np.random.default_rng(unequal).normal(1, 1, unequal)
+    reference = {f"case{i}": 0.5 for i in range(20)}
+    row = {case: value + (d[i] if i < unequal else 0) for i, (case, value) in enumerate(reference.items())}
+    ranks = stats.rankdata(np.abs(d))
+    signs = np.array(list(itertools.product((-1, 1), repeat=unequal)))
+    p = (np.abs(signs @ ranks) >= abs(np.sign(d) @ ranks) - 1e-9).mean()
+    test = compare_scans(reference, row)
+    assert test.p == pytest.approx(p) and (p >= 1 / 16) == (unequal <= 5)
+
+
 def test_a_mean_and_a_median_of_other_signs_are_both_told():
     a = row(0)
     b = {case: value - 0.01 for case, value in a.items()} | {"case3": a["case3"] + 0.9}
@@ -205,12 +235,15 @@ def test_a_run_without_a_test_is_told_its_other_tests(tmp_path):
         read_row(str(tmp_path / "run"), "dice", "all")
 
 
-def test_the_command_prints_a_line_per_row_and_draws(tmp_path, capsys):
+def test_the_command_prints_a_line_per_row_and_draws(tmp_path, capsys, monkeypatch):
     a, b = write(tmp_path / "a.csv", row(0)), tmp_path / "run"
     b.mkdir()
     write(b / "cases.csv", row(1), output="sdm")
-    picture = tmp_path / "scatter.png"
+    picture, drawn = tmp_path / "scatter.png", []
+    monkeypatch.setattr(statistics, "as_png", lambda figure, *a, **b: drawn.append(figure) or as_png(figure, *a, **b))
     statistics.main([str(a), f"{b}:sdm", str(b), "--component", "largest", "--picture", str(picture)])
+    (axes,) = drawn[0].axes
+    assert (axes.get_xlabel(), axes.get_ylabel()) == (f"dice, largest: {a}:seg", "dice, largest: the others")
     rows, scans = capsys.readouterr().out.split("Scan by scan")
     lines = [[line for line in part.splitlines() if line.startswith("| /")] for part in (rows, scans)]
     assert [len(part) for part in lines] == [2, 2] and picture.read_bytes()[1:4] == b"PNG"

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,6 +29,8 @@ def dice_by_labels(paths: Sequence[str], titles: Sequence[str], table: str) -> d
         raise UserError(f"--titles must give {len(paths)} names, one for each pattern, and none with --table.")
     if table:
         runs = rows_of_table(paths, table)
+    elif len({*(titles or paths)}) < len(paths):
+        raise UserError("labels draws a line for each pattern. Give each once, or different --titles.")
     else:
         runs = {title: runs_of(where) for title, where in zip(titles or paths, paths, strict=True)}
     lines: dict[str, dict[int, list[float]]] = {}
@@ -47,6 +50,9 @@ def dice_by_labels(paths: Sequence[str], titles: Sequence[str], table: str) -> d
 def rows_of_table(paths: Sequence[str], table: str) -> dict[str, list[str]]:
     """Label of a row of a table of tools.reproduce -> its records, each as PATH:OUTPUT.
 
+    Rows of one label are a line over their numbers of labeled scans. Those with as many labeled scans as another row of
+    the label, as DTML without unlabeled scans, are a line of their own, named after their scans too.
+
     Raises:
         UserError: there is no such table, or none of its rows has a record.
     """
@@ -54,10 +60,12 @@ def rows_of_table(paths: Sequence[str], table: str) -> dict[str, list[str]]:
     if len(paths) > 1 or folder.name not in PROFILES:
         raise UserError("--table goes with one folder of records, as results/half.")
     runs, tables = select(Options(profile=folder.name, results=str(folder.parent), table=[table]))
-    records: dict[str, list[str]] = {row.label: [] for row in tables[table][1]}
+    counts = Counter((row.label, row.labeled) for row in tables[table][1])
+    records: dict[str, list[str]] = {}
     for row in tables[table][1]:
         done = [run for run in runs if run.key == row.key and status_of(run) == "done"]
-        records[row.label] += [f"{run.record}:{row.output}" for run in done]
+        label = row.label if counts[row.label, row.labeled] == 1 else f"{row.label}, {row.scans}"
+        records.setdefault(label, []).extend(f"{run.record}:{row.output}" for run in done)
     waits = [label for label, of_row in records.items() if not of_row]
     if len(waits) == len(records):
         raise UserError(f"no row of the table {table} has a record in {folder}. Run it first, by tools.reproduce.")

@@ -1,6 +1,7 @@
 """The comparisons of the rows of tools/reproduce.py's tables, over the seeds that two rows have in common."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from evaluation.rows import mean_over, read_row
@@ -12,7 +13,7 @@ Records = dict[int, Path]  # seed: folder
 COLUMNS = [
     Column("row", "row"), Column("labeled / unlabeled", "scans"), Column("difference", "difference"),
     Column("95 % interval", "interval"), Column("over", "over"), Column("median of the scans", "median"),
-    Column("higher in", "higher"), Column("seeds", "seeds"),
+    Column("higher in", "higher"), Column("seeds", "seeds"), Column("recipe", "recipe"),
 ]  # fmt: skip
 
 
@@ -45,12 +46,12 @@ def points(where: str) -> dict[str, float]:
     return {case: 100 * value for case, value in read_row(where, "dice", "all").items()}
 
 
-def comparisons(tables: Tables, done: dict[str, Records]) -> dict[str, list[Pair]]:
-    """Label of a reference row -> the rows of its tables that are compared with it, with as many labeled scans or all.
+def comparisons(tables: Tables, done: dict[str, Records]) -> dict[Row, list[Pair]]:
+    """Reference row -> the rows of its tables that are compared with it, with as many labeled scans or all.
 
-    Two rows are compared once, even if several tables have both. The label is that of the last table."""
+    Two rows are compared once, even if several tables have both. A label is that of the last table."""
     last = {(row.key, row.output): row for _, rows in tables.values() for row in rows}
-    pairs_of: dict[str, list[Pair]] = {}
+    pairs_of: dict[Row, list[Pair]] = {}
     seen: set[frozenset[tuple[str, str]]] = set()
     for name, (_, rows) in tables.items():
         references = {where if ":" in where else f"{where}:seg" for where in COMPARED_WITH.get(name, [])}
@@ -63,12 +64,17 @@ def comparisons(tables: Tables, done: dict[str, Records]) -> dict[str, list[Pair
                 one, other = (last[side.key, side.output] for side in (usual, row))
                 pair = compared(other, done.get(other.key, {}), one, done.get(one.key, {}))
                 if pair:
-                    pairs_of.setdefault(f"{one.label}, {one.scans}", []).append(pair)
+                    pairs_of.setdefault(one, []).append(pair)
     return pairs_of
 
 
-def comparison_tables(pairs_of: dict[str, list[Pair]]) -> list[Table]:
-    """A table for each row that others are compared with; Holm's correction is over all of them."""
+def comparison_tables(pairs_of: Mapping[Row, Sequence[Pair]], recipes: Mapping[str, str]) -> list[Table]:
+    """A table for each row that others are compared with; Holm's correction is over all of them.
+
+    Args:
+        pairs_of: of `comparisons`.
+        recipes: key -> text of its training settings, which tell rows of one label apart.
+    """
     corrected = iter(holm([pair.comparison.p for pairs in pairs_of.values() for pair in pairs]))
     tables = []
     for usual, pairs in pairs_of.items():
@@ -80,8 +86,11 @@ def comparison_tables(pairs_of: dict[str, list[Pair]]) -> list[Table]:
                 Cell(interval_text(c, 2), {"low": c.low, "high": c.high}), Cell(c.over),
                 Cell(f"{pair.median:+.2f}", {"median": pair.median}),
                 Cell(pairs_text(c, p), {"higher": c.higher, "pairs": c.pairs, "p": c.p, "p_holm": p}), Cell(seeds),
+                Cell(recipes[pair.row.key]),
             ]))  # fmt: skip
-        tables.append(Table("comparisons", f"Against *{usual}*:", COLUMNS, lines, {"reference": usual}))
+        name, recipe = f"{usual.label}, {usual.scans}", recipes[usual.key]
+        more = {"reference": name, "reference_recipe": recipe}
+        tables.append(Table("comparisons", f"Against *{name}* ({recipe}):", COLUMNS, lines, more))
     return tables
 
 

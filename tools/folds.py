@@ -65,7 +65,7 @@ def read_fold(path: Path) -> Fold:
     """Reads the test of a run folder, or of a folder of test_la.py in it.
 
     Raises:
-        UserError: if it was not tested, is not of a run with --fold, or was not tested on the scans of its fold.
+        UserError: if it was not tested, is not of a run with --fold, or was not tested on all scans of its fold.
     """
     if not path.is_dir():
         raise UserError(f"there is no folder {path}. Give the run folder of each fold.")
@@ -80,6 +80,8 @@ def read_fold(path: Path) -> Fold:
         )
     if about.get("scans") != TESTED:
         raise UserError(f"{test} was tested on the scans `{about.get('scans')}`. Test with --scans validation.")
+    if about.get("cases"):
+        raise UserError(f"{test} is of some scans of its fold alone, by --cases. Test without it.")
     number, folds = map(int, options["fold"].split("/"))
     return Fold(test, number, folds, options, about, read_scores(test))
 

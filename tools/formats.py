@@ -144,9 +144,9 @@ def as_csv(tables: Sequence[Table]) -> str:
 
 
 def number(value: float | str) -> str:
-    """A number without trailing zeros; '' for NaN."""
+    """A number without trailing zeros, '' for NaN; a text without its marks."""
     if isinstance(value, str):
-        return value
+        return plain(value)
     return "" if math.isnan(value) else f"{value:.6f}".rstrip("0").rstrip(".") if value % 1 else f"{value:.0f}"
 
 

@@ -186,7 +186,7 @@ def mismatches(run: Run, record: Path) -> list[str]:
     windows = {
         "patch_size": trained["patch_size"], "stride": usual_stride(trained["patch_size"], trained["downsample"])
     }  # fmt: skip
-    usual = {"scans": "test", "flips": 1, "weighting": "uniform", "precision": "fp32", **windows}
+    usual = {"scans": "test", "flips": 1, "weighting": "uniform", "precision": "fp32", "cases": [], **windows}
     then = usual | tested  # early records do not state all of it
     now = {name: TESTS.get(run.key, {}).get(name, value) for name, value in usual.items()}
     problems += [f"tested with {flag_of(name)} {then[name]}" for name in now if then[name] != now[name]]

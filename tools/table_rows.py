@@ -75,11 +75,18 @@ def runs_cell(records: Records) -> Cell:
 def figures(row: Row, component: str, records: Records) -> list[Cell]:
     """The four figures of a row: the mean over its runs of their means over the scans, from three runs on with ± SD.
 
-    Where scans have no distance, the number after it says how many of all runs' have one."""
+    Where scans lack one, the number after it says how many of all runs' have one."""
     runs = [rows_of(f"{path}:{row.output}", component) for path in records.values()]
-    cells = [mean_cell([100 * mean_and_sd([scan[name] for scan in run])[0] for run in runs], name)
-             for name in METRICS[:2]]  # fmt: skip
+    cells = [overlap_cell(runs, name) for name in METRICS[:2]]
     return cells + [distance_cell(runs, name, over_runs=True) for name in METRICS[2:]]
+
+
+def overlap_cell(runs: Sequence[Sequence[Mapping[str, Any]]], name: str) -> Cell:
+    """Dice or Jaccard: mean over the runs of their means over the scans. A scan has none if both masks are empty."""
+    cell = mean_cell([100 * mean_and_sd([scan[name] for scan in run])[0] for run in runs], name)
+    values = [scan[name] for run in runs for scan in run]
+    count = sum(not math.isnan(value) for value in values)
+    return cell if count == len(values) else cell._replace(text=f"{cell.text} ({count} of {len(values)})")
 
 
 def distance_cell(runs: Sequence[Sequence[Mapping[str, Any]]], name: str, *, over_runs: bool) -> Cell:

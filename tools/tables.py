@@ -102,10 +102,11 @@ def print_tables(o: Options, runs: list[Run], tables: Tables) -> None:
     about = ABOUT.format(profile=o.profile, seeds=seeds, scans=f"{usual} " if scans else "")
     about += ("" if phantom else RECIPES) + SCALES[o.profile]
     about += f"\nSpeed and memory on {'; '.join(sorted(devices))}." if phantom and devices else ""
+    recipes = {} if phantom else {run.key: recipe_of(run.settings) for run in runs if run.key not in TESTS}
     for name, (title, rows) in tables.items():
         intro = f"**{title}**" + (f"\n\n{OF_METHODS}" if name == METHODS_TABLE and not phantom else "")
-        blocks.append((intro, table_of(name, title, rows, done, runs, o)))
-    for usual_row in comparison_tables(comparisons(tables, done)):
+        blocks.append((intro, table_of(name, title, rows, done, runs, recipes, o)))
+    for usual_row in comparison_tables(comparisons(tables, done), recipes):
         first = not any(table.name == usual_row.name for _, table in blocks)
         blocks.append((f"{COMPARED}\n\n{usual_row.title}" if first else usual_row.title, usual_row))
     records = [path for of_key in done.values() for path in of_key.values()] if tables else []
@@ -131,22 +132,23 @@ def page(style: str, about: str, blocks: list[tuple[str, Table]]) -> str:
     return "\n".join([*glance, *([about] if about else []), *others])
 
 
-def table_of(name: str, title: str, rows: list[Row], done: dict[str, Records], runs: list[Run], o: Options) -> Table:
-    """A table of the grid."""
+def table_of(
+    name: str, title: str, rows: list[Row], done: dict[str, Records], runs: list[Run], recipes: dict[str, str],
+    o: Options,
+) -> Table:  # fmt: skip
+    """A table of the grid. `recipes` are the training settings of its runs by their keys."""
     if o.profile == "phantom":
         return Table(name, title, PHANTOM_COLUMNS, [phantom_line(row, done.get(row.key, {})) for row in rows])
     if name == BEYOND_TABLE:
         paper = done.get(f"{BEYOND_TABLE}-paper", {})
         return Table(name, title, BEYOND_COLUMNS, [beyond_line(row, done.get(row.key, {}), paper) for row in rows])
-    words = {run.key: (run.method, run.settings) for run in runs}
-    recipes = {row.key: recipe_of(words[row.key][1]) if row.key in words else "" for row in rows}
     if name == METHODS_TABLE:
-        measured = costs_of(Path(o.results, o.profile, COST))
+        measured, methods = costs_of(Path(o.results, o.profile, COST)), {run.key: run.method for run in runs}
         costs = {
-            row.key: measured[words[row.key][0]]
+            row.key: measured[methods[row.key]]
             for row in rows
             # a method without unlabeled scans, which all but the V-Net have in the benchmark, costs less
-            if words[row.key][0] in measured and (not row.scans.endswith("/ 0") or words[row.key][0] == "supervised")
+            if methods[row.key] in measured and (not row.scans.endswith("/ 0") or methods[row.key] == "supervised")
         }
         return Table(name, title, METHOD_COLUMNS, method_lines(rows, done, recipes, costs))
     lines = [line for row in rows for line in row_lines(row, done.get(row.key, {}), recipes[row.key])]
