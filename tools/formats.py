@@ -84,15 +84,25 @@ def latex(table: Table) -> str:
 
 
 def best_cells(table: Table) -> set[tuple[int, int]]:
-    """The line and column of the best figure of each group, and of those equal to it; none where a group has one."""
+    """The line and column of the best figure of each group, and of those equal to it; none where a group has one.
+
+    A distance that is too low, as that of a run with scans that are not penalised, is not the best; nor is any other
+    above it, as the true order is not known.
+    """
     best = set()
     for i, column in enumerate(table.columns):
         for group in {line.group for line in table.lines if line.group and column.best}:
             figures = {n: first_number(line.cells[i]) for n, line in enumerate(table.lines) if line.group == group}
             figures = {n: column.best * value for n, value in figures.items() if not math.isnan(value)}
             if len(figures) > 1:
-                best |= {(n, i) for n, value in figures.items() if value == max(figures.values())}
+                first = {n for n, value in figures.items() if value == max(figures.values())}
+                best |= {(n, i) for n in first if not any(map(too_low, (table.lines[m].cells[i] for m in first)))}
     return best
+
+
+def too_low(cell: Cell) -> bool:
+    """Whether a distance is of runs some of whose scans have none and are not penalised."""
+    return any(bool(value) for name, value in cell.numbers.items() if name.endswith("_not_penalised"))
 
 
 def first_number(cell: Cell) -> float:
