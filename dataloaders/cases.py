@@ -10,8 +10,7 @@ A case file holds `image` float (W,H,D), normalised, and `label` (W,H,D) of 0 an
 unlabeled case. An image of K channels, such as T1 and T2, is (K,W,H,D). Optional attributes hold its geometry as in
 ITK, in the LPS frame (mm to the patient's left, back and head): `spacing` of the voxels along the array's axes in mm;
 `origin`, the position of the centre of voxel (0,0,0); `direction`, 9 cosines row by row, whose columns are the array's
-axes. FOLDER/spacing.txt, three numbers, states the spacing of all cases whose own file does not. Without both, a case
-has no spacing in mm.
+axes. FOLDER/spacing.txt, three numbers, states the spacing of all cases whose own file does not; else it is unknown.
 """
 
 import itertools
@@ -106,11 +105,10 @@ def refuse_unconverted(folder: Path) -> None:
         files = sorted(inner.iterdir()) if inner.is_dir() else []
         scan = next((path for path in files if path.name.lower().endswith(UNCONVERTED)), None)
         if scan is not None:
-            source = folder if part or folder.name not in SOURCES else folder.parent
+            source = shlex.quote(str(folder if part or folder.name not in SOURCES else folder.parent))
             raise UserError(
                 f"{folder} holds scans such as {scan.relative_to(folder)} and no converted data set. Convert them "
-                f"first: python -m tools.convert --source {shlex.quote(str(source))} --out data/mine, then "
-                "give data/mine."
+                f"first: python -m tools.convert --source {source} --out data/mine, then give data/mine."
             )
 
 

@@ -113,13 +113,9 @@ def with_spacing(facts: Facts) -> Facts:
 
 
 def findings_of(
-    facts: Sequence[Facts],
-    *,
-    trained: Sequence[Facts] = (),
-    patch_size: Sequence[int] = (),
-    downsample: int = 1,
+    facts: Sequence[Facts], *, trained: Sequence[Facts] = (), patch_size: Sequence[int] = (), downsample: int = 1,
     normalize: str = "none",
-) -> list[Finding]:
+) -> list[Finding]:  # fmt: skip
     """Warnings and notes about intensities, spacing, orientation, sizes and empty labels; none for the LA set.
 
     Args:

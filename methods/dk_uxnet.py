@@ -51,7 +51,8 @@ class DKUXNet(Method):
         backbone: str = option("uxnet", "network that computes the queries' feature maps", choices=list(BACKBONES))
         filters: int = option(48, "channels of the backbone's first scale", minimum=1)
         dropout: float = option(0.0, "share of the channels dropped in training, after the deepest map and, with "
-                                "--no-kmax, before the head; the published network has none", minimum=0, maximum=0.9)  # fmt: skip
+                                "--no-kmax, before the head; none in the published network",
+                                minimum=0, maximum=0.9)  # fmt: skip
         kmax: bool = option(True, "k-means decoder; without it a convolution gives S; no G, L_qd, L_qdc")
         groups: list[int] = option([16, 16], "queries per group, background first", nargs="+", minimum=1, only_if=KMAX)
         query_channels: int = option(256, "channels of a query, a multiple of 16", minimum=16, only_if=KMAX)

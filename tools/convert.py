@@ -62,7 +62,7 @@ from tools.sources import (
     Source,
     SourceSet,
     find_sources,
-    paths_text,
+    refuse_unlabeled,
 )
 from tools.split import choose_split, patients_in
 from utils.errors import UserError, ignore_stop_signals, run
@@ -286,12 +286,8 @@ def main(argv: list[str] | None = None) -> None:
         )
         for scan in scans
     ]  # fmt: skip
-    if not before.labeled and not any(scan.label for scan in scans):
-        unread = f" Not read: {paths_text(source_set.unread, Path(o.source))}." if source_set.unread else ""
-        raise UserError(
-            f"none of the {len(scans)} scans of {o.source} has a label. A label has the name of its scan, in labels/ "
-            f"next to images/ or in labelsTr/ next to imagesTr/; a CSV has a column label.{unread}"
-        )
+    if not before.labeled:
+        refuse_unlabeled(source_set, Path(o.source))
     patients = patients_in(source_set, o.patient, out)
     kept = keep(out, before, {scan.name for scan in scans}, jobs[0].settings)
     train, test, validation = choose_split(

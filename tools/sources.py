@@ -114,6 +114,16 @@ def find_sources(source: Path, images_ts: str) -> SourceSet:
     return SourceSet(_distinct(scans, source), challenge, unread, left_out, names, channels, absent)
 
 
+def refuse_unlabeled(source_set: SourceSet, folder: Path) -> None:
+    """Raises UserError if no scan has a label, with where one belongs and the files that were not read."""
+    if not any(scan.label for scan in source_set.scans):
+        unread = f" Not read: {paths_text(source_set.unread, folder)}." if source_set.unread else ""
+        raise UserError(
+            f"none of the {len(source_set.scans)} scans of {folder} has a label. A label has the name of its scan, in "
+            f"labels/ next to images/ or in labelsTr/ next to imagesTr/; a CSV has a column label.{unread}"
+        )
+
+
 def paths_text(paths: Sequence[Path], folder: Path) -> str:
     """A few of the paths, from a folder, and how many more there are."""
     return some(f"{path.relative_to(folder)}{'/' if path.is_dir() else ''}" for path in paths)
