@@ -113,7 +113,7 @@ def cases() -> list[tuple[str, str, str]]:
             ((switched, value),) = parsed(method, switch).items()
             related = f"'{switched}'" in conditions[name]
             covering = value in (0, "none") and (i + j) % 3 == 0
-            if (related or covering) and name not in {"classes", "backbone", "filters", switched}:
+            if (related or covering) and name not in {"classes", "backbone", "filters", "dropout", switched}:
                 chosen.append((method, switch, name))
     return chosen + TOGETHER
 

@@ -112,7 +112,7 @@ def test_39_a_folder_that_cannot_be_made_is_named(tmp_path):
         "a.nii.gz": lambda path: write_image(path, mask, OBLIQUE),
         "a.h5": lambda path: case_of_scan.write_case(path, mask, None, {}),
         "volumes.csv": lambda path: write_volumes(path, rows),
-        "a.png": lambda path: statistics.scatter({"a": 1.0}, {"row": {"a": 2.0}}, "title", path),
+        "a.png": lambda path: statistics.scatter({"a": 1.0}, {"row": {"a": 2.0}}, "title", "dice, all", path),
     }.items():
         with pytest.raises(UserError, match=rf"cannot write {tmp_path}/file/{name}: .*File exists"):
             put(tmp_path / "file" / name)
