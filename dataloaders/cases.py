@@ -108,7 +108,7 @@ def refuse_unconverted(folder: Path) -> None:
             source = shlex.quote(str(folder if part or folder.name not in SOURCES else folder.parent))
             raise UserError(
                 f"{folder} holds scans such as {scan.relative_to(folder)} and no converted data set. Convert them "
-                f"first: python -m tools.convert --source {source} --out data/mine, then give data/mine."
+                f"first: python -m tools.convert --source {source} --out data/mine. Then name data/mine in its place."
             )
 
 

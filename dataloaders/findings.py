@@ -305,7 +305,7 @@ def duplicates(facts: Sequence[Facts], test: Sequence[str] = (), validation: Seq
     return findings
 
 
-def absent(group: str, voxels: Sequence[Mapping[int, int]], classes: int) -> dict[int, str]:
+def absent_classes(group: str, voxels: Sequence[Mapping[int, int]], classes: int) -> dict[int, str]:
     """Class -> a sentence about it, for each class that no case of a group has.
 
     Args:
@@ -333,7 +333,7 @@ def warnings_of(
     findings = findings_of(facts, patch_size=patch_size, downsample=downsample, normalize=normalize)
     voxels = [x.voxels for x in facts if x.voxels is not None]
     if len(voxels) == labeled:
-        texts = absent("labeled training", voxels, facts[0].case.classes)
+        texts = absent_classes("labeled training", voxels, facts[0].case.classes)
         findings += [Finding("warning", (), text) for text in texts.values()]
     return [f"warning: {finding}" for finding in findings + duplicates(facts) if finding.level == "warning"]
 

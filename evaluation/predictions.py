@@ -40,7 +40,6 @@ def read_scores(test: Path) -> list[dict[str, Any]]:
         UserError: if the file is missing or is no cases.csv of test_la.py.
     """
     path = test if test.suffix == ".csv" else test_of(test) / "cases.csv"
-    others = sorted(str(file.parent) for file in test.glob("*/cases.csv"))
     try:
         with open(path, newline="", encoding="utf-8") as f:
             rows: list[dict[str, Any]] = list(csv.DictReader(f))
@@ -52,8 +51,8 @@ def read_scores(test: Path) -> list[dict[str, Any]]:
                 row.update({name: math.nan for name in numbers if name not in COUNTS})
     except OSError as e:
         run = path.parent.parent if has_checkpoint(path.parent.parent) else "RUN"
-        how = f"Run test_la.py --checkpoint {run}, which writes it"
-        how = f"Give one of its tests: {', '.join(others)}" if others else how
+        others = sorted(str(file.parent) for file in test.glob("*/cases.csv"))
+        how = f"Give one of its tests: {', '.join(others)}" if others else f"test_la.py --checkpoint {run} writes it"
         raise UserError(f"cannot read {path}: {e.strerror or e}. {how}.") from e
     except (KeyError, IndexError, ValueError, TypeError) as e:
         raise UserError(f"{path} is no cases.csv of test_la.py ({e!r}). Test the run again.") from e

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from skimage.measure import label as components
 
 from dataloaders.cases import Case, CaseError, by_problem, has_label, read_case
-from dataloaders.findings import Facts, Finding, absent, duplicates, facts_of, with_spacing
+from dataloaders.findings import Facts, Finding, absent_classes, duplicates, facts_of, with_spacing
 from dataloaders.geometry import stated_geometry
 from tools.overview import volumes_ml
 from utils.run_folder import digest
@@ -113,7 +113,7 @@ def _classes(inspections: Sequence[Inspection], classes: int, groups: dict[str, 
     findings = []
     for group, names in groups.items():
         voxels = {x.name: x.facts.voxels for x in inspections if x.facts and x.facts.voxels and x.name in names}
-        nowhere = absent(group, list(voxels.values()), classes)
+        nowhere = absent_classes(group, list(voxels.values()), classes)
         for c in range(1, classes + 1):
             without = tuple(name for name, counts in voxels.items() if c not in counts)
             if c in nowhere:
