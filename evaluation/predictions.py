@@ -52,7 +52,8 @@ def read_scores(test: Path) -> list[dict[str, Any]]:
     except OSError as e:
         run = path.parent.parent if has_checkpoint(path.parent.parent) else "RUN"
         others = sorted(str(file.parent) for file in test.glob("*/cases.csv"))
-        how = f"Give one of its tests: {', '.join(others)}" if others else f"test_la.py --checkpoint {run} writes it"
+        how = f"Run test_la.py --checkpoint {run}, which writes it"
+        how = f"Give one of its tests: {', '.join(others)}" if others else how
         raise UserError(f"cannot read {path}: {e.strerror or e}. {how}.") from e
     except (KeyError, IndexError, ValueError, TypeError) as e:
         raise UserError(f"{path} is no cases.csv of test_la.py ({e!r}). Test the run again.") from e

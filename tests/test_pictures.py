@@ -250,7 +250,7 @@ def test_differences_are_each_scan_s_and_their_mean(tmp_path):
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["figure3", "{runs}/dtc"], r"cannot read .*/dtc/test/cases\.csv: .*test_la.py --checkpoint .*/dtc writes it"),
+        (["figure3", "{runs}/dtc"], r"cannot read .*/dtc/test/cases\.csv: .*Run test_la.py --checkpoint .*/dtc, which"),
         (["figure3", "{runs}/typo"], "cannot read .*typo/cases.csv"),
         (["figure3", "{runs}/dtml:teacher"], "no output teacher, only seg, sdm, mean"),
         (["figure3", "{runs}/dtml", "--cases", "nobody"], "nobody is not in .*set"),
