@@ -187,7 +187,8 @@ def enough_memory(advice: str) -> Iterator[None]:
 
 def seed_iteration(seed: int, iteration: int, rank: int = 0) -> None:
     """Seeds torch from (seed, iteration, rank), so that dropout and noise have no history to save."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, iteration, rank]).generate_state(1, np.uint64)[0] >> 1))
+    state = int(np.random.SeedSequence([seed, iteration, rank]).generate_state(1, np.uint64)[0])
+    torch.manual_seed(state >> 1)  # a Python int: numpy 1 has no uint64 >> int
 
 
 def peak_memory_gib(device: torch.device) -> float:
