@@ -268,7 +268,7 @@ def test_other_figures_are_what_the_records_give():
     assert f"learn, {min(live[1500]):.2f} to {max(live[1500]):.2f} % of all" in text
     assert f"4 of {len(live[1500])} runs with k = 1500" in text and f"4 of the {len(live[1500])} recorded" in text
     assert f"k = 50, {min(live[50]):.0f} to {max(live[50]):.0f} % of the voxels learn" in text
-    assert f"none of {len(live[50])} runs of DTML failed. Nine are" in text and len(live[50]) == 9
+    assert f"none of {len(live[50])} runs of DTML failed" in text
     died = curve("half/supervised-sdm-16-seed1338", "live_gradient/sdm")
     assert max(share for i, share in died.items() if 69 <= i < 510) < 1e-4 and died[69] == 0 < died[59]
     rows = {path.name[: path.name.index("-seed")] for path in (ROOT / "results" / "half").glob("supervised*-seed*")}
