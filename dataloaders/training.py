@@ -8,6 +8,7 @@ from pathlib import Path
 from dataloaders.cases import (
     LA_FOLDER,
     LA_SPLITS,
+    MOST_CLASSES,
     PHANTOM_FOLDER,
     VALIDATION,
     Case,
@@ -19,6 +20,7 @@ from dataloaders.cases import (
     read_list,
     validation_of,
 )
+from dataloaders.class_names import class_names
 from dataloaders.findings import Facts
 from dataloaders.folds import split_fold
 from dataloaders.geometry import known_spacing
@@ -57,6 +59,17 @@ def usual_labeled(folder: Path, of_profile: int | None = None) -> int:
             + (f", or give --labeled {first} for those before it." if first else ".")
         )
     return first
+
+
+def usual_classes(folder: Path) -> int:
+    """Default of --classes: the highest label that the set's dataset.json names, 1 if it names none.
+
+    Values above 254, which no case can hold, are left alone.
+
+    Raises:
+        UserError: if dataset.json cannot be read or has other content.
+    """
+    return max((c for c in class_names(folder) if c <= MOST_CLASSES), default=1)
 
 
 def training_cases(
@@ -201,7 +214,8 @@ def refuse_classes(cases: Sequence[Case], facts: Sequence[Facts], classes: int) 
             return
     raise UserError(
         f"--classes {classes}, but the largest value in the labels of the labeled cases is {largest}. "
-        f"Give --classes {max(largest, 1)}, or label a case that shows class {classes}."
+        f"Give --classes {max(largest, 1)}, or label a case that shows class {classes}. Without "
+        "--classes there are as many as the set's dataset.json names."
     )
 
 

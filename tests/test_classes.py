@@ -1,6 +1,7 @@
 """Several classes: each is treated as one class alone would be, and the whole goes from labels to tables."""
 
 import itertools
+import json
 from pathlib import Path
 
 import h5py
@@ -9,7 +10,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 import torch.nn.functional as F
-from conftest import TINY, csv_rows, make_set, write_case
+from conftest import TINY, csv_rows, load, make_set, weights, write_case
 from medpy.metric import binary
 from scipy import ndimage
 
@@ -24,6 +25,7 @@ from methods import METHODS
 from methods.ss_net import Separator
 from networks.backbone import Backbone
 from networks.critics import MapCritic
+from tools import check
 from utils.errors import UserError
 from utils.masks import label_map, largest_components
 from utils.options import fill
@@ -225,6 +227,36 @@ def test_methods_of_one_class_say_so(name, tmp_path):
     with pytest.raises(UserError, match="--classes 2: this method knows one class"):
         train_dtml.main(["--data", str(data), "--runs", str(tmp_path), *TINY, "--method", name, "--classes", "2"])
     assert not list(tmp_path.glob("*/last.pt"))
+
+
+def test_a_set_that_names_its_classes_needs_no_flag(tmp_path, capsys):
+    """The same run, in the same folder, as with --classes; check takes as many, and suggests a command without it."""
+    data = make_class_set(tmp_path / "set")
+    flags = ["--data", str(data), *TINY, "--method", "supervised", "--iterations", "1"]
+    with pytest.raises(UserError, match="--classes 2 takes them all"):
+        train_dtml.main([*flags, "--runs", str(tmp_path / "unnamed")])
+    train_dtml.main([*flags, "--runs", str(tmp_path / "chosen"), "--classes", "2"])
+    (data / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "left": 1, "right": 2, "all": [1, 2]}}))
+    train_dtml.main([*flags, "--runs", str(tmp_path / "named")])
+    chosen, named = (next((tmp_path / parent).glob("*/*/last.pt")).parent for parent in ("chosen", "named"))
+    assert chosen.relative_to(tmp_path / "chosen") == named.relative_to(tmp_path / "named")
+    assert load(named)["options"]["classes"] == 2 and "classes     1 left, 2 right\n" in (named / "log.txt").read_text()
+    expected = weights(chosen)
+    assert all(torch.equal(weight, expected[name]) for name, weight in weights(named).items())
+
+    capsys.readouterr()
+    check.main([str(data), "--labeled", "4", "--memory", "1"])
+    out = capsys.readouterr().out
+    assert "0 errors" in out and "left" in out and "train_dtml.py" in out and "--classes" not in out
+    with pytest.raises(UserError, match="where only 0 and 1 may stand"):
+        train_dtml.main([*flags, "--runs", str(tmp_path / "one"), "--classes", "1"])
+    with pytest.raises(UserError, match="--classes 2: this method knows one class"):
+        train_dtml.main([*flags, "--runs", str(tmp_path / "one"), "--method", "asdnet"])
+
+    (data / "dataset.json").write_text(json.dumps({"labels": {"left": 1, "middle": 2, "right": 3}}))
+    train_dtml.main(["--resume", str(named)])  # finished, and what it was is not looked up again
+    with pytest.raises(UserError, match="--classes 3, but the largest value in the labels of the labeled cases is 2"):
+        train_dtml.main([*flags, "--runs", str(tmp_path / "three")])
 
 
 def test_one_distance_map_for_each_class(tmp_path):

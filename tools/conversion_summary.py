@@ -35,7 +35,8 @@ def summary(
         lines += [f"class {c}, {name}, is in no label" for c, name in names.items() if c not in values]
         lines += [f"class {c} has no name in {DATASET}" for c in sorted(values) if c not in names]
     if max(values, default=1) > 1:
-        lines.append(f"train on all of them with --classes {max(values)}, or keep some with --labels")
+        flag = "" if max(values) == max(names, default=1) else f" with --classes {max(values)}"
+        lines.append(f"train on all of them{flag}, or keep some with --labels")
     orientations = Counter(outcome.orientation for outcome in outcomes if outcome.orientation)
     if len(orientations) > 1:
         counted = ", ".join(f"{code} in {n} cases" for code, n in sorted(orientations.items()))
