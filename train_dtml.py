@@ -161,9 +161,7 @@ def begin(
         report.say(f"The best checkpoint so far, after {t.best['iteration']} iterations, was chosen on other "
                    "validation scans than there are now. The best is chosen anew.")  # fmt: skip
         t.best = None
-    for line in warnings_of(
-        volumes.facts, labeled=t.labeled, patch_size=o.patch_size, downsample=o.downsample, normalize=o.normalize
-    ):
+    for line in warnings_of(volumes.facts, patch_size=o.patch_size, downsample=o.downsample, normalize=o.normalize):
         report.say(line)
     if o.workers and volumes.on_device:
         report.say(f"--workers {o.workers} is not used: the volumes are on the GPU, where crops are made. "
