@@ -240,7 +240,8 @@ def train(t: Training, model: Callable[..., Losses], report: Report | None, stop
             rate = optimizer.param_groups[0]["lr"]
             report.iteration(iteration, losses, batch["label"], rate, clock, peak_memory_gib(device), scores)
             if o.picture_every and (done % o.picture_every == 0 or last):
-                show(report, method, t.patches, t.labeled, t.constant["spacing"] or [1.0] * 3, done, device)
+                spacing, names = t.constant["spacing"] or [1.0] * 3, t.constant.get("class_names", {})
+                show(report, method, t.patches, t.labeled, spacing, done, device, names)
             clock.lap("logging")
         saving = done % o.save_every == 0 or last
         ask = device.type == "cpu" or done % STOP_EVERY == 0 or saving

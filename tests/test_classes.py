@@ -11,13 +11,14 @@ import SimpleITK as sitk
 import torch
 import torch.nn.functional as F
 from conftest import TINY, csv_rows, load, make_set, weights, write_case
+from matplotlib.colors import to_hex
 from medpy.metric import binary
 from scipy import ndimage
 
 import test_la
 import train_dtml
 from dataloaders.cases import Case, CaseError, read_case
-from evaluation import scores
+from evaluation import scores, slices
 from evaluation.rows import read_row
 from losses.sdm import signed_distance_map
 from losses.terms import dice_loss, hard_dice, probabilities, seg_loss
@@ -25,7 +26,7 @@ from methods import METHODS
 from methods.ss_net import Separator
 from networks.backbone import Backbone
 from networks.critics import MapCritic
-from tools import check
+from tools import check, pictures
 from utils.errors import UserError
 from utils.masks import label_map, largest_components
 from utils.options import fill
@@ -177,6 +178,32 @@ def test_from_labels_to_tables(tmp_path, capsys):
     assert all(f"{name}: Dice % " in page for name in ("1", "2", "mean"))
     means = {r["case"]: float(r["dice"]) for r in rows if (r["component"], r["class"]) == ("all", "mean")}
     assert read_row(f"{out}:seg", "dice", "all") == means
+
+
+def test_tables_pictures_and_figures_name_the_classes_as_the_checkpoint_does(tmp_path, monkeypatch, capsys):
+    data, run, titles = make_class_set(tmp_path / "set"), tmp_path / "run", []
+    (data / "dataset.json").write_text(json.dumps({"labels": {"0": "background", "1": "left", "2": "right"}}))
+    monkeypatch.setattr(slices, "slice_picture", lambda *args: titles.append(args[4]) or np.zeros((4, 4, 3), np.uint8))
+    where = ["--data", str(data), "--runs", str(tmp_path), "--name", "run", "--picture-every", "1"]
+    train_dtml.main([*TINY, "--method", "supervised", "--iterations", "1", *where])
+    assert titles == ["case00, iteration 1, classes 1 left, 2 right"]
+    (data / "dataset.json").unlink()
+    capsys.readouterr()
+    args = ["--threads", "1", "--stride", "16", "16", "16", "--save", "all", "--report"]
+    test_la.main(["--checkpoint", str(run), *args])
+    named = ["1 left", "2 right", "mean"]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| seg | all |")]
+    assert [line.split("|")[3].strip() for line in lines] == named
+    assert [row["class"] for row in csv_rows(run / "test" / "cases.csv")[:3]] == ["1", "2", "mean"]  # as data
+    page = (run / "test" / "report.html").read_text()
+    for name in named:
+        assert page.count(f'<td class="word">{name}</td>') == 2 + 4 and f"seg, all, {name}</option>" in page
+    figure = pictures.figure3([str(run)], pictures.Options(cases=["case08"]))
+    (key,) = figure.legends
+    assert [text.get_text() for text in key.get_texts()] == ["left", "right"]
+    assert [to_hex(patch.get_facecolor()) for patch in key.get_patches()] == list(slices.COLOURS[:2])
+    figure = pictures.figure2([str(run)], pictures.Options(cases=["case08"]))
+    assert [text.get_text() for text in figure.texts][-1] == "classes: 1 left, 2 right"
 
 
 def test_a_scan_that_lacks_a_class_has_no_mean_distance_and_is_counted():

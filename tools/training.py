@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,10 @@ import torch
 from dataloaders.augmentation import Strengths
 from dataloaders.cases import Case, CaseError, named
 from dataloaders.channel_names import channel_names
-from dataloaders.class_names import class_names
+from dataloaders.class_names import class_names, named_classes
 from dataloaders.geometry import known_spacing
 from dataloaders.normalization import OF_RAW, Normalization, normalization_of, raw_of
-from dataloaders.orientation import common_orientation, known_orientation
+from dataloaders.orientation import common_orientation, known_orientation, viewing_turn
 from dataloaders.training import median_spacing, refuse_classes, training_cases, validation_names
 from dataloaders.two_stream import Patches, TwoStreamBatchSampler
 from dataloaders.unseen import open_cases
@@ -241,7 +241,7 @@ def choose_arithmetic(method: Method, o: Options, device: torch.device) -> None:
 @torch.no_grad()
 def show(
     report: Report, method: Method, patches: Patches, labeled: int, spacing: Sequence[float], done: int,
-    device: torch.device,
+    device: torch.device, names: Mapping[str, str],
 ) -> None:  # fmt: skip
     """Adds pictures to the report: a fixed slice of the first labeled and of the first unlabeled case.
 
@@ -256,6 +256,7 @@ def show(
         spacing: mm along x, y, z.
         done: finished iterations.
         device: device of the method.
+        names: class, as text -> its name; with several classes they are in the titles.
     """
     from evaluation.slices import prediction_mesh, slice_picture  # here, as matplotlib takes half a second
 
@@ -265,12 +266,14 @@ def show(
             item = patches.centre_crop(case)
             tensors = {key: v[0] for key, v in method.maps(item["image"][None].to(device)).items()}
             prediction = label_map(torch.stack(list(tensors.values())[: method.options.classes])).cpu().numpy()
-            maps = {key: v.cpu().numpy() for key, v in tensors.items()}
             label = item["label"].cpu().numpy() if "label" in item else None
-            title = f"{item['case']}, iteration {done}"
-            orientation = known_orientation(patches.volumes.cases[case])
-            image = item["image"][0].cpu().numpy()
-            report.picture(name, slice_picture(image, maps, prediction, label, title, orientation), done)
+            turn, orientation = viewing_turn(patches.volumes.cases[case])
+            maps = {key: turn(v.cpu().numpy()) for key, v in tensors.items()}
+            classes = f", classes {named_classes(names)}" if names and method.options.classes > 1 else ""
+            title = f"{item['case']}, iteration {done}{classes}"
+            image = turn(item["image"][0].cpu().numpy())
+            seen = None if label is None else turn(label)
+            report.picture(name, slice_picture(image, maps, turn(prediction), seen, title, orientation), done)
             if label is not None:
                 report.mesh(f"surface/{name}", prediction_mesh(prediction, label, spacing), done)
     method.train()
