@@ -115,9 +115,10 @@ class CheckCache:
     def _entry_of(self, case: Case, entry: dict[str, Any]) -> CacheEntry:
         scalings = None if self.normalize.kind == "none" else [Scaling(*values) for values in entry["scaling"]]
         mark = entry["fingerprint"]
-        *first, voxels, others = entry["seen"]
+        mean, sd, p1, p99, voxels, others = entry["seen"]
         kept = {int(c): n for c, n in voxels.items()} if case.labeled else None  # JSON has text for the classes
-        facts = Facts(case, tuple(entry["shape"][-3:]), None, *first, kept, mark, others=tuple(map(tuple, others)))
+        shape = tuple(entry["shape"][-3:])
+        facts = Facts(case, shape, None, mean, sd, p1, p99, kept, mark, others=tuple(map(tuple, others)))
         return CacheEntry(entry["both"] if case.labeled else mark[:DIGITS], facts, scalings)
 
     def _write(self, case: Case, image: NDArray, label: NDArray | None) -> None:

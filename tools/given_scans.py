@@ -169,9 +169,9 @@ def scans_in(folder: Path, chosen: Sequence[str], seen: set[str]) -> list[Scan]:
     folder = folder if folder.name else folder.resolve()
     if len(taken) == 1:
         return [Scan(folder.name, (folder,), taken[0].files)]
-    names = [re.sub(r"[^\w.-]+", "_", one.description) for one in series]
-    clear = all(names) and len({name.casefold() for name in names}) == len(names)
-    ends = {one.uid: name if clear else one.uid for one, name in zip(series, names, strict=True)}
+    words = [re.sub(r"[^\w.-]+", "_", one.description) for one in series]
+    clear = all(words) and len({word.casefold() for word in words}) == len(words)
+    ends = {one.uid: word if clear else one.uid for one, word in zip(series, words, strict=True)}
     return [Scan(f"{folder.name}_{ends[one.uid]}", (folder,), one.files) for one in taken]
 
 

@@ -186,7 +186,9 @@ def figure3(paths: Sequence[str], o: Options) -> Figure:
         spacing = turn.geometry({"spacing": spacing}, label.shape)["spacing"]
         shown = turn(with_channels(image)[0]), turn(label)
         compared.append(ComparedCase(name, *shown, z, predictions, spacing, orientation))
-    return draw_comparison(compared, *o.view, {int(c): name for c, name in about.get("class_names", {}).items()})
+    azimuth, elevation = o.view
+    class_names = {int(c): name for c, name in about.get("class_names", {}).items()}
+    return draw_comparison(compared, azimuth, elevation, class_names)
 
 
 def dice_text(prediction: NDArray, label: NDArray) -> str:

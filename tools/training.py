@@ -136,12 +136,12 @@ def prepare(
     images = volumes.fingerprints | earlier_images(origin, state, volumes.fingerprints)
     validation, _ = open_cases(data, to_validate, own.classes, volumes.checksums, images, own.channels, normalize)
     names = {str(c): name for c, name in class_names(data).items() if c <= own.classes}
+    attributes = attributes_of(cases, normalize)
     constant = {
         "options": {**dataclasses.asdict(o), **dataclasses.asdict(own)}, "checksums": volumes.checksums,
-        "images": images, "processes": RANKS, "attributes": attributes_of(cases, normalize),
-        "spacing": median_spacing(cases),
-        "orientation": common_orientation(cases), "channel_names": channel_names(data, own.channels),
-        **({"class_names": names} if names else {}),
+        "images": images, "processes": RANKS, "attributes": attributes,
+        "spacing": median_spacing(cases), "orientation": common_orientation(cases),
+        "channel_names": channel_names(data, own.channels), **({"class_names": names} if names else {}),
     }  # fmt: skip
     method.to(device)
     choose_arithmetic(method, o, device)
@@ -150,7 +150,7 @@ def prepare(
     if state is not None:
         if state["checksums"] != volumes.checksums:
             raise UserError(f"the volumes in {o.data} are not those {folder} began with. Resume with the same data.")
-        refuse_other_attributes(constant["attributes"], state.get("attributes", {}), o.data, folder)
+        refuse_other_attributes(attributes, state.get("attributes", {}), o.data, folder)
         if state["processes"] != RANKS:
             raise UserError(
                 f"{folder} was trained by {state['processes']} processes, not {RANKS}. Resume it with as many."
