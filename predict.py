@@ -70,7 +70,7 @@ class Options:
         "", "method of the bare weights of a released code (default: what a checkpoint of train_dtml.py states)",
         group="what", choices=list(RELEASED),
     )  # fmt: skip
-    series: list[str] = option([], "UIDs of the DICOM series to segment, of a folder with several (default none)",
+    series: list[str] = option([], "DICOM series of a folder with several: UIDs, descriptions, all (default none)",
                                group="what", type=str, nargs="+")  # fmt: skip
     out: str = option("", "folder of the segmentations; -o is the same", group="what")
     output: str = option(
@@ -199,7 +199,7 @@ def sort_words(flags: dict[str, Any]) -> list[str]:
     if len(scans) < len(given):
         flags["checkpoint"] = [path for word, paths in given.items() if word not in scans for path in paths]
         words += scans
-    words += [word for word in flags.get("series", []) if Path(word).exists() or glob.has_magic(word)]
+    words += [word for word in flags.get("series", []) if Path(word).exists() or glob.glob(word)]
     if "series" in flags:
         flags["series"] = [word for word in flags["series"] if word not in words]
     return words
@@ -319,7 +319,7 @@ def main(argv: list[str] | None = None) -> None:
                 name = f"{type(model.methods[0]).__name__}, {model.outputs[0]}"
                 seg = dicom_seg(label, geometry, scan.slices, classes=model.classes, names=model.names, method=name)
         except CaseError as e:
-            refused.append(f"{path} {e}" if len(scan.files) == 1 else f"{scan.name}: {e}")
+            refused.append(f"{scan.shown} {e}" if len(scan.files) == 1 else f"{scan.name}: {e}")
             continue
         volumes = [label, *(result["probability"] or ())]
         files = results_of(scan, o, model.classes)
@@ -333,7 +333,7 @@ def main(argv: list[str] | None = None) -> None:
                 file.unlink()
         rows += volume_rows(scan.name, label, geometry, model.names, model.classes)
         write_volumes(report, rows)
-        print(f"{path}: {time.monotonic() - began:.1f} s", file=sys.stderr)
+        print(f"{scan.shown}: {time.monotonic() - began:.1f} s", file=sys.stderr)
 
     if rows:
         print(volumes_table(rows))

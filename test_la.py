@@ -30,14 +30,14 @@ from tqdm import tqdm
 
 from dataloaders.cases import Case, lists_of, read_case
 from dataloaders.channel_names import refuse_other_channels
-from dataloaders.class_names import class_names, refuse_other_numbers
+from dataloaders.class_names import class_names, named_classes, refuse_other_numbers
 from dataloaders.geometry import known_spacing, read_geometry
 from dataloaders.images import write_image
 from dataloaders.normalization import normalization_of, normalized_case
 from dataloaders.unseen import open_cases, other_grid
 from evaluation.metrics import COMPONENTS, MORE
 from evaluation.predictions import new_test, replace_test
-from evaluation.scores import as_csv, caption_of, class_scores, table
+from evaluation.scores import as_csv, caption_of, class_scores, table, with_class_names
 from evaluation.sliding_window import (
     WEIGHTINGS,
     flips_option,
@@ -202,8 +202,9 @@ def main(argv: list[str] | None = None) -> None:
         normalize,
     )
     refuse_other_channels(folder, channels_of_state(state))
-    names = {c: name for c, name in class_names(folder).items() if c <= classes}
-    refuse_other_numbers(names, folder, classes_of_state(state), path)
+    stated = {c: name for c, name in class_names(folder).items() if c <= classes}
+    refuse_other_numbers(stated, folder, classes_of_state(state), path)
+    names = {str(c): name for c, name in sorted((classes_of_state(state) | stated).items())}
     if RANK == 0 and (warning := other_grid(cases, state)):
         print(f"warning: {folder} {warning}", file=sys.stderr)
     if o.nsd_tolerance is not None:
@@ -261,7 +262,7 @@ def main(argv: list[str] | None = None) -> None:
             return
 
         # results
-        means = f"{caption_of(o.nsd_tolerance, o.metrics)}\n{table(rows)}"
+        means = f"{caption_of(o.nsd_tolerance, o.metrics)}\n{table(with_class_names(rows, names))}"
         write_whole(new / "cases.csv", as_csv(rows).encode())
         write_whole(new / "table.md", means.encode())
         settings = {"patch_size": patch_size, "stride": stride, "windows": count, "weighting": o.weighting,
@@ -289,8 +290,8 @@ def main(argv: list[str] | None = None) -> None:
     size, step = ("x".join(map(str, v)) for v in (patch_size, stride))
     print(f"{folder}: {len(cases)} {o.scans} scans, {count} windows of {size}, stride {step}.\n")
     print(means)
-    if names:
-        print(f"Classes: {', '.join(f'{c} {name}' for c, name in names.items())}.\n")
+    if names and classes == 1:  # of several the table has the names
+        print(f"Class: {named_classes(names)}.\n")
     if all(math.isnan(row["asd_mm"]) for row in rows) and not all(math.isnan(row["asd"]) for row in rows):
         print(f"No distance in mm: the files of {folder} do not state their spacing.\n")
     print(f"per case: {out / 'cases.csv'}", file=sys.stderr)

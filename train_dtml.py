@@ -161,9 +161,7 @@ def begin(
         report.say(f"The best checkpoint so far, after {t.best['iteration']} iterations, was chosen on other "
                    "validation scans than there are now. The best is chosen anew.")  # fmt: skip
         t.best = None
-    for line in warnings_of(
-        volumes.facts, labeled=t.labeled, patch_size=o.patch_size, downsample=o.downsample, normalize=o.normalize
-    ):
+    for line in warnings_of(volumes.facts, patch_size=o.patch_size, downsample=o.downsample, normalize=o.normalize):
         report.say(line)
     if o.workers and volumes.on_device:
         report.say(f"--workers {o.workers} is not used: the volumes are on the GPU, where crops are made. "
@@ -242,7 +240,8 @@ def train(t: Training, model: Callable[..., Losses], report: Report | None, stop
             rate = optimizer.param_groups[0]["lr"]
             report.iteration(iteration, losses, batch["label"], rate, clock, peak_memory_gib(device), scores)
             if o.picture_every and (done % o.picture_every == 0 or last):
-                show(report, method, t.patches, t.labeled, t.constant["spacing"] or [1.0] * 3, done, device)
+                spacing, names = t.constant["spacing"] or [1.0] * 3, t.constant.get("class_names", {})
+                show(report, method, t.patches, t.labeled, spacing, done, device, names)
             clock.lap("logging")
         saving = done % o.save_every == 0 or last
         ask = device.type == "cpu" or done % STOP_EVERY == 0 or saving

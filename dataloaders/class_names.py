@@ -64,6 +64,11 @@ def names_in(content: dict[str, Any], path: Path) -> dict[int, str]:
     return {number: plain[number] for number in sorted(plain) if number > 0}
 
 
+def named_classes(names: Mapping[int, str] | Mapping[str, str]) -> str:
+    """Class -> name as a text: 1 anterior, 2 posterior."""
+    return ", ".join(f"{c} {name}" for c, name in names.items())
+
+
 def refuse_other_numbers(
     names: Mapping[int, str], where: object, trained: Mapping[int, str], checkpoint: object
 ) -> None:

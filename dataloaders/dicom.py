@@ -17,7 +17,8 @@ from dataloaders.cases import MOST_BYTES, CaseError
 from dataloaders.geometry import Geometry, refuse_direction
 
 POSITION, ORIENTATION, PIXEL_SPACING = "0020|0032", "0020|0037", "0028|0030"
-MODALITY, DESCRIPTION, PHOTOMETRIC = "0008|0060", "0008|103e", "0028|0004"
+MODALITY, DESCRIPTION, PATIENT, PHOTOMETRIC = "0008|0060", "0008|103e", "0010|0020", "0028|0004"
+STATED = (MODALITY, DESCRIPTION, PATIENT)  # of a series
 UNEVEN = 0.01
 """Largest difference of a step between slices from their median, as a share of it."""
 SAME_ANGLE = 1e-3
@@ -32,6 +33,8 @@ class Series:
     files: tuple[str, ...]
     modality: str
     description: str
+    patient: str
+    """The patient's ID."""
 
     def __str__(self) -> str:
         named = ", ".join(text for text in (self.modality, self.description) if text)
@@ -47,7 +50,7 @@ def series_in(folder: Path) -> list[Series]:
             header = _header(files[0])
         except RuntimeError:  # a report or contours, without voxels
             continue
-        found.append(Series(uid, tuple(files), _text(header, MODALITY), _text(header, DESCRIPTION)))
+        found.append(Series(uid, tuple(files), *(_text(header, tag) for tag in STATED)))
     return sorted(found, key=lambda series: (-len(series.files), series.uid))
 
 

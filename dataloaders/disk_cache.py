@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataloaders.cases import Case, CaseError, refuse_channels
+from dataloaders.findings import Facts
 from dataloaders.fingerprints import DIGITS
 from dataloaders.normalization import NONE, Normalization, Scaling, scaled, scalings_of_case
 from utils.checkpoint import write_whole
@@ -27,12 +28,10 @@ from utils.run_folder import digest
 class CacheEntry:
     """Cached knowledge about a case, available without opening its file."""
 
-    shape: tuple[int, ...]
-    """Shape of the image in the case file, before pooling: (W,H,D) or (K,W,H,D)."""
     checksum: str
     """Digest of the image and, if the case is labeled, of its label."""
-    fingerprint: str
-    """Fingerprint of the image, see dataloaders/fingerprints.py."""
+    facts: Facts
+    """What was seen of the case when it was read, without the label of an unlabeled one."""
     scalings: list[Scaling] | None = None
     """Scaling of each channel by --normalize, if the image is read crop by crop."""
     image: NDArray[np.float32] | None = None
@@ -77,13 +76,13 @@ class CheckCache:
         except (OSError, EOFError, ValueError, KeyError, TypeError, CaseError):  # EOFError: an empty .npy
             return None
 
-    def add(self, case: Case, image: NDArray, label: NDArray | None, fingerprint: str) -> None:
+    def add(self, case: Case, image: NDArray, label: NDArray | None, facts: Facts) -> None:
         """Creates the entry of a case for which `find` has just returned None.
 
         Args:
             case: the case.
             image, label: (W,H,D) or (K,W,H,D), and (W,H,D); no label for an unlabeled case.
-            fingerprint: fingerprint of the image.
+            facts: of the case.
 
         Raises:
             UserError: if the folder cannot be written and was to hold the arrays.
@@ -93,7 +92,8 @@ class CheckCache:
         entry = {
             "source": self._sources[case.name],
             "shape": image.shape,
-            "fingerprint": fingerprint,
+            "fingerprint": facts.fingerprint,
+            "seen": [facts.mean, facts.sd, facts.p1, facts.p99, facts.voxels, facts.others],
             "both": None if label is None else digest(image, label),
             "classes": 1 if label is None else max(int(label.max()), 1),
             "scaling": scalings,
@@ -115,7 +115,11 @@ class CheckCache:
     def _entry_of(self, case: Case, entry: dict[str, Any]) -> CacheEntry:
         scalings = None if self.normalize.kind == "none" else [Scaling(*values) for values in entry["scaling"]]
         mark = entry["fingerprint"]
-        return CacheEntry(tuple(entry["shape"]), entry["both"] if case.labeled else mark[:DIGITS], mark, scalings)
+        mean, sd, p1, p99, voxels, others = entry["seen"]
+        kept = {int(c): n for c, n in voxels.items()} if case.labeled else None  # JSON has text for the classes
+        shape = tuple(entry["shape"][-3:])
+        facts = Facts(case, shape, None, mean, sd, p1, p99, kept, mark, others=tuple(map(tuple, others)))
+        return CacheEntry(entry["both"] if case.labeled else mark[:DIGITS], facts, scalings)
 
     def _write(self, case: Case, image: NDArray, label: NDArray | None) -> None:
         """Writes further files of the entry, from the scaled image; none here."""

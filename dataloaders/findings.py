@@ -319,22 +319,18 @@ def absent_classes(group: str, voxels: Sequence[Mapping[int, int]], classes: int
     return {c: text.format(c) for c in range(1, classes + 1) if shown and c not in shown}
 
 
-def warnings_of(
-    facts: Sequence[Facts], *, labeled: int, patch_size: Sequence[int], downsample: int, normalize: str
-) -> list[str]:
-    """Warning lines for the start of a training, from the facts of the volumes that it has read.
+def warnings_of(facts: Sequence[Facts], *, patch_size: Sequence[int], downsample: int, normalize: str) -> list[str]:
+    """Warning lines for the start of a training.
 
     Args:
-        facts: of the cases that were not in a cache.
-        labeled: number of labeled cases. If some of them were in a cache, nothing is said of classes that none has.
+        facts: of its cases.
         patch_size, downsample, normalize: as in `findings_of`.
     """
     facts = [with_spacing(x) for x in facts]
     findings = findings_of(facts, patch_size=patch_size, downsample=downsample, normalize=normalize)
     voxels = [x.voxels for x in facts if x.voxels is not None]
-    if len(voxels) == labeled:
-        texts = absent_classes("labeled training", voxels, facts[0].case.classes)
-        findings += [Finding("warning", (), text) for text in texts.values()]
+    texts = absent_classes("labeled training", voxels, facts[0].case.classes)
+    findings += [Finding("warning", (), text) for text in texts.values()]
     return [f"warning: {finding}" for finding in findings + duplicates(facts) if finding.level == "warning"]
 
 

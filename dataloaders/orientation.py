@@ -91,6 +91,21 @@ def known_orientation(case: Case) -> str | None:
     return None if direction is None else orientation_of(direction)
 
 
+def viewing_turn(case: Case) -> tuple[Turn, str | None]:
+    """The turn of a case to slices as radiologists look at them, and its orientation after it.
+
+    With x to the right and y down, axial slices have the patient's right on the left and the front at the top, coronal
+    ones the right on the left and the head at the top, sagittal ones the front on the left and the head at the top. The
+    slices and their numbers stay the same. A case that does not state its direction is not turned.
+    """
+    orientation = known_orientation(case)
+    if orientation is None:
+        return Turn(), None
+    ends = [next(end for end in ("RL", "AP", "SI") if letter in end)[1] for letter in orientation[:2]]
+    seen = "".join(sorted(ends, key="LPI".index)) + orientation[2]
+    return turn_to(seen, stated_geometry(case)["direction"]), seen
+
+
 def common_orientation(cases: Sequence[Case]) -> str | None:
     """The orientation of all cases; None if they differ, or one does not state it."""
     counts = Counter(map(known_orientation, cases))

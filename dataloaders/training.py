@@ -8,6 +8,7 @@ from pathlib import Path
 from dataloaders.cases import (
     LA_FOLDER,
     LA_SPLITS,
+    MOST_CLASSES,
     PHANTOM_FOLDER,
     VALIDATION,
     Case,
@@ -15,10 +16,10 @@ from dataloaders.cases import (
     find_cases,
     has_label,
     lists_of,
-    read_case,
     read_list,
     validation_of,
 )
+from dataloaders.class_names import class_names
 from dataloaders.findings import Facts
 from dataloaders.folds import split_fold
 from dataloaders.geometry import known_spacing
@@ -57,6 +58,17 @@ def usual_labeled(folder: Path, of_profile: int | None = None) -> int:
             + (f", or give --labeled {first} for those before it." if first else ".")
         )
     return first
+
+
+def usual_classes(folder: Path) -> int:
+    """Default of --classes: the highest label that the set's dataset.json names, 1 if it names none.
+
+    Values above 254, which no case can hold, are left alone.
+
+    Raises:
+        UserError: if dataset.json cannot be read or has other content.
+    """
+    return max((c for c in class_names(folder) if c <= MOST_CLASSES), default=1)
 
 
 def training_cases(
@@ -176,32 +188,23 @@ def validation_names(folder: Path, labeled: int, fold: str) -> list[str]:
     return names
 
 
-def refuse_classes(cases: Sequence[Case], facts: Sequence[Facts], classes: int) -> None:
+def refuse_classes(facts: Sequence[Facts], classes: int) -> None:
     """Checks that at least one labeled case contains the class with the highest number.
 
     Args:
-        cases: cases of the training; the labels of the unlabeled ones are not opened.
-        facts: facts of cases that were already read; the labels of other cases are read now.
+        facts: of the cases of the training, without the labels of the unlabeled ones.
         classes: C of --classes.
 
     Raises:
         UserError: if none does; the message names the largest value in the labels.
     """
-    if classes == 1:  # empty labels cause a warning elsewhere
+    largest = max((max(x.voxels, default=0) for x in facts if x.voxels is not None), default=0)
+    if classes == 1 or largest == classes:  # empty labels cause a warning elsewhere
         return
-    voxels = {x.case.name: x.voxels for x in facts}
-    largest = 0
-    for case in (case for case in cases if case.labeled):
-        counts = voxels.get(case.name)
-        if counts is None:
-            label = read_case(case)[1]
-            counts = {int(label.max()): 1} if label is not None else {}
-        largest = max(largest, *counts, 0)
-        if largest == classes:
-            return
     raise UserError(
         f"--classes {classes}, but the largest value in the labels of the labeled cases is {largest}. "
-        f"Give --classes {max(largest, 1)}, or label a case that shows class {classes}."
+        f"Give --classes {max(largest, 1)}, or label a case that shows class {classes}. Without "
+        "--classes there are as many as the set's dataset.json names."
     )
 
 

@@ -56,7 +56,7 @@ class Volumes:
         self.shapes: list[tuple[int, ...]] = []
         self.checksums: dict[str, str] = {}
         self.fingerprints: dict[str, str] = {}  # of the images
-        self.facts: list[Facts] = []  # of the cases that were read, not those from a cache
+        self.facts: list[Facts] = []
         self._images: list[Tensor] = []
         self._labels: list[Tensor | None] = []
         self._scalings: list[list[Scaling] | None] = []  # of the channels of images read crop by crop
@@ -74,19 +74,18 @@ class Volumes:
 
         def check(case: Case) -> None:
             kept = checks.find(case) if checks else None
-            if kept is not None and min(kept.shape[-3:]) >= downsample:
+            if kept is not None and min(kept.facts.shape) >= downsample:
                 return
             image, label = read_case(case)
             facts = facts_of(case, image, label)
-            self.facts.append(facts)
             if min(facts.shape) < downsample:
                 raise CaseError(f"has {facts.shape} voxels, too few for --downsample {downsample}")
             if checks:
-                checks.add(case, image, label, facts.fingerprint)
+                checks.add(case, image, label, facts)
                 return
             checksum = facts.fingerprint[:DIGITS] if label is None else digest(image, label)
             kept_image = pool(normalized_case(case, image, normalize), False)
-            self._note(case, image.shape, checksum, facts.fingerprint)
+            self._note(facts, checksum)
             self._keep(kept_image, None if label is None else pool(label, True))
 
         # Each process begins with another case, and skips the cases that another process has checked meanwhile.
@@ -97,7 +96,7 @@ class Volumes:
                 kept = checks.find(case)
                 if kept is None:
                     raise UserError(f"{case.path} is changing while it is read. Start again when it is whole.")
-                self._note(case, kept.shape, kept.checksum, kept.fingerprint)
+                self._note(kept.facts, kept.checksum)
                 self._scalings.append(kept.scalings)
                 if kept.image is not None:
                     self._keep(kept.image, kept.label)
@@ -108,10 +107,11 @@ class Volumes:
             self.on_device = device.type != "cpu"
         self.kind = ("device" if self.on_device else "ram") if keep else cache
 
-    def _note(self, case: Case, shape: Sequence[int], checksum: str, fingerprint: str) -> None:
-        self.checksums[case.name] = checksum
-        self.fingerprints[case.name] = fingerprint
-        self.shapes.append(tuple(-(-side // self.downsample) for side in shape[-3:]))
+    def _note(self, facts: Facts, checksum: str) -> None:
+        self.facts.append(facts)
+        self.checksums[facts.case.name] = checksum
+        self.fingerprints[facts.case.name] = facts.fingerprint
+        self.shapes.append(tuple(-(-side // self.downsample) for side in facts.shape))
 
     def _keep(self, image: NDArray, label: NDArray | None) -> None:
         self._images.append(torch.from_numpy(image))

@@ -14,6 +14,7 @@ try:
     from matplotlib.axes import Axes
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
     from matplotlib.patheffects import withStroke
 finally:
     if _backend is not None:
@@ -25,4 +26,4 @@ if _backend:
 WIDTH = 7.0  # of a page, in inches
 FONT: dict[str, Any] = {"family": "DejaVu Sans", "size": 8}
 
-__all__ = ["FONT", "WIDTH", "Axes", "Figure", "FigureCanvasAgg", "withStroke"]
+__all__ = ["FONT", "WIDTH", "Axes", "Figure", "FigureCanvasAgg", "Patch", "withStroke"]

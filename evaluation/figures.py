@@ -1,15 +1,16 @@
 """Figures of scans for a paper: a network's maps of some scans, and several runs next to the label."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from evaluation.drawing import FONT, WIDTH, Axes, Figure, FigureCanvasAgg, withStroke
+from evaluation.drawing import FONT, WIDTH, Axes, Figure, FigureCanvasAgg, Patch, withStroke
 from evaluation.slices import COLOURS, LABEL, write_letters
 from evaluation.surfaces import Camera, camera_around, render, surface
 from utils.masks import box_of
@@ -100,10 +101,11 @@ def window_of(image: NDArray) -> dict[str, Any]:
     return {"cmap": "gray", "vmin": low, "vmax": high}
 
 
-def draw_maps(rows: Sequence[MapsRow]) -> Figure:
+def draw_maps(rows: Sequence[MapsRow], classes: str = "") -> Figure:
     """Figure 2 of the paper: a row per scan with its image, label and maps.
 
-    The map z is shown from -1 (blue, inside) to 1 (red), other maps in grey from 0 to 1.
+    The map z is shown from -1 (blue, inside) to 1 (red), other maps in grey from 0 to 1. Below stands what the numbers
+    of several `classes` mean, if it is known.
     """
     names = ["image", *(["label"] if rows[0].label is not None else []), *rows[0].maps]
     side = WIDTH / len(names)
@@ -131,6 +133,7 @@ def draw_maps(rows: Sequence[MapsRow]) -> Figure:
                 bar = page.figure.colorbar(axes.images[0], cax=page.below(axes), orientation="horizontal")
                 bar.set_ticks([-1, 0, 1], labels=["-1 inside", "0", "1 outside"], fontsize=6)
                 bar.ax.tick_params(length=2)
+    page.figure.text(0.5, 0, classes, ha="center", va="bottom", fontsize=6.5, family=FONT["family"])
     return page.figure
 
 
@@ -162,7 +165,9 @@ class Page:
         return self.figure.add_axes((box.x0 + 0.1 * box.width, box.y0 - 0.14 / whole, 0.8 * box.width, 0.06 / whole))
 
 
-def draw_comparison(cases: Sequence[ComparedCase], azimuth: float, elevation: float) -> Figure:
+def draw_comparison(
+    cases: Sequence[ComparedCase], azimuth: float, elevation: float, names: Mapping[int, str] = MappingProxyType({})
+) -> Figure:
     """Figure 3 of the paper: for each scan a row of slices with contours and a row of surfaces.
 
     There is a column per run and one for the label. All surfaces of a row have the same camera.
@@ -170,10 +175,11 @@ def draw_comparison(cases: Sequence[ComparedCase], azimuth: float, elevation: fl
     Args:
         cases: the scans, all with the same runs.
         azimuth, elevation: direction of the camera in degrees, see `Camera`.
+        names: class -> its name, for a key of the colours of several classes.
     """
-    names = [*cases[0].predictions, "label"]
+    columns = [*cases[0].predictions, "label"]
     several = any(int(case.label.max()) > 1 for case in cases)
-    side = 0.98 * WIDTH / len(names)
+    side = 0.98 * WIDTH / len(columns)
     pictures = [_surfaces(case, azimuth, elevation, several) for case in cases]
     crops = [around(np.any([v[..., case.z] > 0 for v in _volumes(case)], axis=0), 0.15) for case in cases]
     heights = []
@@ -183,8 +189,8 @@ def draw_comparison(cases: Sequence[ComparedCase], azimuth: float, elevation: fl
     page = Page(sum(map(sum, heights)) + 0.4)
     for case, (x, y), surfaces, (high, low) in zip(cases, crops, pictures, heights, strict=True):
         page.next_row(high, case.name)
-        for j, name in enumerate(names):
-            axes = page.panel(j, len(names))
+        for j, name in enumerate(columns):
+            axes = page.panel(j, len(columns))
             show_slice(axes, case.image[x, y, case.z], case.spacing, **window_of(case.image[..., case.z]))
             show_contours(axes, case.label[x, y, case.z], case.spacing, is_label=True, several=several)
             write_letters(axes, case.orientation if j == 0 else None)
@@ -197,9 +203,13 @@ def draw_comparison(cases: Sequence[ComparedCase], azimuth: float, elevation: fl
                 axes.set_title(name, pad=3, **FONT)
         page.next_row(low)
         for j, picture in enumerate(surfaces):
-            page.panel(j, len(names)).imshow(picture, interpolation="antialiased")
+            page.panel(j, len(columns)).imshow(picture, interpolation="antialiased")
     key = "dashed: label; solid: prediction; a colour for each class" if several else "green: label; orange: prediction"
     page.figure.text(0.5, 0, key, ha="center", va="bottom", fontsize=6.5, family=FONT["family"])
+    if several and names:
+        patches = [Patch(color=colour_of(c), label=name) for c, name in names.items()]
+        page.figure.legend(handles=patches, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=4, fontsize=6.5,
+                           frameon=False)  # fmt: skip
     return page.figure
 
 

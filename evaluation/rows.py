@@ -10,7 +10,7 @@ from typing import Any
 from evaluation.metrics import MORE, PENALISED
 from evaluation.predictions import read_scores, test_of
 from utils.errors import UserError
-from utils.run_folder import MOVED_ASIDE, read_json
+from utils.run_folder import MANIFEST, MOVED_ASIDE, read_json
 
 Scans = Mapping[str, float]  # case -> value
 Runs = Mapping[Any, Scans]  # seed, or the path if it states no seed -> scans
@@ -49,6 +49,25 @@ def tolerance_of(where: str) -> float | None:
     """The tolerance of NSD in mm that the test.json of one run states, or None. Argument as `read_row`."""
     path, _ = split_output(where)
     return read_json((test_of(path) if path.is_dir() else path.parent) / "test.json").get("nsd_tolerance_mm")
+
+
+def options_of(where: str) -> dict[str, Any]:
+    """The options that a tested run was trained with, {} where nothing states them. Argument as `read_row`.
+
+    They are in manifest.json of the record, or of the run folder: the one that the test lies in, or that of the
+    checkpoint which test.json states.
+    """
+    path, _ = split_output(where)
+    folder = path if path.is_dir() else path.parent
+    stated = read_json(test_of(folder) / "test.json").get("checkpoint")
+    places = [folder, folder.parent, *((Path(stated), Path(stated).parent) if stated else ())]
+    return next((found for place in places if (found := read_json(place / MANIFEST).get("options"))), {})
+
+
+def seed_of(where: str) -> Any:
+    """The seed that a run was trained with, or the one in its name, or the argument if neither is known."""
+    in_name = re.findall(r"seed(\d+)", where)
+    return options_of(where).get("seed", int(in_name[-1]) if in_name else where)
 
 
 def rows_of(where: str, component: str) -> list[dict[str, Any]]:
@@ -119,8 +138,7 @@ def read_runs(where: str, metric: str, component: str) -> dict[Any, dict[str, fl
     """
     runs: dict[Any, dict[str, float]] = {}
     for path in runs_of(with_output(where, component)):
-        seeds = re.findall(r"seed(\d+)", path)
-        seed = int(seeds[-1]) if seeds else path
+        seed = seed_of(path)
         if seed in runs:
             raise UserError(f"{where} matches two runs of seed {seed}. A row is the seeds of one kind of run.")
         runs[seed] = read_row(path, metric, component)

@@ -4,7 +4,7 @@ import csv
 import io
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -93,6 +93,17 @@ def class_dices(prediction: NDArray, label: NDArray, classes: int) -> list[float
     """Dice in [0,1] of each class of two label maps (W,H,D) of 0..classes; NaN for a class that is in neither."""
     pairs = [(prediction == c, label == c) for c in range(1, classes + 1)]
     return [overlaps(a, b)["dice"] if a.any() or b.any() else math.nan for a, b in pairs]
+
+
+def with_class_names(rows: Sequence[dict[str, Any]], names: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Rows of cases.csv with `1 anterior` for the class 1, to be shown.
+
+    Args:
+        rows: with the column class, if there are several.
+        names: class, as text -> its name; a class without one keeps its number.
+    """
+    texts = {c: f"{c} {name}" for c, name in names.items()}
+    return [{**row, "class": texts.get(str(row["class"]), row["class"])} if "class" in row else row for row in rows]
 
 
 def means(rows: Sequence[dict[str, Any]], over: str = "") -> tuple[list[str], list[list[str]]]:

@@ -265,6 +265,13 @@ def pairs_text(c: Comparison, corrected: float) -> str:
     return text + ("" if math.isnan(c.p) else f"; p = {c.p:.2g}, Holm {corrected:.2g}")
 
 
+def runs_text(row: Runs) -> str:
+    """The number of runs of a row, and their seeds where they are known."""
+    seeds = [str(seed) for seed in row if isinstance(seed, int)]
+    known = f" (seed{'s' * (len(row) > 1)} {', '.join(seeds)})" if len(seeds) == len(row) else ""
+    return f"{len(row)}{known}"
+
+
 def refuse_tolerances(names: Sequence[str]) -> None:
     """Raises UserError for rows whose NSD was measured with different tolerances."""
     tolerances = {tolerance_of(path): path for name in names for path in runs_of(name)}
@@ -312,13 +319,13 @@ def main(argv: list[str] | None = None) -> None:
     if o.picture:
         means = {name: mean_over(row) for name, row in zip(names[1:], rows, strict=True)}
         scatter(mean_over(reference), means, names[0], f"{o.metric}, {o.component}", Path(o.picture))
-    print(f"{o.metric}, component {o.component}; reference {names[0]}, runs: {len(reference)}\n")
+    print(f"{o.metric}, component {o.component}; reference {names[0]}, runs: {runs_text(reference)}\n")
     print(WHAT)
     print("| row | runs | scans (left out) | mean | reference | difference | 95 % interval | over | higher in |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for name, c, corrected in zip(names[1:], comparisons, holm([c.p for c in comparisons]), strict=True):
+    for name, row, c, corrected in zip(names[1:], rows, comparisons, holm([c.p for c in comparisons]), strict=True):
         numbers = f"{c.mean:.4f} | {c.reference:.4f} | {c.difference:+.4f} | {interval_text(c, 4)} | {c.over}"
-        print(f"| {name} | {c.runs[1]} | {c.n} ({c.left_out}) | {numbers} | {pairs_text(c, corrected)} |")
+        print(f"| {name} | {runs_text(row)} | {c.n} ({c.left_out}) | {numbers} | {pairs_text(c, corrected)} |")
     single = [(name, *row.values()) for name, row in zip(names[1:], rows, strict=True) if len(row) == 1]
     if len(reference) == 1 and single:
         (reference_scans,) = reference.values()

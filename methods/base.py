@@ -75,7 +75,8 @@ class Method(nn.Module):
         backbone: str = option("vnet", "encoder-decoder of every network", choices=list(BACKBONES))
         dropout: float = option(DROPOUT, "share of the channels dropped in training, after the deepest map and before "
                                 "the heads", minimum=0, maximum=0.9)  # fmt: skip
-        classes: int = option(1, "C, foreground classes; labels hold 0..C", minimum=1, maximum=254)
+        classes: int = option(1, "C, foreground classes; labels hold 0..C; as many as the set's dataset.json names, "
+                             "if it does", minimum=1, maximum=254)  # fmt: skip
         channels: int = option(1, "K, channels of the images", flag=False)
         halvings: list[int] = option(
             [*HALVINGS], "how often the networks halve x, y and z; fewer along the thick slices of anisotropic scans: "
@@ -104,7 +105,8 @@ class Method(nn.Module):
         super().__init__()
         if options.classes > 1 and not self.multiclass:
             raise UserError(
-                f"--classes {options.classes}: this method knows one class. Others take more, as dtml, dtc and ua-mt."
+                f"--classes {options.classes}: this method knows one class. Others take more, as dtml, dtc and ua-mt. "
+                "Without --classes there are as many as the set's dataset.json names."
             )
         try:
             strides_of(options.halvings)

@@ -1,6 +1,7 @@
 """Several classes: each is treated as one class alone would be, and the whole goes from labels to tables."""
 
 import itertools
+import json
 from pathlib import Path
 
 import h5py
@@ -9,14 +10,15 @@ import pytest
 import SimpleITK as sitk
 import torch
 import torch.nn.functional as F
-from conftest import TINY, csv_rows, make_set, write_case
+from conftest import TINY, csv_rows, load, make_set, weights, write_case
+from matplotlib.colors import to_hex
 from medpy.metric import binary
 from scipy import ndimage
 
 import test_la
 import train_dtml
 from dataloaders.cases import Case, CaseError, read_case
-from evaluation import scores
+from evaluation import scores, slices
 from evaluation.rows import read_row
 from losses.sdm import signed_distance_map
 from losses.terms import dice_loss, hard_dice, probabilities, seg_loss
@@ -24,6 +26,7 @@ from methods import METHODS
 from methods.ss_net import Separator
 from networks.backbone import Backbone
 from networks.critics import MapCritic
+from tools import check, pictures
 from utils.errors import UserError
 from utils.masks import label_map, largest_components
 from utils.options import fill
@@ -177,6 +180,32 @@ def test_from_labels_to_tables(tmp_path, capsys):
     assert read_row(f"{out}:seg", "dice", "all") == means
 
 
+def test_tables_pictures_and_figures_name_the_classes_as_the_checkpoint_does(tmp_path, monkeypatch, capsys):
+    data, run, titles = make_class_set(tmp_path / "set"), tmp_path / "run", []
+    (data / "dataset.json").write_text(json.dumps({"labels": {"0": "background", "1": "left", "2": "right"}}))
+    monkeypatch.setattr(slices, "slice_picture", lambda *args: titles.append(args[4]) or np.zeros((4, 4, 3), np.uint8))
+    where = ["--data", str(data), "--runs", str(tmp_path), "--name", "run", "--picture-every", "1"]
+    train_dtml.main([*TINY, "--method", "supervised", "--iterations", "1", *where])
+    assert titles == ["case00, iteration 1, classes 1 left, 2 right"]
+    (data / "dataset.json").unlink()
+    capsys.readouterr()
+    args = ["--threads", "1", "--stride", "16", "16", "16", "--save", "all", "--report"]
+    test_la.main(["--checkpoint", str(run), *args])
+    named = ["1 left", "2 right", "mean"]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| seg | all |")]
+    assert [line.split("|")[3].strip() for line in lines] == named
+    assert [row["class"] for row in csv_rows(run / "test" / "cases.csv")[:3]] == ["1", "2", "mean"]  # as data
+    page = (run / "test" / "report.html").read_text()
+    for name in named:
+        assert page.count(f'<td class="word">{name}</td>') == 2 + 4 and f"seg, all, {name}</option>" in page
+    figure = pictures.figure3([str(run)], pictures.Options(cases=["case08"]))
+    (key,) = figure.legends
+    assert [text.get_text() for text in key.get_texts()] == ["left", "right"]
+    assert [to_hex(patch.get_facecolor()) for patch in key.get_patches()] == list(slices.COLOURS[:2])
+    figure = pictures.figure2([str(run)], pictures.Options(cases=["case08"]))
+    assert [text.get_text() for text in figure.texts][-1] == "classes: 1 left, 2 right"
+
+
 def test_a_scan_that_lacks_a_class_has_no_mean_distance_and_is_counted():
     label = np.zeros((8, 8, 8), np.uint8)
     label[1:4, 1:4, 1:4], label[5:7, 5:7, 5:7] = 1, 2
@@ -225,6 +254,36 @@ def test_methods_of_one_class_say_so(name, tmp_path):
     with pytest.raises(UserError, match="--classes 2: this method knows one class"):
         train_dtml.main(["--data", str(data), "--runs", str(tmp_path), *TINY, "--method", name, "--classes", "2"])
     assert not list(tmp_path.glob("*/last.pt"))
+
+
+def test_a_set_that_names_its_classes_needs_no_flag(tmp_path, capsys):
+    """The same run, in the same folder, as with --classes; check takes as many, and suggests a command without it."""
+    data = make_class_set(tmp_path / "set")
+    flags = ["--data", str(data), *TINY, "--method", "supervised", "--iterations", "1"]
+    with pytest.raises(UserError, match="--classes 2 takes them all"):
+        train_dtml.main([*flags, "--runs", str(tmp_path / "unnamed")])
+    train_dtml.main([*flags, "--runs", str(tmp_path / "chosen"), "--classes", "2"])
+    (data / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "left": 1, "right": 2, "all": [1, 2]}}))
+    train_dtml.main([*flags, "--runs", str(tmp_path / "named")])
+    chosen, named = (next((tmp_path / parent).glob("*/*/last.pt")).parent for parent in ("chosen", "named"))
+    assert chosen.relative_to(tmp_path / "chosen") == named.relative_to(tmp_path / "named")
+    assert load(named)["options"]["classes"] == 2 and "classes     1 left, 2 right\n" in (named / "log.txt").read_text()
+    expected = weights(chosen)
+    assert all(torch.equal(weight, expected[name]) for name, weight in weights(named).items())
+
+    capsys.readouterr()
+    check.main([str(data), "--labeled", "4", "--memory", "1"])
+    out = capsys.readouterr().out
+    assert "0 errors" in out and "left" in out and "train_dtml.py" in out and "--classes" not in out
+    with pytest.raises(UserError, match="where only 0 and 1 may stand"):
+        train_dtml.main([*flags, "--runs", str(tmp_path / "one"), "--classes", "1"])
+    with pytest.raises(UserError, match="--classes 2: this method knows one class"):
+        train_dtml.main([*flags, "--runs", str(tmp_path / "one"), "--method", "asdnet"])
+
+    (data / "dataset.json").write_text(json.dumps({"labels": {"left": 1, "middle": 2, "right": 3}}))
+    train_dtml.main(["--resume", str(named)])  # finished, and what it was is not looked up again
+    with pytest.raises(UserError, match="--classes 3, but the largest value in the labels of the labeled cases is 2"):
+        train_dtml.main([*flags, "--runs", str(tmp_path / "three")])
 
 
 def test_one_distance_map_for_each_class(tmp_path):

@@ -21,7 +21,7 @@ from dataloaders.dicom import read_series, series_in
 from dataloaders.images import read_label
 from methods import METHODS
 from tools import convert
-from tools.given_scans import scans_in
+from tools.given_scans import given_scans, scans_in
 from utils.errors import UserError
 from utils.run_folder import write_json
 
@@ -42,7 +42,7 @@ def locale_kept() -> Iterator[None]:
 @locale_kept()
 def write_series(
     folder: Path, array: np.ndarray, uid: str = f"{UID}.1", place: Callable[[int], np.ndarray] | None = None,
-    description: str = "T1", prefix: str = "IM",
+    description: str = "T1", prefix: str = "IM", patient: str = "",
 ) -> Path:  # fmt: skip
     """A DICOM series, a file for each slice, by SimpleITK.
 
@@ -62,6 +62,7 @@ def write_series(
             "0008|0060": "MR", "0008|103e": description, "0020|000e": uid, "0008|0018": f"{uid}.{z + 1}",
             "0020|000d": f"{UID}.9", "0020|0013": str(z), "0020|0032": "\\".join(f"{v:.10g}" for v in where),
             "0020|0037": "\\".join(f"{direction[i]:.10g}" for i in (0, 3, 6, 1, 4, 7)),
+            "0010|0020": patient,
             "0020|0052": f"{UID}.8", "0018|0050": "9",  # the thickness of a slice is not the distance between slices
         }  # fmt: skip
         for tag, value in tags.items():
@@ -203,25 +204,6 @@ def test_a_slice_that_is_cut_short_is_named(tmp_path, capsys):
     assert not capsys.readouterr().err
 
 
-def test_of_several_series_one_is_chosen_by_its_uid(world, tmp_path, bright):
-    values, run = values_of(world), world / "runs" / "dtml"
-    write_series(tmp_path / "both", values[..., :12], f"{UID}.2", description="T2 TSE", prefix="B")
-    write_series(tmp_path / "both", values, f"{UID}.1", description="T1 MPRAGE", prefix="A")
-    with pytest.raises(UserError) as caught:
-        predicted(run, [tmp_path / "both"], tmp_path / "out")
-    assert "both holds 2 DICOM series. Choose one of them with --series UID:" in str(caught.value)
-    assert [" ".join(line.split()) for line in str(caught.value).splitlines()[1:]] == [
-        f"{UID}.1 18 slices, MR, T1 MPRAGE", f"{UID}.2 12 slices, MR, T2 TSE"
-    ]  # fmt: skip
-    with pytest.raises(UserError, match=r"holds 2 DICOM series"):
-        predicted(run, [tmp_path / "both"], tmp_path / "out", "--series", "1.2.3")
-    assert not (tmp_path / "out").exists()
-    out = predicted(run, [tmp_path / "both"], tmp_path / "out", "--series", f"{UID}.2")
-    assert read_label(out / "both.nii.gz")[0].shape == (30, 28, 12)
-    with pytest.raises(UserError, match=r"--series 1.2.3 is in none of the folders"):
-        predicted(run, [write_series(tmp_path / "one", values)], tmp_path / "out", "--series", "1.2.3")
-
-
 # -- folders and patterns --
 
 
@@ -298,6 +280,26 @@ def test_a_label_given_as_a_scan_is_warned_of(world, tmp_path, capsys):
     predicted(world / "runs" / "dtml", [tmp_path / "label.nii.gz", scan(world)], tmp_path / "out")
     warned = [line for line in capsys.readouterr().err.splitlines() if "Is it a label map?" in line]
     assert warned == [f"warning: {tmp_path / 'label.nii.gz'} has only the values 0, 1. Is it a label map?"]
+
+
+@pytest.mark.parametrize("way", ["folder", "pattern", "files"])
+@pytest.mark.parametrize(("image", "label"), [("p1", "p1_seg"), ("p1_0000", "p1-label"), ("p1", "p1.Mask")])
+def test_a_label_among_the_scans_is_refused_as_convert_does_it(image, label, way, world, tmp_path):
+    (tmp_path / "new").mkdir()
+    for name in (image, label, "p2_seg"):  # the last has no scan here, so it may be one
+        write(tmp_path / "new" / f"{name}.nii.gz", values_of(world))
+    words = {
+        "folder": [tmp_path / "new"], "pattern": [tmp_path / "new" / "*.nii.gz"],
+        "files": [tmp_path / "new" / f"{name}.nii.gz" for name in (label, image)],
+    }  # fmt: skip
+    with pytest.raises(UserError, match=rf"new/{label}.nii.gz looks like the label of p1, and stands among the scans"):
+        predicted(world / "runs" / "dtml", words[way], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "images").symlink_to(tmp_path / "new")
+    with pytest.raises(UserError, match=rf"images/{label}.nii.gz looks like the label of p1, .* Move it to .*labels"):
+        convert.main(["--source", str(tmp_path), "--out", str(tmp_path / "set")])
+    (tmp_path / "new" / f"{label}.nii.gz").unlink()
+    assert [scan.name for scan in given_scans([str(tmp_path / "new")], (), 1)] == [image, "p2_seg"]
 
 
 # -- the volumes --

@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -22,7 +23,7 @@ from evaluation.metrics import segmentation_metrics, with_penalties
 from evaluation.scores import as_csv, class_scores, table
 from evaluation.slices import COLOURS
 from tools import report_page
-from tools.report_scans import jpeg_slices
+from tools.report_scans import MOST_BYTES, jpeg_slices, outline
 from utils.errors import UserError
 from utils.run_folder import write_json
 
@@ -302,11 +303,16 @@ def test_slices_keep_to_their_bytes():
 
 def test_letters_stand_at_the_edges_where_the_direction_is_known(tmp_path):
     assert parse(make_test(tmp_path / "unknown", ["case0"])).edges == []
-    page = parse(make_test(tmp_path / "known", ["case0"], direction=(-1.0, 0, 0, 0, -1, 0, 0, 0, 1)))  # RAS
-    assert page.edges == ["L", "R", "P", "A", "I", "S"]
-    assert page.data[0]["letters"] == {"left": "L", "right": "R", "top": "P", "bottom": "A"}
-    assert page.data[0]["ends"] == ["I", "S"]
-    assert any("Letters at the edges" in text for text in page.texts)
+    test = make_test(tmp_path / "known", ["case0"], direction=(-1.0, 0, 0, 0, -1, 0, 0, 0, 1))  # RAS
+    page = parse(test)
+    assert page.edges == ["R", "L", "A", "P", "I", "S"]
+    (one,) = page.data
+    assert one["letters"] == {"left": "R", "right": "L", "top": "A", "bottom": "P"} and one["ends"] == ["I", "S"]
+    assert any("letters at the edges" in text for text in page.texts)
+    with h5py.File(tmp_path / "known" / "set" / "case0.h5") as f:
+        image, label = f["image"][()][::-1, ::-1], f["label"][()][::-1, ::-1]
+    assert one["slices"] == jpeg_slices(image, SPACING, MOST_BYTES)
+    assert one["contours"]["label"][0] == [outline(label[..., z]) for z in range(SHAPE[2])]
 
 
 def test_without_predictions_or_with_one_scan(tmp_path):

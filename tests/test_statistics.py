@@ -263,9 +263,15 @@ def test_a_row_of_several_seeds_is_compared_by_its_runs(tmp_path, capsys):
     out = capsys.readouterr().out
     shown, of_all, of_one = [line for line in out.splitlines() if str(tmp_path) in line]
     result = compare(old, new)
-    assert shown.endswith("old-seed*:sdm, runs: 2") and "new-seed*:sdm | 3 | 20 (0)" in of_all
+    assert (
+        shown.endswith("old-seed*:sdm, runs: 2 (seeds 0, 1)") and "new-seed*:sdm | 3 (seeds 2, 3, 4) | 20 (0)" in of_all
+    )
     assert f"| {result.difference:+.4f} | {result.low:+.4f} to {result.high:+.4f} | runs and scans | no seed" in of_all
-    assert "new-seed3:sdm | 1 | 20 (0)" in of_one and "the runs of the reference" in of_one and "Wilcoxon" not in out
+    assert (
+        "new-seed3:sdm | 1 (seed 3) | 20 (0)" in of_one
+        and "the runs of the reference" in of_one
+        and "Wilcoxon" not in out
+    )
 
 
 def test_the_table_names_the_outputs_and_a_row_has_one(tmp_path, capsys):

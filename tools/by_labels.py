@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evaluation.metrics import mean_and_sd
-from evaluation.rows import read_row, runs_of, split_output
+from evaluation.rows import options_of, read_row, runs_of, split_output
 from settings import PROFILES
 from tools.runs import Options, select, status_of
 from utils.errors import UserError
-from utils.run_folder import MANIFEST, read_json
+from utils.run_folder import MANIFEST
 
 
 def dice_by_labels(paths: Sequence[str], titles: Sequence[str], table: str) -> dict[str, dict[int, list[float]]]:
@@ -37,10 +37,9 @@ def dice_by_labels(paths: Sequence[str], titles: Sequence[str], table: str) -> d
     for title, run_paths in runs.items():
         points = lines.setdefault(title, {})
         for run_path in run_paths:
-            folder, _ = split_output(run_path)
-            manifest = read_json(folder / MANIFEST) or read_json(folder.parent / MANIFEST)  # of RUN or of RUN/test
-            labeled = manifest.get("options", {}).get("labeled")
+            labeled = options_of(run_path).get("labeled")
             if labeled is None:
+                folder, _ = split_output(run_path)
                 raise UserError(f"{folder / MANIFEST} states no number of labeled scans. Give run folders or records.")
             dice = list(read_row(run_path, "dice", "all").values())
             points.setdefault(labeled, []).append(100 * mean_and_sd(dice)[0])

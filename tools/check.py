@@ -2,7 +2,7 @@
 
     python -m tools.check data/la --labeled 16
     python -m tools.check FOLDER --labeled 10 --patch-size 96 96 64
-    python -m tools.check FOLDER --classes 3 --all-labels --memory 12
+    python -m tools.check FOLDER --all-labels --memory 12
 
 An error must be fixed before training (exit code 2), a warning is worth a look, a note is good to know; each names the
 cases and what to do. The labels of the first --labeled training cases, of the test and of the validation cases are
@@ -38,7 +38,7 @@ from dataloaders.findings import (
     findings_of,
     memory_gib,
 )
-from dataloaders.training import is_phantom, usual_labeled
+from dataloaders.training import is_phantom, usual_classes, usual_labeled
 from methods import METHODS
 from settings import Options as Training
 from tools import suggestions
@@ -56,7 +56,10 @@ class Options:
     labeled: int | None = option(
         None, "the first N scans of train.list are labeled (default as in training)", type=int, minimum=0
     )
-    classes: int = option(1, "C, labels hold 0..C", minimum=1, maximum=MOST_CLASSES)
+    classes: int | None = option(
+        None, "C, labels hold 0..C (default as many as the set's dataset.json names, else 1)", type=int, minimum=1,
+        maximum=MOST_CLASSES,
+    )  # fmt: skip
     patch_size: list[int] | None = option(
         None, "voxels of a crop along x, y, z (default one is suggested; of data/phantom 48 48 32)",
         type=int, nargs=3, minimum=1,
@@ -90,6 +93,7 @@ def check(folder: Path, o: Options) -> tuple[list[Finding], str, str]:
     """
     train, test = lists_of(folder)
     validation = validation_of(folder)
+    classes = o.classes or usual_classes(folder)
     count = usual_labeled(folder) if o.labeled is None else o.labeled
     if count > len(train):
         raise UserError(f"--labeled {count} is more than the {len(train)} training cases of {folder}. Give fewer.")
@@ -97,7 +101,7 @@ def check(folder: Path, o: Options) -> tuple[list[Finding], str, str]:
     cases: list[Case] = []
     missing: list[Finding] = []
     for names, opened in ((labeled, True), (unlabeled, o.all_labels), (test, True), (validation, True)):
-        usable, problems = find_cases(folder, names, labeled=opened, classes=o.classes)
+        usable, problems = find_cases(folder, names, labeled=opened, classes=classes)
         cases += [  # an unlabeled case need not have the label that --all-labels would open
             dataclasses.replace(
                 case, labeled=opened and (names is not unlabeled or has_label(case.path, unreadable=False))
@@ -116,7 +120,7 @@ def check(folder: Path, o: Options) -> tuple[list[Finding], str, str]:
     trained = groups["labeled"] + groups["unlabeled"]
     everything = [
         *missing,
-        *findings_of_inspections(inspections, classes=o.classes, labeled=labeled, test=test, validation=validation),
+        *findings_of_inspections(inspections, classes=classes, labeled=labeled, test=test, validation=validation),
         *findings_of(list(good.values()), trained=trained, patch_size=patch_size, downsample=o.downsample),
         *_memory(trained, o.downsample),
         *unlisted(folder, [*train, *test, *validation]),
@@ -126,13 +130,13 @@ def check(folder: Path, o: Options) -> tuple[list[Finding], str, str]:
     bad = any(finding.level == "error" for finding in findings)
     if not (bad or o.patch_size or is_phantom(folder)) and groups["labeled"]:
         gib = suggestions.device_gib() if o.memory is None else o.memory
-        t = suggestions.Planned(str(folder), o.labeled, o.method, o.classes, o.downsample, gib)
+        t = suggestions.Planned(str(folder), o.labeled, o.method, classes, o.downsample, gib)
         try:
             suggested = suggestions.described(suggestions.suggest(trained, len(groups["labeled"]), t), trained, t)
         except UserError as e:  # the findings count all the same
             suggested = f"No patch is suggested: {e}"
     channels = channel_names_in(read_dataset(folder / DATASET), folder / DATASET)
-    return findings, table(groups, o.classes, class_names(folder), channels), suggested
+    return findings, table(groups, classes, class_names(folder), channels), suggested
 
 
 def _memory(facts: Sequence[Facts], downsample: int) -> list[Finding]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from dataloaders.cases import usual_folder
-from dataloaders.training import is_phantom, usual_labeled
+from dataloaders.training import is_phantom, usual_classes, usual_labeled
 from losses.ramps import default_lr_steps
 from methods import METHODS, Method
 from settings import PROFILES, Options
@@ -91,6 +91,8 @@ def read_options(
     else:
         o, method_options = resolve(flags, kind)
         o.labeled = flags["labeled"] if "labeled" in flags else usual_labeled(Path(o.data), o.labeled)
+        if "classes" not in flags and method_options.classes == kind.Options.classes:  # nor has the profile any
+            method_options.classes = usual_classes(Path(o.data))
         defaults = combine({key: flags[key] for key in ("data", "profile", "preset") if key in flags}, kind)
         derived = combine({key: value for key, value in flags.items() if key != "lr_steps"}, kind)[0].lr_steps
         skip = ["method", "labeled", "seed", "init", *(["lr_steps"] if o.lr_steps == derived else [])]

@@ -5,7 +5,7 @@ from collections.abc import Container, Sequence
 from pathlib import Path
 
 from dataloaders.cases import LA_SPLITS, read_list
-from dataloaders.class_names import DATASET
+from dataloaders.class_names import DATASET, named_classes
 from tools.case_of_scan import Outcome
 from tools.set_lists import PreviousLists
 from tools.sources import SourceSet, paths_text
@@ -31,11 +31,12 @@ def summary(
     values = Counter(value for outcome in outcomes for value in outcome.values)
     lines.append("label values: " + ", ".join(f"{v} in {n} cases" for v, n in sorted(values.items())))
     if names:
-        lines.append("classes: " + ", ".join(f"{c} {name}" for c, name in names.items()))
+        lines.append(f"classes: {named_classes(names)}")
         lines += [f"class {c}, {name}, is in no label" for c, name in names.items() if c not in values]
         lines += [f"class {c} has no name in {DATASET}" for c in sorted(values) if c not in names]
     if max(values, default=1) > 1:
-        lines.append(f"train on all of them with --classes {max(values)}, or keep some with --labels")
+        flag = "" if max(values) == max(names, default=1) else f" with --classes {max(values)}"
+        lines.append(f"train on all of them{flag}, or keep some with --labels")
     orientations = Counter(outcome.orientation for outcome in outcomes if outcome.orientation)
     if len(orientations) > 1:
         counted = ", ".join(f"{code} in {n} cases" for code, n in sorted(orientations.items()))

@@ -19,6 +19,7 @@ import torch
 
 from dataloaders.cases import MOST_CLASSES, Case, check_all, find_cases, lists_of, read_case, usual_folder
 from dataloaders.findings import Facts, duplicates, facts_of, findings_of, memory_gib, with_spacing
+from dataloaders.training import usual_classes
 from utils.devices import GIB, cores, nvidia_card, total_memory_gib, why_no_cuda
 from utils.errors import UserError, run
 from utils.options import option, read_flags
@@ -30,7 +31,10 @@ FULL_STEP_GIB, FULL_STEP_S = 9.5, 26  # of one full-size iteration on two cores,
 @dataclasses.dataclass
 class Options:
     data: str = option("", "folder of the data set (default data/la, else data/phantom)")
-    classes: int = option(1, "C, labels hold 0..C", minimum=1, maximum=MOST_CLASSES)
+    classes: int | None = option(
+        None, "C, labels hold 0..C (default as many as the set's dataset.json names, else 1)", type=int, minimum=1,
+        maximum=MOST_CLASSES,
+    )  # fmt: skip
     every: int = option(1, "read every Nth case only, of a large set", minimum=1)
 
 
@@ -74,7 +78,7 @@ def hardware() -> dict[str, Any]:
     return facts
 
 
-def data_set(folder: Path, every: int, classes: int) -> tuple[dict[str, Any], float]:
+def data_set(folder: Path, every: int, classes: int | None) -> tuple[dict[str, Any], float]:
     """Name -> what the set holds and what is wrong with it; GiB of its volumes in memory."""
     report: dict[str, Any] = {"folder": hidden(folder)}
     facts: list[Facts] = []
@@ -84,7 +88,7 @@ def data_set(folder: Path, every: int, classes: int) -> tuple[dict[str, Any], fl
         train, test = lists_of(folder)
         report["lists"] = f"{len(train)} to train on, {len(test)} to test on"
         unlabeled, problems = find_cases(folder, train[::every], labeled=False)
-        labeled, more = find_cases(folder, test[::every], labeled=True, classes=classes)
+        labeled, more = find_cases(folder, test[::every], labeled=True, classes=classes or usual_classes(folder))
 
         def check(case: Case) -> None:
             facts.append(with_spacing(facts_of(case, *read_case(case))))

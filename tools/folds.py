@@ -16,9 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dataloaders.class_names import named_classes
 from evaluation.predictions import read_scores
 from evaluation.rows import runs_of
-from evaluation.scores import as_csv, caption_of, table
+from evaluation.scores import as_csv, caption_of, table, with_class_names
 from settings import Options as TrainingOptions
 from utils.checkpoint import BEST, write_whole
 from utils.errors import UserError, run
@@ -150,10 +151,12 @@ def main(argv: list[str] | None = None) -> None:
     counts = ", ".join(f"{fold.number}: {len({row['case'] for row in fold.rows})}" for fold in folds)
     about = folds[0].about
     names = about.get("class_names", {})
-    lines = [f"{len(folds)} of {folds[0].folds} folds, scans of fold {counts}.", "", "Over all scans:", "", table(rows)]
+    shown = with_class_names(rows, names)
+    lines = [f"{len(folds)} of {folds[0].folds} folds, scans of fold {counts}.", ""]
+    lines += ["Over all scans:", "", table(shown)]
     if len(folds) > 1:
-        lines += ["Over the folds: mean ± SD of their means, with an SD from three folds on.", "", table(rows, "fold")]
-    lines += [f"Classes: {', '.join(f'{c} {name}' for c, name in names.items())}.", ""] if names else []
+        lines += ["Over the folds: mean ± SD of their means, with an SD from three folds on.", "", table(shown, "fold")]
+    lines += [f"Class: {named_classes(names)}.", ""] if names and "class" not in rows[0] else []
     text = caption_of(about.get("nsd_tolerance_mm"), about.get("metrics", [])) + "\n" + "\n".join(lines)
     if o.out:
         write_whole(Path(o.out, "cases.csv"), as_csv(rows).encode())

@@ -1,18 +1,21 @@
 """The scans that a command line names: files, patterns, folders of scans, and folders of a DICOM series."""
 
 import glob
+import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dataloaders.channels import NUMBERED, by_number, in_order
 from dataloaders.dicom import Series, series_in
 from dataloaders.images import WRITTEN_AS, ending_of, scan_name
+from tools.sources import refuse_labels_among
 from utils.errors import UserError
 from utils.text import some
 
 DICOM_ENDINGS = (".dcm", ".dicom", ".ima")
+UID = re.compile(r"[0-9.]+")
 
 
 @dataclass(frozen=True)
@@ -25,20 +28,28 @@ class Scan:
     slices: tuple[str, ...] = ()
     """The files of a DICOM series, in the order of the slices."""
 
+    @property
+    def shown(self) -> str:
+        """Where it is, in a message; of a DICOM series with its name, if that is not the folder's."""
+        named = f" ({self.name})" if self.slices and self.name != self.files[0].name else ""
+        return f"{self.files[0]}{named}"
+
 
 def given_scans(words: Sequence[str], series: Sequence[str], channels: int) -> list[Scan]:
     """The scans, in the order of the words and of the names in a folder.
 
-    For a network that takes several channels, files NAME_0000, NAME_0001, ... in any order are one scan NAME.
+    For a network that takes several channels, files NAME_0000, NAME_0001, ... in any order are one scan NAME. Scans of
+    one name in folders of different names get the folder's name in front.
 
     Args:
         words: files; folders of scans or of a DICOM series; patterns of these; files of channels, joined by commas.
         channels: K, that the network takes.
-        series: UIDs of --series, of which each must be in one of the folders.
+        series: the words of --series, of which each must fit a series in one of the folders.
 
     Raises:
         UserError: for what is missing or no scan; a folder without scans, or with several series of which none is
-            named; a UID that no folder has. All of them are named together. Channels that are missing in a scan.
+            named; a word that fits none. All of them are named together. Channels that are missing in a scan; a
+            label among the scans.
     """
     scans: list[Scan] = []
     problems: list[str] = []
@@ -60,12 +71,27 @@ def given_scans(words: Sequence[str], series: Sequence[str], channels: int) -> l
                 scans += scans_in(path, series, seen) if path.is_dir() else [file_of(path)]
             except UserError as e:
                 problems.append(str(e))
-    problems += [f"--series {uid} is in none of the folders." for uid in series if uid not in seen and not problems]
+    problems += [f"--series {word} is in none of the folders." for word in series if word not in seen and not problems]
     if problems:
         raise UserError("\n".join(problems))
     if not scans:
         raise UserError(f"no scan is given. Give files that end in {', '.join(WRITTEN_AS)}, or folders.")
-    return grouped(scans) if channels > 1 else scans
+    refuse_labels_among(
+        [file for scan in scans for file in scan.files], "Move it away, or give the scans alone: a pattern, or each."
+    )
+    return told_apart(grouped(scans) if channels > 1 else scans)
+
+
+def told_apart(scans: Sequence[Scan]) -> list[Scan]:
+    """The same, with the folder's name in front of a name that several have, if that tells all of these apart."""
+    alike: dict[str, list[Path]] = {}
+    for scan in scans:
+        alike.setdefault(scan.name, []).append(scan.files[0].absolute().parent)
+    apart = {name for name, folders in alike.items() if 1 < len(folders) == len({folder.name for folder in folders})}
+    return [
+        replace(scan, name=f"{scan.files[0].absolute().parent.name}_{scan.name}") if scan.name in apart else scan
+        for scan in scans
+    ]
 
 
 def unnumbered(name: str) -> str:
@@ -112,8 +138,8 @@ def scans_in(folder: Path, chosen: Sequence[str], seen: set[str]) -> list[Scan]:
 
     Args:
         folder: the folder. Hidden files are left alone, other files that are not read are named on stderr.
-        chosen: UIDs of series.
-        seen: gets the UIDs of `chosen` that are here.
+        chosen: the words of --series.
+        seen: gets those of them that fit a series here.
 
     Raises:
         UserError: no scan; scans and DICOM together; several series of which not one is chosen.
@@ -133,25 +159,40 @@ def scans_in(folder: Path, chosen: Sequence[str], seen: set[str]) -> list[Scan]:
         inner = sorted(path.name for path in folder.iterdir() if path.is_dir())
         where = f" Its subfolders are not looked into: give '{folder}/*' for them." if inner else ""
         raise UserError(f"{folder} holds no file that ends in {', '.join(WRITTEN_AS)}, and no DICOM series.{where}")
-    one = the_series(folder, series, chosen)
+    taken = chosen_series(folder, series, chosen)
     unread = {*files} - {Path(file) for some_series in series for file in some_series.files}
     if unread:  # GDCM leaves out files that are cut short without a word
         names = some(sorted(path.name for path in unread))
         print(f"not read in {folder}: {names}. If one of them is a slice, it is damaged.", file=sys.stderr)
-    seen.add(one.uid)
+    seen |= {word for word in chosen for one in taken if fits(word, one)}
     # An absolute path, as that of `.` has no name to give to the prediction.
     folder = folder if folder.name else folder.resolve()
-    return [Scan(folder.name, (folder,), one.files)]
+    if len(taken) == 1:
+        return [Scan(folder.name, (folder,), taken[0].files)]
+    words = [re.sub(r"[^\w.-]+", "_", one.description) for one in series]
+    clear = all(words) and len({word.casefold() for word in words}) == len(words)
+    ends = {one.uid: word if clear else one.uid for one, word in zip(series, words, strict=True)}
+    return [Scan(f"{folder.name}_{ends[one.uid]}", (folder,), one.files) for one in taken]
 
 
-def the_series(folder: Path, series: Sequence[Series], chosen: Sequence[str]) -> Series:
-    """The series to take of those in a folder.
+def fits(word: str, one: Series) -> bool:
+    """Whether a word of --series is the UID or the description of a series, or `all`."""
+    return word in (one.uid, "all") or word.casefold() == one.description.casefold()
+
+
+def chosen_series(folder: Path, series: Sequence[Series], chosen: Sequence[str]) -> list[Series]:
+    """The series to take of those in a folder: the ones that a word of --series fits.
+
+    Without such a word, and if only UIDs are chosen, as of other folders, the only series.
 
     Raises:
-        UserError: listing them, if there are several and not exactly one is chosen.
+        UserError: listing them, if there is none to take.
     """
-    named = [one for one in series if one.uid in chosen]
-    if len(named) == 1 or (len(series) == 1 and not named):
-        return (named or list(series))[0]
-    listing = "\n".join(f"  {one}" for one in series)
-    raise UserError(f"{folder} holds {len(series)} DICOM series. Choose one of them with --series UID:\n{listing}")
+    taken = [one for one in series if any(fits(word, one) for word in chosen)]
+    if taken or (len(series) == 1 and all(UID.fullmatch(word) for word in chosen)):
+        return taken or list(series)
+    several = len({one.patient for one in series}) > 1
+    listing = "\n".join(f"  {one}" + (f", patient {one.patient}" if several else "") for one in series)
+    raise UserError(
+        f"{folder} holds {len(series)} DICOM series. Choose with --series: UIDs, descriptions, or all:\n{listing}"
+    )

@@ -14,8 +14,9 @@ quoted 'RUN-seed*' being each scan's mean over all runs that match; labels shows
 of labeled scans, with a line through the means of each pattern, or of each row of a table of tools.reproduce; scale
 shows the Dice of each scan against the SD of its intensities, a panel for each pair of runs, without and with
 --normalize scan. The SDs are read from scales.csv next to the records; where there is none, it is written from the
-volumes of --data. Slices have x to the right and y down. Letters at their edges name the patient's sides, R L A P S I,
-where a case states its direction.
+volumes of --data. Slices of a case that states its direction are turned as radiologists look at them, an axial one with
+the patient's right on the left and the front at the top; letters at their edges name the sides, R L A P S I. Others
+have x to the right and y down.
 """
 
 import csv
@@ -31,9 +32,10 @@ import torch
 from numpy.typing import NDArray
 
 from dataloaders.cases import Case, labeled_case, lists_of, named, read_case
+from dataloaders.class_names import named_classes
 from dataloaders.geometry import read_geometry
 from dataloaders.normalization import normalization_of, normalized_case
-from dataloaders.orientation import known_orientation
+from dataloaders.orientation import viewing_turn
 from evaluation.drawing import Figure
 from evaluation.figures import ComparedCase, MapsRow, around, as_png, draw_comparison, draw_maps
 from evaluation.graphs import draw_curves, draw_differences, draw_labels, draw_scale
@@ -47,7 +49,7 @@ from evaluation.statistics import compare
 from methods import restore
 from tools.by_labels import dice_by_labels
 from utils.channels import with_channels
-from utils.checkpoint import load_checkpoint, write_whole
+from utils.checkpoint import classes_of_state, load_checkpoint, write_whole
 from utils.errors import UserError, run
 from utils.options import Parser, fill, option
 from utils.resample import downsample_image, upsample_probability
@@ -115,14 +117,17 @@ def figure2(paths: Sequence[str], o: Options) -> Figure:
     for name in o.cases or lists_of(folder)[1][:3]:
         case = labeled_case(folder, name)
         image, label, spacing, z = read_scan(case, o.slice)
-        x, y = around(label[..., z] > 0)
+        turn, orientation = viewing_turn(case)
+        x, y = around(turn(label)[..., z] > 0)
         with named(case):
             scaled = normalized_case(case, image, normalization_of(trained))
         maps = maps_of_slice(method, scaled, z, trained["patch_size"], trained["downsample"])
-        shown = {key: maps[key][x, y] for key in sorted(maps, key="pqmz".find, reverse=True)}
-        image = with_channels(image)[0, x, y, z]
-        rows.append(MapsRow(name, image, label[x, y, z], shown, spacing, known_orientation(case)))
-    return draw_maps(rows)
+        shown = {key: turn(maps[key][..., None])[x, y, 0] for key in sorted(maps, key="pqmz".find, reverse=True)}
+        spacing = turn.geometry({"spacing": spacing}, image.shape)["spacing"]
+        image = turn(with_channels(image)[0])[x, y, z]
+        rows.append(MapsRow(name, image, turn(label)[x, y, z], shown, spacing, orientation))
+    names = classes_of_state(state) if method.options.classes > 1 else {}
+    return draw_maps(rows, f"classes: {named_classes(names)}" if names else "")
 
 
 def maps_of_slice(
@@ -165,20 +170,25 @@ def figure3(paths: Sequence[str], o: Options) -> Figure:
         titles = [f"{title} ({output})" for title, output in zip(titles, outputs, strict=True)]
     if len(set(titles)) != len(paths):
         raise UserError(f"--titles must give {len(paths)} different names, one for each run.")
-    folder = Path(o.data or read_json(tests[0] / "test.json").get("data", ""))
+    about = read_json(tests[0] / "test.json")
+    folder = Path(o.data or about.get("data", ""))
     compared = []
     for name in o.cases or typical(scores[0], outputs[0]):
         case = labeled_case(folder, name)
         image, label, spacing, z = read_scan(case, o.slice)
+        turn, orientation = viewing_turn(case)
         predictions = {}
         for test, output, title in zip(tests, outputs, titles, strict=True):
             mask = read_prediction(test, output, name)
             if mask.shape != label.shape:
                 raise UserError(f"the prediction of {name} in {test} has {mask.shape} voxels, the scan {label.shape}.")
-            predictions[title] = (mask, dice_text(mask, label))
-        orientation = known_orientation(case)
-        compared.append(ComparedCase(name, with_channels(image)[0], label, z, predictions, spacing, orientation))
-    return draw_comparison(compared, *o.view)
+            predictions[title] = (turn(mask), dice_text(mask, label))
+        spacing = turn.geometry({"spacing": spacing}, label.shape)["spacing"]
+        shown = turn(with_channels(image)[0]), turn(label)
+        compared.append(ComparedCase(name, *shown, z, predictions, spacing, orientation))
+    azimuth, elevation = o.view
+    class_names = {int(c): name for c, name in about.get("class_names", {}).items()}
+    return draw_comparison(compared, azimuth, elevation, class_names)
 
 
 def dice_text(prediction: NDArray, label: NDArray) -> str:

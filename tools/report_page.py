@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from evaluation.figures import colour_of
 from evaluation.predictions import read_scores, test_of
-from evaluation.scores import CAPTION, MEAN, caption_of
+from evaluation.scores import CAPTION, MEAN, caption_of, with_class_names
 from evaluation.slices import COLOURS, LABEL
 from tools.report_scans import ALL_BYTES, MOST_BYTES, ShownCase, by_dice, shown_first, viewers
 from tools.report_tables import bars, every_table, results_table
@@ -86,17 +86,18 @@ def write_report(test: Path, data: str = "") -> Path:
     about += [f"iteration {tested['iteration']}"] if "iteration" in tested else []
     count, scans = len({row["case"] for row in rows}), tested.get("scans", "test")
     about += [f"{count} {scans} scans of {tested.get('data', 'unknown data')}"]
+    shown = with_class_names(rows, class_names)
     more = caption_of(tested.get("nsd_tolerance_mm"), tested.get("metrics", [])).removeprefix(CAPTION).splitlines()
     page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=escape(f"Test of {run_folder.resolve().name}"),
         subtitle=escape(", ".join(about)),
         prediction_colour=COLOURS[0],
         label_colour=LABEL,
-        results=results_table(rows),
+        results=results_table(shown),
         classes=_key(rows, class_names),
-        bars=bars(rows),
+        bars=bars(shown),
         viewers=viewers(cases, dices, output, component),
-        every=every_table(rows),
+        every=every_table(shown),
         provenance=provenance(tested, trained),
         definitions="<ul>" + "".join(f"<li>{line}</li>" for line in (*DEFINITIONS, *more)) + "</ul>",
         data=json.dumps([case.data for case in cases]).replace("<", "\\u003c"),

@@ -17,7 +17,7 @@ from skimage.measure import approximate_polygon, find_contours
 
 from dataloaders.cases import labeled_case, named, read_case
 from dataloaders.geometry import read_geometry
-from dataloaders.orientation import known_orientation
+from dataloaders.orientation import viewing_turn
 from evaluation.figures import colour_of, window_of
 from evaluation.metrics import mean_and_sd
 from evaluation.predictions import read_prediction
@@ -76,7 +76,7 @@ class ShownCase:
         case = labeled_case(folder, name)
         with named(case):
             image, label = read_case(case)
-            self.spacing, orientation = read_geometry(case)["spacing"], known_orientation(case)
+            geometry = read_geometry(case)
         image = with_channels(image)[0]  # the page shows the first channel
         assert label is not None
         prediction = read_prediction(test, output, name)
@@ -84,6 +84,9 @@ class ShownCase:
             raise UserError(
                 f"the prediction of {name} has {prediction.shape} voxels, the scan {image.shape}. Test again."
             )
+        turn, orientation = viewing_turn(case)
+        self.spacing = turn.geometry(geometry, image.shape)["spacing"]
+        image, label, prediction = turn(image), turn(label), turn(prediction)
         self.name, self.shape = name, image.shape
         chosen = [row for row in rows if (row["case"], row["output"], row["component"]) == (name, output, component)]
         figures = metrics_of(rows) if len(chosen) == 1 else ["dice", "hd95"]  # two figures for each of several classes
@@ -199,10 +202,14 @@ def viewers(cases: Sequence[ShownCase], dices: Mapping[str, float], output: str,
         return "<h2>Scans</h2><p>The test saved no predictions (--save none), so there are none to show.</p>"
     boxes = [viewer(cases[place], choice(dices, place)) for place in shown_first(dices)]
     known = any(case.letters for case in cases)
-    sides = " Letters at the edges name the patient's sides." if known else ""
+    seen = (
+        "Slices are turned as radiologists look at them; letters at the edges name the patient's sides"
+        if known
+        else "Slices have x to the right and y down"
+    )
     return (
         f'<h2 id="look">Scans</h2><p class="soft">From the lowest to the highest Dice of {escape(output)}, '
-        f"{escape(component)}. Slices have x to the right and y down.{sides}</p>" + "".join(boxes)
+        f"{escape(component)}. {seen}.</p>" + "".join(boxes)
     )
 
 

@@ -124,6 +124,19 @@ def refuse_unlabeled(source_set: SourceSet, folder: Path) -> None:
         )
 
 
+def refuse_labels_among(scans: Sequence[Path], advice: str) -> None:
+    """Raises UserError for a file called NAME_seg, NAME_label or the like next to a scan NAME or its channels.
+
+    Args:
+        scans: files that are taken for scans.
+        advice: end of the message.
+    """
+    names = {(path.parent, scan_name(path)) for path in scans} | by_number(scans).keys()
+    for path in scans:
+        if (match := LABEL_OF.fullmatch(scan_name(path))) and (path.parent, match[1]) in names:
+            raise UserError(f"{path} looks like the label of {match[1]}, and stands among the scans. {advice}")
+
+
 def paths_text(paths: Sequence[Path], folder: Path) -> str:
     """A few of the paths, from a folder, and how many more there are."""
     return some(f"{path.relative_to(folder)}{'/' if path.is_dir() else ''}" for path in paths)
@@ -191,12 +204,7 @@ def _in_two_folders(images: Path, labels: Path, unread: list[Path], literal: boo
             scans = {name: files[0] for name, files in channels.items()}
             more = {name: files[1:] for name, files in channels.items()}
     _refuse_orphans([label_files[name] for name in label_files if name not in scans], images, others)
-    for name, path in scans.items():
-        if (match := LABEL_OF.fullmatch(name)) and match[1] in scans:
-            raise UserError(
-                f"{path} looks like the label of {match[1]}, and stands among the scans. Move it to {labels} under "
-                "that scan's name, or elsewhere."
-            )
+    refuse_labels_among(list(scans.values()), f"Move it to {labels} under that scan's name, or elsewhere.")
     _refuse_unread_labels(_unread_in(labels), {name: label_files.get(name) for name in scans})
     return [Source(name, path, label_files.get(name), more=more.get(name, ())) for name, path in scans.items()]
 

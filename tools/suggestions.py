@@ -4,11 +4,13 @@ import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from dataloaders.findings import Facts, memory_gib, of_other_spacing, unnormalised, usual_spacing
+from dataloaders.training import usual_classes
 from dataloaders.volumes import ON_DEVICE
 from methods import Method
 from networks.heads import HALVINGS
@@ -190,7 +192,7 @@ def command(s: Suggestion, facts: Sequence[Facts], t: Planned) -> str:
     words: list[str | int] = ["python", "train_dtml.py", "--data", t.folder]
     words += ["--method", t.method] if t.method != Options.method else []
     words += ["--labeled", t.labeled] if t.labeled is not None else []
-    words += ["--classes", t.classes] if t.classes > 1 else []
+    words += ["--classes", t.classes] if t.classes != usual_classes(Path(t.folder)) else []
     words += ["--downsample", t.downsample] if t.downsample > 1 else []
     channels = [x.of_channel(channel) for x in facts for channel in range(x.channels)]
     words += ["--normalize", "scan"] if any(map(unnormalised, channels)) else []

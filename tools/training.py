@@ -2,18 +2,19 @@
 
 import dataclasses
 import time
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dataloaders.augmentation import Strengths
-from dataloaders.cases import Case, CaseError
+from dataloaders.cases import Case, CaseError, named
 from dataloaders.channel_names import channel_names
-from dataloaders.class_names import class_names
-from dataloaders.normalization import Normalization, normalization_of
-from dataloaders.orientation import common_orientation, known_orientation
+from dataloaders.class_names import class_names, named_classes
+from dataloaders.geometry import known_spacing
+from dataloaders.normalization import OF_RAW, Normalization, normalization_of, raw_of
+from dataloaders.orientation import common_orientation, known_orientation, viewing_turn
 from dataloaders.training import median_spacing, refuse_classes, training_cases, validation_names
 from dataloaders.two_stream import Patches, TwoStreamBatchSampler
 from dataloaders.unseen import open_cases
@@ -28,6 +29,7 @@ from utils.errors import UserError
 from utils.masks import label_map
 from utils.options import fill
 from utils.report import Report
+from utils.text import some
 
 
 @dataclasses.dataclass
@@ -130,15 +132,16 @@ def prepare(
         normalize=normalize, device=device, problems=problems,
     )  # fmt: skip
     if state is None:
-        refuse_classes(cases, volumes.facts, own.classes)
+        refuse_classes(volumes.facts, own.classes)
     images = volumes.fingerprints | earlier_images(origin, state, volumes.fingerprints)
     validation, _ = open_cases(data, to_validate, own.classes, volumes.checksums, images, own.channels, normalize)
     names = {str(c): name for c, name in class_names(data).items() if c <= own.classes}
+    attributes = attributes_of(cases, normalize)
     constant = {
         "options": {**dataclasses.asdict(o), **dataclasses.asdict(own)}, "checksums": volumes.checksums,
-        "images": images, "processes": RANKS, "spacing": median_spacing(cases),
-        "orientation": common_orientation(cases), "channel_names": channel_names(data, own.channels),
-        **({"class_names": names} if names else {}),
+        "images": images, "processes": RANKS, "attributes": attributes,
+        "spacing": median_spacing(cases), "orientation": common_orientation(cases),
+        "channel_names": channel_names(data, own.channels), **({"class_names": names} if names else {}),
     }  # fmt: skip
     method.to(device)
     choose_arithmetic(method, o, device)
@@ -147,6 +150,7 @@ def prepare(
     if state is not None:
         if state["checksums"] != volumes.checksums:
             raise UserError(f"the volumes in {o.data} are not those {folder} began with. Resume with the same data.")
+        refuse_other_attributes(attributes, state.get("attributes", {}), o.data, folder)
         if state["processes"] != RANKS:
             raise UserError(
                 f"{folder} was trained by {state['processes']} processes, not {RANKS}. Resume it with as many."
@@ -168,6 +172,32 @@ def prepare(
     )  # fmt: skip
     return Training(o, folder, device, method, optimizer, patches, sampler, labeled_batch, labeled, validation,
                     normalize, constant, **progress)  # fmt: skip
+
+
+def attributes_of(cases: Sequence[Case], normalize: Normalization) -> dict[str, list[Any]]:
+    """Name -> spacing, orientation and, if --normalize uses them, mean and sd of a case: what a run takes from its
+    file besides the volumes.
+
+    Raises:
+        UserError: attributes that cannot be read.
+    """
+    attributes: dict[str, list[Any]] = {}
+    for case in cases:
+        with named(case):
+            raw = raw_of(case) if normalize.kind in OF_RAW else None
+        spacing = known_spacing(case)
+        attributes[case.name] = [spacing and [*spacing], known_orientation(case), raw and [[*pair] for pair in raw]]
+    return attributes
+
+
+def refuse_other_attributes(now: dict[str, list[Any]], before: dict[str, list[Any]], data: str, folder: Path) -> None:
+    """Raises UserError if cases state other attributes than when a run began; early checkpoints keep none."""
+    differ = [name for name, values in now.items() if before.get(name, values) != values]
+    if differ:
+        raise UserError(
+            f"spacing, direction, mean or sd that the files of {some(differ)} in {data} state are not those {folder} "
+            "began with. Resume with the same data, or start a new run."
+        )
 
 
 def trained(method: Method) -> list[torch.nn.Parameter]:
@@ -211,7 +241,7 @@ def choose_arithmetic(method: Method, o: Options, device: torch.device) -> None:
 @torch.no_grad()
 def show(
     report: Report, method: Method, patches: Patches, labeled: int, spacing: Sequence[float], done: int,
-    device: torch.device,
+    device: torch.device, names: Mapping[str, str],
 ) -> None:  # fmt: skip
     """Adds pictures to the report: a fixed slice of the first labeled and of the first unlabeled case.
 
@@ -226,6 +256,7 @@ def show(
         spacing: mm along x, y, z.
         done: finished iterations.
         device: device of the method.
+        names: class, as text -> its name; with several classes they are in the titles.
     """
     from evaluation.slices import prediction_mesh, slice_picture  # here, as matplotlib takes half a second
 
@@ -235,12 +266,14 @@ def show(
             item = patches.centre_crop(case)
             tensors = {key: v[0] for key, v in method.maps(item["image"][None].to(device)).items()}
             prediction = label_map(torch.stack(list(tensors.values())[: method.options.classes])).cpu().numpy()
-            maps = {key: v.cpu().numpy() for key, v in tensors.items()}
             label = item["label"].cpu().numpy() if "label" in item else None
-            title = f"{item['case']}, iteration {done}"
-            orientation = known_orientation(patches.volumes.cases[case])
-            image = item["image"][0].cpu().numpy()
-            report.picture(name, slice_picture(image, maps, prediction, label, title, orientation), done)
+            turn, orientation = viewing_turn(patches.volumes.cases[case])
+            maps = {key: turn(v.cpu().numpy()) for key, v in tensors.items()}
+            classes = f", classes {named_classes(names)}" if names and method.options.classes > 1 else ""
+            title = f"{item['case']}, iteration {done}{classes}"
+            image = turn(item["image"][0].cpu().numpy())
+            seen = None if label is None else turn(label)
+            report.picture(name, slice_picture(image, maps, turn(prediction), seen, title, orientation), done)
             if label is not None:
                 report.mesh(f"surface/{name}", prediction_mesh(prediction, label, spacing), done)
     method.train()

@@ -32,10 +32,13 @@ def header(t: Training, device: str, rate: float) -> list[str]:
     pooled = f" at 1/{o.downsample} of the resolution" if o.downsample > 1 else ""
     size = "x".join(map(str, o.patch_size)) + f" voxels{pooled}"
     where = f", in each of {RANKS} processes" if RANKS > 1 else ""
+    names, count = t.constant.get("class_names", {}), t.method.options.classes
+    classes = ", ".join(f"{c} {names.get(str(c), 'without a name')}" for c in range(1, count + 1))
     lines = {
         "run": str(t.folder),
         "method": f"{o.method}, preset {o.preset}, {sum(p.numel() for p in trained(t.method)):,} parameters",
         "data": f"{o.data}: {t.labeled} labeled and {t.unlabeled} unlabeled scans{left_out}{validation}",
+        **({"classes": classes} if names else {"classes": str(count)} if count > 1 else {}),
         "batch": f"{o.batch_size} crops of {size}, {t.labeled_batch} of them labeled{where}",
         "device": device,
         "iterations": f"{t.start} to {o.iterations}, {o.optimizer}, learning rate {rate:g} at first",
