@@ -1,8 +1,10 @@
 """Tiny data sets and runs that the tests share."""
 
 import csv
+import functools
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +168,18 @@ def checkpoint(finished: Path, tmp_path: Path) -> Path:
 def tiny_set(tmp_path: Path) -> Path:
     """8 training cases of 24x22x18 voxels, 4 with label, and 2 test cases."""
     return make_set(tmp_path / "set")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting() -> Iterator[None]:
+    """Neither for the disk, as only a power cut would show what is not on it yet and each training writes nine files,
+    nor for git, whose answers stay the same."""
+    from utils import run_folder  # once pytest has put the code on the path
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        patch.setattr(run_folder, "git", functools.cache(run_folder.git))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -21,9 +21,9 @@ from utils.errors import UserError
 
 @pytest.mark.parametrize("name", ["dtml", "ua-mt", "sassnet"])
 def test_a_method_is_timed(name, monkeypatch):
-    tiny = {"patch_size": [32, 32, 32], "filters": 2, "iterations": 9}
+    tiny = {"patch_size": [16, 16, 16], "filters": 2, "iterations": 9}
     monkeypatch.setitem(settings.PROFILES, "phantom", tiny)
-    result = bench.measure(name, bench.Options(iterations=1, device="cpu"))
+    result = bench.measure(name, bench.Options(profile="phantom", iterations=1, device="cpu"))
     assert result["seconds"] > 0 and 0.1 < result["memory"] < 100
     assert 0 < result["trained"] <= result["all"]
     options = command_line.read_options(["--method", name, "--profile", "phantom"])[1]

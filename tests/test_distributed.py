@@ -27,20 +27,23 @@ OTHERS = [method for method in METHODS if method != "dtml"]
 CRITICS = ["sassnet", "asdnet"]
 MORE = {"ua-mt": ["--passes", "2"], "double-unc": ["--passes", "2"], "tcse": ["--scale", "0.2"]}
 
-# Runs one or several trainings in a row, and saves what each process had after each of them.
+# Runs several trainings in a row, and saves what each process had after each of them; and a test. In the last training
+# a process is killed, whereupon torchrun starts both again, which then make this training alone.
 DRIVER = """
 import json, os, signal, time
 from pathlib import Path
 import torch
-import train_dtml
+import test_la, train_dtml
 from methods import METHODS, adversary
 from utils.distributed import RANK
 from utils.errors import Diverged, Stopped
 
 place, join = Path(__file__).parent, torch.distributed.init_process_group
+runs, again = json.loads((place / "runs.json").read_text()), os.environ["TORCHELASTIC_RESTART_COUNT"] != "0"
+assert again == (place / "killed").exists()
 own = {method: (kind.forward, kind.after_step) for method, kind in METHODS.items()}
 average = adversary.average_gradients
-for name, how, method, flags in json.loads((place / "runs.json").read_text()):
+for name, how, method, flags in runs[-1:] if again else runs:
     seen, known, critic = [], {}, []
 
     def spied(self, batch, iteration):
@@ -63,12 +66,19 @@ for name, how, method, flags in json.loads((place / "runs.json").read_text()):
         known["method"] = self
         if how == "SIGTERM to rank 1" and RANK == 1 and iteration == 3:
             os.kill(os.getpid(), signal.SIGTERM)
+        if how == "SIGKILL to rank 1" and RANK == 1 and iteration == 3 and not again:
+            (place / "killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def meet(backend, timeout):  # torchrun's own meeting point serves a single training
         join(backend, timeout=timeout, init_method=f"file://{place}/{name}.store", rank=RANK, world_size=2)
 
     METHODS[method].forward, METHODS[method].after_step = spied, after_step
-    torch.distributed.init_process_group, adversary.average_gradients = meet, averaged
+    torch.distributed.init_process_group = join if how == "SIGKILL to rank 1" else meet
+    adversary.average_gradients = averaged
+    if how in ("test", "SIGKILL to rank 1"):
+        (test_la if how == "test" else train_dtml).main(flags)
+        continue
     end = "done"
     try:
         train_dtml.main(flags)
@@ -120,6 +130,9 @@ def differing(a, b):
 def ranks(data, tmp_path_factory):
     """name, rank -> what the process had at the end of that run; and the folder of the runs."""
     place = tmp_path_factory.mktemp("ranks")
+    shutil.copytree(data, place / "three")
+    shutil.copytree(data / "case09", place / "three" / "more")
+    (place / "three" / "test.list").write_text("case08\ncase09\nmore\n")
     runs = [
         ["whole", "", "dtml", flags_of(data, place / "runs", "whole")],
         ["diverged", "diverge on rank 1", "dtml", [*flags_of(data, place / "runs", "diverged"), "--save-every", "1"]],
@@ -129,12 +142,22 @@ def ranks(data, tmp_path_factory):
                                    "--validate-every", "2"]],
         *([m, "", m, [*flags_of(data, place / "runs", m), "--iterations", "3", *method_words(m), *MORE.get(m, [])]]
           for m in OTHERS),
+        ["tested", "test", "dtml", [*words_of_test(place / "runs"), "--out", str(place / "runs" / "tested")]],
+        ["killed", "SIGKILL to rank 1", "dtml",
+         [*flags_of(data, place / "runs", "killed"), "--save-every", "2", "--resume", "auto"]],
     ]  # fmt: skip
     (place / "driver.py").write_text(DRIVER)
     (place / "runs.json").write_text(json.dumps(runs))
-    code, err = end_of(torchrun("driver.py", cwd=place))
+    code, err = end_of(torchrun("--max-restarts", "1", "driver.py", cwd=place))
     assert code == 0, err
-    return {(name, rank): load(place / f"{name}{rank}.pt") for name, *_ in runs for rank in (0, 1)}, place / "runs"
+    (place / "stderr").write_text(err)
+    return {(name, rank): load(place / f"{name}{rank}.pt") for name, *_ in runs[:-2] for rank in (0, 1)}, place / "runs"
+
+
+def words_of_test(runs):
+    """The words that test the first run on a set of three scans, which lies beside the folder of the runs."""
+    data = ["--data", str(runs.parent / "three"), "--stride", "8", "8", "8", "--device", "cpu", "--threads", "1"]
+    return ["--checkpoint", str(runs / "whole"), *data]
 
 
 def test_replicas_are_identical_to_the_last_bit(ranks):
@@ -217,35 +240,15 @@ def test_all_stop_when_one_is_signalled_and_go_on_as_if_nothing_had_been(ranks):
     assert (runs / "stopped" / "scalars.csv").read_text() == (runs / "whole" / "scalars.csv").read_text()
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-import train_dtml
-from methods import METHODS
-from utils.distributed import RANK
-
-def after_step(self, batch, iteration):
-    if RANK == 1 and iteration == 3 and not Path("killed").exists():
-        Path("killed").touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-
-METHODS["dtml"].after_step = after_step
-train_dtml.main(sys.argv[1:])
-"""
-
-
-def test_48_a_killed_process_is_started_again_by_torchrun_and_ends_as_if_nothing_had_been(data, ranks, tmp_path):
-    (tmp_path / "driver.py").write_text(KILLED)
-    flags = [*flags_of(data, "runs", "killed"), "--save-every", "2", "--resume", "auto"]
-    code, err = end_of(torchrun("--max-restarts", "1", "driver.py", *flags, cwd=tmp_path))
-    assert code == 0, err
-    assert (tmp_path / "killed").exists() and err.count(f"done: {N} iterations") == 1
-    manifest = json.loads((tmp_path / "runs" / "killed" / "manifest.json").read_text())
+def test_48_a_killed_process_is_started_again_by_torchrun_and_ends_as_if_nothing_had_been(ranks):
+    _, runs = ranks
+    assert (runs.parent / "killed").exists()
+    assert (runs.parent / "stderr").read_text().count(f"done: {N} iterations") == 4  # of this run and three others
+    manifest = json.loads((runs / "killed" / "manifest.json").read_text())
     assert [part["iteration"] for part in manifest["resumed"]] == [2]
-    a, b = (load(runs / "last.pt") for runs in (tmp_path / "runs" / "killed", ranks[1] / "whole"))
+    a, b = (load(runs / name / "last.pt") for name in ("killed", "whole"))
     assert differing(a["method"], b["method"]) == [] and flat(a["optimizer"]) == flat(b["optimizer"])
-    curves = [(runs / "scalars.csv").read_text() for runs in (tmp_path / "runs" / "killed", ranks[1] / "whole")]
-    assert curves[0] == curves[1]
+    assert (runs / "killed" / "scalars.csv").read_text() == (runs / "whole" / "scalars.csv").read_text()
 
 
 def test_the_scans_of_a_validation_are_shared_out_and_scored_with_the_weights_that_are_saved(ranks, tmp_path):
@@ -262,18 +265,11 @@ def test_the_scans_of_a_validation_are_shared_out_and_scored_with_the_weights_th
     assert sum(float(row["dice"]) for row in rows) / 3 == pytest.approx(best["best"]["dice"], abs=2e-6)
 
 
-def test_the_test_script_shares_out_its_scans(data, ranks, tmp_path):
+def test_the_test_script_shares_out_its_scans(ranks, tmp_path):
     """One process has a scan more than the other."""
-    copy = shutil.copytree(data, tmp_path / "set")
-    shutil.copytree(copy / "case09", copy / "more")
-    (copy / "test.list").write_text("case08\ncase09\nmore\n")
-    args = ["--checkpoint", str(ranks[1] / "whole"), "--data", str(copy), "--stride", "8", "8", "8", "--device", "cpu"]
-    test_la.main([*args, "--out", str(tmp_path / "one"), "--threads", "1"])
-    code, err = end_of(torchrun(ROOT / "test_la.py", *args, "--out", tmp_path / "two", cwd=tmp_path))
-    assert code == 0, err
+    _, runs = ranks
+    test_la.main([*words_of_test(runs), "--out", str(tmp_path)])
     for name in ("cases.csv", "table.md"):
-        assert (tmp_path / "two" / name).read_text() == (tmp_path / "one" / name).read_text()
-    one, two = (
-        {path.relative_to(out) for path in out.rglob("*.nii.gz")} for out in (tmp_path / "one", tmp_path / "two")
-    )
-    assert one == two and err.count("per case:") == 1 and len(two) == 3 * 3
+        assert (runs / "tested" / name).read_text() == (tmp_path / name).read_text()
+    one, two = ({path.relative_to(out) for path in out.rglob("*.nii.gz")} for out in (tmp_path, runs / "tested"))
+    assert one == two and len(two) == 3 * 3 and (runs.parent / "stderr").read_text().count("per case:") == 1

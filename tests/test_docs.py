@@ -109,17 +109,15 @@ def put(path: Path, after: str, lines: str) -> None:
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the repository with what the page adds, block by block."""
+    """A copy of the repository, without the records, and with what the page adds, block by block."""
     folder = tmp_path_factory.mktemp("copy") / "code"
-    others = shutil.ignore_patterns("__pycache__", ".git", "runs", "la", "phantom-*", ".*_cache")
+    others = shutil.ignore_patterns("__pycache__", ".git", "runs", "la", "phantom-*", ".*_cache", "*-seed*")
     for path in ROOT.iterdir():
         if path.is_dir() and path.name in OURS:
             shutil.copytree(path, folder / path.name, ignore=others)
         elif path.is_file() and path.suffix in ("", ".py", ".md", ".toml", ".txt", ".cff"):
             shutil.copy(path, folder)
-    file = code_after("## 2. The file")
-    assert 40 <= len(file.splitlines()) <= 70
-    (folder / "methods" / "entropy_minimisation.py").write_text(file, encoding="utf-8")
+    (folder / "methods" / "entropy_minimisation.py").write_text(code_after("## 2. The file"), encoding="utf-8")
     table = "METHODS: dict[str, type[Method]] = {  # by the names of --method"
     put(folder / "methods" / "__init__.py", "from methods.dtml_plus import DTMLPlus", code_after("## 3. The import"))
     put(folder / "methods" / "__init__.py", table, code_after("and the line of `METHODS`"))
@@ -240,13 +238,18 @@ def shown(c: Comparison) -> str:
 
 def verdict(reference: Runs, row: Runs) -> str:
     """By the page's rule."""
-    scans = next(iter(reference.values()))
-    both = [[{s: {c: v for c, v in run.items() if c != out} for s, run in side.items()} for side in (reference, row)]
-            for out in (None, *scans)]  # fmt: skip
-    excluded = [c.low > 0 or c.high < 0 for c in (compare(*sides, most=1) for sides in both)]
-    if not excluded[0]:
+
+    def excluded(out: str | None = None) -> bool:
+        """Whether the interval excludes 0, without one scan if it is named."""
+        both = ({seed: {scan: v for scan, v in run.items() if scan != out} for seed, run in side.items()}
+                for side in (reference, row))  # fmt: skip
+        c = compare(*both, most=1)
+        return c.low > 0 or c.high < 0
+
+    if not excluded():
         return "not shown"
-    return "shown" if all(excluded) and min(len(reference), len(row)) > 1 else "open"
+    several = min(len(reference), len(row)) > 1
+    return "shown" if several and all(map(excluded, next(iter(reference.values())))) else "open"
 
 
 def curve(run: str, column: str) -> dict[int, float]:

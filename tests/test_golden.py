@@ -2,7 +2,7 @@
 
 They are nobody else's numbers: they tell that a change moved what it was not meant to move. After one that was:
 
-    python -m tests.test_golden
+    python -m tests.test_golden [METHOD ...]
 
 In double precision, initial weights too: in single the batch-norm of tiny crops and sigmoid(-1500 z) make 1e-3 of a
 rounding error, which differs between processors.
@@ -10,6 +10,7 @@ rounding error, which differs between processors.
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -116,7 +117,10 @@ def test_the_stored_losses_are_of_these_cases_and_alive():
             assert len(values) == ITERATIONS and len(set(values)) > 1, f"{case}: {name} does not move"
 
 
-if __name__ == "__main__":
-    FILE.parent.mkdir(exist_ok=True)
-    lines = [f'"{case}": {json.dumps(first_losses(*CASES[case]))}' for case in CASES]
+if __name__ == "__main__":  # of the methods that are named, or of all
+    losses = json.loads(FILE.read_text())
+    chosen = sys.argv[1:] or METHODS
+    changed = [case for case, (method, _) in CASES.items() if method in chosen or case not in losses]
+    losses |= {case: first_losses(*CASES[case]) for case in changed}
+    lines = [f'"{case}": {json.dumps(losses[case])}' for case in CASES]
     FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")

@@ -94,6 +94,13 @@ def test_flags_after_an_old_options_file_mean_what_they_mean_without_it(file, ar
     assert {name: options[name] for name in expected} == expected
 
 
+@pytest.fixture
+def begun(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainings end before their first iteration, when options.txt and the manifest are written."""
+    monkeypatch.setattr(train_dtml, "train", lambda *_: {})
+    monkeypatch.setattr(train_dtml, "summarize", lambda *_: None)
+
+
 @pytest.mark.parametrize(
     ("args", "more", "expected"),
     [
@@ -104,12 +111,12 @@ def test_flags_after_an_old_options_file_mean_what_they_mean_without_it(file, ar
         ("", "--lr-schedule cosine", []),
     ],
 )
-def test_a_replay_scales_what_followed_and_keeps_what_was_chosen(args, more, expected, inside):
+def test_a_replay_scales_what_followed_and_keeps_what_was_chosen(args, more, expected, begun):
     folder = train("--data", "set", "--name", "first", *args.split())
     assert settled(f"@{folder}/options.txt", "--name", "second", *more.split())["lr_steps"] == expected
 
 
-def test_an_options_file_holds_what_was_chosen_and_lists_the_rest_as_comments(inside):
+def test_an_options_file_holds_what_was_chosen_and_lists_the_rest_as_comments(begun):
     folder = train("--data", "set", "--name", "first", "--k", "20")
     lines = (folder / "options.txt").read_text().splitlines()
     flags = {line.split()[0] for line in lines if not line.startswith("#")}

@@ -184,9 +184,6 @@ def test_largest_component_alone_is_kept(trained, tmp_path, fake):
     assert np.array_equal(saved_mask(tmp_path / "all", "seg", "case08"), speck)
 
 
-# -- one test after another --
-
-
 # -- grids --
 
 

@@ -3,7 +3,7 @@ it is refused, and then it does nothing. The cases come from the dataclasses: a 
 
 import dataclasses
 import functools
-import itertools
+import hashlib
 import shlex
 from typing import Any
 
@@ -23,25 +23,27 @@ ITERATIONS, LOOKED_AT = 7, (1, 4)
 
 
 @functools.cache
-def outcome(method: str, flags: str) -> dict[str, bytes]:
-    """Name -> bytes of what a tiny run with these flags learns and then predicts; of a critic no weight counts, as no
-    output comes from it, and a teacher only by its predictions."""
+def outcome(method: str, flags: str, steps: int = len(LOOKED_AT)) -> dict[str, bytes]:
+    """Name -> digest of what a tiny run with these flags learns and, at its end, predicts; of a critic no weight
+    counts, as no output comes from it, and a teacher only by its predictions."""
     kind = METHODS[method]
     torch.manual_seed(0)
     trained = kind(fill(kind.Options, SMALL, parsed(method, flags)), iterations=ITERATIONS).train()
     batch = with_sdm(make_batch())
     batch |= {"other_image": batch["image"].flip(2), "other_label": batch["label"].flip(1)}
     optimizer = torch.optim.SGD([p for p in trained.parameters() if p.requires_grad], lr=0.1)
-    for iteration in LOOKED_AT:
+    for iteration in LOOKED_AT[:steps]:
         torch.manual_seed(iteration)
         optimizer.zero_grad()
         trained(batch, iteration).total.backward()
         optimizer.step()
         trained.after_step(batch, iteration)
-    trained.eval()
-    with torch.no_grad():
-        result = {" ".join(trained.outputs): trained.predict(batch["image"], trained.outputs)} | weights(trained)
-    return {name: x.numpy().tobytes() for name, x in result.items()}
+    result = weights(trained)
+    if steps == len(LOOKED_AT):
+        trained.eval()
+        with torch.no_grad():
+            result[" ".join(trained.outputs)] = trained.predict(batch["image"], trained.outputs)
+    return {name: hashlib.sha256(x.numpy().tobytes()).digest() for name, x in result.items()}
 
 
 def weights(built: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -59,13 +61,19 @@ def shapes(method: str, flags: str) -> dict[str, tuple[int, ...]]:
 
 
 def differ(method: str, flags: str, others: str) -> bool:
-    """Whether two runs end differently: without training where their weights have other names or shapes."""
-    return shapes(method, flags) != shapes(method, others) or outcome(method, flags) != outcome(method, others)
+    """Whether two runs end differently: without training where their weights have other names or shapes, and after a
+    single step where they do so then."""
+    if shapes(method, flags) != shapes(method, others):
+        return True
+    return any(outcome(method, flags, steps) != outcome(method, others, steps) for steps in (1, len(LOOKED_AT)))
+
+
+parser_of = functools.cache(command_line.flags_of)
 
 
 def parsed(method: str, flags: str) -> dict[str, Any]:
     """Option -> value of some flags."""
-    return command_line.flags_of(method).parse(shlex.split(flags))
+    return parser_of(method).parse(shlex.split(flags))
 
 
 def switches(method: str) -> list[str]:
@@ -109,12 +117,13 @@ def cases() -> list[tuple[str, str, str]]:
     chosen = []
     for method, own in OWN.items():
         conditions = {f.name: str(f.metadata["only_if"]) for f in dataclasses.fields(METHODS[method].Options)}
-        for (i, switch), (j, name) in itertools.product(enumerate(switches(method)), enumerate(own)):
+        for i, switch in enumerate(switches(method)):
             ((switched, value),) = parsed(method, switch).items()
-            related = f"'{switched}'" in conditions[name]
-            covering = value in (0, "none") and (i + j) % 3 == 0
-            if (related or covering) and name not in {"classes", "backbone", "filters", "dropout", switched}:
-                chosen.append((method, switch, name))
+            for j, name in enumerate(own):
+                related = f"'{switched}'" in conditions[name]
+                covering = value in (0, "none") and (i + j) % 3 == 0
+                if (related or covering) and name not in {"classes", "backbone", "filters", "dropout", switched}:
+                    chosen.append((method, switch, name))
     return chosen + TOGETHER
 
 

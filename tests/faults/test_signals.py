@@ -1,20 +1,22 @@
 """A run that is stopped by a signal or killed saves what it can, leaves no worker, and goes on to the same end."""
 
+import multiprocessing
 import os
+import select
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
-from conftest import ROOT, load
+from conftest import load
 from stopped_runs import FLAGS, N, after_step, assert_same_run, in_folder, outside_handlers, train, undisturbed
 
 import train_dtml
 from dataloaders import volumes
 from dataloaders.two_stream import Patches
+from methods import METHODS
 from utils import checkpoint
-from utils.errors import Stopped
+from utils.errors import Stopped, run
 
 __all__ = ["after_step", "outside_handlers", "undisturbed"]  # fixtures
 
@@ -106,26 +108,24 @@ def test_17_a_killed_worker_is_named_with_its_case_and_the_run_goes_on_from_its_
     assert_same_run(tmp_path / "run", undisturbed())
 
 
-# A process of its own: real signals, its workers, kill -9.
+# A process of its own, forked as that takes no time: real signals, its workers, kill -9.
 
-DRIVER = """
-import sys, time
-from pathlib import Path
-import train_dtml
-from methods import METHODS
-from utils.errors import run
 
-place, at = Path(__file__).parent, int(sys.argv.pop(1))
+def program(place, at, stderr, argv):
+    """As `python train_dtml.py` with these words, but that it halts after the step of iteration `at`."""
+    os.setsid()
+    os.dup2(stderr, 2)
+    os.close(stderr)
+    sys.stderr = open(2, "w", buffering=1, closefd=False)
 
-def pause(self, batch, iteration):
-    if iteration == at:
-        (place / "ready").touch()
-        while not (place / "go").exists():
-            time.sleep(0.01)
+    def pause(self, batch, iteration):
+        if iteration == at:
+            (place / "ready").touch()
+            while not (place / "go").exists():
+                time.sleep(0.01)
 
-METHODS["dtml"].after_step = pause
-run(train_dtml.main)
-"""
+    METHODS["dtml"].after_step = pause
+    run(lambda: train_dtml.main(argv))
 
 
 class Paused:
@@ -133,20 +133,14 @@ class Paused:
 
     def __init__(self, data, place, at, *flags):
         self.place = place
-        (place / "driver.py").write_text(DRIVER)
-        args = ["--data", str(data), *FLAGS, *in_folder(place / "run"), *flags]
-        self.process = subprocess.Popen(
-            [sys.executable, "driver.py", str(at), *args],
-            cwd=place,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            start_new_session=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        self.stderr, theirs = os.pipe()
+        argv = ["--data", str(data), *FLAGS, *in_folder(place / "run"), *flags]
+        self.process = multiprocessing.get_context("fork").Process(target=program, args=(place, at, theirs, argv))
+        self.process.start()
+        os.close(theirs)
         patience = time.monotonic() + 300
         while not (place / "ready").exists():
-            assert self.process.poll() is None, self.process.stderr.read()
+            assert self.process.is_alive(), self.end()[1]
             assert time.monotonic() < patience, "the training did not begin"
             time.sleep(0.02)
 
@@ -156,13 +150,17 @@ class Paused:
         return self.end()
 
     def end(self):
-        try:
-            # Workers share stderr, which therefore ends with the last of them.
-            _, err = self.process.communicate(timeout=120)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            pytest.fail("the training or one of its workers did not end")
-        return self.process.returncode, err
+        """Workers share stderr, which therefore ends with the last of them."""
+        err, part = b"", b"begin"
+        while part:
+            if not select.select([self.stderr], [], [], 120)[0]:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                pytest.fail("the training or one of its workers did not end")
+            part = os.read(self.stderr, 2**16)
+            err += part
+        os.close(self.stderr)
+        self.process.join()
+        return self.process.exitcode, err.decode()
 
 
 @pytest.mark.slow
@@ -170,7 +168,7 @@ def test_15_a_signalled_process_saves_and_leaves_no_worker(data, undisturbed, tm
     """Ctrl-C in a terminal reaches its workers too."""
     paused = Paused(data, tmp_path, 4, "--workers", "2")
     os.killpg(paused.process.pid, signal.SIGINT)
-    assert paused.process.poll() is None
+    assert paused.process.is_alive()
     returncode, err = paused.go()
     assert returncode == 130, err
     assert "Traceback" not in err and f"stopped: saved {tmp_path / 'run'} after 5 of {N}" in err
