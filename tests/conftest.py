@@ -182,6 +182,20 @@ def no_waiting() -> Iterator[None]:
         yield
 
 
+SLOW = ("test_docs.py", "test_distributed.py", "test_place.py", "test_recipes.py", "test_share.py", "test_make_runs.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Lets the tests begin with the files of SLOW. xdist would begin with those of most tests, and of two processes one
+    would have nothing to do at the end."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in SLOW)
+
+
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny tensors are faster, and sums repeatable, on one thread; subprocesses inherit it."""
