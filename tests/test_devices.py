@@ -2,13 +2,14 @@
 
 import os
 import subprocess
+from contextlib import suppress
 
 import pytest
 import torch
 from conftest import TINY
 
 import train_dtml
-from utils import devices
+from utils import devices, distributed
 from utils.devices import choose_device, nvidia_card, refuse_precision
 from utils.errors import UserError
 
@@ -115,3 +116,16 @@ def test_one_gpu_for_several_processes_is_refused(monkeypatch):
         choose_device("auto")
     with pytest.raises(UserError, match=r"--device cuda:1 would put all 4 processes on one GPU\. Use --device cuda"):
         choose_device("cuda:1")
+
+
+@pytest.mark.parametrize(("kind", "fails", "left"), [("cpu", False, 1), ("cpu", True, 1), ("cuda", False, 1),
+                                                     ("cuda", True, 0)])  # fmt: skip
+def test_after_an_error_a_gpu_s_process_does_not_wait_for_those_that_wait_for_it(kind, fails, left, monkeypatch):
+    seen = []
+    monkeypatch.setattr(distributed, "RANKS", 2)
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda backend, **_: seen.append(backend))
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: seen.append("left"))
+    with suppress(UserError), distributed.process_group(torch.device(kind)):
+        if fails:
+            raise UserError("the GPU's memory does not suffice")
+    assert seen == [{"cpu": "gloo", "cuda": "nccl"}[kind], *["left"] * left]
