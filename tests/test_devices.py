@@ -1,6 +1,7 @@
 """Which device is taken, and that the memory that a step frees serves the next one."""
 
 import os
+import re
 import subprocess
 from contextlib import suppress
 
@@ -85,6 +86,28 @@ def test_a_driver_that_hangs_counts_as_a_card(machine, monkeypatch):
     run = subprocess.run
     monkeypatch.setattr(subprocess, "run", lambda *args, **more: run(*args, **{**more, "timeout": 0.5}))
     with pytest.raises(UserError, match=r"nvidia-smi does not answer\), but torch"):
+        choose_device("auto")
+
+
+def test_without_any_gpu_the_reason_is_given_to_those_who_ask_for_one(machine, monkeypatch):
+    machine(files=["nvidia0"])
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(UserError, match=r"--device cuda: .* this torch is built without CUDA.* --device cpu"):
+        choose_device("cuda")
+
+
+@pytest.mark.parametrize(
+    "error", ["CUDA-capable device(s) is/are busy or unavailable", "no kernel image is available for execution"]
+)
+def test_a_card_that_computes_nothing_is_told_of_before_the_data_are_read(error, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError(f"CUDA error: {error}\nCUDA kernel errors might be asynchronously reported.")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", fail if "busy" in error else lambda device: None)
+    monkeypatch.setattr(torch, "ones", fail)
+    with pytest.raises(UserError, match=rf"cuda:0 does not compute: CUDA error: {re.escape(error)}\. nvidia-smi"):
         choose_device("auto")
 
 
