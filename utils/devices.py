@@ -195,6 +195,16 @@ def enough_memory(advice: str) -> Iterator[None]:
         raise UserError(f"the {where} does not suffice ({text}). {advice}") from e
 
 
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on a device. The host waits neither for the copy to a GPU nor for what the GPU has still to compute.
+
+    For that the memory must be pinned. torch keeps it until the copy is done.
+    """
+    if device.type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
 def seed_iteration(seed: int, iteration: int, rank: int = 0) -> None:
     """Seeds torch from (seed, iteration, rank), so that dropout and noise have no history to save."""
     torch.manual_seed(int(np.random.SeedSequence([seed, iteration, rank]).generate_state(1, np.uint64)[0] >> 1))
