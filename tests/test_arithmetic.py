@@ -107,6 +107,17 @@ def test_compiled_networks_have_the_same_losses_and_gradients(precision, monkeyp
     assert plain[2] == compiled[2]
 
 
+def test_where_torch_cannot_compile_one_is_told_to_do_without(monkeypatch):
+    def backend(graph, inputs):
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    method = make("supervised")
+    compile_networks(method)
+    with pytest.raises(UserError, match=r"--compile does not work here \(.*Failed to find C compiler.* Leave it out"):
+        method(make_batch(), 0)
+
+
 REFUSED = {
     "--precision tf32": "is arithmetic of GPUs",
     "--precision bf16 --method dtc": "changes nothing for --method dtc",
