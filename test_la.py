@@ -251,7 +251,7 @@ def main(argv: list[str] | None = None) -> None:
                 method, torch.from_numpy(image).to(device), outputs, downsample=downsample,
                 patch_size=patch_size, stride=stride, weighting=o.weighting, batch_size=o.batch_size, flips=o.flips,
             )  # fmt: skip
-            maps = {name: label_map(part).cpu().numpy() for name, part in zip(outputs, p.split(classes), strict=True)}
+            maps = {name: label_map(part).numpy() for name, part in zip(outputs, p.split(classes), strict=True)}
             waiting.append(scorers.submit(
                 score_scan, case, maps, label, new / "predictions", o.save, o.nsd_tolerance, o.metrics
             ))  # fmt: skip

@@ -44,6 +44,7 @@ from utils.devices import (
     peak_memory_gib,
     seed_iteration,
     set_arithmetic,
+    to_device,
     why_device,
 )
 from utils.distributed import RANK, RANKS, process_group, replicate, stop_of_any_rank, wait_for_rank_0
@@ -201,7 +202,7 @@ def train(t: Training, model: Callable[..., Losses], report: Report | None, stop
     t.began = time.monotonic()
     method.train()
     for iteration, batch in enumerate(make_loader(t.patches, t.sampler, workers=o.workers, stop=stop), t.start):
-        batch = {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        batch = {k: to_device(v, device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
         seed_iteration(o.seed, iteration, RANK)
         for group in optimizer.param_groups:
             group["lr"] = current_lr(iteration, o)

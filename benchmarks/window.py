@@ -67,7 +67,7 @@ def batched(
     predict: Callable[[Tensor], Tensor], image: Tensor, patch_size: Sequence[int], stride: Sequence[int], n: int
 ) -> NDArray[np.float32]:
     """The form of test_la.py, n windows at a time: image (W,H,D) -> (W,H,D)."""
-    return sliding_window(predict, image, patch_size, stride, batch_size=n)[0].cpu().numpy()
+    return sliding_window(predict, image, patch_size, stride, batch_size=n)[0].numpy()
 
 
 def main(argv: list[str] | None = None) -> None:

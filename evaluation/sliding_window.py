@@ -141,13 +141,13 @@ def sliding_window(
         weighting: 'uniform' as in the papers, or 'gaussian' with larger weights in the middle of a window.
 
     Returns:
-        (C,W,H,D) float32 on the image's device.
+        (C,W,H,D) float32 on the CPU: of a large scan with several classes a GPU may have no room for it.
     """
     slabs = sliding_slabs(predict, image, patch_size, stride, batch_size=batch_size, weighting=weighting)
     whole = None
     for start, slab in slabs:
         if whole is None:
-            whole = slab.new_empty(len(slab), *image.shape[-3:])
+            whole = torch.empty(len(slab), *image.shape[-3:])
         whole[:, start : start + slab.shape[1]] = slab
     assert whole is not None  # there is at least one window
     return whole
@@ -236,7 +236,7 @@ def predict_scan(
         flips: argument of `mean_of_flips`.
 
     Returns:
-        (len(outputs)*C,W,H,D) in [0,1].
+        (len(outputs)*C,W,H,D) in [0,1], on the CPU.
     """
     p = sliding_window(
         lambda patches: mean_of_flips(lambda turned: method.predict(turned, outputs), patches, flips),

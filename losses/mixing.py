@@ -44,12 +44,11 @@ def paste(outside: Tensor, inside: Tensor, box: Tensor) -> Tensor:
 
     Args:
         outside, inside: images (N,C,W,H,D) or labels (N,W,H,D), both of the same shape and type.
-        box: mask of bool, (W,H,D) for all items or (N,W,H,D).
+        box: mask of bool on their device, (W,H,D) for all items or (N,W,H,D).
 
     Returns:
         The mix, of the shape of both.
     """
-    box = box.to(outside.device)
     return torch.where(box[:, None] if box.dim() == 4 and outside.dim() == 5 else box, inside, outside)
 
 

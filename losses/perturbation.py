@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from utils.devices import to_device
+
 
 def noisy(image: Tensor, sd: float) -> Tensor:
     """image + Gaussian noise of standard deviation `sd`, the noise clipped to [-2 sd, 2 sd]; any shape."""
@@ -33,16 +35,15 @@ def strong_view(image: Tensor, strength: float) -> Tensor:
         return image
     shape = (*image.shape[:2], 1, 1, 1)
 
-    def draw(low: float, high: float) -> Tensor:
-        return torch.empty(shape).uniform_(low, high).to(image)
-
+    spans = [(-strength, strength)] * 3 + [(0.5, 1.0), (0.0, 1.0), (0.0, strength / 2)]
+    draws = torch.stack([torch.empty(shape).uniform_(*span) for span in spans])
+    gamma, contrast, shift, sigma, coin, sd = to_device(draws.to(image.dtype), image.device)
     low, high = image.amin((2, 3, 4), keepdim=True), image.amax((2, 3, 4), keepdim=True)
     u = (image - low) / (high - low).clamp(min=torch.finfo(image.dtype).tiny)
-    x = low + (high - low) * u.clamp(min=1e-6) ** draw(-strength, strength).exp()
-    x = x * draw(-strength, strength).exp() + draw(-strength, strength)
-    sigma, coin = draw(0.5, 1.0), draw(0.0, 1.0) < 0.5
-    x = torch.where(coin, blurred(x, sigma), x)
-    return x + draw(0.0, strength / 2) * torch.randn_like(x)
+    x = low + (high - low) * u.clamp(min=1e-6) ** gamma.exp()
+    x = x * contrast.exp() + shift
+    x = torch.where(coin < 0.5, blurred(x, sigma), x)
+    return x + sd * torch.randn_like(x)
 
 
 def blurred(image: Tensor, sigma: Tensor) -> Tensor:
@@ -50,7 +51,7 @@ def blurred(image: Tensor, sigma: Tensor) -> Tensor:
 
     `sigma` (N,K,1,1,1) is the standard deviation for each channel of each item, in voxels.
     """
-    offsets = torch.arange(-3, 4).to(image)
+    offsets = torch.arange(-3, 4, dtype=image.dtype, device=image.device)
     kernel = torch.exp(-0.5 * (offsets / sigma.view(-1, 1)) ** 2)
     kernel = kernel / kernel.sum(dim=1, keepdim=True)  # (N*K,7)
     x = image.flatten(0, 1)[None]  # all are channels of one item, so that each has its own kernel
@@ -165,6 +166,6 @@ class Transformation:
             return x
         theta = x.new_zeros(len(x), 3, 4)
         theta[:, 0, 0] = 1  # grid_sample orders axes from the last to the first; the last stays unchanged
-        theta[:, 1, 1] = theta[:, 2, 2] = 1 / x.new_tensor(zooms)
+        theta[:, 1, 1] = theta[:, 2, 2] = 1 / to_device(torch.tensor(zooms, dtype=x.dtype), x.device)
         grid = F.affine_grid(theta, list(x.shape), align_corners=False)
         return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)

@@ -40,6 +40,7 @@ from losses.terms import (
     with_background,
 )
 from methods.base import TUNED, Batch, Losses, Method, by_name, labeled_part, seg_outputs
+from utils.devices import to_device
 from utils.options import Condition, option
 
 COUNTS: Condition = {"pseudo_weight": bool}
@@ -158,7 +159,8 @@ def mixing_boxes(image: Tensor) -> Tensor:
     """A box for each item of (N,K,W,H,D), its sides sqrt(1 - b) of the crop's with b from Beta(4, 4): (N,W,H,D)."""
     shares = (1 - torch.distributions.Beta(4.0, 4.0).sample((len(image),))).sqrt().tolist()
     boxes = [random_box(image.shape[2:], share) for share in shares]
-    return torch.stack(boxes) if boxes else torch.zeros(0, *image.shape[2:], dtype=torch.bool)
+    mask = torch.stack(boxes) if boxes else torch.zeros(0, *image.shape[2:], dtype=torch.bool)
+    return to_device(mask, image.device)
 
 
 def ensemble(q_1: Tensor, q_2: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from losses.ema import Averages
 from losses.mixing import paste, random_box
 from losses.terms import hard_dice, probabilities, seg_channels, seg_loss, weight_inside, weighted_sum
 from methods.base import TUNED, Batch, Losses, Method, by_name, seg_outputs
+from utils.devices import to_device
 from utils.masks import label_maps, largest_components
 from utils.options import Condition, option
 
@@ -68,7 +69,7 @@ class BCP(Method):
 
     def forward(self, batch: Batch, iteration: int) -> Losses:
         o, image, label = self.options, batch["image"], batch["label"]
-        box = random_box(image.shape[2:], o.box).to(image.device)
+        box = to_device(random_box(image.shape[2:], o.box), image.device)
         if self.started(iteration) and len(image) > len(label):
             pseudo = self.pseudo_label(image[len(label) :])
             outside, inside = mix_both_kinds(len(label), len(image) - len(label))
@@ -76,6 +77,7 @@ class BCP(Method):
         else:
             pseudo = label[:0]
             outside, inside = mix_labeled(len(label))
+        outside, inside = (to_device(places, image.device) for places in (outside, inside))
         logits = self.student(paste(image[outside], image[inside], box))["seg"]
         target = paste(label[outside], label[inside], box)
         p = probabilities(logits.detach(), o.classes)

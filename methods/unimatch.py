@@ -27,6 +27,7 @@ from losses.mixing import paste_next, random_box
 from losses.perturbation import strong_view
 from losses.terms import ce_loss, dice_loss, hard_dice, probabilities, seg_loss, weighted_sum, with_background
 from methods.base import TUNED, Batch, Losses, Method, by_name, labeled_part
+from utils.devices import to_device
 from utils.masks import label_maps
 from utils.options import Condition, option
 
@@ -110,7 +111,7 @@ class UniMatch(Method):
             pseudo: their pseudo-labels (N,W,H,D).
             a: weights (N,1,W,H,D).
         """
-        boxes = torch.stack([self.box(image.shape[2:]) for _ in image])
+        boxes = to_device(torch.stack([self.box(image.shape[2:]) for _ in image]), image.device)
         S, y, weight = (paste_next(x, boxes) for x in (strong_view(image, self.options.strong), pseudo, a))
         return S, y, weight
 

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from networks.batch_norm import BatchNorm3d
 from networks.heads import HALVINGS, make_heads, refuse_sides
+from utils.errors import UserError
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 """Precisions for training; testing can use fp16 too."""
@@ -136,10 +137,28 @@ def set_recompute(method: nn.Module, recompute: bool) -> None:
 
 
 def compile_networks(method: nn.Module) -> None:
-    """Compiles `maps` of every backbone in a method with torch.compile; compilation starts at the first call."""
+    """Compiles `maps` of every backbone in a method with torch.compile; compilation starts at the first call.
+
+    Raises:
+        UserError: at that call, where torch cannot compile, for want of a C compiler or on an old GPU.
+    """
     for network in method.modules():
         if isinstance(network, Backbone):
-            network.maps = torch.compile(network.maps)  # type: ignore[method-assign]
+            network.maps = compiled(network.maps)  # type: ignore[method-assign]
+
+
+def compiled(maps: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
+    """One function for `compile_networks`."""
+    fast = torch.compile(maps)
+
+    def run(*inputs: Any, **options: Any) -> list[Tensor]:
+        try:
+            return fast(*inputs, **options)
+        except torch._dynamo.exc.TorchDynamoException as e:
+            why = " ".join(str(e).splitlines()[:2]).strip()
+            raise UserError(f"--compile does not work here ({why}). Leave it out.") from e
+
+    return run
 
 
 @contextmanager

@@ -1,14 +1,16 @@
 """Which device is taken, and that the memory that a step frees serves the next one."""
 
 import os
+import re
 import subprocess
+from contextlib import suppress
 
 import pytest
 import torch
 from conftest import TINY
 
 import train_dtml
-from utils import devices
+from utils import devices, distributed
 from utils.devices import choose_device, nvidia_card, refuse_precision
 from utils.errors import UserError
 
@@ -87,6 +89,28 @@ def test_a_driver_that_hangs_counts_as_a_card(machine, monkeypatch):
         choose_device("auto")
 
 
+def test_without_any_gpu_the_reason_is_given_to_those_who_ask_for_one(machine, monkeypatch):
+    machine(files=["nvidia0"])
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(UserError, match=r"--device cuda: .* this torch is built without CUDA.* --device cpu"):
+        choose_device("cuda")
+
+
+@pytest.mark.parametrize(
+    "error", ["CUDA-capable device(s) is/are busy or unavailable", "no kernel image is available for execution"]
+)
+def test_a_card_that_computes_nothing_is_told_of_before_the_data_are_read(error, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError(f"CUDA error: {error}\nCUDA kernel errors might be asynchronously reported.")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", fail if "busy" in error else lambda device: None)
+    monkeypatch.setattr(torch, "ones", fail)
+    with pytest.raises(UserError, match=rf"cuda:0 does not compute: CUDA error: {re.escape(error)}\. nvidia-smi"):
+        choose_device("auto")
+
+
 # -- an old card, several processes --
 
 
@@ -115,3 +139,16 @@ def test_one_gpu_for_several_processes_is_refused(monkeypatch):
         choose_device("auto")
     with pytest.raises(UserError, match=r"--device cuda:1 would put all 4 processes on one GPU\. Use --device cuda"):
         choose_device("cuda:1")
+
+
+@pytest.mark.parametrize(("kind", "fails", "left"), [("cpu", False, 1), ("cpu", True, 1), ("cuda", False, 1),
+                                                     ("cuda", True, 0)])  # fmt: skip
+def test_after_an_error_a_gpu_s_process_does_not_wait_for_those_that_wait_for_it(kind, fails, left, monkeypatch):
+    seen = []
+    monkeypatch.setattr(distributed, "RANKS", 2)
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda backend, **_: seen.append(backend))
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: seen.append("left"))
+    with suppress(UserError), distributed.process_group(torch.device(kind)):
+        if fails:
+            raise UserError("the GPU's memory does not suffice")
+    assert seen == [{"cpu": "gloo", "cuda": "nccl"}[kind], *["left"] * left]

@@ -75,6 +75,17 @@ def test_a_volume_smaller_than_the_patch_is_one_slab_without_its_padding():
     assert [start for start, _ in slabs] == [0] and torch.allclose(slabs[0][1][0], volume + 1, atol=1e-5)
 
 
+class OnGPU(torch.Tensor):
+    """Stands for a tensor on a GPU."""
+
+
+def test_the_probabilities_of_a_whole_scan_are_not_on_the_gpu():
+    seen, volume = [], torch.randn(20, 9, 8).as_subclass(OnGPU)
+    out = sliding_window(lambda x: seen.append(type(x)) or x, volume, (8, 8, 8), (4, 4, 4))
+    assert {*seen} == {OnGPU} and type(out) is torch.Tensor
+    assert torch.allclose(out[0], volume.as_subclass(torch.Tensor), atol=1e-5)
+
+
 def test_padding_is_zero_and_its_smaller_half_comes_first():
     assert padding((5, 8, 9), (8, 8, 8)) == [(1, 2), (0, 0), (0, 0)]
     seen = []

@@ -26,7 +26,7 @@ from dataloaders.images import (
 )
 from dataloaders.normalization import Normalization, normalized, raw_of
 from dataloaders.orientation import turn_to
-from evaluation.sliding_window import mean_of_flips, sliding_slabs, windows
+from evaluation.sliding_window import mean_of_flips, sliding_window, windows
 from methods import Method
 from tools.given_scans import Scan
 from utils.channels import each_channel
@@ -76,13 +76,7 @@ def probability(model: Model, image: Tensor, predict: Callable[[Tensor], Tensor]
     The image is (W,H,D) or (K,W,H,D), in the spacing of the training, and the result is on its grid. The device holds
     the image and a slab of one patch along x.
     """
-    coarse = downsample_image(image, model.downsample)
-    p: Tensor | None = None
-    for start, slab in sliding_slabs(predict, coarse, **window):
-        if p is None:
-            p = torch.empty(len(slab), *coarse.shape[-3:])
-        p[:, start : start + slab.shape[1]] = slab
-    assert p is not None  # there is at least one window
+    p = sliding_window(predict, downsample_image(image, model.downsample), **window)
     return upsample_probability(p, model.downsample, tuple(image.shape[-3:])).numpy()
 
 

@@ -58,7 +58,7 @@ def validation_scores(
             downsample=downsample, patch_size=patch_size, stride=half_a_patch(patch_size), weighting="uniform",
             batch_size=batch_size,
         )  # fmt: skip
-        dices.append(class_dices(label_map(p).cpu().numpy(), label, case.classes))
+        dices.append(class_dices(label_map(p).numpy(), label, case.classes))
     method.train()
     dices = in_turn(dices, 1)
     scores = {VALIDATION: mean_and_sd([mean_and_sd(one)[0] for one in dices])[0]}

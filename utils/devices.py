@@ -45,7 +45,8 @@ def choose_device(name: str) -> torch.device:
     """'auto' is the GPU of this process if there is one, else the CPU; also 'cpu', 'cuda', 'cuda:1'.
 
     Raises:
-        UserError: an unknown name, a GPU that is not there, or with 'auto' one that torch does not reach.
+        UserError: an unknown name, a GPU that is not there or computes nothing, or with 'auto' one that torch does not
+            reach.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -70,10 +71,19 @@ def choose_device(name: str) -> torch.device:
             if count and RANKS > 1:
                 raise UserError(f"process {index} of this computer has no GPU: there are {count}. Give torchrun "
                                 f"--nproc-per-node {count}.")  # fmt: skip
-            choice = f"Choose from cuda:0 to cuda:{count - 1}." if count else "Use --device cpu."
-            raise UserError(f"--device {name} asks for GPU {index}, but there are {count} here. {choice}")
+            if not count:
+                raise UserError(f"--device {name}: torch reaches no GPU here: {why_no_cuda()} Or use --device cpu.")
+            raise UserError(f"--device {name} asks for GPU {index}, but there are {count} here. Choose from cuda:0 to "
+                            f"cuda:{count - 1}.")  # fmt: skip
         device = torch.device("cuda", index)
-        torch.cuda.set_device(device)
+        try:
+            torch.cuda.set_device(device)
+            torch.ones(1, device=device).add_(1).tolist()
+        except RuntimeError as e:  # full, in use by one program alone, or too old for this torch
+            raise UserError(
+                f"{device} does not compute: {str(e).splitlines()[0]}. nvidia-smi shows who uses it. If it is an old "
+                "card, install a torch that is built for it, see pytorch.org. Or choose another --device."
+            ) from e
     elif device.type != "cpu":
         raise UserError(f"--device {name} is not supported. Use auto, cpu, cuda or cuda:N.")
     return device
@@ -183,6 +193,16 @@ def enough_memory(advice: str) -> Iterator[None]:
         text = (said or lines)[-1 if said else 0]
         where = "GPU's memory" if isinstance(e, torch.OutOfMemoryError) or OF_GPU.search(text) else "memory"
         raise UserError(f"the {where} does not suffice ({text}). {advice}") from e
+
+
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on a device. The host waits neither for the copy to a GPU nor for what the GPU has still to compute.
+
+    For that the memory must be pinned. torch keeps it until the copy is done.
+    """
+    if device.type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 
 def seed_iteration(seed: int, iteration: int, rank: int = 0) -> None:

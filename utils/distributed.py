@@ -21,7 +21,11 @@ _LAST_WORK: list[Any] = []
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Joins the processes of torchrun; does nothing for a single process."""
+    """Joins the processes of torchrun; does nothing for a single process.
+
+    After an error NCCL is not left in order: it would wait for the others, which may wait for this process, and the
+    error would not be seen for an hour. torchrun ends the others when this process ends.
+    """
     if RANKS == 1:
         yield
         return
@@ -37,8 +41,11 @@ def process_group(device: torch.device) -> Iterator[None]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE, **where)
     try:
         yield
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        if device.type != "cuda":
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def replicate(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:

@@ -1,8 +1,10 @@
 """Data workers that live and send nothing, as the shared memory is full or a disk hangs: no run waits for ever."""
 
+import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from multiprocessing import active_children
@@ -115,3 +117,17 @@ def test_17_a_worker_that_died_of_a_page_without_memory_blames_the_shared_memory
     monkeypatch.setattr(Patches, "__getitem__", struck)
     with pytest.raises(UserError, match=r"was killed while it read case0\d .*/dev/shm has .*--workers 0"):
         train_dtml.main(args(data, tmp_path / "run"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers are programs of their own")
+def test_17_workers_share_the_volumes_also_where_python_would_start_them_anew(data, whole, tmp_path, monkeypatch):
+    """As Python does from 3.14 on: it would copy every volume into the shared memory."""
+    shared, real = [], torch.UntypedStorage._share_fd_cpu_
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", lambda self: shared.append(self.nbytes()) or real(self))
+    usual = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("forkserver", force=True)
+    try:
+        train_dtml.main(args(data, tmp_path / "run"))
+    finally:
+        multiprocessing.set_start_method(usual, force=True)
+    assert shared == [] and flat(load(tmp_path / "run")["method"]) == flat(load(whole)["method"])
