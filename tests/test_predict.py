@@ -274,10 +274,11 @@ def test_bad_scans_are_named_and_the_others_predicted(world, tmp_path):
 
 def test_scans_and_places_that_would_get_in_each_other_s_way_are_refused(world, tmp_path):
     run = world / "runs" / "dtml"
+    alike = [write(tmp_path / name, np.ones((9, 9, 9))) for name in ("patient0.nii.gz", "patient0.nrrd")]
     for scans, out, message in (
         ([], "out", "no scan is given"),
         ([tmp_path / "none.nii.gz"], "out", r"there is no .*none.nii.gz. Give files that end in .nii.gz"),
-        ([scan(world), write(tmp_path / "patient0.nrrd", np.ones((9, 9, 9)))], "out", "two scans are called patient0"),
+        (alike, "out", "two scans are called patient0"),
     ):
         with pytest.raises(UserError, match=message):
             predicted(run, scans, tmp_path / out)
