@@ -123,9 +123,14 @@ def read_geometry(case: Case) -> Geometry:
     return {**DEFAULT_GEOMETRY, **stated_geometry(case)}
 
 
+def known_geometry(case: Case) -> Geometry:
+    """`stated_geometry`; empty if the attributes cannot be read."""
+    try:
+        return stated_geometry(case)
+    except CaseError:
+        return {}
+
+
 def known_spacing(case: Case) -> tuple[float, ...] | None:
     """Spacing in mm along x, y, z; None if neither the case's file nor its set states it."""
-    try:
-        return stated_geometry(case).get("spacing")
-    except CaseError:
-        return None
+    return known_geometry(case).get("spacing")

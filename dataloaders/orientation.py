@@ -5,7 +5,6 @@ patient's right or left, A or P front or back, S or I head or feet. RAS is nibab
 is ITK's identity direction. An oblique axis has the letter of the nearest direction.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +13,8 @@ import numpy as np
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt2axcodes, ornt_transform
 from numpy.typing import NDArray
 
-from dataloaders.cases import Case, CaseError
-from dataloaders.geometry import DEFAULT_GEOMETRY, Geometry, stated_geometry
+from dataloaders.cases import Case
+from dataloaders.geometry import DEFAULT_GEOMETRY, Geometry, known_geometry, stated_geometry
 
 RAS = "RAS"
 """The orientation to which scans are turned; any other would do, if it is the same for all."""
@@ -84,10 +83,7 @@ def turn_to(orientation: str | None, direction: Sequence[float] | None) -> Turn:
 
 def known_orientation(case: Case) -> str | None:
     """The orientation of a case, or None if its file does not state it."""
-    try:
-        direction = stated_geometry(case).get("direction")
-    except CaseError:
-        return None
+    direction = known_geometry(case).get("direction")
     return None if direction is None else orientation_of(direction)
 
 
@@ -104,9 +100,3 @@ def viewing_turn(case: Case) -> tuple[Turn, str | None]:
     ends = [next(end for end in ("RL", "AP", "SI") if letter in end)[1] for letter in orientation[:2]]
     seen = "".join(sorted(ends, key="LPI".index)) + orientation[2]
     return turn_to(seen, stated_geometry(case)["direction"]), seen
-
-
-def common_orientation(cases: Sequence[Case]) -> str | None:
-    """The orientation of all cases; None if they differ, or one does not state it."""
-    counts = Counter(map(known_orientation, cases))
-    return next(iter(counts)) if len(counts) == 1 else None

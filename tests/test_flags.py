@@ -23,9 +23,9 @@ from dataloaders.two_stream import Patches
 from methods import METHODS
 from networks import backbone
 
-OPENED = 1 + 6 * 8 + 2 * 4
+OPENED = 1 + 4 * 8 + 2 * 4
 """h5 files that a run on the set opens at its start: the first for the number of its channels; all 8 for the volumes
-and, five times, for where they lie in mm; the 4 labeled ones to see that they have a label, and for their spacing."""
+and, thrice, for where they lie in mm; the 4 labeled ones to see that they have a label, and for their spacing."""
 BASE = [*TINY, "--device", "cpu", "--iterations", "3", "--log-every", "1"]
 
 

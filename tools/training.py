@@ -12,9 +12,9 @@ from dataloaders.augmentation import Strengths
 from dataloaders.cases import Case, CaseError, named
 from dataloaders.channel_names import channel_names
 from dataloaders.class_names import class_names, named_classes
-from dataloaders.geometry import known_spacing
+from dataloaders.geometry import known_geometry
 from dataloaders.normalization import OF_RAW, Normalization, normalization_of, raw_of
-from dataloaders.orientation import common_orientation, known_orientation, viewing_turn
+from dataloaders.orientation import orientation_of, viewing_turn
 from dataloaders.training import median_spacing, refuse_classes, training_cases, validation_names
 from dataloaders.two_stream import Patches, TwoStreamBatchSampler
 from dataloaders.unseen import open_cases
@@ -137,10 +137,11 @@ def prepare(
     validation, _ = open_cases(data, to_validate, own.classes, volumes.checksums, images, own.channels, normalize)
     names = {str(c): name for c, name in class_names(data).items() if c <= own.classes}
     attributes = attributes_of(cases, normalize)
+    orientations = {orientation for _, orientation, _ in attributes.values()}
     constant = {
         "options": {**dataclasses.asdict(o), **dataclasses.asdict(own)}, "checksums": volumes.checksums,
         "images": images, "processes": RANKS, "attributes": attributes,
-        "spacing": median_spacing(cases), "orientation": common_orientation(cases),
+        "spacing": median_spacing(cases), "orientation": orientations.pop() if len(orientations) == 1 else None,
         "channel_names": channel_names(data, own.channels), **({"class_names": names} if names else {}),
     }  # fmt: skip
     method.to(device)
@@ -185,8 +186,10 @@ def attributes_of(cases: Sequence[Case], normalize: Normalization) -> dict[str, 
     for case in cases:
         with named(case):
             raw = raw_of(case) if normalize.kind in OF_RAW else None
-        spacing = known_spacing(case)
-        attributes[case.name] = [spacing and [*spacing], known_orientation(case), raw and [[*pair] for pair in raw]]
+        geometry = known_geometry(case)
+        spacing, direction = geometry.get("spacing"), geometry.get("direction")
+        orientation = None if direction is None else orientation_of(direction)
+        attributes[case.name] = [spacing and [*spacing], orientation, raw and [[*pair] for pair in raw]]
     return attributes
 
 
