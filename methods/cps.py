@@ -26,6 +26,7 @@ from utils.masks import label_maps
 from utils.options import Condition, option
 
 COUNTS: Condition = {"pseudo_weight": bool}
+SSL4MIS = {"pseudo_on": "unlabeled", "pseudo_weight": 0.1, "ramp_end": 1.0}
 
 
 class CPS(Method):
@@ -35,8 +36,8 @@ class CPS(Method):
     PRESETS = {
         "paper": {},
         "authors": {"pseudo_weight": 0.75},
-        "ssl4mis": {"pseudo_on": "unlabeled", "pseudo_weight": 0.1, "ramp_end": 1.0, "augment": "mirror"},
-        "tuned": TUNED,
+        "ssl4mis": {**SSL4MIS, "augment": "mirror"},
+        "tuned": {**TUNED, **SSL4MIS},  # without pretrained weights, a constant w teaches the first mistakes
     }
 
     @dataclass
