@@ -74,6 +74,7 @@ LA_RUNS = {
     **{f"plus-alone-{n}": f"--method dtml-plus --labeled {n} --unlabeled 0 --batch-size 4 {BF16}" for n in (4, 8, 16)},
     "plus-alone-80": f"--method dtml-plus --labeled 80 --batch-size 4 {BF16}",
     **{f"{name}-8": f"--method {name} {TUNED} --labeled 8 {BF16}" for name in RECENT},
+    "bcp-alone-8": f"--method bcp {TUNED} --labeled 8 --unlabeled 0 {BF16}",  # labeled crops pasted into each other
     **{f"{name}-tuned-8": f"--method {name} {TUNED} --labeled 8 {'' if name in IN_FP32 else BF16}" for name in PAPER},
     "supervised-sdm-tuned-16": f"--method supervised --head sdm --k 50 {TUNED} {AS_PUBLISHED} --labeled 16",
     "tuned-8": f"--method dtml {TUNED} {AS_PUBLISHED} --labeled 8",
@@ -120,7 +121,10 @@ PHANTOM_RUNS = {
     **{f"ablation-{key}": f"--method dk-uxnet {SMALLER} {flags}" for key, (_, flags) in ABLATIONS.items()},
 }
 HIPPOCAMPUS_RUNS = {  # with LA's settings, but for those of the profile
-    **{key: LA_RUNS[key] for key in ("supervised-normalized-8", "tuned-normalized-8", "plus-8", "plus-alone-8")},
+    **{
+        key: LA_RUNS[key]
+        for key in ("supervised-normalized-8", "tuned-normalized-8", "plus-8", "plus-alone-8", "bcp-alone-8")
+    },
     **{key: LA_RUNS[key] for key in (f"{name}-tuned-8" if name in PAPER else f"{name}-8" for name in SEVERAL)},
     "supervised-normalized-208": f"--method supervised {TUNED} --labeled 208",
     "plus-alone-208": f"--method dtml-plus --labeled 208 --unlabeled 0 --batch-size 4 {BF16}",
@@ -165,6 +169,7 @@ def method_rows(n: int, scans: int, others: Sequence[str]) -> list[Row]:
             for name in others
             if name in RECENT
         ),
+        *([Row("BCP, labeled scans alone", f"{n} / 0", f"bcp-alone-{n}")] if "bcp" in others else []),
         Row("DTML+, labeled scans alone", f"{n} / 0", f"plus-alone-{n}", output="ema_mean"),
         Row("DTML+", both, f"plus-{n}", output="ema_mean"),
     ]
@@ -176,7 +181,7 @@ LA_TABLES: Tables = {
         for n in (4, 8, 16)
         for row in (
             Row("V-Net", f"{n} / 0", f"supervised-normalized-{n}"),
-            *([Row("DTML, as in the paper", "16 / 64", "dtml-16")] if n == 16 else []),
+            Row("DTML", f"{n} / {80 - n}", f"tuned-normalized-{n}"),
             Row("DTML+, labeled scans alone", f"{n} / 0", f"plus-alone-{n}", output="ema_mean"),
             Row("DTML+", f"{n} / {80 - n}", f"plus-{n}", output="ema_mean", alone=f"plus-alone-{n}"),
         )
