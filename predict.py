@@ -47,7 +47,7 @@ from tools.given_scans import DICOM_ENDINGS, Scan, given_scans
 from tools.segment import Model, predict_scan
 from tools.volumes import read_volumes, volume_rows, volumes_table, write_volumes
 from utils.checkpoint import channels_of_state, classes_of_state, unfinished, write_whole
-from utils.devices import choose_device, enough_memory, keep_freed_memory, refuse_precision, set_arithmetic
+from utils.devices import enough_memory, refuse_precision, set_up
 from utils.errors import UserError, run
 from utils.options import Parser, fill, flag_of, option
 from utils.run_folder import has_checkpoint
@@ -280,11 +280,7 @@ def main(argv: list[str] | None = None) -> None:
     lost = [word for word in o.checkpoint[1:] if not Path(word).exists()]
     if lost:
         raise UserError(f"there is no {', '.join(lost)}: neither a scan nor a further checkpoint.")
-    if o.threads:
-        torch.set_num_threads(o.threads)
-    device = choose_device(o.device)
-    set_arithmetic(deterministic=False)
-    keep_freed_memory()
+    device = set_up(o.device, o.threads)
     refuse_precision(o.precision, device)
 
     model = load_model(o, device)

@@ -52,7 +52,7 @@ from methods.released import RELEASED, load_trained
 from networks.backbone import PRECISIONS, set_precision
 from tools.tested_scans import SCANS, chosen_cases, names_of
 from utils.checkpoint import LAST, channels_of_state, classes_of_state, unfinished, write_whole
-from utils.devices import choose_device, enough_memory, keep_freed_memory, refuse_precision, set_arithmetic
+from utils.devices import enough_memory, refuse_precision, set_up
 from utils.distributed import RANK, RANKS, in_turn, process_group
 from utils.errors import UserError, run
 from utils.masks import label_map, largest_components
@@ -161,11 +161,7 @@ def refuse_unknown_spacing(cases: Sequence[Case], folder: Path, tolerance: float
 @enough_memory("Lower --batch-size or --patch-size.")
 def main(argv: list[str] | None = None) -> None:
     o: Options = read_flags(Options, __doc__, "test_la.py", argv)
-    if o.threads:
-        torch.set_num_threads(o.threads)
-    device = choose_device(o.device)
-    set_arithmetic(deterministic=False)
-    keep_freed_memory()
+    device = set_up(o.device, o.threads)
 
     # what to test
     if o.method and o.scans != "test":

@@ -35,7 +35,7 @@ from methods import METHODS
 from networks.backbone import Backbone, compile_networks, set_precision, set_recompute
 from train_dtml import main as train
 from utils.checkpoint import LAST, load_checkpoint, write_whole
-from utils.devices import choose_device, keep_freed_memory, peak_memory_gib, set_arithmetic
+from utils.devices import peak_memory_gib, set_up
 from utils.errors import Stopped, UserError, run
 from utils.options import option, read_flags
 from utils.run_folder import MANIFEST
@@ -315,9 +315,7 @@ def report(results: dict[str, dict[str, Any]], device: torch.device) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     o: Options = read_flags(Options, __doc__, "python -m benchmarks.gpu", argv)
-    device, out = choose_device(o.device), Path(o.out)
-    set_arithmetic(deterministic=o.part == "resume")
-    keep_freed_memory()
+    device, out = set_up(o.device, deterministic=o.part == "resume"), Path(o.out)
     if o.part:
         print(json.dumps(PARTS[o.part](o, device)))
         return

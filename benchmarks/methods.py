@@ -27,7 +27,7 @@ from networks.vnet import parameter_count
 from settings import OPTIMIZERS, PROFILES
 from tools.command_line import read_options
 from utils.checkpoint import write_whole
-from utils.devices import choose_device, keep_freed_memory, peak_memory_gib, seed_iteration, set_arithmetic
+from utils.devices import peak_memory_gib, seed_iteration, set_up
 from utils.errors import run
 from utils.options import option, read_flags
 
@@ -90,10 +90,7 @@ class Workload:
 
 def measure(name: str, o: Options) -> dict[str, float]:
     """Measures one method: median seconds of an iteration, peak memory in GiB, trained and all parameters."""
-    torch.set_num_threads(o.threads)
-    device = choose_device(o.device)
-    set_arithmetic(deterministic=False)
-    keep_freed_memory()
+    device = set_up(o.device, o.threads)
     work = Workload(name, ["--profile", o.profile, "--preset", "tuned"], device)
     middle = work.method.iterations // 2
     times = [work.seconds(iteration) for iteration in range(middle, middle + 1 + o.iterations)]

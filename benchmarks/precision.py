@@ -28,7 +28,7 @@ from networks.backbone import Backbone
 from settings import PROFILES
 from tools.command_line import read_options
 from utils.checkpoint import load_checkpoint
-from utils.devices import choose_device, set_arithmetic
+from utils.devices import set_up
 from utils.errors import UserError, run
 from utils.options import option, read_flags
 
@@ -157,9 +157,7 @@ def gradients(method: DTML, batch: dict[str, Any], mode: str) -> tuple[dict[tupl
 
 def main(argv: list[str] | None = None) -> None:
     o: Options = read_flags(Options, __doc__, "python -m benchmarks.precision", argv)
-    torch.set_num_threads(o.threads)
-    device = choose_device(o.device)
-    set_arithmetic(deterministic=False)
+    device = set_up(o.device, o.threads)
     folder = usual_folder(o.data)
     if folder == PHANTOM_FOLDER:
         make_phantom_set(folder)

@@ -37,7 +37,7 @@ from networks.vnet import VNet
 from settings import OPTIMIZERS
 from tools.command_line import read_options
 from utils.clock import Clock
-from utils.devices import choose_device, keep_freed_memory, peak_memory_gib, set_arithmetic
+from utils.devices import peak_memory_gib, set_up
 from utils.errors import run
 from utils.options import option, read_flags
 
@@ -83,10 +83,7 @@ def released_backward(M_s: nn.Module, M_d: nn.Module, batch: dict[str, Any], lam
 
 def main(argv: list[str] | None = None) -> None:
     o: Options = read_flags(Options, __doc__, "python -m benchmarks.step", argv)
-    torch.set_num_threads(o.threads)
-    device = choose_device(o.device)
-    set_arithmetic(deterministic=False)
-    keep_freed_memory()
+    device = set_up(o.device, o.threads)
     folder = usual_folder(o.data)
     if folder == PHANTOM_FOLDER:
         make_phantom_set(folder)

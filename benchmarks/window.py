@@ -25,7 +25,7 @@ from methods import METHODS, restore
 from settings import PROFILES
 from tools.command_line import read_options
 from utils.checkpoint import load_checkpoint
-from utils.devices import choose_device, keep_freed_memory, set_arithmetic
+from utils.devices import set_up
 from utils.errors import UserError, run
 from utils.options import option, read_flags
 from utils.resample import downsample_image
@@ -72,10 +72,7 @@ def batched(
 
 def main(argv: list[str] | None = None) -> None:
     o: Options = read_flags(Options, __doc__, "python -m benchmarks.window", argv)
-    torch.set_num_threads(o.threads)
-    device = choose_device(o.device)
-    set_arithmetic(deterministic=False)
-    keep_freed_memory()
+    device = set_up(o.device, o.threads)
     if o.checkpoint:
         state = load_checkpoint(Path(o.checkpoint))
         method, trained = restore(state), state["options"]
