@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.timing import labeled_cases, table
-from dataloaders.cases import PHANTOM_FOLDER, usual_folder
-from dataloaders.phantom import make_phantom_set
+from dataloaders.cases import usual_folder
 from dataloaders.two_stream import Patches, Slot, collate
 from dataloaders.volumes import Volumes
 from methods import restore
@@ -159,9 +158,7 @@ def main(argv: list[str] | None = None) -> None:
     o: Options = read_flags(Options, __doc__, "python -m benchmarks.precision", argv)
     device = set_up(o.device, o.threads)
     folder = usual_folder(o.data)
-    if folder == PHANTOM_FOLDER:
-        make_phantom_set(folder)
-
+    cases = labeled_cases(folder, 8)
     states = [load_checkpoint(Path(path)) for path in o.checkpoints]
     unfit = [str(state["file"]) for state in states if state["options"]["method"] != "dtml"]
     if unfit:
@@ -176,7 +173,6 @@ def main(argv: list[str] | None = None) -> None:
             method.options = dataclasses.replace(method.options, k=o.k)
         return method.to(device)
 
-    cases = labeled_cases(folder, 8)
     volumes = Volumes(cases, downsample=settings.downsample, device=device)
     patches = Patches(volumes, patch_size=settings.patch_size, augment="d4", seed=0, sdm=False)
     rows = []

@@ -63,13 +63,6 @@ def one_at_a_time(
     return total / count
 
 
-def batched(
-    predict: Callable[[Tensor], Tensor], image: Tensor, patch_size: Sequence[int], stride: Sequence[int], n: int
-) -> NDArray[np.float32]:
-    """The form of test_la.py, n windows at a time: image (W,H,D) -> (W,H,D)."""
-    return sliding_window(predict, image, patch_size, stride, batch_size=n)[0].numpy()
-
-
 def main(argv: list[str] | None = None) -> None:
     o: Options = read_flags(Options, __doc__, "python -m benchmarks.window", argv)
     device = set_up(o.device, o.threads)
@@ -96,8 +89,11 @@ def main(argv: list[str] | None = None) -> None:
         "released loop": lambda: one_at_a_time(predict, volume, patch_size, stride, 2),
         "one window at a time": lambda: one_at_a_time(predict, volume, patch_size, stride, 1),
     }
-    for n in (1, 4, 8):
-        forms[f"ours, {n} at a time"] = partial(batched, predict, volume, patch_size, stride, n)
+
+    def ours(n: int) -> NDArray[np.float32]:
+        return sliding_window(predict, volume, patch_size, stride, batch_size=n)[0].numpy()
+
+    forms |= {f"ours, {n} at a time": partial(ours, n) for n in (1, 4, 8)}
     results = {name: form() for name, form in forms.items()}
     differences = {name: float(np.abs(p - results["one window at a time"]).max()) for name, p in results.items()}
     size, step = ("x".join(map(str, v)) for v in (patch_size, stride))
