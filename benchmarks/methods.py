@@ -10,9 +10,7 @@ which other programs add little; else the clock's. A round visits all methods in
 that of the V-Net in the same round, as the median over the rounds; its range stands behind it.
 """
 
-import csv
 import dataclasses
-import io
 import multiprocessing
 import statistics
 import time
@@ -30,6 +28,7 @@ from utils.checkpoint import write_whole
 from utils.devices import peak_memory_gib, seed_iteration, set_up
 from utils.errors import run
 from utils.options import option, read_flags
+from utils.text import csv_table, markdown_table
 
 
 @dataclasses.dataclass
@@ -114,26 +113,21 @@ def main(argv: list[str] | None = None) -> None:
             costs.setdefault(name, []).append(rounds[-1]["seconds"] / results["supervised"][-1]["seconds"])
         if o.out:
             write_whole(Path(o.out), as_csv(costs).encode())
-    print(
-        "| method | cost, V-Net = 1 | in single rounds | s an iteration | peak memory GiB | trained parameters | all |"
-    )
-    print("|---|---|---|---|---|---|---|")
+    rows = []
     for name, rounds in results.items():
         seconds, memory = statistics.median(r["seconds"] for r in rounds), max(r["memory"] for r in rounds)
         cells = [name, f"{statistics.median(costs[name]):.2f}", f"{min(costs[name]):.2f} to {max(costs[name]):.2f}"]
         cells += [f"{seconds:.2f}", f"{memory:.2f}", f"{rounds[0]['trained']:,}", f"{rounds[0]['all']:,}"]
-        print(f"| {' | '.join(cells)} |")
+        rows.append(cells)
+    head = ["method", "cost, V-Net = 1", "in single rounds", "s an iteration", "peak memory GiB", "trained parameters"]
+    print(markdown_table([*head, "all"], rows))
 
 
 def as_csv(costs: Mapping[str, Sequence[float]]) -> str:
     """Method -> its cost in each round, as CSV: method, median, lowest, highest."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["method", "cost", "lowest", "highest"])
-    for name, values in costs.items():
-        figures = (statistics.median(values), min(values), max(values))
-        writer.writerow([name, *(f"{value:.3f}" for value in figures)])
-    return file.getvalue()
+    figures = {"cost": statistics.median, "lowest": min, "highest": max}
+    return csv_table([{"method": name, **{k: f"{of(values):.3f}" for k, of in figures.items()}}
+                      for name, values in costs.items()])  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from dataloaders.normalization import NONE, Normalization, normalized, normalize
 from dataloaders.phantom import make_phantom_set, phantom
 from dataloaders.training import is_phantom
 from utils.errors import UserError
+from utils.text import markdown_table
 
 LA_SHAPE = (256, 208, 88)
 
@@ -66,8 +67,7 @@ def digits(x: Any) -> str:
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A Markdown table."""
-    cells = [[digits(x) for x in row] for row in rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [list(head), ["---"] * len(head), *cells])
+    return markdown_table(head, [[digits(x) for x in row] for row in rows])
 
 
 def labeled_cases(folder: Path, count: int | None = None) -> list[Case]:

@@ -1,7 +1,5 @@
 """Scores of a prediction for each class and their mean, as rows, Markdown table and CSV."""
 
-import csv
-import io
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -26,6 +24,7 @@ from evaluation.metrics import (
     segmentation_metrics,
     with_penalties,
 )
+from utils.text import csv_table, markdown_table
 
 MEAN = "mean"  # class of the mean over the classes
 CAPTION = """\
@@ -135,9 +134,7 @@ def means(rows: Sequence[dict[str, Any]], over: str = "") -> tuple[list[str], li
 
 def table(rows: Sequence[dict[str, Any]], over: str = "") -> str:
     """`means` as a Markdown table."""
-    header, lines = means(rows, over)
-    texts = [f"| {' | '.join(line)} |" for line in (header, *lines)]
-    return "\n".join([texts[0], "|---" * len(header) + "|", *texts[1:]]) + "\n"
+    return markdown_table(*means(rows, over)) + "\n"
 
 
 def overlap_cell(groups: Sequence[Sequence[dict[str, Any]]], name: str) -> str:
@@ -149,9 +146,4 @@ def overlap_cell(groups: Sequence[Sequence[dict[str, Any]]], name: str) -> str:
 
 def as_csv(rows: Sequence[dict[str, Any]]) -> str:
     """CSV with a line per case, output, filter and, if there are several, class; overlaps and RVE are fractions."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({k: f"{v:.6f}" if isinstance(v, float) else v for k, v in row.items()})
-    return text.getvalue()
+    return csv_table([{k: f"{v:.6f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows])

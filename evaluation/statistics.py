@@ -27,7 +27,7 @@ from evaluation.rows import Runs, Scans, mean_over, read_runs, runs_of, toleranc
 from utils.checkpoint import write_whole
 from utils.errors import UserError, run
 from utils.options import Parser, fill, option
-from utils.text import some
+from utils.text import markdown_table, some
 
 DISTANCES = (*METRICS[2:], *MM, "assd", "assd_mm")
 COLUMNS = [*METRICS, *MM, "nsd", "assd", "assd_mm", "rve", *(f"{name}{PENALISED}" for name in DISTANCES)]
@@ -42,6 +42,7 @@ OVER = {  # number of runs (1, or 2 and more) of the reference and of the row ->
     (2, 1): "scans, and the runs of the reference",
     (2, 2): "runs and scans",
 }
+HEAD = ["row", "runs", "scans (left out)", "mean", "reference", "difference", "95 % interval", "over", "higher in"]
 WHAT = f"""\
 The difference is that of the means over runs and scans; its interval comes from resampled runs and scans. `higher in`
 counts pairs of runs with the same seed, or the two single runs. p is from a permutation of the runs, if each side has
@@ -321,21 +322,22 @@ def main(argv: list[str] | None = None) -> None:
         scatter(mean_over(reference), means, names[0], f"{o.metric}, {o.component}", Path(o.picture))
     print(f"{o.metric}, component {o.component}; reference {names[0]}, runs: {runs_text(reference)}\n")
     print(WHAT)
-    print("| row | runs | scans (left out) | mean | reference | difference | 95 % interval | over | higher in |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    lines = []
     for name, row, c, corrected in zip(names[1:], rows, comparisons, holm([c.p for c in comparisons]), strict=True):
-        numbers = f"{c.mean:.4f} | {c.reference:.4f} | {c.difference:+.4f} | {interval_text(c, 4)} | {c.over}"
-        print(f"| {name} | {runs_text(row)} | {c.n} ({c.left_out}) | {numbers} | {pairs_text(c, corrected)} |")
+        numbers = f"{c.n} ({c.left_out})", f"{c.mean:.4f}", f"{c.reference:.4f}", f"{c.difference:+.4f}"
+        lines.append([name, runs_text(row), *numbers, interval_text(c, 4), c.over, pairs_text(c, corrected)])
+    print(markdown_table(HEAD, lines))
     single = [(name, *row.values()) for name, row in zip(names[1:], rows, strict=True) if len(row) == 1]
     if len(reference) == 1 and single:
         (reference_scans,) = reference.values()
         tests = [compare_scans(reference_scans, row) for _, row in single]
-        print(f"\n{WHAT_OF_SCANS}")
-        print("| row | scans | median difference | higher on | Wilcoxon p | Holm |\n|---|---|---|---|---|---|")
+        lines = []
         for (name, _), test, corrected in zip(single, tests, holm([test.p for test in tests]), strict=True):
-            few = math.isnan(test.p)
-            shown = f"none: {test.n} scans are too few | " if few else f"{test.p:.3g} | {corrected:.3g}"
-            print(f"| {name} | {test.n} | {test.median:+.4f} | {test.higher} of {test.n} | {shown} |")
+            few = [f"none: {test.n} scans are too few", ""]
+            shown = few if math.isnan(test.p) else [f"{test.p:.3g}", f"{corrected:.3g}"]
+            lines.append([name, str(test.n), f"{test.median:+.4f}", f"{test.higher} of {test.n}", *shown])
+        head = ["row", "scans", "median difference", "higher on", "Wilcoxon p", "Holm"]
+        print(f"\n{WHAT_OF_SCANS}\n{markdown_table(head, lines)}")
     if o.picture:
         print(f"picture: {o.picture}", file=sys.stderr)
 

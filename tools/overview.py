@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from dataloaders.findings import LA, LA_SIDES, Facts, memory_gib
+from utils.text import markdown_table
 
 INTENSITIES = {"mean": "mean", "sd": "standard deviation", "p1": "1st percentile", "p99": "99th percentile"}
 """Attribute of `Facts` -> name of its row."""
@@ -66,5 +67,4 @@ def table(groups: dict[str, list[Facts]], classes: int, names: Mapping[int, str]
     la += [span(LA[name]) for name in INTENSITIES] + [""] * (len(INTENSITIES) * (channels - 1))
     la += [span(100 * x for x in LA["share"]), span(LA["ml"]), *[""] * (2 * classes - 2), "1.13"]
     columns = [rows, *(column(group) for group in groups.values()), la]
-    lines = [f"| | {' | '.join([*groups, 'LA, all 100'])} |", "|---" * len(columns) + "|"]
-    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in zip(*columns, strict=True)])
+    return markdown_table(["", *groups, "LA, all 100"], zip(*columns, strict=True))

@@ -13,6 +13,7 @@ from dataloaders.geometry import Geometry
 from evaluation.scores import as_csv
 from utils.checkpoint import write_whole
 from utils.errors import UserError
+from utils.text import markdown_table
 
 COLUMNS = ["scan", "class", "name", "voxels", "ml"]
 
@@ -68,9 +69,8 @@ def write_volumes(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def volumes_table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: a line per scan and class."""
-    lines = ["| scan | class | voxels | ml |", "|---|---|---|---|"]
-    for r in rows:
-        ml = "unknown" if r["ml"] == "" else f"{r['ml']:.3f}"
-        name = f"{r['class']} {r['name']}".strip()
-        lines.append(f"| {r['scan']} | {name} | {r['voxels']} | {ml} |")
-    return "\n".join(lines) + "\n"
+    lines = [
+        [r["scan"], f"{r['class']} {r['name']}".strip(), str(r["voxels"]),
+         "unknown" if r["ml"] == "" else f"{r['ml']:.3f}"] for r in rows
+    ]  # fmt: skip
+    return markdown_table(["scan", "class", "voxels", "ml"], lines) + "\n"
