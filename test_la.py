@@ -122,10 +122,8 @@ def score_scan(
     """Scores the predictions of a case and saves them.
 
     Args:
-        case: the case.
         maps: output -> predicted label map (W,H,D).
         label: (W,H,D).
-        predictions: folder of the predictions.
         save: one of COMPONENTS, the kind to save, or 'none'.
         tolerance: of NSD, in mm; None: no NSD.
         more: further metrics, of MORE.

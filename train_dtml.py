@@ -132,10 +132,7 @@ def begin(
     """Writes what a run begins with: the log's first lines, options.txt and the manifest, which is returned.
 
     Args:
-        t: the training.
-        report: its open report.
         state: the checkpoint that it goes on from, if any.
-        flags: the chosen options.
         began_from: where the weights of --init come from, if any.
     """
     o, volumes = t.o, t.volumes
@@ -172,9 +169,7 @@ def train(t: Training, model: Callable[..., Losses], report: Report | None, stop
     """The loop.
 
     Args:
-        t: the training.
         model: its method, with several processes their gradients' mean.
-        report: of process 0.
         stop: looked at after each iteration.
 
     Returns:

@@ -47,9 +47,7 @@ class Workload:
     """A method at the size of a profile, with an optimizer and a batch of noise with boxes as labels.
 
     Args:
-        name: the method.
         flags: flags of train_dtml.py, such as --profile half.
-        device: where it is computed.
     """
 
     def __init__(self, name: str, flags: Sequence[str], device: torch.device):

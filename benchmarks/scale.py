@@ -112,12 +112,8 @@ class Form:
     """Training steps of one form, with its own data loader.
 
     Args:
-        o: options of the benchmark.
         method, optimizer: those of the single process, or of the replica.
-        model: the method or its wrapper.
         batch_size: crops in a step of each process.
-        volumes: the cases.
-        ranks: number of processes that take part.
     """
 
     def __init__(

@@ -55,7 +55,6 @@ def around(mask: NDArray, share: float = 0.35) -> tuple[slice, slice]:
     """A square region around a mask (W,H); the whole slice if the mask is empty.
 
     Args:
-        mask: (W,H).
         share: margin on each side, relative to the longer side of the mask's box.
     """
     if not mask.any():

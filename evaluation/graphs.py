@@ -76,7 +76,6 @@ def draw_differences(rows: Sequence[tuple[str, Sequence[float], tuple[float, flo
 
     Args:
         rows: name, differences of the scans, and (mean, low, high).
-        title: label of the x axis.
     """
     figure = Figure(figsize=(WIDTH, 0.7 + 0.27 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
@@ -130,7 +129,6 @@ def draw_scale(panels: Mapping[str, Sequence[tuple[float, float, float]]], names
 
     Args:
         panels: title -> for each scan its SD, its Dice without and its Dice with normalisation, joined by a line.
-        names: names of the two kinds of Dice.
     """
     figure = Figure(figsize=(WIDTH, 3.1), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]

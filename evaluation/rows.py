@@ -131,7 +131,6 @@ def read_runs(where: str, metric: str, component: str) -> dict[Any, dict[str, fl
 
     Args:
         where: as for `runs_of`.
-        metric, component: as for `read_row`.
 
     Raises:
         UserError: if two runs have the same seed; else as `runs_of`, `with_output` and `read_row`.

@@ -70,7 +70,6 @@ def panels(
         image: (W,H) intensities, shown from their 1st to their 99th percentile.
         maps: name -> (W,H); z or z1, z2, ... in blue (inside) to red over [-1,1], others in grey over [0,1].
         contours: name -> (label map (W,H), colour), drawn on every panel.
-        title: text above the panels.
         orientation: three letters, for those at the edges of the image; None: unknown, no letters.
 
     Returns:

@@ -51,7 +51,6 @@ def mean_of_flips(predict: Callable[[Tensor], Tensor], patches: Tensor, flips: i
 
     Args:
         predict: (N,K,w,h,d) -> (N,C,w,h,d).
-        patches: (N,K,w,h,d).
         flips: a key of FLIPS; 1 is the plain prediction.
 
     Returns:
@@ -230,10 +229,7 @@ def predict_scan(
     Args:
         method: a method in evaluation mode, on the device of the image.
         image: (W,H,D) or (K,W,H,D), normalised.
-        outputs: names of the method's outputs.
         downsample: pooling factor before the prediction.
-        weighting, window: arguments of `sliding_window`.
-        flips: argument of `mean_of_flips`.
 
     Returns:
         (len(outputs)*C,W,H,D) in [0,1], on the CPU.

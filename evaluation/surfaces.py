@@ -113,7 +113,6 @@ def render(surfaces: Sequence[tuple[Surface, str]], camera: Camera, size: int) -
 
     Args:
         surfaces: surfaces and their colours '#rrggbb'.
-        camera: the camera.
         size: pixels of a side.
 
     Returns:

@@ -19,7 +19,6 @@ def dice_by_labels(paths: Sequence[str], titles: Sequence[str], table: str) -> d
 
     Args:
         paths: a pattern of runs for each title; with a table the folder of its records.
-        titles: of the patterns; none: the patterns themselves.
         table: of tools.reproduce, whose rows' labels are the titles; '': none.
 
     Raises:

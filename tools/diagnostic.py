@@ -41,7 +41,6 @@ def kept_for_diagnosis(
     it.
 
     Args:
-        folder: folder of the file.
         patches, sampler: those of the training, to make the batch again.
         contents: iteration -> contents of a checkpoint.
 

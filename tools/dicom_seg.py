@@ -40,11 +40,9 @@ def dicom_seg(
 
     Args:
         label: (W,H,D) of 0 to `classes`, on the grid of the series.
-        geometry: of the series, as `read_series` returns it.
         slices: its files, in the order of z.
         classes: C, the number of segments.
         names: class -> name, of the classes that have one.
-        method: name of the method, which is stated as the algorithm.
 
     Raises:
         CaseError: continuing a sentence that begins with the series: attributes that a DICOM-SEG needs and the series

@@ -23,7 +23,6 @@ def table(groups: dict[str, list[Facts]], classes: int, names: Mapping[int, str]
 
     Args:
         groups: list -> facts of its cases.
-        classes: C.
         names: class -> name, of those that have one.
         channel_names: of all channels, or [].
     """

@@ -56,11 +56,6 @@ class ShownCase:
     """A scan of the page: `data` is what the page's script needs; the rest is for its first appearance.
 
     Args:
-        test: folder of the test.
-        folder: the data set.
-        name: of the scan.
-        output, component: which prediction.
-        rows: of cases.csv.
         most_bytes: of its slices.
         still: whether pictures of its surfaces are drawn, for those that the page shows at first.
         class_names: class, as text -> its name.
@@ -195,8 +190,6 @@ def viewers(cases: Sequence[ShownCase], dices: Mapping[str, float], output: str,
 
     Args:
         cases: all scans, in the order of `dices`.
-        dices: of `by_dice`.
-        output, component: which prediction.
     """
     if not cases:
         return "<h2>Scans</h2><p>The test saved no predictions (--save none), so there are none to show.</p>"

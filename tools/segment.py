@@ -109,7 +109,6 @@ def predict_scan(
     """Segments a scan.
 
     Args:
-        scan: its files, or the slices of a DICOM series.
         window: patch_size, stride, weighting and batch_size of the sliding window.
         interpolation: of the intensities, a key of INTERPOLATORS.
         largest_component: whether only the largest component of each class is kept.

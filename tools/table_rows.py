@@ -120,7 +120,6 @@ def method_lines(
     """A line for each method, without a component filter, and its rank by Dice among those with as many labels.
 
     Args:
-        rows: of the table.
         done: key of a run -> its records.
         recipes: key -> text of its training settings.
         costs: key -> time of an iteration, that of the V-Net being 1; what is not there has not been measured.

@@ -98,11 +98,7 @@ def prepare(
     """Reads the data and makes what a training needs.
 
     Args:
-        o: options of the run.
-        own: those of its method.
-        folder: its folder.
         method: new, or as `state` has it, on the CPU.
-        device: of the training.
         state: the checkpoint to go on from, if any.
         origin: the checkpoint of --init of a new run, if any.
 
@@ -252,13 +248,9 @@ def show(
     and label.
 
     Args:
-        report: the open report.
         method: the method; it is in training mode afterwards.
-        patches: crops of the training.
         labeled: number of labeled cases, the index of the first unlabeled one.
         spacing: mm along x, y, z.
-        done: finished iterations.
-        device: device of the method.
         names: class, as text -> its name; with several classes they are in the titles.
     """
     from evaluation.slices import prediction_mesh, slice_picture  # here, as matplotlib takes half a second

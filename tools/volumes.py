@@ -22,11 +22,9 @@ def volume_rows(scan: str, label: NDArray, geometry: Geometry, names: Mapping[in
     """The rows of one scan.
 
     Args:
-        scan: its name.
         label: (W,H,D) of 0 to `classes`.
         geometry: of the scan. Without a spacing there is no volume in ml.
         names: class -> name, of the classes that have one.
-        classes: C.
     """
     counts = np.bincount(label.ravel(), minlength=classes + 1)
     voxel = math.prod(geometry["spacing"]) / 1000 if "spacing" in geometry else None

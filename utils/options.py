@@ -47,7 +47,6 @@ def option(
     Args:
         harmless: a resumed run may change it, because it changes no result beyond rounding.
         type: of the value, needed where the default is None or an empty list.
-        minimum, maximum: numbers outside are refused.
         only_if: the option has an effect only if this condition, or one of a list of them, holds completely. If none
             does, `refuse_unused` refuses the flag.
         flag: False of a field that the data decide; no flag sets it.
