@@ -307,7 +307,6 @@ def check_all(cases: Sequence[Case], check: Callable[[Case], object], earlier: S
     """Calls `check` for every case and collects the errors; shows progress on a terminal.
 
     Args:
-        cases: the cases to check.
         check: called once with each case; may raise CaseError.
         earlier: error lines from before, reported with the others.
 

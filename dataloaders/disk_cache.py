@@ -50,10 +50,6 @@ class CheckCache:
     with another number of channels.
 
     Without a folder, or if the folder cannot be written, the entries last as long as this object.
-
-    Args:
-        folder: folder of the entries, or None.
-        normalize: how the images are scaled.
     """
 
     def __init__(self, folder: Path | None, normalize: Normalization = NONE):
@@ -80,9 +76,7 @@ class CheckCache:
         """Creates the entry of a case for which `find` has just returned None.
 
         Args:
-            case: the case.
             image, label: (W,H,D) or (K,W,H,D), and (W,H,D); no label for an unlabeled case.
-            facts: of the case.
 
         Raises:
             UserError: if the folder cannot be written and was to hold the arrays.
@@ -139,9 +133,7 @@ class DiskCache(CheckCache):
     The label of an unlabeled case is neither written nor read.
 
     Args:
-        folder: folder of the entries.
         pool: (volume, is_label) -> array to keep.
-        normalize: how the images are scaled.
     """
 
     def __init__(self, folder: Path, pool: Callable[[NDArray, bool], NDArray], normalize: Normalization = NONE):

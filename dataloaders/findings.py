@@ -286,10 +286,6 @@ def duplicates(facts: Sequence[Facts], test: Sequence[str] = (), validation: Seq
     """Findings about images that occur under several names, also turned or rounded.
 
     A pair of cases from two of training, test and validation is an error, others are warnings.
-
-    Args:
-        facts: facts of the cases of all lists.
-        test, validation: names of the test and of the validation cases.
     """
     findings = []
     uses = {**dict.fromkeys(test, "to test on"), **dict.fromkeys(validation, "to validate on")}
@@ -311,7 +307,6 @@ def absent_classes(group: str, voxels: Sequence[Mapping[int, int]], classes: int
     Args:
         group: training, test or validation, the word for the cases.
         voxels: class -> voxels of each of its labels. Empty ones do not count.
-        classes: C.
     """
     shown = {c for counts in voxels for c in counts}
     what = "scored" if group in ("test", "validation") else "learned"
@@ -320,12 +315,7 @@ def absent_classes(group: str, voxels: Sequence[Mapping[int, int]], classes: int
 
 
 def warnings_of(facts: Sequence[Facts], *, patch_size: Sequence[int], downsample: int, normalize: str) -> list[str]:
-    """Warning lines for the start of a training.
-
-    Args:
-        facts: of its cases.
-        patch_size, downsample, normalize: as in `findings_of`.
-    """
+    """Warning lines for the start of a training."""
     facts = [with_spacing(x) for x in facts]
     findings = findings_of(facts, patch_size=patch_size, downsample=downsample, normalize=normalize)
     voxels = [x.voxels for x in facts if x.voxels is not None]

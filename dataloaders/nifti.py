@@ -221,8 +221,6 @@ def write_nifti(path: Path, array: NDArray[Any], geometry: Geometry, like: Path 
     """Writes an array (W,H,D); compressed if the path ends in .gz.
 
     Args:
-        path: file to write.
-        array: (W,H,D).
         geometry: written as sform and qform if there is no `like`.
         like: a NIfTI on the same grid whose header is kept: forms, codes, pixdim, units and description. Scaling,
             display range, intent and extensions are left out, since they describe its own values.

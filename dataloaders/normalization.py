@@ -121,8 +121,6 @@ def scaling_of(
     the volume is not clipped.
 
     Args:
-        image: the channel.
-        how: kind and window.
         raw: its mean and sd, see `Raw`; None: the image holds its own intensities.
 
     Raises:

@@ -58,10 +58,8 @@ class TwoStreamBatchSampler(Sampler[list[Slot]]):
         unlabeled: number of unlabeled cases, with the next indices.
         batch_size: crops in a batch of one process.
         labeled_batch: labeled crops in a batch, at most `labeled`.
-        seed: seed of the shuffling.
         start: first iteration.
         iterations: end of the training (exclusive).
-        rank, ranks: this process and the number of processes.
     """
 
     def __init__(
@@ -115,15 +113,12 @@ class Patches(Dataset[dict[str, Any]]):
     `sdm`, sdm (C,w,h,d) float32 in [-1,1].
 
     Args:
-        volumes: the cases.
         patch_size: voxels of a crop along x, y, z.
         augment: one of AUGMENTATIONS.
         flip_axes: the axes of `augment` flip.
-        seed: seed of the random crops.
         sdm: whether to compute signed distance maps.
         other: whether to add other_image and other_label of a second, independent crop.
         intensity: strength of `random_intensities`; 0: none.
-        strengths: of further random changes.
         sdm_of: compute distance maps in the 'crop', as in the released codes, or in the whole 'scan' before cropping.
         object_share: probability that a labeled crop is placed around a voxel of the object, see `onto_object`.
     """
@@ -292,7 +287,6 @@ def make_loader(
     It has a generator of its own: without one each iterator would draw from the global torch generator.
 
     Args:
-        patches, sampler: the crops and their order.
         workers: processes that prepare batches; 0 if the volumes are on a GPU.
         stop: a stop signal that ends the batches early, see WatchedLoader.
 

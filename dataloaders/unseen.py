@@ -28,13 +28,8 @@ def open_cases(
     """Reads all cases once, so that errors are raised before any prediction.
 
     Args:
-        folder: the data set.
-        names: names of the cases.
-        classes: C, the largest allowed label value.
         seen: name -> checksum of the scans used in training.
         images: name -> fingerprint of these scans; empty for early checkpoints.
-        channels: K, the number of channels of every case.
-        normalize: how their images are to be scaled.
 
     Returns:
         The cases and their shapes.
@@ -75,7 +70,6 @@ def other_grid(cases: Sequence[Case], trained: Mapping[str, Any]) -> str:
     one of the two states its axes; '' otherwise.
 
     Args:
-        cases: the cases.
         trained: what a checkpoint states: `orientation` and `spacing`.
     """
     orientation, spacing = trained.get("orientation"), trained.get("spacing")

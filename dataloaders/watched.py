@@ -32,10 +32,6 @@ PATIENCE = 10  # seconds that one of several processes waits after a stop signal
 class TrackedPatches(Dataset[dict[str, Any]]):
     """Wraps patches; each worker notes its process id and the index of its current case in shared memory.
 
-    Args:
-        patches: the dataset.
-        workers: number of data workers.
-
     Raises:
         UserError: if there is no shared memory.
     """
@@ -127,10 +123,8 @@ class WatchedLoader(DataLoader):
     and every volume would be copied into the shared memory for them.
 
     Args:
-        patches: the dataset.
         workers: number of data workers; 0: the main process.
         collate: items -> batch.
-        stop: the stop signal, or None.
         more: further arguments of DataLoader.
 
     Raises:

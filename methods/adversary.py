@@ -18,10 +18,6 @@ class Adversary(nn.Module):
     The forward pass runs the critic in evaluation mode with frozen weights. The gradient reaches the inputs, but not
     the weights. Only `step` updates the weights. The state_dict holds Adam's state, so a resumed run continues
     exactly.
-
-    Args:
-        critic: the network to train.
-        lr: learning rate of Adam.
     """
 
     def __init__(self, critic: nn.Module, *, lr: float):
@@ -44,7 +40,6 @@ class Adversary(nn.Module):
         Args:
             loss: critic -> scalar to minimise; the critic is in training mode.
             batch: the batch behind the loss; its case names appear in the error.
-            iteration: the current iteration; it appears in the error.
 
         Raises:
             Diverged: if the loss or a gradient is not finite; the weights are then unchanged.

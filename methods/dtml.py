@@ -124,8 +124,6 @@ def probability_maps(
         M_s, M_d: networks with the heads seg and sdm; each runs only if an output needs it.
         image: (N,K,W,H,D).
         outputs: seg is p of M_s, sdm is m of M_d, mean is (p + m)/2, which also returns the other two.
-        classes: C, foreground classes.
-        k: steepness of m = sigmoid(-k z).
     """
     maps = {}
     if {"seg", "mean"} & set(outputs):

@@ -128,7 +128,6 @@ class Separator(nn.Module):
     """L_sep: the features of each class approach the prototypes of this class.
 
     Args:
-        channels: those of the feature maps.
         classes: the labels that have prototypes.
         prototype_attention: whether v weighs the prototypes; otherwise it is 1.
     """
@@ -180,7 +179,6 @@ def best(h: Tensor, score: Tensor, mask: Tensor, number: int) -> tuple[Tensor, T
         h: features (L,channels,W,H,D).
         score: (L,1,W,H,D).
         mask: (L,W,H,D) of bool.
-        number: how many.
 
     Returns:
         Features (1,channels,number,1,1), 0 where the mask has no more, and whether each is one, (1,1,number,1,1). There

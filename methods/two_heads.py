@@ -46,10 +46,8 @@ class TwoHeads(Method):
 
         Args:
             q, z: predictions of all items, (N,C,W,H,D).
-            batch: the batch of the predictions.
             unsupervised: name -> scalar of the unsupervised term.
             weight: lambda(t), the weight of that term.
-            monitors: further scalars for the log.
         """
         label = batch["label"]
         terms = {"seg": dice_loss(labeled_part(q, batch), label)}

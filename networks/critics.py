@@ -10,11 +10,6 @@ class MapCritic(nn.Module):
 
     Four 4x4x4 convolutions of stride 2. Map and image have separate first convolutions, whose outputs are summed.
     11,020,290 parameters with 64 filters. Global average pooling replaces the fixed 7x7x5 pooling of the released code.
-
-    Args:
-        filters: channels of the first layer, doubled at each of the next three.
-        classes: C, number of maps.
-        channels: K, channels of the image.
     """
 
     def __init__(self, *, filters: int = 64, classes: int = 1, channels: int = 1):

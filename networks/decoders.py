@@ -44,9 +44,7 @@ def upsampling(up: str, channels: int, stride: Stride = (2, 2, 2), *, bias: bool
     Args:
         up: one of UPS. 'transposed' is a transposed convolution whose kernel is the stride; the others are followed by
             a 3x3x3 convolution.
-        channels: input channels.
         stride: 1 or 2 along x, y, z.
-        bias: whether the convolution has a bias.
 
     Raises:
         ValueError: for another `up`.
@@ -62,9 +60,7 @@ class Decoders(Backbone):
     """One encoder and several decoders, which differ in `up`; each has heads of its own.
 
     Args:
-        kind: class of the backbone, VNet or UXNet.
         heads: as for Backbone, the same for every decoder.
-        filters: channels of the last map of every decoder.
         ups: `up` of each decoder, from UPS.
     """
 

@@ -48,7 +48,6 @@ def make_heads(heads: dict[str, int], channels_in: int) -> nn.ModuleDict:
 
     Args:
         heads: head name -> output channels.
-        channels_in: channels of the map that the heads read.
 
     Raises:
         ValueError: for an unknown head name.

@@ -50,8 +50,6 @@ def project(
     """1x1 convolution without bias, then batch norm: (B,in,v) -> (B,out,v).
 
     Args:
-        channels_in, channels_out: channels of the convolution.
-        momentum: momentum of the batch norm.
         sd: initial standard deviation of the weights; default sqrt(2 / channels_in).
         gate: initial weight of the batch norm.
     """
@@ -152,10 +150,8 @@ class KMaXDecoder(nn.Module):
     Args:
         filters: filters of the backbone, whose map of stride s has s * filters channels.
         classes: K, channels of the logits.
-        queries: N.
         query_channels: C, a multiple of 16.
         levels: strides of the maps that the layers read, 2 to 16.
-        momentum: momentum of all batch norms.
         scale: initial standard deviation of the logits of every assignment; 0.1 as published gives nearly uniform
             shares.
 
@@ -201,7 +197,6 @@ class QueryNet(nn.Module):
     pass of a crop of 112x112x80 voxels then takes 1,218 GFLOP.
 
     Args:
-        backbone: class of the backbone.
         kmax: False replaces the decoder by a head of the backbone: logits only, no queries, no assignment.
         dropout: that of the backbone; the published network has none.
         train_levels: False freezes the predictors of the layers' assignments, for losses without a gradient there.
