@@ -17,21 +17,11 @@ class MapCritic(nn.Module):
         f = filters
         self.map = nn.Conv3d(classes, f, 4, stride=2, padding=1)
         self.image = nn.Conv3d(channels, f, 4, stride=2, padding=1)
-        self.body = nn.Sequential(
-            nn.LeakyReLU(SLOPE),
-            nn.Dropout3d(0.5),
-            nn.Conv3d(f, 2 * f, 4, stride=2, padding=1),
-            nn.LeakyReLU(SLOPE),
-            nn.Dropout3d(0.5),
-            nn.Conv3d(2 * f, 4 * f, 4, stride=2, padding=1),
-            nn.LeakyReLU(SLOPE),
-            nn.Dropout3d(0.5),
-            nn.Conv3d(4 * f, 8 * f, 4, stride=2, padding=1),
-            nn.LeakyReLU(SLOPE),
-            nn.AdaptiveAvgPool3d(1),
-            nn.Flatten(),
-            nn.Linear(8 * f, 2),
-        )
+        layers: list[nn.Module] = []
+        for n in (f, 2 * f, 4 * f):
+            layers += [nn.LeakyReLU(SLOPE), nn.Dropout3d(0.5), nn.Conv3d(n, 2 * n, 4, stride=2, padding=1)]
+        end = [nn.LeakyReLU(SLOPE), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(8 * f, 2)]
+        self.body = nn.Sequential(*layers, *end)
 
     def forward(self, z: Tensor, image: Tensor) -> Tensor:
         """z (N,C,W,H,D) and image (N,K,W,H,D), sides of at least 16 -> logits (N,2)."""
