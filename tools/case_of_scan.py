@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from skimage.filters import threshold_otsu
 
-from dataloaders.cases import CaseError
-from dataloaders.channels import described, normalise_channels, read_channels, refuse_number
+from dataloaders.cases import CaseError, refuse_channels
+from dataloaders.channels import described, normalise_channels, read_channels
 from dataloaders.geometry import DEFAULT_GEOMETRY
 from dataloaders.images import (
     Geometry,
@@ -203,7 +203,7 @@ def _read(job: Job) -> tuple[NDArray[np.float32], Geometry]:
 
     def one_file(path: Path) -> tuple[NDArray[np.float32], Geometry]:
         image, geometry = read_image(path)
-        refuse_number(image, job.channels)
+        refuse_channels(image.shape, len(job.channels), job.channels)
         return image, geometry
 
     return _of(job.scan.image, one_file) if len(job.scan.images) == 1 else read_channels(job.scan.images)

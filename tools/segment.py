@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from dataloaders.cases import Case
-from dataloaders.channels import normalise_channels, read_channels, refuse_number
+from dataloaders.cases import Case, refuse_channels
+from dataloaders.channels import normalise_channels, read_channels
 from dataloaders.dicom import read_series
 from dataloaders.geometry import DEFAULT_GEOMETRY
 from dataloaders.images import (
@@ -123,7 +123,7 @@ def predict_scan(
     """
     path = scan.files[0]
     source, stated = read_series(scan.slices) if scan.slices else read_channels(scan.files)
-    refuse_number(source, model.channels)
+    refuse_channels(source.shape, len(model.channels), model.channels)
     warn_of_unknown(path, stated, model)
     warn_of_label(path, source)
     turn = turn_to(model.orientation, stated.get("direction"))
@@ -141,7 +141,7 @@ def predict_scan(
     image = normalized(image, model.normalize, raw)
     coarse = [-(-side // model.downsample) for side in size]
     count = len(windows(coarse, window["patch_size"], window["stride"]))
-    with tqdm(total=count, desc=scan.name, unit="window", disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=count, desc=scan.name, unit="window", disable=None) as bar:
 
         def predict(patches: Tensor) -> Tensor:
             p = model.predict(patches)
