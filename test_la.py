@@ -235,7 +235,7 @@ def main(argv: list[str] | None = None) -> None:
         ThreadPoolExecutor(o.workers) as scorers,
     ):
         upcoming = reader.submit(read_case, mine[0]) if mine else None
-        for i, case in enumerate(tqdm(mine, unit="scan", disable=RANK > 0 or not sys.stderr.isatty())):
+        for i, case in enumerate(tqdm(mine, unit="scan", disable=RANK > 0 or None)):
             assert upcoming is not None
             image, label = upcoming.result()
             upcoming = reader.submit(read_case, mine[i + 1]) if i + 1 < len(mine) else None

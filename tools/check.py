@@ -11,7 +11,6 @@ of a training ends the output, with a patch that suits the scans and the memory.
 """
 
 import dataclasses
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -153,9 +152,7 @@ def _each(cases: Sequence[Case], o: Options) -> Iterator[Inspection]:
     with _mapped(min(workers, len(cases))) as mapped:
         inspections = mapped(inspect, cases)
         try:
-            yield from tqdm(
-                inspections, "checking", len(cases), leave=False, unit="scan", disable=not sys.stderr.isatty()
-            )
+            yield from tqdm(inspections, "checking", len(cases), leave=False, unit="scan", disable=None)
         except BrokenProcessPool as e:
             raise UserError("a process that read the volumes was ended, as if memory ran out. Give --workers 1.") from e
 

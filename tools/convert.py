@@ -316,7 +316,7 @@ def main(argv: list[str] | None = None) -> None:
         )
 
     # the cases, and the lists of those that were not refused
-    outcomes = list(tqdm(outcomes_of(jobs, o.workers), total=len(jobs), unit="scan", disable=not sys.stderr.isatty()))
+    outcomes = list(tqdm(outcomes_of(jobs, o.workers), total=len(jobs), unit="scan", disable=None))
     refused = {outcome.name: outcome.why for outcome in outcomes if outcome.status == "refused"}
     train, test, validation = ([name for name in new if name not in refused] for new in (train, test, validation))
     everything = [*before.train, *before.test, *before.validation, *train, *test, *validation]

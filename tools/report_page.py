@@ -8,7 +8,6 @@ Writes report.html into the test folder. It holds everything itself, so it opens
 
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -65,7 +64,7 @@ def write_report(test: Path, data: str = "") -> Path:
     folder, first = Path(data or tested.get("data", "")), shown_first(dices)
     class_names = tested.get("class_names", {})
     most_bytes = min(MOST_BYTES, ALL_BYTES // max(len(dices), 1))
-    names = tqdm(dices, "drawing", leave=False, unit="scan", disable=not sys.stderr.isatty())
+    names = tqdm(dices, "drawing", leave=False, unit="scan", disable=None)
     cases = [
         ShownCase(
             test,
