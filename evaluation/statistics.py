@@ -26,7 +26,7 @@ from evaluation.metrics import COMPONENTS, METRICS, MM, OVERLAPS, PENALISED
 from evaluation.rows import Runs, Scans, mean_over, read_runs, runs_of, tolerance_of, with_output
 from utils.checkpoint import write_whole
 from utils.errors import UserError, run
-from utils.options import Parser, fill, option
+from utils.options import option, read_flags
 from utils.text import markdown_table, some
 
 DISTANCES = (*METRICS[2:], *MM, "assd", "assd_mm")
@@ -58,6 +58,7 @@ Hodges-Lehmann estimate, which belongs to Wilcoxon's test. Holm's correction is 
 class Options:
     """Options of the comparison."""
 
+    rows: list[str] = option([], "the reference row, then the rows to compare with it", word="ROW", type=str, nargs="+")
     metric: str = option(
         "dice", "column of cases.csv; nsd, assd and rve where the test had them. rve has a sign: nearer to 0 is better",
         choices=COLUMNS,
@@ -303,12 +304,8 @@ def scatter(reference: Scans, rows: Mapping[str, Scans], title: str, what: str, 
 
 def main(argv: list[str] | None = None) -> None:
     """Prints a Markdown table with a line per comparison, and a second table for pairs of single runs."""
-    parser = Parser(description=__doc__, prog="python -m evaluation.statistics")
-    parser.add_argument("rows", nargs="+", metavar="ROW", help="the reference row, then the rows to compare with it")
-    parser.add_dataclass(Options)
-    flags = parser.parse(argv)
-    o: Options = fill(Options, flags)
-    names = flags["rows"]
+    o: Options = read_flags(Options, __doc__, "python -m evaluation.statistics", argv)
+    names = o.rows
     if len(names) < 2:
         raise UserError("give at least two rows: the first is compared with each of the others.")
     reference, *rows = (read_runs(name, o.metric, o.component) for name in names)

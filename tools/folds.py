@@ -23,7 +23,7 @@ from evaluation.scores import as_csv, caption_of, table, with_class_names
 from settings import Options as TrainingOptions
 from utils.checkpoint import BEST, write_whole
 from utils.errors import UserError, run
-from utils.options import Parser, fill, flag_of, harmless_names, option
+from utils.options import flag_of, harmless_names, option, read_flags
 from utils.run_folder import MANIFEST, read_json
 
 TESTED = "validation"  # folder of test_la.py --scans validation in a run folder
@@ -41,8 +41,9 @@ OF_THE_TEST = (
 
 @dataclasses.dataclass
 class Options:
-    """What to write."""
+    """Of what, and what to write."""
 
+    runs: list[str] = option([], "run folders or test folders of the folds", word="RUN", type=str, nargs="+")
     out: str = option("", "folder for cases.csv of all scans and table.md (default none)")
 
 
@@ -136,12 +137,8 @@ def refuse_folds(folds: Sequence[Fold]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Prints the two tables, and warns of folds that are missing."""
-    parser = Parser(description=__doc__, prog="python -m tools.folds")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders or test folders of the folds")
-    parser.add_dataclass(Options)
-    flags = parser.parse(argv)
-    o: Options = fill(Options, flags)
-    paths = [Path(path) for where in flags["runs"] for path in runs_of(where)]
+    o: Options = read_flags(Options, __doc__, "python -m tools.folds", argv)
+    paths = [Path(path) for where in o.runs for path in runs_of(where)]
     folds = sorted(map(read_fold, paths), key=lambda fold: fold.number)
     refuse_folds(folds)
     missing = sorted({*range(folds[0].folds)} - {fold.number for fold in folds})

@@ -51,7 +51,7 @@ from tools.by_labels import dice_by_labels
 from utils.channels import with_channels
 from utils.checkpoint import classes_of_state, load_checkpoint, write_whole
 from utils.errors import UserError, run
-from utils.options import Parser, fill, option
+from utils.options import option, read_flags
 from utils.resample import downsample_image, upsample_probability
 from utils.run_folder import MANIFEST, SCALARS, read_json
 
@@ -69,6 +69,8 @@ PANELS = (
 class Options:
     """What to draw."""
 
+    figure: str = option("", "what to draw", word="FIGURE", choices=FIGURES)
+    runs: list[str] = option([], "run folders; in figure3 RUN:OUTPUT names an output", word="RUN", type=str, nargs="+")
     cases: list[str] = option(
         [],
         "scans, a row each (default the first three of test.list; figure3 those with the lowest, the median and the "
@@ -302,18 +304,13 @@ def scales(path: Path, data: Path | None) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__, prog="python -m tools.pictures")
-    parser.add_argument("figure", choices=FIGURES, help="what to draw")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders; in figure3 RUN:OUTPUT names an output")
-    parser.add_dataclass(Options)
-    options = parser.parse(argv)
-    o: Options = fill(Options, options)
-    out = Path(o.out or f"{options['figure']}.png")
+    o: Options = read_flags(Options, __doc__, "python -m tools.pictures", argv)
+    out = Path(o.out or f"{o.figure}.png")
     if out.exists() and not o.overwrite:
         raise UserError(f"{out} exists already. Choose another --out, or replace it with --overwrite.")
     drawn = (figure2, figure3, curves, differences, labels, scale)
-    draw = dict(zip(FIGURES, drawn, strict=True))[options["figure"]]
-    write_whole(out, as_png(draw(options["runs"], o), o.dpi, palette=o.palette))
+    draw = dict(zip(FIGURES, drawn, strict=True))[o.figure]
+    write_whole(out, as_png(draw(o.runs, o), o.dpi, palette=o.palette))
     print(out)
 
 

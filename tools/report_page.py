@@ -24,7 +24,7 @@ from tools.report_scans import ALL_BYTES, MOST_BYTES, ShownCase, by_dice, shown_
 from tools.report_tables import bars, every_table, results_table
 from utils.checkpoint import write_whole
 from utils.errors import run
-from utils.options import Parser, fill, option
+from utils.options import option, read_flags
 from utils.run_folder import MANIFEST, read_json
 
 TEMPLATE = Path(__file__).with_name("report_page.html")
@@ -45,6 +45,7 @@ DEFINITIONS = (
 class Options:
     """Where things are."""
 
+    test: str = option("", "run folder that was tested, or a folder of test_la.py in it", word="RUN")
     data: str = option("", "folder of the data set (default the one that the test read)")
 
 
@@ -145,12 +146,8 @@ def provenance(tested: dict[str, Any], trained: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Writes the page of one test folder."""
-    parser = Parser(description=__doc__, prog="python -m tools.report_page")
-    parser.add_argument("test", metavar="RUN", help="run folder that was tested, or a folder of test_la.py in it")
-    parser.add_dataclass(Options)
-    options = parser.parse(argv)
-    o: Options = fill(Options, options)
-    print(write_report(test_of(Path(options["test"])), o.data))
+    o: Options = read_flags(Options, __doc__, "python -m tools.report_page", argv)
+    print(write_report(test_of(Path(o.test)), o.data))
 
 
 if __name__ == "__main__":
