@@ -60,7 +60,6 @@ class SSNet(Method):
 
     @dataclass
     class Options(Method.Options):
-        filters: int = option(16, "channels of the V-Net's first block", minimum=1)
         softmax: bool = option(False, "p by a softmax over C+1 channels in place of C sigmoids")
         distance: str = option("dice", "D of two predictions; agreement: as released", choices=list(DISTANCES),
                                only_if=AGREES)  # fmt: skip

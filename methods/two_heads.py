@@ -20,7 +20,6 @@ class TwoHeads(Method):
 
     @dataclass
     class Options(Method.Options):
-        filters: int = option(16, "channels of the V-Net's first block", minimum=1)
         softmax: bool = option(False, "q by a softmax over C+1 channels in place of C sigmoids")
         beta: float = option(0.3, "weight of the squared error of the signed distance map", minimum=0)
 

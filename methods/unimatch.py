@@ -49,7 +49,6 @@ class UniMatch(Method):
 
     @dataclass
     class Options(Method.Options):
-        filters: int = option(16, "channels of the V-Net's first block", minimum=1)
         softmax: bool = option(False, "p by a softmax over C+1 channels in place of C sigmoids")
         threshold: float = option(0.95, "T, probability from which a pseudo-label counts", minimum=0, maximum=1,
                                   only_if=[STRONG, FEATURE])  # fmt: skip
