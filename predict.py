@@ -48,7 +48,7 @@ from tools.segment import Model, predict_scan
 from tools.volumes import read_volumes, volume_rows, volumes_table, write_volumes
 from utils.checkpoint import channels_of_state, classes_of_state, unfinished, write_whole
 from utils.devices import enough_memory, refuse_precision, set_up
-from utils.errors import UserError, run
+from utils.errors import UserError, run, warn
 from utils.options import Parser, fill, flag_of, option
 from utils.run_folder import has_checkpoint
 from utils.shared_weights import PIECES
@@ -126,10 +126,9 @@ def load_model(o: Options, device: torch.device) -> Model:
     trained = [state["options"] for state in states]
     for state in states:
         if unfinished(state):
-            print(f"warning: {state['file']} is not finished: {unfinished(state)}.", file=sys.stderr)
-    for line in dict.fromkeys(unlearned_flips(o.flips, options) for options in trained):
-        if line:
-            print(line, file=sys.stderr)
+            warn(f"{state['file']} is not finished: {unfinished(state)}.")
+    for text in filter(None, dict.fromkeys(unlearned_flips(o.flips, options) for options in trained)):
+        warn(text)
     for name, usual in (("downsample", 1), ("classes", 1), ("channels", 1), ("normalize", "none"), ("window", None)):
         values = {str(options.get(name, usual)) for options in trained}
         if len(values) > 1:
@@ -149,9 +148,7 @@ def load_model(o: Options, device: torch.device) -> Model:
         raise UserError("the checkpoints were trained on scans of different spacings. Choose one by --spacing.")
     (spacing,) = spacings
     if not spacing:
-        print(
-            "warning: the checkpoint does not state the spacing it was trained on; scans keep theirs.", file=sys.stderr
-        )
+        warn("the checkpoint does not state the spacing it was trained on; scans keep theirs.")
     orientations = {state.get("orientation") for state in states}
     if len(orientations) > 1:
         shown = ", ".join(sorted(code or "unknown" for code in orientations))
@@ -160,11 +157,8 @@ def load_model(o: Options, device: torch.device) -> Model:
         )
     (orientation,) = orientations
     if orientation is None:
-        print(
-            "warning: the checkpoint does not state where the axes of its training scans point; those of a scan are "
-            "taken as they are stored.",
-            file=sys.stderr,
-        )
+        warn("the checkpoint does not state where the axes of its training scans point; those of a scan are taken as "
+             "they are stored.")  # fmt: skip
     for method, names, options in zip(methods, outputs, trained, strict=True):
         if o.output and o.output not in names:
             raise UserError(

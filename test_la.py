@@ -54,7 +54,7 @@ from tools.tested_scans import SCANS, chosen_cases, names_of
 from utils.checkpoint import LAST, channels_of_state, classes_of_state, unfinished, write_whole
 from utils.devices import enough_memory, refuse_precision, set_up
 from utils.distributed import RANK, RANKS, in_turn, process_group
-from utils.errors import UserError, run
+from utils.errors import UserError, run, warn
 from utils.masks import label_map, largest_components
 from utils.options import option, read_flags
 from utils.run_folder import make_manifest, write_json
@@ -181,9 +181,9 @@ def main(argv: list[str] | None = None) -> None:
     stride = tuple(o.stride or usual_stride(patch_size, downsample))
     refuse_window(patch_size, stride, method.side_multiples, o.flips)
     if unfinished(state) and RANK == 0:
-        print(f"warning: {path} is not finished: {unfinished(state)}.", file=sys.stderr)
+        warn(f"{path} is not finished: {unfinished(state)}.")
     if RANK == 0 and (warning := unlearned_flips(o.flips, trained)):
-        print(warning, file=sys.stderr)
+        warn(warning)
     folder, seen = Path(o.data or trained["data"]), state["checksums"]  # empty for bare weights
     tested = chosen_cases(names_of(folder, o.scans, seen, trained), o.cases, o.scans, folder, seen)
     cases, shapes = open_cases(
@@ -200,7 +200,7 @@ def main(argv: list[str] | None = None) -> None:
     refuse_other_numbers(stated, folder, classes_of_state(state), path)
     names = {str(c): name for c, name in sorted((classes_of_state(state) | stated).items())}
     if RANK == 0 and (warning := other_grid(cases, state)):
-        print(f"warning: {folder} {warning}", file=sys.stderr)
+        warn(f"{folder} {warning}")
     if o.nsd_tolerance is not None:
         refuse_unknown_spacing(cases, folder, o.nsd_tolerance)
     count = sum(len(windows([-(-side // downsample) for side in shape], patch_size, stride)) for shape in shapes)

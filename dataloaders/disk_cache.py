@@ -5,7 +5,6 @@ import hashlib
 import io
 import json
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from dataloaders.fingerprints import DIGITS
 from dataloaders.normalization import NONE, Normalization, Scaling, scaled, scalings_of_case
 from utils.checkpoint import write_whole
 from utils.distributed import RANK
-from utils.errors import UserError
+from utils.errors import UserError, warn
 from utils.run_folder import digest
 
 
@@ -121,10 +120,7 @@ class CheckCache:
     def _refused(self, e: UserError) -> None:
         folder, self.folder = self.folder, None
         if folder is not None and RANK == 0:
-            print(
-                f"warning: {e} Until then every start checks all volumes anew. --cache-folder names another place.",
-                file=sys.stderr,
-            )
+            warn(f"{e} Until then every start checks all volumes anew. --cache-folder names another place.")
 
 
 class DiskCache(CheckCache):

@@ -41,7 +41,7 @@ def unlearned_flips(flips: int, trained: Mapping[str, Any]) -> str:
     what = "quarter turns" if learned == 4 else "flips along x and y"
     how = f"--augment {augment}" + (f" --flip-axes {' '.join(axes)}" if augment == "flip" else "")
     return (
-        f"warning: --flips {flips} averages over {what}, which the network was not trained on ({how}). Leave it out, "
+        f"--flips {flips} averages over {what}, which the network was not trained on ({how}). Leave it out, "
         "above all if classes differ by their side."
     )
 

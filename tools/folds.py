@@ -11,7 +11,6 @@ one fold, with the same options but --fold, and each scan is tested by the run t
 
 import dataclasses
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from evaluation.rows import runs_of
 from evaluation.scores import as_csv, caption_of, table, with_class_names
 from settings import Options as TrainingOptions
 from utils.checkpoint import BEST, write_whole
-from utils.errors import UserError, run
+from utils.errors import UserError, run, warn
 from utils.options import flag_of, harmless_names, option, read_flags
 from utils.run_folder import MANIFEST, read_json
 
@@ -143,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
     refuse_folds(folds)
     missing = sorted({*range(folds[0].folds)} - {fold.number for fold in folds})
     if missing:
-        print(f"warning: fold {', '.join(map(str, missing))} of {folds[0].folds} is missing.", file=sys.stderr)
+        warn(f"fold {', '.join(map(str, missing))} of {folds[0].folds} is missing.")
     rows = [{"case": row["case"], "fold": fold.number, **row} for fold in folds for row in fold.rows]
     counts = ", ".join(f"{fold.number}: {len({row['case'] for row in fold.rows})}" for fold in folds)
     about = folds[0].about

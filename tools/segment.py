@@ -1,7 +1,6 @@
 """Segments one scan of any size and spacing, with one or several trained methods."""
 
 import dataclasses
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from evaluation.sliding_window import mean_of_flips, sliding_window, windows
 from methods import Method
 from tools.given_scans import Scan
 from utils.channels import each_channel
+from utils.errors import warn
 from utils.masks import label_map, largest_components
 from utils.resample import downsample_image, upsample_probability
 
@@ -173,14 +173,14 @@ def warn_of_label(path: Path, image: NDArray[np.float32]) -> None:
         return
     values = [f"{value:g}" for value in np.unique(image)]
     if len(values) <= FEW:
-        print(f"warning: {path} has only the values {', '.join(values)}. Is it a label map?", file=sys.stderr)
+        warn(f"{path} has only the values {', '.join(values)}. Is it a label map?")
 
 
 def warn_of_unknown(path: Path, stated: Geometry, model: Model) -> None:
     """Warns on stderr of an orientation or a spacing that the scan's file does not state."""
     if model.orientation and "direction" not in stated:
         text = "does not state where its axes point; they are taken as they are stored, as if they were"
-        print(f"warning: {path} {text} {model.orientation}.", file=sys.stderr)
+        warn(f"{path} {text} {model.orientation}.")
     if "spacing" not in stated:
         text = "does not state the size of its voxels: it is not resampled, and has no volume in ml"
-        print(f"warning: {path} {text}.", file=sys.stderr)
+        warn(f"{path} {text}.")

@@ -35,6 +35,11 @@ class Stopped(Exception):
         self.exit_code = 128 + number
 
 
+def warn(text: str) -> None:
+    """A warning on stderr."""
+    print(f"warning: {text}", file=sys.stderr)
+
+
 PLAIN = {"±": "+-", "\N{MINUS SIGN}": "-", "\N{MULTIPLICATION SIGN}": "x"}
 
 
