@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from evaluation.drawing import FONT, WIDTH, Axes, Figure, FigureCanvasAgg, Patch, withStroke
-from evaluation.slices import COLOURS, LABEL, write_letters
+from evaluation.slices import colour_of, look_of, write_letters
 from evaluation.surfaces import Camera, camera_around, render, surface
 from utils.masks import box_of
 
@@ -89,17 +89,6 @@ def show_contours(axes: Axes, classes: NDArray, spacing: Sequence[float], *, is_
                          linestyles=style[0], linewidths=style[1])  # fmt: skip
 
 
-def colour_of(c: int, alone: bool = False) -> str:
-    """The colour of a class 1, 2, ...; with `alone` the colour of a single label."""
-    return LABEL if alone else COLOURS[(c - 1) % len(COLOURS)]
-
-
-def window_of(image: NDArray) -> dict[str, Any]:
-    """imshow options: grey from the 1st to the 99th percentile of the image."""
-    low, high = np.percentile(image, (1, 99))
-    return {"cmap": "gray", "vmin": low, "vmax": high}
-
-
 def draw_maps(rows: Sequence[MapsRow], classes: str = "") -> Figure:
     """Figure 2 of the paper: a row per scan with its image, label and maps.
 
@@ -117,14 +106,10 @@ def draw_maps(rows: Sequence[MapsRow], classes: str = "") -> Figure:
             axes = page.panel(j, len(names))
             values = row.image if name == "image" else row.label if name == "label" else row.maps[name]
             assert values is not None
-            look: dict[str, Any] = {"cmap": "gray", "vmin": 0, "vmax": 1}
-            if name == "image":
-                look = window_of(row.image)
-                write_letters(axes, row.orientation)
-            elif name == "label":
+            look = look_of(name, values)
+            if name == "label":
                 look["vmax"] = max(int(values.max()), 1)
-            elif name == "z":
-                look = {"cmap": "coolwarm", "vmin": -1, "vmax": 1}
+            write_letters(axes, row.orientation if name == "image" else None)
             show_slice(axes, values, row.spacing, **look)
             if i == 0:
                 axes.set_title(TITLES.get(name, name), pad=3, **FONT)
@@ -190,7 +175,7 @@ def draw_comparison(
         page.next_row(high, case.name)
         for j, name in enumerate(columns):
             axes = page.panel(j, len(columns))
-            show_slice(axes, case.image[x, y, case.z], case.spacing, **window_of(case.image[..., case.z]))
+            show_slice(axes, case.image[x, y, case.z], case.spacing, **look_of("image", case.image[..., case.z]))
             show_contours(axes, case.label[x, y, case.z], case.spacing, is_label=True, several=several)
             write_letters(axes, case.orientation if j == 0 else None)
             if name in case.predictions:

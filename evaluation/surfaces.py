@@ -105,6 +105,11 @@ def camera_around(masks: Sequence[NDArray], spacing: Sequence[float], azimuth: f
     return Camera((x, y, z), float(seen[:2].max()), azimuth, elevation)
 
 
+def rgb(colour: str) -> list[int]:
+    """#rrggbb -> red, green and blue, 0 to 255."""
+    return list(bytes.fromhex(colour[1:]))
+
+
 def render(surfaces: Sequence[tuple[Surface, str]], camera: Camera, size: int) -> NDArray[np.uint8]:
     """Renders surfaces without a graphics library.
 
@@ -122,7 +127,7 @@ def render(surfaces: Sequence[tuple[Surface, str]], camera: Camera, size: int) -
     depth = np.full(pixels * pixels, -np.inf, np.float32)
     colour = np.zeros((pixels * pixels, 4), np.float32)
     for mesh, hexadecimal in surfaces:
-        paint = np.array([int(hexadecimal[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+        paint = np.array(rgb(hexadecimal)) / 255
         points = ((mesh.vertices - camera.centre) @ camera.axes.T * pixels / camera.width)[mesh.faces]  # (F,3,3)
         normals = (mesh.normals @ camera.axes.T)[mesh.faces]
         (ax, ay), (bx, by), (cx, cy) = (points[:, i, :2].T for i in range(3))

@@ -16,10 +16,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from evaluation.figures import colour_of
 from evaluation.predictions import read_scores, test_of
 from evaluation.scores import CAPTION, MEAN, caption_of, with_class_names
-from evaluation.slices import COLOURS, LABEL
+from evaluation.slices import COLOURS, LABEL, colour_of
 from tools.report_scans import ALL_BYTES, MOST_BYTES, ShownCase, by_dice, shown_first, viewers
 from tools.report_tables import bars, every_table, results_table
 from utils.checkpoint import write_whole

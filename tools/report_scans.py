@@ -18,11 +18,10 @@ from skimage.measure import approximate_polygon, find_contours
 from dataloaders.cases import labeled_case, named, read_case
 from dataloaders.geometry import read_geometry
 from dataloaders.orientation import viewing_turn
-from evaluation.figures import colour_of, window_of
 from evaluation.metrics import mean_and_sd
 from evaluation.predictions import read_prediction
-from evaluation.slices import EDGES, OPPOSITE, edge_letters, fixed_slice
-from evaluation.surfaces import Camera, Surface, camera_around, render, surface
+from evaluation.slices import EDGES, OPPOSITE, colour_of, edge_letters, fixed_slice, look_of
+from evaluation.surfaces import Camera, Surface, camera_around, render, rgb, surface
 from tools.report_tables import NAMES, metrics_of, text_of
 from utils.channels import with_channels
 from utils.errors import UserError
@@ -133,7 +132,7 @@ class ShownCase:
         """Triangles in units of the radius around the camera's centre."""
         return [
             {
-                "colour": [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)],
+                "colour": [part / 255 for part in rgb(colour)],
                 "vertices": packed(np.round(32767 * (one.vertices - camera.centre) / self.radius).astype("<i2")),
                 "normals": packed(np.round(127 * one.normals).astype("i1")),
                 "faces": packed(one.faces.astype("<u2")),
@@ -164,8 +163,8 @@ def outline(mask: NDArray) -> str:
 
 def jpeg_slices(image: NDArray, spacing: Sequence[float], most_bytes: int) -> list[str]:
     """Every z slice of (W,H,D) as base64 of a JPEG, in so many pixels that all take about `most_bytes` at most."""
-    window = window_of(image)
-    grey = (255 * (image - window["vmin"]) / max(window["vmax"] - window["vmin"], 1e-6)).clip(0, 255).astype(np.uint8)
+    low, high = (look_of("image", image)[end] for end in ("vmin", "vmax"))
+    grey = (255 * (image - low) / max(high - low, 1e-6)).clip(0, 255).astype(np.uint8)
     w, h = (length * step for length, step in zip(image.shape[:2], spacing[:2], strict=True))
 
     def jpegs(side: int, slices: range) -> list[bytes]:
