@@ -88,12 +88,7 @@ def draw_augmentation(
     mirror  a turn, then always a flip: only the four reflections, as in the released codes
     flip    no turns; along each of `flip_axes` a flip with probability 1/2
     none    no turns and flips
-
-    Raises:
-        ValueError: for another kind.
     """
-    if kind not in AUGMENTATIONS:
-        raise ValueError(f"augment must be one of {AUGMENTATIONS}, not {kind!r}")
     turns, axis, coin = (int(generator.integers(n)) for n in (4, 2, 2))
     flips: tuple[int, ...] = (axis,) if kind == "mirror" or coin else ()
     if kind in ("flip", "none"):

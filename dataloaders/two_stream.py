@@ -138,8 +138,6 @@ class Patches(Dataset[dict[str, Any]]):
         flip_axes: Sequence[str] = AXES,
         strengths: Strengths = UNCHANGED,
     ):
-        if strengths.moves_voxels and sdm_of == "scan":
-            raise ValueError("distances of a whole scan do not hold in a rotated or scaled crop")
         self.volumes, self.patch_size, self.augment, self.seed = volumes, patch_size, augment, seed
         self.flip_axes, self.strengths = flip_axes, strengths
         self.sdm, self.other, self.intensity, self.sdm_of = sdm, other, intensity, sdm_of

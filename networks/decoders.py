@@ -45,12 +45,7 @@ def upsampling(up: str, channels: int, stride: Stride = (2, 2, 2), *, bias: bool
         up: one of UPS. 'transposed' is a transposed convolution whose kernel is the stride; the others are followed by
             a 3x3x3 convolution.
         stride: 1 or 2 along x, y, z.
-
-    Raises:
-        ValueError: for another `up`.
     """
-    if up not in UPS:
-        raise ValueError(f"up must be one of {UPS}, not {up!r}")
     if up == "transposed":
         return nn.ConvTranspose3d(channels, channels // 2, stride, stride=stride, bias=bias)
     return nn.Sequential(Doubled(up, stride), Conv3d(channels, channels // 2, 3, padding=1, bias=bias))

@@ -154,9 +154,6 @@ class KMaXDecoder(nn.Module):
         levels: strides of the maps that the layers read, 2 to 16.
         scale: initial standard deviation of the logits of every assignment; 0.1 as published gives nearly uniform
             shares.
-
-    Raises:
-        ValueError: for other levels, or query channels that are not a multiple of 16.
     """
 
     def __init__(
@@ -164,10 +161,6 @@ class KMaXDecoder(nn.Module):
         momentum: float, scale: float = 0.1,
     ):  # fmt: skip
         super().__init__()
-        if query_channels % (2 * HEADS):
-            raise ValueError(f"query channels must be a multiple of {2 * HEADS}, not {query_channels}")
-        if not levels or not set(levels) <= set(SCALES[:-1]):
-            raise ValueError(f"levels must be of the strides 16, 8, 4 and 2, not {list(levels)}")
         C = query_channels
         self.places = [SCALES.index(stride) for stride in levels]
         self.queries = nn.Parameter(torch.empty(C, queries))
