@@ -187,13 +187,7 @@ def main(argv: list[str] | None = None) -> None:
     folder, seen = Path(o.data or trained["data"]), state["checksums"]  # empty for bare weights
     tested = chosen_cases(names_of(folder, o.scans, seen, trained), o.cases, o.scans, folder, seen)
     cases, shapes = open_cases(
-        folder,
-        tested,
-        classes,
-        seen,
-        state.get("images", {}),
-        method.options.channels,
-        normalize,
+        folder, tested, classes, seen, state.get("images", {}), method.options.channels, normalize
     )
     refuse_other_channels(folder, channels_of_state(state))
     stated = {c: name for c, name in class_names(folder).items() if c <= classes}

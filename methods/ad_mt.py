@@ -50,11 +50,7 @@ class ADMT(Method):
     """A V-Net that learns from labels and from two moving averages of it, which are updated in turn."""
 
     multiclass = True
-    PRESETS = {
-        "paper": {},
-        "authors": {"augment": "mirror"},
-        "tuned": TUNED,
-    }
+    PRESETS = {"paper": {}, "authors": {"augment": "mirror"}, "tuned": TUNED}
 
     @dataclass
     class Options(Method.Options):

@@ -15,16 +15,7 @@ from skimage.filters import threshold_otsu
 from dataloaders.cases import CaseError, refuse_channels
 from dataloaders.channels import described, normalise_channels, read_channels
 from dataloaders.geometry import DEFAULT_GEOMETRY
-from dataloaders.images import (
-    Geometry,
-    ending_of,
-    grid_of_spacing,
-    moved,
-    read_image,
-    read_label,
-    resample,
-    same_grid,
-)
+from dataloaders.images import Geometry, ending_of, grid_of_spacing, moved, read_image, read_label, resample, same_grid
 from dataloaders.orientation import RAS, orientation_of, turn_to
 from tools.sources import Source
 from utils.channels import each_channel, with_channels

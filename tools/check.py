@@ -19,24 +19,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dataloaders.cases import (
-    FILE_NAME,
-    MOST_CLASSES,
-    Case,
-    find_cases,
-    has_label,
-    lists_of,
-    validation_of,
-)
+from dataloaders.cases import FILE_NAME, MOST_CLASSES, Case, find_cases, has_label, lists_of, validation_of
 from dataloaders.channel_names import channel_names_in
 from dataloaders.class_names import DATASET, class_names, read_dataset
-from dataloaders.findings import (
-    LEVELS,
-    Facts,
-    Finding,
-    findings_of,
-    memory_gib,
-)
+from dataloaders.findings import LEVELS, Facts, Finding, findings_of, memory_gib
 from dataloaders.training import is_phantom, usual_classes, usual_labeled
 from methods import METHODS
 from settings import Options as Training

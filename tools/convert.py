@@ -57,13 +57,7 @@ from dataloaders.orientation import RAS
 from tools.case_of_scan import CROPS, OPTIONAL, Job, Outcome, attributes_of, convert_case
 from tools.conversion_summary import remarks, summary
 from tools.set_lists import SPLITS, PreviousLists, extended_lists, labeled_of, listed_in, read_previous, write_set
-from tools.sources import (
-    IMAGES_TS,
-    Source,
-    SourceSet,
-    find_sources,
-    refuse_unlabeled,
-)
+from tools.sources import IMAGES_TS, Source, SourceSet, find_sources, refuse_unlabeled
 from tools.split import choose_split, patients_in
 from utils.errors import UserError, ignore_stop_signals, run
 from utils.options import option, read_flags

@@ -26,16 +26,7 @@ from utils.options import flag_of, harmless_names, option, read_flags
 from utils.run_folder import MANIFEST, read_json
 
 TESTED = "validation"  # folder of test_la.py --scans validation in a run folder
-OF_THE_TEST = (
-    "scans",
-    "patch_size",
-    "stride",
-    "weighting",
-    "flips",
-    "precision",
-    "nsd_tolerance_mm",
-    "metrics",
-)
+OF_THE_TEST = ("scans", "patch_size", "stride", "weighting", "flips", "precision", "nsd_tolerance_mm", "metrics")
 
 
 @dataclasses.dataclass

@@ -15,14 +15,7 @@ from dataloaders.cases import Case, refuse_channels
 from dataloaders.channels import normalise_channels, read_channels
 from dataloaders.dicom import read_series
 from dataloaders.geometry import DEFAULT_GEOMETRY
-from dataloaders.images import (
-    Geometry,
-    anti_alias,
-    ending_of,
-    grid_of_spacing,
-    moved,
-    resample,
-)
+from dataloaders.images import Geometry, anti_alias, ending_of, grid_of_spacing, moved, resample
 from dataloaders.normalization import Normalization, normalized, raw_of
 from dataloaders.orientation import turn_to
 from evaluation.sliding_window import mean_of_flips, sliding_window, windows
@@ -160,11 +153,7 @@ def predict_scan(
     if largest_component:
         label = largest_components(label, model.classes)
     back = turn.back
-    return {
-        "label": back(label),
-        "probability": None if kept is None else [back(p) for p in kept],
-        "geometry": stated,
-    }
+    return {"label": back(label), "probability": None if kept is None else [back(p) for p in kept], "geometry": stated}
 
 
 def warn_of_label(path: Path, image: NDArray[np.float32]) -> None:
