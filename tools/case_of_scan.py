@@ -115,16 +115,21 @@ def _refuse_other(job: Job, sources: dict[str, str]) -> dict[str, Any]:
     names = ("source_image", "source_image_sha256", "source_label", "source_label_sha256")
     before = {**{name: about.get(name) for name in names}, **json.loads(about.get("settings", "{}"))}
     now = {**{name: sources.get(name) for name in names}, **json.loads(job.settings)}
-    other = [name for name in {**now, **dict.fromkeys(OPTIONAL)} if before.get(name) != now.get(name)]
-    if other == ["source_label", "source_label_sha256"] and before["source_label"] is None:
+    differ = differences(before, now)
+    if [*differ] == ["source_label", "source_label_sha256"] and before["source_label"] is None:
         return {}
-    differ = [f"{name}: {before.get(name)} before, {now.get(name)} now" for name in other]
     if differ:
         raise CaseError(
-            f"{job.path} was made from something else or in another way ({'; '.join(differ)}). Move it away, or choose "
-            "another --out"
+            f"{job.path} was made from something else or in another way ({'; '.join(differ.values())}). Move it away, "
+            "or choose another --out"
         )
     return {"values": tuple(map(int, about["values"])), "orientation": _orientation(about)}
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
+    """Setting -> what it was and what it is, of those that differ."""
+    names = [name for name in {**now, **dict.fromkeys(OPTIONAL)} if before.get(name) != now.get(name)]
+    return {name: f"{name}: {before.get(name)} before, {now.get(name)} now" for name in names}
 
 
 def attributes_of(path: Path) -> dict[str, Any]:

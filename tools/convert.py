@@ -54,7 +54,7 @@ from dataloaders.class_names import DATASET, class_names
 from dataloaders.images import INTERPOLATORS, ending_of, read_label
 from dataloaders.nifti import channels_in
 from dataloaders.orientation import RAS
-from tools.case_of_scan import CROPS, OPTIONAL, Job, Outcome, attributes_of, convert_case
+from tools.case_of_scan import CROPS, Job, Outcome, attributes_of, convert_case, differences
 from tools.conversion_summary import remarks, summary
 from tools.set_lists import SPLITS, PreviousLists, extended_lists, labeled_of, listed_in, read_previous, write_set
 from tools.sources import IMAGES_TS, Source, SourceSet, find_sources, refuse_unlabeled
@@ -152,14 +152,12 @@ def keep(out: Path, before: PreviousLists, here: Container[str], settings: str) 
             about = attributes_of(path)
         except CaseError as e:
             raise UserError(f"{e}, or take {name} out of {split}.list.") from e
-        now = json.loads(settings)
         then = json.loads(about.get("settings", settings))  # cases that were not converted here state none
-        keys = [*now, *(key for key in then if key in OPTIONAL and key not in now)]
-        differ = [f"{key}: {then.get(key)} before, {now.get(key)} now" for key in keys if then.get(key) != now.get(key)]
+        differ = differences(then, json.loads(settings))
         if differ:
             raise UserError(
-                f"{path}, which the source does not have, was made in another way ({'; '.join(differ)}). A set is made "
-                "in one way: choose another --out."
+                f"{path}, which the source does not have, was made in another way ({'; '.join(differ.values())}). A "
+                "set is made in one way: choose another --out."
             )
         kept.append(Outcome(name, "kept", values=tuple(map(int, about.get("values", ())))))
     return kept
