@@ -129,11 +129,8 @@ def begin(
     t: Training, report: Report, state: dict[str, Any] | None, flags: dict[str, Any],
     began_from: dict[str, Any] | None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Writes what a run begins with: the log's first lines, options.txt and the manifest, which is returned.
-
-    Args:
-        state: the checkpoint that it goes on from, if any.
-        began_from: where the weights of --init come from, if any.
+    """Writes what a run begins with: the log's first lines, options.txt and the manifest, which is returned. `state` is
+    the checkpoint that it goes on from, `began_from` where the weights of --init come from, if any.
     """
     o, volumes = t.o, t.volumes
     for line in header(t, why_device(o.device, t.device), current_lr(t.start, o)):

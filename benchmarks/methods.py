@@ -44,10 +44,8 @@ class Options:
 
 
 class Workload:
-    """A method at the size of a profile, with an optimizer and a batch of noise with boxes as labels.
-
-    Args:
-        flags: flags of train_dtml.py, such as --profile half.
+    """A method at the size of the flags of train_dtml.py, such as --profile half, with an optimizer and a batch of
+    noise with boxes as labels.
     """
 
     def __init__(self, name: str, flags: Sequence[str], device: torch.device):

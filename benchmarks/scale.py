@@ -109,12 +109,7 @@ def waited() -> float:
 
 
 class Form:
-    """Training steps of one form, with its own data loader.
-
-    Args:
-        method, optimizer: those of the single process, or of the replica.
-        batch_size: crops in a step of each process.
-    """
+    """Training steps of one form, with its own data loader, `batch_size` crops in a step of each process."""
 
     def __init__(
         self, o: Options, method: DTML, optimizer: torch.optim.Optimizer, model: torch.nn.Module, batch_size: int, *,

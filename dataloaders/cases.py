@@ -306,11 +306,8 @@ def _header(f: h5py.File, name: str) -> h5py.Dataset:
 
 
 def check_all(cases: Sequence[Case], check: Callable[[Case], object], earlier: Sequence[str]) -> None:
-    """Calls `check` for every case and collects the errors; shows progress on a terminal.
-
-    Args:
-        check: called once with each case; may raise CaseError.
-        earlier: error lines from before, reported with the others.
+    """Calls `check`, which may raise CaseError, for every case and collects the errors, those of `earlier` too; shows
+    progress on a terminal.
 
     Raises:
         UserError: naming all bad cases together.

@@ -72,10 +72,8 @@ class CheckCache:
             return None
 
     def add(self, case: Case, image: NDArray, label: NDArray | None, facts: Facts) -> None:
-        """Creates the entry of a case for which `find` has just returned None.
-
-        Args:
-            image, label: (W,H,D) or (K,W,H,D), and (W,H,D); no label for an unlabeled case.
+        """Creates the entry of a case, whose label (W,H,D) is None if it is unlabeled, for which `find` has just
+        returned None.
 
         Raises:
             UserError: if the folder cannot be written and was to hold the arrays.
@@ -126,10 +124,8 @@ class CheckCache:
 class DiskCache(CheckCache):
     """`CheckCache` with the volumes as CASE-KEY.image.npy and .label.npy, decoded once for all runs and memory-mapped.
 
-    The label of an unlabeled case is neither written nor read.
-
-    Args:
-        pool: (volume, is_label) -> array to keep.
+    The label of an unlabeled case is neither written nor read. `pool` is a function: volume, whether it is a label ->
+    array to keep.
     """
 
     def __init__(self, folder: Path, pool: Callable[[NDArray, bool], NDArray], normalize: Normalization = NONE):

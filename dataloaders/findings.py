@@ -287,11 +287,8 @@ def duplicates(facts: Sequence[Facts], test: Sequence[str] = (), validation: Seq
 
 
 def absent_classes(group: str, voxels: Sequence[Mapping[int, int]], classes: int) -> dict[int, str]:
-    """Class -> a sentence about it, for each class that no case of a group has.
-
-    Args:
-        group: training, test or validation, the word for the cases.
-        voxels: class -> voxels of each of its labels. Empty ones do not count.
+    """Class -> a sentence about it, for each class that no case of a group (training, test or validation) has. `voxels`
+    are, for each of its labels, class -> voxels; empty labels do not count.
     """
     shown = {c for counts in voxels for c in counts}
     what = "scored" if group in ("test", "validation") else "learned"

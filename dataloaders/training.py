@@ -162,11 +162,8 @@ def training_cases(
 
 
 def validation_names(folder: Path, labeled: int, fold: str) -> list[str]:
-    """Names of the cases that --validate-every scores.
-
-    Args:
-        labeled: number of labeled cases, of which a fold is a part.
-        fold: I/K for the cases of this fold; '' for those of validation.list.
+    """Names of the cases that --validate-every scores: those of a fold I/K of the `labeled` first cases, or without one
+    of validation.list.
 
     Raises:
         UserError: if the set has no validation.list, or lists that are not valid.
@@ -185,9 +182,6 @@ def validation_names(folder: Path, labeled: int, fold: str) -> list[str]:
 
 def refuse_classes(facts: Sequence[Facts], classes: int) -> None:
     """Checks that at least one labeled case contains the class with the highest number.
-
-    Args:
-        facts: of the cases of the training, without the labels of the unlabeled ones.
 
     Raises:
         UserError: if none does; the message names the largest value in the labels.

@@ -282,11 +282,8 @@ def make_loader(
 ) -> DataLoader:
     """A loader of batches in the sampler's order, the same for any number of workers.
 
-    It has a generator of its own: without one each iterator would draw from the global torch generator.
-
-    Args:
-        workers: processes that prepare batches; 0 if the volumes are on a GPU.
-        stop: a stop signal that ends the batches early, see WatchedLoader.
+    It has a generator of its own: without one each iterator would draw from the global torch generator. With volumes on
+    a GPU there are no workers. `stop` ends the batches early.
 
     Raises:
         UserError, RuntimeError: as WatchedLoader, while batches are drawn.

@@ -52,10 +52,8 @@ class ComparedCase:
 
 
 def around(mask: NDArray, share: float = 0.35) -> tuple[slice, slice]:
-    """A square region around a mask (W,H); the whole slice if the mask is empty.
-
-    Args:
-        share: margin on each side, relative to the longer side of the mask's box.
+    """A square region around a mask (W,H), with a margin of `share` of the longer side of its box at each side; the
+    whole slice if the mask is empty.
     """
     if not mask.any():
         return slice(0, mask.shape[0]), slice(0, mask.shape[1])

@@ -285,10 +285,7 @@ def counts_of(run: Distances) -> tuple[int, int, int]:
 
 def distance_text(runs: Sequence[Distances], *, over_runs: bool = False) -> str:
     """Mean ± SD of the scores; where a scan has no distance then in brackets how many have one, and their mean alone.
-
-    Args:
-        runs: one run, or several with `over_runs`.
-        over_runs: mean and SD are over the means of the runs, not over the scans of the first run.
+    With `over_runs` mean and SD are over the means of several runs, not over the scans of one.
     """
     unknown = any(run.unknown for run in runs)
     plain, scores = ([mean_and_sd(getattr(run, name))[0] for run in runs] for name in ("plain", "scores"))

@@ -93,10 +93,7 @@ def rows_of(where: str, component: str) -> list[dict[str, Any]]:
 
 
 def runs_of(where: str) -> list[str]:
-    """The runs of a row, each as PATH or PATH:OUTPUT.
-
-    Args:
-        where: as for `read_row`, or a pattern, which matches all runs but those that --fresh moved aside.
+    """The runs of a row, each as PATH or PATH:OUTPUT. A pattern matches all runs but those that --fresh moved aside.
 
     Raises:
         UserError: if nothing matches.
@@ -127,10 +124,8 @@ def with_output(where: str, component: str) -> str:
 
 
 def read_runs(where: str, metric: str, component: str) -> dict[Any, dict[str, float]]:
-    """Reads the runs of a row: seed (or path, if it states no seed) -> case -> value.
-
-    Args:
-        where: as for `runs_of`.
+    """Reads the runs of a row, which `where` names as for `runs_of`: seed (or path, if it states no seed) -> case ->
+    value.
 
     Raises:
         UserError: if two runs have the same seed; else as `runs_of`, `with_output` and `read_row`.

@@ -41,12 +41,7 @@ NSD_CAPTION = "NSD is the share of both surfaces that is at most {:g} mm from th
 
 
 def caption_of(tolerance: float | None, more: Sequence[str]) -> str:
-    """What stands above a table.
-
-    Args:
-        tolerance: of NSD, in mm; None: no NSD.
-        more: those of MORE that the table has.
-    """
+    """What stands above a table with NSD at this tolerance in mm (None: no NSD) and with `more` of MORE."""
     nsd = "" if tolerance is None else NSD_CAPTION.format(tolerance)
     return CAPTION + nsd + "".join(text for name, text in MORE_CAPTIONS.items() if name in more)
 
@@ -95,11 +90,8 @@ def class_dices(prediction: NDArray, label: NDArray, classes: int) -> list[float
 
 
 def with_class_names(rows: Sequence[dict[str, Any]], names: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Rows of cases.csv with `1 anterior` for the class 1, to be shown.
-
-    Args:
-        rows: with the column class, if there are several.
-        names: class, as text -> its name; a class without one keeps its number.
+    """Rows of cases.csv with `1 anterior` for the class 1, to be shown. `names` are by class, as text; a class without
+    one keeps its number.
     """
     texts = {c: f"{c} {name}" for c, name in names.items()}
     return [{**row, "class": texts.get(str(row["class"]), row["class"])} if "class" in row else row for row in rows]

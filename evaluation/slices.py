@@ -44,10 +44,8 @@ def look_of(name: str, values: NDArray) -> dict[str, Any]:
 
 
 def edge_letters(orientation: str | None) -> dict[str, str]:
-    """The letter of the patient's side at each edge of a slice in x-y, with x to the right and y down.
-
-    Args:
-        orientation: three letters, the directions of increasing x, y, z; None if unknown.
+    """The letter of the patient's side at each edge of a slice in x-y, with x to the right and y down, in an
+    orientation of three letters, the directions of increasing x, y, z (None if unknown).
 
     Returns:
         left, right, top, bottom -> R, L, A, P, S or I; {} if unknown.

@@ -28,11 +28,8 @@ def flips_option() -> Any:
 
 
 def unlearned_flips(flips: int, trained: Mapping[str, Any]) -> str:
-    """A warning if `mean_of_flips` shows a network what its training did not; '' if not.
-
-    Args:
-        flips: a key of FLIPS.
-        trained: options of the training; early ones state no `augment` but d4.
+    """A warning if `mean_of_flips` shows a network what its training, by its options, did not; '' if not. Early options
+    state no `augment` but d4.
     """
     augment, axes = trained.get("augment", "d4"), trained.get("flip_axes", ["x", "y", "z"])
     learned = {"d4": 8, "mirror": 8, "flip": 4 if {"x", "y"} <= {*axes} else 1, "none": 1}[augment]

@@ -173,9 +173,7 @@ def interval(reference: NDArray, row: NDArray) -> tuple[float, float]:
     uncertain. Deviations of runs and of scans are therefore multiplied by sqrt(k / (k - 1)). The distances of the
     percentiles from the difference are multiplied by the ratio of Student's t quantile to the normal one, with the
     degrees of freedom of Satterthwaite (1946). A side with a single run has no variation of runs in the interval.
-
-    Args:
-        reference, row: values (runs, scans) of the same scans.
+    `reference` and `row` are the values (runs, scans) of the same scans.
 
     Source: Owen, The pigeonhole bootstrap, Annals of Applied Statistics 2007; Hesterberg, What teachers should know
     about the bootstrap, The American Statistician 2015, on narrowness in small samples.
@@ -218,10 +216,8 @@ def permutation_p(reference: NDArray, row: NDArray) -> float:
     """Two-sided permutation test of the difference of the means of two groups of runs.
 
     p is the share of all splits of the runs into two groups of these sizes whose difference is at least as large. If
-    there are more than SPLITS splits, so many are drawn with a fixed seed.
-
-    Args:
-        reference, row: (runs,), the mean over the scans of each run.
+    there are more than SPLITS splits, so many are drawn with a fixed seed. `reference` and `row` are (runs,), the mean
+    over the scans of each run.
     """
     test = stats.permutation_test(
         (reference, row), lambda a, b, axis: np.abs(b.mean(axis) - a.mean(axis)), alternative="greater",

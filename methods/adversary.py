@@ -35,11 +35,8 @@ class Adversary(nn.Module):
         return self
 
     def step(self, loss: Callable[[nn.Module], Tensor], batch: Batch, iteration: int) -> None:
-        """Updates the critic by one step of Adam on loss(critic), with gradients averaged over the processes.
-
-        Args:
-            loss: critic -> scalar to minimise; the critic is in training mode.
-            batch: the batch behind the loss; its case names appear in the error.
+        """Updates the critic by one step of Adam on loss(critic), with gradients averaged over the processes. The
+        critic is in training mode then. An error names the cases of the batch.
 
         Raises:
             Diverged: if the loss or a gradient is not finite; the weights are then unchanged.

@@ -124,11 +124,8 @@ class SSNet(Method):
 
 
 class Separator(nn.Module):
-    """L_sep: the features of each class approach the prototypes of this class.
-
-    Args:
-        classes: the labels that have prototypes.
-        prototype_attention: whether v weighs the prototypes; otherwise it is 1.
+    """L_sep: the features of each class approach the prototypes of this class. `classes` are the labels that have some;
+    without `prototype_attention` v is 1.
     """
 
     def __init__(self, channels: int, *, classes: Sequence[int], prototype_attention: bool = True):

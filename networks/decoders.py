@@ -52,11 +52,8 @@ def upsampling(up: str, channels: int, stride: Stride = (2, 2, 2), *, bias: bool
 
 
 class Decoders(Backbone):
-    """One encoder and several decoders, which differ in `up`; each has heads of its own.
-
-    Args:
-        heads: as for Backbone, the same for every decoder.
-        ups: `up` of each decoder, from UPS.
+    """One encoder and several decoders, which differ in `up`, one of UPS for each; each has `heads` of its own, as
+    those of Backbone.
     """
 
     def __init__(

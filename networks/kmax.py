@@ -47,11 +47,8 @@ def truncated_(weight: Tensor, sd: float) -> None:
 def project(
     channels_in: int, channels_out: int, momentum: float, *, sd: float | None = None, gate: float = 1.0
 ) -> nn.Sequential:
-    """1x1 convolution without bias, then batch norm: (B,in,v) -> (B,out,v).
-
-    Args:
-        sd: initial standard deviation of the weights; default sqrt(2 / channels_in).
-        gate: initial weight of the batch norm.
+    """1x1 convolution without bias, then batch norm: (B,in,v) -> (B,out,v). `sd` is the initial standard deviation of
+    the weights (default sqrt(2 / channels_in)), `gate` the initial weight of the batch norm.
     """
     conv = nn.Conv1d(channels_in, channels_out, 1, bias=False)
     norm = nn.BatchNorm1d(channels_out, momentum=momentum, eps=EPSILON)

@@ -74,11 +74,7 @@ def meta_batch(method: Method, patch_size: Sequence[int], batch_size: int, label
 
 
 def step_bytes(method: Method, patch_size: Sequence[int], batch_size: int, labeled: int) -> tuple[int, int]:
-    """Counts a training step with SGD.
-
-    Args:
-        method: of `meta_method`.
-        labeled: how many of them are labeled.
+    """Counts a training step with SGD of a method of `meta_method`; `labeled` of the crops have a label.
 
     Returns:
         The bytes of the weights and the optimizer, which no patch changes, and the most that batch, activations and

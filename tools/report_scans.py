@@ -185,10 +185,8 @@ def jpeg_slices(image: NDArray, spacing: Sequence[float], most_bytes: int) -> li
 
 
 def viewers(cases: Sequence[ShownCase], dices: Mapping[str, float], output: str, component: str) -> str:
-    """Boxes that show one scan each: slices with contours, and surfaces. At first those of `shown_first`.
-
-    Args:
-        cases: all scans, in the order of `dices`.
+    """Boxes that show one scan each: slices with contours, and surfaces. At first those of `shown_first`. The cases are
+    in the order of `dices`.
     """
     if not cases:
         return "<h2>Scans</h2><p>The test saved no predictions (--save none), so there are none to show.</p>"

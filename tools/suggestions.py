@@ -123,10 +123,8 @@ class StepMemory:
     """The memory of a training step of a method, as a function of patch and batch.
 
     All but weights, momentum and gradients is proportional to the voxels of a batch, so it is counted once. For a large
-    patch the sum is a little too much: most gradients are made when most activations are gone.
-
-    Args:
-        alone: whether all crops of a batch are labeled.
+    patch the sum is a little too much: most gradients are made when most activations are gone. `alone`: all crops of a
+    batch are labeled.
     """
 
     def __init__(self, method: Method, *, alone: bool):

@@ -19,11 +19,8 @@ from utils.text import some
 
 
 def header(t: Training, device: str, rate: float) -> list[str]:
-    """The first lines of a run's log.
-
-    Args:
-        device: as `utils.devices.why_device` calls it.
-        rate: learning rate of the first iteration.
+    """The first lines of a run's log, with the device as `why_device` calls it and the learning rate of the first
+    iteration.
     """
     o = t.o
     left_out = f", fold {o.fold} left out" if o.fold else ""

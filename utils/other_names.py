@@ -32,11 +32,8 @@ ELSEWHERE: dict[tuple[str, ...], tuple[str, ...]] = {  # names -> what to give h
 
 
 def called_here(name: str, options: Container[str]) -> str:
-    """What a flag of other projects is called in a command of this one, and how it differs; '' if it is not known.
-
-    Args:
-        name: of the flag, without its dashes.
-        options: names of the command's own flags, without their dashes.
+    """What a flag of other projects is called in a command of this one, which has these options, and how it differs; ''
+    if it is not known. Names have no dashes in front.
     """
     names = name.replace("_", "-").lower()
     for others, here in ELSEWHERE.items():
