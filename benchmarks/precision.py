@@ -60,18 +60,6 @@ class Rounded(torch.autograd.Function):
         return grad
 
 
-class GradientRounded(torch.autograd.Function):
-    """Rounds the gradient to ten bits of mantissa; the values are not rounded."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        return Rounded.apply(grad)
-
-
 def emulate_tf32(network: nn.Module) -> None:
     """Emulates tf32 in all convolutions of a network but those of the heads."""
     for name, module in network.named_modules():
@@ -80,7 +68,8 @@ def emulate_tf32(network: nn.Module) -> None:
 
             def forward(x: Tensor, m: Any = module, convolve: Any = convolve) -> Tensor:
                 y = convolve(Rounded.apply(x), Rounded.apply(m.weight), None, m.stride, m.padding)
-                return GradientRounded.apply(y) + m.bias.view(-1, 1, 1, 1)
+                y.register_hook(Rounded.apply)  # its gradient is an input of both convolutions of the backward pass
+                return y + m.bias.view(-1, 1, 1, 1)
 
             setattr(module, "forward", forward)  # noqa: B010
 
