@@ -12,7 +12,7 @@ from PIL import Image
 
 from evaluation.drawing import FONT, WIDTH, Axes, Figure, FigureCanvasAgg, Patch, withStroke
 from evaluation.slices import colour_of, look_of, write_letters
-from evaluation.surfaces import Camera, camera_around, render, surface
+from evaluation.surfaces import camera_around, render, surface
 from utils.masks import box_of
 
 TITLES = {"image": "image", "label": "label Y", "z": "map z", "m": "mask m", "p": "output p", "q": "output q"}
@@ -203,20 +203,14 @@ def _volumes(case: ComparedCase) -> list[NDArray]:
 def _surfaces(case: ComparedCase, azimuth: float, elevation: float, several: bool) -> list[NDArray]:
     """Pictures of the surfaces of every run and of the label, cropped to the same rows."""
     camera = camera_around(_volumes(case), case.spacing, azimuth, elevation)
-    pictures = [
-        draw_surface(volume, case.spacing, camera, is_label=volume is case.label and not several)
-        for volume in _volumes(case)
-    ]
+    pictures = []
+    for volume in _volumes(case):
+        alone, classes = volume is case.label and not several, range(1, int(volume.max()) + 1)
+        surfaces = [(surface(volume == c, case.spacing, SURFACE_FACES), colour_of(c, alone)) for c in classes]
+        pictures.append(render(surfaces, camera, SURFACE_PIXELS))
     rows = np.flatnonzero(np.any([picture[..., 3] > 0 for picture in pictures], axis=(0, 2)))
     low, high = (max(rows[0] - 8, 0), rows[-1] + 9) if rows.size else (0, SURFACE_PIXELS)
     return [picture[low:high] for picture in pictures]
-
-
-def draw_surface(volume: NDArray, spacing: Sequence[float], camera: Camera, *, is_label: bool) -> NDArray[np.uint8]:
-    """A picture (480,480,4) of the surfaces of all classes of a label map (W,H,D), each in its colour."""
-    classes = range(1, int(volume.max()) + 1)
-    surfaces = [(surface(volume == c, spacing, SURFACE_FACES), colour_of(c, is_label)) for c in classes]
-    return render(surfaces, camera, SURFACE_PIXELS)
 
 
 def as_png(figure: Figure, dpi: int, *, palette: bool) -> bytes:
