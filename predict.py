@@ -59,13 +59,8 @@ from utils.text import some
 class Options:
     """Options of a prediction. None means: as the checkpoint was trained."""
 
-    checkpoint: list[str] = option(
-        [],
-        "run folders or .pt files of train_dtml.py, whose probabilities are averaged",
-        group="what",
-        type=str,
-        nargs="+",
-    )
+    checkpoint: list[str] = option([], "run folders or .pt files of train_dtml.py, whose probabilities are averaged",
+                                   group="what", type=str, nargs="+")  # fmt: skip
     method: str = option(
         "", "method of the bare weights of a released code (default: what a checkpoint of train_dtml.py states)",
         group="what", choices=list(RELEASED),
@@ -79,13 +74,9 @@ class Options:
         group="what",
     )
     spacing: list[float] | None = option(
-        None,
-        "mm along the training cases' axes to predict at (default their median, or else the scan's own)",
-        group="what",
-        type=float,
-        nargs=3,
-        minimum=1e-3,
-    )
+        None, "mm along the training cases' axes to predict at (default their median, or else the scan's own)",
+        group="what", type=float, nargs=3, minimum=1e-3,
+    )  # fmt: skip
     interpolation: str = option(
         "linear", "interpolation of the intensities", group="what", choices=[k for k in INTERPOLATORS if k != "nearest"]
     )
@@ -99,17 +90,12 @@ class Options:
         None, "windows at a time (default 1, on a GPU 4)", group="window", type=int, minimum=1
     )
     largest_component: bool = option(False, "keep the largest 26-connected component of each class", group="results")
-    probabilities: str = option(
-        "none",
-        "also write the probabilities, NAME_probability; uint8 from 0 to 255",
-        group="results",
-        choices=("none", "float32", "uint8"),
-    )
+    probabilities: str = option("none", "also write the probabilities, NAME_probability; uint8 from 0 to 255",
+                                group="results", choices=("none", "float32", "uint8"))  # fmt: skip
     dicom_seg: bool = option(False, "of a DICOM series also write NAME_seg.dcm, a DICOM-SEG; needs highdicom "
                              "(requirements-dicom.txt)", group="results")  # fmt: skip
     report: str = option("", "CSV with each class's volume in ml; rows of other scans stay (default volumes.csv in "
-                         "--out)",
-                         group="results")  # fmt: skip
+                         "--out)", group="results")  # fmt: skip
     overwrite: bool = option(False, "replace results that are there", group="results")
     precision: str = option("fp32", "arithmetic of the convolutions", choices=(*PRECISIONS, "fp16"))
     device: str = option("auto", "auto, cpu, cuda or cuda:N")

@@ -68,23 +68,16 @@ class Options:
 
     checkpoint: str = option("", "run folder or .pt file of train_dtml.py; bare weights with --method", group="what")
     method: str = option(
-        "",
-        "method of the bare weights of a released code (default: what a checkpoint of train_dtml.py states)",
-        group="what",
-        choices=list(RELEASED),
-    )
+        "", "method of the bare weights of a released code (default: what a checkpoint of train_dtml.py states)",
+        group="what", choices=list(RELEASED),
+    )  # fmt: skip
     sdm_weights: str = option("", "bare weights of M_d, with --method dtml (default: M_s alone)", group="what")
     data: str = option("", "folder of the data set (default that of the training)", group="what")
     scans: str = option("test", "the scans of test.list; of validation.list, or of the run's --fold; or those of "
                         "train.list that the training left unused", group="what", choices=SCANS)  # fmt: skip
     cases: list[str] = option([], "names of the scans to test (default all)", group="what", type=str, nargs="+")
-    output: list[str] = option(
-        [],
-        "which outputs of the method to score, of dtml: seg (M_s), sdm (M_d), mean (default all)",
-        group="what",
-        type=str,
-        nargs="+",
-    )
+    output: list[str] = option([], "which outputs of the method to score, of dtml: seg (M_s), sdm (M_d), mean "
+                               "(default all)", group="what", type=str, nargs="+")  # fmt: skip
     nsd_tolerance: float | None = option(
         None, "also score the normalised surface Dice (NSD) at this tolerance in mm (default no NSD)",
         group="what", type=float, minimum=0,

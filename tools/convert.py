@@ -83,12 +83,9 @@ class Options:
         "linear", "interpolation of the intensities", choices=[k for k in INTERPOLATORS if k != "nearest"]
     )
     labels: list[tuple[int, ...]] | None = option(
-        None,
-        "values of the labels that become 1, 2, ..., all others 0; values joined by commas, as 1,2, become one "
-        "class (default as they are; 255 alone becomes 1)",
-        type=label_values,
-        nargs="+",
-    )
+        None, "values of the labels that become 1, 2, ..., all others 0; values joined by commas, as 1,2, become one "
+        "class (default as they are; 255 alone becomes 1)", type=label_values, nargs="+",
+    )  # fmt: skip
     crop: str = option(
         "",
         "label: box of the label with a random margin at each side, 10 to 19 voxels along x and y, 5 to 9 along z, and "
@@ -102,20 +99,13 @@ class Options:
         "(default as --crop says)", type=int, minimum=0,
     )  # fmt: skip
     test_share: float | None = option(
-        None,
-        "share of the labeled cases for test.list (default what the source states, the published lists for the "
-        "challenge's, else 0.2)",
-        type=float,
-        minimum=0,
-        maximum=1,
-    )
+        None, "share of the labeled cases for test.list (default what the source states, the published lists for the "
+        "challenge's, else 0.2)", type=float, minimum=0, maximum=1,
+    )  # fmt: skip
     validation_share: float = option(
-        0.0,
-        "share of the labeled cases for validation.list, on which train_dtml.py --validate-every chooses the best "
-        "checkpoint; they are taken from those that would be trained on",
-        minimum=0,
-        maximum=1,
-    )
+        0.0, "share of the labeled cases for validation.list, on which train_dtml.py --validate-every chooses the best "
+        "checkpoint; they are taken from those that would be trained on", minimum=0, maximum=1,
+    )  # fmt: skip
     patient: str = option(
         "",
         "regular expression that the beginning of each scan's name matches, the patient in parentheses: '([^_]+)_' "

@@ -72,12 +72,9 @@ class Options:
     figure: str = option("", "what to draw", word="FIGURE", choices=FIGURES)
     runs: list[str] = option([], "run folders; in figure3 RUN:OUTPUT names an output", word="RUN", type=str, nargs="+")
     cases: list[str] = option(
-        [],
-        "scans, a row each (default the first three of test.list; figure3 those with the lowest, the median and the "
-        "highest Dice of the first run)",
-        type=str,
-        nargs="+",
-    )
+        [], "scans, a row each (default the first three of test.list; figure3 those with the lowest, the median and "
+        "the highest Dice of the first run)", type=str, nargs="+",
+    )  # fmt: skip
     slice: int | None = option(None, "z slice (default the one with most label)", type=int, minimum=0)
     titles: list[str] = option([], "names of the runs or panels (default method and labels)", type=str, nargs="+")
     table: str = option(
