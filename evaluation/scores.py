@@ -89,6 +89,17 @@ def class_dices(prediction: NDArray, label: NDArray, classes: int) -> list[float
     return [overlaps(a, b)["dice"] if a.any() or b.any() else math.nan for a, b in pairs]
 
 
+def by_dice(rows: Sequence[dict[str, Any]], output: str, component: str) -> dict[str, float]:
+    """The scans and their Dice (mean of the classes), the lowest first; those without one stand last."""
+    dices_of: dict[str, list[float]] = {}
+    for row in rows:
+        if (row["output"], row["component"]) == (output, component):
+            dices_of.setdefault(row["case"], []).append(row["dice"])
+    means = {name: mean_and_sd(dices)[0] for name, dices in dices_of.items()}
+    names = sorted(means, key=lambda name: (math.isnan(means[name]), means[name]))
+    return {name: means[name] for name in names}
+
+
 def with_class_names(rows: Sequence[dict[str, Any]], names: Mapping[str, str]) -> list[dict[str, Any]]:
     """Rows of cases.csv with `1 anterior` for the class 1, to be shown. `names` are by class, as text; a class without
     one keeps its number.

@@ -42,7 +42,7 @@ from evaluation.graphs import draw_curves, draw_differences, draw_labels, draw_s
 from evaluation.metrics import mean_and_sd
 from evaluation.predictions import read_prediction, read_scores, test_of
 from evaluation.rows import mean_over, read_runs, split_output
-from evaluation.scores import class_dices
+from evaluation.scores import by_dice, class_dices
 from evaluation.slices import fixed_slice
 from evaluation.sliding_window import sliding_window
 from evaluation.statistics import compare
@@ -199,12 +199,8 @@ def dice_text(prediction: NDArray, label: NDArray) -> str:
 
 def typical(rows: Sequence[dict[str, Any]], output: str) -> list[str]:
     """The cases with the lowest, the median and the highest Dice of an output, unfiltered."""
-    dices_of: dict[str, list[float]] = {}
-    for row in rows:
-        if (row["output"], row["component"]) == (output, "all"):
-            dices_of.setdefault(row["case"], []).append(row["dice"])
-    means = {name: mean for name, dices in dices_of.items() if not math.isnan(mean := mean_and_sd(dices)[0])}
-    names = sorted(means, key=lambda name: means[name]) or list(dices_of)  # no Dice where both masks are empty
+    dices = by_dice(rows, output, "all")
+    names = [name for name, dice in dices.items() if not math.isnan(dice)] or list(dices)  # no Dice of empty masks
     return list(dict.fromkeys(names[i] for i in (0, len(names) // 2, -1)))
 
 

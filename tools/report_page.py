@@ -17,9 +17,9 @@ from typing import Any
 from tqdm import tqdm
 
 from evaluation.predictions import read_scores, test_of
-from evaluation.scores import CAPTION, MEAN, caption_of, with_class_names
+from evaluation.scores import CAPTION, MEAN, by_dice, caption_of, with_class_names
 from evaluation.slices import COLOURS, LABEL, colour_of
-from tools.report_scans import ALL_BYTES, MOST_BYTES, ShownCase, by_dice, shown_first, viewers
+from tools.report_scans import ALL_BYTES, MOST_BYTES, ShownCase, shown_first, viewers
 from tools.report_tables import bars, every_table, results_table
 from utils.checkpoint import write_whole
 from utils.errors import run

@@ -18,7 +18,6 @@ from skimage.measure import approximate_polygon, find_contours
 from dataloaders.cases import labeled_case, named, read_case
 from dataloaders.geometry import read_geometry
 from dataloaders.orientation import viewing_turn
-from evaluation.metrics import mean_and_sd
 from evaluation.predictions import read_prediction
 from evaluation.slices import EDGES, OPPOSITE, colour_of, edge_letters, fixed_slice, look_of
 from evaluation.surfaces import Camera, Surface, camera_around, render, rgb, surface
@@ -32,17 +31,6 @@ SIDES = (512, 384, 288, 216, 160, 120, 90)  # pixels of the longer side of a sli
 SAMPLED = 8  # every so many slices are encoded to choose among them
 FACES = 4000
 VIEW, MARGIN = (160.0, 30.0), 0.92
-
-
-def by_dice(rows: Sequence[dict[str, Any]], output: str, component: str) -> dict[str, float]:
-    """The scans and their Dice (mean of the classes), the lowest first; those without one stand last."""
-    dices_of: dict[str, list[float]] = {}
-    for row in rows:
-        if (row["output"], row["component"]) == (output, component):
-            dices_of.setdefault(row["case"], []).append(row["dice"])
-    means = {name: mean_and_sd(dices)[0] for name, dices in dices_of.items()}
-    names = sorted(means, key=lambda name: (math.isnan(means[name]), means[name]))
-    return {name: means[name] for name in names}
 
 
 def shown_first(dices: Mapping[str, float]) -> list[int]:
