@@ -251,16 +251,9 @@ def main(argv: list[str] | None = None) -> None:
                     **({"cases": tested} if o.cases else {})}  # fmt: skip
         about = {"checkpoint": str(path), "iteration": state["iteration"], "downsample": downsample,
                 "normalize": normalize.kind, "data": str(folder), "saved": o.save}  # fmt: skip
-        if normalize.window:
-            about["window"] = normalize.window
-        if names:
-            about["class_names"] = names
-        if o.nsd_tolerance is not None:
-            about["nsd_tolerance_mm"] = o.nsd_tolerance
-        if o.metrics:
-            about["metrics"] = o.metrics
-        if o.method:
-            about |= {"method": o.method, "released": state["released"]}
+        optional = {"window": normalize.window, "class_names": names, "nsd_tolerance_mm": o.nsd_tolerance,
+                    "metrics": o.metrics, "method": o.method, "released": state.get("released")}  # fmt: skip
+        about |= {name: value for name, value in optional.items() if value or value == 0}  # a tolerance
         write_json(new / "test.json", make_manifest(device, **settings, **about))
         replace_test(out)
     report = None
