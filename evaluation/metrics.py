@@ -167,14 +167,10 @@ def element_areas(spacing: tuple[float, ...]) -> NDArray[np.float64]:
 def with_penalties(
     scores: dict[str, float], shape: Sequence[int], spacing: Sequence[float] | None = None
 ) -> dict[str, float]:
-    """Adds NAME_penalised for each distance NAME: the distance, or the volume's diagonal if only one mask is empty.
+    """Adds NAME_penalised for each distance NAME in `segmentation_metrics`: the distance, or the diagonal of a volume
+    of this shape (voxels) and spacing (mm) if only one mask is empty.
 
     No distance in the volume reaches its diagonal, so an empty mask ranks last.
-
-    Args:
-        scores: result of `segmentation_metrics`.
-        shape: sides of the volume in voxels.
-        spacing: as for `segmentation_metrics`.
     """
     sides = {"": np.asarray(shape, float)}
     if spacing is not None:

@@ -23,14 +23,9 @@ def split_output(where: str) -> tuple[Path, str]:
 
 
 def read_row(where: str, metric: str, component: str) -> dict[str, float]:
-    """Reads one run: case -> value.
+    """Reads a column of cases.csv of one run, PATH or PATH:OUTPUT, with one of COMPONENTS: case -> value.
 
     Early files have no NAME_penalised; NAME is read instead, which is NaN for an empty mask.
-
-    Args:
-        where: PATH or PATH:OUTPUT.
-        metric: column of cases.csv.
-        component: one of COMPONENTS.
 
     Raises:
         UserError: if the file is missing or not of test_la.py, lacks the output or component, or has a case twice.

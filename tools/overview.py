@@ -19,12 +19,8 @@ def volumes_ml(facts: Facts) -> dict[int, float]:
 
 
 def table(groups: dict[str, list[Facts]], classes: int, names: Mapping[int, str], channel_names: Sequence[str]) -> str:
-    """Markdown: what each group is like, and LA.
-
-    Args:
-        groups: list -> facts of its cases.
-        names: class -> name, of those that have one.
-        channel_names: of all channels, or [].
+    """Markdown: what each group (list -> facts of its cases) is like, and LA. Classes without a name, and channels
+    where not all have one, are numbered.
     """
     channels = max((x.channels for group in groups.values() for x in group), default=1)
 

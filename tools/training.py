@@ -206,11 +206,8 @@ def trained(method: Method) -> list[torch.nn.Parameter]:
 
 def earlier_images(origin: dict[str, Any] | None, state: dict[str, Any] | None, own: Container[str]) -> dict[str, str]:
     """Name -> fingerprint of the scans that the weights of --init were trained on, so that none of them is tested on.
-
-    Args:
-        origin: the checkpoint of --init of a new run.
-        state: the checkpoint of a resumed run, which knows them.
-        own: names of this run's own scans.
+    `origin` is their checkpoint in a new run; `state`, the checkpoint of a resumed one, knows them. Own scans are left
+    out.
     """
     if origin is not None:
         return {f"{name} of {origin['file']}": mark for name, mark in origin.get("images", {}).items()}

@@ -43,12 +43,8 @@ def header(t: Training, device: str, rate: float) -> list[str]:
 
 
 def extension_note(state: dict[str, Any], iterations: int, before: float, now: float) -> str:
-    """What --iterations changes in a finished run, as a line of the log.
-
-    Args:
-        state: its checkpoint, after `extend`.
-        iterations: of the longer run.
-        before, now: learning rate of the last iteration and of the next one.
+    """What --iterations changes in a finished run, as a line of the log. `state` is its checkpoint after `extend`,
+    `before` and `now` are the learning rates of the last iteration and of the next one.
     """
     done = state["iteration"]
     return (

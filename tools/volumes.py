@@ -19,12 +19,8 @@ COLUMNS = ["scan", "class", "name", "voxels", "ml"]
 
 
 def volume_rows(scan: str, label: NDArray, geometry: Geometry, names: Mapping[int, str], classes: int) -> list[dict]:
-    """The rows of one scan.
-
-    Args:
-        label: (W,H,D) of 0 to `classes`.
-        geometry: of the scan. Without a spacing there is no volume in ml.
-        names: class -> name, of the classes that have one.
+    """The rows of one scan with the label (W,H,D) of 0 to `classes`. Without a spacing in the geometry there is no
+    volume in ml. `names` are those of the classes that have one.
     """
     counts = np.bincount(label.ravel(), minlength=classes + 1)
     voxel = math.prod(geometry["spacing"]) / 1000 if "spacing" in geometry else None
