@@ -11,6 +11,7 @@ size, which shows only that they work.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -223,12 +224,8 @@ def steps_of(o: Options, device: torch.device) -> Iterator[Step]:
     flags = [*SIZE[device.type], *data_of(o), "--runs", str(out / "runs"), "--fresh", "--picture-every", "0"]
 
     yield Step("tests", [*python, "pytest", "-q", "-m", "gpu", "tests"], lambda text: {"said": text.splitlines()[-1]})
-    for method in o.methods:
-        yield Step(f"speed-{method}", [*own, "--part", "speed", "--method", method], last_line)
-    for method in o.methods:
-        yield Step(f"resume-{method}", [*own, "--part", "resume", "--method", method], last_line)
-    for method in o.methods:
-        yield Step(f"memory-{method}", [*own, "--part", "memory", "--method", method], last_line)
+    for part, method in itertools.product(("speed", "resume", "memory"), o.methods):
+        yield Step(f"{part}-{method}", [*own, "--part", part, "--method", method], last_line)
     for cache, workers in (("device", 0), ("ram", 0), ("ram", 4), ("disk", 4)) if gpu else (("ram", 0), ("disk", 1)):
         name = f"cache-{cache}-{workers}"
         loss = ["--sdm-loss", "both"]  # distance maps are made with the crops
