@@ -320,7 +320,7 @@ def main(argv: list[str] | None = None) -> None:
         numbers = f"{c.n} ({c.left_out})", f"{c.mean:.4f}", f"{c.reference:.4f}", f"{c.difference:+.4f}"
         lines.append([name, runs_text(row), *numbers, interval_text(c, 4), c.over, pairs_text(c, corrected)])
     print(markdown_table(HEAD, lines))
-    single = [(name, *row.values()) for name, row in zip(names[1:], rows, strict=True) if len(row) == 1]
+    single = [(name, next(iter(row.values()))) for name, row in zip(names[1:], rows, strict=True) if len(row) == 1]
     if len(reference) == 1 and single:
         (reference_scans,) = reference.values()
         tests = [compare_scans(reference_scans, row) for _, row in single]
