@@ -11,11 +11,12 @@ of a training ends the output, with a patch that suits the scans and the memory.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -134,27 +135,16 @@ def _memory(facts: Sequence[Facts], downsample: int) -> list[Finding]:
 
 def _each(cases: Sequence[Case], o: Options) -> Iterator[Inspection]:
     """Inspections of the cases in their order, from several processes: they are work, not waiting."""
-    workers = o.workers or min(cores(), 8)
-    with _mapped(min(workers, len(cases))) as mapped:
-        inspections = mapped(inspect, cases)
+    workers = min(o.workers or min(cores(), 8), len(cases))
+    pool: Any = nullcontext()
+    with suppress(OSError, NotImplementedError):  # where processes have no semaphores
+        pool = ProcessPoolExecutor(workers) if workers > 1 else pool
+    with pool as several:
+        inspections = several.map(inspect, cases) if several else map(inspect, cases)
         try:
             yield from tqdm(inspections, "checking", len(cases), leave=False, unit="scan", disable=None)
         except BrokenProcessPool as e:
             raise UserError("a process that read the volumes was ended, as if memory ran out. Give --workers 1.") from e
-
-
-@contextmanager
-def _mapped(workers: int) -> Iterator[Callable[..., Iterator[Inspection]]]:
-    """map, in several processes if there are to be some, and if this place lets them have semaphores."""
-    try:
-        pool = ProcessPoolExecutor(workers) if workers > 1 else None
-    except (OSError, NotImplementedError):
-        pool = None
-    if pool is None:
-        yield map
-        return
-    with pool:
-        yield pool.map
 
 
 def main(argv: list[str] | None = None) -> None:
