@@ -47,16 +47,11 @@ class Adversary(nn.Module):
             value.backward()
             average_gradients(self.critic.parameters())
             check_finite(Losses(value, {"critic": value}), self.critic, batch, iteration)
-            self._optimizer().step()
+            self._adam = self._adam or self._new_adam(self._saved)  # here, as the weights are on their device by now
+            self._adam.step()
         finally:
             self.critic.zero_grad(set_to_none=True)
             self.critic.eval().requires_grad_(False)
-
-    def _optimizer(self) -> torch.optim.Adam:
-        """Returns Adam, created at the first step: the weights are on their device by then."""
-        if self._adam is None:
-            self._adam = self._new_adam(self._saved)
-        return self._adam
 
     def _new_adam(self, state: dict[str, Any] | None) -> torch.optim.Adam:
         adam = torch.optim.Adam(self.critic.parameters(), lr=self.lr, betas=(0.9, 0.99))
