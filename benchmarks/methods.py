@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def as_csv(costs: Mapping[str, Sequence[float]]) -> str:
     """Method -> its cost in each round, as CSV: method, median, lowest, highest."""
-    figures = {"cost": statistics.median, "lowest": min, "highest": max}
+    figures: dict[str, Any] = {"cost": statistics.median, "lowest": min, "highest": max}
     return csv_table([{"method": name, **{k: f"{of(values):.3f}" for k, of in figures.items()}}
                       for name, values in costs.items()])  # fmt: skip
 
