@@ -33,8 +33,12 @@ class Backbone(nn.Module):
         heads: head name -> output channels. 'seg' returns logits. 'sdm' returns tanh values in [-1,1], negative inside
             the object. Heads are 1x1x1 convolutions of the last map, computed in at least float32. A network without
             heads is used for its `features`.
+        in_channels: channels of the image.
         filters: channels of the last map.
         dropout: p of the channel dropout after the deepest and after the last map, in training mode only.
+        up: how the decoder doubles the sides, one of `networks.decoders.UPS`.
+        encoder: False leaves the encoder out; the network then has `decode` alone.
+        halvings: how often x, y and z are halved.
 
     Raises:
         ValueError: for an unknown head name, or in `features` for a side that is not a multiple of 2^halvings.
