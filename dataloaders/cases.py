@@ -329,12 +329,8 @@ def together(problems: Sequence[str]) -> list[str]:
     """Error lines "CASE: what is wrong", where more than three of the same become one with all their names."""
     lines: list[str] = []
     for text, same in by_problem(line.partition(": ")[::2] for line in problems).items():
-        names = list(same)
-        lines += (
-            [f"{name}: {same[name]}" for name in names]
-            if len(names) <= MOST_ALIKE
-            else [f"{len(names)} cases, {', '.join(names)}: {text}"]
-        )
+        each = [f"{name}: {own}" for name, own in same.items()]
+        lines += each if len(same) <= MOST_ALIKE else [f"{len(same)} cases, {', '.join(same)}: {text}"]
     return lines
 
 

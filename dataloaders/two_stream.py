@@ -218,10 +218,7 @@ class Patches(Dataset[dict[str, Any]]):
         else:
             image, label = self.volumes.read(case, box)  # type: ignore[arg-type]
             image, label = pad(image, margins), None if label is None else pad(label, margins)
-        item: dict[str, Any] = {
-            "image": with_channels(turn_and_flip(image, draw)),
-            "case": self.volumes.cases[case].name,
-        }
+        item = {"image": with_channels(turn_and_flip(image, draw)), "case": self.volumes.cases[case].name}
         if label is not None:
             item["label"] = turn_and_flip(label, draw)
             if self.sdm and self.sdm_of == "scan":

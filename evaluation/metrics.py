@@ -178,10 +178,9 @@ def with_penalties(
     penalised = {}
     for unit, lengths in sides.items():
         for name in [*METRICS[2:], *(["assd"] if "assd" in scores else [])]:
-            one_is_empty = math.isnan(scores[f"{name}{unit}"]) and not math.isnan(scores["dice"])
-            penalised[f"{name}{unit}{PENALISED}"] = (
-                float(np.linalg.norm(lengths)) if one_is_empty else scores[f"{name}{unit}"]
-            )
+            value = scores[f"{name}{unit}"]
+            one_is_empty = math.isnan(value) and not math.isnan(scores["dice"])
+            penalised[f"{name}{unit}{PENALISED}"] = float(np.linalg.norm(lengths)) if one_is_empty else value
     return {**scores, **penalised}
 
 

@@ -11,14 +11,8 @@ from evaluation.drawing import FONT, Axes, Figure, FigureCanvasAgg, withStroke
 from evaluation.surfaces import rgb, surface
 
 LABEL = "#00d0a0"
-COLOURS = (
-    "#ffb000",
-    "#dc267f",
-    "#648fff",
-    "#fe6100",
-    "#785ef0",
-    "#5fd3f3",
-)  # of classes 1, 2, ..., distinguishable with colour blindness
+COLOURS = ("#ffb000", "#dc267f", "#648fff", "#fe6100", "#785ef0", "#5fd3f3")
+"""Of classes 1, 2, ..., distinguishable with colour blindness."""
 PREDICTION = COLOURS[0]
 HEIGHT = 2.6  # of a panel, in inches
 MOST_FACES = 6000  # of each class's surface in TensorBoard

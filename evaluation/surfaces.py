@@ -57,9 +57,8 @@ def _march(inside: NDArray, steps: NDArray) -> tuple[NDArray, NDArray]:
     if (steps > 1).any():
         shape = tuple(np.ceil(np.array(field.shape) / steps).astype(int) + 1)
         field = ndimage.affine_transform(field, steps, output_shape=shape, order=1)
-    vertices, faces, _, _ = marching_cubes(
-        field, min(0.5, 0.5 * float(field.max()))
-    )  # the maximum of a smoothed small mask is below 0.5
+    level = min(0.5, 0.5 * float(field.max()))  # the maximum of a smoothed small mask is below 0.5
+    vertices, faces, _, _ = marching_cubes(field, level)
     return vertices * steps, faces[:, ::-1]  # scikit-image's faces point inwards
 
 

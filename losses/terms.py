@@ -175,9 +175,7 @@ def hard_dice(p: Tensor, label: Tensor) -> Tensor:
     for p_c, y in by_class(p, label):
         a, b = p_c > 0.5, y > 0
         total = a.sum() + b.sum()
-        scores.append(
-            torch.where(total > 0, 2 * (a & b).sum() / total.clamp(min=1), torch.ones_like(total, dtype=torch.float32))
-        )
+        scores.append(torch.where(total > 0, 2 * (a & b).sum() / total.clamp(min=1), 1.0))
     return torch.stack(scores).mean()
 
 

@@ -62,11 +62,8 @@ class Options:
 
 def unlisted(folder: Path, names: Sequence[str]) -> list[Finding]:
     """A note if there are case files that no list names."""
-    files = [path.parent for path in folder.glob(f"**/{FILE_NAME}")] + [
-        path.with_suffix("") for path in folder.glob("*.h5")
-    ]
-    listed = {Path(name).name for name in names}
-    others = tuple(sorted({path.name for path in files} - listed))
+    files = {path.parent.name for path in folder.glob(f"**/{FILE_NAME}")} | {path.stem for path in folder.glob("*.h5")}
+    others = tuple(sorted(files - {Path(name).name for name in names}))
     text = "has a file, but no list names it. Add it to train.list if it is to be used."
     return [Finding("note", others, text)] if others else []
 

@@ -135,10 +135,7 @@ def as_csv(tables: Sequence[Table]) -> str:
     records: list[dict[str, str]] = []
     for table in tables:
         for line in table.lines:
-            record: dict[str, str] = {
-                "table": table.name,
-                **{name: number(value) for name, value in table.more.items()},
-            }
+            record = {"table": table.name, **{name: number(value) for name, value in table.more.items()}}
             for column, cell in zip(table.columns, line.cells, strict=True):
                 values = cell.numbers or ({column.name: plain(cell.text)} if cell.text else {})
                 record |= {name: number(value) for name, value in values.items()}

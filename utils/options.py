@@ -96,9 +96,7 @@ class Parser(argparse.ArgumentParser):
                 ) from e
             arguments += read([self._hyphenate(argument) for argument in stored])
         for argument in arguments:
-            if re.search(
-                "[\ud800-\udfff]", argument
-            ):  # bytes that are no text here, which TensorBoard and ITK cannot take
+            if re.search("[\ud800-\udfff]", argument):  # bytes that are no text, which TensorBoard and ITK cannot take
                 raise UserError(
                     f"{argument!a} is not valid in this locale's encoding. Set LC_ALL=C.UTF-8, or rename the file."
                 )

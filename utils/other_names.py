@@ -5,9 +5,8 @@ from collections.abc import Container
 EPOCHS = "--iterations, a number of batches. An epoch is labeled scans / labeled crops in a batch of them"
 ELSEWHERE: dict[tuple[str, ...], tuple[str, ...]] = {  # names -> what to give here, the first that the command has
     ("epochs", "epoch", "max-epochs", "num-epochs", "n-epochs"): (EPOCHS,),
-    ("max-iterations", "max-iteration", "max-iters", "iters", "num-iterations", "steps", "max-steps"): (
-        "--iterations",
-    ),
+    ("max-iterations", "max-iteration", "num-iterations"): ("--iterations",),
+    ("max-iters", "iters", "steps", "max-steps"): ("--iterations",),
     ("gpu", "gpus", "gpu-id", "gpu-ids", "cuda", "use-cuda"): ("--device, as --device cuda:0",),
     ("base-lr", "lr-rate", "learning-rate", "initial-lr", "init-lr"): ("--lr",),
     ("root-path", "data-path", "data-dir", "data-root", "dataset", "dataset-path", "list-path"): ("--data",),
