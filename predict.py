@@ -95,7 +95,8 @@ class Options:
     dicom_seg: bool = option(False, "of a DICOM series also write NAME_seg.dcm, a DICOM-SEG; needs highdicom "
                              "(requirements-dicom.txt)", group="results")  # fmt: skip
     report: str = option("", "CSV with each class's volume in ml; rows of other scans stay (default volumes.csv in "
-                         "--out)", group="results")  # fmt: skip
+                         "--out)",
+                         group="results")  # fmt: skip
     overwrite: bool = option(False, "replace results that are there", group="results")
     precision: str = option("fp32", "arithmetic of the convolutions", choices=(*PRECISIONS, "fp16"))
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
