@@ -36,7 +36,6 @@ class MCNetPlus(Method):
 
     @dataclass
     class Options(Method.Options):
-        filters: int = option(16, "channels of the V-Net's first block", minimum=1)
         softmax: bool = option(False, "p by a softmax over C+1 channels in place of C sigmoids")
         temperature: float = option(0.1, "T of the sharpened pseudo-labels; 1: not sharpened", minimum=0.01,
                                     only_if=AGREES)  # fmt: skip

@@ -29,7 +29,6 @@ class MeanTeacher(Method):
 
     @dataclass
     class Options(Method.Options):
-        filters: int = option(16, "channels of the first block of both V-Nets", minimum=1)
         softmax: bool = option(
             False, "p by a softmax over C+1 channels, as the released code of UA-MT, in place of C sigmoids"
         )

@@ -22,7 +22,6 @@ class Supervised(Method):
 
     @dataclass
     class Options(Method.Options):
-        filters: int = option(16, "channels of the V-Net's first block", minimum=1)
         head: str = option("seg", "seg: V-Net or M_s alone; sdm: M_d alone", choices=("seg", "sdm"))
         softmax: bool = option(
             False, "p by a softmax over C+1 channels, as the V-Net rows of UA-MT, in place of C sigmoids",
