@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dataloaders.cases import CaseError
 from utils.channels import with_channels
 from utils.errors import UserError
 from utils.options import option
@@ -142,6 +143,9 @@ def sliding_window(
 
     Returns:
         (C,W,H,D) float32 on the CPU: of a large scan with several classes a GPU may have no room for it.
+
+    Raises:
+        CaseError: for predictions that are not finite, which would be background.
     """
     slabs = sliding_slabs(predict, image, patch_size, stride, batch_size=batch_size, weighting=weighting)
     whole = None
@@ -150,6 +154,11 @@ def sliding_window(
             whole = torch.empty(len(slab), *image.shape[-3:])
         whole[:, start : start + slab.shape[1]] = slab
     assert whole is not None  # there is at least one window
+    if not math.isfinite(whole.sum(dtype=torch.float64)):
+        raise CaseError(
+            "gets probabilities that are not a number or infinite. Leave out --precision fp16, which ends at 65504, if "
+            "it is given. Else the weights or the intensities are damaged"
+        )
     return whole
 
 
@@ -237,6 +246,9 @@ def predict_scan(
 
     Returns:
         (len(outputs)*C,W,H,D) in [0,1], on the CPU.
+
+    Raises:
+        CaseError: as `sliding_window`.
     """
     p = sliding_window(
         lambda patches: mean_of_flips(lambda turned: method.predict(turned, outputs), patches, flips),

@@ -120,7 +120,7 @@ def predict_scan(
 
     Raises:
         CaseError: a scan that cannot be read, has other channels than the model takes, or is constant, also within
-            the window.
+            the window; predictions that are not finite.
     """
     path = scan.files[0]
     source, stated = read_series(scan.slices) if scan.slices else read_channels(scan.files)
