@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dataloaders.cases import CaseError
 from utils.channels import with_channels
 from utils.errors import UserError
 from utils.options import option
@@ -145,7 +144,8 @@ def sliding_window(
         (C,W,H,D) float32 on the CPU: of a large scan with several classes a GPU may have no room for it.
 
     Raises:
-        CaseError: for predictions that are not finite, which would be background.
+        FloatingPointError: for predictions that are not finite, which would be background. The message continues a
+            sentence that begins with the scan.
     """
     slabs = sliding_slabs(predict, image, patch_size, stride, batch_size=batch_size, weighting=weighting)
     whole = None
@@ -155,7 +155,7 @@ def sliding_window(
         whole[:, start : start + slab.shape[1]] = slab
     assert whole is not None  # there is at least one window
     if not math.isfinite(whole.sum(dtype=torch.float64)):
-        raise CaseError(
+        raise FloatingPointError(
             "gets probabilities that are not a number or infinite. Leave out --precision fp16, which ends at 65504, if "
             "it is given. Else the weights or the intensities are damaged"
         )
@@ -248,7 +248,7 @@ def predict_scan(
         (len(outputs)*C,W,H,D) in [0,1], on the CPU.
 
     Raises:
-        CaseError: as `sliding_window`.
+        FloatingPointError: as `sliding_window`.
     """
     p = sliding_window(
         lambda patches: mean_of_flips(lambda turned: method.predict(turned, outputs), patches, flips),

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from dataloaders.cases import Case
+from dataloaders.cases import Case, CaseError
 from dataloaders.channels import normalise_channels, read_channels, refuse_number
 from dataloaders.dicom import read_series
 from dataloaders.geometry import DEFAULT_GEOMETRY
@@ -75,8 +75,14 @@ def probability(model: Model, image: Tensor, predict: Callable[[Tensor], Tensor]
 
     The image is (W,H,D) or (K,W,H,D), in the spacing of the training, and the result is on its grid. The device holds
     the image and a slab of one patch along x.
+
+    Raises:
+        CaseError: for predictions that are not finite.
     """
-    p = sliding_window(predict, downsample_image(image, model.downsample), **window)
+    try:
+        p = sliding_window(predict, downsample_image(image, model.downsample), **window)
+    except FloatingPointError as e:
+        raise CaseError(e) from e
     return upsample_probability(p, model.downsample, tuple(image.shape[-3:])).numpy()
 
 
