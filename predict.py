@@ -45,7 +45,7 @@ from networks.backbone import PRECISIONS, set_precision
 from tools.dicom_seg import dicom_seg, require_highdicom
 from tools.given_scans import DICOM_ENDINGS, Scan, given_scans
 from tools.segment import Model, predict_scan
-from tools.volumes import read_volumes, volume_rows, volumes_table, write_volumes
+from tools.volumes import refuse_rows, volume_rows, volumes_table, write_volumes
 from utils.checkpoint import channels_of_state, classes_of_state, unfinished, write_whole
 from utils.devices import enough_memory, refuse_precision, set_up
 from utils.errors import UserError, run, warn
@@ -94,10 +94,10 @@ class Options:
                                 group="results", choices=("none", "float32", "uint8"))  # fmt: skip
     dicom_seg: bool = option(False, "of a DICOM series also write NAME_seg.dcm, a DICOM-SEG; needs highdicom "
                              "(requirements-dicom.txt)", group="results")  # fmt: skip
-    report: str = option("", "CSV with each class's volume in ml; rows of other scans stay (default volumes.csv in "
-                         "--out)",
+    report: str = option("", "CSV with each class's volume in ml; rows of scans of other names stay (default "
+                         "volumes.csv in --out)",
                          group="results")  # fmt: skip
-    overwrite: bool = option(False, "replace results that are there", group="results")
+    overwrite: bool = option(False, "replace results that are there, and their rows in --report", group="results")
     precision: str = option("fp32", "arithmetic of the convolutions", choices=(*PRECISIONS, "fp16"))
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     threads: int = option(0, "CPU threads; 0 leaves torch's choice", minimum=0)
@@ -274,7 +274,7 @@ def main(argv: list[str] | None = None) -> None:
     refuse_scans(scans, o, model.classes)
 
     report = Path(o.report) if o.report else Path(o.out, "volumes.csv")
-    read_volumes(report)  # refuses a file of another kind
+    refuse_rows(report, [] if o.overwrite else [scan.name for scan in scans])  # and a file of another kind
     rows: list[dict[str, Any]] = []
     refused: list[str] = []
     written: set[Path] = set()

@@ -28,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from dataloaders.cases import Case, lists_of, read_case
+from dataloaders.cases import Case, lists_of, named, read_case
 from dataloaders.channel_names import refuse_other_channels
 from dataloaders.class_names import class_names, named_classes, refuse_other_numbers
 from dataloaders.geometry import known_spacing, read_geometry
@@ -228,10 +228,11 @@ def main(argv: list[str] | None = None) -> None:
             upcoming = reader.submit(read_case, mine[i + 1]) if i + 1 < len(mine) else None
             assert label is not None
             image = normalized_case(case, image, normalize)
-            p = predict_scan(
-                method, torch.from_numpy(image).to(device), outputs, downsample=downsample,
-                patch_size=patch_size, stride=stride, weighting=o.weighting, batch_size=o.batch_size, flips=o.flips,
-            )  # fmt: skip
+            with named(case):
+                p = predict_scan(
+                    method, torch.from_numpy(image).to(device), outputs, downsample=downsample,
+                    patch_size=patch_size, stride=stride, weighting=o.weighting, batch_size=o.batch_size, flips=o.flips,
+                )  # fmt: skip
             maps = {name: label_map(part).numpy() for name, part in zip(outputs, p.split(classes), strict=True)}
             waiting.append(scorers.submit(
                 score_scan, case, maps, label, new / "predictions", o.save, o.nsd_tolerance, o.metrics

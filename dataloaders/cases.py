@@ -178,10 +178,11 @@ def labeled_case(folder: Path, name: str) -> Case:
 
 @contextmanager
 def named(case: Case, advice: str = "") -> Iterator[None]:
-    """Context that turns a CaseError into a UserError with the case's name and file."""
+    """Context that turns a CaseError, or a prediction that is not finite, into a UserError with the case's name and
+    file."""
     try:
         yield
-    except CaseError as e:
+    except (CaseError, FloatingPointError) as e:
         raise UserError(f"{case.name}: {case.path} {e}. {advice}".rstrip()) from e
 
 

@@ -138,6 +138,10 @@ def sliding_window(
 
     Returns:
         (C,W,H,D) float32 on the CPU: of a large scan with several classes a GPU may have no room for it.
+
+    Raises:
+        FloatingPointError: for predictions that are not finite, which would be background. The message continues a
+            sentence that begins with the scan.
     """
     slabs = sliding_slabs(predict, image, patch_size, stride, batch_size=batch_size, weighting=weighting)
     whole = None
@@ -146,6 +150,11 @@ def sliding_window(
             whole = torch.empty(len(slab), *image.shape[-3:])
         whole[:, start : start + slab.shape[1]] = slab
     assert whole is not None  # there is at least one window
+    if not math.isfinite(whole.sum(dtype=torch.float64)):
+        raise FloatingPointError(
+            "gets probabilities that are not a number or infinite. Leave out --precision fp16, which ends at 65504, if "
+            "it is given. Else the weights or the intensities are damaged"
+        )
     return whole
 
 
@@ -230,6 +239,9 @@ def predict_scan(
 
     Returns:
         (len(outputs)*C,W,H,D) in [0,1], on the CPU.
+
+    Raises:
+        FloatingPointError: as `sliding_window`.
     """
     p = sliding_window(
         lambda patches: mean_of_flips(lambda turned: method.predict(turned, outputs), patches, flips),

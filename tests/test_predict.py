@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+import h5py
 import nibabel
 import numpy as np
 import pytest
@@ -269,6 +270,16 @@ def test_bad_scans_are_named_and_the_others_predicted(world, tmp_path):
     scans = [tmp_path / "cut.nii.gz", flat, tmp_path / "good.nii.gz"]
     with pytest.raises(UserError, match=r"2 of 3 scans .*\n  .*cut.nii.gz is damaged.*\n  .*flat.nrrd is constant"):
         predicted(world / "runs" / "dtml", scans, tmp_path / "out")
+    assert sorted(os.listdir(tmp_path / "out")) == ["good.nii.gz", "volumes.csv"]
+
+
+def test_a_scan_whose_prediction_overflows_is_named_not_segmented_as_empty(world, tmp_path):
+    name = lists_of(world / "set")[1][0]
+    scans = [shutil.copy(world / "set" / name / "mri_norm2.h5", tmp_path / f"{kind}.h5") for kind in ("good", "large")]
+    with h5py.File(scans[1], "a") as f:
+        f["image"][...] *= 1e6
+    with pytest.raises(UserError, match=r"1 of 2 scans .*\n  .*large.h5 gets .* not a number or infinite"):
+        predicted(world / "runs" / "dtml", scans, tmp_path / "out", "--precision", "fp16")
     assert sorted(os.listdir(tmp_path / "out")) == ["good.nii.gz", "volumes.csv"]
 
 

@@ -329,3 +329,14 @@ def test_the_table_names_the_classes_and_keeps_the_rows_of_other_scans(world, tm
     with pytest.raises(UserError, match=r"mine.csv is no table of predict.py"):
         predicted(run, [scan(world, 3)], out, "--report", str(tmp_path / "mine.csv"))
     assert (tmp_path / "mine.csv").read_text() == "name,age\nA,7\n" and not (out / "patient3.nii.gz").exists()
+
+
+def test_a_report_keeps_the_rows_of_another_scan_of_the_same_name(world, tmp_path):
+    run, report = world / "runs" / "dtml", tmp_path / "all.csv"
+    predicted(run, [scan(world)], tmp_path / "one", "--report", str(report))
+    kept = report.read_bytes()
+    with pytest.raises(UserError, match=r"all.csv has rows of patient0 already.*--overwrite"):
+        predicted(run, [scan(world, 1), scan(world)], tmp_path / "two", "--report", str(report))
+    assert report.read_bytes() == kept and not (tmp_path / "two").exists()
+    predicted(run, [scan(world)], tmp_path / "two", "--report", str(report), "--overwrite")
+    assert report.read_bytes() == kept

@@ -114,9 +114,10 @@ def test_below_six_scans_there_is_neither_interval_nor_p(n):
 
 def test_p_is_the_share_of_all_ways_to_deal_the_runs_out():
     rng = np.random.default_rng(0)
-    for k, m in ((5, 5), (5, 7), (6, 5)):
-        a, b = rng.normal(0, 1, k), rng.normal(1, 1, m)
-        runs = [*a, *b]
+    pairs = [(rng.normal(0, 1, k), rng.normal(1, 1, m)) for k, m in ((5, 5), (5, 7), (6, 5))]
+    pairs += [np.array([[0.812, 0.809, 0.807, 0.804, 0.804], [0.8, 0.801, 0.8, 0.802, 0.812]])]  # some splits are equal
+    for a, b in pairs:
+        runs, k, m = [*a, *b], len(a), len(b)
         ways = [
             abs(np.mean(group) - np.mean([runs[i] for i in range(k + m) if i not in chosen]))
             for chosen in itertools.combinations(range(k + m), k)

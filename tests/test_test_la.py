@@ -20,6 +20,7 @@ from tested_run import CASES, FLAGS, rows_of, saved_mask, score, trained
 import test_la
 import train_dtml
 from evaluation.sliding_window import predict_scan
+from utils.errors import UserError
 
 __all__ = ["trained"]  # a fixture
 
@@ -152,6 +153,17 @@ def test_empty_prediction_counts_as_dice_0_and_scores_the_diagonal(trained, tmp_
         for name in ("asd", "hd95"):
             assert float(empty[f"{name}{unit}_penalised"]) == pytest.approx(length, abs=1e-6)
             assert full[f"{name}{unit}_penalised"] == full[f"{name}{unit}"]
+
+
+def test_a_scan_whose_prediction_overflows_is_named_not_scored_as_empty(trained, tmp_path):
+    folder = shutil.copytree(trained.parent / "set", tmp_path / "set")
+    with h5py.File(folder / "case08" / "mri_norm2.h5", "a") as f:
+        f["image"][...] *= 1e6
+    args = ["--data", str(folder), "--output", "seg"]
+    score(trained, tmp_path / "fp32", *args)
+    with pytest.raises(UserError, match=r"case08: .*case08.* not a number or infinite.*--precision fp16"):
+        score(trained, tmp_path / "fp16", *args, "--precision", "fp16")
+    assert not (tmp_path / "fp16" / "cases.csv").exists()
 
 
 def test_a_scan_with_nothing_to_find_is_counted_apart(trained, tmp_path, capsys, fake):

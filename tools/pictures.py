@@ -120,7 +120,7 @@ def figure2(paths: Sequence[str], o: Options) -> Figure:
         x, y = around(turn(label)[..., z] > 0)
         with named(case):
             scaled = normalized_case(case, image, normalization_of(trained))
-        maps = maps_of_slice(method, scaled, z, trained["patch_size"], trained["downsample"])
+            maps = maps_of_slice(method, scaled, z, trained["patch_size"], trained["downsample"])
         shown = {key: turn(maps[key][..., None])[x, y, 0] for key in sorted(maps, key="pqmz".find, reverse=True)}
         spacing = turn.geometry({"spacing": spacing}, image.shape)["spacing"]
         image = turn(with_channels(image)[0])[x, y, z]

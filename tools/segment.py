@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from dataloaders.cases import Case, refuse_channels
+from dataloaders.cases import Case, CaseError, refuse_channels
 from dataloaders.channels import normalise_channels, read_channels
 from dataloaders.dicom import read_series
 from dataloaders.geometry import DEFAULT_GEOMETRY
@@ -68,8 +68,14 @@ def probability(model: Model, image: Tensor, predict: Callable[[Tensor], Tensor]
 
     The image is (W,H,D) or (K,W,H,D), in the spacing of the training, and the result is on its grid. The device holds
     the image and a slab of one patch along x.
+
+    Raises:
+        CaseError: for predictions that are not finite.
     """
-    p = sliding_window(predict, downsample_image(image, model.downsample), **window)
+    try:
+        p = sliding_window(predict, downsample_image(image, model.downsample), **window)
+    except FloatingPointError as e:
+        raise CaseError(e) from e
     return upsample_probability(p, model.downsample, tuple(image.shape[-3:])).numpy()
 
 
@@ -112,7 +118,7 @@ def predict_scan(
 
     Raises:
         CaseError: a scan that cannot be read, has other channels than the model takes, or is constant, also within
-            the window.
+            the window; predictions that are not finite.
     """
     path = scan.files[0]
     source, stated = read_series(scan.slices) if scan.slices else read_channels(scan.files)

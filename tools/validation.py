@@ -41,7 +41,7 @@ def validation_scores(
         NaN if no scan has.
 
     Raises:
-        UserError: for a case that can no longer be read.
+        UserError: for a case that can no longer be read, or whose prediction is not finite.
     """
     share_buffers(method)  # each process has running statistics of its own, and the checkpoint those of process 0
     method.eval()
@@ -51,11 +51,12 @@ def validation_scores(
             image, label = read_case(case)
             image = normalized_case(case, image, normalize)
         assert label is not None
-        p = predict_scan(
-            method, torch.from_numpy(image).to(device), method.outputs[:1],
-            downsample=downsample, patch_size=patch_size, stride=half_a_patch(patch_size), weighting="uniform",
-            batch_size=batch_size,
-        )  # fmt: skip
+        with named(case):
+            p = predict_scan(
+                method, torch.from_numpy(image).to(device), method.outputs[:1],
+                downsample=downsample, patch_size=patch_size, stride=half_a_patch(patch_size), weighting="uniform",
+                batch_size=batch_size,
+            )  # fmt: skip
         dices.append(class_dices(label_map(p).numpy(), label, case.classes))
     method.train()
     dices = in_turn(dices, 1)

@@ -13,7 +13,7 @@ from dataloaders.geometry import Geometry
 from evaluation.scores import as_csv
 from utils.checkpoint import write_whole
 from utils.errors import UserError
-from utils.text import markdown_table
+from utils.text import markdown_table, some
 
 COLUMNS = ["scan", "class", "name", "voxels", "ml"]
 
@@ -48,6 +48,17 @@ def read_volumes(path: Path) -> list[dict[str, Any]]:
     if reader.fieldnames != COLUMNS or any(None in row or None in row.values() for row in rows):
         raise UserError(f"{path} is no table of predict.py, which adds nothing to it. Name another file with --report.")
     return rows
+
+
+def refuse_rows(path: Path, scans: Sequence[str]) -> None:
+    """Raises UserError for an earlier table that has rows of one of these scans, or as `read_volumes`."""
+    there = {row["scan"] for row in read_volumes(path)}
+    twice = [name for name in scans if name in there]
+    if twice:
+        raise UserError(
+            f"{path} has rows of {some(twice)} already, which would be replaced. Name another file with --report, or "
+            "give --overwrite if they are of the same scans."
+        )
 
 
 def write_volumes(path: Path, rows: Sequence[dict[str, Any]]) -> None:
