@@ -184,10 +184,14 @@ def test_the_worked_example_is_taken_in_by_the_tests_and_passes_them(copy):
     that go through all methods or rows at once."""
     for place in ("## 6. The tests", "The tables in `results/`"):
         shell(copy, code_after(place, "bash"))
+    others = {p.parent.name for p in ROOT.glob("results/*/tables.md") if "UniMatch" in p.read_text(encoding="utf-8")}
+    assert others == set(re.search(r"for name in (.*?);", ADDING)[1].split())  # the tables with the methods of RECENT
     assert "Entropy minimisation" in (copy / "results" / "half" / "tables.md").read_text(encoding="utf-8")
+    python(copy, "-m", "ruff", "check", ".")
+    python(copy, "-m", "ruff", "format", "--check", ".")
     at_once = "every_method_that or every_flag or the_stored"
-    others = " or ".join(METHODS)  # their own tests pass here as they do there
-    chosen = f"(entropy or {at_once}) and not (worked or {others})"
+    named = " or ".join(METHODS)  # their own tests pass here as they do there
+    chosen = f"(entropy or {at_once}) and not (worked or {named})"
     names = ("methods", "flags", "help", "unused_flags", "golden", "precision", "docs")
     files = [*(f"tests/test_{name}.py" for name in names), "tests/faults/test_stop_and_resume.py"]
     result = python(copy, "-m", "pytest", "-p", "no:cacheprovider", "-k", chosen, *files)

@@ -247,6 +247,19 @@ def test_differences_are_each_scan_s_and_their_mean(tmp_path):
     assert axes.get_xlabel().endswith("(none: too few scans)")
 
 
+def test_curves_show_the_unlabeled_loss_of_every_method_and_its_weight():
+    """Of DTML lambda and the consistency, of DTML+ w and the losses of its pseudo-labels, at the logged values."""
+    half = Path(__file__).parent.parent / "results" / "half"
+    figure = pictures.curves([str(half / "dtml-16-seed1337"), str(half / "plus-8-seed1340")], pictures.Options())
+    lines = [{line.get_label(): line for line in axes.lines if line.get_label()[0] != "_"} for axes in figure.axes]
+    dtml, plus = ({tag: line for panel in lines[i::2] for tag, line in panel.items()} for i in (0, 1))
+    assert {"lambda", "loss/consistency"} <= set(dtml) and "w" not in dtml
+    assert {"w", "loss/pseudo_seg", "loss/pseudo_mask"} <= set(plus) and "lambda" not in plus
+    assert plus["w"].get_ydata()[-1] == pytest.approx(0.5)
+    colours = [line.get_color() for line in lines[3].values()]
+    assert len(colours) == len(set(colours)) == 4
+
+
 @pytest.mark.parametrize(
     ("args", "says"),
     [

@@ -154,6 +154,7 @@ def test_an_unfinished_run_keeps_its_iterations_and_none_gets_fewer(run, tmp_pat
     ("main", "args", "message"),
     [
         (train_dtml.main, "--epochs 100", r"unknown argument --epochs. Here it is --iterations, a number of batches"),
+        (train_dtml.main, "--method ua-mt --head sdm", r"--head\. It is an option of --method supervised\."),
         (train_dtml.main, "--gpu 0", r"unknown argument --gpu. Here it is --device, as --device cuda:0"),
         (train_dtml.main, "--lr_rate 0.1", r"unknown argument --lr-rate. Here it is --lr\."),
         (train_dtml.main, "--labeled_bs=2", r"unknown argument --labeled-bs. Here it is --labeled-batch\."),

@@ -156,7 +156,8 @@ def test_option_acts_or_is_refused_and_idle(method, switch, name):
         everything = parsed(method, f"{beside} {changed}")
         (idle,) = (n for n, value in everything.items() if text.startswith(f"{flag_of(n, value)} does nothing "))
         without = as_flags({n: value for n, value in everything.items() if n != idle})
-        assert outcome(method, " ".join(without.split())) == outcome(method, f"{beside} {changed}"), text
+        same = outcome(method, " ".join(without.split())) == outcome(method, f"{beside} {changed}")
+        assert same, f"the error says {text!r}, but the weights change: see the option's only_if"
     assert acts == [] or any(acts), f"--{name} does nothing with {switch} and is not refused"
 
 

@@ -3,6 +3,7 @@
 Order of precedence: defaults < profile < preset < command line.
 """
 
+import dataclasses
 import itertools
 import math
 import os
@@ -125,7 +126,11 @@ def origin_name(path: Path) -> str:
 
 def flags_of(method: str, description: str = "") -> Parser:
     """The parser of train_dtml.py for a method."""
-    parser = Parser(description=description, prog="train_dtml.py", renamed=RENAMED.get(method))
+    owners: dict[str, list[str]] = {}
+    for other, kind in METHODS.items():
+        for f in (f for f in dataclasses.fields(kind.Options) if f.metadata["flag"]):
+            owners.setdefault(f.name, []).append(other)
+    parser = Parser(description=description, prog="train_dtml.py", renamed=RENAMED.get(method), owners=owners)
     parser.add_dataclass(Options)
     parser.add_dataclass(METHODS[method].Options, title=f"method {method}")
     return parser

@@ -59,8 +59,8 @@ SCALES = "scales.csv"
 FIGURES = ("figure2", "figure3", "curves", "differences", "labels", "scale")
 PANELS = (
     ("Dice in training", ("dice/train_seg", "dice/train_sdm")),
-    ("loss", ("loss/seg", "loss/mask", "loss/consistency")),
-    ("lambda", ("lambda",)),
+    ("loss", ("loss/seg", "loss/mask", "loss/consistency", "loss/pseudo", "loss/pseudo_seg", "loss/pseudo_mask")),
+    ("weight", ("lambda", "w")),
     ("live voxels of m", ("live_gradient/sdm", "live_share/sdm")),
 )
 

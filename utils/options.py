@@ -69,8 +69,15 @@ def default_of(f: dataclasses.Field) -> Any:
 class Parser(argparse.ArgumentParser):
     """Hyphenated flags (underscores accepted), no abbreviations, @FILE replays flags, typos name the nearest flag."""
 
-    def __init__(self, *, renamed: Mapping[str, str] | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        *,
+        renamed: Mapping[str, str] | None = None,
+        owners: Mapping[str, Sequence[str]] | None = None,
+        **kwargs: Any,
+    ):
         self.renamed = renamed or {}
+        self.owners = owners or {}
         super().__init__(
             allow_abbrev=False,
             formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=110),
@@ -113,9 +120,11 @@ class Parser(argparse.ArgumentParser):
         options, unknown = self.parse_known_intermixed_args(self.expand(argv))
         if unknown:
             flag = next((w for w in unknown if w.startswith("-")), unknown[0]).partition("=")[0]
-            new = self.renamed.get(flag.lstrip("-").replace("-", "_"))
-            if new:
-                self.error(f"unknown argument {flag}: it is called {flag_of(new)} now.")
+            name = flag.lstrip("-").replace("-", "_")
+            if name in self.renamed:
+                self.error(f"unknown argument {flag}: it is called {flag_of(self.renamed[name])} now.")
+            if name in self.owners:
+                self.error(f"unknown argument {flag}. It is an option of --method {', '.join(self.owners[name])}.")
             names = [name.lstrip("-") for name in self._option_string_actions]  # the dashes would make all look alike
             here = called_here(flag.lstrip("-"), names)
             if here:

@@ -2,7 +2,7 @@
 
 from collections.abc import Container
 
-EPOCHS = "--iterations, a number of batches. An epoch is labeled scans / labeled crops in a batch of them"
+EPOCHS = "--iterations, a number of batches. An epoch has (labeled scans) / (labeled crops of a batch) iterations"
 ELSEWHERE: dict[tuple[str, ...], tuple[str, ...]] = {  # names -> what to give here, the first that the command has
     ("epochs", "epoch", "max-epochs", "num-epochs", "n-epochs"): (EPOCHS,),
     ("max-iterations", "max-iteration", "num-iterations"): ("--iterations",),
