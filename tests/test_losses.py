@@ -166,15 +166,6 @@ def test_one_joint_backward_gives_the_gradients_of_problems_5_and_6(sdm_loss, ti
         assert torch.allclose(gradient, own, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("term", ["seg", "mask"])
-def test_supervised_terms_see_the_labeled_items_only(term):
-    method = DTML(DTML.Options(filters=2, k=5.0), iterations=10).eval()
-    batch = {**batch64(2), "image": batch64(2)["image"].float()}
-    before = method(batch, 0).terms[term]
-    batch["image"][1:] = torch.randn_like(batch["image"][1:])
-    assert torch.equal(before, method(batch, 0).terms[term])
-
-
 def test_dtml_predicts_both_outputs_and_their_mean():
     method = DTML(DTML.Options(filters=2), iterations=10).eval()
     seg, sdm, mean = method.predict(torch.randn(2, 1, 16, 16, 16), method.outputs).unbind(1)
