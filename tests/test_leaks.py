@@ -15,7 +15,7 @@ from dataloaders.two_stream import TwoStreamBatchSampler
 from methods import METHODS
 
 LABELED, TRAIN = 4, 8
-FLAGS = [*TINY, "--batch-size", "2", "--iterations", "6", "--log-every", "1", "--picture-every", "6"]
+FLAGS = [*TINY, "--batch-size", "2", "--iterations", "4", "--log-every", "1", "--picture-every", "4"]
 
 
 def train(data, folder, *flags):
@@ -97,7 +97,6 @@ def test_labels_of_labeled_cases_do_change_the_result(clean, tmp_path):
     assert result(tmp_path / "run") != clean("--sdm-loss", "both")
 
 
-SHORT = ["--iterations", "4", "--picture-every", "4"]  # one epoch of the labeled cases
 # What is opened depends on unlabeled crops, a second crop, cache and workers alone: no method reads a file
 # (test_house.py).
 READERS = [("dtml", "right labels", "ram")]
@@ -137,7 +136,7 @@ def log(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("flags", "how", "cache"), READERS)
 def test_no_label_of_an_unlabeled_case_and_no_file_of_a_test_case_is_opened(flags, how, cache, clean, tmp_path, log):
     method, *more = flags.split()
-    flags = [*method_words(method), *more, *SHORT]
+    flags = [*method_words(method), *more]
     expected = clean(*flags)
     data = make_set(tmp_path / "set")
     poison(data, how)
