@@ -157,6 +157,33 @@ def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs / "run"
 
 
+@pytest.fixture(scope="session")
+def trained(data: Path) -> Path:
+    """The folder, beside `data`, of a run on it, made once: to be read only. 30 iterations are enough for balls: both
+    networks segment most of each, with a ragged border. previous.pt is of 20 iterations."""
+    import train_dtml  # not for tests that do without it
+
+    argv = ["--data", str(data), "--runs", str(data.parent), "--name", "trained", *TINY, "--iterations", "30"]
+    train_dtml.main([*argv, "--lr", "0.1", "--lr-steps", "--k", "10", "--filters", "4", "--save-every", "20"])
+    return data.parent / "trained"
+
+
+def score(checkpoint: Path, out: Path, *args: str) -> list[dict[str, str]]:
+    """Tests a checkpoint and returns the rows of cases.csv."""
+    import test_la  # not for tests that do without it
+
+    where = ["--checkpoint", str(checkpoint), "--out", str(out), "--stride", "8", "8", "8"]
+    test_la.main([*where, "--threads", "1", *args])
+    return csv_rows(out / "cases.csv")
+
+
+def saved_mask(out: Path, output: str, case: str) -> np.ndarray:
+    """A saved prediction as (W,H,D)."""
+    import SimpleITK as sitk  # not for tests that do without it
+
+    return sitk.GetArrayFromImage(sitk.ReadImage(str(out / f"predictions/{output}/{case}.nii.gz"))).transpose(2, 1, 0)
+
+
 @pytest.fixture
 def checkpoint(finished: Path, tmp_path: Path) -> Path:
     """A copy of its checkpoint, alone in a folder."""

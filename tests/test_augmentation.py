@@ -8,14 +8,12 @@ import torch
 from conftest import TINY, make_set, trained_in_three_ways, write_case
 from scipy.ndimage import affine_transform
 
-import train_dtml
 from dataloaders.augmentation import Strengths, degraded, draw_augmentation, draw_warp
 from dataloaders.cases import Case
 from dataloaders.two_stream import Patches, Slot
 from dataloaders.volumes import Volumes
 from evaluation.sliding_window import unlearned_flips
 from losses.sdm import signed_distance_map
-from utils.errors import UserError
 
 SHAPE, PATCH, SPACING = (40, 36, 24), (16, 12, 8), (1.0, 1.5, 2.5)
 ALL = {"random_scale": 0.2, "random_rotation": 15.0, "random_bias": 0.3, "random_blur": 1.0, "random_resolution": 1.0,
@@ -245,23 +243,6 @@ def test_flips_of_a_prediction_that_were_not_trained_on_are_named():
 
 
 # -- runs --
-
-
-@pytest.mark.parametrize(
-    ("args", "text"),
-    [
-        ("--method dtc --sdm-of scan --random-rotation 5", "--sdm-of scan does not go with .*--sdm-of crop"),
-        ("--method dtc --sdm-of scan --random-scale 0.1", "--sdm-of scan does not go with"),
-        ("--augment flip --flip-axes x x", "--flip-axes names an axis twice"),
-        ("--flip-axes z", "--flip-axes does nothing with --augment d4"),
-        ("--random-rotation 200", "between 0 and 180"),
-    ],
-)
-def test_what_does_not_go_together_is_refused(args, text, tmp_path):
-    data = make_set(tmp_path / "set", train=4, labeled=2)
-    with pytest.raises(UserError, match=text):
-        train_dtml.main(["--data", str(data), *TINY, "--labeled", "2", "--runs", str(tmp_path), *args.split()])
-    assert {path.name for path in tmp_path.iterdir()} == {"set"}
 
 
 def test_a_run_with_all_of_them_is_equal_in_every_cache_with_workers_and_when_resumed(tmp_path):

@@ -301,10 +301,9 @@ LAYOUTS = ("2018LA_Seg_Training Set/{}/mri_norm2.h5", "{}/mri_norm2.h5", "{}.h5"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ["site2/patient1"])
-def test_the_spacing_is_what_file_or_set_declare_and_else_unknown(layout, name, tmp_path):
+def test_the_spacing_is_what_file_or_set_declare_and_else_unknown(layout, tmp_path):
     """Whatever the folder is called."""
-    image = np.random.default_rng(0).random((4, 5, 6), np.float32)
+    name, image = "site2/patient1", np.random.default_rng(0).random((4, 5, 6), np.float32)
     write_case(tmp_path / "data" / layout.format(name), image, None)
     (case,), _ = find_cases(tmp_path / "data", [name], labeled=False)
     assert known_spacing(case) is None

@@ -1,5 +1,6 @@
 """Which device is taken, and that the memory that a step frees serves the next one."""
 
+import errno
 import os
 import re
 import subprocess
@@ -11,7 +12,7 @@ from conftest import TINY
 
 import train_dtml
 from utils import devices, distributed
-from utils.devices import choose_device, nvidia_card, refuse_precision
+from utils.devices import choose_device, enough_memory, nvidia_card, refuse_precision
 from utils.errors import UserError
 
 # -- a card that torch does not reach --
@@ -152,3 +153,53 @@ def test_after_an_error_a_gpu_s_process_does_not_wait_for_those_that_wait_for_it
         if fails:
             raise UserError("the GPU's memory does not suffice")
     assert seen == [{"cpu": "gloo", "cuda": "nccl"}[kind], *["left"] * left]
+
+
+# -- memory that does not suffice --
+
+
+OURS, GPU_S = "the memory does not suffice", "the GPU's memory does not suffice"
+NO_MEMORY = [
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:127] data. DefaultCPUAllocator: can't allocate memory: 4 GB"), OURS),
+    (RuntimeError("std::bad_alloc"), rf"{OURS} \(std::bad_alloc"),
+    (MemoryError(), OURS),
+    (OSError(errno.ENOMEM, "Cannot allocate memory"), OURS),
+    (
+        RuntimeError(
+            "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+            "RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+        ),
+        rf"{OURS} \(RuntimeError: \[enforce fail\] DefaultCPUAllocator: can't allocate memory",
+    ),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4 GiB."), GPU_S),
+    (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), GPU_S),
+    (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed in a tensor."), GPU_S),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), GPU_S),
+    (RuntimeError("FIND was unable to find an engine to execute this computation"), GPU_S),
+    (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported later"), GPU_S),
+    (RuntimeError("NCCL Error 1: unhandled cuda error, Cuda failure 2 'out of memory'"), GPU_S),
+]
+OTHER_ERRORS = [
+    RuntimeError("mat1 and mat2 shapes cannot be multiplied (size mismatch)"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+    OSError(errno.EIO, "out of memory"),
+]
+
+
+def failing(error: Exception):
+    """A function that fails so, wrapped as the scripts are."""
+
+    @enough_memory("Lower --batch-size.")
+    def fail() -> None:
+        raise error
+
+    return fail
+
+
+def test_memory_that_does_not_suffice_is_said_in_words_and_nothing_else_is_called_so():
+    for error, text in NO_MEMORY:
+        with pytest.raises(UserError, match=f"{text}.* Lower --batch-size"):
+            failing(error)()
+    for error in OTHER_ERRORS:
+        with pytest.raises(type(error), match=str(error)[:9]):
+            failing(error)()

@@ -322,16 +322,3 @@ def test_independent_crops_carry_their_own_labels():
     one = method.eval()({**batch, "other_image": other["image"], "other_label": other["label"]}, 0)
     two = method({**swapped, "other_image": batch["image"], "other_label": batch["label"]}, 0)
     torch.testing.assert_close(one.total, two.total)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "text"),
-    [
-        ({"groups": [8]}, "--groups must be two"),
-        ({"query_channels": 20}, "multiple of 16"),
-        ({"kmax": False, "consistency_terms": "qdc"}, "--no-kmax"),
-    ],
-)
-def test_options_that_cannot_be_built_are_a_user_s_mistake(wrong, text):
-    with pytest.raises(UserError, match=text):
-        make(**wrong)

@@ -72,15 +72,6 @@ def test_the_weight_waits_rises_and_stays():
     assert method(batch(), 10).terms["pseudo_seg"] == 0 and method(batch(), 10).weights["w"] == 0
 
 
-def test_labels_alone_are_its_control():
-    """Without unlabeled crops, and before they count, nothing is minimised but L_seg + L_mask."""
-    method = make(start=0.0, full=0.0, strong=0.0)
-    method.M_s.eval(), method.M_d.eval()
-    data = batch()
-    alone, both = method({**data, "image": data["image"][:2]}, 5), method(data, 5)
-    assert alone.total.item() == pytest.approx((both.terms["seg"] + both.terms["mask"]).item(), abs=1e-12)
-
-
 @pytest.mark.parametrize("classes", [1, 2])
 def test_outputs_are_the_networks_their_averages_and_the_means(classes):
     method, image = make(classes=classes).eval(), batch()["image"][:1]

@@ -236,17 +236,6 @@ ELSEWHERE = {
 # -- the test script --
 
 
-@pytest.fixture(scope="module")
-def finished(sets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run long enough that windows matter, with a checkpoint previous.pt of 20 and a last.pt of 30 iterations."""
-    runs = tmp_path_factory.mktemp("finished")
-    argv = ["--iterations", "30", "--lr", "0.1", "--lr-steps", "--k", "10", "--filters", "4", "--save-every", "20"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(sets)
-        train_dtml.main(["--runs", str(runs), "--data", "set", *BASE, *argv, "--name", "run"])
-    return runs / "run"
-
-
 @dataclasses.dataclass
 class Outcome:
     """What a test left, and what was seen while it ran."""
@@ -270,8 +259,8 @@ class Outcome:
         return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.nii.gz")}
 
 
-def run_test(finished: Path, out: Path, *argv: str) -> Outcome:
-    """Tests the run `finished`; the results are in `out` unless the words say otherwise."""
+def run_test(trained: Path, out: Path, *argv: str) -> Outcome:
+    """Tests the run `trained`; the results are in `out` unless the words say otherwise."""
     batches, asked, pools = [], [], []
     choose, predict, pool = devices.choose_device, METHODS["dtml"].predict, test_la.ThreadPoolExecutor
 
@@ -283,22 +272,22 @@ def run_test(finished: Path, out: Path, *argv: str) -> Outcome:
         patch.setattr(devices, "choose_device", lambda name: asked.append(name) or choose(name))
         patch.setattr(METHODS["dtml"], "predict", note_batch)
         patch.setattr(test_la, "ThreadPoolExecutor", lambda count: pools.append(count) or pool(count))
-        usual = ["--checkpoint", str(finished), "--stride", "8", "8", "8", "--device", "cpu"]
+        usual = ["--checkpoint", str(trained), "--stride", "8", "8", "8", "--device", "cpu"]
         test_la.main([*usual, "--threads", "1", "--out", str(out), *argv])
     return Outcome(Path(argv[argv.index("--out") + 1]) if "--out" in argv else out, batches, asked[0], pools)
 
 
 @pytest.fixture(scope="module")
-def usual_test(sets: Path, finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    """The run `finished` tested with no more words."""
+def usual_test(sets: Path, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """The run `trained` tested with no more words."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(sets)
-        return run_test(finished, tmp_path_factory.mktemp("tested"))
+        return run_test(trained, tmp_path_factory.mktemp("tested"))
 
 
 TEST_FLAGS: dict[str, tuple[list[str], Callable[[Outcome], Any]]] = {
     # option: flags, what differs; unless it is the cases, the cases are the same
-    "checkpoint": (["--checkpoint", "{finished}/previous.pt"], lambda t: t.cases),
+    "checkpoint": (["--checkpoint", "{trained}/previous.pt"], lambda t: t.cases),
     "data": (["--data", "other"], lambda t: t.cases),
     "output": (["--output", "sdm", "mean"], lambda t: t.cases),
     "cases": (["--cases", "case09"], lambda t: t.cases),
@@ -320,10 +309,10 @@ TEST_FLAGS: dict[str, tuple[list[str], Callable[[Outcome], Any]]] = {
 
 
 @pytest.mark.parametrize("name", TEST_FLAGS)
-def test_flag_of_the_test_changes_something(name, finished, usual_test, tmp_path):
+def test_flag_of_the_test_changes_something(name, trained, usual_test, tmp_path):
     argv, look = TEST_FLAGS[name]
-    argv = [word.format(finished=finished, tmp=tmp_path) for word in argv]
-    other = run_test(finished, tmp_path / "out", *argv)
+    argv = [word.format(trained=trained, tmp=tmp_path) for word in argv]
+    other = run_test(trained, tmp_path / "out", *argv)
     assert look(other) != look(usual_test)
     changing = ["checkpoint", "data", "output", "cases", "metrics", "nsd_tolerance", "patch_size", "stride",
                 "weighting", "flips", "precision"]  # fmt: skip

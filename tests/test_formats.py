@@ -1,6 +1,7 @@
 """Tables of tools.reproduce in three formats: LaTeX by its structure, CSV by the numbers of the records."""
 
 import csv
+import functools
 import io
 import itertools
 import math
@@ -14,6 +15,7 @@ from conftest import ROOT
 from records import cells, write_record
 
 from evaluation import statistics
+from evaluation.predictions import read_scores
 from evaluation.statistics import compare
 from methods import METHODS
 from tools import methods_page, pictures, reproduce
@@ -159,7 +161,8 @@ def test_cost_rank_and_recipe_stand_in_markdown(here, capsys):
 def test_all_recorded_tables_are_latex_and_csv(profile, monkeypatch, tmp_path, capsys):
     """Those of the repository, with every text of the grid; here few resamples do."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(statistics, "RESAMPLES", 200)
+    monkeypatch.setattr(statistics, "RESAMPLES", 20)
+    monkeypatch.setattr("evaluation.rows.read_scores", functools.cache(read_scores))  # each once
     text = printed(capsys, "--profile", profile, "--format", "latex")
     check_latex(text, tmp_path)
     assert "\\begin{longtable}" in text  # all runs

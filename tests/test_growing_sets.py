@@ -7,8 +7,7 @@ from pathlib import Path
 
 import h5py
 import pytest
-from decathlon import add, decathlon, names
-from scans import converted, make_scans
+from scans import add, converted, decathlon, make_scans, names
 
 from dataloaders.cases import lists_of
 from tools import check, convert

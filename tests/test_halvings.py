@@ -93,12 +93,6 @@ def test_a_thin_scan_is_trained_on_tested_and_predicted(backbone, tmp_path, caps
     assert there.GetSize() == given.GetSize() and np.allclose(there.GetDirection(), given.GetDirection())
 
 
-@pytest.mark.parametrize("halvings", [("3", "3", "2"), ("2", "2", "0")])
-def test_other_halvings_are_refused(halvings, tiny_set):
-    with pytest.raises(UserError, match="--halvings must be three numbers from 0 to 4, the largest 4"):
-        train_dtml.main(["--data", str(tiny_set), *TINY, "--halvings", *halvings])
-
-
 def test_turned_windows_whose_sides_do_not_fit_are_refused(tmp_path, tiny_set):
     args = ["--data", str(tiny_set), *TINY, "--patch-size", "4", "16", "16", "--halvings", "2", "4", "4"]
     args += ["--batch-size", "2", "--iterations", "1", "--method", "supervised", "--runs", str(tmp_path)]

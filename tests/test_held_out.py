@@ -32,7 +32,9 @@ def test_held_out_scans_are_those_of_train_list_that_the_run_did_not_see(trained
     names = list(dict.fromkeys(row["case"] for row in csv_rows(trained / "run" / "held-out" / "cases.csv")))
     train = (trained / "set" / "train.list").read_text().split()
     assert names == train[6:] and not set(names) & set(seen) and len(seen) == 6
-    assert json.loads((trained / "run" / "held-out" / "test.json").read_text())["scans"] == "held-out"
+    told = json.loads((trained / "run" / "held-out" / "test.json").read_text())
+    assert (told["scans"], told["patch_size"]) == ("held-out", [16, 16, 16])
+    assert told["stride"] == [16, 16, 4], "the papers' 18 18 4 is too wide for a patch of 16"
     assert not (trained / "run" / "test").exists()
 
 
@@ -88,10 +90,9 @@ def test_a_scan_of_the_training_is_known_by_its_image(trained, tmp_path, how, pl
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("cache", ["disk"])
-def test_images_are_kept_where_the_volumes_are_not_decoded_again(trained, tmp_path, cache):
+def test_images_are_kept_where_the_volumes_are_not_decoded_again(trained, tmp_path):
     """The checkpoint of a run that found its cases in the cache knows their images too; so do shared weights."""
-    args = ["--data", str(trained / "set"), "--cache", cache, "--cache-folder", str(tmp_path / "cache"), *TINY]
+    args = ["--data", str(trained / "set"), "--cache", "disk", "--cache-folder", str(tmp_path / "cache"), *TINY]
     for name in ("first", "second"):
         train_dtml.main([*args, "--runs", str(tmp_path), "--unlabeled", "2", "--name", name, "--iterations", "1"])
     share.main([str(tmp_path / "second"), str(tmp_path / "weights")])

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from methods.mc_net_plus import sharpened
 from networks.decoders import UPS, Decoders, Doubled
 from networks.vnet import VNet, parameter_count
-from utils.errors import UserError
 
 make = partial(by_hand.make, "mc-net-plus", iterations=100)
 batch = by_hand.batch
@@ -66,12 +65,6 @@ def test_sharpening_keeps_a_half_and_both_ends():
     s.sum().backward()
     assert s[[0, 2, 4]].tolist() == [0, 0.5, 1] and s[1] < 0.02 and s[3] > 0.98 and p.grad.isfinite().all()
     torch.testing.assert_close(sharpened(p, 1.0), p)
-
-
-def test_a_temperature_above_1_whose_gradient_is_infinite_at_0_is_refused():
-    make(temperature=1.0)
-    with pytest.raises(UserError, match="--temperature 2 must be at most 1"):
-        make(temperature=2.0)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])

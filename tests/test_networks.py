@@ -1,10 +1,120 @@
-"""The V-Net: parameters, dropout and heads. Its numbers: test_released.py; its shapes: test_dk_uxnet.py."""
+"""The V-Net: parameters, dropout and heads; batch norm in both layouts against torch's in float64. Its numbers:
+test_released.py; its shapes: test_dk_uxnet.py."""
+
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from networks.backbone import uncounted
+from networks.batch_norm import CHUNK, BatchNorm3d
 from networks.vnet import VNet, parameter_count
+from utils.errors import UserError
+
+LAST = torch.channels_last_3d
+
+
+def make(shape, *, offset: float = 0.0, dtype=torch.float32):
+    """Two equal layers, ours and torch's in float64, and a map and a gradient of this shape."""
+    torch.manual_seed(0)
+    ours, torchs = BatchNorm3d(shape[1]).to(dtype), nn.BatchNorm3d(shape[1]).double()
+    with torch.no_grad():
+        for layer in (ours, torchs):
+            layer.weight.copy_(torch.linspace(0.5, 2, shape[1]))
+            layer.bias.copy_(torch.linspace(-1, 1, shape[1]))
+    scale = torch.linspace(0.1, 3, shape[1])[:, None, None, None]
+    x, grad = scale * torch.randn(shape) + offset, torch.randn(shape)
+    return ours, torchs, x.to(dtype), grad.to(dtype)
+
+
+def outcome(layer, x, grad):
+    """The map, all gradients and the buffers after one training step."""
+    x = x.detach().requires_grad_()
+    y = layer(x)
+    y.backward(grad)
+    return [y.detach(), x.grad, layer.weight.grad, layer.bias.grad, layer.running_mean, layer.running_var]
+
+
+def distance(a, b):
+    return ((a.double() - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 16, 32, 32, 16), (1, 3, 1, 1, 2), (2, 5, 11, 10, 9), (1, 8, 16, 16, CHUNK // 256)]
+)
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+def test_is_as_near_to_float64_as_torch_s_on_contiguous_maps(shape, offset):
+    ours, in_float64, x, grad = make(shape, offset=offset)
+    contiguous = nn.BatchNorm3d(shape[1])
+    contiguous.load_state_dict(ours.state_dict())
+    expected = outcome(in_float64, x.double(), grad.double())
+    usual = outcome(contiguous, x, grad)
+    result = outcome(ours, x.to(memory_format=LAST), grad)
+    assert result[0].is_contiguous(memory_format=LAST)
+    for i, (a, b, c) in enumerate(zip(result, expected, usual, strict=True)):
+        assert distance(a, b) < 2 * distance(c, b) + 1e-6, i
+    assert ours.num_batches_tracked == in_float64.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, LAST])
+def test_gradients_by_finite_differences(layout):
+    ours, _, x, _ = make((2, 3, 4, 3, 2), dtype=torch.float64)
+    x = x.to(memory_format=layout).requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda *a: torch.func.functional_call(ours, dict(zip(("weight", "bias"), a[1:], strict=True)), a[0]),
+        (x, ours.weight, ours.bias),
+    )
+
+
+def test_evaluation_mode_and_contiguous_maps_are_torch_s():
+    ours, _, x, _ = make((2, 4, 6, 5, 4))
+    plain = nn.BatchNorm3d(4)
+    plain.load_state_dict(ours.state_dict())
+    assert torch.equal(ours(x), plain(x)) and torch.equal(ours.running_var, plain.running_var)
+    for layout in (torch.contiguous_format, LAST):
+        laid = x.to(memory_format=layout)
+        assert torch.equal(ours.eval()(laid), plain.eval()(laid))
+
+
+def test_every_map_of_the_vnet_is_in_channels_last_on_a_cpu_and_its_state_is_torch_s():
+    network, seen = VNet(heads={"seg": 1}, filters=4), []
+    for module in network.modules():
+        if isinstance(module, BatchNorm3d):
+            module.register_forward_hook(lambda m, x, y: seen.append(y.is_contiguous(memory_format=LAST)))
+    network(torch.randn(2, 1, 32, 16, 16))
+    assert len(seen) == 29 and all(seen)
+    assert set(BatchNorm3d(2).state_dict()) == set(nn.BatchNorm3d(2).state_dict())
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_a_single_voxel_is_a_user_s_mistake_in_training_alone(counted):
+    """A batch of one crop whose deepest map is one voxel."""
+    network, crop = VNet(heads={"seg": 1}, filters=2), torch.randn(1, 1, 16, 16, 16)
+    with (
+        pytest.raises(UserError, match="Raise --batch-size or --patch-size"),
+        nullcontext() if counted else uncounted(),
+    ):
+        network.train()(crop)
+    assert network.eval()(crop)["seg"].isfinite().all()
+
+
+@pytest.mark.parametrize("order", [(torch.contiguous_format, LAST), (LAST, torch.contiguous_format)])
+def test_passes_in_two_layouts_before_one_backward_pass(order):
+    """As where a map of one voxel loses its layout in one of them."""
+    torch.manual_seed(0)
+    ours, plain = BatchNorm3d(3).double(), nn.BatchNorm3d(3).double()
+    x = torch.randn(2, 3, 4, 4, 4, dtype=torch.float64)
+    for norm in (ours, plain):
+        sum((norm(x.to(memory_format=layout) + i) ** 3).sum() for i, layout in enumerate(order)).backward()
+    for (name, a), (_, b) in zip(ours.named_parameters(), plain.named_parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, msg=name)
+    for (name, a), (_, b) in zip(ours.named_buffers(), plain.named_buffers(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+# -- the V-Net --
 
 
 @pytest.mark.parametrize(

@@ -72,10 +72,16 @@ def write_series(
     return folder
 
 
-@pytest.fixture(scope="module")
+WORLD: list[Path] = []
+
+
+@pytest.fixture(scope="session")
 def world(tmp_path_factory) -> Path:
-    """scans/ on oblique grids, set/ of two named classes made of them, and runs/dtml and runs/other trained on it."""
-    folder = tmp_path_factory.mktemp("world")
+    """scans/ on oblique grids, set/ of two named classes made of them, and runs/dtml and runs/other trained on it; made
+    once for all files that ask for it."""
+    if WORLD:
+        return WORLD[0]
+    WORLD.append(folder := tmp_path_factory.mktemp("world"))
     make_scans(folder / "scans", labeled=3, unlabeled=1)
     convert.main(["--source", str(folder / "scans"), "--out", str(folder / "set"), "--spacing", "1", "1", "1.5"])
     write_json(folder / "set" / "dataset.json", {"labels": {"background": 0, "left atrium": 1}})
@@ -282,10 +288,9 @@ def test_a_label_given_as_a_scan_is_warned_of(world, tmp_path, capsys):
     assert warned == [f"warning: {tmp_path / 'label.nii.gz'} has only the values 0, 1. Is it a label map?"]
 
 
-@pytest.mark.parametrize("way", ["folder", "pattern", "files"])
-@pytest.mark.parametrize(("image", "label"), [("p1", "p1_seg"), ("p1_0000", "p1-label"), ("p1", "p1.Mask")])
-def test_a_label_among_the_scans_is_refused_as_convert_does_it(image, label, way, world, tmp_path):
-    (tmp_path / "new").mkdir()
+@pytest.mark.parametrize("how", ["p1 p1_seg folder", "p1_0000 p1-label pattern", "p1 p1.Mask files", "p1 p1_GT files"])
+def test_a_label_among_the_scans_is_refused_as_convert_does_it(how, world, tmp_path):
+    image, label, way = how.split()
     for name in (image, label, "p2_seg"):  # the last has no scan here, so it may be one
         write(tmp_path / "new" / f"{name}.nii.gz", values_of(world))
     words = {

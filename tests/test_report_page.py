@@ -20,6 +20,7 @@ from PIL import Image
 from skimage.draw import polygon2mask
 
 from evaluation.metrics import segmentation_metrics, with_penalties
+from evaluation.predictions import read_scores
 from evaluation.scores import as_csv, class_scores, table
 from evaluation.slices import COLOURS
 from tools import report_page
@@ -35,6 +36,13 @@ OUTPUTS = ("seg", "sdm")
 def ball(centre: tuple[float, float, float], radius: float) -> np.ndarray:
     grid = np.stack(np.meshgrid(*map(np.arange, SHAPE), indexing="ij"), axis=-1)
     return (((grid - centre) * (1, 1, 2)) ** 2).sum(-1) < radius**2
+
+
+def write_rows(test: Path, rows: list[dict[str, Any]]) -> None:
+    with open(test / "cases.csv", "w", newline="") as f:
+        writer = csv.DictWriter(f, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def make_test(folder: Path, names: list[str], classes: int = 1, saved: str = "largest", **geometry: object) -> Path:
@@ -62,10 +70,7 @@ def make_test(folder: Path, names: list[str], classes: int = 1, saved: str = "la
                 sitk.WriteImage(sitk.GetImageFromArray(mask.transpose(2, 1, 0)), str(path))
     test = folder / "run" / "test"
     test.mkdir(parents=True, exist_ok=True)
-    with open(test / "cases.csv", "w", newline="") as f:
-        writer = csv.DictWriter(f, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(test, rows)
     write_json(test / "test.json", {"data": str(folder / "set"), "saved": saved, "iteration": 7, "commit": "<i>abc"})
     write_json(
         folder / "run" / "manifest.json", {"options": {"method": "dtml", "labeled": 4, "seed": 1}, "checksums": {}}
@@ -126,10 +131,6 @@ class Page(HTMLParser):
             self._edge = False
 
 
-def scores(test: Path) -> list[dict[str, str]]:
-    return csv_rows(test / "cases.csv")
-
-
 def shown_first_of(page: Page) -> list[str]:
     """The names of the scans that the page shows before the reader chooses."""
     return [page.data[int(place)]["name"] for place in page.chosen]
@@ -145,7 +146,7 @@ def test(tmp_path: Path) -> Path:
 
 
 def test_every_figure_of_the_page_is_that_of_cases_csv(test):
-    page, rows = parse(test), scores(test)
+    page, rows = parse(test), csv_rows(test / "cases.csv")
     _, *lines = page.tables["cases"]
     assert len(lines) == len(rows) == 12
     for line, row in zip(lines, rows, strict=True):
@@ -158,22 +159,12 @@ def test_every_figure_of_the_page_is_that_of_cases_csv(test):
         assert line[9:] == [row["voxels"], row["label_voxels"]]
 
 
-def test_the_means_are_numpy_s_and_empty_predictions_are_counted(tmp_path):
+def test_the_means_are_those_of_test_la_and_an_empty_prediction_is_the_lowest(tmp_path):
     test = make_test(tmp_path, [f"case{i}" for i in range(10)], saved="none")  # the last has no voxel left
-    page, rows = parse(test), scores(test)
-    _, *lines = page.tables["means"]
-    assert [line[:2] for line in lines] == [[o, c] for o in OUTPUTS for c in ("all", "largest")]
-    for line in lines:
-        chosen = [row for row in rows if [row["output"], row["component"]] == line[:2]]
-        dice = 100 * np.array([float(row["dice"]) for row in chosen])
-        asd = np.array([float(row["asd"]) for row in chosen])
-        assert np.isnan(asd).sum() == 1 and line[2] == "10" and line[-3:] == ["1", "0", "0"]
-        scored = np.where(np.isnan(asd), np.linalg.norm(SHAPE), asd)
-        told, behind = line[5].split(" (", 1)
-        assert behind == f"9 of 10; these alone {np.nanmean(asd):.2f})"
-        for cell, values in ((line[3], dice), (told, scored)):
-            mean, sd = map(float, cell.split(" ± "))
-            assert (mean, sd) == pytest.approx((values.mean(), values.std(ddof=1)), abs=0.0051)
+    page = parse(test)
+    lines = [line.strip("| ").split(" | ") for line in table(read_scores(test)).splitlines()]
+    assert page.tables["means"] == [lines[0], *lines[2:]] and len(lines) == 2 + 2 * len(OUTPUTS)
+    assert all("(9 of 10; these alone " in line[5] and line[-3:] == ["1", "0", "0"] for line in lines[2:])
     empty = next(line for line in page.tables["cases"] if line[0] == "case9")
     assert empty[3] == "0.00" and empty[5:9] == ["-"] * 4
     bars = report_page.write_report(test).read_text(encoding="utf-8").split("every scan, the lowest Dice first")[1]
@@ -199,13 +190,10 @@ def test_every_metric_is_printed_as_by_test_la(tmp_path):
 
 def test_a_scan_with_nothing_to_find_stands_last_and_is_neither_worst_nor_best(tmp_path):
     test = make_test(tmp_path, ["case0", "case1", "case2"])
-    rows = scores(test)
+    rows = csv_rows(test / "cases.csv")
     nothing = {name: "nan" for name in rows[0] if name not in ("case", "shape", "output", "component")}
     nothing |= {"voxels": "0", "label_voxels": "0"}
-    with open(test / "cases.csv", "w", newline="") as f:
-        writer = csv.DictWriter(f, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(row | (nothing if row["case"] == "case1" else {}) for row in rows)
+    write_rows(test, [row | (nothing if row["case"] == "case1" else {}) for row in rows])
     page = parse(test)
     assert [one["name"] for one in page.data] == ["case2", "case0", "case1"]
     assert shown_first_of(page) == ["case2", "case0"]
@@ -266,13 +254,10 @@ def test_every_scan_can_be_chosen_the_lowest_dice_first(tmp_path):
 def test_the_figures_of_a_scan_name_its_classes(tmp_path):
     test = make_test(tmp_path, ["one"], classes=2)
     rows = []
-    for row in csv.DictReader((test / "cases.csv").read_text().splitlines()):
+    for row in csv_rows(test / "cases.csv"):
         first = {name: row.pop(name) for name in ("case", "shape", "output", "component")}
         rows += [{**first, "class": c, **row} for c in ("1", "2", "mean")]
-    with open(test / "cases.csv", "w", newline="") as f:
-        writer = csv.DictWriter(f, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(test, rows)
     write_json(test / "test.json", {**json.loads((test / "test.json").read_text()), "class_names": {"1": "head <of>"}})
     text = report_page.write_report(test).read_text(encoding="utf-8")
     assert re.search(r"head &lt;of&gt;: Dice % [\d.]+, 95HD voxel [\d.]+; 2: Dice % [\d.]+, .*; mean: Dice %", text)

@@ -98,8 +98,8 @@ def test_a_step_grows_with_voxels_filters_channels_and_classes():
     assert 12 * 4 * voxels < rest(classes=13) - usual < 12 * 40 * voxels  # the maps of the losses
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_step_of_every_method_can_be_counted(method):
+@pytest.mark.parametrize("method", ["dtml", "dtc", "dk-uxnet"])  # all of them on meta: test_one_device.py
+def test_the_step_of_a_method_can_be_counted(method):
     small = {"filters": 2, "query_channels": 16, "groups": [3, 2], "levels": [8, 4]}
     weights, rest = step_bytes(meta_method(method, small), (16, 16, 16), 4, 2)
     assert weights > 0 and rest > 4 * 4 * 16**3

@@ -13,17 +13,15 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import ROOT, TINY, load, make_set
+from conftest import ROOT, TINY, csv_rows, load, make_set, saved_mask, score
 from medpy.metric import binary
-from tested_run import CASES, FLAGS, rows_of, saved_mask, score, trained
 
 import test_la
 import train_dtml
 from evaluation.sliding_window import predict_scan
 from utils.errors import UserError
 
-__all__ = ["trained"]  # a fixture
-
+CASES = ("case08", "case09")
 SPACING = (1.0, 1.0, 2.0)
 OUTPUTS = ("seg", "sdm", "mean")
 COMPONENTS = ("all", "largest")
@@ -202,14 +200,14 @@ def test_largest_component_alone_is_kept(trained, tmp_path, fake):
 def test_half_resolution_is_scored_on_the_scans_own_grid(tmp_path):
     shape = (37, 35, 33)
     folder = make_set(tmp_path / "set", shape=shape)
-    half = ["--downsample", "2", "--name", "half"]
-    train_dtml.main(["--data", str(folder), "--runs", str(tmp_path), *FLAGS, *half])
+    args = ["--data", str(folder), "--runs", str(tmp_path), *TINY, "--iterations", "30", "--lr", "0.1", "--lr-steps"]
+    train_dtml.main([*args, "--k", "10", "--filters", "4", "--downsample", "2", "--name", "half"])
     test_la.main(["--checkpoint", str(tmp_path / "half"), "--save", "all", "--threads", "1"])
     out = tmp_path / "half" / "test"
     settings = json.loads((out / "test.json").read_text())
     assert settings["stride"] == [9, 9, 2], "the papers' stride on the pooled grid"
     assert settings["downsample"] == 2 and settings["windows"] == 2 * (2 * 2 * 2)  # 19x18x17 voxels, patches of 16
-    for row in rows_of(out):
+    for row in csv_rows(out / "cases.csv"):
         if row["component"] == "all":
             path = out / "predictions" / row["output"] / f"{row['case']}.nii.gz"
             assert sitk.ReadImage(str(path)).GetSize() == shape and sitk.ReadImage(str(path)).GetSpacing() == SPACING
@@ -231,16 +229,6 @@ def test_half_resolution_moves_nothing(axis):
     torch.testing.assert_close(p[0].movedim(axis, 0)[inner], rising.movedim(axis, 0)[inner], rtol=0, atol=1e-5)
     same = predict_scan(echo, rising, ("seg",), downsample=1, **window)
     torch.testing.assert_close(same[0], rising, rtol=0, atol=1e-6)
-
-
-# -- windows and outputs --
-
-
-def test_window_is_that_of_training_unless_said_otherwise(trained, tmp_path):
-    test_la.main(["--checkpoint", str(trained), "--out", str(tmp_path), "--threads", "1"])
-    settings = json.loads((tmp_path / "test.json").read_text())
-    assert settings["patch_size"] == [16, 16, 16]
-    assert settings["stride"] == [16, 16, 4], "the papers' 18 18 4 is too wide for a patch of 16"
 
 
 # -- checkpoints and cases --
