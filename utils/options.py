@@ -150,7 +150,7 @@ class Parser(argparse.ArgumentParser):
                 shown = f"{shown:g}" if isinstance(shown, float) else shown
                 text += f" (default {'yes' if shown is True else 'no' if shown is False else shown})"
             flag = flag_of(f.name)
-            if isinstance(default, bool):
+            if isinstance(default, bool) or about["type"] is bool:
                 groups[name].add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
                 continue
             kind = about["type"] or type(default[0] if isinstance(default, list) else default)
