@@ -47,8 +47,8 @@ from tools.given_scans import DICOM_ENDINGS, Scan, given_scans
 from tools.segment import Model, predict_scan
 from tools.volumes import read_volumes, volume_rows, volumes_table, write_volumes
 from utils.checkpoint import channels_of_state, classes_of_state, unfinished, write_whole
-from utils.devices import choose_device, enough_memory, keep_freed_memory, refuse_precision, set_arithmetic
-from utils.errors import UserError, run
+from utils.devices import enough_memory, refuse_precision, set_up
+from utils.errors import UserError, run, warn
 from utils.options import Parser, fill, flag_of, option
 from utils.run_folder import has_checkpoint
 from utils.shared_weights import PIECES
@@ -59,13 +59,8 @@ from utils.text import some
 class Options:
     """Options of a prediction. None means: as the checkpoint was trained."""
 
-    checkpoint: list[str] = option(
-        [],
-        "run folders or .pt files of train_dtml.py, whose probabilities are averaged",
-        group="what",
-        type=str,
-        nargs="+",
-    )
+    checkpoint: list[str] = option([], "run folders or .pt files of train_dtml.py, whose probabilities are averaged",
+                                   group="what", type=str, nargs="+")  # fmt: skip
     method: str = option(
         "", "method of the bare weights of a released code (default: what a checkpoint of train_dtml.py states)",
         group="what", choices=list(RELEASED),
@@ -79,13 +74,9 @@ class Options:
         group="what",
     )
     spacing: list[float] | None = option(
-        None,
-        "mm along the training cases' axes to predict at (default their median, or else the scan's own)",
-        group="what",
-        type=float,
-        nargs=3,
-        minimum=1e-3,
-    )
+        None, "mm along the training cases' axes to predict at (default their median, or else the scan's own)",
+        group="what", type=float, nargs=3, minimum=1e-3,
+    )  # fmt: skip
     interpolation: str = option(
         "linear", "interpolation of the intensities", group="what", choices=[k for k in INTERPOLATORS if k != "nearest"]
     )
@@ -99,12 +90,8 @@ class Options:
         None, "windows at a time (default 1, on a GPU 4)", group="window", type=int, minimum=1
     )
     largest_component: bool = option(False, "keep the largest 26-connected component of each class", group="results")
-    probabilities: str = option(
-        "none",
-        "also write the probabilities, NAME_probability; uint8 from 0 to 255",
-        group="results",
-        choices=("none", "float32", "uint8"),
-    )
+    probabilities: str = option("none", "also write the probabilities, NAME_probability; uint8 from 0 to 255",
+                                group="results", choices=("none", "float32", "uint8"))  # fmt: skip
     dicom_seg: bool = option(False, "of a DICOM series also write NAME_seg.dcm, a DICOM-SEG; needs highdicom "
                              "(requirements-dicom.txt)", group="results")  # fmt: skip
     report: str = option("", "CSV with each class's volume in ml; rows of other scans stay (default volumes.csv in "
@@ -126,10 +113,9 @@ def load_model(o: Options, device: torch.device) -> Model:
     trained = [state["options"] for state in states]
     for state in states:
         if unfinished(state):
-            print(f"warning: {state['file']} is not finished: {unfinished(state)}.", file=sys.stderr)
-    for line in dict.fromkeys(unlearned_flips(o.flips, options) for options in trained):
-        if line:
-            print(line, file=sys.stderr)
+            warn(f"{state['file']} is not finished: {unfinished(state)}.")
+    for text in filter(None, dict.fromkeys(unlearned_flips(o.flips, options) for options in trained)):
+        warn(text)
     for name, usual in (("downsample", 1), ("classes", 1), ("channels", 1), ("normalize", "none"), ("window", None)):
         values = {str(options.get(name, usual)) for options in trained}
         if len(values) > 1:
@@ -149,9 +135,7 @@ def load_model(o: Options, device: torch.device) -> Model:
         raise UserError("the checkpoints were trained on scans of different spacings. Choose one by --spacing.")
     (spacing,) = spacings
     if not spacing:
-        print(
-            "warning: the checkpoint does not state the spacing it was trained on; scans keep theirs.", file=sys.stderr
-        )
+        warn("the checkpoint does not state the spacing it was trained on; scans keep theirs.")
     orientations = {state.get("orientation") for state in states}
     if len(orientations) > 1:
         shown = ", ".join(sorted(code or "unknown" for code in orientations))
@@ -160,11 +144,8 @@ def load_model(o: Options, device: torch.device) -> Model:
         )
     (orientation,) = orientations
     if orientation is None:
-        print(
-            "warning: the checkpoint does not state where the axes of its training scans point; those of a scan are "
-            "taken as they are stored.",
-            file=sys.stderr,
-        )
+        warn("the checkpoint does not state where the axes of its training scans point; those of a scan are taken as "
+             "they are stored.")  # fmt: skip
     for method, names, options in zip(methods, outputs, trained, strict=True):
         if o.output and o.output not in names:
             raise UserError(
@@ -280,11 +261,7 @@ def main(argv: list[str] | None = None) -> None:
     lost = [word for word in o.checkpoint[1:] if not Path(word).exists()]
     if lost:
         raise UserError(f"there is no {', '.join(lost)}: neither a scan nor a further checkpoint.")
-    if o.threads:
-        torch.set_num_threads(o.threads)
-    device = choose_device(o.device)
-    set_arithmetic(deterministic=False)
-    keep_freed_memory()
+    device = set_up(o.device, o.threads)
     refuse_precision(o.precision, device)
 
     model = load_model(o, device)

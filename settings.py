@@ -77,13 +77,10 @@ class Options:
     downsample: int = option(1, "pool this many voxels along each axis into one", group="data", minimum=1)
     patch_size: list[int] = option([112, 112, 80], "voxels of a crop along x, y, z", group="data", nargs=3, minimum=1)
     normalize: str = option(
-        "none",
-        "how intensities are scaled, in tests and predictions too. scan: each volume is clipped to its 0.5 and 99.5 "
-        "percentiles, then has zero mean and unit variance; foreground: zero mean and unit variance over the voxels "
-        "that are not 0 in the scan; window: --window becomes 0 to 1",
-        group="data",
-        choices=NORMALIZATIONS,
-    )
+        "none", "how intensities are scaled, in tests and predictions too. scan: each volume is clipped to its 0.5 and "
+        "99.5 percentiles, then has zero mean and unit variance; foreground: zero mean and unit variance over the "
+        "voxels that are not 0 in the scan; window: --window becomes 0 to 1", group="data", choices=NORMALIZATIONS,
+    )  # fmt: skip
     window: list[float] | None = option(
         None, "LEVEL WIDTH of --normalize window, in the scan's own intensities, such as 40 400 HU; two more for each "
         "further channel, or the same for all (default none)",
@@ -114,14 +111,8 @@ class Options:
                                  group="data", minimum=0, maximum=1)  # fmt: skip
     sdm_of: str = option("crop", "distance maps of the crop, or cut out of those of the whole scan", group="data",
                          choices=SDM_OF, only_if={"needs_sdm": bool})  # fmt: skip
-    cache: str = option(
-        "auto",
-        "where volumes are kept; none: read each crop from its file",
-        group="data",
-        choices=CACHES,
-        harmless=True,
-        only_if=TRAINS,
-    )
+    cache: str = option("auto", "where volumes are kept; none: read each crop from its file", group="data",
+                        choices=CACHES, harmless=True, only_if=TRAINS)  # fmt: skip
     cache_folder: str = option("", "folder of --cache disk and none (default .cache in the data folder)", group="data",
                                harmless=True, only_if={"cache": ("disk", "none"), **TRAINS})  # fmt: skip
     workers: int = option(0, "processes that prepare crops", group="data", harmless=True, minimum=0, only_if=TRAINS)

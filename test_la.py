@@ -52,9 +52,9 @@ from methods.released import RELEASED, load_trained
 from networks.backbone import PRECISIONS, set_precision
 from tools.tested_scans import SCANS, chosen_cases, names_of
 from utils.checkpoint import LAST, channels_of_state, classes_of_state, unfinished, write_whole
-from utils.devices import choose_device, enough_memory, keep_freed_memory, refuse_precision, set_arithmetic
+from utils.devices import enough_memory, refuse_precision, set_up
 from utils.distributed import RANK, RANKS, in_turn, process_group
-from utils.errors import UserError, run
+from utils.errors import UserError, run, warn
 from utils.masks import label_map, largest_components
 from utils.options import option, read_flags
 from utils.run_folder import make_manifest, write_json
@@ -68,23 +68,16 @@ class Options:
 
     checkpoint: str = option("", "run folder or .pt file of train_dtml.py; bare weights with --method", group="what")
     method: str = option(
-        "",
-        "method of the bare weights of a released code (default: what a checkpoint of train_dtml.py states)",
-        group="what",
-        choices=list(RELEASED),
-    )
+        "", "method of the bare weights of a released code (default: what a checkpoint of train_dtml.py states)",
+        group="what", choices=list(RELEASED),
+    )  # fmt: skip
     sdm_weights: str = option("", "bare weights of M_d, with --method dtml (default: M_s alone)", group="what")
     data: str = option("", "folder of the data set (default that of the training)", group="what")
     scans: str = option("test", "the scans of test.list; of validation.list, or of the run's --fold; or those of "
                         "train.list that the training left unused", group="what", choices=SCANS)  # fmt: skip
     cases: list[str] = option([], "names of the scans to test (default all)", group="what", type=str, nargs="+")
-    output: list[str] = option(
-        [],
-        "which outputs of the method to score, of dtml: seg (M_s), sdm (M_d), mean (default all)",
-        group="what",
-        type=str,
-        nargs="+",
-    )
+    output: list[str] = option([], "which outputs of the method to score, of dtml: seg (M_s), sdm (M_d), mean "
+                               "(default all)", group="what", type=str, nargs="+")  # fmt: skip
     nsd_tolerance: float | None = option(
         None, "also score the normalised surface Dice (NSD) at this tolerance in mm (default no NSD)",
         group="what", type=float, minimum=0,
@@ -122,10 +115,8 @@ def score_scan(
     """Scores the predictions of a case and saves them.
 
     Args:
-        case: the case.
         maps: output -> predicted label map (W,H,D).
         label: (W,H,D).
-        predictions: folder of the predictions.
         save: one of COMPONENTS, the kind to save, or 'none'.
         tolerance: of NSD, in mm; None: no NSD.
         more: further metrics, of MORE.
@@ -161,11 +152,7 @@ def refuse_unknown_spacing(cases: Sequence[Case], folder: Path, tolerance: float
 @enough_memory("Lower --batch-size or --patch-size.")
 def main(argv: list[str] | None = None) -> None:
     o: Options = read_flags(Options, __doc__, "test_la.py", argv)
-    if o.threads:
-        torch.set_num_threads(o.threads)
-    device = choose_device(o.device)
-    set_arithmetic(deterministic=False)
-    keep_freed_memory()
+    device = set_up(o.device, o.threads)
 
     # what to test
     if o.method and o.scans != "test":
@@ -187,26 +174,20 @@ def main(argv: list[str] | None = None) -> None:
     stride = tuple(o.stride or usual_stride(patch_size, downsample))
     refuse_window(patch_size, stride, method.side_multiples, o.flips)
     if unfinished(state) and RANK == 0:
-        print(f"warning: {path} is not finished: {unfinished(state)}.", file=sys.stderr)
+        warn(f"{path} is not finished: {unfinished(state)}.")
     if RANK == 0 and (warning := unlearned_flips(o.flips, trained)):
-        print(warning, file=sys.stderr)
+        warn(warning)
     folder, seen = Path(o.data or trained["data"]), state["checksums"]  # empty for bare weights
     tested = chosen_cases(names_of(folder, o.scans, seen, trained), o.cases, o.scans, folder, seen)
     cases, shapes = open_cases(
-        folder,
-        tested,
-        classes,
-        seen,
-        state.get("images", {}),
-        method.options.channels,
-        normalize,
+        folder, tested, classes, seen, state.get("images", {}), method.options.channels, normalize
     )
     refuse_other_channels(folder, channels_of_state(state))
     stated = {c: name for c, name in class_names(folder).items() if c <= classes}
     refuse_other_numbers(stated, folder, classes_of_state(state), path)
     names = {str(c): name for c, name in sorted((classes_of_state(state) | stated).items())}
     if RANK == 0 and (warning := other_grid(cases, state)):
-        print(f"warning: {folder} {warning}", file=sys.stderr)
+        warn(f"{folder} {warning}")
     if o.nsd_tolerance is not None:
         refuse_unknown_spacing(cases, folder, o.nsd_tolerance)
     count = sum(len(windows([-(-side // downsample) for side in shape], patch_size, stride)) for shape in shapes)
@@ -241,7 +222,7 @@ def main(argv: list[str] | None = None) -> None:
         ThreadPoolExecutor(o.workers) as scorers,
     ):
         upcoming = reader.submit(read_case, mine[0]) if mine else None
-        for i, case in enumerate(tqdm(mine, unit="scan", disable=RANK > 0 or not sys.stderr.isatty())):
+        for i, case in enumerate(tqdm(mine, unit="scan", disable=RANK > 0 or None)):
             assert upcoming is not None
             image, label = upcoming.result()
             upcoming = reader.submit(read_case, mine[i + 1]) if i + 1 < len(mine) else None
@@ -270,16 +251,9 @@ def main(argv: list[str] | None = None) -> None:
                     **({"cases": tested} if o.cases else {})}  # fmt: skip
         about = {"checkpoint": str(path), "iteration": state["iteration"], "downsample": downsample,
                 "normalize": normalize.kind, "data": str(folder), "saved": o.save}  # fmt: skip
-        if normalize.window:
-            about["window"] = normalize.window
-        if names:
-            about["class_names"] = names
-        if o.nsd_tolerance is not None:
-            about["nsd_tolerance_mm"] = o.nsd_tolerance
-        if o.metrics:
-            about["metrics"] = o.metrics
-        if o.method:
-            about |= {"method": o.method, "released": state["released"]}
+        optional = {"window": normalize.window, "class_names": names, "nsd_tolerance_mm": o.nsd_tolerance,
+                    "metrics": o.metrics, "method": o.method, "released": state.get("released")}  # fmt: skip
+        about |= {name: value for name, value in optional.items() if value or value == 0}  # a tolerance
         write_json(new / "test.json", make_manifest(device, **settings, **about))
         replace_test(out)
     report = None

@@ -37,16 +37,7 @@ from tools.training_start import extension_note, header, keep_as_finished, start
 from tools.validation import VALIDATION, validation_line, validation_scores
 from utils.checkpoint import BEST, load_checkpoint, save_checkpoint, write_whole
 from utils.clock import Clock
-from utils.devices import (
-    choose_device,
-    enough_memory,
-    keep_freed_memory,
-    peak_memory_gib,
-    seed_iteration,
-    set_arithmetic,
-    to_device,
-    why_device,
-)
+from utils.devices import enough_memory, peak_memory_gib, seed_iteration, set_up, to_device, why_device
 from utils.distributed import RANK, RANKS, process_group, replicate, stop_of_any_rank, wait_for_rank_0
 from utils.errors import Stopped, StopSignal, UserError, run
 from utils.options import Parser, fill, options_file
@@ -94,11 +85,7 @@ def main(argv: list[str] | None = None) -> None:
         refuse_locked(folder)
     if state is None and not o.fresh and not (o.resume == "auto" and was_begun(folder)):
         refuse_existing(folder)
-    if o.threads:
-        torch.set_num_threads(o.threads)
-    device = choose_device(o.device)
-    set_arithmetic(deterministic=o.deterministic)
-    keep_freed_memory()
+    device = set_up(o.device, o.threads, deterministic=o.deterministic)
 
     # method and data
     kind = METHODS[o.method]
@@ -142,14 +129,8 @@ def begin(
     t: Training, report: Report, state: dict[str, Any] | None, flags: dict[str, Any],
     began_from: dict[str, Any] | None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Writes what a run begins with: the log's first lines, options.txt and the manifest, which is returned.
-
-    Args:
-        t: the training.
-        report: its open report.
-        state: the checkpoint that it goes on from, if any.
-        flags: the chosen options.
-        began_from: where the weights of --init come from, if any.
+    """Writes what a run begins with: the log's first lines, options.txt and the manifest, which is returned. `state` is
+    the checkpoint that it goes on from, `began_from` where the weights of --init come from, if any.
     """
     o, volumes = t.o, t.volumes
     for line in header(t, why_device(o.device, t.device), current_lr(t.start, o)):
@@ -185,9 +166,7 @@ def train(t: Training, model: Callable[..., Losses], report: Report | None, stop
     """The loop.
 
     Args:
-        t: the training.
         model: its method, with several processes their gradients' mean.
-        report: of process 0.
         stop: looked at after each iteration.
 
     Returns:

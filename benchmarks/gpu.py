@@ -11,6 +11,7 @@ size, which shows only that they work.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -35,7 +36,7 @@ from methods import METHODS
 from networks.backbone import Backbone, compile_networks, set_precision, set_recompute
 from train_dtml import main as train
 from utils.checkpoint import LAST, load_checkpoint, write_whole
-from utils.devices import choose_device, keep_freed_memory, peak_memory_gib, set_arithmetic
+from utils.devices import peak_memory_gib, set_up
 from utils.errors import Stopped, UserError, run
 from utils.options import option, read_flags
 from utils.run_folder import MANIFEST
@@ -223,12 +224,8 @@ def steps_of(o: Options, device: torch.device) -> Iterator[Step]:
     flags = [*SIZE[device.type], *data_of(o), "--runs", str(out / "runs"), "--fresh", "--picture-every", "0"]
 
     yield Step("tests", [*python, "pytest", "-q", "-m", "gpu", "tests"], lambda text: {"said": text.splitlines()[-1]})
-    for method in o.methods:
-        yield Step(f"speed-{method}", [*own, "--part", "speed", "--method", method], last_line)
-    for method in o.methods:
-        yield Step(f"resume-{method}", [*own, "--part", "resume", "--method", method], last_line)
-    for method in o.methods:
-        yield Step(f"memory-{method}", [*own, "--part", "memory", "--method", method], last_line)
+    for part, method in itertools.product(("speed", "resume", "memory"), o.methods):
+        yield Step(f"{part}-{method}", [*own, "--part", part, "--method", method], last_line)
     for cache, workers in (("device", 0), ("ram", 0), ("ram", 4), ("disk", 4)) if gpu else (("ram", 0), ("disk", 1)):
         name = f"cache-{cache}-{workers}"
         loss = ["--sdm-loss", "both"]  # distance maps are made with the crops
@@ -315,9 +312,7 @@ def report(results: dict[str, dict[str, Any]], device: torch.device) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     o: Options = read_flags(Options, __doc__, "python -m benchmarks.gpu", argv)
-    device, out = choose_device(o.device), Path(o.out)
-    set_arithmetic(deterministic=o.part == "resume")
-    keep_freed_memory()
+    device, out = set_up(o.device, deterministic=o.part == "resume"), Path(o.out)
     if o.part:
         print(json.dumps(PARTS[o.part](o, device)))
         return

@@ -10,9 +10,7 @@ which other programs add little; else the clock's. A round visits all methods in
 that of the V-Net in the same round, as the median over the rounds; its range stands behind it.
 """
 
-import csv
 import dataclasses
-import io
 import multiprocessing
 import statistics
 import time
@@ -27,9 +25,10 @@ from networks.vnet import parameter_count
 from settings import OPTIMIZERS, PROFILES
 from tools.command_line import read_options
 from utils.checkpoint import write_whole
-from utils.devices import choose_device, keep_freed_memory, peak_memory_gib, seed_iteration, set_arithmetic
+from utils.devices import peak_memory_gib, seed_iteration, set_up
 from utils.errors import run
 from utils.options import option, read_flags
+from utils.text import csv_table, markdown_table
 
 
 @dataclasses.dataclass
@@ -45,12 +44,8 @@ class Options:
 
 
 class Workload:
-    """A method at the size of a profile, with an optimizer and a batch of noise with boxes as labels.
-
-    Args:
-        name: the method.
-        flags: flags of train_dtml.py, such as --profile half.
-        device: where it is computed.
+    """A method at the size of the flags of train_dtml.py, such as --profile half, with an optimizer and a batch of
+    noise with boxes as labels.
     """
 
     def __init__(self, name: str, flags: Sequence[str], device: torch.device):
@@ -90,10 +85,7 @@ class Workload:
 
 def measure(name: str, o: Options) -> dict[str, float]:
     """Measures one method: median seconds of an iteration, peak memory in GiB, trained and all parameters."""
-    torch.set_num_threads(o.threads)
-    device = choose_device(o.device)
-    set_arithmetic(deterministic=False)
-    keep_freed_memory()
+    device = set_up(o.device, o.threads)
     work = Workload(name, ["--profile", o.profile, "--preset", "tuned"], device)
     middle = work.method.iterations // 2
     times = [work.seconds(iteration) for iteration in range(middle, middle + 1 + o.iterations)]
@@ -117,26 +109,21 @@ def main(argv: list[str] | None = None) -> None:
             costs.setdefault(name, []).append(rounds[-1]["seconds"] / results["supervised"][-1]["seconds"])
         if o.out:
             write_whole(Path(o.out), as_csv(costs).encode())
-    print(
-        "| method | cost, V-Net = 1 | in single rounds | s an iteration | peak memory GiB | trained parameters | all |"
-    )
-    print("|---|---|---|---|---|---|---|")
+    rows = []
     for name, rounds in results.items():
         seconds, memory = statistics.median(r["seconds"] for r in rounds), max(r["memory"] for r in rounds)
         cells = [name, f"{statistics.median(costs[name]):.2f}", f"{min(costs[name]):.2f} to {max(costs[name]):.2f}"]
         cells += [f"{seconds:.2f}", f"{memory:.2f}", f"{rounds[0]['trained']:,}", f"{rounds[0]['all']:,}"]
-        print(f"| {' | '.join(cells)} |")
+        rows.append(cells)
+    head = ["method", "cost, V-Net = 1", "in single rounds", "s an iteration", "peak memory GiB", "trained parameters"]
+    print(markdown_table([*head, "all"], rows))
 
 
 def as_csv(costs: Mapping[str, Sequence[float]]) -> str:
     """Method -> its cost in each round, as CSV: method, median, lowest, highest."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["method", "cost", "lowest", "highest"])
-    for name, values in costs.items():
-        figures = (statistics.median(values), min(values), max(values))
-        writer.writerow([name, *(f"{value:.3f}" for value in figures)])
-    return file.getvalue()
+    figures: dict[str, Any] = {"cost": statistics.median, "lowest": min, "highest": max}
+    return csv_table([{"method": name, **{k: f"{of(values):.3f}" for k, of in figures.items()}}
+                      for name, values in costs.items()])  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.timing import labeled_cases, table
-from dataloaders.cases import PHANTOM_FOLDER, usual_folder
-from dataloaders.phantom import make_phantom_set
+from dataloaders.cases import usual_folder
 from dataloaders.two_stream import Patches, Slot, collate
 from dataloaders.volumes import Volumes
 from methods import restore
@@ -28,7 +27,7 @@ from networks.backbone import Backbone
 from settings import PROFILES
 from tools.command_line import read_options
 from utils.checkpoint import load_checkpoint
-from utils.devices import choose_device, set_arithmetic
+from utils.devices import set_up
 from utils.errors import UserError, run
 from utils.options import option, read_flags
 
@@ -61,18 +60,6 @@ class Rounded(torch.autograd.Function):
         return grad
 
 
-class GradientRounded(torch.autograd.Function):
-    """Rounds the gradient to ten bits of mantissa; the values are not rounded."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        return Rounded.apply(grad)
-
-
 def emulate_tf32(network: nn.Module) -> None:
     """Emulates tf32 in all convolutions of a network but those of the heads."""
     for name, module in network.named_modules():
@@ -81,7 +68,8 @@ def emulate_tf32(network: nn.Module) -> None:
 
             def forward(x: Tensor, m: Any = module, convolve: Any = convolve) -> Tensor:
                 y = convolve(Rounded.apply(x), Rounded.apply(m.weight), None, m.stride, m.padding)
-                return GradientRounded.apply(y) + m.bias.view(-1, 1, 1, 1)
+                y.register_hook(Rounded.apply)  # its gradient is an input of both convolutions of the backward pass
+                return y + m.bias.view(-1, 1, 1, 1)
 
             setattr(module, "forward", forward)  # noqa: B010
 
@@ -157,13 +145,9 @@ def gradients(method: DTML, batch: dict[str, Any], mode: str) -> tuple[dict[tupl
 
 def main(argv: list[str] | None = None) -> None:
     o: Options = read_flags(Options, __doc__, "python -m benchmarks.precision", argv)
-    torch.set_num_threads(o.threads)
-    device = choose_device(o.device)
-    set_arithmetic(deterministic=False)
+    device = set_up(o.device, o.threads)
     folder = usual_folder(o.data)
-    if folder == PHANTOM_FOLDER:
-        make_phantom_set(folder)
-
+    cases = labeled_cases(folder, 8)
     states = [load_checkpoint(Path(path)) for path in o.checkpoints]
     unfit = [str(state["file"]) for state in states if state["options"]["method"] != "dtml"]
     if unfit:
@@ -178,7 +162,6 @@ def main(argv: list[str] | None = None) -> None:
             method.options = dataclasses.replace(method.options, k=o.k)
         return method.to(device)
 
-    cases = labeled_cases(folder, 8)
     volumes = Volumes(cases, downsample=settings.downsample, device=device)
     patches = Patches(volumes, patch_size=settings.patch_size, augment="d4", seed=0, sdm=False)
     rows = []

@@ -109,16 +109,7 @@ def waited() -> float:
 
 
 class Form:
-    """Training steps of one form, with its own data loader.
-
-    Args:
-        o: options of the benchmark.
-        method, optimizer: those of the single process, or of the replica.
-        model: the method or its wrapper.
-        batch_size: crops in a step of each process.
-        volumes: the cases.
-        ranks: number of processes that take part.
-    """
+    """Training steps of one form, with its own data loader, `batch_size` crops in a step of each process."""
 
     def __init__(
         self, o: Options, method: DTML, optimizer: torch.optim.Optimizer, model: torch.nn.Module, batch_size: int, *,

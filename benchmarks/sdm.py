@@ -6,8 +6,6 @@ The released routine computes both distance transforms on the whole crop, and th
 """
 
 import dataclasses
-from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 import torch
@@ -52,11 +50,6 @@ def on_box(mask: NDArray) -> NDArray:
     return sdm
 
 
-def on_all(form: Callable[[NDArray], NDArray], crops: list[NDArray]) -> list[NDArray]:
-    """The distance map of every crop."""
-    return [form(crop) for crop in crops]
-
-
 FORMS = {"released": released, "scipy, inside on the object's box": on_box, "ours": signed_distance_map}
 
 
@@ -70,15 +63,14 @@ def main(argv: list[str] | None = None) -> None:
             min(max(m - p // 2, 0), max(s - p, 0)) for m, p, s in zip(middle, o.patch_size, label.shape, strict=True)
         ]
         crops.append(np.ascontiguousarray(label[*(slice(a, a + p) for a, p in zip(start, o.patch_size, strict=True))]))
-    forms = {name: partial(on_all, form, crops) for name, form in FORMS.items()}
+    forms = {name: lambda form=form: [form(crop) for crop in crops] for name, form in FORMS.items()}
     timings = side_by_side(forms, rounds=o.rounds)
     largest = {n: max(float(np.abs(f(crop) - released(crop)).max()) for crop in crops) for n, f in FORMS.items()}
     size = "x".join(map(str, o.patch_size))
     print(f"{len(crops)} crops of {size}, threads: {o.threads}, {o.rounds} rounds.\n")
     head = ["form", "ms a crop", "times as fast", "peak MiB", "largest difference"]
-    print(
-        table(head, [[n, 1000 * t.seconds / len(crops), t.ratio, t.peak_mib, largest[n]] for n, t in timings.items()])
-    )
+    rows = [[n, 1000 * t.seconds / len(crops), t.ratio, t.peak_mib, largest[n]] for n, t in timings.items()]
+    print(table(head, rows))
 
 
 if __name__ == "__main__":

@@ -24,8 +24,7 @@ from torch import Tensor, nn
 
 from benchmarks.data import released as released_crop
 from benchmarks.timing import labeled_cases, table
-from dataloaders.cases import PHANTOM_FOLDER, usual_folder
-from dataloaders.phantom import make_phantom_set
+from dataloaders.cases import usual_folder
 from dataloaders.two_stream import Patches, TwoStreamBatchSampler, collate
 from dataloaders.volumes import Volumes
 from losses.sdm import signed_distance_map
@@ -37,7 +36,7 @@ from networks.vnet import VNet
 from settings import OPTIMIZERS
 from tools.command_line import read_options
 from utils.clock import Clock
-from utils.devices import choose_device, keep_freed_memory, peak_memory_gib, set_arithmetic
+from utils.devices import peak_memory_gib, set_up
 from utils.errors import run
 from utils.options import option, read_flags
 
@@ -83,14 +82,8 @@ def released_backward(M_s: nn.Module, M_d: nn.Module, batch: dict[str, Any], lam
 
 def main(argv: list[str] | None = None) -> None:
     o: Options = read_flags(Options, __doc__, "python -m benchmarks.step", argv)
-    torch.set_num_threads(o.threads)
-    device = choose_device(o.device)
-    set_arithmetic(deterministic=False)
-    keep_freed_memory()
-    folder = usual_folder(o.data)
-    if folder == PHANTOM_FOLDER:
-        make_phantom_set(folder)
-    cases = labeled_cases(folder, 8)
+    device = set_up(o.device, o.threads)
+    cases = labeled_cases(usual_folder(o.data), 8)
     options, dtml_options, *_ = read_options(["--method", "dtml", "--filters", str(o.filters)])
     method_options = cast(DTML.Options, dtml_options)
     torch.manual_seed(0)
@@ -105,9 +98,7 @@ def main(argv: list[str] | None = None) -> None:
                         foreach=False)
         for network in networks
     ]  # fmt: skip
-    patches = Patches(
-        Volumes(cases, device=device), patch_size=o.patch_size, augment="d4", seed=0, sdm=False
-    )  # fmt: skip
+    patches = Patches(Volumes(cases, device=device), patch_size=o.patch_size, augment="d4", seed=0, sdm=False)
     sampler = TwoStreamBatchSampler(4, 4, batch_size=4, labeled_batch=2, seed=0, start=0, iterations=10_000)
     batches = iter(sampler)
     iteration, lambda_ = 9, method_options.lambda_max
@@ -173,21 +164,17 @@ def main(argv: list[str] | None = None) -> None:
     print(table(["form", "s a step", "times as fast", *(f"% {part}" for part in PARTS)], rows))
     if o.seeds:
         heads = [f"gradient of ({o.seeds} seeds)", "released, from float64", "ours, from float64"]
-        print("\n" + table(heads, distances(o, method_options, patches)))
+        squares = np.mean([distances(o, method_options, patches, seed) ** 2 for seed in range(o.seeds)], axis=0)
+        rows = [[network, *map(float, row)] for network, row in zip(("M_s", "M_d"), np.sqrt(squares), strict=True)]
+        print("\n" + table(heads, rows))
 
 
-def distances(o: Options, method_options: DTML.Options, patches: Patches) -> list[list[Any]]:
+def distances(o: Options, method_options: DTML.Options, patches: Patches, seed: int) -> NDArray[np.float64]:
     """Relative L2 distance of the gradients from those in float64, with initial weights and without dropout.
 
     Returns:
-        A table row for each network, with the root mean square over the seeds for the released form and for ours.
+        [[M_s released, M_s ours], [M_d released, M_d ours]].
     """
-    squares = np.mean([distance(o, method_options, patches, seed) ** 2 for seed in range(o.seeds)], axis=0)
-    return [[network, *map(float, row)] for network, row in zip(("M_s", "M_d"), np.sqrt(squares), strict=True)]
-
-
-def distance(o: Options, method_options: DTML.Options, patches: Patches, seed: int) -> NDArray[np.float64]:
-    """The distances for one seed: [[M_s released, M_s ours], [M_d released, M_d ours]]."""
     batch = collate([patches[slot] for slot in next(iter(
         TwoStreamBatchSampler(4, 4, batch_size=4, labeled_batch=2, seed=seed, start=0, iterations=1)
     ))])  # fmt: skip

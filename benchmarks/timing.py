@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 
 from dataloaders.cases import LA_FOLDER, Case, find_cases, has_label, lists_of, read_case
 from dataloaders.normalization import NONE, Normalization, normalized, normalized_case
-from dataloaders.phantom import phantom
+from dataloaders.phantom import make_phantom_set, phantom
+from dataloaders.training import is_phantom
 from utils.errors import UserError
+from utils.text import markdown_table
 
 LA_SHAPE = (256, 208, 88)
 
@@ -65,16 +67,17 @@ def digits(x: Any) -> str:
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A Markdown table."""
-    cells = [[digits(x) for x in row] for row in rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [list(head), ["---"] * len(head), *cells])
+    return markdown_table(head, [[digits(x) for x in row] for row in rows])
 
 
 def labeled_cases(folder: Path, count: int | None = None) -> list[Case]:
-    """The cases of train.list that have a label, the first `count` of them if it is given.
+    """The cases of train.list that have a label, the first `count` of them if it is given. Makes the phantom set.
 
     Raises:
         UserError: if there are fewer, or a case has no file.
     """
+    if is_phantom(folder):
+        make_phantom_set(folder)
     cases, problems = find_cases(folder, lists_of(folder)[0], labeled=True)
     if problems:
         raise UserError("\n".join(problems))

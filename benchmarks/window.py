@@ -25,7 +25,7 @@ from methods import METHODS, restore
 from settings import PROFILES
 from tools.command_line import read_options
 from utils.checkpoint import load_checkpoint
-from utils.devices import choose_device, keep_freed_memory, set_arithmetic
+from utils.devices import set_up
 from utils.errors import UserError, run
 from utils.options import option, read_flags
 from utils.resample import downsample_image
@@ -63,19 +63,9 @@ def one_at_a_time(
     return total / count
 
 
-def batched(
-    predict: Callable[[Tensor], Tensor], image: Tensor, patch_size: Sequence[int], stride: Sequence[int], n: int
-) -> NDArray[np.float32]:
-    """The form of test_la.py, n windows at a time: image (W,H,D) -> (W,H,D)."""
-    return sliding_window(predict, image, patch_size, stride, batch_size=n)[0].numpy()
-
-
 def main(argv: list[str] | None = None) -> None:
     o: Options = read_flags(Options, __doc__, "python -m benchmarks.window", argv)
-    torch.set_num_threads(o.threads)
-    device = choose_device(o.device)
-    set_arithmetic(deterministic=False)
-    keep_freed_memory()
+    device = set_up(o.device, o.threads)
     if o.checkpoint:
         state = load_checkpoint(Path(o.checkpoint))
         method, trained = restore(state), state["options"]
@@ -99,8 +89,11 @@ def main(argv: list[str] | None = None) -> None:
         "released loop": lambda: one_at_a_time(predict, volume, patch_size, stride, 2),
         "one window at a time": lambda: one_at_a_time(predict, volume, patch_size, stride, 1),
     }
-    for n in (1, 4, 8):
-        forms[f"ours, {n} at a time"] = partial(batched, predict, volume, patch_size, stride, n)
+
+    def ours(n: int) -> NDArray[np.float32]:
+        return sliding_window(predict, volume, patch_size, stride, batch_size=n)[0].numpy()
+
+    forms |= {f"ours, {n} at a time": partial(ours, n) for n in (1, 4, 8)}
     results = {name: form() for name, form in forms.items()}
     differences = {name: float(np.abs(p - results["one window at a time"]).max()) for name, p in results.items()}
     size, step = ("x".join(map(str, v)) for v in (patch_size, stride))

@@ -88,12 +88,7 @@ def draw_augmentation(
     mirror  a turn, then always a flip: only the four reflections, as in the released codes
     flip    no turns; along each of `flip_axes` a flip with probability 1/2
     none    no turns and flips
-
-    Raises:
-        ValueError: for another kind.
     """
-    if kind not in AUGMENTATIONS:
-        raise ValueError(f"augment must be one of {AUGMENTATIONS}, not {kind!r}")
     turns, axis, coin = (int(generator.integers(n)) for n in (4, 2, 2))
     flips: tuple[int, ...] = (axis,) if kind == "mirror" or coin else ()
     if kind in ("flip", "none"):
@@ -159,11 +154,8 @@ class Warp:
         return tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))  # type: ignore[return-value]
 
     def __call__(self, part: Tensor, box: Sequence[slice], mode: str) -> Tensor:
-        """The voxels (...,w,h,d) of the warped box from that part of the volume; 0 outside, as in padding.
-
-        Args:
-            part: (...,W,H,D) float, the volume within `box`.
-            mode: 'bilinear' (linear along all three axes) or 'nearest'.
+        """The voxels (...,w,h,d) of the warped box from `part` (...,W,H,D) float, the volume within `box`; 0 outside,
+        as in padding. `mode` is 'bilinear' (linear along all three axes) or 'nearest'.
         """
         sides = np.array(part.shape[-3:])
         theta = np.empty((3, 4))  # of coordinates that go from -1 to 1, over the box and over the part
@@ -232,9 +224,7 @@ def with_bias_field(image: Tensor, points: NDArray[np.float64], strength: float)
     """The image (w,h,d) above its lowest value times a smooth field, as that of an MR coil.
 
     The field is exp(b). b is a polynomial of degree 3 along each axis of the crop, and `strength` its largest |b|.
-
-    Args:
-        points: (4,4,4), the polynomial's values at the corners and its control points between them (Bernstein's form).
+    `points` (4,4,4) are its values at the corners and its control points between them (Bernstein's form).
     """
 
     def bernstein(n: int) -> NDArray[np.float64]:

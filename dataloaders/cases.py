@@ -17,7 +17,6 @@ import itertools
 import math
 import re
 import shlex
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -269,13 +268,16 @@ def read_case(case: Case) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None
     return image, label.astype(np.uint8, copy=False)
 
 
-def refuse_channels(shape: Sequence[int], channels: int | None) -> None:
-    """Raises CaseError for an image (W,H,D) or (K,W,H,D) whose number of channels is not the one that is needed."""
+def refuse_channels(shape: Sequence[int], channels: int | None, names: Sequence[str] = ()) -> None:
+    """Raises CaseError for an image (W,H,D) or (K,W,H,D) whose number of channels is not the one that is needed.
+
+    The message lists the names of several, if they are given.
+    """
     there = shape[0] if len(shape) == 4 else 1
     if channels not in (None, there):
-        raise CaseError(
-            f"has {there} channel{'s' * (there > 1)}, where {channels} {'is' if channels == 1 else 'are'} needed"
-        )
+        listed = f" ({', '.join(names)})" if len(names) > 1 else ""
+        needed = f"{channels}{listed} {'is' if channels == 1 else 'are'} needed"
+        raise CaseError(f"has {there} channel{'s' * (there > 1)}, where {needed}")
 
 
 def _header(f: h5py.File, name: str) -> h5py.Dataset:
@@ -304,20 +306,15 @@ def _header(f: h5py.File, name: str) -> h5py.Dataset:
 
 
 def check_all(cases: Sequence[Case], check: Callable[[Case], object], earlier: Sequence[str]) -> None:
-    """Calls `check` for every case and collects the errors; shows progress on a terminal.
-
-    Args:
-        cases: the cases to check.
-        check: called once with each case; may raise CaseError.
-        earlier: error lines from before, reported with the others.
+    """Calls `check`, which may raise CaseError, for every case and collects the errors, those of `earlier` too; shows
+    progress on a terminal.
 
     Raises:
         UserError: naming all bad cases together.
     """
     problems = list(earlier)
-    quiet = RANK > 0 or not sys.stderr.isatty()
     # One case at a time, so one volume in memory: two to four threads measured no faster.
-    for case in tqdm(cases, "checking", leave=False, unit="scan", disable=quiet):
+    for case in tqdm(cases, "checking", leave=False, unit="scan", disable=RANK > 0 or None):
         try:
             check(case)
         except CaseError as e:
@@ -332,12 +329,8 @@ def together(problems: Sequence[str]) -> list[str]:
     """Error lines "CASE: what is wrong", where more than three of the same become one with all their names."""
     lines: list[str] = []
     for text, same in by_problem(line.partition(": ")[::2] for line in problems).items():
-        names = list(same)
-        lines += (
-            [f"{name}: {same[name]}" for name in names]
-            if len(names) <= MOST_ALIKE
-            else [f"{len(names)} cases, {', '.join(names)}: {text}"]
-        )
+        each = [f"{name}: {own}" for name, own in same.items()]
+        lines += each if len(same) <= MOST_ALIKE else [f"{len(same)} cases, {', '.join(same)}: {text}"]
     return lines
 
 

@@ -70,17 +70,6 @@ def described(shape: Sequence[int], geometry: Geometry) -> str:
     return ", ".join([f"{tuple(shape)} voxels", *parts])
 
 
-def refuse_number(image: NDArray, names: Sequence[str]) -> None:
-    """Raises CaseError for an image that does not have the channels of these names."""
-    there = len(image) if image.ndim == 4 else 1
-    if there != len(names):
-        listed = f" ({', '.join(names)})" if len(names) > 1 else ""
-        raise CaseError(
-            f"has {there} channel{'s' * (there > 1)}, where {len(names)}{listed} {'is' if len(names) == 1 else 'are'} "
-            "needed"
-        )
-
-
 def by_number(files: Sequence[Path]) -> dict[tuple[Path, str], dict[int, Path]]:
     """Files called NAME_0000, NAME_0001, ... -> folder and NAME -> number -> file. Other files are left out."""
     scans: dict[tuple[Path, str], dict[int, Path]] = {}

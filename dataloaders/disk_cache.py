@@ -5,7 +5,6 @@ import hashlib
 import io
 import json
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from dataloaders.fingerprints import DIGITS
 from dataloaders.normalization import NONE, Normalization, Scaling, scaled, scalings_of_case
 from utils.checkpoint import write_whole
 from utils.distributed import RANK
-from utils.errors import UserError
+from utils.errors import UserError, warn
 from utils.run_folder import digest
 
 
@@ -50,10 +49,6 @@ class CheckCache:
     with another number of channels.
 
     Without a folder, or if the folder cannot be written, the entries last as long as this object.
-
-    Args:
-        folder: folder of the entries, or None.
-        normalize: how the images are scaled.
     """
 
     def __init__(self, folder: Path | None, normalize: Normalization = NONE):
@@ -77,12 +72,8 @@ class CheckCache:
             return None
 
     def add(self, case: Case, image: NDArray, label: NDArray | None, facts: Facts) -> None:
-        """Creates the entry of a case for which `find` has just returned None.
-
-        Args:
-            case: the case.
-            image, label: (W,H,D) or (K,W,H,D), and (W,H,D); no label for an unlabeled case.
-            facts: of the case.
+        """Creates the entry of a case, whose label (W,H,D) is None if it is unlabeled, for which `find` has just
+        returned None.
 
         Raises:
             UserError: if the folder cannot be written and was to hold the arrays.
@@ -127,21 +118,14 @@ class CheckCache:
     def _refused(self, e: UserError) -> None:
         folder, self.folder = self.folder, None
         if folder is not None and RANK == 0:
-            print(
-                f"warning: {e} Until then every start checks all volumes anew. --cache-folder names another place.",
-                file=sys.stderr,
-            )
+            warn(f"{e} Until then every start checks all volumes anew. --cache-folder names another place.")
 
 
 class DiskCache(CheckCache):
     """`CheckCache` with the volumes as CASE-KEY.image.npy and .label.npy, decoded once for all runs and memory-mapped.
 
-    The label of an unlabeled case is neither written nor read.
-
-    Args:
-        folder: folder of the entries.
-        pool: (volume, is_label) -> array to keep.
-        normalize: how the images are scaled.
+    The label of an unlabeled case is neither written nor read. `pool` is a function: volume, whether it is a label ->
+    array to keep.
     """
 
     def __init__(self, folder: Path, pool: Callable[[NDArray, bool], NDArray], normalize: Normalization = NONE):

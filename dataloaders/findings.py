@@ -142,9 +142,8 @@ def _channels(facts: Sequence[Facts]) -> list[Finding]:
     (usual, _), *rare = counts.most_common()
     names = tuple(x.case.name for x in facts if x.channels != usual)
     text = f"the image has {' or '.join(str(n) for n, _ in rare)} channels, those of the other cases {usual}. "
-    return [
-        Finding("error", names, text + "A network takes one number of them: convert all cases from the same files.")
-    ]
+    more = "A network takes one number of them: convert all cases from the same files."
+    return [Finding("error", names, text + more)]
 
 
 def _intensities(facts: Sequence[Facts]) -> list[Finding]:
@@ -166,14 +165,9 @@ def _intensities_of_one(facts: Sequence[Facts], named: str) -> list[Finding]:
     findings = []
     if strange:
         means, sds = ([getattr(x, name) for x in strange] for name in ("mean", "sd"))
-        findings.append(
-            Finding(
-                "warning",
-                tuple(x.case.name for x in strange),
-                f"{named}the intensities have mean {_range(means)} and standard deviation {_range(sds)}, which is not "
-                "that of a normalised scan. Subtract the mean of the whole scan and divide by its standard deviation.",
-            )
-        )
+        text = f"{named}the intensities have mean {_range(means)} and standard deviation {_range(sds)}, which is not "
+        more = "that of a normalised scan. Subtract the mean of the whole scan and divide by its standard deviation."
+        findings.append(Finding("warning", tuple(x.case.name for x in strange), text + more))
     rest = [x for x in facts if not unnormalised(x)]
     for name, word in (("mean", "mean"), ("sd", "standard deviation")):
         values = np.array([getattr(x, name) for x in rest])
@@ -184,9 +178,8 @@ def _intensities_of_one(facts: Sequence[Facts], named: str) -> list[Finding]:
         for x, value in zip(rest, values, strict=True):
             if abs(value - middle) > FAR * spread:
                 text = f"{named}the {word} of its intensities is {value:.3g}, that of most others near {middle:.3g}. "
-                findings.append(
-                    Finding("warning", (x.case.name,), text + "See whether it was normalised as they were.")
-                )
+                text += "See whether it was normalised as they were."
+                findings.append(Finding("warning", (x.case.name,), text))
     return findings
 
 
@@ -214,21 +207,13 @@ def _spacings(facts: Sequence[Facts], middle: Sequence[float] | None) -> list[Fi
     target = " ".join(f"{mm:.3g}" for mm in middle)
     if others:
         ranges = " x ".join(_range(mm) for mm in zip(*(x.spacing for x in facts if x.spacing), strict=True))
-        findings.append(
-            Finding(
-                "warning",
-                tuple(x.case.name for x in others),
-                f"voxels of another size than {target} mm; in the set they are {ranges} mm. A network sees voxels, not "
-                f"mm: resample all cases with python -m tools.convert --spacing {target}.",
-            )
-        )
+        text = f"voxels of another size than {target} mm; in the set they are {ranges} mm. A network sees voxels, not "
+        more = f"mm: resample all cases with python -m tools.convert --spacing {target}."
+        findings.append(Finding("warning", tuple(x.case.name for x in others), text + more))
     if max(middle) > 2.5 * min(middle):
         text = f"voxels are {target} mm, {max(middle) / min(middle):.1f} times as long along one axis. "
-        findings.append(
-            Finding(
-                "note", (), text + "Take fewer of them along that axis in --patch-size and --halvings, or resample."
-            )
-        )
+        more = "Take fewer of them along that axis in --patch-size and --halvings, or resample."
+        findings.append(Finding("note", (), text + more))
     return findings
 
 
@@ -286,10 +271,6 @@ def duplicates(facts: Sequence[Facts], test: Sequence[str] = (), validation: Seq
     """Findings about images that occur under several names, also turned or rounded.
 
     A pair of cases from two of training, test and validation is an error, others are warnings.
-
-    Args:
-        facts: facts of the cases of all lists.
-        test, validation: names of the test and of the validation cases.
     """
     findings = []
     uses = {**dict.fromkeys(test, "to test on"), **dict.fromkeys(validation, "to validate on")}
@@ -306,12 +287,8 @@ def duplicates(facts: Sequence[Facts], test: Sequence[str] = (), validation: Seq
 
 
 def absent_classes(group: str, voxels: Sequence[Mapping[int, int]], classes: int) -> dict[int, str]:
-    """Class -> a sentence about it, for each class that no case of a group has.
-
-    Args:
-        group: training, test or validation, the word for the cases.
-        voxels: class -> voxels of each of its labels. Empty ones do not count.
-        classes: C.
+    """Class -> a sentence about it, for each class that no case of a group (training, test or validation) has. `voxels`
+    are, for each of its labels, class -> voxels; empty labels do not count.
     """
     shown = {c for counts in voxels for c in counts}
     what = "scored" if group in ("test", "validation") else "learned"
@@ -320,12 +297,7 @@ def absent_classes(group: str, voxels: Sequence[Mapping[int, int]], classes: int
 
 
 def warnings_of(facts: Sequence[Facts], *, patch_size: Sequence[int], downsample: int, normalize: str) -> list[str]:
-    """Warning lines for the start of a training.
-
-    Args:
-        facts: of its cases.
-        patch_size, downsample, normalize: as in `findings_of`.
-    """
+    """Warning lines for the start of a training."""
     facts = [with_spacing(x) for x in facts]
     findings = findings_of(facts, patch_size=patch_size, downsample=downsample, normalize=normalize)
     voxels = [x.voxels for x in facts if x.voxels is not None]

@@ -45,7 +45,6 @@ def split_fold(labeled: Sequence[str], fold: str, patients: Mapping[str, str]) -
     """The labeled scans that a run of a fold is trained on, and those of the fold; all and none without a fold.
 
     Args:
-        labeled: names of the labeled scans in the order of train.list.
         fold: I/K as of `fold_text`, or ''.
         patients: name of a scan -> its patient; a scan that is not named is a patient of its own.
 

@@ -173,8 +173,6 @@ def write_image(path: Path, array: NDArray[Any], geometry: Geometry, like: Path 
 
     Args:
         path: file to write; its folder is created.
-        array: (W,H,D).
-        geometry: geometry of the array.
         like: a NIfTI whose header is kept if `path` is a NIfTI too.
 
     Raises:
@@ -236,7 +234,6 @@ def grid_of_spacing(
     unchanged for None, or a spacing that differs by less than a thousandth.
 
     Args:
-        shape, geometry: the original grid.
         spacing: mm along the array's axes, or None.
     """
     old, new = np.array(geometry["spacing"]), np.array(geometry["spacing"] if spacing is None else spacing)

@@ -25,6 +25,7 @@ from dataloaders.geometry import DEFAULT_GEOMETRY, Geometry, refuse_direction
 from dataloaders.orientation import TO_RAS
 
 CHUNK = 2**20
+DAMAGED = (HeaderDataError, WrapStructError, OSError, EOFError, zlib.error)  # what a damaged file raises
 LENGTHS = 0.01  # largest relative difference of voxel lengths within a header
 ROUNDING = 1e-5  # relative rounding error of 32-bit numbers
 PLACES = 0.1  # largest distance of the two forms, in voxels
@@ -49,9 +50,7 @@ def read_nifti(path: Path, *, several: bool = False) -> tuple[NDArray[Any], Geom
             shape, dtype = _shape(header, several), header.get_data_dtype().newbyteorder(header.endianness)
             geometry = _geometry(path, header, shape[:3])
             array = _voxels(f, header, math.prod(shape) * dtype.itemsize).view(dtype)
-    except (HeaderDataError, WrapStructError, gzip.BadGzipFile) as e:
-        raise CaseError(f"is damaged or incomplete ({e})") from e
-    except (OSError, EOFError, zlib.error) as e:
+    except DAMAGED as e:
         raise CaseError(f"is damaged or incomplete ({e})") from e
     array = array.reshape(shape, order="F")
     array = np.moveaxis(array, -1, 0) if array.ndim == 4 else array
@@ -75,7 +74,7 @@ def channels_in(path: Path) -> int:
     try:
         with _opened(path) as f:
             shape = _shape(_read_header(f), several=True)
-    except (HeaderDataError, WrapStructError, gzip.BadGzipFile, OSError, EOFError, zlib.error) as e:
+    except DAMAGED as e:
         raise CaseError(f"is damaged or incomplete ({e})") from e
     return shape[3] if len(shape) == 4 else 1
 
@@ -221,8 +220,6 @@ def write_nifti(path: Path, array: NDArray[Any], geometry: Geometry, like: Path 
     """Writes an array (W,H,D); compressed if the path ends in .gz.
 
     Args:
-        path: file to write.
-        array: (W,H,D).
         geometry: written as sform and qform if there is no `like`.
         like: a NIfTI on the same grid whose header is kept: forms, codes, pixdim, units and description. Scaling,
             display range, intent and extensions are left out, since they describe its own values.

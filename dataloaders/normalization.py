@@ -107,12 +107,9 @@ def raw_of(case: Case) -> Raw | None:
     return [(float(mean), float(sd)) for mean, sd in zip(means, sds, strict=True)]
 
 
-def scaling_of(
-    image: NDArray[np.float32], how: Normalization, raw: tuple[float, float] | None = None
-) -> Scaling | None:
-    """The scaling of a channel (W,H,D), from all its voxels before pooling; None for kind 'none'.
+def scaling_of(image: NDArray[np.float32], how: Normalization, raw: tuple[float, float] | None = None) -> Scaling:
+    """The scaling of a channel (W,H,D) by a kind other than 'none', from all its voxels before pooling.
 
-    none        no scaling
     scan        clip to the 0.5 and 99.5 percentiles, then zero mean and unit variance
     foreground  zero mean and unit variance over the voxels whose own intensity is not 0; the others are scaled alike
     window      clip to LEVEL - WIDTH/2 and LEVEL + WIDTH/2, then scale these to 0 and 1
@@ -121,15 +118,11 @@ def scaling_of(
     the volume is not clipped.
 
     Args:
-        image: the channel.
-        how: kind and window.
         raw: its mean and sd, see `Raw`; None: the image holds its own intensities.
 
     Raises:
         CaseError: if almost all voxels are equal within the window.
     """
-    if how.kind == "none":
-        return None
     mean_before, sd_before = raw or (0.0, 1.0)
     if how.kind == "window":
         return _window_scaling(image, how, mean_before, sd_before)
@@ -163,11 +156,12 @@ def _window_scaling(image: NDArray[np.float32], how: Normalization, mean_before:
 
 def scalings_of(image: NDArray[np.float32], how: Normalization, raw: Raw | None = None) -> list[Scaling] | None:
     """`scaling_of` each channel of (W,H,D) or (K,W,H,D); None for kind 'none'."""
+    if how.kind == "none":
+        return None
     channels = with_channels(image)
     raws: Sequence[tuple[float, float] | None] = raw or [None] * len(channels)
     hows = how.of_channels(len(channels))
-    scalings = [scaling_of(channel, one, scale) for channel, one, scale in zip(channels, hows, raws, strict=True)]
-    return [scaling for scaling in scalings if scaling is not None] or None
+    return [scaling_of(channel, one, scale) for channel, one, scale in zip(channels, hows, raws, strict=True)]
 
 
 def scalings_of_case(case: Case, image: NDArray[np.float32], how: Normalization) -> list[Scaling] | None:

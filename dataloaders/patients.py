@@ -45,12 +45,8 @@ def patients_by_name(names: Iterable[str], pattern: str) -> dict[str, str]:
 
 
 def refuse_shared(lists: Mapping[str, Sequence[str]], patients: Mapping[str, str], advice: str) -> None:
-    """Checks that no patient has scans in two lists.
-
-    Args:
-        lists: what a list is called -> names of its scans.
-        patients: name of a scan -> its patient.
-        advice: what to do, the last sentence of the error.
+    """Checks that no patient has scans in two lists, what a list is called -> names of its scans. `patients` is name of
+    a scan -> its patient; `advice` ends the error.
 
     Raises:
         UserError: naming the first patients who have.

@@ -87,15 +87,11 @@ def training_cases(
     """Selects the training cases. The phantom set is created on first use. Only the names of test cases are read.
 
     Args:
-        folder: the data set.
         labeled: the first so many cases of train.list are labeled.
         unlabeled: number of the following cases to use without label; None: all.
-        batch_size: crops in a batch.
         labeled_batch: labeled crops in a batch; None: half, or all without unlabeled cases.
         patch_size: voxels of a crop along x, y, z.
         multiples: the sides of a patch must be multiples of these.
-        classes: C, the largest allowed label value.
-        channels: K, the number of channels of every case.
         fold: I/K leaves the labeled cases of this fold out, and all scans of their patients; '' for all.
 
     Returns:
@@ -166,12 +162,8 @@ def training_cases(
 
 
 def validation_names(folder: Path, labeled: int, fold: str) -> list[str]:
-    """Names of the cases that --validate-every scores.
-
-    Args:
-        folder: the data set.
-        labeled: number of labeled cases, of which a fold is a part.
-        fold: I/K for the cases of this fold; '' for those of validation.list.
+    """Names of the cases that --validate-every scores: those of a fold I/K of the `labeled` first cases, or without one
+    of validation.list.
 
     Raises:
         UserError: if the set has no validation.list, or lists that are not valid.
@@ -190,10 +182,6 @@ def validation_names(folder: Path, labeled: int, fold: str) -> list[str]:
 
 def refuse_classes(facts: Sequence[Facts], classes: int) -> None:
     """Checks that at least one labeled case contains the class with the highest number.
-
-    Args:
-        facts: of the cases of the training, without the labels of the unlabeled ones.
-        classes: C of --classes.
 
     Raises:
         UserError: if none does; the message names the largest value in the labels.

@@ -58,10 +58,8 @@ class TwoStreamBatchSampler(Sampler[list[Slot]]):
         unlabeled: number of unlabeled cases, with the next indices.
         batch_size: crops in a batch of one process.
         labeled_batch: labeled crops in a batch, at most `labeled`.
-        seed: seed of the shuffling.
         start: first iteration.
         iterations: end of the training (exclusive).
-        rank, ranks: this process and the number of processes.
     """
 
     def __init__(
@@ -115,15 +113,12 @@ class Patches(Dataset[dict[str, Any]]):
     `sdm`, sdm (C,w,h,d) float32 in [-1,1].
 
     Args:
-        volumes: the cases.
         patch_size: voxels of a crop along x, y, z.
         augment: one of AUGMENTATIONS.
         flip_axes: the axes of `augment` flip.
-        seed: seed of the random crops.
         sdm: whether to compute signed distance maps.
         other: whether to add other_image and other_label of a second, independent crop.
         intensity: strength of `random_intensities`; 0: none.
-        strengths: of further random changes.
         sdm_of: compute distance maps in the 'crop', as in the released codes, or in the whole 'scan' before cropping.
         object_share: probability that a labeled crop is placed around a voxel of the object, see `onto_object`.
     """
@@ -143,8 +138,6 @@ class Patches(Dataset[dict[str, Any]]):
         flip_axes: Sequence[str] = AXES,
         strengths: Strengths = UNCHANGED,
     ):
-        if strengths.moves_voxels and sdm_of == "scan":
-            raise ValueError("distances of a whole scan do not hold in a rotated or scaled crop")
         self.volumes, self.patch_size, self.augment, self.seed = volumes, patch_size, augment, seed
         self.flip_axes, self.strengths = flip_axes, strengths
         self.sdm, self.other, self.intensity, self.sdm_of = sdm, other, intensity, sdm_of
@@ -225,10 +218,7 @@ class Patches(Dataset[dict[str, Any]]):
         else:
             image, label = self.volumes.read(case, box)  # type: ignore[arg-type]
             image, label = pad(image, margins), None if label is None else pad(label, margins)
-        item: dict[str, Any] = {
-            "image": with_channels(turn_and_flip(image, draw)),
-            "case": self.volumes.cases[case].name,
-        }
+        item = {"image": with_channels(turn_and_flip(image, draw)), "case": self.volumes.cases[case].name}
         if label is not None:
             item["label"] = turn_and_flip(label, draw)
             if self.sdm and self.sdm_of == "scan":
@@ -289,12 +279,8 @@ def make_loader(
 ) -> DataLoader:
     """A loader of batches in the sampler's order, the same for any number of workers.
 
-    It has a generator of its own: without one each iterator would draw from the global torch generator.
-
-    Args:
-        patches, sampler: the crops and their order.
-        workers: processes that prepare batches; 0 if the volumes are on a GPU.
-        stop: a stop signal that ends the batches early, see WatchedLoader.
+    It has a generator of its own: without one each iterator would draw from the global torch generator. With volumes on
+    a GPU there are no workers. `stop` ends the batches early.
 
     Raises:
         UserError, RuntimeError: as WatchedLoader, while batches are drawn.

@@ -25,16 +25,8 @@ def open_cases(
     channels: int,
     normalize: Normalization,
 ) -> tuple[list[Case], list[tuple[int, ...]]]:
-    """Reads all cases once, so that errors are raised before any prediction.
-
-    Args:
-        folder: the data set.
-        names: names of the cases.
-        classes: C, the largest allowed label value.
-        seen: name -> checksum of the scans used in training.
-        images: name -> fingerprint of these scans; empty for early checkpoints.
-        channels: K, the number of channels of every case.
-        normalize: how their images are to be scaled.
+    """Reads all cases once, so that errors are raised before any prediction. `seen` and `images` are the checksums and
+    the fingerprints of the scans used in training, by their names; early checkpoints have no fingerprints.
 
     Returns:
         The cases and their shapes.
@@ -71,12 +63,8 @@ def axes_text(codes: Set[str]) -> str:
 
 
 def other_grid(cases: Sequence[Case], trained: Mapping[str, Any]) -> str:
-    """A warning that continues a sentence, if the axes or the voxels of cases are not as in the training, or if only
-    one of the two states its axes; '' otherwise.
-
-    Args:
-        cases: the cases.
-        trained: what a checkpoint states: `orientation` and `spacing`.
+    """A warning that continues a sentence, if the axes or the voxels of cases are not as in the training, whose
+    checkpoint states `orientation` and `spacing`, or if only one of the two states its axes; '' otherwise.
     """
     orientation, spacing = trained.get("orientation"), trained.get("spacing")
     codes = {known_orientation(case) or "" for case in cases}

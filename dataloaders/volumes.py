@@ -32,7 +32,6 @@ class Volumes:
             reads each crop from its file; 'auto' is the device if it is a GPU with enough memory, else memory.
         downsample: factor f; f^3 voxels are pooled into one, see utils/resample.py.
         normalize: scaling of each whole volume before pooling, see dataloaders/normalization.py.
-        device: the device of the training.
         folder: folder of the arrays ('disk') or of the results of checking the files ('none'). Entries of earlier runs
             are used again.
         problems: error lines from before, reported with the others.

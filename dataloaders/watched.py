@@ -21,7 +21,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from utils.distributed import RANKS
-from utils.errors import StopSignal, UserError
+from utils.errors import StopSignal, UserError, warn
 
 SHARED_MEMORY = Path("/dev/shm")
 LOOK_EVERY = 1  # seconds between checks of the stop signal and the workers while no batch comes
@@ -31,10 +31,6 @@ PATIENCE = 10  # seconds that one of several processes waits after a stop signal
 
 class TrackedPatches(Dataset[dict[str, Any]]):
     """Wraps patches; each worker notes its process id and the index of its current case in shared memory.
-
-    Args:
-        patches: the dataset.
-        workers: number of data workers.
 
     Raises:
         UserError: if there is no shared memory.
@@ -127,10 +123,8 @@ class WatchedLoader(DataLoader):
     and every volume would be copied into the shared memory for them.
 
     Args:
-        patches: the dataset.
         workers: number of data workers; 0: the main process.
         collate: items -> batch.
-        stop: the stop signal, or None.
         more: further arguments of DataLoader.
 
     Raises:
@@ -225,7 +219,7 @@ class WatchedLoader(DataLoader):
         if warned:
             kill(workers)
             raise UserError(f"{what}The last checkpoint is intact: go on with --resume auto, or --workers 0 too.")
-        print(f"warning: {what}If the disk is not that slow, stop and go on with --workers 0.", file=sys.stderr)
+        warn(f"{what}If the disk is not that slow, stop and go on with --workers 0.")
 
     def _cases_of(self, workers: list[BaseProcess]) -> str:
         return ", ".join(self.dataset.cases_of([worker.pid for worker in workers]))  # type: ignore[attr-defined]

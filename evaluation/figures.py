@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from evaluation.drawing import FONT, WIDTH, Axes, Figure, FigureCanvasAgg, Patch, withStroke
-from evaluation.slices import COLOURS, LABEL, write_letters
-from evaluation.surfaces import Camera, camera_around, render, surface
+from evaluation.slices import colour_of, look_of, write_letters
+from evaluation.surfaces import camera_around, render, surface
 from utils.masks import box_of
 
 TITLES = {"image": "image", "label": "label Y", "z": "map z", "m": "mask m", "p": "output p", "q": "output q"}
@@ -52,11 +52,8 @@ class ComparedCase:
 
 
 def around(mask: NDArray, share: float = 0.35) -> tuple[slice, slice]:
-    """A square region around a mask (W,H); the whole slice if the mask is empty.
-
-    Args:
-        mask: (W,H).
-        share: margin on each side, relative to the longer side of the mask's box.
+    """A square region around a mask (W,H), with a margin of `share` of the longer side of its box at each side; the
+    whole slice if the mask is empty.
     """
     if not mask.any():
         return slice(0, mask.shape[0]), slice(0, mask.shape[1])
@@ -90,17 +87,6 @@ def show_contours(axes: Axes, classes: NDArray, spacing: Sequence[float], *, is_
                          linestyles=style[0], linewidths=style[1])  # fmt: skip
 
 
-def colour_of(c: int, alone: bool = False) -> str:
-    """The colour of a class 1, 2, ...; with `alone` the colour of a single label."""
-    return LABEL if alone else COLOURS[(c - 1) % len(COLOURS)]
-
-
-def window_of(image: NDArray) -> dict[str, Any]:
-    """imshow options: grey from the 1st to the 99th percentile of the image."""
-    low, high = np.percentile(image, (1, 99))
-    return {"cmap": "gray", "vmin": low, "vmax": high}
-
-
 def draw_maps(rows: Sequence[MapsRow], classes: str = "") -> Figure:
     """Figure 2 of the paper: a row per scan with its image, label and maps.
 
@@ -118,14 +104,10 @@ def draw_maps(rows: Sequence[MapsRow], classes: str = "") -> Figure:
             axes = page.panel(j, len(names))
             values = row.image if name == "image" else row.label if name == "label" else row.maps[name]
             assert values is not None
-            look: dict[str, Any] = {"cmap": "gray", "vmin": 0, "vmax": 1}
-            if name == "image":
-                look = window_of(row.image)
-                write_letters(axes, row.orientation)
-            elif name == "label":
+            look = look_of(name, values)
+            if name == "label":
                 look["vmax"] = max(int(values.max()), 1)
-            elif name == "z":
-                look = {"cmap": "coolwarm", "vmin": -1, "vmax": 1}
+            write_letters(axes, row.orientation if name == "image" else None)
             show_slice(axes, values, row.spacing, **look)
             if i == 0:
                 axes.set_title(TITLES.get(name, name), pad=3, **FONT)
@@ -191,7 +173,7 @@ def draw_comparison(
         page.next_row(high, case.name)
         for j, name in enumerate(columns):
             axes = page.panel(j, len(columns))
-            show_slice(axes, case.image[x, y, case.z], case.spacing, **window_of(case.image[..., case.z]))
+            show_slice(axes, case.image[x, y, case.z], case.spacing, **look_of("image", case.image[..., case.z]))
             show_contours(axes, case.label[x, y, case.z], case.spacing, is_label=True, several=several)
             write_letters(axes, case.orientation if j == 0 else None)
             if name in case.predictions:
@@ -221,20 +203,14 @@ def _volumes(case: ComparedCase) -> list[NDArray]:
 def _surfaces(case: ComparedCase, azimuth: float, elevation: float, several: bool) -> list[NDArray]:
     """Pictures of the surfaces of every run and of the label, cropped to the same rows."""
     camera = camera_around(_volumes(case), case.spacing, azimuth, elevation)
-    pictures = [
-        draw_surface(volume, case.spacing, camera, is_label=volume is case.label and not several)
-        for volume in _volumes(case)
-    ]
+    pictures = []
+    for volume in _volumes(case):
+        alone, classes = volume is case.label and not several, range(1, int(volume.max()) + 1)
+        surfaces = [(surface(volume == c, case.spacing, SURFACE_FACES), colour_of(c, alone)) for c in classes]
+        pictures.append(render(surfaces, camera, SURFACE_PIXELS))
     rows = np.flatnonzero(np.any([picture[..., 3] > 0 for picture in pictures], axis=(0, 2)))
     low, high = (max(rows[0] - 8, 0), rows[-1] + 9) if rows.size else (0, SURFACE_PIXELS)
     return [picture[low:high] for picture in pictures]
-
-
-def draw_surface(volume: NDArray, spacing: Sequence[float], camera: Camera, *, is_label: bool) -> NDArray[np.uint8]:
-    """A picture (480,480,4) of the surfaces of all classes of a label map (W,H,D), each in its colour."""
-    classes = range(1, int(volume.max()) + 1)
-    surfaces = [(surface(volume == c, spacing, SURFACE_FACES), colour_of(c, is_label)) for c in classes]
-    return render(surfaces, camera, SURFACE_PIXELS)
 
 
 def as_png(figure: Figure, dpi: int, *, palette: bool) -> bytes:

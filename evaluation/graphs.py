@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from evaluation.drawing import FONT, WIDTH, Figure
+from evaluation.drawing import FONT, WIDTH, Axes, Figure
 
 CURVE_COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")  # Okabe and Ito's
 CURVES = dict(zip(("seg", "sdm", "consistency"), CURVE_COLOURS, strict=False))  # the last part of a tag
@@ -31,6 +31,12 @@ def colours_of(tags: Sequence[str]) -> dict[str, str]:
     return colours
 
 
+def plain(axes: Axes, *edges: str, size: int = 7) -> None:
+    """Small numbers, and no line at the top, at the right and at further edges."""
+    axes.tick_params(labelsize=size)
+    axes.spines[["top", "right", *edges]].set_visible(False)
+
+
 def draw_curves(runs: dict[str, dict[str, NDArray]], panels: Sequence[tuple[str, Sequence[str]]]) -> Figure:
     """Training curves of several runs side by side.
 
@@ -44,28 +50,22 @@ def draw_curves(runs: dict[str, dict[str, NDArray]], panels: Sequence[tuple[str,
         axes[0, column].set_title(textwrap.fill(name, 88 // len(runs)), **FONT)
         axes[-1, column].set_xlabel("iteration", fontsize=7)
         for row, (title, tags) in enumerate(panels):
-            for tag, colour in colours_of(tags).items():
-                if tag not in scalars:
-                    continue
+            panel = axes[row, column]
+            for tag, colour in ((tag, colour) for tag, colour in colours_of(tags).items() if tag in scalars):
                 steps, values = scalars["iteration"], scalars[tag]
                 width = max(len(values) // 60, 1)
                 smooth = np.convolve(values, np.ones(width) / width, "valid")
-                axes[row, column].plot(steps, values, color=colour, alpha=0.2, linewidth=0.6)
-                axes[row, column].plot(
-                    steps[width // 2 :][: len(smooth)], smooth, color=colour, linewidth=1.2, label=tag
-                )
-            axes[row, column].tick_params(labelsize=6)
-            axes[row, column].spines[["top", "right"]].set_visible(False)
+                panel.plot(steps, values, color=colour, alpha=0.2, linewidth=0.6)
+                panel.plot(steps[width // 2 :][: len(smooth)], smooth, color=colour, linewidth=1.2, label=tag)
+            plain(panel, size=6)
             if title.startswith("live"):  # from a hundredth to 0
-                axes[row, column].set_yscale("symlog", linthresh=1e-5)
-                axes[row, column].set_yticks([0, 1e-4, 1e-2], labels=["0", "0.0001", "0.01"])
+                panel.set_yscale("symlog", linthresh=1e-5)
+                panel.set_yticks([0, 1e-4, 1e-2], labels=["0", "0.0001", "0.01"])
     for row, (title, tags) in enumerate(panels):
         axes[row, 0].set_ylabel(title, fontsize=7)
         lines = {line.get_label(): line for panel in axes[row] for line in panel.lines}
         drawn = {tag: lines[tag] for tag in tags if tag in lines}
-        axes[row, -1].legend(
-            drawn.values(), drawn, fontsize=6, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5)
-        )
+        axes[row, -1].legend(drawn.values(), drawn, fontsize=6, frameon=False, **ASIDE)
     return figure
 
 
@@ -76,7 +76,6 @@ def draw_differences(rows: Sequence[tuple[str, Sequence[float], tuple[float, flo
 
     Args:
         rows: name, differences of the scans, and (mean, low, high).
-        title: label of the x axis.
     """
     figure = Figure(figsize=(WIDTH, 0.7 + 0.27 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
@@ -89,8 +88,7 @@ def draw_differences(rows: Sequence[tuple[str, Sequence[float], tuple[float, flo
     axes.set_yticks(range(len(rows)), [name for name, *_ in rows], **FONT)
     axes.invert_yaxis()
     axes.set_xlabel(title, **FONT)
-    axes.tick_params(labelsize=7)
-    axes.spines[["top", "right", "left"]].set_visible(False)
+    plain(axes, "left")
     return figure
 
 
@@ -119,8 +117,7 @@ def draw_labels(lines: Mapping[str, Mapping[int, Sequence[float]]]) -> Figure:
     axes.set_xticks([], minor=True)
     axes.set_xlabel("labeled scans", **FONT)
     axes.set_ylabel("Dice %, mean over the scans", **FONT)
-    axes.tick_params(labelsize=7)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain(axes)
     axes.legend(fontsize=7, frameon=False, **(ASIDE if many else {}))
     return figure
 
@@ -130,7 +127,6 @@ def draw_scale(panels: Mapping[str, Sequence[tuple[float, float, float]]], names
 
     Args:
         panels: title -> for each scan its SD, its Dice without and its Dice with normalisation, joined by a line.
-        names: names of the two kinds of Dice.
     """
     figure = Figure(figsize=(WIDTH, 3.1), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
@@ -142,8 +138,7 @@ def draw_scale(panels: Mapping[str, Sequence[tuple[float, float, float]]], names
             panel.scatter(sd, dice, s=14, color=colour, linewidths=0, label=label)
         panel.set_title(title, **FONT)
         panel.set_xlabel("SD of the scan's intensities, as published (no unit)", **FONT)
-        panel.tick_params(labelsize=7)
-        panel.spines[["top", "right"]].set_visible(False)
+        plain(panel)
         panel.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     axes[0].set_ylabel("Dice of the scan, %", **FONT)
     return figure

@@ -167,14 +167,10 @@ def element_areas(spacing: tuple[float, ...]) -> NDArray[np.float64]:
 def with_penalties(
     scores: dict[str, float], shape: Sequence[int], spacing: Sequence[float] | None = None
 ) -> dict[str, float]:
-    """Adds NAME_penalised for each distance NAME: the distance, or the volume's diagonal if only one mask is empty.
+    """Adds NAME_penalised for each distance NAME in `segmentation_metrics`: the distance, or the diagonal of a volume
+    of this shape (voxels) and spacing (mm) if only one mask is empty.
 
     No distance in the volume reaches its diagonal, so an empty mask ranks last.
-
-    Args:
-        scores: result of `segmentation_metrics`.
-        shape: sides of the volume in voxels.
-        spacing: as for `segmentation_metrics`.
     """
     sides = {"": np.asarray(shape, float)}
     if spacing is not None:
@@ -182,10 +178,9 @@ def with_penalties(
     penalised = {}
     for unit, lengths in sides.items():
         for name in [*METRICS[2:], *(["assd"] if "assd" in scores else [])]:
-            one_is_empty = math.isnan(scores[f"{name}{unit}"]) and not math.isnan(scores["dice"])
-            penalised[f"{name}{unit}{PENALISED}"] = (
-                float(np.linalg.norm(lengths)) if one_is_empty else scores[f"{name}{unit}"]
-            )
+            value = scores[f"{name}{unit}"]
+            one_is_empty = math.isnan(value) and not math.isnan(scores["dice"])
+            penalised[f"{name}{unit}{PENALISED}"] = float(np.linalg.norm(lengths)) if one_is_empty else value
     return {**scores, **penalised}
 
 
@@ -285,10 +280,7 @@ def counts_of(run: Distances) -> tuple[int, int, int]:
 
 def distance_text(runs: Sequence[Distances], *, over_runs: bool = False) -> str:
     """Mean ± SD of the scores; where a scan has no distance then in brackets how many have one, and their mean alone.
-
-    Args:
-        runs: one run, or several with `over_runs`.
-        over_runs: mean and SD are over the means of the runs, not over the scans of the first run.
+    With `over_runs` mean and SD are over the means of several runs, not over the scans of one.
     """
     unknown = any(run.unknown for run in runs)
     plain, scores = ([mean_and_sd(getattr(run, name))[0] for run in runs] for name in ("plain", "scores"))

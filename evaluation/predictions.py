@@ -31,10 +31,8 @@ def test_of(path: Path) -> Path:
 
 
 def read_scores(test: Path) -> list[dict[str, Any]]:
-    """Reads the rows of a cases.csv in their order; metrics and counts become numbers, other columns stay text.
-
-    Args:
-        test: a test folder, a run folder with one, or the file.
+    """Reads the rows of a cases.csv, of a test folder, or of a run folder with one, in their order; metrics and counts
+    become numbers, other columns stay text.
 
     Raises:
         UserError: if the file is missing or is no cases.csv of test_la.py.

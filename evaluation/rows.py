@@ -23,14 +23,9 @@ def split_output(where: str) -> tuple[Path, str]:
 
 
 def read_row(where: str, metric: str, component: str) -> dict[str, float]:
-    """Reads one run: case -> value.
+    """Reads a column of cases.csv of one run, PATH or PATH:OUTPUT, with one of COMPONENTS: case -> value.
 
     Early files have no NAME_penalised; NAME is read instead, which is NaN for an empty mask.
-
-    Args:
-        where: PATH or PATH:OUTPUT.
-        metric: column of cases.csv.
-        component: one of COMPONENTS.
 
     Raises:
         UserError: if the file is missing or not of test_la.py, lacks the output or component, or has a case twice.
@@ -93,10 +88,7 @@ def rows_of(where: str, component: str) -> list[dict[str, Any]]:
 
 
 def runs_of(where: str) -> list[str]:
-    """The runs of a row, each as PATH or PATH:OUTPUT.
-
-    Args:
-        where: as for `read_row`, or a pattern, which matches all runs but those that --fresh moved aside.
+    """The runs of a row, each as PATH or PATH:OUTPUT. A pattern matches all runs but those that --fresh moved aside.
 
     Raises:
         UserError: if nothing matches.
@@ -127,11 +119,8 @@ def with_output(where: str, component: str) -> str:
 
 
 def read_runs(where: str, metric: str, component: str) -> dict[Any, dict[str, float]]:
-    """Reads the runs of a row: seed (or path, if it states no seed) -> case -> value.
-
-    Args:
-        where: as for `runs_of`.
-        metric, component: as for `read_row`.
+    """Reads the runs of a row, which `where` names as for `runs_of`: seed (or path, if it states no seed) -> case ->
+    value.
 
     Raises:
         UserError: if two runs have the same seed; else as `runs_of`, `with_output` and `read_row`.

@@ -1,7 +1,5 @@
 """Scores of a prediction for each class and their mean, as rows, Markdown table and CSV."""
 
-import csv
-import io
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -26,6 +24,7 @@ from evaluation.metrics import (
     segmentation_metrics,
     with_penalties,
 )
+from utils.text import csv_table, markdown_table
 
 MEAN = "mean"  # class of the mean over the classes
 CAPTION = """\
@@ -42,12 +41,7 @@ NSD_CAPTION = "NSD is the share of both surfaces that is at most {:g} mm from th
 
 
 def caption_of(tolerance: float | None, more: Sequence[str]) -> str:
-    """What stands above a table.
-
-    Args:
-        tolerance: of NSD, in mm; None: no NSD.
-        more: those of MORE that the table has.
-    """
+    """What stands above a table with NSD at this tolerance in mm (None: no NSD) and with `more` of MORE."""
     nsd = "" if tolerance is None else NSD_CAPTION.format(tolerance)
     return CAPTION + nsd + "".join(text for name, text in MORE_CAPTIONS.items() if name in more)
 
@@ -95,12 +89,20 @@ def class_dices(prediction: NDArray, label: NDArray, classes: int) -> list[float
     return [overlaps(a, b)["dice"] if a.any() or b.any() else math.nan for a, b in pairs]
 
 
-def with_class_names(rows: Sequence[dict[str, Any]], names: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Rows of cases.csv with `1 anterior` for the class 1, to be shown.
+def by_dice(rows: Sequence[dict[str, Any]], output: str, component: str) -> dict[str, float]:
+    """The scans and their Dice (mean of the classes), the lowest first; those without one stand last."""
+    dices_of: dict[str, list[float]] = {}
+    for row in rows:
+        if (row["output"], row["component"]) == (output, component):
+            dices_of.setdefault(row["case"], []).append(row["dice"])
+    means = {name: mean_and_sd(dices)[0] for name, dices in dices_of.items()}
+    names = sorted(means, key=lambda name: (math.isnan(means[name]), means[name]))
+    return {name: means[name] for name in names}
 
-    Args:
-        rows: with the column class, if there are several.
-        names: class, as text -> its name; a class without one keeps its number.
+
+def with_class_names(rows: Sequence[dict[str, Any]], names: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Rows of cases.csv with `1 anterior` for the class 1, to be shown. `names` are by class, as text; a class without
+    one keeps its number.
     """
     texts = {c: f"{c} {name}" for c, name in names.items()}
     return [{**row, "class": texts.get(str(row["class"]), row["class"])} if "class" in row else row for row in rows]
@@ -135,9 +137,7 @@ def means(rows: Sequence[dict[str, Any]], over: str = "") -> tuple[list[str], li
 
 def table(rows: Sequence[dict[str, Any]], over: str = "") -> str:
     """`means` as a Markdown table."""
-    header, lines = means(rows, over)
-    texts = [f"| {' | '.join(line)} |" for line in (header, *lines)]
-    return "\n".join([texts[0], "|---" * len(header) + "|", *texts[1:]]) + "\n"
+    return markdown_table(*means(rows, over)) + "\n"
 
 
 def overlap_cell(groups: Sequence[Sequence[dict[str, Any]]], name: str) -> str:
@@ -149,9 +149,4 @@ def overlap_cell(groups: Sequence[Sequence[dict[str, Any]]], name: str) -> str:
 
 def as_csv(rows: Sequence[dict[str, Any]]) -> str:
     """CSV with a line per case, output, filter and, if there are several, class; overlaps and RVE are fractions."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({k: f"{v:.6f}" if isinstance(v, float) else v for k, v in row.items()})
-    return text.getvalue()
+    return csv_table([{k: f"{v:.6f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows])

@@ -8,17 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluation.drawing import FONT, Axes, Figure, FigureCanvasAgg, withStroke
-from evaluation.surfaces import surface
+from evaluation.surfaces import rgb, surface
 
 LABEL = "#00d0a0"
-COLOURS = (
-    "#ffb000",
-    "#dc267f",
-    "#648fff",
-    "#fe6100",
-    "#785ef0",
-    "#5fd3f3",
-)  # of classes 1, 2, ..., distinguishable with colour blindness
+COLOURS = ("#ffb000", "#dc267f", "#648fff", "#fe6100", "#785ef0", "#5fd3f3")
+"""Of classes 1, 2, ..., distinguishable with colour blindness."""
 PREDICTION = COLOURS[0]
 HEIGHT = 2.6  # of a panel, in inches
 MOST_FACES = 6000  # of each class's surface in TensorBoard
@@ -29,11 +23,23 @@ EDGES = {"left": (0.02, 0.5, "left", "center"), "right": (0.98, 0.5, "right", "c
 """Edge of a slice -> place of its letter in shares of the panel, and its alignment."""
 
 
-def edge_letters(orientation: str | None) -> dict[str, str]:
-    """The letter of the patient's side at each edge of a slice in x-y, with x to the right and y down.
+def colour_of(c: int, alone: bool = False) -> str:
+    """The colour of a class 1, 2, ...; with `alone` the colour of a single label."""
+    return LABEL if alone else COLOURS[(c - 1) % len(COLOURS)]
 
-    Args:
-        orientation: three letters, the directions of increasing x, y, z; None if unknown.
+
+def look_of(name: str, values: NDArray) -> dict[str, Any]:
+    """imshow options of an image, grey from its 1st to its 99th percentile; of a map z, z1, z2, ... in [-1,1], blue
+    (inside) to red; or of another map in [0,1], grey."""
+    if name.startswith("z"):
+        return {"cmap": "coolwarm", "vmin": -1, "vmax": 1}
+    low, high = np.percentile(values, (1, 99)) if name == "image" else (0, 1)
+    return {"cmap": "gray", "vmin": low, "vmax": high}
+
+
+def edge_letters(orientation: str | None) -> dict[str, str]:
+    """The letter of the patient's side at each edge of a slice in x-y, with x to the right and y down, in an
+    orientation of three letters, the directions of increasing x, y, z (None if unknown).
 
     Returns:
         left, right, top, bottom -> R, L, A, P, S or I; {} if unknown.
@@ -70,7 +76,6 @@ def panels(
         image: (W,H) intensities, shown from their 1st to their 99th percentile.
         maps: name -> (W,H); z or z1, z2, ... in blue (inside) to red over [-1,1], others in grey over [0,1].
         contours: name -> (label map (W,H), colour), drawn on every panel.
-        title: text above the panels.
         orientation: three letters, for those at the edges of the image; None: unknown, no letters.
 
     Returns:
@@ -85,13 +90,8 @@ def panels(
     canvas = FigureCanvasAgg(figure)
     for i, (name, values) in enumerate({"image": image, **maps}.items()):
         axes = figure.add_axes((i / (len(maps) + 1), 0, 0.98 / (len(maps) + 1), HEIGHT / (HEIGHT + above)))
-        look: dict[str, Any] = {"cmap": "gray", "vmin": 0, "vmax": 1}
-        if name == "image":
-            look["vmin"], look["vmax"] = np.percentile(values, (1, 99))
-            write_letters(axes, orientation)
-        elif name.startswith("z"):
-            look = {"cmap": "coolwarm", "vmin": -1, "vmax": 1}
-        axes.imshow(values.T, interpolation="nearest", aspect="auto", **look)
+        write_letters(axes, orientation if name == "image" else None)
+        axes.imshow(values.T, interpolation="nearest", aspect="auto", **look_of(name, values))
         for classes, colour in contours.values():
             for mask in (classes == c for c in np.unique(classes) if c > 0):
                 if not mask.all():
@@ -132,10 +132,9 @@ def prediction_mesh(prediction: NDArray, label: NDArray, spacing: Sequence[float
     for volume, shift in ((prediction, 0.0), (label, 1.05 * label.shape[0] * spacing[0])):
         for c in range(1, int(volume.max()) + 1):
             mesh = surface(volume == c, spacing, MOST_FACES)
-            paint = LABEL if shift and not several else COLOURS[(c - 1) % len(COLOURS)]
+            paint = rgb(colour_of(c, alone=bool(shift) and not several))
             faces.append(mesh.faces + sum(map(len, vertices)))
             vertices.append(mesh.vertices + np.array([shift, 0, 0]))
-            rgb = [int(paint[i : i + 2], 16) for i in (1, 3, 5)]
-            colours.append(np.tile(np.array(rgb, np.uint8), (len(mesh.vertices), 1)))
+            colours.append(np.tile(np.array(paint, np.uint8), (len(mesh.vertices), 1)))
     return {"vertices": np.concatenate(vertices).astype(np.float32), "colours": np.concatenate(colours),
             "faces": np.concatenate(faces).astype(np.int32)}  # fmt: skip

@@ -28,11 +28,8 @@ def flips_option() -> Any:
 
 
 def unlearned_flips(flips: int, trained: Mapping[str, Any]) -> str:
-    """A warning if `mean_of_flips` shows a network what its training did not; '' if not.
-
-    Args:
-        flips: a key of FLIPS.
-        trained: options of the training; early ones state no `augment` but d4.
+    """A warning if `mean_of_flips` shows a network what its training, by its options, did not; '' if not. Early options
+    state no `augment` but d4.
     """
     augment, axes = trained.get("augment", "d4"), trained.get("flip_axes", ["x", "y", "z"])
     learned = {"d4": 8, "mirror": 8, "flip": 4 if {"x", "y"} <= {*axes} else 1, "none": 1}[augment]
@@ -41,7 +38,7 @@ def unlearned_flips(flips: int, trained: Mapping[str, Any]) -> str:
     what = "quarter turns" if learned == 4 else "flips along x and y"
     how = f"--augment {augment}" + (f" --flip-axes {' '.join(axes)}" if augment == "flip" else "")
     return (
-        f"warning: --flips {flips} averages over {what}, which the network was not trained on ({how}). Leave it out, "
+        f"--flips {flips} averages over {what}, which the network was not trained on ({how}). Leave it out, "
         "above all if classes differ by their side."
     )
 
@@ -51,7 +48,6 @@ def mean_of_flips(predict: Callable[[Tensor], Tensor], patches: Tensor, flips: i
 
     Args:
         predict: (N,K,w,h,d) -> (N,C,w,h,d).
-        patches: (N,K,w,h,d).
         flips: a key of FLIPS; 1 is the plain prediction.
 
     Returns:
@@ -230,10 +226,7 @@ def predict_scan(
     Args:
         method: a method in evaluation mode, on the device of the image.
         image: (W,H,D) or (K,W,H,D), normalised.
-        outputs: names of the method's outputs.
         downsample: pooling factor before the prediction.
-        weighting, window: arguments of `sliding_window`.
-        flips: argument of `mean_of_flips`.
 
     Returns:
         (len(outputs)*C,W,H,D) in [0,1], on the CPU.

@@ -26,8 +26,8 @@ from evaluation.metrics import COMPONENTS, METRICS, MM, OVERLAPS, PENALISED
 from evaluation.rows import Runs, Scans, mean_over, read_runs, runs_of, tolerance_of, with_output
 from utils.checkpoint import write_whole
 from utils.errors import UserError, run
-from utils.options import Parser, fill, option
-from utils.text import some
+from utils.options import option, read_flags
+from utils.text import markdown_table, some
 
 DISTANCES = (*METRICS[2:], *MM, "assd", "assd_mm")
 COLUMNS = [*METRICS, *MM, "nsd", "assd", "assd_mm", "rve", *(f"{name}{PENALISED}" for name in DISTANCES)]
@@ -42,6 +42,7 @@ OVER = {  # number of runs (1, or 2 and more) of the reference and of the row ->
     (2, 1): "scans, and the runs of the reference",
     (2, 2): "runs and scans",
 }
+HEAD = ["row", "runs", "scans (left out)", "mean", "reference", "difference", "95 % interval", "over", "higher in"]
 WHAT = f"""\
 The difference is that of the means over runs and scans; its interval comes from resampled runs and scans. `higher in`
 counts pairs of runs with the same seed, or the two single runs. p is from a permutation of the runs, if each side has
@@ -57,6 +58,7 @@ Hodges-Lehmann estimate, which belongs to Wilcoxon's test. Holm's correction is 
 class Options:
     """Options of the comparison."""
 
+    rows: list[str] = option([], "the reference row, then the rows to compare with it", word="ROW", type=str, nargs="+")
     metric: str = option(
         "dice", "column of cases.csv; nsd, assd and rve where the test had them. rve has a sign: nearer to 0 is better",
         choices=COLUMNS,
@@ -171,9 +173,7 @@ def interval(reference: NDArray, row: NDArray) -> tuple[float, float]:
     uncertain. Deviations of runs and of scans are therefore multiplied by sqrt(k / (k - 1)). The distances of the
     percentiles from the difference are multiplied by the ratio of Student's t quantile to the normal one, with the
     degrees of freedom of Satterthwaite (1946). A side with a single run has no variation of runs in the interval.
-
-    Args:
-        reference, row: values (runs, scans) of the same scans.
+    `reference` and `row` are the values (runs, scans) of the same scans.
 
     Source: Owen, The pigeonhole bootstrap, Annals of Applied Statistics 2007; Hesterberg, What teachers should know
     about the bootstrap, The American Statistician 2015, on narrowness in small samples.
@@ -216,10 +216,8 @@ def permutation_p(reference: NDArray, row: NDArray) -> float:
     """Two-sided permutation test of the difference of the means of two groups of runs.
 
     p is the share of all splits of the runs into two groups of these sizes whose difference is at least as large. If
-    there are more than SPLITS splits, so many are drawn with a fixed seed.
-
-    Args:
-        reference, row: (runs,), the mean over the scans of each run.
+    there are more than SPLITS splits, so many are drawn with a fixed seed. `reference` and `row` are (runs,), the mean
+    over the scans of each run.
     """
     test = stats.permutation_test(
         (reference, row), lambda a, b, axis: np.abs(b.mean(axis) - a.mean(axis)), alternative="greater",
@@ -302,12 +300,8 @@ def scatter(reference: Scans, rows: Mapping[str, Scans], title: str, what: str, 
 
 def main(argv: list[str] | None = None) -> None:
     """Prints a Markdown table with a line per comparison, and a second table for pairs of single runs."""
-    parser = Parser(description=__doc__, prog="python -m evaluation.statistics")
-    parser.add_argument("rows", nargs="+", metavar="ROW", help="the reference row, then the rows to compare with it")
-    parser.add_dataclass(Options)
-    flags = parser.parse(argv)
-    o: Options = fill(Options, flags)
-    names = flags["rows"]
+    o: Options = read_flags(Options, __doc__, "python -m evaluation.statistics", argv)
+    names = o.rows
     if len(names) < 2:
         raise UserError("give at least two rows: the first is compared with each of the others.")
     reference, *rows = (read_runs(name, o.metric, o.component) for name in names)
@@ -321,21 +315,22 @@ def main(argv: list[str] | None = None) -> None:
         scatter(mean_over(reference), means, names[0], f"{o.metric}, {o.component}", Path(o.picture))
     print(f"{o.metric}, component {o.component}; reference {names[0]}, runs: {runs_text(reference)}\n")
     print(WHAT)
-    print("| row | runs | scans (left out) | mean | reference | difference | 95 % interval | over | higher in |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    lines = []
     for name, row, c, corrected in zip(names[1:], rows, comparisons, holm([c.p for c in comparisons]), strict=True):
-        numbers = f"{c.mean:.4f} | {c.reference:.4f} | {c.difference:+.4f} | {interval_text(c, 4)} | {c.over}"
-        print(f"| {name} | {runs_text(row)} | {c.n} ({c.left_out}) | {numbers} | {pairs_text(c, corrected)} |")
-    single = [(name, *row.values()) for name, row in zip(names[1:], rows, strict=True) if len(row) == 1]
+        numbers = f"{c.n} ({c.left_out})", f"{c.mean:.4f}", f"{c.reference:.4f}", f"{c.difference:+.4f}"
+        lines.append([name, runs_text(row), *numbers, interval_text(c, 4), c.over, pairs_text(c, corrected)])
+    print(markdown_table(HEAD, lines))
+    single = [(name, next(iter(row.values()))) for name, row in zip(names[1:], rows, strict=True) if len(row) == 1]
     if len(reference) == 1 and single:
         (reference_scans,) = reference.values()
         tests = [compare_scans(reference_scans, row) for _, row in single]
-        print(f"\n{WHAT_OF_SCANS}")
-        print("| row | scans | median difference | higher on | Wilcoxon p | Holm |\n|---|---|---|---|---|---|")
+        lines = []
         for (name, _), test, corrected in zip(single, tests, holm([test.p for test in tests]), strict=True):
-            few = math.isnan(test.p)
-            shown = f"none: {test.n} scans are too few | " if few else f"{test.p:.3g} | {corrected:.3g}"
-            print(f"| {name} | {test.n} | {test.median:+.4f} | {test.higher} of {test.n} | {shown} |")
+            few = [f"none: {test.n} scans are too few", ""]
+            shown = few if math.isnan(test.p) else [f"{test.p:.3g}", f"{corrected:.3g}"]
+            lines.append([name, str(test.n), f"{test.median:+.4f}", f"{test.higher} of {test.n}", *shown])
+        head = ["row", "scans", "median difference", "higher on", "Wilcoxon p", "Holm"]
+        print(f"\n{WHAT_OF_SCANS}\n{markdown_table(head, lines)}")
     if o.picture:
         print(f"picture: {o.picture}", file=sys.stderr)
 

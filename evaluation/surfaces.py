@@ -57,9 +57,8 @@ def _march(inside: NDArray, steps: NDArray) -> tuple[NDArray, NDArray]:
     if (steps > 1).any():
         shape = tuple(np.ceil(np.array(field.shape) / steps).astype(int) + 1)
         field = ndimage.affine_transform(field, steps, output_shape=shape, order=1)
-    vertices, faces, _, _ = marching_cubes(
-        field, min(0.5, 0.5 * float(field.max()))
-    )  # the maximum of a smoothed small mask is below 0.5
+    level = min(0.5, 0.5 * float(field.max()))  # the maximum of a smoothed small mask is below 0.5
+    vertices, faces, _, _ = marching_cubes(field, level)
     return vertices * steps, faces[:, ::-1]  # scikit-image's faces point inwards
 
 
@@ -105,6 +104,11 @@ def camera_around(masks: Sequence[NDArray], spacing: Sequence[float], azimuth: f
     return Camera((x, y, z), float(seen[:2].max()), azimuth, elevation)
 
 
+def rgb(colour: str) -> list[int]:
+    """#rrggbb -> red, green and blue, 0 to 255."""
+    return list(bytes.fromhex(colour[1:]))
+
+
 def render(surfaces: Sequence[tuple[Surface, str]], camera: Camera, size: int) -> NDArray[np.uint8]:
     """Renders surfaces without a graphics library.
 
@@ -113,7 +117,6 @@ def render(surfaces: Sequence[tuple[Surface, str]], camera: Camera, size: int) -
 
     Args:
         surfaces: surfaces and their colours '#rrggbb'.
-        camera: the camera.
         size: pixels of a side.
 
     Returns:
@@ -123,7 +126,7 @@ def render(surfaces: Sequence[tuple[Surface, str]], camera: Camera, size: int) -
     depth = np.full(pixels * pixels, -np.inf, np.float32)
     colour = np.zeros((pixels * pixels, 4), np.float32)
     for mesh, hexadecimal in surfaces:
-        paint = np.array([int(hexadecimal[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+        paint = np.array(rgb(hexadecimal)) / 255
         points = ((mesh.vertices - camera.centre) @ camera.axes.T * pixels / camera.width)[mesh.faces]  # (F,3,3)
         normals = (mesh.normals @ camera.axes.T)[mesh.faces]
         (ax, ay), (bx, by), (cx, cy) = (points[:, i, :2].T for i in range(3))

@@ -25,10 +25,7 @@ def make_teacher(student: M) -> M:
 class Averages(nn.ModuleDict):
     """The moving average of each student, by name. They stay in evaluation mode.
 
-    They have no dropout, and their batch norm uses the averaged statistics.
-
-    Args:
-        students: name -> network; two averages may be of the same one.
+    They have no dropout, and their batch norm uses the averaged statistics. Two averages may be of the same student.
     """
 
     def __init__(self, **students: nn.Module):

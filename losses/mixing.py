@@ -10,28 +10,21 @@ import torch
 from torch import Tensor
 
 
-def random_box(sides: Sequence[int], share: float | Sequence[float]) -> Tensor:
+def random_box(sides: Sequence[int], share: float) -> Tensor:
     """Draws a box inside a crop; every place has the same probability, the first and the last too.
 
     For a box of each item, stack several: (N,W,H,D).
 
     Args:
         sides: W, H, D of the crop in voxels.
-        share: sides of the box as shares of those of the crop, in [0,1], rounded down to voxels, but not to none; one
-            for all axes, or one for each. 0: no box.
+        share: of each side of the crop, in [0,1], rounded down to voxels, but not to none. 0: no box.
 
     Returns:
         Mask (W,H,D) of bool on the CPU, True inside the box.
-
-    Raises:
-        ValueError: for a share outside of [0,1], or not as many shares as axes.
     """
-    shares = [share] * len(sides) if isinstance(share, (int, float)) else list(share)
-    if not all(0 <= s <= 1 for s in shares):
-        raise ValueError(f"the shares of a box must be in [0,1], not {shares}")
     mask = torch.ones(*sides, dtype=torch.bool)
-    for axis, (side, s) in enumerate(zip(sides, shares, strict=True)):
-        length = max(math.floor(s * side), 1) if s else 0
+    for axis, side in enumerate(sides):
+        length = max(math.floor(share * side), 1) if share else 0
         start = int(torch.randint(side - length + 1, ()))
         along = torch.arange(side)
         inside = (along >= start) & (along < start + length)

@@ -68,7 +68,6 @@ def adversarial(loss: Callable[[Tensor], Tensor], image: Tensor, *, xi: float, m
 
     Args:
         loss: perturbed image -> scalar.
-        image: the crops.
         xi: length of the random step at which the gradient is taken, for each item.
         magnitude: length of the perturbation, the Euclidean norm over all voxels of an item.
 
@@ -96,9 +95,6 @@ def monte_carlo(
     items of the second. The last batch has N items if `passes` is odd. The network's modes are restored at the end.
 
     Args:
-        network: the module whose dropout layers are switched on.
-        image: (N,K,W,H,D).
-        passes: number of stochastic passes.
         noise: standard deviation of the input noise, as in `noisy`.
         read: noisy image -> result; the network itself by default.
 

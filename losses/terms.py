@@ -61,15 +61,11 @@ def ce_loss(logits: Tensor, label: Tensor, classes: int = 1, weight: Tensor | No
 
 
 def cross_entropy(logits: Tensor, label: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Cross-entropy - mean w ln softmax(logits)[label].
+    """Cross-entropy - mean w ln softmax(logits)[label] of logits (N,K) or (N,K,W,H,D), a label (N) or (N,W,H,D) of 0 to
+    K-1 and a weight w (N,1) or (N,1,W,H,D), by default 1.
 
     The gradient equals that of F.cross_entropy bit for bit. This version uses only deterministic operations: on a GPU
     torch (2.13) refuses its own on maps under torch.use_deterministic_algorithms.
-
-    Args:
-        logits: (N,K) or (N,K,W,H,D).
-        label: (N) or (N,W,H,D) of 0 to K-1.
-        weight: w, (N,1) or (N,1,W,H,D); 1 by default.
 
     Raises:
         RuntimeError: on a CPU for a label outside of 0 to K-1.
@@ -174,9 +170,7 @@ def hard_dice(p: Tensor, label: Tensor) -> Tensor:
     for p_c, y in by_class(p, label):
         a, b = p_c > 0.5, y > 0
         total = a.sum() + b.sum()
-        scores.append(
-            torch.where(total > 0, 2 * (a & b).sum() / total.clamp(min=1), torch.ones_like(total, dtype=torch.float32))
-        )
+        scores.append(torch.where(total > 0, 2 * (a & b).sum() / total.clamp(min=1), 1.0))
     return torch.stack(scores).mean()
 
 

@@ -51,10 +51,8 @@ METHODS: dict[str, type[Method]] = {  # by the names of --method
 
 
 def restore(state: dict[str, Any]) -> Method:
-    """Builds the method of a checkpoint on the CPU and loads its weights.
-
-    Args:
-        state: contents of a checkpoint, as `utils.checkpoint.load_checkpoint` returns them.
+    """Builds the method of a checkpoint, whose contents `load_checkpoint` has returned, on the CPU and loads its
+    weights.
 
     Raises:
         UserError: if METHODS lacks the checkpoint's method, or the weights do not fit the method.

@@ -49,15 +49,10 @@ class ADMT(Method):
     """A V-Net that learns from labels and from two moving averages of it, which are updated in turn."""
 
     multiclass = True
-    PRESETS = {
-        "paper": {},
-        "authors": {"augment": "mirror"},
-        "tuned": TUNED,
-    }
+    PRESETS = {"paper": {}, "authors": {"augment": "mirror"}, "tuned": TUNED}
 
     @dataclass
     class Options(Method.Options):
-        filters: int = option(16, "channels of the first block of the V-Nets", minimum=1)
         ema_decay: float = option(0.99, "decay of the teachers' moving averages", minimum=0, maximum=1)
         period: int = option(19, "most iterations of a teacher's turn", minimum=1)
         pseudo_weight: float = option(2.0, "largest weight of the pseudo-labels", minimum=0)

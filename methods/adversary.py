@@ -18,10 +18,6 @@ class Adversary(nn.Module):
     The forward pass runs the critic in evaluation mode with frozen weights. The gradient reaches the inputs, but not
     the weights. Only `step` updates the weights. The state_dict holds Adam's state, so a resumed run continues
     exactly.
-
-    Args:
-        critic: the network to train.
-        lr: learning rate of Adam.
     """
 
     def __init__(self, critic: nn.Module, *, lr: float):
@@ -39,12 +35,8 @@ class Adversary(nn.Module):
         return self
 
     def step(self, loss: Callable[[nn.Module], Tensor], batch: Batch, iteration: int) -> None:
-        """Updates the critic by one step of Adam on loss(critic), with gradients averaged over the processes.
-
-        Args:
-            loss: critic -> scalar to minimise; the critic is in training mode.
-            batch: the batch behind the loss; its case names appear in the error.
-            iteration: the current iteration; it appears in the error.
+        """Updates the critic by one step of Adam on loss(critic), with gradients averaged over the processes. The
+        critic is in training mode then. An error names the cases of the batch.
 
         Raises:
             Diverged: if the loss or a gradient is not finite; the weights are then unchanged.
@@ -55,16 +47,11 @@ class Adversary(nn.Module):
             value.backward()
             average_gradients(self.critic.parameters())
             check_finite(Losses(value, {"critic": value}), self.critic, batch, iteration)
-            self._optimizer().step()
+            self._adam = self._adam or self._new_adam(self._saved)  # here, as the weights are on their device by now
+            self._adam.step()
         finally:
             self.critic.zero_grad(set_to_none=True)
             self.critic.eval().requires_grad_(False)
-
-    def _optimizer(self) -> torch.optim.Adam:
-        """Returns Adam, created at the first step: the weights are on their device by then."""
-        if self._adam is None:
-            self._adam = self._new_adam(self._saved)
-        return self._adam
 
     def _new_adam(self, state: dict[str, Any] | None) -> torch.optim.Adam:
         adam = torch.optim.Adam(self.critic.parameters(), lr=self.lr, betas=(0.9, 0.99))

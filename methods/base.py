@@ -90,6 +90,7 @@ class Method(nn.Module):
             "4 4 2 leaves z alone in the first two of four steps. Sides of a patch are multiples of 2^halvings",
             nargs=3, minimum=0, maximum=max(HALVINGS),
         )  # fmt: skip
+        filters: int = option(16, "channels of the first block of every network", minimum=1)
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"paper": {}, "tuned": TUNED}
     """Preset name -> option (of the method or of the script) -> value; the first is the default. All have `tuned`."""

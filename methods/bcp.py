@@ -45,7 +45,6 @@ class BCP(Method):
 
     @dataclass
     class Options(Method.Options):
-        filters: int = option(16, "channels of the V-Net's first block", minimum=1)
         start: float = option(0.12, "share of the iterations in which labeled crops alone are mixed", minimum=0,
                               maximum=1)  # fmt: skip
         box: float = option(2 / 3, "sides of the box, as a share of those of the crop", minimum=0.1, maximum=0.9)

@@ -42,7 +42,6 @@ class CPS(Method):
 
     @dataclass
     class Options(Method.Options):
-        filters: int = option(16, "channels of the first block of both V-Nets", minimum=1)
         pseudo_weight: float = option(1.5, "w, largest weight of the pseudo-labels", minimum=0)
         pseudo_on: str = option("all", "crops with pseudo-labels", choices=ITEMS, only_if=COUNTS)
         ramp_end: float = option(0.0, "share of the iterations after which w is largest, a Gaussian ramp; 0: at once",

@@ -63,7 +63,6 @@ class DTML(Method):
 
     @dataclass
     class Options(Method.Options):
-        filters: int = option(16, "channels of the first block of both V-Nets", minimum=1)
         softmax: bool | None = softmax_option()
         sdm_loss: str = option("mask", "supervised loss of M_d (Table 1)", choices=SDM_LOSSES)
         dis_weight: float = option(1.0, "weight of L_dis, next to L_mask", minimum=0, only_if={"sdm_loss": ("both",)})
@@ -136,8 +135,6 @@ def probability_maps(
         M_s, M_d: networks with the heads seg and sdm; each runs only if an output needs it.
         image: (N,K,W,H,D).
         outputs: seg is p of M_s, sdm is m of M_d, mean is (p + m)/2, which also returns the other two.
-        classes: C, foreground classes.
-        k: steepness of m = sigmoid(-k z).
     """
     maps = {}
     if {"seg", "mean"} & set(outputs):

@@ -27,14 +27,7 @@ from torch import Tensor
 from losses.ema import Averages, ema_decay
 from losses.perturbation import strong_view
 from losses.ramps import ramp_up
-from losses.terms import (
-    dice_loss,
-    hard_dice,
-    probabilities,
-    sdm_to_mask,
-    seg_loss,
-    weighted_sum,
-)
+from losses.terms import dice_loss, hard_dice, probabilities, sdm_to_mask, seg_loss, weighted_sum
 from methods.base import TUNED, Batch, Losses, Method, softmax_option
 from methods.dtml import probability_maps, task_maps, task_monitors
 from utils.options import Condition, option
@@ -59,13 +52,10 @@ class DTMLPlus(Method):
     """Two V-Nets, M_s with the head 'seg' and M_d with the head 'sdm', and the moving average of each."""
 
     multiclass = True
-    PRESETS = {
-        "tuned": TUNED,
-    }
+    PRESETS = {"tuned": TUNED}
 
     @dataclass
     class Options(Method.Options):
-        filters: int = option(16, "channels of the first block of both V-Nets", minimum=1)
         softmax: bool | None = softmax_option()
         k: float = option(50.0, "steepness of m = sigmoid(-k z)", minimum=1e-6)
         ema_decay: float = option(0.99, "decay of the moving averages", minimum=0, maximum=1)

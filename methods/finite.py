@@ -11,13 +11,8 @@ from utils.errors import Diverged
 
 
 def check_finite(losses: Losses, network: nn.Module, batch: Batch, iteration: int) -> None:
-    """Checks loss and gradients after the backward pass, before the optimiser step, over all processes.
-
-    Args:
-        losses: the losses of the iteration.
-        network: the module whose gradients are checked.
-        batch: the batch behind the losses; its case names appear in the error.
-        iteration: the current iteration; it appears in the error.
+    """Checks loss and gradients after the backward pass, before the optimiser step, over all processes. The error names
+    the cases of the batch.
 
     Raises:
         Diverged: naming the loss terms that are not finite or, if all are finite, up to three parameters whose

@@ -36,7 +36,6 @@ class MCNetPlus(Method):
 
     @dataclass
     class Options(Method.Options):
-        filters: int = option(16, "channels of the V-Net's first block", minimum=1)
         softmax: bool | None = softmax_option()
         temperature: float = option(0.1, "T of the sharpened pseudo-labels; 1: not sharpened", minimum=0.01,
                                     only_if=AGREES)  # fmt: skip

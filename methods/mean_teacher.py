@@ -29,7 +29,6 @@ class MeanTeacher(Method):
 
     @dataclass
     class Options(Method.Options):
-        filters: int = option(16, "channels of the first block of both V-Nets", minimum=1)
         softmax: bool | None = softmax_option()
         consistency_on: str = option("all", "crops on which the consistency is computed", choices=ITEMS,
                                      only_if=AGREES)  # fmt: skip

@@ -60,7 +60,6 @@ class SSNet(Method):
 
     @dataclass
     class Options(Method.Options):
-        filters: int = option(16, "channels of the V-Net's first block", minimum=1)
         softmax: bool | None = softmax_option()
         distance: str = option("dice", "D of two predictions; agreement: as released", choices=list(DISTANCES),
                                only_if=AGREES)  # fmt: skip
@@ -125,12 +124,8 @@ class SSNet(Method):
 
 
 class Separator(nn.Module):
-    """L_sep: the features of each class approach the prototypes of this class.
-
-    Args:
-        channels: those of the feature maps.
-        classes: the labels that have prototypes.
-        prototype_attention: whether v weighs the prototypes; otherwise it is 1.
+    """L_sep: the features of each class approach the prototypes of this class. `classes` are the labels that have some;
+    without `prototype_attention` v is 1.
     """
 
     def __init__(self, channels: int, *, classes: Sequence[int], prototype_attention: bool = True):
@@ -180,7 +175,6 @@ def best(h: Tensor, score: Tensor, mask: Tensor, number: int) -> tuple[Tensor, T
         h: features (L,channels,W,H,D).
         score: (L,1,W,H,D).
         mask: (L,W,H,D) of bool.
-        number: how many.
 
     Returns:
         Features (1,channels,number,1,1), 0 where the mask has no more, and whether each is one, (1,1,number,1,1). There

@@ -22,7 +22,6 @@ class Supervised(Method):
 
     @dataclass
     class Options(Method.Options):
-        filters: int = option(16, "channels of the V-Net's first block", minimum=1)
         head: str = option("seg", "seg: V-Net or M_s alone; sdm: M_d alone", choices=("seg", "sdm"))
         softmax: bool | None = softmax_option(only_if={"head": ("seg",)})
         k: float = option(1500.0, "steepness of m = sigmoid(-k z), for the head sdm", minimum=1e-6,

@@ -20,7 +20,6 @@ class TwoHeads(Method):
 
     @dataclass
     class Options(Method.Options):
-        filters: int = option(16, "channels of the V-Net's first block", minimum=1)
         softmax: bool | None = softmax_option()
         beta: float = option(0.3, "weight of the squared error of the signed distance map", minimum=0)
 
@@ -46,10 +45,8 @@ class TwoHeads(Method):
 
         Args:
             q, z: predictions of all items, (N,C,W,H,D).
-            batch: the batch of the predictions.
             unsupervised: name -> scalar of the unsupervised term.
             weight: lambda(t), the weight of that term.
-            monitors: further scalars for the log.
         """
         label = batch["label"]
         terms = {"seg": dice_loss(labeled_part(q, batch), label)}

@@ -49,7 +49,6 @@ class UniMatch(Method):
 
     @dataclass
     class Options(Method.Options):
-        filters: int = option(16, "channels of the V-Net's first block", minimum=1)
         softmax: bool | None = softmax_option()
         threshold: float = option(0.95, "T, probability from which a pseudo-label counts", minimum=0, maximum=1,
                                   only_if=[STRONG, FEATURE])  # fmt: skip
@@ -70,6 +69,7 @@ class UniMatch(Method):
 
     def __init__(self, options: Options, *, iterations: int):
         super().__init__(options, iterations=iterations)
+        o = options
         self.network = self.backbone(heads={"seg": self.seg_channels})
 
     def forward(self, batch: Batch, iteration: int) -> Losses:
@@ -103,12 +103,8 @@ class UniMatch(Method):
         return Losses(total / 2 if o.halve else total, terms, {}, monitors)
 
     def mixed(self, image: Tensor, pseudo: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A strong view of each crop, with a box of the next one in some, and its labels and weights.
-
-        Args:
-            image: unlabeled crops (N,K,W,H,D).
-            pseudo: their pseudo-labels (N,W,H,D).
-            a: weights (N,1,W,H,D).
+        """A strong view of each unlabeled crop (N,K,W,H,D), with a box of the next one in some, and its labels and
+        weights, mixed in the same way from the pseudo-labels (N,W,H,D) and the weights a (N,1,W,H,D).
         """
         boxes = to_device(torch.stack([self.box(image.shape[2:]) for _ in image]), image.device)
         S, y, weight = (paste_next(x, boxes) for x in (strong_view(image, self.options.strong), pseudo, a))

@@ -33,8 +33,12 @@ class Backbone(nn.Module):
         heads: head name -> output channels. 'seg' returns logits. 'sdm' returns tanh values in [-1,1], negative inside
             the object. Heads are 1x1x1 convolutions of the last map, computed in at least float32. A network without
             heads is used for its `features`.
+        in_channels: channels of the image.
         filters: channels of the last map.
         dropout: p of the channel dropout after the deepest and after the last map, in training mode only.
+        up: how the decoder doubles the sides, one of `networks.decoders.UPS`.
+        encoder: False leaves the encoder out; the network then has `decode` alone.
+        halvings: how often x, y and z are halved.
 
     Raises:
         ValueError: for an unknown head name, or in `features` for a side that is not a multiple of 2^halvings.
@@ -108,16 +112,12 @@ class Backbone(nn.Module):
 
 
 def set_precision(method: nn.Module, precision: str, *, training: bool) -> bool:
-    """Sets the precision of every backbone in a method.
+    """Sets the precision, one of PRECISIONS or fp16 for testing, of every backbone in a method, a module with
+    `options`.
 
     In training a network with a head 'sdm' stays in float32 if k > STEEPEST, or if its method has no k. The gradient of
     m = sigmoid(-k z) is in the voxels where |z| is a few 1/k. At k = 1500 tf32 and bf16 move z by more than that, so
     the gradient would be that of other voxels (benchmarks/README.md, "Precision"). Testing needs no gradient.
-
-    Args:
-        method: a module with `options`.
-        precision: one of PRECISIONS, or fp16 for testing.
-        training: whether the method will be trained.
 
     Returns:
         Whether at least one backbone now has this precision.
@@ -173,15 +173,11 @@ def tf32(allow: bool) -> Iterator[None]:
 
 
 def with_tf32(part: Callable[[Tensor], list[Tensor]], x: Tensor, *, allow_tf32: bool) -> list[Tensor]:
-    """Returns part(x), with the forward and the backward pass computed with TF32 or without.
+    """Returns part(x) for x of any shape, with the forward and the backward pass of a GPU's convolutions computed with
+    TF32, which rounds their inputs, or without.
 
     If the global flag differs, each node of the backward pass sets it and restores it afterwards. One hook for the
     whole backward pass is not possible: no gradient arrives at the image, so no hook would run at its end.
-
-    Args:
-        part: x -> tensors.
-        x: input of any shape.
-        allow_tf32: whether a GPU's convolutions may round their inputs to TF32.
     """
     if torch.backends.cudnn.allow_tf32 == allow_tf32:
         return part(x)

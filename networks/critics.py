@@ -10,11 +10,6 @@ class MapCritic(nn.Module):
 
     Four 4x4x4 convolutions of stride 2. Map and image have separate first convolutions, whose outputs are summed.
     11,020,290 parameters with 64 filters. Global average pooling replaces the fixed 7x7x5 pooling of the released code.
-
-    Args:
-        filters: channels of the first layer, doubled at each of the next three.
-        classes: C, number of maps.
-        channels: K, channels of the image.
     """
 
     def __init__(self, *, filters: int = 64, classes: int = 1, channels: int = 1):
@@ -22,21 +17,11 @@ class MapCritic(nn.Module):
         f = filters
         self.map = nn.Conv3d(classes, f, 4, stride=2, padding=1)
         self.image = nn.Conv3d(channels, f, 4, stride=2, padding=1)
-        self.body = nn.Sequential(
-            nn.LeakyReLU(SLOPE),
-            nn.Dropout3d(0.5),
-            nn.Conv3d(f, 2 * f, 4, stride=2, padding=1),
-            nn.LeakyReLU(SLOPE),
-            nn.Dropout3d(0.5),
-            nn.Conv3d(2 * f, 4 * f, 4, stride=2, padding=1),
-            nn.LeakyReLU(SLOPE),
-            nn.Dropout3d(0.5),
-            nn.Conv3d(4 * f, 8 * f, 4, stride=2, padding=1),
-            nn.LeakyReLU(SLOPE),
-            nn.AdaptiveAvgPool3d(1),
-            nn.Flatten(),
-            nn.Linear(8 * f, 2),
-        )
+        layers: list[nn.Module] = []
+        for n in (f, 2 * f, 4 * f):
+            layers += [nn.LeakyReLU(SLOPE), nn.Dropout3d(0.5), nn.Conv3d(n, 2 * n, 4, stride=2, padding=1)]
+        end = [nn.LeakyReLU(SLOPE), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(8 * f, 2)]
+        self.body = nn.Sequential(*layers, *end)
 
     def forward(self, z: Tensor, image: Tensor) -> Tensor:
         """z (N,C,W,H,D) and image (N,K,W,H,D), sides of at least 16 -> logits (N,2)."""

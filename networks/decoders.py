@@ -44,28 +44,16 @@ def upsampling(up: str, channels: int, stride: Stride = (2, 2, 2), *, bias: bool
     Args:
         up: one of UPS. 'transposed' is a transposed convolution whose kernel is the stride; the others are followed by
             a 3x3x3 convolution.
-        channels: input channels.
         stride: 1 or 2 along x, y, z.
-        bias: whether the convolution has a bias.
-
-    Raises:
-        ValueError: for another `up`.
     """
-    if up not in UPS:
-        raise ValueError(f"up must be one of {UPS}, not {up!r}")
     if up == "transposed":
         return nn.ConvTranspose3d(channels, channels // 2, stride, stride=stride, bias=bias)
     return nn.Sequential(Doubled(up, stride), Conv3d(channels, channels // 2, 3, padding=1, bias=bias))
 
 
 class Decoders(Backbone):
-    """One encoder and several decoders, which differ in `up`; each has heads of its own.
-
-    Args:
-        kind: class of the backbone, VNet or UXNet.
-        heads: as for Backbone, the same for every decoder.
-        filters: channels of the last map of every decoder.
-        ups: `up` of each decoder, from UPS.
+    """One encoder and several decoders, which differ in `up`, one of UPS for each; each has `heads` of its own, as
+    those of Backbone.
     """
 
     def __init__(

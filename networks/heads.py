@@ -44,11 +44,8 @@ class Head(nn.Sequential):
 
 
 def make_heads(heads: dict[str, int], channels_in: int) -> nn.ModuleDict:
-    """Creates the heads: 1x1x1 convolutions. 'seg' returns logits, 'sdm' tanh values in [-1,1].
-
-    Args:
-        heads: head name -> output channels.
-        channels_in: channels of the map that the heads read.
+    """Creates the heads, from head name -> output channels: 1x1x1 convolutions. 'seg' returns logits, 'sdm' tanh values
+    in [-1,1].
 
     Raises:
         ValueError: for an unknown head name.

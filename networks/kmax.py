@@ -47,13 +47,8 @@ def truncated_(weight: Tensor, sd: float) -> None:
 def project(
     channels_in: int, channels_out: int, momentum: float, *, sd: float | None = None, gate: float = 1.0
 ) -> nn.Sequential:
-    """1x1 convolution without bias, then batch norm: (B,in,v) -> (B,out,v).
-
-    Args:
-        channels_in, channels_out: channels of the convolution.
-        momentum: momentum of the batch norm.
-        sd: initial standard deviation of the weights; default sqrt(2 / channels_in).
-        gate: initial weight of the batch norm.
+    """1x1 convolution without bias, then batch norm: (B,in,v) -> (B,out,v). `sd` is the initial standard deviation of
+    the weights (default sqrt(2 / channels_in)), `gate` the initial weight of the batch norm.
     """
     conv = nn.Conv1d(channels_in, channels_out, 1, bias=False)
     norm = nn.BatchNorm1d(channels_out, momentum=momentum, eps=EPSILON)
@@ -152,15 +147,10 @@ class KMaXDecoder(nn.Module):
     Args:
         filters: filters of the backbone, whose map of stride s has s * filters channels.
         classes: K, channels of the logits.
-        queries: N.
         query_channels: C, a multiple of 16.
         levels: strides of the maps that the layers read, 2 to 16.
-        momentum: momentum of all batch norms.
         scale: initial standard deviation of the logits of every assignment; 0.1 as published gives nearly uniform
             shares.
-
-    Raises:
-        ValueError: for other levels, or query channels that are not a multiple of 16.
     """
 
     def __init__(
@@ -168,10 +158,6 @@ class KMaXDecoder(nn.Module):
         momentum: float, scale: float = 0.1,
     ):  # fmt: skip
         super().__init__()
-        if query_channels % (2 * HEADS):
-            raise ValueError(f"query channels must be a multiple of {2 * HEADS}, not {query_channels}")
-        if not levels or not set(levels) <= set(SCALES[:-1]):
-            raise ValueError(f"levels must be of the strides 16, 8, 4 and 2, not {list(levels)}")
         C = query_channels
         self.places = [SCALES.index(stride) for stride in levels]
         self.queries = nn.Parameter(torch.empty(C, queries))
@@ -201,7 +187,6 @@ class QueryNet(nn.Module):
     pass of a crop of 112x112x80 voxels then takes 1,218 GFLOP.
 
     Args:
-        backbone: class of the backbone.
         kmax: False replaces the decoder by a head of the backbone: logits only, no queries, no assignment.
         dropout: that of the backbone; the published network has none.
         train_levels: False freezes the predictors of the layers' assignments, for losses without a gradient there.

@@ -32,7 +32,6 @@ def vnet_weights(path: Path, heads: dict[str, str]) -> dict[str, Tensor]:
     The file may come from DataParallel (names that begin with `module.`) and have any number of filters.
 
     Args:
-        path: file of bare weights.
         heads: ONE_HEAD or TWO_HEADS, the heads in the file.
 
     Raises:

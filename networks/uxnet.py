@@ -106,11 +106,9 @@ class Residual(nn.Module):
             Conv3d(channels_out, channels_out, 3, padding=1, bias=False),
             InstanceNorm(),
         )
-        self.shortcut = (
-            nn.Identity()
-            if channels_in == channels_out
-            else nn.Sequential(Conv3d(channels_in, channels_out, 1, bias=False), InstanceNorm())
-        )
+        self.shortcut: nn.Module = nn.Identity()
+        if channels_in != channels_out:
+            self.shortcut = nn.Sequential(Conv3d(channels_in, channels_out, 1, bias=False), InstanceNorm())
 
     def forward(self, x: Tensor) -> Tensor:
         return F.leaky_relu(self.block(x) + self.shortcut(x), 0.01)
@@ -132,15 +130,7 @@ class UXNet(Backbone):
     """Encoder-decoder of five scales.
 
     53,005,922 parameters with 48 filters and one head of two channels, 52,881,408 of them in `features`. The forward
-    pass of a crop of 112x112x80 voxels takes 1,309 GFLOP.
-
-    Args: as for Backbone, and
-        in_channels: channels of the image.
-        filters: channels of the first scale; 48 as published.
-        dropout: as for Backbone; the published network has none.
-        up: how the decoder doubles the sides, one of `networks.decoders.UPS`.
-        encoder: False leaves the encoder out; the network then has `decode` alone.
-        halvings: how often x, y and z are halved.
+    pass of a crop of 112x112x80 voxels takes 1,309 GFLOP. The published network has 48 filters and no dropout.
     """
 
     def __init__(
@@ -152,10 +142,8 @@ class UXNet(Backbone):
         if encoder:
             self.stem = nn.Sequential(Conv3d(in_channels, f, 7, stride=strides[0], padding=3), ChannelNorm(f))
             self.down = nn.ModuleList(
-                [
-                    nn.Sequential(ChannelNorm(c), Conv3d(c, 2 * c, s, stride=s))
-                    for c, s in zip((f, 2 * f, 4 * f), strides[1:], strict=True)
-                ]
+                nn.Sequential(ChannelNorm(c), Conv3d(c, 2 * c, s, stride=s))
+                for c, s in zip((f, 2 * f, 4 * f), strides[1:], strict=True)
             )
             self.stages = nn.ModuleList([nn.Sequential(UXBlock(c), UXBlock(c)) for c in (f, 2 * f, 4 * f, 8 * f)])
             self.norms = nn.ModuleList([ChannelNorm(c) for c in (f, 2 * f, 4 * f, 8 * f)])

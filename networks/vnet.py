@@ -45,14 +45,7 @@ class Up(nn.Sequential):
 
 
 class VNet(Backbone):
-    """Encoder-decoder of five scales; 9,448,849 parameters with 16 filters and one head of one channel.
-
-    Args: as for Backbone, and
-        in_channels: channels of the image.
-        up: how the decoder doubles the sides, one of `networks.decoders.UPS`.
-        encoder: False leaves the encoder out; the network then has `decode` alone.
-        halvings: how often x, y and z are halved.
-    """
+    """Encoder-decoder of five scales; 9,448,849 parameters with 16 filters and one head of one channel."""
 
     cpu_layout = torch.channels_last_3d
     """Memory layout of the maps on a CPU; convolutions need not reorder them in this one."""

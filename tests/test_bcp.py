@@ -111,7 +111,7 @@ def test_crops_of_one_slice_are_mixed_too():
 
 @pytest.mark.parametrize(
     ("sides", "share", "expected"),
-    [((12, 9, 7), 2 / 3, (8, 6, 4)), ((112, 112, 80), 2 / 3, (74, 74, 53)), ((12, 9, 7), (1, 0.5, 0.3), (12, 4, 2)),
+    [((12, 9, 7), 2 / 3, (8, 6, 4)), ((112, 112, 80), 2 / 3, (74, 74, 53)),
      ((4, 4, 4), 1.0, (4, 4, 4)), ((12, 12, 1), 2 / 3, (8, 8, 1)), ((16, 16, 2), 0.27, (4, 4, 1))],
 )  # fmt: skip
 def test_a_box_is_a_solid_block_of_its_share_of_each_side(sides, share, expected):
@@ -123,11 +123,8 @@ def test_a_box_is_a_solid_block_of_its_share_of_each_side(sides, share, expected
         assert tuple(np.ptp(places, axis=0) + 1) == expected
 
 
-def test_a_box_of_no_voxel_is_empty_and_a_wrong_share_is_refused():
-    assert not random_box((8, 8, 8), 0.0).any() and not random_box((8, 8, 8), (1.0, 0.0, 1.0)).any()
-    for share in (1.1, -0.1, (0.5, 0.5), (0.5, 0.5, 2.0)):
-        with pytest.raises(ValueError):
-            random_box((8, 8, 8), share)
+def test_a_box_of_no_voxel_is_empty():
+    assert not random_box((8, 8, 8), 0.0).any()
 
 
 def test_every_place_of_a_box_is_as_likely_the_first_and_the_last_too():

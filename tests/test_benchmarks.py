@@ -54,7 +54,7 @@ def test_the_memory_of_a_step_at_full_size_is_counted_and_recomputing_takes_less
     assert crops == same == 4 and 0.3 * full < less < 0.7 * full
     assert full / half == pytest.approx(2 * 112 * 112 * 80 / (64 * 64 * 32), rel=0.25)
     assert memory.card_for(1.3 * full) == {"dtml": 11, "mc-net-plus": 12}[name] and memory.card_for(200) == "-"
-    assert table(["a", "b"], [["x", 0.12345], [1, 2345.0]]) == "| a | b |\n| --- | --- |\n| x | 0.123 |\n| 1 | 2340 |"
+    assert table(["a", "b"], [["x", 0.12345], [1, 2345.0]]) == "| a | b |\n|---|---|\n| x | 0.123 |\n| 1 | 2340 |"
 
 
 @pytest.fixture

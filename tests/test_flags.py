@@ -22,6 +22,7 @@ import train_dtml
 from dataloaders.two_stream import Patches
 from methods import METHODS
 from networks import backbone
+from utils import devices
 
 OPENED = 1 + 4 * 8 + 2 * 4
 """h5 files that a run on the set opens at its start: the first for the number of its channels; all 8 for the volumes
@@ -272,14 +273,14 @@ class Outcome:
 def run_test(finished: Path, out: Path, *argv: str) -> Outcome:
     """Tests the run `finished`; the results are in `out` unless the words say otherwise."""
     batches, asked, pools = [], [], []
-    choose, predict, pool = test_la.choose_device, METHODS["dtml"].predict, test_la.ThreadPoolExecutor
+    choose, predict, pool = devices.choose_device, METHODS["dtml"].predict, test_la.ThreadPoolExecutor
 
     def note_batch(self: Any, image: torch.Tensor, outputs: Any) -> torch.Tensor:
         batches.append(len(image))
         return predict(self, image, outputs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(test_la, "choose_device", lambda name: asked.append(name) or choose(name))
+        patch.setattr(devices, "choose_device", lambda name: asked.append(name) or choose(name))
         patch.setattr(METHODS["dtml"], "predict", note_batch)
         patch.setattr(test_la, "ThreadPoolExecutor", lambda count: pools.append(count) or pool(count))
         usual = ["--checkpoint", str(finished), "--stride", "8", "8", "8", "--device", "cpu"]

@@ -12,7 +12,7 @@ import test_la
 import train_dtml
 from dataloaders.cases import read_case
 from dataloaders.images import read_image
-from dataloaders.normalization import NONE, Normalization, normalized, scaling_of
+from dataloaders.normalization import NONE, Normalization, normalized, scalings_of
 from utils.resample import downsample_image
 
 SCAN = Normalization("scan")
@@ -37,7 +37,7 @@ def test_scan_is_clipped_to_percentiles_then_z_scored():
     assert result.dtype == np.float32 and np.array_equal(x, before)
     np.testing.assert_allclose(result, by_hand(x), atol=1e-5)
     assert abs(result.mean()) < 1e-5 and abs(result.std() - 1) < 1e-5 and result.max() < 6
-    assert normalized(x, NONE) is x and scaling_of(x, NONE) is None
+    assert normalized(x, NONE) is x and scalings_of(x, NONE) is None
 
 
 @pytest.mark.parametrize(("a", "b"), [(0.3, 0.0), (3.0, 0.0), (1200.0, -700.0), (1e-3, 5.0)])

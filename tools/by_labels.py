@@ -9,7 +9,7 @@ from pathlib import Path
 from evaluation.metrics import mean_and_sd
 from evaluation.rows import options_of, read_row, runs_of, split_output
 from settings import PROFILES
-from tools.runs import Options, select, status_of
+from tools.runs import Options, records_of, select
 from utils.errors import UserError
 from utils.run_folder import MANIFEST
 
@@ -19,7 +19,6 @@ def dice_by_labels(paths: Sequence[str], titles: Sequence[str], table: str) -> d
 
     Args:
         paths: a pattern of runs for each title; with a table the folder of its records.
-        titles: of the patterns; none: the patterns themselves.
         table: of tools.reproduce, whose rows' labels are the titles; '': none.
 
     Raises:
@@ -61,10 +60,10 @@ def rows_of_table(paths: Sequence[str], table: str) -> dict[str, list[str]]:
     runs, tables = select(Options(profile=folder.name, results=str(folder.parent), table=[table]))
     counts = Counter((row.label, row.labeled) for row in tables[table][1])
     records: dict[str, list[str]] = {}
+    done = records_of(runs)
     for row in tables[table][1]:
-        done = [run for run in runs if run.key == row.key and status_of(run) == "done"]
         label = row.label if counts[row.label, row.labeled] == 1 else f"{row.label}, {row.scans}"
-        records.setdefault(label, []).extend(f"{run.record}:{row.output}" for run in done)
+        records.setdefault(label, []).extend(f"{record}:{row.output}" for record in done.get(row.key, {}).values())
     waits = [label for label, of_row in records.items() if not of_row]
     if len(waits) == len(records):
         raise UserError(f"no row of the table {table} has a record in {folder}. Run it first, by tools.reproduce.")

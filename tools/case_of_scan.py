@@ -12,19 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from skimage.filters import threshold_otsu
 
-from dataloaders.cases import CaseError
-from dataloaders.channels import described, normalise_channels, read_channels, refuse_number
+from dataloaders.cases import CaseError, refuse_channels
+from dataloaders.channels import described, normalise_channels, read_channels
 from dataloaders.geometry import DEFAULT_GEOMETRY
-from dataloaders.images import (
-    Geometry,
-    ending_of,
-    grid_of_spacing,
-    moved,
-    read_image,
-    read_label,
-    resample,
-    same_grid,
-)
+from dataloaders.images import Geometry, ending_of, grid_of_spacing, moved, read_image, read_label, resample, same_grid
 from dataloaders.orientation import RAS, orientation_of, turn_to
 from tools.sources import Source
 from utils.channels import each_channel, with_channels
@@ -124,16 +115,21 @@ def _refuse_other(job: Job, sources: dict[str, str]) -> dict[str, Any]:
     names = ("source_image", "source_image_sha256", "source_label", "source_label_sha256")
     before = {**{name: about.get(name) for name in names}, **json.loads(about.get("settings", "{}"))}
     now = {**{name: sources.get(name) for name in names}, **json.loads(job.settings)}
-    other = [name for name in {**now, **dict.fromkeys(OPTIONAL)} if before.get(name) != now.get(name)]
-    if other == ["source_label", "source_label_sha256"] and before["source_label"] is None:
+    differ = differences(before, now)
+    if [*differ] == ["source_label", "source_label_sha256"] and before["source_label"] is None:
         return {}
-    differ = [f"{name}: {before.get(name)} before, {now.get(name)} now" for name in other]
     if differ:
         raise CaseError(
-            f"{job.path} was made from something else or in another way ({'; '.join(differ)}). Move it away, or choose "
-            "another --out"
+            f"{job.path} was made from something else or in another way ({'; '.join(differ.values())}). Move it away, "
+            "or choose another --out"
         )
     return {"values": tuple(map(int, about["values"])), "orientation": _orientation(about)}
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
+    """Setting -> what it was and what it is, of those that differ."""
+    names = [name for name in {**now, **dict.fromkeys(OPTIONAL)} if before.get(name) != now.get(name)]
+    return {name: f"{name}: {before.get(name)} before, {now.get(name)} now" for name in names}
 
 
 def attributes_of(path: Path) -> dict[str, Any]:
@@ -203,7 +199,7 @@ def _read(job: Job) -> tuple[NDArray[np.float32], Geometry]:
 
     def one_file(path: Path) -> tuple[NDArray[np.float32], Geometry]:
         image, geometry = read_image(path)
-        refuse_number(image, job.channels)
+        refuse_channels(image.shape, len(job.channels), job.channels)
         return image, geometry
 
     return _of(job.scan.image, one_file) if len(job.scan.images) == 1 else read_channels(job.scan.images)

@@ -11,33 +11,19 @@ of a training ends the output, with a patch that suits the scans and the memory.
 """
 
 import dataclasses
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
-from dataloaders.cases import (
-    FILE_NAME,
-    MOST_CLASSES,
-    Case,
-    find_cases,
-    has_label,
-    lists_of,
-    validation_of,
-)
+from dataloaders.cases import FILE_NAME, MOST_CLASSES, Case, find_cases, has_label, lists_of, validation_of
 from dataloaders.channel_names import channel_names_in
 from dataloaders.class_names import DATASET, class_names, read_dataset
-from dataloaders.findings import (
-    LEVELS,
-    Facts,
-    Finding,
-    findings_of,
-    memory_gib,
-)
+from dataloaders.findings import LEVELS, Facts, Finding, findings_of, memory_gib
 from dataloaders.training import is_phantom, usual_classes, usual_labeled
 from methods import METHODS
 from settings import Options as Training
@@ -76,11 +62,8 @@ class Options:
 
 def unlisted(folder: Path, names: Sequence[str]) -> list[Finding]:
     """A note if there are case files that no list names."""
-    files = [path.parent for path in folder.glob(f"**/{FILE_NAME}")] + [
-        path.with_suffix("") for path in folder.glob("*.h5")
-    ]
-    listed = {Path(name).name for name in names}
-    others = tuple(sorted({path.name for path in files} - listed))
+    files = {path.parent.name for path in folder.glob(f"**/{FILE_NAME}")} | {path.stem for path in folder.glob("*.h5")}
+    others = tuple(sorted(files - {Path(name).name for name in names}))
     text = "has a file, but no list names it. Add it to train.list if it is to be used."
     return [Finding("note", others, text)] if others else []
 
@@ -149,29 +132,16 @@ def _memory(facts: Sequence[Facts], downsample: int) -> list[Finding]:
 
 def _each(cases: Sequence[Case], o: Options) -> Iterator[Inspection]:
     """Inspections of the cases in their order, from several processes: they are work, not waiting."""
-    workers = o.workers or min(cores(), 8)
-    with _mapped(min(workers, len(cases))) as mapped:
-        inspections = mapped(inspect, cases)
+    workers = min(o.workers or min(cores(), 8), len(cases))
+    pool: Any = nullcontext()
+    with suppress(OSError, NotImplementedError):  # where processes have no semaphores
+        pool = ProcessPoolExecutor(workers) if workers > 1 else pool
+    with pool as several:
+        inspections = several.map(inspect, cases) if several else map(inspect, cases)
         try:
-            yield from tqdm(
-                inspections, "checking", len(cases), leave=False, unit="scan", disable=not sys.stderr.isatty()
-            )
+            yield from tqdm(inspections, "checking", len(cases), leave=False, unit="scan", disable=None)
         except BrokenProcessPool as e:
             raise UserError("a process that read the volumes was ended, as if memory ran out. Give --workers 1.") from e
-
-
-@contextmanager
-def _mapped(workers: int) -> Iterator[Callable[..., Iterator[Inspection]]]:
-    """map, in several processes if there are to be some, and if this place lets them have semaphores."""
-    try:
-        pool = ProcessPoolExecutor(workers) if workers > 1 else None
-    except (OSError, NotImplementedError):
-        pool = None
-    if pool is None:
-        yield map
-        return
-    with pool:
-        yield pool.map
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -53,10 +53,6 @@ def read_options(
 ) -> tuple[Options, Method.Options, Path, dict[str, Any] | None]:
     """Reads the command line.
 
-    Args:
-        argv: arguments; None: those of the program.
-        description: text of --help.
-
     Returns:
         Options of the run, options of its method, the run folder, and the contents of the checkpoint to continue, if
         any.
@@ -161,10 +157,6 @@ def chosen_flags(args: list[str]) -> list[str]:
 
 def combine(flags: dict[str, Any], kind: type[Method]) -> tuple[Options, Method.Options]:
     """Combines defaults < profile < preset < flags, and then sets what depends on other options.
-
-    Args:
-        flags: option -> value from the command line.
-        kind: class of the method.
 
     Returns:
         Options of the run and of its method.

@@ -69,11 +69,8 @@ def comparisons(tables: Tables, done: dict[str, Records]) -> dict[Row, list[Pair
 
 
 def comparison_tables(pairs_of: Mapping[Row, Sequence[Pair]], recipes: Mapping[str, str]) -> list[Table]:
-    """A table for each row that others are compared with; Holm's correction is over all of them.
-
-    Args:
-        pairs_of: of `comparisons`.
-        recipes: key -> text of its training settings, which tell rows of one label apart.
+    """A table for each row that others are compared with, by `comparisons`; Holm's correction is over all of them.
+    `recipes`, key -> text of its training settings, tell rows of one label apart.
     """
     corrected = iter(holm([pair.comparison.p for pairs in pairs_of.values() for pair in pairs]))
     tables = []

@@ -54,16 +54,10 @@ from dataloaders.class_names import DATASET, class_names
 from dataloaders.images import INTERPOLATORS, ending_of, read_label
 from dataloaders.nifti import channels_in
 from dataloaders.orientation import RAS
-from tools.case_of_scan import CROPS, OPTIONAL, Job, Outcome, attributes_of, convert_case
+from tools.case_of_scan import CROPS, Job, Outcome, attributes_of, convert_case, differences
 from tools.conversion_summary import remarks, summary
 from tools.set_lists import SPLITS, PreviousLists, extended_lists, labeled_of, listed_in, read_previous, write_set
-from tools.sources import (
-    IMAGES_TS,
-    Source,
-    SourceSet,
-    find_sources,
-    refuse_unlabeled,
-)
+from tools.sources import IMAGES_TS, Source, SourceSet, find_sources, refuse_unlabeled
 from tools.split import choose_split, patients_in
 from utils.errors import UserError, ignore_stop_signals, run
 from utils.options import option, read_flags
@@ -89,12 +83,9 @@ class Options:
         "linear", "interpolation of the intensities", choices=[k for k in INTERPOLATORS if k != "nearest"]
     )
     labels: list[tuple[int, ...]] | None = option(
-        None,
-        "values of the labels that become 1, 2, ..., all others 0; values joined by commas, as 1,2, become one "
-        "class (default as they are; 255 alone becomes 1)",
-        type=label_values,
-        nargs="+",
-    )
+        None, "values of the labels that become 1, 2, ..., all others 0; values joined by commas, as 1,2, become one "
+        "class (default as they are; 255 alone becomes 1)", type=label_values, nargs="+",
+    )  # fmt: skip
     crop: str = option(
         "",
         "label: box of the label with a random margin at each side, 10 to 19 voxels along x and y, 5 to 9 along z, and "
@@ -108,20 +99,13 @@ class Options:
         "(default as --crop says)", type=int, minimum=0,
     )  # fmt: skip
     test_share: float | None = option(
-        None,
-        "share of the labeled cases for test.list (default what the source states, the published lists for the "
-        "challenge's, else 0.2)",
-        type=float,
-        minimum=0,
-        maximum=1,
-    )
+        None, "share of the labeled cases for test.list (default what the source states, the published lists for the "
+        "challenge's, else 0.2)", type=float, minimum=0, maximum=1,
+    )  # fmt: skip
     validation_share: float = option(
-        0.0,
-        "share of the labeled cases for validation.list, on which train_dtml.py --validate-every chooses the best "
-        "checkpoint; they are taken from those that would be trained on",
-        minimum=0,
-        maximum=1,
-    )
+        0.0, "share of the labeled cases for validation.list, on which train_dtml.py --validate-every chooses the best "
+        "checkpoint; they are taken from those that would be trained on", minimum=0, maximum=1,
+    )  # fmt: skip
     patient: str = option(
         "",
         "regular expression that the beginning of each scan's name matches, the patient in parentheses: '([^_]+)_' "
@@ -158,14 +142,12 @@ def keep(out: Path, before: PreviousLists, here: Container[str], settings: str) 
             about = attributes_of(path)
         except CaseError as e:
             raise UserError(f"{e}, or take {name} out of {split}.list.") from e
-        now = json.loads(settings)
         then = json.loads(about.get("settings", settings))  # cases that were not converted here state none
-        keys = [*now, *(key for key in then if key in OPTIONAL and key not in now)]
-        differ = [f"{key}: {then.get(key)} before, {now.get(key)} now" for key in keys if then.get(key) != now.get(key)]
+        differ = differences(then, json.loads(settings))
         if differ:
             raise UserError(
-                f"{path}, which the source does not have, was made in another way ({'; '.join(differ)}). A set is made "
-                "in one way: choose another --out."
+                f"{path}, which the source does not have, was made in another way ({'; '.join(differ.values())}). A "
+                "set is made in one way: choose another --out."
             )
         kept.append(Outcome(name, "kept", values=tuple(map(int, about.get("values", ())))))
     return kept
@@ -316,7 +298,7 @@ def main(argv: list[str] | None = None) -> None:
         )
 
     # the cases, and the lists of those that were not refused
-    outcomes = list(tqdm(outcomes_of(jobs, o.workers), total=len(jobs), unit="scan", disable=not sys.stderr.isatty()))
+    outcomes = list(tqdm(outcomes_of(jobs, o.workers), total=len(jobs), unit="scan", disable=None))
     refused = {outcome.name: outcome.why for outcome in outcomes if outcome.status == "refused"}
     train, test, validation = ([name for name in new if name not in refused] for new in (train, test, validation))
     everything = [*before.train, *before.test, *before.validation, *train, *test, *validation]

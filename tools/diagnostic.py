@@ -38,12 +38,7 @@ def kept_for_diagnosis(
     """Context that writes folder/diverged-rankR.pt if the training inside diverges.
 
     The file is a checkpoint that also holds the batch. Only processes with a loss or gradient that is not finite write
-    it.
-
-    Args:
-        folder: folder of the file.
-        patches, sampler: those of the training, to make the batch again.
-        contents: iteration -> contents of a checkpoint.
+    it. The batch is made again by `patches` and `sampler`; `contents` are those of a checkpoint, by its iteration.
 
     Raises:
         Diverged: the original error, with the path of the file in the message.
@@ -63,11 +58,8 @@ def kept_for_diagnosis(
 
 
 def replay_batch(method: Method, state: dict[str, Any], device: torch.device) -> list[str]:
-    """The iteration of a diagnostic file, forward and backward but for the step, in lines of text.
-
-    Args:
-        method: with the weights of `state`.
-        state: what load_checkpoint made of a file of --from-diagnostic.
+    """The iteration of a diagnostic file, forward and backward but for the step, in lines of text. The method has the
+    weights of `state`, what load_checkpoint made of the file.
 
     Raises:
         UserError: a checkpoint without a batch.

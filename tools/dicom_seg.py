@@ -36,15 +36,8 @@ def dicom_seg(
     label: NDArray[np.uint8], geometry: Geometry, slices: Sequence[str], *, classes: int, names: Mapping[int, str],
     method: str,
 ) -> bytes:  # fmt: skip
-    """The contents of a DICOM-SEG file.
-
-    Args:
-        label: (W,H,D) of 0 to `classes`, on the grid of the series.
-        geometry: of the series, as `read_series` returns it.
-        slices: its files, in the order of z.
-        classes: C, the number of segments.
-        names: class -> name, of the classes that have one.
-        method: name of the method, which is stated as the algorithm.
+    """The contents of a DICOM-SEG file of a label (W,H,D) of 0 to `classes`, on the grid of the series whose slices are
+    files in the order of z. `names` are those of the classes that have one.
 
     Raises:
         CaseError: continuing a sentence that begins with the series: attributes that a DICOM-SEG needs and the series

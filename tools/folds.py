@@ -11,7 +11,6 @@ one fold, with the same options but --fold, and each scan is tested by the run t
 
 import dataclasses
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,27 +21,19 @@ from evaluation.rows import runs_of
 from evaluation.scores import as_csv, caption_of, table, with_class_names
 from settings import Options as TrainingOptions
 from utils.checkpoint import BEST, write_whole
-from utils.errors import UserError, run
-from utils.options import Parser, fill, flag_of, harmless_names, option
+from utils.errors import UserError, run, warn
+from utils.options import flag_of, harmless_names, option, read_flags
 from utils.run_folder import MANIFEST, read_json
 
 TESTED = "validation"  # folder of test_la.py --scans validation in a run folder
-OF_THE_TEST = (
-    "scans",
-    "patch_size",
-    "stride",
-    "weighting",
-    "flips",
-    "precision",
-    "nsd_tolerance_mm",
-    "metrics",
-)
+OF_THE_TEST = ("scans", "patch_size", "stride", "weighting", "flips", "precision", "nsd_tolerance_mm", "metrics")
 
 
 @dataclasses.dataclass
 class Options:
-    """What to write."""
+    """Of what, and what to write."""
 
+    runs: list[str] = option([], "run folders or test folders of the folds", word="RUN", type=str, nargs="+")
     out: str = option("", "folder for cases.csv of all scans and table.md (default none)")
 
 
@@ -136,17 +127,13 @@ def refuse_folds(folds: Sequence[Fold]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Prints the two tables, and warns of folds that are missing."""
-    parser = Parser(description=__doc__, prog="python -m tools.folds")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders or test folders of the folds")
-    parser.add_dataclass(Options)
-    flags = parser.parse(argv)
-    o: Options = fill(Options, flags)
-    paths = [Path(path) for where in flags["runs"] for path in runs_of(where)]
+    o: Options = read_flags(Options, __doc__, "python -m tools.folds", argv)
+    paths = [Path(path) for where in o.runs for path in runs_of(where)]
     folds = sorted(map(read_fold, paths), key=lambda fold: fold.number)
     refuse_folds(folds)
     missing = sorted({*range(folds[0].folds)} - {fold.number for fold in folds})
     if missing:
-        print(f"warning: fold {', '.join(map(str, missing))} of {folds[0].folds} is missing.", file=sys.stderr)
+        warn(f"fold {', '.join(map(str, missing))} of {folds[0].folds} is missing.")
     rows = [{"case": row["case"], "fold": fold.number, **row} for fold in folds for row in fold.rows]
     counts = ", ".join(f"{fold.number}: {len({row['case'] for row in fold.rows})}" for fold in folds)
     about = folds[0].about

@@ -1,12 +1,12 @@
 """A table as Markdown, as LaTeX with booktabs, and as CSV with one number in a column."""
 
-import csv
 import dataclasses
-import io
 import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
+
+from utils.text import csv_table, markdown_table
 
 Numbers = Mapping[str, float | str]
 LONG = 45  # lines from which a table in LaTeX goes on over pages
@@ -60,9 +60,7 @@ def cells(line: Line) -> list[str]:
 
 def markdown(table: Table) -> str:
     """The table without its title."""
-    rows = [[column.head for column in table.columns], *map(cells, table.lines)]
-    head, *lines = ["|" + "|".join(f" {text} " if text else " " for text in row) + "|" for row in rows]
-    return "\n".join([head, "|" + "---|" * len(table.columns), *lines])
+    return markdown_table([column.head for column in table.columns], map(cells, table.lines))
 
 
 def latex(table: Table) -> str:
@@ -137,20 +135,12 @@ def as_csv(tables: Sequence[Table]) -> str:
     records: list[dict[str, str]] = []
     for table in tables:
         for line in table.lines:
-            record: dict[str, str] = {
-                "table": table.name,
-                **{name: number(value) for name, value in table.more.items()},
-            }
+            record = {"table": table.name, **{name: number(value) for name, value in table.more.items()}}
             for column, cell in zip(table.columns, line.cells, strict=True):
                 values = cell.numbers or ({column.name: plain(cell.text)} if cell.text else {})
                 record |= {name: number(value) for name, value in values.items()}
             records.append(record)
-    names = list(dict.fromkeys(name for record in records for name in record))
-    file = io.StringIO()
-    writer = csv.DictWriter(file, names, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    return file.getvalue()
+    return csv_table(records)
 
 
 def number(value: float | str) -> str:

@@ -3,7 +3,7 @@
 python -m tools.framework [FILE]
 """
 
-import argparse
+import dataclasses
 import io
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,18 @@ from dataloaders.phantom import phantom
 from losses.sdm import signed_distance_map
 from utils.checkpoint import write_whole
 from utils.errors import run
+from utils.options import option, read_flags
 
 BLUE, ORANGE, PURPLE, GREEN, INK = "#2f6db3", "#d9762b", "#7a4fa3", "#2e8b57", "#2b2b2b"
 SIDE = 1.9  # of a thumbnail
 TOP, MIDDLE, BOTTOM = 5.55, 3.5, 1.45
+
+
+@dataclasses.dataclass
+class Options:
+    """What to write."""
+
+    file: str = option("docs/framework.png", "PNG to write", word="FILE", nargs="?")
 
 
 def slices() -> dict[str, np.ndarray]:
@@ -119,15 +127,11 @@ def draw() -> plt.Figure:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.framework", description="Draws the framework of DTML.")
-    parser.add_argument(
-        "file", nargs="?", type=Path, default=Path("docs/framework.png"), help="PNG to write (default %(default)s)"
-    )
-    file = parser.parse_args(argv).file
+    o: Options = read_flags(Options, __doc__, "python -m tools.framework", argv)
     data = io.BytesIO()
     draw().savefig(data, format="png", dpi=100, facecolor="white")
-    write_whole(file, data.getvalue())
-    print(file)
+    write_whole(Path(o.file), data.getvalue())
+    print(o.file)
 
 
 if __name__ == "__main__":

@@ -178,6 +178,26 @@ def method_rows(n: int, scans: int, others: Sequence[str], softmax: str = "") ->
     ]
 
 
+def plus_rows(n: int) -> list[Row]:
+    """DTML+, its control, DTML and the V-Net with n labeled of 80 scans, and which output is scored."""
+    both = f"{n} / {80 - n}"
+    return [
+        Row("V-Net", f"{n} / 0", f"supervised-normalized-{n}"),
+        Row("DTML+, labeled scans alone: mean of the averages", f"{n} / 0", f"plus-alone-{n}", output="ema_mean"),
+        Row("DTML `tuned`: mean of both", both, f"tuned-normalized-{n}", output="mean"),
+        Row("DTML+: M_s", both, f"plus-{n}"),
+        Row("DTML+: mean of the averages", both, f"plus-{n}", output="ema_mean"),
+    ]
+
+
+def all_labeled_rows(n: int, output: str = "") -> list[Row]:
+    """The upper bounds with all n scans labeled: the V-Net, and DTML+'s networks by an output that the label names."""
+    return [
+        Row("V-Net", f"{n} / 0", f"supervised-normalized-{n}"),
+        Row(f"DTML+, labeled scans alone{output}", f"{n} / 0", f"plus-alone-{n}", output="ema_mean"),
+    ]
+
+
 LA_TABLES: Tables = {
     GLANCE: ("Results at a glance", [
         row
@@ -188,10 +208,7 @@ LA_TABLES: Tables = {
             Row("DTML+, labeled scans alone", f"{n} / 0", f"plus-alone-{n}", output="ema_mean"),
             Row("DTML+", f"{n} / {80 - n}", f"plus-{n}", output="ema_mean", alone=f"plus-alone-{n}"),
         )
-    ] + [
-        Row("V-Net", "80 / 0", "supervised-normalized-80"),
-        Row("DTML+, labeled scans alone", "80 / 0", "plus-alone-80", output="ema_mean"),
-    ]),
+    ] + all_labeled_rows(80)),
     "1": ("Table 1: the supervised loss of M_d", [
         Row("L_dis", "16 / 64", "dtml-dis-16", "89.72 81.55 1.97 7.64"),
         Row("L_mask", "16 / 64", "dtml-16", "90.12 82.14 1.82 7.01"),
@@ -240,29 +257,15 @@ LA_TABLES: Tables = {
         *(Row("the same, normalized", f"{n} / 0", f"supervised-normalized-{n}") for n in (8, 16, 80)),
     ]),
     "plus": ("DTML+ and what the unlabeled scans add, each scan normalized, on the test scans", [
-        row
-        for n in (4, 8, 16)
-        for row in (
-            Row("V-Net", f"{n} / 0", f"supervised-normalized-{n}"),
-            Row("DTML+, labeled scans alone: mean of the averages", f"{n} / 0", f"plus-alone-{n}", output="ema_mean"),
-            Row("DTML `tuned`: mean of both", f"{n} / {80 - n}", f"tuned-normalized-{n}", output="mean"),
-            Row("DTML+: M_s", f"{n} / {80 - n}", f"plus-{n}"),
-            Row("DTML+: mean of the averages", f"{n} / {80 - n}", f"plus-{n}", output="ema_mean"),
-        )
-    ] + [
-        Row("V-Net", "80 / 0", "supervised-normalized-80"),
-        Row("DTML+, labeled scans alone: mean of the averages", "80 / 0", "plus-alone-80", output="ema_mean"),
-    ]),
+        row for n in (4, 8, 16) for row in plus_rows(n)
+    ] + all_labeled_rows(80, ": mean of the averages")),
     "precision": ("`--precision bf16`, each scan normalized, on the test scans", [
         Row("V-Net, fp32", "8 / 0", "supervised-normalized-8"),
         Row("V-Net, bf16", "8 / 0", "supervised-normalized-bf16-8"),
     ]),
     METHODS_TABLE: ("All methods with the preset `tuned`", [
         row for n in (4, 8, 16) for row in method_rows(n, 80, others=(*PAPER, *RECENT) if n == 8 else ())
-    ] + [
-        Row("V-Net", "80 / 0", "supervised-normalized-80"),
-        Row("DTML+, labeled scans alone", "80 / 0", "plus-alone-80", output="ema_mean"),
-    ]),
+    ] + all_labeled_rows(80)),
     "dk-uxnet": ("DK-UXNet, whose paper's figures were not available", [
         Row("V-Net", "8 / 0", "supervised-8"),
         Row("DTML", "8 / 72", "dtml-8"),

@@ -45,10 +45,8 @@ def inspect(case: Case) -> Inspection:
         stated_geometry(case)  # an error here, where training would not mind
     except CaseError as e:
         return Inspection(case.name, f"{case.path} {e}")
-    facts = with_spacing(facts_of(case, image, label))
-    result = Inspection(
-        case.name, facts=facts, image=facts.fingerprint, has_label=has_label(case.path, unreadable=False)
-    )
+    facts, labeled = with_spacing(facts_of(case, image, label)), has_label(case.path, unreadable=False)
+    result = Inspection(case.name, facts=facts, image=facts.fingerprint, has_label=labeled)
     if label is None or not facts.voxels:
         return result
     faces = [np.unique(label.take((0, -1), axis=axis)) for axis in range(3)]
@@ -98,14 +96,9 @@ def _same_labels(inspections: Sequence[Inspection]) -> list[Finding]:
     for x in inspections:
         if x.label:
             groups[x.label].append(x)
-    text = (
-        "the same label with different images. See whether they are one scan, or a label was saved under a wrong name."
-    )
-    return [
-        Finding("warning", tuple(x.name for x in group), text)
-        for group in groups.values()
-        if len({x.image for x in group}) > 1
-    ]
+    text = "the same label with different images. See whether they are one scan, or a label was saved under a wrong "
+    alike = [group for group in groups.values() if len({x.image for x in group}) > 1]
+    return [Finding("warning", tuple(x.name for x in group), f"{text}name.") for group in alike]
 
 
 def _classes(inspections: Sequence[Inspection], classes: int, groups: dict[str, Sequence[str]]) -> list[Finding]:
@@ -119,9 +112,8 @@ def _classes(inspections: Sequence[Inspection], classes: int, groups: dict[str, 
             if c in nowhere:
                 findings.append(Finding("warning", (), nowhere[c]))
             elif without:
-                findings.append(
-                    Finding("note", without, f"class {c} is absent. Fine if the object is not in the scan.")
-                )
+                text = f"class {c} is absent. Fine if the object is not in the scan."
+                findings.append(Finding("note", without, text))
     return findings
 
 

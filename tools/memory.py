@@ -51,12 +51,7 @@ class Living(TorchDispatchMode):
 
 
 def meta_method(name: str, options: Mapping[str, Any]) -> Method:
-    """The method with shapes but no weights, in training mode.
-
-    Args:
-        name: of METHODS.
-        options: values of its options.
-    """
+    """The method with shapes but no weights, in training mode."""
     kind = METHODS[name]
     # The component filter of pseudo-labels needs values, and no memory of the device.
     method_options = fill(kind.Options, dict(options), {"largest_component": False})
@@ -79,13 +74,7 @@ def meta_batch(method: Method, patch_size: Sequence[int], batch_size: int, label
 
 
 def step_bytes(method: Method, patch_size: Sequence[int], batch_size: int, labeled: int) -> tuple[int, int]:
-    """Counts a training step with SGD.
-
-    Args:
-        method: of `meta_method`.
-        patch_size: voxels along x, y, z.
-        batch_size: crops.
-        labeled: how many of them are labeled.
+    """Counts a training step with SGD of a method of `meta_method`; `labeled` of the crops have a label.
 
     Returns:
         The bytes of the weights and the optimizer, which no patch changes, and the most that batch, activations and

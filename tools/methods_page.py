@@ -14,7 +14,7 @@ from tools.comparisons import Records
 from tools.formats import Cell, Column, Line, Table, markdown
 from tools.grid import METHODS_TABLE, Row
 from tools.runs import Options as Shown
-from tools.runs import select, status_of
+from tools.runs import records_of, select
 from tools.table_rows import figures
 from tools.tables import COST, costs_of
 from utils.checkpoint import write_whole
@@ -37,11 +37,7 @@ class Options:
 def reached(results: str, profile: str) -> dict[str, tuple[Row, Records]]:
     """Method -> its row of the methods with unlabeled scans, or of the V-Net, and its records."""
     runs, tables = select(Shown(profile=profile, results=results, table=[METHODS_TABLE], labels=[LABELS]))
-    done: dict[str, Records] = {}
-    methods = {each.key: each.method for each in runs}
-    for each in runs:
-        if status_of(each) == "done":
-            done.setdefault(each.key, {})[each.seed] = each.record
+    done, methods = records_of(runs), {each.key: each.method for each in runs}
     rows = {methods[row.key]: row for row in tables[METHODS_TABLE][1]}  # of DTML+ the last, which is not its control
     return {name: (row, done.get(row.key, {})) for name, row in rows.items()}
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from dataloaders.findings import LA, LA_SIDES, Facts, memory_gib
+from utils.text import markdown_table
 
 INTENSITIES = {"mean": "mean", "sd": "standard deviation", "p1": "1st percentile", "p99": "99th percentile"}
 """Attribute of `Facts` -> name of its row."""
@@ -18,13 +19,8 @@ def volumes_ml(facts: Facts) -> dict[int, float]:
 
 
 def table(groups: dict[str, list[Facts]], classes: int, names: Mapping[int, str], channel_names: Sequence[str]) -> str:
-    """Markdown: what each group is like, and LA.
-
-    Args:
-        groups: list -> facts of its cases.
-        classes: C.
-        names: class -> name, of those that have one.
-        channel_names: of all channels, or [].
+    """Markdown: what each group (list -> facts of its cases) is like, and LA. Classes without a name, and channels
+    where not all have one, are numbered.
     """
     channels = max((x.channels for group in groups.values() for x in group), default=1)
 
@@ -66,5 +62,4 @@ def table(groups: dict[str, list[Facts]], classes: int, names: Mapping[int, str]
     la += [span(LA[name]) for name in INTENSITIES] + [""] * (len(INTENSITIES) * (channels - 1))
     la += [span(100 * x for x in LA["share"]), span(LA["ml"]), *[""] * (2 * classes - 2), "1.13"]
     columns = [rows, *(column(group) for group in groups.values()), la]
-    lines = [f"| | {' | '.join([*groups, 'LA, all 100'])} |", "|---" * len(columns) + "|"]
-    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in zip(*columns, strict=True)])
+    return markdown_table(["", *groups, "LA, all 100"], zip(*columns, strict=True))

@@ -42,7 +42,7 @@ from evaluation.graphs import draw_curves, draw_differences, draw_labels, draw_s
 from evaluation.metrics import mean_and_sd
 from evaluation.predictions import read_prediction, read_scores, test_of
 from evaluation.rows import mean_over, read_runs, split_output
-from evaluation.scores import class_dices
+from evaluation.scores import by_dice, class_dices
 from evaluation.slices import fixed_slice
 from evaluation.sliding_window import sliding_window
 from evaluation.statistics import compare
@@ -51,7 +51,7 @@ from tools.by_labels import dice_by_labels
 from utils.channels import with_channels
 from utils.checkpoint import classes_of_state, load_checkpoint, write_whole
 from utils.errors import UserError, run
-from utils.options import Parser, fill, option
+from utils.options import option, read_flags
 from utils.resample import downsample_image, upsample_probability
 from utils.run_folder import MANIFEST, SCALARS, read_json
 
@@ -69,13 +69,12 @@ PANELS = (
 class Options:
     """What to draw."""
 
+    figure: str = option("", "what to draw", word="FIGURE", choices=FIGURES)
+    runs: list[str] = option([], "run folders; in figure3 RUN:OUTPUT names an output", word="RUN", type=str, nargs="+")
     cases: list[str] = option(
-        [],
-        "scans, a row each (default the first three of test.list; figure3 those with the lowest, the median and the "
-        "highest Dice of the first run)",
-        type=str,
-        nargs="+",
-    )
+        [], "scans, a row each (default the first three of test.list; figure3 those with the lowest, the median and "
+        "the highest Dice of the first run)", type=str, nargs="+",
+    )  # fmt: skip
     slice: int | None = option(None, "z slice (default the one with most label)", type=int, minimum=0)
     titles: list[str] = option([], "names of the runs or panels (default method and labels)", type=str, nargs="+")
     table: str = option(
@@ -200,12 +199,8 @@ def dice_text(prediction: NDArray, label: NDArray) -> str:
 
 def typical(rows: Sequence[dict[str, Any]], output: str) -> list[str]:
     """The cases with the lowest, the median and the highest Dice of an output, unfiltered."""
-    dices_of: dict[str, list[float]] = {}
-    for row in rows:
-        if (row["output"], row["component"]) == (output, "all"):
-            dices_of.setdefault(row["case"], []).append(row["dice"])
-    means = {name: mean for name, dices in dices_of.items() if not math.isnan(mean := mean_and_sd(dices)[0])}
-    names = sorted(means, key=lambda name: means[name]) or list(dices_of)  # no Dice where both masks are empty
+    dices = by_dice(rows, output, "all")
+    names = [name for name, dice in dices.items() if not math.isnan(dice)] or list(dices)  # no Dice of empty masks
     return list(dict.fromkeys(names[i] for i in (0, len(names) // 2, -1)))
 
 
@@ -302,18 +297,13 @@ def scales(path: Path, data: Path | None) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__, prog="python -m tools.pictures")
-    parser.add_argument("figure", choices=FIGURES, help="what to draw")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders; in figure3 RUN:OUTPUT names an output")
-    parser.add_dataclass(Options)
-    options = parser.parse(argv)
-    o: Options = fill(Options, options)
-    out = Path(o.out or f"{options['figure']}.png")
+    o: Options = read_flags(Options, __doc__, "python -m tools.pictures", argv)
+    out = Path(o.out or f"{o.figure}.png")
     if out.exists() and not o.overwrite:
         raise UserError(f"{out} exists already. Choose another --out, or replace it with --overwrite.")
     drawn = (figure2, figure3, curves, differences, labels, scale)
-    draw = dict(zip(FIGURES, drawn, strict=True))[options["figure"]]
-    write_whole(out, as_png(draw(options["runs"], o), o.dpi, palette=o.palette))
+    draw = dict(zip(FIGURES, drawn, strict=True))[o.figure]
+    write_whole(out, as_png(draw(o.runs, o), o.dpi, palette=o.palette))
     print(out)
 
 

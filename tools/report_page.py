@@ -8,7 +8,6 @@ Writes report.html into the test folder. It holds everything itself, so it opens
 
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -17,15 +16,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from evaluation.figures import colour_of
 from evaluation.predictions import read_scores, test_of
-from evaluation.scores import CAPTION, MEAN, caption_of, with_class_names
-from evaluation.slices import COLOURS, LABEL
-from tools.report_scans import ALL_BYTES, MOST_BYTES, ShownCase, by_dice, shown_first, viewers
+from evaluation.scores import CAPTION, MEAN, by_dice, caption_of, with_class_names
+from evaluation.slices import COLOURS, LABEL, colour_of
+from tools.report_scans import ALL_BYTES, MOST_BYTES, ShownCase, shown_first, viewers
 from tools.report_tables import bars, every_table, results_table
 from utils.checkpoint import write_whole
 from utils.errors import run
-from utils.options import Parser, fill, option
+from utils.options import option, read_flags
 from utils.run_folder import MANIFEST, read_json
 
 TEMPLATE = Path(__file__).with_name("report_page.html")
@@ -46,6 +44,7 @@ DEFINITIONS = (
 class Options:
     """Where things are."""
 
+    test: str = option("", "run folder that was tested, or a folder of test_la.py in it", word="RUN")
     data: str = option("", "folder of the data set (default the one that the test read)")
 
 
@@ -65,7 +64,7 @@ def write_report(test: Path, data: str = "") -> Path:
     folder, first = Path(data or tested.get("data", "")), shown_first(dices)
     class_names = tested.get("class_names", {})
     most_bytes = min(MOST_BYTES, ALL_BYTES // max(len(dices), 1))
-    names = tqdm(dices, "drawing", leave=False, unit="scan", disable=not sys.stderr.isatty())
+    names = tqdm(dices, "drawing", leave=False, unit="scan", disable=None)
     cases = [
         ShownCase(
             test,
@@ -146,12 +145,8 @@ def provenance(tested: dict[str, Any], trained: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Writes the page of one test folder."""
-    parser = Parser(description=__doc__, prog="python -m tools.report_page")
-    parser.add_argument("test", metavar="RUN", help="run folder that was tested, or a folder of test_la.py in it")
-    parser.add_dataclass(Options)
-    options = parser.parse(argv)
-    o: Options = fill(Options, options)
-    print(write_report(test_of(Path(options["test"])), o.data))
+    o: Options = read_flags(Options, __doc__, "python -m tools.report_page", argv)
+    print(write_report(test_of(Path(o.test)), o.data))
 
 
 if __name__ == "__main__":

@@ -18,11 +18,9 @@ from skimage.measure import approximate_polygon, find_contours
 from dataloaders.cases import labeled_case, named, read_case
 from dataloaders.geometry import read_geometry
 from dataloaders.orientation import viewing_turn
-from evaluation.figures import colour_of, window_of
-from evaluation.metrics import mean_and_sd
 from evaluation.predictions import read_prediction
-from evaluation.slices import EDGES, OPPOSITE, edge_letters, fixed_slice
-from evaluation.surfaces import Camera, Surface, camera_around, render, surface
+from evaluation.slices import EDGES, OPPOSITE, colour_of, edge_letters, fixed_slice, look_of
+from evaluation.surfaces import Camera, Surface, camera_around, render, rgb, surface
 from tools.report_tables import NAMES, metrics_of, text_of
 from utils.channels import with_channels
 from utils.errors import UserError
@@ -35,17 +33,6 @@ FACES = 4000
 VIEW, MARGIN = (160.0, 30.0), 0.92
 
 
-def by_dice(rows: Sequence[dict[str, Any]], output: str, component: str) -> dict[str, float]:
-    """The scans and their Dice (mean of the classes), the lowest first; those without one stand last."""
-    dices_of: dict[str, list[float]] = {}
-    for row in rows:
-        if (row["output"], row["component"]) == (output, component):
-            dices_of.setdefault(row["case"], []).append(row["dice"])
-    means = {name: mean_and_sd(dices)[0] for name, dices in dices_of.items()}
-    names = sorted(means, key=lambda name: (math.isnan(means[name]), means[name]))
-    return {name: means[name] for name in names}
-
-
 def shown_first(dices: Mapping[str, float]) -> list[int]:
     """The places of the scans with the lowest and the highest Dice among those of `by_dice`, or of the only one."""
     measured = sum(not math.isnan(dice) for dice in dices.values()) or len(dices)
@@ -56,11 +43,6 @@ class ShownCase:
     """A scan of the page: `data` is what the page's script needs; the rest is for its first appearance.
 
     Args:
-        test: folder of the test.
-        folder: the data set.
-        name: of the scan.
-        output, component: which prediction.
-        rows: of cases.csv.
         most_bytes: of its slices.
         still: whether pictures of its surfaces are drawn, for those that the page shows at first.
         class_names: class, as text -> its name.
@@ -138,7 +120,7 @@ class ShownCase:
         """Triangles in units of the radius around the camera's centre."""
         return [
             {
-                "colour": [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)],
+                "colour": [part / 255 for part in rgb(colour)],
                 "vertices": packed(np.round(32767 * (one.vertices - camera.centre) / self.radius).astype("<i2")),
                 "normals": packed(np.round(127 * one.normals).astype("i1")),
                 "faces": packed(one.faces.astype("<u2")),
@@ -169,8 +151,8 @@ def outline(mask: NDArray) -> str:
 
 def jpeg_slices(image: NDArray, spacing: Sequence[float], most_bytes: int) -> list[str]:
     """Every z slice of (W,H,D) as base64 of a JPEG, in so many pixels that all take about `most_bytes` at most."""
-    window = window_of(image)
-    grey = (255 * (image - window["vmin"]) / max(window["vmax"] - window["vmin"], 1e-6)).clip(0, 255).astype(np.uint8)
+    low, high = (look_of("image", image)[end] for end in ("vmin", "vmax"))
+    grey = (255 * (image - low) / max(high - low, 1e-6)).clip(0, 255).astype(np.uint8)
     w, h = (length * step for length, step in zip(image.shape[:2], spacing[:2], strict=True))
 
     def jpegs(side: int, slices: range) -> list[bytes]:
@@ -191,12 +173,8 @@ def jpeg_slices(image: NDArray, spacing: Sequence[float], most_bytes: int) -> li
 
 
 def viewers(cases: Sequence[ShownCase], dices: Mapping[str, float], output: str, component: str) -> str:
-    """Boxes that show one scan each: slices with contours, and surfaces. At first those of `shown_first`.
-
-    Args:
-        cases: all scans, in the order of `dices`.
-        dices: of `by_dice`.
-        output, component: which prediction.
+    """Boxes that show one scan each: slices with contours, and surfaces. At first those of `shown_first`. The cases are
+    in the order of `dices`.
     """
     if not cases:
         return "<h2>Scans</h2><p>The test saved no predictions (--save none), so there are none to show.</p>"

@@ -210,6 +210,15 @@ def status_of(run: Run) -> str:
     return f"other options: {'; '.join(problems)}" if problems else status
 
 
+def records_of(runs: Sequence[Run]) -> dict[str, dict[int, Path]]:
+    """Key -> seed -> record, of the runs that are done."""
+    done: dict[str, dict[int, Path]] = {}
+    for run in runs:
+        if status_of(run) == "done":
+            done.setdefault(run.key, {})[run.seed] = run.record
+    return done
+
+
 def print_list(runs: list[Run], tables: Tables) -> None:
     """Prints every run with its tables, and for each seed its state and the command that trains it."""
     for key in dict.fromkeys(run.key for run in runs):

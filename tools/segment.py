@@ -1,7 +1,6 @@
 """Segments one scan of any size and spacing, with one or several trained methods."""
 
 import dataclasses
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,24 +11,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from dataloaders.cases import Case
-from dataloaders.channels import normalise_channels, read_channels, refuse_number
+from dataloaders.cases import Case, refuse_channels
+from dataloaders.channels import normalise_channels, read_channels
 from dataloaders.dicom import read_series
 from dataloaders.geometry import DEFAULT_GEOMETRY
-from dataloaders.images import (
-    Geometry,
-    anti_alias,
-    ending_of,
-    grid_of_spacing,
-    moved,
-    resample,
-)
+from dataloaders.images import Geometry, anti_alias, ending_of, grid_of_spacing, moved, resample
 from dataloaders.normalization import Normalization, normalized, raw_of
 from dataloaders.orientation import turn_to
 from evaluation.sliding_window import mean_of_flips, sliding_window, windows
 from methods import Method
 from tools.given_scans import Scan
 from utils.channels import each_channel
+from utils.errors import warn
 from utils.masks import label_map, largest_components
 from utils.resample import downsample_image, upsample_probability
 
@@ -109,7 +102,6 @@ def predict_scan(
     """Segments a scan.
 
     Args:
-        scan: its files, or the slices of a DICOM series.
         window: patch_size, stride, weighting and batch_size of the sliding window.
         interpolation: of the intensities, a key of INTERPOLATORS.
         largest_component: whether only the largest component of each class is kept.
@@ -124,7 +116,7 @@ def predict_scan(
     """
     path = scan.files[0]
     source, stated = read_series(scan.slices) if scan.slices else read_channels(scan.files)
-    refuse_number(source, model.channels)
+    refuse_channels(source.shape, len(model.channels), model.channels)
     warn_of_unknown(path, stated, model)
     warn_of_label(path, source)
     turn = turn_to(model.orientation, stated.get("direction"))
@@ -142,7 +134,7 @@ def predict_scan(
     image = normalized(image, model.normalize, raw)
     coarse = [-(-side // model.downsample) for side in size]
     count = len(windows(coarse, window["patch_size"], window["stride"]))
-    with tqdm(total=count, desc=scan.name, unit="window", disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=count, desc=scan.name, unit="window", disable=None) as bar:
 
         def predict(patches: Tensor) -> Tensor:
             p = model.predict(patches)
@@ -161,11 +153,7 @@ def predict_scan(
     if largest_component:
         label = largest_components(label, model.classes)
     back = turn.back
-    return {
-        "label": back(label),
-        "probability": None if kept is None else [back(p) for p in kept],
-        "geometry": stated,
-    }
+    return {"label": back(label), "probability": None if kept is None else [back(p) for p in kept], "geometry": stated}
 
 
 def warn_of_label(path: Path, image: NDArray[np.float32]) -> None:
@@ -174,14 +162,14 @@ def warn_of_label(path: Path, image: NDArray[np.float32]) -> None:
         return
     values = [f"{value:g}" for value in np.unique(image)]
     if len(values) <= FEW:
-        print(f"warning: {path} has only the values {', '.join(values)}. Is it a label map?", file=sys.stderr)
+        warn(f"{path} has only the values {', '.join(values)}. Is it a label map?")
 
 
 def warn_of_unknown(path: Path, stated: Geometry, model: Model) -> None:
     """Warns on stderr of an orientation or a spacing that the scan's file does not state."""
     if model.orientation and "direction" not in stated:
         text = "does not state where its axes point; they are taken as they are stored, as if they were"
-        print(f"warning: {path} {text} {model.orientation}.", file=sys.stderr)
+        warn(f"{path} {text} {model.orientation}.")
     if "spacing" not in stated:
         text = "does not state the size of its voxels: it is not resampled, and has no volume in ml"
-        print(f"warning: {path} {text}.", file=sys.stderr)
+        warn(f"{path} {text}.")

@@ -22,7 +22,7 @@ from torch import Tensor
 from methods import restore
 from utils.checkpoint import load_checkpoint, write_whole
 from utils.errors import UserError, run
-from utils.options import Parser, fill, option
+from utils.options import option, read_flags
 from utils.shared_weights import CHECKSUM, ENDING, METADATA, NO_TENSORS, checksum_of
 
 KEPT = (  # of a checkpoint
@@ -35,8 +35,10 @@ OVERHEAD = 256  # bytes of a file's header for each tensor, at most
 
 @dataclasses.dataclass
 class Options:
-    """How small."""
+    """Of what, where, and how small."""
 
+    run: str = option("", "run folder or .pt file of train_dtml.py", word="RUN")
+    folder: str = option("", "where to write the weights", word="FOLDER")
     piece_mib: int = option(15, "largest file, in MiB", minimum=1)
     exact: bool = option(False, "kernels in the precision of the run, twice as large")
 
@@ -96,15 +98,10 @@ def share(checkpoint: Path, folder: Path, o: Options) -> list[Path]:
 
 def main(argv: list[str] | None = None) -> None:
     """Writes the weights, and reports how large they are."""
-    parser = Parser(description=__doc__, prog="python -m tools.share")
-    parser.add_argument("run", metavar="RUN", type=Path, help="run folder or .pt file of train_dtml.py")
-    parser.add_argument("folder", metavar="FOLDER", type=Path, help="where to write the weights")
-    parser.add_dataclass(Options)
-    options = parser.parse(argv)
-    written = share(options["run"], options["folder"], fill(Options, options))
-    for path in written:
+    o: Options = read_flags(Options, __doc__, "python -m tools.share", argv)
+    for path in share(Path(o.run), Path(o.folder), o):
         print(f"{path}  {path.stat().st_size / 2**20:.1f} MiB")
-    print(f"test them: python test_la.py --checkpoint {options['folder']}", file=sys.stderr)
+    print(f"test them: python test_la.py --checkpoint {Path(o.folder)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

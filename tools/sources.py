@@ -125,11 +125,8 @@ def refuse_unlabeled(source_set: SourceSet, folder: Path) -> None:
 
 
 def refuse_labels_among(scans: Sequence[Path], advice: str) -> None:
-    """Raises UserError for a file called NAME_seg, NAME_label or the like next to a scan NAME or its channels.
-
-    Args:
-        scans: files that are taken for scans.
-        advice: end of the message.
+    """Raises UserError, which ends with `advice`, for a file called NAME_seg, NAME_label or the like among the scans,
+    next to a scan NAME or its channels.
     """
     names = {(path.parent, scan_name(path)) for path in scans} | by_number(scans).keys()
     for path in scans:
@@ -242,11 +239,8 @@ def _refuse_orphans(labels: Sequence[Path], where: Path, unread: Sequence[Path] 
 
 
 def _refuse_unread_labels(unread: Sequence[Path], labels: dict[str, Path | None]) -> None:
-    """Refuses a file that is called as a scan is, so that this scan's label would be missing, or another file.
-
-    Args:
-        unread: the files among the labels that cannot be read.
-        labels: name of a scan -> its label, if it has one that can be read.
+    """Refuses a file of the `unread` ones among the labels that is called as a scan is, so that this scan's label would
+    be missing, or another file. `labels` are by the name of the scan, None if it has none that can be read.
     """
     for path in unread:
         called = path.name.lower()

@@ -92,7 +92,6 @@ def suggest(facts: Sequence[Facts], labeled: int, t: Planned) -> Suggestion:
     Args:
         facts: of the training cases, with spacing.
         labeled: how many of them are labeled, at least one.
-        t: what is known of the training.
 
     Raises:
         UserError: if not even the smallest patch fits, or for several classes if the method handles only one.
@@ -124,11 +123,8 @@ class StepMemory:
     """The memory of a training step of a method, as a function of patch and batch.
 
     All but weights, momentum and gradients is proportional to the voxels of a batch, so it is counted once. For a large
-    patch the sum is a little too much: most gradients are made when most activations are gone.
-
-    Args:
-        method: of `meta_method`.
-        alone: whether all crops of a batch are labeled.
+    patch the sum is a little too much: most gradients are made when most activations are gone. `alone`: all crops of a
+    batch are labeled.
     """
 
     def __init__(self, method: Method, *, alone: bool):

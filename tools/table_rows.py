@@ -118,12 +118,8 @@ def method_lines(
     rows: Sequence[Row], done: Mapping[str, Records], recipes: Mapping[str, str], costs: Mapping[str, float]
 ) -> list[Line]:
     """A line for each method, without a component filter, and its rank by Dice among those with as many labels.
-
-    Args:
-        rows: of the table.
-        done: key of a run -> its records.
-        recipes: key -> text of its training settings.
-        costs: key -> time of an iteration, that of the V-Net being 1; what is not there has not been measured.
+    `recipes` are texts of the training settings, `costs` the times of an iteration, that of the V-Net being 1, where
+    they were measured; both by key, as `done`.
     """
     scored = {row: figures(row, "all", done[row.key]) for row in rows if done.get(row.key)}
     lines = []

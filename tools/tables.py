@@ -2,7 +2,6 @@
 
 import csv
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from tools.table_rows import (
     row_lines,
     run_lines,
 )
-from utils.errors import UserError
+from utils.errors import UserError, warn
 from utils.run_folder import MANIFEST
 
 COST = "cost.csv"  # of benchmarks.methods, next to the records
@@ -88,7 +87,7 @@ def print_tables(o: Options, runs: list[Run], tables: Tables) -> None:
             manifest = json.loads((run.record / MANIFEST).read_text(encoding="utf-8"))
             devices.add(f"{manifest.get('device')}, threads: {manifest.get('threads')}")
         elif run.record.exists():
-            print(f"warning: {run.record} is left out; {status}", file=sys.stderr)
+            warn(f"{run.record} is left out; {status}")
     blocks: list[tuple[str, Table]] = []
     if GLANCE in tables:
         blocks.append(("", glance_table(tables[GLANCE][1], done)))
@@ -96,7 +95,7 @@ def print_tables(o: Options, runs: list[Run], tables: Tables) -> None:
     usual = Counter(scans.values()).most_common(1)[0][0] if scans and tables else 0
     for path, count in scans.items() if tables else ():
         if count != usual:
-            print(f"warning: {path} was tested on {count} scans, most others on {usual}.", file=sys.stderr)
+            warn(f"{path} was tested on {count} scans, most others on {usual}.")
     phantom = o.profile == "phantom"
     seeds = ", ".join(map(str, dict.fromkeys(run.seed for run in runs)))
     about = ABOUT.format(profile=o.profile, seeds=seeds, scans=f"{usual} " if scans else "")

@@ -17,11 +17,9 @@ def names_of(folder: Path, scans: str, seen: Collection[str], trained: Mapping[s
     """The names of the scans to test.
 
     Args:
-        folder: the data set.
         scans: 'test' for test.list, 'validation' for validation.list, or the fold of a run with --fold, 'held-out' for
             the scans of train.list that are not in `seen`, nor other scans of a patient in it.
         seen: names of the scans used in training.
-        trained: options of the training.
 
     Raises:
         UserError: for lists that are not valid, or if there is no such scan.
@@ -49,13 +47,6 @@ def chosen_cases(
     names: Sequence[str], cases: Sequence[str], scans: str, folder: Path, seen: Container[str]
 ) -> list[str]:
     """The scans to test of `names`, in their order: those of --cases, or all.
-
-    Args:
-        names: the scans that --scans stands for.
-        cases: of --cases.
-        scans: of --scans.
-        folder: the data set.
-        seen: names of the scans used in training.
 
     Raises:
         UserError: for cases that are not among the scans, with the list that each is in, or the name most like it.

@@ -98,11 +98,7 @@ def prepare(
     """Reads the data and makes what a training needs.
 
     Args:
-        o: options of the run.
-        own: those of its method.
-        folder: its folder.
         method: new, or as `state` has it, on the CPU.
-        device: of the training.
         state: the checkpoint to go on from, if any.
         origin: the checkpoint of --init of a new run, if any.
 
@@ -210,11 +206,8 @@ def trained(method: Method) -> list[torch.nn.Parameter]:
 
 def earlier_images(origin: dict[str, Any] | None, state: dict[str, Any] | None, own: Container[str]) -> dict[str, str]:
     """Name -> fingerprint of the scans that the weights of --init were trained on, so that none of them is tested on.
-
-    Args:
-        origin: the checkpoint of --init of a new run.
-        state: the checkpoint of a resumed run, which knows them.
-        own: names of this run's own scans.
+    `origin` is their checkpoint in a new run; `state`, the checkpoint of a resumed one, knows them. Own scans are left
+    out.
     """
     if origin is not None:
         return {f"{name} of {origin['file']}": mark for name, mark in origin.get("images", {}).items()}
@@ -252,13 +245,9 @@ def show(
     and label.
 
     Args:
-        report: the open report.
         method: the method; it is in training mode afterwards.
-        patches: crops of the training.
         labeled: number of labeled cases, the index of the first unlabeled one.
         spacing: mm along x, y, z.
-        done: finished iterations.
-        device: device of the method.
         names: class, as text -> its name; with several classes they are in the titles.
     """
     from evaluation.slices import prediction_mesh, slice_picture  # here, as matplotlib takes half a second

@@ -19,12 +19,8 @@ from utils.text import some
 
 
 def header(t: Training, device: str, rate: float) -> list[str]:
-    """The first lines of a run's log.
-
-    Args:
-        t: the training.
-        device: as `utils.devices.why_device` calls it.
-        rate: learning rate of the first iteration.
+    """The first lines of a run's log, with the device as `why_device` calls it and the learning rate of the first
+    iteration.
     """
     o = t.o
     left_out = f", fold {o.fold} left out" if o.fold else ""
@@ -47,12 +43,8 @@ def header(t: Training, device: str, rate: float) -> list[str]:
 
 
 def extension_note(state: dict[str, Any], iterations: int, before: float, now: float) -> str:
-    """What --iterations changes in a finished run, as a line of the log.
-
-    Args:
-        state: its checkpoint, after `extend`.
-        iterations: of the longer run.
-        before, now: learning rate of the last iteration and of the next one.
+    """What --iterations changes in a finished run, as a line of the log. `state` is its checkpoint after `extend`,
+    `before` and `now` are the learning rates of the last iteration and of the next one.
     """
     done = state["iteration"]
     return (
@@ -78,11 +70,6 @@ def refuse_other_order(data: Path, own: Method.Options, state: dict[str, Any]) -
 
     Other names are those of another task, for which weights may be taken all the same.
 
-    Args:
-        data: folder of the set.
-        own: options of the method that is to take the weights.
-        state: contents of their checkpoint.
-
     Raises:
         UserError: naming them.
     """
@@ -98,12 +85,6 @@ def refuse_other_order(data: Path, own: Method.Options, state: dict[str, Any]) -
 
 def start_from(method: Method, name: str, state: dict[str, Any], data: Path) -> dict[str, Any]:
     """Gives a new method the weights of a checkpoint, of its teacher and its critic too, but no optimizer's state.
-
-    Args:
-        method: the new method, on the CPU.
-        name: its name, as of --method.
-        state: contents of a checkpoint or of shared weights.
-        data: folder of the new run's data set.
 
     Returns:
         Where the weights come from, for the manifest: file, method, iteration and a checksum.

@@ -34,8 +34,6 @@ def validation_scores(
     Args:
         method: on the device; it is in training mode afterwards.
         cases: labeled cases that it is not trained on.
-        downsample, normalize, patch_size: as in its training.
-        batch_size: windows at a time.
 
     Returns:
         Curve -> value in [0,1]: `dice/validation`, the mean over the scans of the mean over the classes, and of several

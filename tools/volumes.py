@@ -13,19 +13,14 @@ from dataloaders.geometry import Geometry
 from evaluation.scores import as_csv
 from utils.checkpoint import write_whole
 from utils.errors import UserError
+from utils.text import markdown_table
 
 COLUMNS = ["scan", "class", "name", "voxels", "ml"]
 
 
 def volume_rows(scan: str, label: NDArray, geometry: Geometry, names: Mapping[int, str], classes: int) -> list[dict]:
-    """The rows of one scan.
-
-    Args:
-        scan: its name.
-        label: (W,H,D) of 0 to `classes`.
-        geometry: of the scan. Without a spacing there is no volume in ml.
-        names: class -> name, of the classes that have one.
-        classes: C.
+    """The rows of one scan with the label (W,H,D) of 0 to `classes`. Without a spacing in the geometry there is no
+    volume in ml. `names` are those of the classes that have one.
     """
     counts = np.bincount(label.ravel(), minlength=classes + 1)
     voxel = math.prod(geometry["spacing"]) / 1000 if "spacing" in geometry else None
@@ -68,9 +63,8 @@ def write_volumes(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def volumes_table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: a line per scan and class."""
-    lines = ["| scan | class | voxels | ml |", "|---|---|---|---|"]
-    for r in rows:
-        ml = "unknown" if r["ml"] == "" else f"{r['ml']:.3f}"
-        name = f"{r['class']} {r['name']}".strip()
-        lines.append(f"| {r['scan']} | {name} | {r['voxels']} | {ml} |")
-    return "\n".join(lines) + "\n"
+    lines = [
+        [r["scan"], f"{r['class']} {r['name']}".strip(), str(r["voxels"]),
+         "unknown" if r["ml"] == "" else f"{r['ml']:.3f}"] for r in rows
+    ]  # fmt: skip
+    return markdown_table(["scan", "class", "voxels", "ml"], lines) + "\n"

@@ -7,7 +7,6 @@ import os
 import pickle
 import shutil
 import socket
-import sys
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 
-from utils.errors import UserError
+from utils.errors import UserError, warn
 from utils.options import renamed
 from utils.shared_weights import ENDING, PIECES, read_shared
 
@@ -144,7 +143,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             try:
                 return load_checkpoint(candidate)
             except UserError as e:
-                print(f"warning: {e} Using {older} instead.", file=sys.stderr)
+                warn(f"{e} Using {older} instead.")
         path = files[-1]
     elif path.is_file() and path.suffix == ENDING:
         return _checked(read_shared(path.parent))

@@ -175,6 +175,16 @@ def keep_freed_memory() -> None:
         mallopt(M_TOP_PAD, 2**28)
 
 
+def set_up(device: str, threads: int = 0, *, deterministic: bool = False) -> torch.device:
+    """Sets threads (0: torch's choice), arithmetic and memory of this process, and returns the device of --device."""
+    if threads:
+        torch.set_num_threads(threads)
+    chosen = choose_device(device)
+    set_arithmetic(deterministic=deterministic)
+    keep_freed_memory()
+    return chosen
+
+
 @contextmanager
 def enough_memory(advice: str) -> Iterator[None]:
     """Turns a lack of memory, of the GPU or of the computer, into a UserError that says what to do.

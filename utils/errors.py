@@ -14,12 +14,8 @@ class UserError(Exception):
 
 
 class Diverged(Exception):
-    """A loss or a gradient is not finite. Exit code 3.
-
-    Args:
-        message: what is not finite, and where.
-        iteration: of the batch that caused it, if known.
-        here: whether it is this process's own, and not only that of another one.
+    """A loss or a gradient is not finite, as the message says. Exit code 3. `iteration` is that of the batch that
+    caused it, if known; `here` whether it is this process's own, and not only that of another one.
     """
 
     def __init__(self, message: str, iteration: int | None = None, here: bool = True):
@@ -33,6 +29,11 @@ class Stopped(Exception):
     def __init__(self, number: int, message: str):
         super().__init__(message)
         self.exit_code = 128 + number
+
+
+def warn(text: str) -> None:
+    """A warning on stderr."""
+    print(f"warning: {text}", file=sys.stderr)
 
 
 PLAIN = {"±": "+-", "\N{MINUS SIGN}": "-", "\N{MULTIPLICATION SIGN}": "x"}

@@ -42,19 +42,20 @@ def option(
     harmless: bool = False,
     only_if: Condition | Sequence[Condition] = (),
     flag: bool = True,
+    word: str = "",
 ) -> Any:
     """A dataclass field that is also a flag.
 
     Args:
         harmless: a resumed run may change it, because it changes no result beyond rounding.
         type: of the value, needed where the default is None or an empty list.
-        minimum, maximum: numbers outside are refused.
         only_if: the option has an effect only if this condition, or one of a list of them, holds completely. If none
             does, `refuse_unused` refuses the flag.
         flag: False of a field that the data decide; no flag sets it.
+        word: what --help calls a word that is given without a flag; such words stand in the order of the fields.
     """
     about = {"help": help, "group": group, "type": type, "choices": choices, "nargs": nargs, "flag": flag}
-    about |= {"minimum": minimum, "maximum": maximum, "harmless": harmless}
+    about |= {"word": word, "minimum": minimum, "maximum": maximum, "harmless": harmless}
     about["only_if"] = [only_if] if isinstance(only_if, Mapping) else list(only_if)
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=about)
@@ -96,9 +97,7 @@ class Parser(argparse.ArgumentParser):
                 ) from e
             arguments += read([self._hyphenate(argument) for argument in stored])
         for argument in arguments:
-            if re.search(
-                "[\ud800-\udfff]", argument
-            ):  # bytes that are no text here, which TensorBoard and ITK cannot take
+            if re.search("[\ud800-\udfff]", argument):  # bytes that are no text, which TensorBoard and ITK cannot take
                 raise UserError(
                     f"{argument!a} is not valid in this locale's encoding. Set LC_ALL=C.UTF-8, or rename the file."
                 )
@@ -142,15 +141,15 @@ class Parser(argparse.ArgumentParser):
         groups: dict[str, Any] = {}
         for f in (f for f in dataclasses.fields(cls) if f.metadata["flag"]):
             about, default = f.metadata, default_of(f)
-            name = title or about["group"]
+            name = "" if about["word"] else title or about["group"]
             if name not in groups:
-                groups[name] = self.add_argument_group(name)
+                groups[name] = self.add_argument_group(name) if name else self
             text = about["help"].replace("%", "%%")
             if default not in (None, "", []):
                 shown = " ".join(map(str, default)) if isinstance(default, list) else default
                 shown = f"{shown:g}" if isinstance(shown, float) else shown
                 text += f" (default {'yes' if shown is True else 'no' if shown is False else shown})"
-            flag = flag_of(f.name)
+            flag = f.name if about["word"] else flag_of(f.name)
             if isinstance(default, bool) or about["type"] is bool:
                 groups[name].add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
                 continue
@@ -159,7 +158,7 @@ class Parser(argparse.ArgumentParser):
             if about["choices"]:
                 extra["choices"] = list(about["choices"])
             else:
-                extra["metavar"] = "N" if kind is int else "X" if kind is float else f.name.upper()
+                extra["metavar"] = about["word"] or {int: "N", float: "X"}.get(kind, f.name.upper())
             if about["nargs"]:
                 extra["nargs"] = about["nargs"]
             groups[name].add_argument(flag, **extra)
@@ -189,7 +188,7 @@ def fill(cls: type, *layers: dict[str, Any]) -> Any:
 
 
 def read_flags(cls: type, description: str | None, prog: str, argv: Sequence[str] | None) -> Any:
-    """The options of a command without further arguments, from its command line; None: that of the program."""
+    """The options of a command from its command line; None: that of the program."""
     parser = Parser(description=description, prog=prog)
     parser.add_dataclass(cls)
     return fill(cls, parser.parse(argv))

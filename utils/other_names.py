@@ -5,9 +5,8 @@ from collections.abc import Container
 EPOCHS = "--iterations, a number of batches. An epoch is labeled scans / labeled crops in a batch of them"
 ELSEWHERE: dict[tuple[str, ...], tuple[str, ...]] = {  # names -> what to give here, the first that the command has
     ("epochs", "epoch", "max-epochs", "num-epochs", "n-epochs"): (EPOCHS,),
-    ("max-iterations", "max-iteration", "max-iters", "iters", "num-iterations", "steps", "max-steps"): (
-        "--iterations",
-    ),
+    ("max-iterations", "max-iteration", "num-iterations"): ("--iterations",),
+    ("max-iters", "iters", "steps", "max-steps"): ("--iterations",),
     ("gpu", "gpus", "gpu-id", "gpu-ids", "cuda", "use-cuda"): ("--device, as --device cuda:0",),
     ("base-lr", "lr-rate", "learning-rate", "initial-lr", "init-lr"): ("--lr",),
     ("root-path", "data-path", "data-dir", "data-root", "dataset", "dataset-path", "list-path"): ("--data",),
@@ -32,11 +31,8 @@ ELSEWHERE: dict[tuple[str, ...], tuple[str, ...]] = {  # names -> what to give h
 
 
 def called_here(name: str, options: Container[str]) -> str:
-    """What a flag of other projects is called in a command of this one, and how it differs; '' if it is not known.
-
-    Args:
-        name: of the flag, without its dashes.
-        options: names of the command's own flags, without their dashes.
+    """What a flag of other projects is called in a command of this one, which has these options, and how it differs; ''
+    if it is not known. Names have no dashes in front.
     """
     names = name.replace("_", "-").lower()
     for others, here in ELSEWHERE.items():

@@ -64,14 +64,7 @@ class Report:
         put_events_in_order(folder)
         self.board = SummaryWriter(str(folder), purge_step=start)
         self.pictures = folder / "pictures"
-        self.bar = tqdm(
-            total=iterations,
-            initial=start,
-            disable=not sys.stderr.isatty(),
-            unit="it",
-            dynamic_ncols=True,
-            smoothing=0.05,
-        )
+        self.bar = tqdm(total=iterations, initial=start, disable=None, unit="it", dynamic_ncols=True, smoothing=0.05)
         self.warned: set[str] = set()
         self.marked: deque[tuple[float, float]] = deque(maxlen=LOOKED_AT)
         """Share of foreground in the pseudo-labels and in the labels of the last logged iterations."""

@@ -9,12 +9,11 @@ import fcntl
 import json
 import os
 import socket
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from utils.errors import UserError
+from utils.errors import UserError, warn
 
 LOCK = ".lock"
 
@@ -118,8 +117,7 @@ def run_lock(folder: Path) -> Iterator[None]:
         if owner is not None and not _is_stale(owner):
             raise _refusal(folder, owner)
         if owner is not None:
-            what = f"process {owner['pid']} was killed while it trained in {folder}. Its lock is taken over."
-            print(f"warning: {what}", file=sys.stderr)
+            warn(f"process {owner['pid']} was killed while it trained in {folder}. Its lock is taken over.")
         f.truncate(0)
         f.write(json.dumps(_me()))
     for leftover in folder.glob(".*.partial*"):

@@ -1,7 +1,9 @@
-"""Text files that a user gives, and lists of names in messages."""
+"""Text files that a user gives, lists of names in messages, and tables as Markdown and CSV."""
 
+import csv
 import difflib
-from collections.abc import Iterable
+import io
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 MOST = 2**24
@@ -37,3 +39,18 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """A sentence that names the choice most like a word, with a blank before it; '' if none is like it."""
     near = difflib.get_close_matches(word, list(choices), n=1)
     return f" Did you mean {near[0]}?" if near else ""
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown, without a line break at its end."""
+    first, *lines = ["|" + "|".join(f" {cell} " if cell else " " for cell in row) + "|" for row in (head, *rows)]
+    return "\n".join([first, "|---" * len(head) + "|", *lines])
+
+
+def csv_table(rows: Sequence[Mapping[str, object]]) -> str:
+    """CSV with the columns of all rows, in the order in which they first appear; empty where a row has none."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
