@@ -69,7 +69,6 @@ class UniMatch(Method):
 
     def __init__(self, options: Options, *, iterations: int):
         super().__init__(options, iterations=iterations)
-        o = options
         self.network = self.backbone(heads={"seg": self.seg_channels})
 
     def forward(self, batch: Batch, iteration: int) -> Losses:

@@ -92,7 +92,8 @@ def read_options(
         defaults = combine({key: flags[key] for key in ("data", "profile", "preset") if key in flags}, kind)
         derived = combine({key: value for key, value in flags.items() if key != "lr_steps"}, kind)[0].lr_steps
         skip = ["method", "labeled", "seed", "init", *(["lr_steps"] if o.lr_steps == derived else [])]
-        changed = varied(o, defaults[0], skip) + varied(method_options, defaults[1], [name for name in ("softmax",) if name not in flags])
+        follows = ["softmax"] if "softmax" not in flags else []  # from the classes
+        changed = varied(o, defaults[0], skip) + varied(method_options, defaults[1], follows)
         dataset = Path(os.path.abspath(o.data)).name
         dataset += "" if o.profile in ("full", "phantom", dataset) else f"-{o.profile}"
         preset = [] if o.preset == next(iter(kind.PRESETS)) else [o.preset]
