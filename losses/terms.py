@@ -80,11 +80,6 @@ def exclusive(logits: Tensor, classes: int) -> bool:
     return classes > 1 and logits.shape[1] == classes + 1
 
 
-def seg_channels(classes: int) -> int:
-    """Channels of logits that give each voxel one class: C+1 for a softmax; 1 for one class, where they do the same."""
-    return classes + 1 if classes > 1 else 1
-
-
 def probabilities(logits: Tensor, classes: int = 1) -> Tensor:
     """logits -> foreground probabilities p (N,C,W,H,D) in [0,1].
 

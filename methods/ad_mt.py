@@ -33,7 +33,6 @@ from losses.terms import (
     ce_loss,
     hard_dice,
     probabilities,
-    seg_channels,
     seg_loss,
     weight_inside,
     weighted_sum,
@@ -67,7 +66,7 @@ class ADMT(Method):
 
     def __init__(self, options: Options, *, iterations: int):
         super().__init__(options, iterations=iterations)
-        heads = {"seg": seg_channels(options.classes)}
+        heads = {"seg": self.seg_channels}
         self.student = self.backbone(heads=heads)
         self.ema = Averages(teacher_1=self.student, teacher_2=self.student)
         self.set_extra_state(torch.randint(2**62, (1,), device="cpu"))

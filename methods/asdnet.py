@@ -23,7 +23,7 @@ from torch import Tensor
 
 from losses.terms import EPSILON, dice_loss, foreground_logits, hard_dice, masked_mean, weighted_sum
 from methods.adversary import Adversary, judged_output
-from methods.base import Batch, Losses, Method, labeled_part
+from methods.base import Batch, Losses, Method, labeled_part, softmax_option
 from networks.critics import ConfidenceNet
 from utils.options import Condition, option
 
@@ -39,7 +39,7 @@ class ASDNet(Method):
     @dataclass
     class Options(Method.Options):
         filters: int = option(16, "channels of the V-Net's first block; the critic has twice as many", minimum=1)
-        softmax: bool = option(False, "two softmax channels in place of one sigmoid")
+        softmax: bool | None = softmax_option()
         attention: str = option("relative", "w and a, with mean 1 or as released, or neither", choices=ATTENTION)
         lambda_adv: float = option(0.05, "weight of convincing the critic", minimum=0)
         lambda_semi: float = option(0.1, "weight of the pseudo labels", minimum=0, only_if=PSEUDO)
@@ -55,7 +55,7 @@ class ASDNet(Method):
 
     def __init__(self, options: Options, *, iterations: int):
         super().__init__(options, iterations=iterations)
-        self.network = self.backbone(heads={"seg": 2 if options.softmax else 1})
+        self.network = self.backbone(heads={"seg": self.seg_channels})
         critic = ConfidenceNet(channels=2 + options.critic_image * options.channels, filters=2 * options.filters)
         self.adversary = Adversary(critic, lr=options.critic_lr)
 

@@ -32,6 +32,13 @@ TUNED: dict[str, Any] = {
 
 They were chosen for DTML and DTML+ on held-out training scans. Arithmetic (--precision) is no part of them."""
 
+
+def softmax_option(**kwargs: Any) -> Any:
+    """The option --softmax of a method whose network has the head seg, read by `Method.seg_channels`."""
+    text = "p by a softmax over C+1 channels, not by C sigmoids (default yes with several classes, no with one)"
+    return option(None, text, type=bool, **kwargs)
+
+
 ITEMS = ("all", "unlabeled")
 """The crops on which an unlabeled loss is computed."""
 # When options of a consistency with the weight lambda(t) act:
@@ -120,6 +127,16 @@ class Method(nn.Module):
     def side_multiples(self) -> tuple[int, ...]:
         """The sides of a patch must be multiples of these numbers of voxels, along x, y and z."""
         return tuple(max(multiple, self.least_multiple) for multiple in side_multiples(self.options.halvings))
+
+    @property
+    def seg_channels(self) -> int:
+        """Channels of p's logits: C+1 for a softmax, as classes exclude each other, or C for sigmoids.
+
+        Without --softmax or --no-softmax it is a softmax with several classes. With one class a sigmoid does the same.
+        """
+        o = self.options
+        softmax = getattr(o, "softmax", None)
+        return o.classes + (o.classes > 1 if softmax is None else softmax)
 
     @property
     def backbone(self) -> Callable[..., Backbone]:

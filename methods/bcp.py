@@ -23,7 +23,7 @@ from torch import Tensor
 
 from losses.ema import Averages
 from losses.mixing import paste, random_box
-from losses.terms import hard_dice, probabilities, seg_channels, seg_loss, weight_inside, weighted_sum
+from losses.terms import hard_dice, probabilities, seg_loss, weight_inside, weighted_sum
 from methods.base import TUNED, Batch, Losses, Method, by_name, seg_outputs
 from utils.devices import to_device
 from utils.masks import label_maps, largest_components
@@ -58,7 +58,7 @@ class BCP(Method):
 
     def __init__(self, options: Options, *, iterations: int):
         super().__init__(options, iterations=iterations)
-        heads = {"seg": seg_channels(options.classes)}
+        heads = {"seg": self.seg_channels}
         self.student = self.backbone(heads=heads)
         self.ema = Averages(student=self.student)
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from losses.ramps import ramp_up
-from losses.terms import ce_loss, hard_dice, probabilities, seg_channels, seg_loss, weighted_sum
+from losses.terms import ce_loss, hard_dice, probabilities, seg_loss, weighted_sum
 from methods.base import ITEMS, TUNED, Batch, Losses, Method, by_name, labeled_part
 from utils.masks import label_maps
 from utils.options import Condition, option
@@ -52,7 +52,7 @@ class CPS(Method):
 
     def __init__(self, options: Options, *, iterations: int):
         super().__init__(options, iterations=iterations)
-        heads = {"seg": seg_channels(options.classes)}
+        heads = {"seg": self.seg_channels}
         self.networks = nn.ModuleList(self.backbone(heads=heads) for _ in range(2))
 
     def forward(self, batch: Batch, iteration: int) -> Losses:

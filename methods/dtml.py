@@ -33,7 +33,19 @@ from losses.terms import (
     seg_loss,
     weighted_sum,
 )
-from methods.base import AGREES, ITEMS, RISES, TIMED, TUNED, Batch, Losses, Method, by_name, labeled_part
+from methods.base import (
+    AGREES,
+    ITEMS,
+    RISES,
+    TIMED,
+    TUNED,
+    Batch,
+    Losses,
+    Method,
+    by_name,
+    labeled_part,
+    softmax_option,
+)
 from utils.options import option
 
 SDM_LOSSES = ("mask", "dis", "both")
@@ -51,7 +63,7 @@ class DTML(Method):
 
     @dataclass
     class Options(Method.Options):
-        softmax: bool = option(False, "p by a softmax over C+1 channels in place of C sigmoids")
+        softmax: bool | None = softmax_option()
         sdm_loss: str = option("mask", "supervised loss of M_d (Table 1)", choices=SDM_LOSSES)
         dis_weight: float = option(1.0, "weight of L_dis, next to L_mask", minimum=0, only_if={"sdm_loss": ("both",)})
         k: float = option(1500.0, "steepness of m = sigmoid(-k z)", minimum=1e-6)
@@ -70,7 +82,7 @@ class DTML(Method):
         o = options
         self.needs_sdm = o.sdm_loss == "dis" or (o.sdm_loss == "both" and o.dis_weight > 0)
         self.needs_unlabeled = o.consistency_on == "unlabeled"
-        self.M_s = self.backbone(heads={"seg": o.classes + o.softmax})
+        self.M_s = self.backbone(heads={"seg": self.seg_channels})
         self.M_d = self.backbone(heads={"sdm": o.classes})
 
     def forward(self, batch: Batch, iteration: int) -> Losses:

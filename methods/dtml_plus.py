@@ -28,7 +28,7 @@ from losses.ema import Averages, ema_decay
 from losses.perturbation import strong_view
 from losses.ramps import ramp_up
 from losses.terms import dice_loss, hard_dice, probabilities, sdm_to_mask, seg_loss, weighted_sum
-from methods.base import TUNED, Batch, Losses, Method
+from methods.base import TUNED, Batch, Losses, Method, softmax_option
 from methods.dtml import probability_maps, task_maps, task_monitors
 from utils.options import Condition, option
 
@@ -56,6 +56,7 @@ class DTMLPlus(Method):
 
     @dataclass
     class Options(Method.Options):
+        softmax: bool | None = softmax_option()
         k: float = option(50.0, "steepness of m = sigmoid(-k z)", minimum=1e-6)
         ema_decay: float = option(0.99, "decay of the moving averages", minimum=0, maximum=1)
         pseudo_weight: float = option(0.5, "largest weight of the pseudo-label losses", minimum=0, only_if=STARTS)
@@ -74,7 +75,7 @@ class DTMLPlus(Method):
     def __init__(self, options: Options, *, iterations: int):
         super().__init__(options, iterations=iterations)
         o = options
-        self.M_s = self.backbone(heads={"seg": o.classes})
+        self.M_s = self.backbone(heads={"seg": self.seg_channels})
         self.M_d = self.backbone(heads={"sdm": o.classes})
         self.ema = Averages(M_s=self.M_s, M_d=self.M_d)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from losses.ramps import RAMPS, ramp_up
 from losses.terms import consistency_loss, dice_loss, hard_dice, probabilities, weighted_sum
-from methods.base import AGREES, RISES, TIMED, TUNED, Batch, Losses, Method, by_name, labeled_part
+from methods.base import AGREES, RISES, TIMED, TUNED, Batch, Losses, Method, by_name, labeled_part, softmax_option
 from networks.decoders import UPS, Decoders
 from utils.errors import UserError
 from utils.options import option
@@ -36,7 +36,7 @@ class MCNetPlus(Method):
 
     @dataclass
     class Options(Method.Options):
-        softmax: bool = option(False, "p by a softmax over C+1 channels in place of C sigmoids")
+        softmax: bool | None = softmax_option()
         temperature: float = option(0.1, "T of the sharpened pseudo-labels; 1: not sharpened", minimum=0.01,
                                     only_if=AGREES)  # fmt: skip
         target_gradient: bool = option(False, "let the gradient flow through the pseudo-labels too", only_if=AGREES)
@@ -54,7 +54,7 @@ class MCNetPlus(Method):
         o = options
         if o.temperature > 1:  # the gradient of p^(1/T) is infinite at 0
             raise UserError(f"--temperature {o.temperature:g} must be at most 1; 1 does not sharpen.")
-        self.network = Decoders(self.backbone, heads={"seg": o.classes + o.softmax}, filters=o.filters)
+        self.network = Decoders(self.backbone, heads={"seg": self.seg_channels}, filters=o.filters)
 
     def forward(self, batch: Batch, iteration: int) -> Losses:
         o, label = self.options, batch["label"]

@@ -18,7 +18,7 @@ from losses.ema import ema_decay, ema_update, make_teacher
 from losses.perturbation import noisy
 from losses.ramps import RAMPS, ramp_up
 from losses.terms import consistency_loss, hard_dice, probabilities, seg_loss, weighted_sum
-from methods.base import AGREES, ITEMS, Batch, Losses, Method, by_name, labeled_part, seg_outputs
+from methods.base import AGREES, ITEMS, Batch, Losses, Method, by_name, labeled_part, seg_outputs, softmax_option
 from utils.options import option
 
 
@@ -29,9 +29,7 @@ class MeanTeacher(Method):
 
     @dataclass
     class Options(Method.Options):
-        softmax: bool = option(
-            False, "p by a softmax over C+1 channels, as the released code of UA-MT, in place of C sigmoids"
-        )
+        softmax: bool | None = softmax_option()
         consistency_on: str = option("all", "crops on which the consistency is computed", choices=ITEMS,
                                      only_if=AGREES)  # fmt: skip
         lambda_max: float = option(0.1, "largest weight of the consistency", minimum=0)
@@ -47,7 +45,7 @@ class MeanTeacher(Method):
     def __init__(self, options: Options, *, iterations: int):
         super().__init__(options, iterations=iterations)
         self.needs_unlabeled = options.consistency_on == "unlabeled"
-        self.student = self.backbone(heads={"seg": options.classes + options.softmax})
+        self.student = self.backbone(heads={"seg": self.seg_channels})
         self.teacher = make_teacher(self.student)
 
     def forward(self, batch: Batch, iteration: int) -> Losses:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from losses.perturbation import adversarial
 from losses.ramps import RAMPS, ramp_up
 from losses.terms import agreement_loss, dice_loss, hard_dice, probabilities, soft_dice_loss, weighted_sum
-from methods.base import AGREES, RISES, TIMED, TUNED, Batch, Losses, Method, by_name, labeled_part
+from methods.base import AGREES, RISES, TIMED, TUNED, Batch, Losses, Method, by_name, labeled_part, softmax_option
 from networks.backbone import uncounted
 from networks.heads import attention, projection
 from utils.masks import label_maps
@@ -60,7 +60,7 @@ class SSNet(Method):
 
     @dataclass
     class Options(Method.Options):
-        softmax: bool = option(False, "p by a softmax over C+1 channels in place of C sigmoids")
+        softmax: bool | None = softmax_option()
         distance: str = option("dice", "D of two predictions; agreement: as released", choices=list(DISTANCES),
                                only_if=AGREES)  # fmt: skip
         magnitude: float = option(10.0, "eps, length of the perturbation of a crop", minimum=0, only_if=AGREES)
@@ -83,7 +83,7 @@ class SSNet(Method):
     def __init__(self, options: Options, *, iterations: int):
         super().__init__(options, iterations=iterations)
         o = options
-        self.network = self.backbone(heads={"seg": o.classes + o.softmax})
+        self.network = self.backbone(heads={"seg": self.seg_channels})
         self.separator = None
         if o.lambda_max and o.separation:
             classes = range(0 if o.background else 1, o.classes + 1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from losses.terms import dice_loss, hard_dice, live_share, probabilities, sdm_to_mask, seg_loss
-from methods.base import Batch, Losses, Method, by_name, labeled_part
+from methods.base import Batch, Losses, Method, by_name, labeled_part, softmax_option
 from utils.options import option
 
 
@@ -23,10 +23,7 @@ class Supervised(Method):
     @dataclass
     class Options(Method.Options):
         head: str = option("seg", "seg: V-Net or M_s alone; sdm: M_d alone", choices=("seg", "sdm"))
-        softmax: bool = option(
-            False, "p by a softmax over C+1 channels, as the V-Net rows of UA-MT, in place of C sigmoids",
-            only_if={"head": ("seg",)},
-        )  # fmt: skip
+        softmax: bool | None = softmax_option(only_if={"head": ("seg",)})
         k: float = option(1500.0, "steepness of m = sigmoid(-k z), for the head sdm", minimum=1e-6,
                           only_if={"head": ("sdm",)})  # fmt: skip
 
@@ -35,8 +32,7 @@ class Supervised(Method):
     def __init__(self, options: Options, *, iterations: int):
         super().__init__(options, iterations=iterations)
         o = options
-        channels = o.classes + (o.head == "seg" and o.softmax)
-        self.network = self.backbone(heads={o.head: channels})
+        self.network = self.backbone(heads={o.head: self.seg_channels if o.head == "seg" else o.classes})
         self.outputs = (o.head,)
 
     def forward(self, batch: Batch, iteration: int) -> Losses:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from losses.terms import dice_loss, hard_dice, probabilities, weighted_sum
-from methods.base import Batch, Losses, Method, by_name, labeled_part
+from methods.base import Batch, Losses, Method, by_name, labeled_part, softmax_option
 from utils.options import option
 
 
@@ -20,7 +20,7 @@ class TwoHeads(Method):
 
     @dataclass
     class Options(Method.Options):
-        softmax: bool = option(False, "q by a softmax over C+1 channels in place of C sigmoids")
+        softmax: bool | None = softmax_option()
         beta: float = option(0.3, "weight of the squared error of the signed distance map", minimum=0)
 
     options: Options
@@ -31,7 +31,7 @@ class TwoHeads(Method):
         super().__init__(options, iterations=iterations)
         o = options
         self.needs_sdm = o.beta > 0
-        self.network = self.backbone(heads={"seg": o.classes + o.softmax, "sdm": o.classes})
+        self.network = self.backbone(heads={"seg": self.seg_channels, "sdm": o.classes})
 
     def heads(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """image (N,K,W,H,D) -> q in [0,1] and z in [-1,1], each (N,C,W,H,D)."""

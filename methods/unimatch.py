@@ -26,7 +26,7 @@ from torch import Tensor
 from losses.mixing import paste_next, random_box
 from losses.perturbation import strong_view
 from losses.terms import ce_loss, dice_loss, hard_dice, probabilities, seg_loss, weighted_sum, with_background
-from methods.base import TUNED, Batch, Losses, Method, by_name, labeled_part
+from methods.base import TUNED, Batch, Losses, Method, by_name, labeled_part, softmax_option
 from utils.devices import to_device
 from utils.masks import label_maps
 from utils.options import Condition, option
@@ -49,7 +49,7 @@ class UniMatch(Method):
 
     @dataclass
     class Options(Method.Options):
-        softmax: bool = option(False, "p by a softmax over C+1 channels in place of C sigmoids")
+        softmax: bool | None = softmax_option()
         threshold: float = option(0.95, "T, probability from which a pseudo-label counts", minimum=0, maximum=1,
                                   only_if=[STRONG, FEATURE])  # fmt: skip
         pseudo_loss: str = option("ce", "H: cross-entropy, or Dice as in the released code for medical images",
@@ -69,8 +69,7 @@ class UniMatch(Method):
 
     def __init__(self, options: Options, *, iterations: int):
         super().__init__(options, iterations=iterations)
-        o = options
-        self.network = self.backbone(heads={"seg": o.classes + o.softmax})
+        self.network = self.backbone(heads={"seg": self.seg_channels})
 
     def forward(self, batch: Batch, iteration: int) -> Losses:
         o, image, label, L = self.options, batch["image"], batch["label"], len(batch["label"])

@@ -89,11 +89,12 @@ def read_options(
         o, method_options = resolve(flags, kind)
         o.labeled = flags["labeled"] if "labeled" in flags else usual_labeled(Path(o.data), o.labeled)
         if "classes" not in flags and method_options.classes == kind.Options.classes:  # nor has the profile any
-            method_options.classes = usual_classes(Path(o.data))
+            method_options = combine({**flags, "classes": usual_classes(Path(o.data))}, kind)[1]
         defaults = combine({key: flags[key] for key in ("data", "profile", "preset") if key in flags}, kind)
         derived = combine({key: value for key, value in flags.items() if key != "lr_steps"}, kind)[0].lr_steps
         skip = ["method", "labeled", "seed", "init", *(["lr_steps"] if o.lr_steps == derived else [])]
-        changed = varied(o, defaults[0], skip) + varied(method_options, defaults[1])
+        follows = ["softmax"] if "softmax" not in flags else []  # from the classes
+        changed = varied(o, defaults[0], skip) + varied(method_options, defaults[1], follows)
         dataset = Path(os.path.abspath(o.data)).name
         dataset += "" if o.profile in ("full", "phantom", dataset) else f"-{o.profile}"
         preset = [] if o.preset == next(iter(kind.PRESETS)) else [o.preset]
@@ -190,7 +191,10 @@ def combine(flags: dict[str, Any], kind: type[Method]) -> tuple[Options, Method.
     if o.lr_schedule == "cosine" and "lr_steps" not in flags:
         o.lr_steps = []
     o.lr_steps = default_lr_steps(o.iterations) if o.lr_steps is None else o.lr_steps
-    return o, fill(kind.Options, *layers)
+    method_options = fill(kind.Options, *layers)
+    if getattr(method_options, "softmax", False) is None:
+        method_options.softmax = method_options.classes > 1
+    return o, method_options
 
 
 def preset_for(flags: dict[str, Any], preset: dict[str, Any]) -> dict[str, Any]:

@@ -121,13 +121,16 @@ PHANTOM_RUNS = {
     **{f"ablation-{key}": f"--method dk-uxnet {SMALLER} {flags}" for key, (_, flags) in ABLATIONS.items()},
 }
 HIPPOCAMPUS_RUNS = {  # with LA's settings, but for those of the profile
-    **{
-        key: LA_RUNS[key]
-        for key in ("supervised-normalized-8", "tuned-normalized-8", "plus-8", "plus-alone-8", "bcp-alone-8")
-    },
+    "supervised-softmax-8": LA_RUNS["supervised-normalized-8"],
+    "plus-softmax-8": LA_RUNS["plus-8"],
+    "plus-alone-softmax-8": LA_RUNS["plus-alone-8"],
+    **{key: LA_RUNS[key] for key in ("tuned-normalized-8", "bcp-alone-8")},
     **{key: LA_RUNS[key] for key in (f"{name}-tuned-8" if name in PAPER else f"{name}-8" for name in SEVERAL)},
-    "supervised-normalized-208": f"--method supervised {TUNED} --labeled 208",
-    "plus-alone-208": f"--method dtml-plus --labeled 208 --unlabeled 0 --batch-size 4 {BF16}",
+    "supervised-softmax-208": f"--method supervised {TUNED} --labeled 208",
+    "plus-alone-softmax-208": f"--method dtml-plus --labeled 208 --unlabeled 0 --batch-size 4 {BF16}",
+    # before a softmax was the default of several classes
+    **{key: f"{LA_RUNS[key]} --no-softmax" for key in ("supervised-normalized-8", "plus-8", "plus-alone-8")},
+    "supervised-normalized-208": f"--method supervised {TUNED} --labeled 208 --no-softmax",
 }
 
 
@@ -155,29 +158,29 @@ BEYOND_TABLE = "beyond"  # printed where it has records, or on request
 Tables = dict[str, tuple[str, list[Row]]]
 
 
-def method_rows(n: int, scans: int, others: Sequence[str]) -> list[Row]:
+def method_rows(n: int, scans: int, others: Sequence[str], softmax: str = "") -> list[Row]:
     """The rows of all methods, V-Net, DTML and DTML+ with its control among them, with n labeled of so many scans.
 
-    `others` are further methods."""
+    `others` are further methods. `softmax` is part of the keys of runs that have a namesake with sigmoids."""
     both = f"{n} / {scans - n}"
     return [
-        Row("V-Net", f"{n} / 0", f"supervised-normalized-{n}"),
+        Row("V-Net", f"{n} / 0", f"supervised-{softmax or 'normalized-'}{n}"),
         *(Row(PAPER[name], both, f"{name}-tuned-{n}", output="seg") for name in others if name in PAPER),
         Row("DTML", both, f"tuned-normalized-{n}"),
+        *([Row("BCP, labeled scans alone", f"{n} / 0", f"bcp-alone-{n}")] if "bcp" in others else []),
         *(
             Row(RECENT[name], both, f"{name}-{n}", output="teacher_1" if name == "ad-mt" else "seg")
             for name in others
             if name in RECENT
         ),
-        *([Row("BCP, labeled scans alone", f"{n} / 0", f"bcp-alone-{n}")] if "bcp" in others else []),
-        Row("DTML+, labeled scans alone", f"{n} / 0", f"plus-alone-{n}", output="ema_mean"),
-        Row("DTML+", both, f"plus-{n}", output="ema_mean"),
+        Row("DTML+, labeled scans alone", f"{n} / 0", f"plus-alone-{softmax}{n}", output="ema_mean"),
+        Row("DTML+", both, f"plus-{softmax}{n}", output="ema_mean"),
     ]
 
 
-def plus_rows(n: int, scans: int) -> list[Row]:
-    """DTML+, its control, DTML and the V-Net with n labeled of so many scans, and which output is scored."""
-    both = f"{n} / {scans - n}"
+def plus_rows(n: int) -> list[Row]:
+    """DTML+, its control, DTML and the V-Net with n labeled of 80 scans, and which output is scored."""
+    both = f"{n} / {80 - n}"
     return [
         Row("V-Net", f"{n} / 0", f"supervised-normalized-{n}"),
         Row("DTML+, labeled scans alone: mean of the averages", f"{n} / 0", f"plus-alone-{n}", output="ema_mean"),
@@ -254,7 +257,7 @@ LA_TABLES: Tables = {
         *(Row("the same, normalized", f"{n} / 0", f"supervised-normalized-{n}") for n in (8, 16, 80)),
     ]),
     "plus": ("DTML+ and what the unlabeled scans add, each scan normalized, on the test scans", [
-        row for n in (4, 8, 16) for row in plus_rows(n, 80)
+        row for n in (4, 8, 16) for row in plus_rows(n)
     ] + all_labeled_rows(80, ": mean of the averages")),
     "precision": ("`--precision bf16`, each scan normalized, on the test scans", [
         Row("V-Net, fp32", "8 / 0", "supervised-normalized-8"),
@@ -293,17 +296,22 @@ COMPARED_WITH = {  # table: runs that its rows of as many labels are compared wi
     "normalized": ["supervised-tuned-8", "supervised-tuned-16", "supervised-tuned-80"],
     "plus": [f"plus-alone-{n}:ema_mean" for n in (4, 8, 16)],
     "precision": ["supervised-normalized-8"],
-    METHODS_TABLE: ["supervised-normalized-8", "plus-8:ema_mean"],
+    "sigmoids": ["supervised-normalized-8", "plus-alone-8:ema_mean"],
+    METHODS_TABLE: ["supervised-normalized-8", "supervised-softmax-8", "plus-8:ema_mean", "plus-softmax-8:ema_mean"],
     "dk-uxnet": ["supervised-8", "supervised-16"],
 }
 HIPPOCAMPUS_TABLES: Tables = {
-    "plus": ("DTML+ and what the unlabeled scans add, mean of both classes, on the test scans", [
-        *plus_rows(8, 209),
-        *all_labeled_rows(208, ": mean of the averages"),
-    ]),
     METHODS_TABLE: ("All methods with the preset `tuned`, mean of both classes", [
-        *method_rows(8, 209, others=SEVERAL),
-        *all_labeled_rows(208),
+        *method_rows(8, 209, others=SEVERAL, softmax="softmax-"),
+        Row("V-Net", "208 / 0", "supervised-softmax-208"),
+        Row("DTML+, labeled scans alone", "208 / 0", "plus-alone-softmax-208", output="ema_mean"),
+    ]),
+    "sigmoids": ("A sigmoid for each class: `--no-softmax`, mean of both classes", [
+        Row("V-Net", "8 / 0", "supervised-normalized-8"),
+        Row("DTML+, labeled scans alone", "8 / 0", "plus-alone-8", output="ema_mean"),
+        Row("DTML+: M_s", "8 / 201", "plus-8"),
+        Row("DTML+", "8 / 201", "plus-8", output="ema_mean"),
+        Row("V-Net", "208 / 0", "supervised-normalized-208"),
     ]),
 }  # fmt: skip
 PHANTOM_TABLES: Tables = {

@@ -22,6 +22,7 @@ Condition = Mapping[str, tuple[Any, ...] | Callable[[Any], Any]]
 RENAMED = {  # method: an option's name in early checkpoints and options files -> its name today
     "dk-uxnet": {"noise": "noise_variance", "scale": "logit_scale", "consistency": "consistency_terms"},
 }
+ADDED = {"dtml-plus": {"softmax": False}}  # method: an option that early checkpoints lack -> what they were
 RENAMED_PRESETS = {"dtml": {"best": "tuned"}}
 REMOVED: dict[str, dict[str, Any]] = {  # method: an option that is gone -> its value with which it did nothing
     "dtml": {"k_start": 0.0, "consistency": "mask", "mix": 0.0, "ema_decay": 0.0},
@@ -158,7 +159,7 @@ class Parser(argparse.ArgumentParser):
                 shown = f"{shown:g}" if isinstance(shown, float) else shown
                 text += f" (default {'yes' if shown is True else 'no' if shown is False else shown})"
             flag = f.name if about["word"] else flag_of(f.name)
-            if isinstance(default, bool):
+            if isinstance(default, bool) or about["type"] is bool:
                 groups[name].add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
                 continue
             kind = about["type"] or type(default[0] if isinstance(default, list) else default)
@@ -227,7 +228,7 @@ def renamed(options: dict[str, Any]) -> dict[str, Any]:
     """Saved options of any age, `method` among them, under the names of today."""
     method = str(options.get("method"))
     names, presets = RENAMED.get(method, {}), RENAMED_PRESETS.get(method, {})
-    options = {names.get(name, name): value for name, value in options.items()}
+    options = ADDED.get(method, {}) | {names.get(name, name): value for name, value in options.items()}
     if options.get("preset") in presets:
         options["preset"] = presets[options["preset"]]
     return options
