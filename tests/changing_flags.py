@@ -54,9 +54,10 @@ OWN_FLAGS = {
     "--sdm-loss dis, --sdm-loss both, --sdm-loss both beside --sdm-loss dis --k 20, --dis-weight 2 beside --sdm-loss "
     "both, --ramp steps, --ramp literal, --ramp literal beside --ramp steps, --ramp-end 0.5, --ramp-end 0 beside "
     "--ramp-end 0.5",
-    "dtml-plus": "--filters 3, --softmax, --k 20, --strong 1, --ema-decay 0.3 beside --start 0 --full 0, --ema-decay 0.6 "
-    "beside --ema-decay 0.3 --start 0, --pseudo-weight 1 beside --start 0 --full 0 --trust all, --start 0 beside "
-    f"--trust all, --full 0.9 beside --start 0 --trust all, --trust all beside {LEARNS}, --trust voxel beside {LEARNS}",
+    "dtml-plus": "--filters 3, --softmax, --k 20, --strong 1, --ema-decay 0.3 beside --start 0 --full 0, --ema-decay "
+    "0.6 beside --ema-decay 0.3 --start 0, --pseudo-weight 1 beside --start 0 --full 0 --trust all, --start 0 "
+    f"beside --trust all, --full 0.9 beside --start 0 --trust all, --trust all beside {LEARNS}, --trust voxel "
+    f"beside {LEARNS}",
     "supervised": "--filters 3, --head sdm, --softmax, --softmax beside --no-softmax, --k 20 beside --head sdm",
     "mean-teacher": f"{TEACHER}, --consistency-on unlabeled, --ema-decay 0.6 beside --iterations 4, --noise 0.2",
     "ua-mt": f"{TEACHER}, --consistency-on all, --passes 7, --passes 1 beside --passes 2, --entropy-epsilon 0.5",
