@@ -9,7 +9,7 @@ the consistency C = mean (m - p)^2 (eq. (4)):
 L_seg does not depend on M_d, and L_mask does not depend on M_s. One backward pass through the sum
 L_seg + L_mask + lambda C therefore gives the gradients of both problems. The released code runs two backward passes,
 both through both networks, and so counts the consistency twice: `consistency_times` 2 in the preset `authors`. With
-several classes p, z and m have a channel for each; Dice and the consistency are means over them.
+several classes p, z and m have a channel for each, p by a softmax; Dice and the consistency are means over them.
 
 Three options go beyond the paper: C on the unlabeled crops alone, a ramp that ends before the training does, and a
 smaller k. C needs no stop-gradient: the gradient for M_s treats m as a constant, and that for M_d treats p as one.
