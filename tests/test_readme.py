@@ -46,11 +46,8 @@ def test_training_commands_parse_and_name_their_own_folders(monkeypatch, tmp_pat
 
 OTHERS = {  # start of a command: what its words are, before the flags
     "python test_la.py": (test_la.Options, {}),
-    "python -m tools.pictures": (
-        pictures.Options,
-        {"figure": {"choices": list(pictures.FIGURES)}, "runs": {"nargs": "+"}},
-    ),
-    "python -m tools.share": (share.Options, {"folders": {"nargs": 2}}),
+    "python -m tools.pictures": (pictures.Options, {}),
+    "python -m tools.share": (share.Options, {}),
     "python -m tools.reproduce": (reproduce.Options, {}),
     "python -m tools.check": (check.Options, {"folder": {}}),
 }

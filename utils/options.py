@@ -22,7 +22,7 @@ Condition = Mapping[str, tuple[Any, ...] | Callable[[Any], Any]]
 RENAMED = {  # method: an option's name in early checkpoints and options files -> its name today
     "dk-uxnet": {"noise": "noise_variance", "scale": "logit_scale", "consistency": "consistency_terms"},
 }
-ADDED = {"dtml-plus": {"softmax": False}}  # method: an option that early checkpoints lack -> what they were
+ADDED = {"softmax": False}  # an option that early checkpoints and records lack -> what they were
 RENAMED_PRESETS = {"dtml": {"best": "tuned"}}
 REMOVED: dict[str, dict[str, Any]] = {  # method: an option that is gone -> its value with which it did nothing
     "dtml": {"k_start": 0.0, "consistency": "mask", "mix": 0.0, "ema_decay": 0.0},
@@ -228,7 +228,7 @@ def renamed(options: dict[str, Any]) -> dict[str, Any]:
     """Saved options of any age, `method` among them, under the names of today."""
     method = str(options.get("method"))
     names, presets = RENAMED.get(method, {}), RENAMED_PRESETS.get(method, {})
-    options = ADDED.get(method, {}) | {names.get(name, name): value for name, value in options.items()}
+    options = ADDED | {names.get(name, name): value for name, value in options.items()}
     if options.get("preset") in presets:
         options["preset"] = presets[options["preset"]]
     return options
