@@ -127,7 +127,11 @@ OF_A_METHOD = {  # method: what it needs otherwise, of the options that all shar
     "supervised": {"batch_size": 4, "labeled_batch": None, "unlabeled": 0},  # labeled crops alone
     "bcp": {"batch_size": 8},  # pastes as many unlabeled crops as labeled ones
 }
-OF_A_LOSS = {"dtml": {"k": 50.0}, "unimatch": {"pseudo_loss": "dice"}}  # in `tuned`, of the method's own options
+OF_A_LOSS = {  # in `tuned`, of the method's own options
+    "dtml": {"k": 50.0},
+    "unimatch": {"pseudo_loss": "dice"},
+    "cps": {"pseudo_on": "unlabeled", "pseudo_weight": 0.1, "ramp_end": 1.0},
+}
 
 
 def shared(*args):
@@ -158,7 +162,7 @@ def test_under_tuned_all_methods_are_trained_alike(profile):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_tuned_leaves_a_methods_own_options_as_they_are(method):
-    """But for two constants; so methods differ by their losses alone."""
+    """But for a few constants; so methods differ by their losses alone."""
     args = ["--method", method, "--data", "set", "--labeled", "8"]
     tuned, usual = (command_line.read_options([*args, *more])[1] for more in (["--preset", "tuned"], []))
     names = [f.name for f in dataclasses.fields(usual)]

@@ -307,11 +307,11 @@ HIPPOCAMPUS_TABLES: Tables = {
         Row("DTML+, labeled scans alone", "208 / 0", "plus-alone-softmax-208", output="ema_mean"),
     ]),
     "sigmoids": ("A sigmoid for each class: `--no-softmax`, mean of both classes", [
-        Row("V-Net", "8 / 0", "supervised-normalized-8"),
-        Row("DTML+, labeled scans alone", "8 / 0", "plus-alone-8", output="ema_mean"),
-        Row("DTML+: M_s", "8 / 201", "plus-8"),
-        Row("DTML+", "8 / 201", "plus-8", output="ema_mean"),
-        Row("V-Net", "208 / 0", "supervised-normalized-208"),
+        Row("V-Net, sigmoids", "8 / 0", "supervised-normalized-8"),
+        Row("DTML+, labeled scans alone, sigmoids", "8 / 0", "plus-alone-8", output="ema_mean"),
+        Row("DTML+, sigmoids: M_s", "8 / 201", "plus-8"),
+        Row("DTML+, sigmoids", "8 / 201", "plus-8", output="ema_mean"),
+        Row("V-Net, sigmoids", "208 / 0", "supervised-normalized-208"),
     ]),
 }  # fmt: skip
 PHANTOM_TABLES: Tables = {
