@@ -22,14 +22,14 @@ from evaluation import scores, slices
 from evaluation.rows import read_row
 from losses.sdm import signed_distance_map
 from losses.terms import dice_loss, hard_dice, probabilities, seg_loss
-from methods import METHODS
+from methods import METHODS, restore
 from methods.ss_net import Separator
 from networks.backbone import Backbone
 from networks.critics import MapCritic
-from tools import check, pictures
+from tools import check, command_line, pictures
 from utils.errors import UserError
 from utils.masks import label_map, largest_components
-from utils.options import fill
+from utils.options import fill, renamed
 from utils.resample import downsample_label
 
 SEVERAL = [name for name, kind in METHODS.items() if kind.multiclass]
@@ -147,6 +147,34 @@ def test_the_classes_names_mean_nothing(name, softmax):
                 head[0].bias.copy_(head[0].bias[order].clone())
     assert loss(swapped) == pytest.approx(before, rel=1e-9)
     assert abs(other - before) > 1e-6
+
+
+@pytest.mark.parametrize("name", [name for name, softmax in WITH_SOFTMAX if softmax])
+def test_several_classes_have_a_softmax_unless_told_otherwise(name):
+    def options(*flags: str):
+        return command_line.read_options(["--method", name, "--data", "set", "--labeled", "8", *flags])[1]
+
+    assert not options().softmax and options("--softmax").softmax and options("--classes", "3").softmax
+    assert not options("--classes", "3", "--no-softmax").softmax
+    image = torch.randn(1, 1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    def sums(softmax: bool | None) -> torch.Tensor:
+        """Of the classes' probabilities, which exclude each other only in a softmax."""
+        torch.manual_seed(0)
+        kind = METHODS[name]
+        method = kind(fill(kind.Options, {"classes": 3, "filters": 2, "softmax": softmax}), iterations=10).eval()
+        with torch.no_grad():
+            return method.predict(image, ("seg",)).sum(dim=1)
+
+    assert sums(None).equal(sums(True)) and sums(True).max() <= 1 + 1e-6 < sums(False).max()
+
+
+def test_an_early_checkpoint_of_several_classes_has_sigmoids():
+    kind = METHODS["dtml-plus"]
+    method = kind(fill(kind.Options, {"classes": 2, "filters": 2, "softmax": False}), iterations=10)
+    early = {"method": "dtml-plus", "classes": 2, "filters": 2, "iterations": 10}  # without --softmax
+    state = {"file": "last.pt", "method": method.state_dict(), "options": renamed(early)}
+    assert all(torch.equal(weight, method.state_dict()[key]) for key, weight in restore(state).state_dict().items())
 
 
 def test_from_labels_to_tables(tmp_path, capsys):
