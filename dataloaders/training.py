@@ -92,6 +92,8 @@ def training_cases(
         labeled_batch: labeled crops in a batch; None: half, or all without unlabeled cases.
         patch_size: voxels of a crop along x, y, z.
         multiples: the sides of a patch must be multiples of these.
+        classes: C, the largest allowed label value.
+        channels: K, the number of channels of every case.
         fold: I/K leaves the labeled cases of this fold out, and all scans of their patients; '' for all.
 
     Returns:
