@@ -131,7 +131,7 @@ def flags_of(method: str, description: str = "") -> Parser:
     for other, kind in METHODS.items():
         for f in (f for f in dataclasses.fields(kind.Options) if f.metadata["flag"]):
             owners.setdefault(f.name, []).append(other)
-    parser = Parser(description=description, prog="train_dtml.py", renamed=RENAMED.get(method), owners=owners)
+    parser = Parser(description=description, prog="train_dtml.py", renamed=RENAMED.get(method, {}), owners=owners)
     parser.add_dataclass(Options)
     parser.add_dataclass(METHODS[method].Options, title=f"method {method}")
     return parser

@@ -70,15 +70,8 @@ def default_of(f: dataclasses.Field) -> Any:
 class Parser(argparse.ArgumentParser):
     """Hyphenated flags (underscores accepted), no abbreviations, @FILE replays flags, typos name the nearest flag."""
 
-    def __init__(
-        self,
-        *,
-        renamed: Mapping[str, str] | None = None,
-        owners: Mapping[str, Sequence[str]] | None = None,
-        **kwargs: Any,
-    ):
-        self.renamed = renamed or {}
-        self.owners = owners or {}
+    def __init__(self, *, renamed: Mapping[str, str] = {}, owners: Mapping[str, Sequence[str]] = {}, **kwargs: Any):
+        self.renamed, self.owners = renamed, owners  # early name -> name of today; name -> methods that have it
         super().__init__(
             allow_abbrev=False,
             formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=110),
