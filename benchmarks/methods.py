@@ -99,7 +99,9 @@ def measure(name: str, o: Options) -> dict[str, float]:
 
 def main(argv: list[str] | None = None) -> None:
     o: Options = read_flags(Options, __doc__, "python -m benchmarks.methods", argv)
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
+    several = PROFILES[o.profile].get("classes", 1) > 1
+    measured = [name for name, method in METHODS.items() if method.multiclass or not several]
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in measured}
     costs: dict[str, list[float]] = {}
     for _ in range(o.rounds):
         for name, rounds in results.items():

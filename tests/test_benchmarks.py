@@ -56,6 +56,14 @@ def test_the_memory_of_a_step_at_full_size_is_counted_and_recomputing_takes_less
     assert table(["a", "b"], [["x", 0.12345], [1, 2345.0]]) == "| a | b |\n|---|---|\n| x | 0.123 |\n| 1 | 2340 |"
 
 
+def test_costs_at_a_profile_of_several_classes_leave_out_methods_of_one(monkeypatch, tmp_path):
+    monkeypatch.setitem(settings.PROFILES, "hippocampus", {"patch_size": [16, 16, 16], "filters": 2, "classes": 2})
+    monkeypatch.setattr(bench, "METHODS", {name: METHODS[name] for name in ("supervised", "asdnet")})
+    out = tmp_path / "cost.csv"
+    bench.main(["--profile", "hippocampus", "--rounds", "1", "--iterations", "1", "--out", str(out)])
+    assert out.read_text().splitlines()[1:] == ["supervised,1.000,1.000,1.000"]
+
+
 @pytest.fixture
 def small_scans(monkeypatch):
     """No data set, and phantoms of a smaller size in its place."""
