@@ -59,7 +59,7 @@ class Workload:
         image = torch.randn(options.batch_size, 1, *options.patch_size, device=device)
         self.batch: dict[str, Any] = {"image": image, "label": label, "case": ["noise"] * options.batch_size}
         if self.method.needs_sdm:
-            self.batch["sdm"] = 1 - 2 * label.unsqueeze(1).float()
+            self.batch["sdm"] = (1 - 2 * label.unsqueeze(1).float()).repeat(1, method_options.classes, 1, 1, 1)
         self.optimizer = OPTIMIZERS[options.optimizer](
             [p for p in self.method.parameters() if p.requires_grad], options
         )

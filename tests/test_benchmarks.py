@@ -58,10 +58,12 @@ def test_the_memory_of_a_step_at_full_size_is_counted_and_recomputing_takes_less
 
 def test_costs_at_a_profile_of_several_classes_leave_out_methods_of_one(monkeypatch, tmp_path):
     monkeypatch.setitem(settings.PROFILES, "hippocampus", {"patch_size": [16, 16, 16], "filters": 2, "classes": 2})
-    monkeypatch.setattr(bench, "METHODS", {name: METHODS[name] for name in ("supervised", "asdnet")})
+    monkeypatch.setattr(bench, "METHODS", {name: METHODS[name] for name in ("supervised", "asdnet", "dtc")})
     out = tmp_path / "cost.csv"
     bench.main(["--profile", "hippocampus", "--rounds", "1", "--iterations", "1", "--out", str(out)])
-    assert out.read_text().splitlines()[1:] == ["supervised,1.000,1.000,1.000"]
+    assert [line.split(",")[0] for line in out.read_text().splitlines()[1:]] == ["supervised", "dtc"]
+    workload = bench.Workload("dtc", ["--profile", "hippocampus"], torch.device("cpu"))
+    assert workload.batch["sdm"].shape == (2, 2, 16, 16, 16)
 
 
 @pytest.fixture
