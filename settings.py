@@ -109,6 +109,9 @@ class Options:
     object_share: float = option(0.0, "probability that a labeled crop is centred on a foreground voxel, or as near as "
                                  "the border allows, each class equally often; for small organs",
                                  group="data", minimum=0, maximum=1)  # fmt: skip
+    paste: float = option(0.0, "paste labeled crops into each other: each has a crop of another labeled scan inside a "
+                          "random box with this share of its sides, such as 0.67; 0: none", group="data", minimum=0,
+                          maximum=1)  # fmt: skip
     sdm_of: str = option("crop", "distance maps of the crop, or cut out of those of the whole scan", group="data",
                          choices=SDM_OF, only_if={"needs_sdm": bool})  # fmt: skip
     cache: str = option("auto", "where volumes are kept; none: read each crop from its file", group="data",

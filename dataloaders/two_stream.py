@@ -25,6 +25,7 @@ from dataloaders.augmentation import (
 from dataloaders.geometry import known_spacing
 from dataloaders.volumes import Volumes
 from dataloaders.watched import TrackedPatches, WatchedLoader
+from losses.mixing import paste, random_box
 from losses.sdm import signed_distance_map
 from utils.channels import with_channels
 from utils.errors import StopSignal, ignore_stop_signals
@@ -33,6 +34,8 @@ from utils.resample import pad, padding
 SDM_OF = ("crop", "scan")
 MOST_VOXELS = 10_000
 """Voxels of a class of a case that crops are placed around; 240 kB in memory."""
+PASTED = 1_000_000
+"""Added to the number of a slot, it is that of the sample pasted into it, which so has random numbers of its own."""
 
 
 class Slot(NamedTuple):
@@ -121,6 +124,7 @@ class Patches(Dataset[dict[str, Any]]):
         intensity: strength of `random_intensities`; 0: none.
         sdm_of: compute distance maps in the 'crop', as in the released codes, or in the whole 'scan' before cropping.
         object_share: probability that a labeled crop is placed around a voxel of the object, see `onto_object`.
+        paste: sides of the box inside of which a labeled crop is one of another labeled case, see `pasted`; 0: none.
     """
 
     def __init__(
@@ -135,13 +139,15 @@ class Patches(Dataset[dict[str, Any]]):
         intensity: float = 0.0,
         sdm_of: str = "crop",
         object_share: float = 0.0,
+        paste: float = 0.0,
         flip_axes: Sequence[str] = AXES,
         strengths: Strengths = UNCHANGED,
     ):
         self.volumes, self.patch_size, self.augment, self.seed = volumes, patch_size, augment, seed
         self.flip_axes, self.strengths = flip_axes, strengths
         self.sdm, self.other, self.intensity, self.sdm_of = sdm, other, intensity, sdm_of
-        self.object_share = object_share
+        self.object_share, self.paste = object_share, paste
+        self._labeled = [index for index, case in enumerate(volumes.cases) if case.labeled]
         self._distances: dict[int, Tensor] = {}
         self._objects: dict[int, list[NDArray[np.int64]]] = {}
         self._spacings: dict[int, tuple[float, ...]] = {}
@@ -187,6 +193,27 @@ class Patches(Dataset[dict[str, Any]]):
         return self._objects[case]
 
     def __getitem__(self, slot: Slot) -> dict[str, Any]:
+        labeled = self.volumes.cases[slot.case].labeled
+        return self.pasted(slot) if self.paste and labeled else self.sample(slot)
+
+    def pasted(self, slot: Slot) -> dict[str, Any]:
+        """The sample of a slot with that of another labeled case, all alike, pasted into it (CutMix).
+
+        Distance maps are those of the mix, with `sdm_of` scan each voxel's own scan's. A second crop has its own box.
+        """
+        random = np.random.default_rng([self.seed, 5, slot.step, slot.slot])
+        others = [case for case in self._labeled if case != slot.case]
+        other = Slot(slot.step, slot.slot + PASTED, others[random.integers(len(others))])
+        item, inside = self.sample(slot), self.sample(other)
+        for names in (("image", "label", "sdm"), ("other_image", "other_label")):
+            box = random_box(self.patch_size, self.paste, lambda n: int(random.integers(n)))
+            item |= {x: paste(item[x], inside[x], box.to(item[x].device)) for x in names if x in item}
+        if self.sdm and self.sdm_of == "crop":
+            item["sdm"] = self.distances_of(item["label"], slot.case)
+        return item
+
+    def sample(self, slot: Slot) -> dict[str, Any]:
+        """The item of a slot before pasting."""
         draws, generator = self.draws(slot)
         item, *second = (self.crop(slot.case, draw) for draw in draws)
         for crop in (item, *second) if self.intensity else ():

@@ -1,16 +1,21 @@
 """Mixing of crops: a random box, and one crop pasted into another inside of it.
 
-All random numbers are torch's, so they are a function of (seed, iteration).
+Random numbers are torch's, so they are a function of (seed, iteration), where the caller does not draw them.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 
-def random_box(sides: Sequence[int], share: float) -> Tensor:
+def torch_integer(n: int) -> int:
+    """An integer from 0 to n - 1 of torch's generator."""
+    return int(torch.randint(n, ()))
+
+
+def random_box(sides: Sequence[int], share: float, integer: Callable[[int], int] = torch_integer) -> Tensor:
     """Draws a box inside a crop; every place has the same probability, the first and the last too.
 
     For a box of each item, stack several: (N,W,H,D).
@@ -18,6 +23,7 @@ def random_box(sides: Sequence[int], share: float) -> Tensor:
     Args:
         sides: W, H, D of the crop in voxels.
         share: of each side of the crop, in [0,1], rounded down to voxels, but not to none. 0: no box.
+        integer: n -> an integer from 0 to n - 1, all alike.
 
     Returns:
         Mask (W,H,D) of bool on the CPU, True inside the box.
@@ -25,7 +31,7 @@ def random_box(sides: Sequence[int], share: float) -> Tensor:
     mask = torch.ones(*sides, dtype=torch.bool)
     for axis, side in enumerate(sides):
         length = max(math.floor(share * side), 1) if share else 0
-        start = int(torch.randint(side - length + 1, ()))
+        start = integer(side - length + 1)
         along = torch.arange(side)
         inside = (along >= start) & (along < start + length)
         mask &= inside.view([-1 if a == axis else 1 for a in range(len(sides))])

@@ -30,6 +30,7 @@ SHARED = {
     "random_resolution": [("--random-resolution 1", ""), ("--random-resolution 2", "--random-resolution 1")],
     "random_noise": [("--random-noise 0.2", ""), ("--random-noise 0.2", "--random-noise 0.1")],
     "object_share": [("--object-share 1", "")],
+    "paste": [("--paste 0.5", ""), ("--paste 0.5", "--paste 0.7")],
     "sdm_of": [("--sdm-of scan", "--sdm-loss both")],
     "init": [("--init origin", "")],
     "iterations": [("--iterations 4", "")],

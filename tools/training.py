@@ -117,6 +117,8 @@ def prepare(
             f"--method {o.method} needs unlabeled scans, but all {o.labeled} are labeled. Lower --labeled, or leave "
             "out --unlabeled 0."
         )
+    if o.paste and labeled < 2:
+        raise UserError(f"--paste {o.paste}: there is no second labeled scan. Raise --labeled.")
     to_validate = validation_names(data, o.labeled, o.fold) if o.validate_every else []
     normalize = normalization_of(dataclasses.asdict(o))
     try:
@@ -161,7 +163,8 @@ def prepare(
     patches = Patches(
         volumes, patch_size=o.patch_size, augment=o.augment, seed=o.seed, sdm=method.needs_sdm,
         other=method.needs_other_crop, intensity=o.intensity, sdm_of=o.sdm_of,
-        object_share=o.object_share, flip_axes=o.flip_axes, strengths=fill(Strengths, dataclasses.asdict(o)),
+        object_share=o.object_share, paste=o.paste, flip_axes=o.flip_axes,
+        strengths=fill(Strengths, dataclasses.asdict(o)),
     )  # fmt: skip
     sampler = TwoStreamBatchSampler(
         labeled, len(cases) - labeled, batch_size=o.batch_size, labeled_batch=labeled_batch,
