@@ -191,10 +191,7 @@ def combine(flags: dict[str, Any], kind: type[Method]) -> tuple[Options, Method.
     if o.lr_schedule == "cosine" and "lr_steps" not in flags:
         o.lr_steps = []
     o.lr_steps = default_lr_steps(o.iterations) if o.lr_steps is None else o.lr_steps
-    method_options = fill(kind.Options, *layers)
-    if getattr(method_options, "softmax", False) is None:
-        method_options.softmax = method_options.classes > 1
-    return o, method_options
+    return o, fill(kind.Options, *layers)
 
 
 def preset_for(flags: dict[str, Any], preset: dict[str, Any]) -> dict[str, Any]:
