@@ -20,20 +20,9 @@ from losses.ramps import default_lr_steps
 from methods import METHODS, Method
 from settings import PROFILES, Options
 from utils.checkpoint import LAST, PREVIOUS, extend, load_checkpoint
+from utils.early_options import RENAMED, refuse_removed, renamed_words
 from utils.errors import UserError
-from utils.options import (
-    RENAMED,
-    Parser,
-    as_flags,
-    fill,
-    flag_of,
-    harmless_names,
-    refuse_differences,
-    refuse_removed,
-    refuse_unused,
-    renamed_words,
-    varied,
-)
+from utils.options import Parser, as_flags, fill, flag_of, harmless_names, refuse_differences, refuse_unused, varied
 from utils.run_folder import has_checkpoint
 from utils.shared_weights import ENDING
 

@@ -29,8 +29,9 @@ from tools.grid import (
     TRAINED_AS,
     Tables,
 )
+from utils.early_options import renamed
 from utils.errors import UserError
-from utils.options import as_flags, default_of, flag_of, option, renamed
+from utils.options import as_flags, default_of, flag_of, option
 from utils.run_folder import MANIFEST, has_checkpoint
 
 GRIDS = {"phantom": (PHANTOM_RUNS, PHANTOM_TABLES), "hippocampus": (HIPPOCAMPUS_RUNS, HIPPOCAMPUS_TABLES)}  # others: LA

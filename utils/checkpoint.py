@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from utils.early_options import renamed
 from utils.errors import UserError, warn
-from utils.options import renamed
 from utils.shared_weights import ENDING, PIECES, read_shared
 
 FORMAT = 1
