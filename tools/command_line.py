@@ -19,7 +19,7 @@ from dataloaders.training import is_phantom, usual_classes, usual_labeled
 from losses.ramps import default_lr_steps
 from methods import METHODS, Method
 from settings import PROFILES, Options
-from utils.checkpoint import LAST, PREVIOUS, extend, load_checkpoint
+from utils.checkpoint import LAST, PREVIOUS, load_checkpoint
 from utils.early_options import RENAMED, refuse_removed, renamed_words
 from utils.errors import UserError
 from utils.options import Parser, as_flags, fill, flag_of, harmless_names, refuse_differences, refuse_unused, varied
@@ -99,13 +99,30 @@ def read_options(
             )
         saved = state["options"]
         refuse_removed(saved["method"], saved)
-        steps = PROFILES[saved.get("profile", "full")].get("lr_steps")
-        saved = extend(state, flags, lambda iterations: [steps, default_lr_steps(iterations)])
+        finished = state["iteration"] >= saved["iterations"]
+        if finished and flags.get("iterations", 0) > saved["iterations"]:
+            saved = extend(state, flags)
         refuse_differences(flags, saved, harmless_names([Options, kind.Options]), folder)
         o, method_options = (fill(cls, saved, flags) for cls in (Options, kind.Options))
         refuse_unused(flags, [Options], values_of(o, method_options, kind), saved.get, WHY)
         refuse_late_steps(flags, o.iterations)
     return o, method_options, folder, state
+
+
+def extend(state: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+    """The options with which a finished run goes on to the --iterations of `flags`.
+
+    Learning rate and ramps are those of a run of that length. The steps of the learning rate move along, unless they
+    were chosen or --lr-steps is given. `state` gets the new options, the old ones as `before`, and `extended`, the
+    iterations at which the run was finished before.
+    """
+    saved = state["options"]
+    usual = (PROFILES[saved.get("profile", "full")].get("lr_steps"), default_lr_steps(saved["iterations"]))
+    steps = default_lr_steps(flags["iterations"]) if saved["lr_steps"] in usual else saved["lr_steps"]
+    state["options"] = {**saved, "iterations": flags["iterations"], "lr_steps": flags.get("lr_steps", steps)}
+    state["extended"] = [*state.get("extended", []), saved["iterations"]]
+    state["before"] = saved
+    return state["options"]
 
 
 def origin_name(path: Path) -> str:
