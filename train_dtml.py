@@ -30,7 +30,7 @@ from losses.ramps import cosine_rate, learning_rate
 from methods import METHODS, Losses, Watch, restore
 from networks.backbone import set_precision
 from settings import Options
-from tools.command_line import NOT_REPLAYED, chosen_flags, flags_of, read_options
+from tools.command_line import NOT_REPLAYED, read_options
 from tools.diagnostic import kept_for_diagnosis, replay_batch
 from tools.training import Training, prepare, show
 from tools.training_start import extension_note, header, keep_as_finished, start_from
@@ -40,7 +40,7 @@ from utils.clock import Clock
 from utils.devices import enough_memory, peak_memory_gib, seed_iteration, set_up, to_device, why_device
 from utils.distributed import RANK, RANKS, process_group, replicate, stop_of_any_rank, wait_for_rank_0
 from utils.errors import Stopped, StopSignal, UserError, run
-from utils.options import Parser, fill, options_file
+from utils.options import fill, options_file
 from utils.report import Report
 from utils.run_folder import (
     MANIFEST,
@@ -78,9 +78,7 @@ def speed(iterations: int, seconds: float) -> dict[str, float]:
     "--batch-size, --patch-size or --filters."
 )
 def main(argv: list[str] | None = None) -> None:
-    args = Parser(add_help=False).expand(argv, chosen_flags)
-    o, method_options, folder, state = read_options(args, __doc__)
-    flags = {"method": o.method, "data": o.data} | flags_of(o.method).parse(args)
+    o, method_options, folder, state, flags = read_options(argv, __doc__)
     if not o.from_diagnostic:
         refuse_locked(folder)
     if state is None and not o.fresh and not (o.resume == "auto" and was_begun(folder)):
@@ -118,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
         if report:
             if state and "before" in state:
                 keep_as_finished(folder, state)
-            manifest = begin(t, report, state, flags, began_from)
+            manifest = begin(t, report, state, {"method": o.method, "data": o.data} | flags, began_from)
         wait_for_rank_0()
         shares = train(t, replicate(method, device), report, stop)
         if report:

@@ -40,12 +40,12 @@ WHY = {  # attribute of a method in `only_if` -> reason in the error message
 
 def read_options(
     argv: list[str] | None, description: str = ""
-) -> tuple[Options, Method.Options, Path, dict[str, Any] | None]:
+) -> tuple[Options, Method.Options, Path, dict[str, Any] | None, dict[str, Any]]:
     """Reads the command line.
 
     Returns:
-        Options of the run, options of its method, the run folder, and the contents of the checkpoint to continue, if
-        any.
+        Options of the run, options of its method, the run folder, the contents of the checkpoint to continue, if any,
+        and option -> value of those on the command line.
 
     Raises:
         UserError: for options that are not valid, have no effect, or differ from the checkpoint's; for a checkpoint
@@ -106,7 +106,7 @@ def read_options(
         o, method_options = (fill(cls, saved, flags) for cls in (Options, kind.Options))
         refuse_unused(flags, [Options], values_of(o, method_options, kind), saved.get, WHY)
         refuse_late_steps(flags, o.iterations)
-    return o, method_options, folder, state
+    return o, method_options, folder, state, flags
 
 
 def extend(state: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
