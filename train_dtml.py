@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
         if RANK == 0 and before and "wall_s" not in before:  # killed between its last checkpoint and the manifest
             write_json(folder / MANIFEST, {**before, **speed(o.iterations, state["seconds"])})
         return
-    t = prepare(o, method_options, folder, method, device, state, origin)
+    t = prepare(o, folder, method, device, state, origin)
     with (
         process_group(device),
         StopSignal() as stop,

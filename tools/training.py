@@ -92,8 +92,8 @@ class Training:
 
 
 def prepare(
-    o: Options, own: Method.Options, folder: Path, method: Method, device: torch.device,
-    state: dict[str, Any] | None, origin: dict[str, Any] | None,
+    o: Options, folder: Path, method: Method, device: torch.device, state: dict[str, Any] | None,
+    origin: dict[str, Any] | None,
 ) -> Training:  # fmt: skip
     """Reads the data and makes what a training needs.
 
@@ -105,11 +105,11 @@ def prepare(
     Raises:
         UserError: for data or options that do not fit each other, the device or the checkpoint.
     """
-    data = Path(o.data)
+    data, classes, channels = Path(o.data), method.options.classes, method.options.channels
     cases, problems, labeled_batch = training_cases(
         data, labeled=o.labeled, unlabeled=o.unlabeled, batch_size=o.batch_size,
         labeled_batch=o.labeled_batch, patch_size=o.patch_size, multiples=method.side_multiples,
-        classes=own.classes, channels=own.channels, fold=o.fold,
+        classes=classes, channels=channels, fold=o.fold,
     )  # fmt: skip
     labeled = sum(case.labeled for case in cases)
     if method.needs_unlabeled and labeled_batch == o.batch_size:
@@ -120,7 +120,7 @@ def prepare(
     to_validate = validation_names(data, o.labeled, o.fold) if o.validate_every else []
     normalize = normalization_of(dataclasses.asdict(o))
     try:
-        normalize.of_channels(own.channels)
+        normalize.of_channels(channels)
     except CaseError as e:
         raise UserError(f"{data} {e}.") from e
     volumes = Volumes(
@@ -128,17 +128,17 @@ def prepare(
         normalize=normalize, device=device, problems=problems,
     )  # fmt: skip
     if state is None:
-        refuse_classes(volumes.facts, own.classes)
+        refuse_classes(volumes.facts, classes)
     images = volumes.fingerprints | earlier_images(origin, state, volumes.fingerprints)
-    validation, _ = open_cases(data, to_validate, own.classes, volumes.checksums, images, own.channels, normalize)
-    names = {str(c): name for c, name in class_names(data).items() if c <= own.classes}
+    validation, _ = open_cases(data, to_validate, classes, volumes.checksums, images, channels, normalize)
+    names = {str(c): name for c, name in class_names(data).items() if c <= classes}
     attributes = attributes_of(cases, normalize)
     orientations = {orientation for _, orientation, _ in attributes.values()}
     constant = {
-        "options": {**dataclasses.asdict(o), **dataclasses.asdict(own)}, "checksums": volumes.checksums,
+        "options": {**dataclasses.asdict(o), **dataclasses.asdict(method.options)}, "checksums": volumes.checksums,
         "images": images, "processes": RANKS, "attributes": attributes,
         "spacing": median_spacing(cases), "orientation": orientations.pop() if len(orientations) == 1 else None,
-        "channel_names": channel_names(data, own.channels), **({"class_names": names} if names else {}),
+        "channel_names": channel_names(data, channels), **({"class_names": names} if names else {}),
     }  # fmt: skip
     method.to(device)
     choose_arithmetic(method, o, device)

@@ -65,7 +65,7 @@ def keep_as_finished(folder: Path, state: dict[str, Any]) -> None:
     write_whole(folder / finished_name(state["iteration"]), Path(state["file"]).read_bytes())
 
 
-def refuse_other_order(data: Path, own: Method.Options, state: dict[str, Any]) -> None:
+def refuse_other_order(data: Path, o: Method.Options, state: dict[str, Any]) -> None:
     """Refuses weights that have channels or classes of a set in another order, by their names in both.
 
     Other names are those of another task, for which weights may be taken all the same.
@@ -73,13 +73,13 @@ def refuse_other_order(data: Path, own: Method.Options, state: dict[str, Any]) -
     Raises:
         UserError: naming them.
     """
-    names, there = channel_names(data, own.channels), channels_of_state(state)
+    names, there = channel_names(data, o.channels), channels_of_state(state)
     if names != there and sorted(names) == sorted(there):
         raise UserError(
             f"--init {state['file']} was trained on the channels {', '.join(there)}, and those of {data} are "
             f"{', '.join(names)}. Convert the scans with their channels in the order of the weights."
         )
-    classes = {c: name for c, name in class_names(data).items() if c <= own.classes}
+    classes = {c: name for c, name in class_names(data).items() if c <= o.classes}
     refuse_other_numbers(classes, data, classes_of_state(state), state["file"])
 
 
