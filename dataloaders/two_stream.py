@@ -180,11 +180,15 @@ class Patches(Dataset[dict[str, Any]]):
     def objects_of(self, case: int) -> list[NDArray[np.int64]]:
         """Voxels (n,3) of each class in the label of a case, at most MOST_VOXELS each; read once and kept."""
         if case not in self._objects:
-            whole = tuple(slice(0, side) for side in self.volumes.shapes[case])
-            _, label = self.volumes.read(case, whole)  # type: ignore[arg-type]
-            assert label is not None
-            self._objects[case] = voxels_of_classes(label.cpu().numpy())
+            self._objects[case] = voxels_of_classes(self.label_of(case).cpu().numpy())
         return self._objects[case]
+
+    def label_of(self, case: int) -> Tensor:
+        """The whole label (W,H,D) of a labeled case."""
+        whole = tuple(slice(0, side) for side in self.volumes.shapes[case])
+        _, label = self.volumes.read(case, whole)  # type: ignore[arg-type]
+        assert label is not None
+        return label
 
     def __getitem__(self, slot: Slot) -> dict[str, Any]:
         draws, generator = self.draws(slot)
@@ -250,10 +254,7 @@ class Patches(Dataset[dict[str, Any]]):
     def distances_of_scan(self, case: int) -> Tensor:
         """Signed distance maps (C,W,H,D) of a whole labeled case; computed once and kept."""
         if case not in self._distances:
-            whole = tuple(slice(0, side) for side in self.volumes.shapes[case])
-            _, label = self.volumes.read(case, whole)  # type: ignore[arg-type]
-            assert label is not None
-            self._distances[case] = self.distances_of(label, case)
+            self._distances[case] = self.distances_of(self.label_of(case), case)
         return self._distances[case]
 
 
