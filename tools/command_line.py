@@ -79,17 +79,7 @@ def read_options(
         o.labeled = flags["labeled"] if "labeled" in flags else usual_labeled(Path(o.data), o.labeled)
         if "classes" not in flags and method_options.classes == kind.Options.classes:  # nor has the profile any
             method_options = combine({**flags, "classes": usual_classes(Path(o.data))}, kind)[1]
-        defaults = combine({key: flags[key] for key in ("data", "profile", "preset") if key in flags}, kind)
-        derived = combine({key: value for key, value in flags.items() if key != "lr_steps"}, kind)[0].lr_steps
-        skip = ["method", "labeled", "seed", "init", *(["lr_steps"] if o.lr_steps == derived else [])]
-        follows = ["softmax"] if "softmax" not in flags else []  # from the classes
-        changed = varied(o, defaults[0], skip) + varied(method_options, defaults[1], follows)
-        dataset = Path(os.path.abspath(o.data)).name
-        dataset += "" if o.profile in ("full", "phantom", dataset) else f"-{o.profile}"
-        preset = [] if o.preset == next(iter(kind.PRESETS)) else [o.preset]
-        origin = [f"init-{origin_name(Path(o.init))}"] if o.init else []
-        parts = [name, *preset, str(o.labeled), *changed, *origin, f"seed{o.seed}"]
-        folder = Path(o.runs) / (o.name or f"{dataset}/" + "-".join(parts))
+        folder = Path(o.runs) / (o.name or usual_name(o, method_options, flags, kind))
         state = load_checkpoint(folder) if o.resume == "auto" and has_checkpoint(folder) else None
     if state is not None:
         if state["optimizer"] is None:
@@ -123,6 +113,22 @@ def extend(state: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
     state["extended"] = [*state.get("extended", []), saved["iterations"]]
     state["before"] = saved
     return state["options"]
+
+
+def usual_name(o: Options, method_options: Method.Options, flags: dict[str, Any], kind: type[Method]) -> str:
+    """DATASET/METHOD-LABELED-SEED, with the preset, the weights of --init and the options that are not the usual ones,
+    for the folder of a run.
+    """
+    usual, usual_of_method = combine({key: flags[key] for key in ("data", "profile", "preset") if key in flags}, kind)
+    derived = combine({key: value for key, value in flags.items() if key != "lr_steps"}, kind)[0].lr_steps
+    skip = ["method", "labeled", "seed", "init", *(["lr_steps"] if o.lr_steps == derived else [])]
+    follows = ["softmax"] if "softmax" not in flags else []  # from the classes
+    changed = varied(o, usual, skip) + varied(method_options, usual_of_method, follows)
+    dataset = Path(os.path.abspath(o.data)).name
+    dataset += "" if o.profile in ("full", "phantom", dataset) else f"-{o.profile}"
+    preset = [] if o.preset == next(iter(kind.PRESETS)) else [o.preset]
+    origin = [f"init-{origin_name(Path(o.init))}"] if o.init else []
+    return f"{dataset}/" + "-".join([o.method, *preset, str(o.labeled), *changed, *origin, f"seed{o.seed}"])
 
 
 def origin_name(path: Path) -> str:
