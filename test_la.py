@@ -53,7 +53,7 @@ from networks.backbone import PRECISIONS, set_precision
 from tools.tested_scans import SCANS, chosen_cases, names_of
 from utils.checkpoint import LAST, channels_of_state, classes_of_state, unfinished, write_whole
 from utils.devices import enough_memory, refuse_precision, set_up
-from utils.distributed import RANK, RANKS, in_turn, process_group
+from utils.distributed import RANK, RANKS, gather_in_order, process_group
 from utils.errors import UserError, run, warn
 from utils.masks import label_map, largest_components
 from utils.options import option, read_flags
@@ -239,7 +239,7 @@ def main(argv: list[str] | None = None) -> None:
             ))  # fmt: skip
             collect(2 * o.workers)
         collect(0)
-        rows = in_turn(rows, len(COMPONENTS) * len(outputs) * (classes + (classes > 1)))
+        rows = gather_in_order(rows, len(COMPONENTS) * len(outputs) * (classes + (classes > 1)))
         if RANK > 0:
             return
 

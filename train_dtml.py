@@ -247,7 +247,7 @@ def train(t: Training, model: Callable[..., Losses], report: Report | None, stop
 def summarize(t: Training, report: Report, manifest: dict[str, Any], shares: dict[str, float]) -> None:
     """Adds what was measured to the manifest and the log, and names the commands that come next."""
     o, folder, best = t.o, t.folder, t.best
-    wall, memory = t.passed, peak_memory_gib(t.device)
+    wall, memory = t.elapsed, peak_memory_gib(t.device)
     chosen = {"best": {name: best[name] for name in ("iteration", "dice")}} if best else {}
     measured: dict[str, Any] = {
         **speed(o.iterations, wall),

@@ -27,7 +27,7 @@ from dataloaders.patients import others_of, patients_of
 from dataloaders.phantom import make_phantom_set
 from utils.distributed import RANK
 from utils.errors import UserError
-from utils.text import once
+from utils.text import xyz_text
 
 LA_LABELED, PHANTOM_LABELED = 16, 8
 
@@ -117,7 +117,7 @@ def training_cases(
     sides = list(zip(patch_size, multiples, strict=True))
     if any(side % multiple or side <= 0 for side, multiple in sides):
         near = " ".join(str(max(multiple, round(side / multiple) * multiple)) for side, multiple in sides)
-        raise UserError(f"--patch-size {shown} must be multiples of {once(multiples)}. Try --patch-size {near}.")
+        raise UserError(f"--patch-size {shown} must be multiples of {xyz_text(multiples)}. Try --patch-size {near}.")
     if not 1 <= labeled <= len(train):
         raise UserError(
             f"--labeled {labeled} must lie between 1 and {len(train)}, the cases of train.list. Give the number of its "

@@ -12,7 +12,7 @@ from utils.channels import with_channels
 from utils.errors import UserError
 from utils.options import option
 from utils.resample import downsample_image, pad, padding, upsample_probability
-from utils.text import once
+from utils.text import xyz_text
 
 STRIDE = (18, 18, 4)  # stride of the papers, on the full grid
 WEIGHTINGS = ("uniform", "gaussian")
@@ -95,7 +95,7 @@ def refuse_window(
             in x-y after which the sides are not such multiples.
     """
     if any(side % multiple or side <= 0 for side, multiple in zip(patch_size, multiples, strict=True)):
-        raise UserError(f"--patch-size {tuple(patch_size)} must be multiples of {once(multiples)}.")
+        raise UserError(f"--patch-size {tuple(patch_size)} must be multiples of {xyz_text(multiples)}.")
     turned = FLIPS[flips][-1][0] % 2
     if turned and (patch_size[0] % multiples[1] or patch_size[1] % multiples[0]):
         raise UserError(

@@ -78,7 +78,7 @@ class Training:
         return len(self.volumes.cases) - self.labeled
 
     @property
-    def passed(self) -> float:
+    def elapsed(self) -> float:
         """Seconds of all iterations so far; those of this process count from `began` on."""
         return self.seconds + time.monotonic() - self.began
 
@@ -86,7 +86,7 @@ class Training:
         """The contents of a checkpoint after `done` iterations."""
         optional = {"best": self.best, "extended": self.extended}
         return {
-            **self.constant, "iteration": done, "seconds": self.passed, "method": self.method.state_dict(),
+            **self.constant, "iteration": done, "seconds": self.elapsed, "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(), **{name: value for name, value in optional.items() if value},
         }  # fmt: skip
 

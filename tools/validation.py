@@ -10,7 +10,7 @@ from evaluation.metrics import mean_and_sd
 from evaluation.scores import class_dices
 from evaluation.sliding_window import half_a_patch, predict_scan
 from methods import Method
-from utils.distributed import RANK, RANKS, in_turn, share_buffers
+from utils.distributed import RANK, RANKS, broadcast_buffers, gather_in_order
 from utils.masks import label_map
 
 VALIDATION = "dice/validation"
@@ -43,7 +43,7 @@ def validation_scores(
     Raises:
         UserError: for a case that can no longer be read, or whose prediction is not finite.
     """
-    share_buffers(method)  # each process has running statistics of its own, and the checkpoint those of process 0
+    broadcast_buffers(method)  # each process has running statistics of its own, and the checkpoint those of process 0
     method.eval()
     dices: list[list[float]] = []  # of each scan, by class
     for case in cases[RANK::RANKS]:
@@ -59,7 +59,7 @@ def validation_scores(
             )  # fmt: skip
         dices.append(class_dices(label_map(p).numpy(), label, case.classes))
     method.train()
-    dices = in_turn(dices, 1)
+    dices = gather_in_order(dices, 1)
     scores = {VALIDATION: mean_and_sd([mean_and_sd(one)[0] for one in dices])[0]}
     by_class = list(zip(*dices, strict=True))
     if len(by_class) > 1:
