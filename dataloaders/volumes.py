@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dataloaders.cases import Case, CaseError, check_all, read_case
-from dataloaders.disk_cache import CheckCache, DiskCache
+from dataloaders.disk_cache import CaseCache
 from dataloaders.findings import Facts, facts_of
 from dataloaders.fingerprints import DIGITS
 from dataloaders.normalization import NONE, Normalization, Scaling, normalized_case, scaled
@@ -65,11 +65,11 @@ class Volumes:
             down = downsample_label if is_label else downsample_image
             return down(torch.from_numpy(volume), downsample).numpy()
 
-        checks: CheckCache | None = None
+        checks: CaseCache | None = None
         if cache == "disk":
-            checks = DiskCache((folder or Path()) / f"downsample{downsample}{normalize.suffix}", pool, normalize)
+            checks = CaseCache((folder or Path()) / f"downsample{downsample}{normalize.suffix}", normalize, pool)
         elif cache == "none":
-            checks = CheckCache(folder and folder / f"checked{normalize.suffix}", normalize)
+            checks = CaseCache(folder and folder / f"checked{normalize.suffix}", normalize)
 
         def check(case: Case) -> None:
             kept = checks.find(case) if checks else None
