@@ -157,7 +157,7 @@ class Patches(Dataset[dict[str, Any]]):
         if self.object_share and self.volumes.cases[slot.case].labeled:
             chance = np.random.default_rng([self.seed, 2, slot.step, slot.slot])  # the draws above stay as they are
             draws = [self.onto_object(draw, slot.case, chance) for draw in draws]
-        if self.strengths.moves_voxels:
+        if self.strengths.random_scale or self.strengths.random_rotation:
             places = np.random.default_rng([self.seed, 3, slot.step, slot.slot])
             draws = [dataclasses.replace(draw, **draw_warp(places, self.strengths)) for draw in draws]
         return draws, generator
@@ -196,10 +196,11 @@ class Patches(Dataset[dict[str, Any]]):
         for crop in (item, *second) if self.intensity else ():
             channels = [random_intensities(channel, generator, self.intensity) for channel in crop["image"]]
             crop["image"] = torch.stack(channels)
-        if self.strengths.of_intensities:
+        s = self.strengths
+        if s.random_bias or s.random_blur or s.random_resolution or s.random_noise:
             worse = np.random.default_rng([self.seed, 4, slot.step, slot.slot])
             for crop in (item, *second):
-                channels = [degraded(channel, worse, self.strengths) for channel in crop["image"]]
+                channels = [degraded(channel, worse, s) for channel in crop["image"]]
                 crop["image"] = torch.stack(channels)
         for crop in second:
             item |= {f"other_{name}": crop[name] for name in ("image", "label") if name in crop}
