@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dataloaders.cases import Case, refuse_channels
-from dataloaders.channels import normalise_channels, read_channels
+from dataloaders.channels import read_channels, z_score_channels
 from dataloaders.dicom import read_series
 from dataloaders.geometry import DEFAULT_GEOMETRY
 from dataloaders.images import Geometry, anti_alias, ending_of, grid_of_spacing, moved, resample
@@ -114,7 +114,7 @@ def predict_scan(
     source = turn(source)
     shape = source.shape[-3:]
     is_case = ending_of(path) == ".h5"
-    image, raw = (source, raw_of(Case(scan.name, path, labeled=False))) if is_case else normalise_channels(source)
+    image, raw = (source, raw_of(Case(scan.name, path, labeled=False))) if is_case else z_score_channels(source)
     del source
     # The origin is left out: its rounding depends on how the scan is stored. The header brings the result to its place.
     spacing = turn.geometry(stated, shape).get("spacing")

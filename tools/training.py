@@ -142,7 +142,7 @@ def prepare(
     }  # fmt: skip
     method.to(device)
     choose_arithmetic(method, o, device)
-    optimizer = OPTIMIZERS[o.optimizer](trained(method), o)
+    optimizer = OPTIMIZERS[o.optimizer](trainable(method), o)
     progress: dict[str, Any] = {}
     if state is not None:
         if state["checksums"] != volumes.checksums:
@@ -199,7 +199,7 @@ def refuse_other_attributes(now: dict[str, list[Any]], before: dict[str, list[An
         )
 
 
-def trained(method: Method) -> list[torch.nn.Parameter]:
+def trainable(method: Method) -> list[torch.nn.Parameter]:
     """The weights that the optimizer changes, not those of a teacher or a critic."""
     return [p for p in method.parameters() if p.requires_grad]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from dataloaders.channel_names import channel_names
 from dataloaders.class_names import class_names, refuse_other_numbers
 from methods import Method, restore
-from tools.training import Training, trained
+from tools.training import Training, trainable
 from utils.checkpoint import channels_of_state, classes_of_state, write_whole
 from utils.distributed import RANKS
 from utils.errors import UserError
@@ -32,7 +32,7 @@ def header(t: Training, device: str, rate: float) -> list[str]:
     classes = ", ".join(f"{c} {names.get(str(c), 'without a name')}" for c in range(1, count + 1))
     lines = {
         "run": str(t.folder),
-        "method": f"{o.method}, preset {o.preset}, {sum(p.numel() for p in trained(t.method)):,} parameters",
+        "method": f"{o.method}, preset {o.preset}, {sum(p.numel() for p in trainable(t.method)):,} parameters",
         "data": f"{o.data}: {t.labeled} labeled and {t.unlabeled} unlabeled scans{left_out}{validation}",
         **({"classes": classes} if names else {"classes": str(count)} if count > 1 else {}),
         "batch": f"{o.batch_size} crops of {size}, {t.labeled_batch} of them labeled{where}",
