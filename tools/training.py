@@ -142,7 +142,8 @@ def prepare(
     }  # fmt: skip
     method.to(device)
     choose_arithmetic(method, o, device)
-    optimizer = OPTIMIZERS[o.optimizer](trainable(method), o)
+    # not the weights of a teacher or a critic
+    optimizer = OPTIMIZERS[o.optimizer]([p for p in method.parameters() if p.requires_grad], o)
     progress: dict[str, Any] = {}
     if state is not None:
         if state["checksums"] != volumes.checksums:
@@ -197,11 +198,6 @@ def refuse_other_attributes(now: dict[str, list[Any]], before: dict[str, list[An
             f"spacing, direction, mean or sd that the files of {some(differ)} in {data} state are not those {folder} "
             "began with. Resume with the same data, or start a new run."
         )
-
-
-def trainable(method: Method) -> list[torch.nn.Parameter]:
-    """The weights that the optimizer changes, not those of a teacher or a critic."""
-    return [p for p in method.parameters() if p.requires_grad]
 
 
 def earlier_images(origin: dict[str, Any] | None, state: dict[str, Any] | None, own: Container[str]) -> dict[str, str]:

@@ -9,7 +9,8 @@ from torch import Tensor
 from dataloaders.channel_names import channel_names
 from dataloaders.class_names import class_names, refuse_other_numbers
 from methods import Method, restore
-from tools.training import Training, trainable
+from networks.vnet import parameter_count
+from tools.training import Training
 from utils.checkpoint import channels_of_state, classes_of_state, write_whole
 from utils.distributed import RANKS
 from utils.errors import UserError
@@ -32,7 +33,7 @@ def header(t: Training, device: str, rate: float) -> list[str]:
     classes = ", ".join(f"{c} {names.get(str(c), 'without a name')}" for c in range(1, count + 1))
     lines = {
         "run": str(t.folder),
-        "method": f"{o.method}, preset {o.preset}, {sum(p.numel() for p in trainable(t.method)):,} parameters",
+        "method": f"{o.method}, preset {o.preset}, {parameter_count(t.method):,} parameters",
         "data": f"{o.data}: {t.labeled} labeled and {t.unlabeled} unlabeled scans{left_out}{validation}",
         **({"classes": classes} if names else {"classes": str(count)} if count > 1 else {}),
         "batch": f"{o.batch_size} crops of {size}, {t.labeled_batch} of them labeled{where}",
