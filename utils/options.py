@@ -196,15 +196,9 @@ def as_flags(values: dict[str, Any]) -> str:
     """Lines of flags that @FILE replays; None is a default that depends on others and is left out."""
     lines = []
     for name, value in values.items():
-        flag = flag_of(name, value)
-        if value is None:
-            continue
-        if isinstance(value, bool):
-            lines.append(flag)
-        elif isinstance(value, (list, tuple)):
-            lines.append(f"{flag} " + " ".join(shlex.quote(str(v)) for v in value))
-        else:
-            lines.append(f"{flag} {shlex.quote(str(value))}")
+        if value is not None:
+            flag, words = flag_of(name, value), value if isinstance(value, (list, tuple)) else [value]
+            lines.append(flag if isinstance(value, bool) else f"{flag} {shlex.join(map(str, words))}")
     return "\n".join(lines) + "\n"
 
 
@@ -221,13 +215,11 @@ def unmet_conditions(f: dataclasses.Field, value_of: Callable[[str], Any]) -> li
     def holds(name: str, wanted: tuple[Any, ...] | Callable[[Any], Any]) -> bool:
         return bool(value_of(name) in wanted if isinstance(wanted, tuple) else wanted(value_of(name)))
 
-    names_found: dict[str, None] = {}
-    for condition in f.metadata["only_if"]:
-        bad = [name for name, wanted in condition.items() if name != f.name and not holds(name, wanted)]
-        if not bad:
-            return []
-        names_found[bad[0]] = None
-    return list(names_found)
+    unmet = [
+        [name for name, wanted in condition.items() if name != f.name and not holds(name, wanted)]
+        for condition in f.metadata["only_if"]
+    ]
+    return list(dict.fromkeys(names[0] for names in unmet)) if all(unmet) else []
 
 
 def refuse_unused(
