@@ -12,6 +12,7 @@ from dataloaders.cases import (
     PHANTOM_FOLDER,
     VALIDATION,
     Case,
+    Problem,
     case_file,
     find_cases,
     has_label,
@@ -83,7 +84,7 @@ def training_cases(
     classes: int = 1,
     channels: int | None = None,
     fold: str = "",
-) -> tuple[list[Case], list[str], int]:
+) -> tuple[list[Case], list[Problem], int]:
     """Selects the training cases. The phantom set is created on first use. Only the names of test cases are read.
 
     Args:
@@ -97,7 +98,7 @@ def training_cases(
         fold: I/K leaves the labeled cases of this fold out, and all scans of their patients; '' for all.
 
     Returns:
-        The labeled cases and then the unlabeled ones, an error line for each unusable case so far, and the number of
+        The labeled cases and then the unlabeled ones, a problem for each unusable case so far, and the number of
         labeled crops in a batch.
 
     Raises:
@@ -158,7 +159,7 @@ def training_cases(
             f"is a labeled case without a dataset 'label', one of the first {labeled} of train.list (--labeled); "
             f"{fewer}put the labeled cases first in the list"
         )
-        problems += [f"{case.name}: {case.path} {text}" for case in without]
+        problems += [(case.name, f"{case.path} {text}") for case in without]
     unlabeled_cases, missing = find_cases(folder, unlabeled_names, labeled=False, classes=classes, channels=channels)
     return [case for case in cases if case not in without] + unlabeled_cases, problems + missing, labeled_batch
 

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dataloaders.cases import Case, CaseError, check_all, read_case
+from dataloaders.cases import Case, CaseError, Problem, check_all, read_case
 from dataloaders.disk_cache import CaseCache
 from dataloaders.findings import Facts, facts_of
 from dataloaders.fingerprints import DIGITS
@@ -34,7 +34,7 @@ class Volumes:
         normalize: scaling of each whole volume before pooling, see dataloaders/normalization.py.
         folder: folder of the arrays ('disk') or of the results of checking the files ('none'). Entries of earlier runs
             are used again.
-        problems: error lines from before, reported with the others.
+        problems: those of before, reported with the others.
 
     Raises:
         UserError: naming every unusable case.
@@ -49,7 +49,7 @@ class Volumes:
         normalize: Normalization = NONE,
         device: torch.device | None = None,
         folder: Path | None = None,
-        problems: Sequence[str] = (),
+        problems: Sequence[Problem] = (),
     ):
         self.cases, self.downsample = list(cases), downsample
         self.shapes: list[tuple[int, ...]] = []
