@@ -282,14 +282,9 @@ def main(argv: list[str] | None = None) -> None:
         began, path = time.monotonic(), scan.files[0]
         try:
             result = predict_scan(
-                model,
-                scan,
-                device,
-                window,
-                interpolation=o.interpolation,
-                largest_component=o.largest_component,
+                model, scan, device, window, interpolation=o.interpolation, largest_component=o.largest_component,
                 probabilities=o.probabilities,
-            )
+            )  # fmt: skip
             label, geometry = result["label"], result["geometry"]
             seg = b""
             if o.dicom_seg and scan.slices:
