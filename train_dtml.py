@@ -200,15 +200,12 @@ def train(t: Training, model: Callable[..., Losses], report: Report | None, stop
         scores: dict[str, float] = {}
         if t.validation and (done % o.validate_every == 0 or last):
             watch.flush()
-            scores = validation_scores(
-                method, t.validation, device, downsample=o.downsample, normalize=t.normalize,
-                patch_size=o.patch_size, batch_size=o.batch_size,
-            )  # fmt: skip
+            scores = validation_scores(t)
             clock.lap("validation")
             if report:
                 dice = scores[VALIDATION]
                 better = dice > (t.best["dice"] if t.best else -1)
-                text = validation_line(scores, len(t.validation), done, t.constant.get("class_names", {}))
+                text = validation_line(scores, len(t.validation), done, t.class_names)
                 report.say(text + (", the best so far" if better else ""))
                 if better:
                     t.best = {"iteration": done, "dice": dice, "scans": [case.name for case in t.validation]}
@@ -218,8 +215,7 @@ def train(t: Training, model: Callable[..., Losses], report: Report | None, stop
             rate = optimizer.param_groups[0]["lr"]
             report.iteration(iteration, losses, batch["label"], rate, clock, peak_memory_gib(device), scores)
             if o.picture_every and (done % o.picture_every == 0 or last):
-                spacing, names = t.constant["spacing"] or [1.0] * 3, t.constant.get("class_names", {})
-                show(report, method, t.patches, t.labeled, spacing, done, device, names)
+                show(t, report, done)
             clock.lap("logging")
         saving = done % o.save_every == 0 or last
         ask = device.type == "cpu" or done % STOP_EVERY == 0 or saving

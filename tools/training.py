@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,11 @@ class Training:
     @property
     def volumes(self) -> Volumes:
         return self.patches.volumes
+
+    @property
+    def class_names(self) -> dict[str, str]:
+        """Class, as text -> its name, of those that have one."""
+        return self.constant.get("class_names", {})
 
     @property
     def unlabeled(self) -> int:
@@ -231,31 +236,23 @@ def choose_arithmetic(method: Method, o: Options, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def show(
-    report: Report, method: Method, patches: Patches, labeled: int, spacing: Sequence[float], done: int,
-    device: torch.device, names: Mapping[str, str],
-) -> None:  # fmt: skip
-    """Adds pictures to the report: a fixed slice of the first labeled and of the first unlabeled case.
+def show(t: Training, report: Report, done: int) -> None:
+    """Adds pictures after `done` iterations: a fixed slice of the first labeled and of the first unlabeled case.
 
     A picture shows the image, the method's maps and the contours. The labeled case also gets the surfaces of prediction
-    and label.
-
-    Args:
-        method: the method; it is in training mode afterwards.
-        labeled: number of labeled cases, the index of the first unlabeled one.
-        spacing: mm along x, y, z.
-        names: class, as text -> its name; with several classes they are in the titles.
+    and label. The method is in training mode afterwards.
     """
     from evaluation.slices import prediction_mesh, slice_picture  # here, as matplotlib takes half a second
 
-    method.eval()
-    for name, case in {"labeled": 0, "unlabeled": labeled}.items():
-        if case < len(patches.volumes.cases):
-            item = patches.centre_crop(case)
-            tensors = {key: v[0] for key, v in method.maps(item["image"][None].to(device)).items()}
+    method, cases, names = t.method.eval(), t.volumes.cases, t.class_names
+    spacing = t.constant["spacing"] or [1.0] * 3  # mm along x, y, z
+    for name, case in {"labeled": 0, "unlabeled": t.labeled}.items():
+        if case < len(cases):
+            item = t.patches.centre_crop(case)
+            tensors = {key: v[0] for key, v in method.maps(item["image"][None].to(t.device)).items()}
             prediction = label_map(torch.stack(list(tensors.values())[: method.options.classes])).cpu().numpy()
             label = item["label"].cpu().numpy() if "label" in item else None
-            turn, orientation = viewing_turn(patches.volumes.cases[case])
+            turn, orientation = viewing_turn(cases[case])
             maps = {key: turn(v.cpu().numpy()) for key, v in tensors.items()}
             classes = f", classes {named_classes(names)}" if names and method.options.classes > 1 else ""
             title = f"{item['case']}, iteration {done}{classes}"

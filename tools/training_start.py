@@ -29,7 +29,7 @@ def header(t: Training, device: str, rate: float) -> list[str]:
     pooled = f" at 1/{o.downsample} of the resolution" if o.downsample > 1 else ""
     size = "x".join(map(str, o.patch_size)) + f" voxels{pooled}"
     where = f", in each of {RANKS} processes" if RANKS > 1 else ""
-    names, count = t.constant.get("class_names", {}), t.method.options.classes
+    names, count = t.class_names, t.method.options.classes
     classes = ", ".join(f"{c} {names.get(str(c), 'without a name')}" for c in range(1, count + 1))
     lines = {
         "run": str(t.folder),
