@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
         StopSignal() as stop,
         named_disk_errors(folder),
         nullcontext() if RANK else open_report(folder, o, t.start, state) as report,
-        kept_for_diagnosis(folder, t.patches, t.sampler, t.contents),
+        kept_for_diagnosis(t),
     ):
         manifest: dict[str, Any] = {}
         if report:
