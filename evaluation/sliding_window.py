@@ -221,14 +221,7 @@ def half_a_patch(patch_size: Sequence[int]) -> list[int]:
 
 
 def predict_scan(
-    method: Any,
-    image: Tensor,
-    outputs: tuple[str, ...],
-    *,
-    downsample: int,
-    weighting: str,
-    flips: int = 1,
-    **window: Any,
+    method: Any, image: Tensor, outputs: tuple[str, ...], *, downsample: int, flips: int = 1, **window: Any
 ) -> Tensor:
     """Foreground probabilities of a scan on its own grid.
 
@@ -236,6 +229,7 @@ def predict_scan(
         method: a method in evaluation mode, on the device of the image.
         image: (W,H,D) or (K,W,H,D), normalised.
         downsample: pooling factor before the prediction.
+        window: further arguments of `sliding_window`.
 
     Returns:
         (len(outputs)*C,W,H,D) in [0,1], on the CPU.
@@ -243,10 +237,9 @@ def predict_scan(
     Raises:
         FloatingPointError: as `sliding_window`.
     """
-    p = sliding_window(
-        lambda patches: mean_of_flips(lambda turned: method.predict(turned, outputs), patches, flips),
-        downsample_image(image, downsample),
-        weighting=weighting,
-        **window,
-    )
+
+    def predict(patches: Tensor) -> Tensor:
+        return mean_of_flips(lambda turned: method.predict(turned, outputs), patches, flips)
+
+    p = sliding_window(predict, downsample_image(image, downsample), **window)
     return upsample_probability(p, downsample, tuple(image.shape[-3:]))
