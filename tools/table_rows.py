@@ -11,6 +11,7 @@ from typing import Any
 from evaluation.metrics import (
     COMPONENTS,
     METRICS,
+    averaged,
     counts_of,
     distance_text,
     distances_of,
@@ -91,12 +92,11 @@ def overlap_cell(runs: Sequence[Sequence[Mapping[str, Any]]], name: str) -> Cell
 def distance_cell(runs: Sequence[Sequence[Mapping[str, Any]]], name: str, *, over_runs: bool) -> Cell:
     """A distance of several runs, or of one run's scans, as `distance_text` has it."""
     each = [distances_of(run, name) for run in runs]
-    unknown = sum(run.unknown for run in each)
-    scores = [run.plain if unknown else run.scores for run in each]
-    mean, sd = mean_and_sd([mean_and_sd(values)[0] for values in scores] if over_runs else scores[0])
+    mean, sd = mean_and_sd(averaged(each, over_runs=over_runs))
     measured, _, scans = (sum(counts) for counts in zip(*map(counts_of, each), strict=True))
     numbers = {name: mean, f"{name}_sd": sd, f"{name}_scans": measured, f"{name}_of": scans}
-    return Cell(distance_text(each, over_runs=over_runs), {**numbers, f"{name}_not_penalised": unknown})
+    numbers |= {f"{name}_not_penalised": sum(run.unknown for run in each)}
+    return Cell(distance_text(each, over_runs=over_runs), numbers)
 
 
 def row_lines(row: Row, records: Records, recipe: str) -> list[Line]:
