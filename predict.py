@@ -282,20 +282,15 @@ def main(argv: list[str] | None = None) -> None:
         began, path = time.monotonic(), scan.files[0]
         try:
             result = predict_scan(
-                model,
-                scan,
-                device,
-                window,
-                interpolation=o.interpolation,
-                largest_component=o.largest_component,
+                model, scan, device, window, interpolation=o.interpolation, largest_component=o.largest_component,
                 probabilities=o.probabilities,
-            )
+            )  # fmt: skip
             label, geometry = result["label"], result["geometry"]
             seg = b""
             if o.dicom_seg and scan.slices:
                 name = f"{type(model.methods[0]).__name__}, {model.outputs[0]}"
                 seg = dicom_seg(label, geometry, scan.slices, classes=model.classes, names=model.names, method=name)
-        except CaseError as e:
+        except (CaseError, FloatingPointError) as e:  # the second of predictions that are not finite
             refused.append(f"{scan.shown} {e}" if len(scan.files) == 1 else f"{scan.name}: {e}")
             continue
         volumes = [label, *(result["probability"] or ())]

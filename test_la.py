@@ -53,7 +53,7 @@ from networks.backbone import PRECISIONS, set_precision
 from tools.tested_scans import SCANS, chosen_cases, names_of
 from utils.checkpoint import LAST, channels_of_state, classes_of_state, unfinished, write_whole
 from utils.devices import enough_memory, refuse_precision, set_up
-from utils.distributed import RANK, RANKS, in_turn, process_group
+from utils.distributed import RANK, RANKS, gather_in_order, process_group
 from utils.errors import UserError, run, warn
 from utils.masks import label_map, largest_components
 from utils.options import option, read_flags
@@ -104,22 +104,14 @@ class Options:
 
 
 def score_scan(
-    case: Case,
-    maps: dict[str, NDArray[np.uint8]],
-    label: NDArray,
-    predictions: Path,
-    save: str,
-    tolerance: float | None,
-    more: Sequence[str],
+    case: Case, maps: dict[str, NDArray[np.uint8]], label: NDArray, predictions: Path, o: Options
 ) -> list[dict[str, Any]]:
     """Scores the predictions of a case and saves them.
 
     Args:
         maps: output -> predicted label map (W,H,D).
         label: (W,H,D).
-        save: one of COMPONENTS, the kind to save, or 'none'.
-        tolerance: of NSD, in mm; None: no NSD.
-        more: further metrics, of MORE.
+        predictions: folder for those of --save.
 
     Returns:
         The case's rows of cases.csv.
@@ -130,12 +122,12 @@ def score_scan(
         variants = {"all": prediction, "largest": largest_components(prediction, case.classes)}
         for component, variant in variants.items():
             if component == "all" or not np.array_equal(variant, prediction):
-                scores = class_scores(variant, label, case.classes, spacing, tolerance, more)
+                scores = class_scores(variant, label, case.classes, spacing, o.nsd_tolerance, o.metrics)
             shape = "x".join(map(str, label.shape))
             keys = {"case": case.name, "shape": shape, "output": output, "component": component}
             rows += [{**keys, **score} for score in scores]
-        if save != "none":
-            write_image(predictions / output / f"{case.name}.nii.gz", variants[save], geometry)
+        if o.save != "none":
+            write_image(predictions / output / f"{case.name}.nii.gz", variants[o.save], geometry)
     return rows
 
 
@@ -234,12 +226,10 @@ def main(argv: list[str] | None = None) -> None:
                     patch_size=patch_size, stride=stride, weighting=o.weighting, batch_size=o.batch_size, flips=o.flips,
                 )  # fmt: skip
             maps = {name: label_map(part).numpy() for name, part in zip(outputs, p.split(classes), strict=True)}
-            waiting.append(scorers.submit(
-                score_scan, case, maps, label, new / "predictions", o.save, o.nsd_tolerance, o.metrics
-            ))  # fmt: skip
+            waiting.append(scorers.submit(score_scan, case, maps, label, new / "predictions", o))
             collect(2 * o.workers)
         collect(0)
-        rows = in_turn(rows, len(COMPONENTS) * len(outputs) * (classes + (classes > 1)))
+        rows = gather_in_order(rows, len(COMPONENTS) * len(outputs) * (classes + (classes > 1)))
         if RANK > 0:
             return
 

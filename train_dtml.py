@@ -30,7 +30,7 @@ from losses.ramps import cosine_rate, learning_rate
 from methods import METHODS, Losses, Watch, restore
 from networks.backbone import set_precision
 from settings import Options
-from tools.command_line import NOT_REPLAYED, chosen_flags, flags_of, read_options
+from tools.command_line import NOT_REPLAYED, read_options
 from tools.diagnostic import kept_for_diagnosis, replay_batch
 from tools.training import Training, prepare, show
 from tools.training_start import extension_note, header, keep_as_finished, start_from
@@ -40,7 +40,7 @@ from utils.clock import Clock
 from utils.devices import enough_memory, peak_memory_gib, seed_iteration, set_up, to_device, why_device
 from utils.distributed import RANK, RANKS, process_group, replicate, stop_of_any_rank, wait_for_rank_0
 from utils.errors import Stopped, StopSignal, UserError, run
-from utils.options import Parser, fill, options_file
+from utils.options import fill, options_file
 from utils.report import Report
 from utils.run_folder import (
     MANIFEST,
@@ -78,9 +78,7 @@ def speed(iterations: int, seconds: float) -> dict[str, float]:
     "--batch-size, --patch-size or --filters."
 )
 def main(argv: list[str] | None = None) -> None:
-    args = Parser(add_help=False).expand(argv, chosen_flags)
-    o, method_options, folder, state = read_options(args, __doc__)
-    flags = {"method": o.method, "data": o.data} | flags_of(o.method).parse(args)
+    o, method_options, folder, state, flags = read_options(argv, __doc__)
     if not o.from_diagnostic:
         refuse_locked(folder)
     if state is None and not o.fresh and not (o.resume == "auto" and was_begun(folder)):
@@ -106,19 +104,19 @@ def main(argv: list[str] | None = None) -> None:
         if RANK == 0 and before and "wall_s" not in before:  # killed between its last checkpoint and the manifest
             write_json(folder / MANIFEST, {**before, **speed(o.iterations, state["seconds"])})
         return
-    t = prepare(o, method_options, folder, method, device, state, origin)
+    t = prepare(o, folder, method, device, state, origin)
     with (
         process_group(device),
         StopSignal() as stop,
         named_disk_errors(folder),
         nullcontext() if RANK else open_report(folder, o, t.start, state) as report,
-        kept_for_diagnosis(folder, t.patches, t.sampler, t.contents),
+        kept_for_diagnosis(t),
     ):
         manifest: dict[str, Any] = {}
         if report:
             if state and "before" in state:
                 keep_as_finished(folder, state)
-            manifest = begin(t, report, state, flags, began_from)
+            manifest = begin(t, report, state, {"method": o.method, "data": o.data} | flags, began_from)
         wait_for_rank_0()
         shares = train(t, replicate(method, device), report, stop)
         if report:
@@ -202,15 +200,12 @@ def train(t: Training, model: Callable[..., Losses], report: Report | None, stop
         scores: dict[str, float] = {}
         if t.validation and (done % o.validate_every == 0 or last):
             watch.flush()
-            scores = validation_scores(
-                method, t.validation, device, downsample=o.downsample, normalize=t.normalize,
-                patch_size=o.patch_size, batch_size=o.batch_size,
-            )  # fmt: skip
+            scores = validation_scores(t)
             clock.lap("validation")
             if report:
                 dice = scores[VALIDATION]
                 better = dice > (t.best["dice"] if t.best else -1)
-                text = validation_line(scores, len(t.validation), done, t.constant.get("class_names", {}))
+                text = validation_line(scores, len(t.validation), done, t.class_names)
                 report.say(text + (", the best so far" if better else ""))
                 if better:
                     t.best = {"iteration": done, "dice": dice, "scans": [case.name for case in t.validation]}
@@ -220,8 +215,7 @@ def train(t: Training, model: Callable[..., Losses], report: Report | None, stop
             rate = optimizer.param_groups[0]["lr"]
             report.iteration(iteration, losses, batch["label"], rate, clock, peak_memory_gib(device), scores)
             if o.picture_every and (done % o.picture_every == 0 or last):
-                spacing, names = t.constant["spacing"] or [1.0] * 3, t.constant.get("class_names", {})
-                show(report, method, t.patches, t.labeled, spacing, done, device, names)
+                show(t, report, done)
             clock.lap("logging")
         saving = done % o.save_every == 0 or last
         ask = device.type == "cpu" or done % STOP_EVERY == 0 or saving
@@ -249,7 +243,7 @@ def train(t: Training, model: Callable[..., Losses], report: Report | None, stop
 def summarize(t: Training, report: Report, manifest: dict[str, Any], shares: dict[str, float]) -> None:
     """Adds what was measured to the manifest and the log, and names the commands that come next."""
     o, folder, best = t.o, t.folder, t.best
-    wall, memory = t.passed, peak_memory_gib(t.device)
+    wall, memory = t.elapsed, peak_memory_gib(t.device)
     chosen = {"best": {name: best[name] for name in ("iteration", "dice")}} if best else {}
     measured: dict[str, Any] = {
         **speed(o.iterations, wall),

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dataloaders.cases import LA_FOLDER, Case, find_cases, has_label, lists_of, read_case
+from dataloaders.cases import LA_FOLDER, Case, find_cases, has_label, lists_of, read_case, together
 from dataloaders.normalization import NONE, Normalization, normalized, normalized_case
 from dataloaders.phantom import make_phantom_set, phantom
 from dataloaders.training import is_phantom
@@ -80,7 +80,7 @@ def labeled_cases(folder: Path, count: int | None = None) -> list[Case]:
         make_phantom_set(folder)
     cases, problems = find_cases(folder, lists_of(folder)[0], labeled=True)
     if problems:
-        raise UserError("\n".join(problems))
+        raise UserError("\n".join(together(problems)))
     cases = [case for case in cases if has_label(case.path, unreadable=True)][:count]
     if len(cases) < (count or 1):
         raise UserError(f"{folder}/train.list names {len(cases)} cases with a label; {count or 1} are needed.")

@@ -38,16 +38,6 @@ class Strengths:
     random_noise: float = 0.0
     """Standard deviation of the noise, in the unit of the normalised image."""
 
-    @property
-    def moves_voxels(self) -> bool:
-        """Whether any of them moves voxels, and so the label too."""
-        return bool(self.random_scale or self.random_rotation)
-
-    @property
-    def of_intensities(self) -> bool:
-        """Whether any of them changes the image alone."""
-        return bool(self.random_bias or self.random_blur or self.random_resolution or self.random_noise)
-
 
 UNCHANGED = Strengths()
 

@@ -48,6 +48,10 @@ MOST_ALIKE = 3  # cases with the same error that have a line each
 MOST_BYTES = 2**31  # of one image or label: 2048 slices of 512x512 in float32
 
 
+Problem = tuple[str, str]
+"""The name of a case, and what is wrong with it."""
+
+
 class CaseError(Exception):
     """A case file cannot be used; the message continues a sentence that begins with its path."""
 
@@ -200,13 +204,13 @@ def has_label(path: Path | None, *, unreadable: bool) -> bool:
 
 def find_cases(
     folder: Path, names: Sequence[str], *, labeled: bool, classes: int = 1, channels: int | None = None
-) -> tuple[list[Case], list[str]]:
-    """The cases that have a file, and an error line for each that has none."""
+) -> tuple[list[Case], list[Problem]]:
+    """The cases that have a file, and a problem for each that has none."""
     cases, problems = [], []
     for name in names:
         path = case_file(folder, name)
         if path is None:
-            problems.append(f"{name}: listed, but there is no {folder / name / FILE_NAME}")
+            problems.append((name, f"listed, but there is no {folder / name / FILE_NAME}"))
         else:
             cases.append(Case(name, path, labeled, classes, channels))
     return cases, problems
@@ -306,7 +310,7 @@ def _header(f: h5py.File, name: str) -> h5py.Dataset:
     return dataset
 
 
-def check_all(cases: Sequence[Case], check: Callable[[Case], object], earlier: Sequence[str]) -> None:
+def check_all(cases: Sequence[Case], check: Callable[[Case], object], earlier: Sequence[Problem]) -> None:
     """Calls `check`, which may raise CaseError, for every case and collects the errors, those of `earlier` too; shows
     progress on a terminal.
 
@@ -319,25 +323,24 @@ def check_all(cases: Sequence[Case], check: Callable[[Case], object], earlier: S
         try:
             check(case)
         except CaseError as e:
-            problems.append(f"{case.name}: {case.path} {e}")
+            problems.append((case.name, f"{case.path} {e}"))
     if problems:
         some = "1 case is" if len(problems) == 1 else f"{len(problems)} cases are"
         listing = "\n".join(f"  {line}" for line in together(problems))
         raise UserError(f"{some} not usable. Fix the files or take the names out of the lists:\n{listing}")
 
 
-def together(problems: Sequence[str]) -> list[str]:
-    """Error lines "CASE: what is wrong", where more than three of the same become one with all their names."""
+def together(problems: Iterable[Problem]) -> list[str]:
+    """Lines "CASE: what is wrong", where more than three of the same become one with all their names."""
     lines: list[str] = []
-    for text, same in by_problem(line.partition(": ")[::2] for line in problems).items():
+    for text, same in by_problem(problems).items():
         each = [f"{name}: {own}" for name, own in same.items()]
         lines += each if len(same) <= MOST_ALIKE else [f"{len(same)} cases, {', '.join(same)}: {text}"]
     return lines
 
 
-def by_problem(problems: Iterable[tuple[str, str]]) -> dict[str, dict[str, str]]:
-    """Pairs of a case's name and what is wrong with it, in which a path may hold the name -> what is wrong, with CASE
-    for the name in the path -> name -> the case's own text."""
+def by_problem(problems: Iterable[Problem]) -> dict[str, dict[str, str]]:
+    """What is wrong, with CASE for the name in a path -> name -> the case's own text."""
     alike: dict[str, dict[str, str]] = {}
     for name, text in problems:
         alike.setdefault(re.sub(rf"(?<=/){re.escape(name)}(?=[/.])", "CASE", text), {})[name] = text

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from dataloaders.cases import CaseError
 from dataloaders.geometry import DEFAULT_GEOMETRY
-from dataloaders.images import Geometry, ending_of, normalise, read_image, same_grid, scan_name
+from dataloaders.images import Geometry, ending_of, read_image, same_grid, scan_name, z_score
 from utils.channels import with_channels
 from utils.errors import UserError
 from utils.text import some
@@ -53,13 +53,13 @@ def read_channels(paths: Sequence[Path]) -> tuple[NDArray[np.float32], Geometry]
     return np.stack(channels), first
 
 
-def normalise_channels(image: NDArray[np.float32]) -> tuple[NDArray[np.float32], list[tuple[float, float]]]:
-    """`normalise` of each channel of (W,H,D) or (K,W,H,D); the scaled image, and each channel's mean and sd before.
+def z_score_channels(image: NDArray[np.float32]) -> tuple[NDArray[np.float32], list[tuple[float, float]]]:
+    """`z_score` of each channel of (W,H,D) or (K,W,H,D); the scaled image, and each channel's mean and sd before.
 
     Raises:
         CaseError: for a channel that is constant.
     """
-    parts = [normalise(channel) for channel in with_channels(image)]
+    parts = [z_score(channel) for channel in with_channels(image)]
     scaled = parts[0][0] if image.ndim == 3 else np.stack([channel for channel, *_ in parts])
     return scaled, [(mean, sd) for _, mean, sd in parts]
 

@@ -1,6 +1,5 @@
 """Caches on disk: results of checking the case files, and their volumes as plain arrays."""
 
-import dataclasses
 import hashlib
 import io
 import json
@@ -39,8 +38,12 @@ class CacheEntry:
     """(W,H,D), pooled; None if the cache holds no arrays or the case is unlabeled."""
 
 
-class CheckCache:
+class CaseCache:
     """Entries FOLDER/CASE-KEY.json for cases whose file was read and found valid, so that it need not be read again.
+
+    With `pool`, a function: volume, whether it is a label -> array to keep, the volumes are there too, as
+    CASE-KEY.image.npy and .label.npy, decoded once for all runs and memory-mapped. The label of an unlabeled case is
+    neither written nor read.
 
     KEY is a hash of the path of the case's file, links resolved, relative to the folder. So sets that share a folder
     have separate entries, and a set that is moved with the folder keeps its entries. An entry is valid while the file
@@ -48,11 +51,16 @@ class CheckCache:
     hand. An entry made without label is not valid for a labeled case, nor is one with more classes than now allowed or
     with another number of channels.
 
-    Without a folder, or if the folder cannot be written, the entries last as long as this object.
+    Without a folder, or if the folder cannot be written, the entries last as long as this object; `pool` needs one.
     """
 
-    def __init__(self, folder: Path | None, normalize: Normalization = NONE):
-        self.folder, self.normalize = folder, normalize
+    def __init__(
+        self,
+        folder: Path | None,
+        normalize: Normalization = NONE,
+        pool: Callable[[NDArray, bool], NDArray] | None = None,
+    ):
+        self.folder, self.normalize, self.pool = folder, normalize, pool
         self._entries: dict[str, dict[str, Any]] = {}
         self._sources: dict[str, list[int]] = {}
 
@@ -91,10 +99,17 @@ class CheckCache:
         }
         if self.folder is not None:
             try:
-                self._write(case, scaled(image, scalings), label)
+                if self.pool:
+                    write_whole(self._path(case, "image.npy"), _npy(self.pool(scaled(image, scalings), False)))
+                    if label is not None:
+                        write_whole(self._path(case, "label.npy"), _npy(self.pool(label, True)))
                 write_whole(self._path(case, "json"), json.dumps(entry).encode())  # last: it refers to the others
             except UserError as e:
-                self._refused(e)
+                if self.pool:
+                    raise UserError(f"{e} --cache-folder names one, and --cache ram needs none.") from e
+                self.folder = None
+                if RANK == 0:
+                    warn(f"{e} Until then every start checks all volumes anew. --cache-folder names another place.")
         self._entries[case.name] = entry
 
     def _path(self, case: Case, what: str) -> Path:
@@ -104,48 +119,18 @@ class CheckCache:
         return self.folder / f"{case.name}-{hashlib.sha256(os.fsencode(place)).hexdigest()[:16]}.{what}"
 
     def _entry_of(self, case: Case, entry: dict[str, Any]) -> CacheEntry:
-        scalings = None if self.normalize.kind == "none" else [Scaling(*values) for values in entry["scaling"]]
         mark = entry["fingerprint"]
+        checksum = entry["both"] if case.labeled else mark[:DIGITS]
         mean, sd, p1, p99, voxels, others = entry["seen"]
         kept = {int(c): n for c, n in voxels.items()} if case.labeled else None  # JSON has text for the classes
         shape = tuple(entry["shape"][-3:])
         facts = Facts(case, shape, None, mean, sd, p1, p99, kept, mark, others=tuple(map(tuple, others)))
-        return CacheEntry(entry["both"] if case.labeled else mark[:DIGITS], facts, scalings)
-
-    def _write(self, case: Case, image: NDArray, label: NDArray | None) -> None:
-        """Writes further files of the entry, from the scaled image; none here."""
-
-    def _refused(self, e: UserError) -> None:
-        folder, self.folder = self.folder, None
-        if folder is not None and RANK == 0:
-            warn(f"{e} Until then every start checks all volumes anew. --cache-folder names another place.")
-
-
-class DiskCache(CheckCache):
-    """`CheckCache` with the volumes as CASE-KEY.image.npy and .label.npy, decoded once for all runs and memory-mapped.
-
-    The label of an unlabeled case is neither written nor read. `pool` is a function: volume, whether it is a label ->
-    array to keep.
-    """
-
-    def __init__(self, folder: Path, pool: Callable[[NDArray, bool], NDArray], normalize: Normalization = NONE):
-        super().__init__(folder, normalize)
-        self.pool = pool
-
-    def _entry_of(self, case: Case, entry: dict[str, Any]) -> CacheEntry:
-        """The entry with memory-mapped arrays; writing to them does not change the files."""
-        image = np.load(self._path(case, "image.npy"), mmap_mode="c")
-        label = np.load(self._path(case, "label.npy"), mmap_mode="c") if case.labeled else None
-        kept = super()._entry_of(case, entry)
-        return dataclasses.replace(kept, scalings=None, image=image, label=label)
-
-    def _write(self, case: Case, image: NDArray, label: NDArray | None) -> None:
-        write_whole(self._path(case, "image.npy"), _npy(self.pool(image, False)))
-        if label is not None:
-            write_whole(self._path(case, "label.npy"), _npy(self.pool(label, True)))
-
-    def _refused(self, e: UserError) -> None:
-        raise UserError(f"{e} --cache-folder names one, and --cache ram needs none.") from e
+        if self.pool:  # writing to these arrays does not change the files
+            image = np.load(self._path(case, "image.npy"), mmap_mode="c")
+            label = np.load(self._path(case, "label.npy"), mmap_mode="c") if case.labeled else None
+            return CacheEntry(checksum, facts, None, image, label)
+        scalings = None if self.normalize.kind == "none" else [Scaling(*values) for values in entry["scaling"]]
+        return CacheEntry(checksum, facts, scalings)
 
 
 def _npy(array: NDArray) -> bytes:

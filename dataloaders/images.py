@@ -188,7 +188,7 @@ def write_image(path: Path, array: NDArray[Any], geometry: Geometry, like: Path 
             raise OSError(e) from e
 
 
-def normalise(image: NDArray[np.float32]) -> tuple[NDArray[np.float32], float, float]:
+def z_score(image: NDArray[np.float32]) -> tuple[NDArray[np.float32], float, float]:
     """Scales an image (W,H,D) to zero mean and unit variance over all voxels, as the LA set is published.
 
     Returns:

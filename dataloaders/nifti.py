@@ -152,9 +152,11 @@ def _geometry(path: Path, header: Header, shape: tuple[int, ...]) -> Geometry:
     pixdim = header["pixdim"][1:4].astype(float)
     if not (np.isfinite(pixdim).all() and (pixdim > 0).all()):
         raise CaseError(f"has voxels of {_by(pixdim)} mm (pixdim), which must be above 0. Fix its header")
-    forms = {
-        name: matrix for name, matrix in (("sform", _sform(header)), ("qform", _qform(header))) if matrix is not None
-    }
+    forms: dict[str, NDArray[np.float64]] = {}  # three rows of each that is used, RAS
+    if int(header["sform_code"]) > 0:
+        forms["sform"] = np.array([header[f"srow_{axis}"] for axis in "xyz"], float)
+    if int(header["qform_code"]) > 0:
+        forms["qform"] = _qform(header)
     if not forms:
         return {"spacing": tuple(map(float, pixdim))}
     for name, matrix in forms.items():
@@ -177,16 +179,8 @@ def _geometry(path: Path, header: Header, shape: tuple[int, ...]) -> Geometry:
     return {"spacing": tuple(map(float, spacing)), "origin": origin, "direction": direction}
 
 
-def _sform(header: Header) -> NDArray[np.float64] | None:
-    """The three rows of the sform, RAS; None if its code is 0."""
-    rows = np.array([header[f"srow_{axis}"] for axis in "xyz"], float)
-    return rows if int(header["sform_code"]) > 0 else None
-
-
-def _qform(header: Header) -> NDArray[np.float64] | None:
-    """The three rows of the qform, RAS, from quaternion, qfac, pixdim and offset; None if its code is 0."""
-    if int(header["qform_code"]) <= 0:
-        return None
+def _qform(header: Header) -> NDArray[np.float64]:
+    """The three rows of the qform, RAS, from quaternion, qfac, pixdim and offset."""
     b, c, d = (float(header[f"quatern_{name}"]) for name in "bcd")
     rest = 1 - (b * b + c * c + d * d)
     if not rest > -LENGTHS:  # also true for NaN

@@ -12,6 +12,7 @@ from dataloaders.cases import (
     PHANTOM_FOLDER,
     VALIDATION,
     Case,
+    Problem,
     case_file,
     find_cases,
     has_label,
@@ -27,7 +28,7 @@ from dataloaders.patients import others_of, patients_of
 from dataloaders.phantom import make_phantom_set
 from utils.distributed import RANK
 from utils.errors import UserError
-from utils.text import once
+from utils.text import xyz_text
 
 LA_LABELED, PHANTOM_LABELED = 16, 8
 
@@ -83,7 +84,7 @@ def training_cases(
     classes: int = 1,
     channels: int | None = None,
     fold: str = "",
-) -> tuple[list[Case], list[str], int]:
+) -> tuple[list[Case], list[Problem], int]:
     """Selects the training cases. The phantom set is created on first use. Only the names of test cases are read.
 
     Args:
@@ -97,7 +98,7 @@ def training_cases(
         fold: I/K leaves the labeled cases of this fold out, and all scans of their patients; '' for all.
 
     Returns:
-        The labeled cases and then the unlabeled ones, an error line for each unusable case so far, and the number of
+        The labeled cases and then the unlabeled ones, a problem for each unusable case so far, and the number of
         labeled crops in a batch.
 
     Raises:
@@ -117,7 +118,7 @@ def training_cases(
     sides = list(zip(patch_size, multiples, strict=True))
     if any(side % multiple or side <= 0 for side, multiple in sides):
         near = " ".join(str(max(multiple, round(side / multiple) * multiple)) for side, multiple in sides)
-        raise UserError(f"--patch-size {shown} must be multiples of {once(multiples)}. Try --patch-size {near}.")
+        raise UserError(f"--patch-size {shown} must be multiples of {xyz_text(multiples)}. Try --patch-size {near}.")
     if not 1 <= labeled <= len(train):
         raise UserError(
             f"--labeled {labeled} must lie between 1 and {len(train)}, the cases of train.list. Give the number of its "
@@ -158,7 +159,7 @@ def training_cases(
             f"is a labeled case without a dataset 'label', one of the first {labeled} of train.list (--labeled); "
             f"{fewer}put the labeled cases first in the list"
         )
-        problems += [f"{case.name}: {case.path} {text}" for case in without]
+        problems += [(case.name, f"{case.path} {text}") for case in without]
     unlabeled_cases, missing = find_cases(folder, unlabeled_names, labeled=False, classes=classes, channels=channels)
     return [case for case in cases if case not in without] + unlabeled_cases, problems + missing, labeled_batch
 

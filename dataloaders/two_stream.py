@@ -163,7 +163,7 @@ class Patches(Dataset[dict[str, Any]]):
         if self.object_share and self.volumes.cases[slot.case].labeled:
             chance = np.random.default_rng([self.seed, 2, slot.step, slot.slot])  # the draws above stay as they are
             draws = [self.onto_object(draw, slot.case, chance) for draw in draws]
-        if self.strengths.moves_voxels:
+        if self.strengths.random_scale or self.strengths.random_rotation:
             places = np.random.default_rng([self.seed, 3, slot.step, slot.slot])
             draws = [dataclasses.replace(draw, **draw_warp(places, self.strengths)) for draw in draws]
         return draws, generator
@@ -186,11 +186,15 @@ class Patches(Dataset[dict[str, Any]]):
     def objects_of(self, case: int) -> list[NDArray[np.int64]]:
         """Voxels (n,3) of each class in the label of a case, at most MOST_VOXELS each; read once and kept."""
         if case not in self._objects:
-            whole = tuple(slice(0, side) for side in self.volumes.shapes[case])
-            _, label = self.volumes.read(case, whole)  # type: ignore[arg-type]
-            assert label is not None
-            self._objects[case] = voxels_of_classes(label.cpu().numpy())
+            self._objects[case] = voxels_of_classes(self.label_of(case).cpu().numpy())
         return self._objects[case]
+
+    def label_of(self, case: int) -> Tensor:
+        """The whole label (W,H,D) of a labeled case."""
+        whole = tuple(slice(0, side) for side in self.volumes.shapes[case])
+        _, label = self.volumes.read(case, whole)  # type: ignore[arg-type]
+        assert label is not None
+        return label
 
     def __getitem__(self, slot: Slot) -> dict[str, Any]:
         labeled = self.volumes.cases[slot.case].labeled
@@ -219,10 +223,11 @@ class Patches(Dataset[dict[str, Any]]):
         for crop in (item, *second) if self.intensity else ():
             channels = [random_intensities(channel, generator, self.intensity) for channel in crop["image"]]
             crop["image"] = torch.stack(channels)
-        if self.strengths.of_intensities:
+        s = self.strengths
+        if s.random_bias or s.random_blur or s.random_resolution or s.random_noise:
             worse = np.random.default_rng([self.seed, 4, slot.step, slot.slot])
             for crop in (item, *second):
-                channels = [degraded(channel, worse, self.strengths) for channel in crop["image"]]
+                channels = [degraded(channel, worse, s) for channel in crop["image"]]
                 crop["image"] = torch.stack(channels)
         for crop in second:
             item |= {f"other_{name}": crop[name] for name in ("image", "label") if name in crop}
@@ -277,10 +282,7 @@ class Patches(Dataset[dict[str, Any]]):
     def distances_of_scan(self, case: int) -> Tensor:
         """Signed distance maps (C,W,H,D) of a whole labeled case; computed once and kept."""
         if case not in self._distances:
-            whole = tuple(slice(0, side) for side in self.volumes.shapes[case])
-            _, label = self.volumes.read(case, whole)  # type: ignore[arg-type]
-            assert label is not None
-            self._distances[case] = self.distances_of(label, case)
+            self._distances[case] = self.distances_of(self.label_of(case), case)
         return self._distances[case]
 
 

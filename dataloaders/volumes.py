@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dataloaders.cases import Case, CaseError, check_all, read_case
-from dataloaders.disk_cache import CheckCache, DiskCache
+from dataloaders.cases import Case, CaseError, Problem, check_all, read_case
+from dataloaders.disk_cache import CaseCache
 from dataloaders.findings import Facts, facts_of
 from dataloaders.fingerprints import DIGITS
 from dataloaders.normalization import NONE, Normalization, Scaling, normalized_case, scaled
@@ -34,7 +34,7 @@ class Volumes:
         normalize: scaling of each whole volume before pooling, see dataloaders/normalization.py.
         folder: folder of the arrays ('disk') or of the results of checking the files ('none'). Entries of earlier runs
             are used again.
-        problems: error lines from before, reported with the others.
+        problems: those of before, reported with the others.
 
     Raises:
         UserError: naming every unusable case.
@@ -49,7 +49,7 @@ class Volumes:
         normalize: Normalization = NONE,
         device: torch.device | None = None,
         folder: Path | None = None,
-        problems: Sequence[str] = (),
+        problems: Sequence[Problem] = (),
     ):
         self.cases, self.downsample = list(cases), downsample
         self.shapes: list[tuple[int, ...]] = []
@@ -65,11 +65,11 @@ class Volumes:
             down = downsample_label if is_label else downsample_image
             return down(torch.from_numpy(volume), downsample).numpy()
 
-        checks: CheckCache | None = None
+        checks: CaseCache | None = None
         if cache == "disk":
-            checks = DiskCache((folder or Path()) / f"downsample{downsample}{normalize.suffix}", pool, normalize)
+            checks = CaseCache((folder or Path()) / f"downsample{downsample}{normalize.suffix}", normalize, pool)
         elif cache == "none":
-            checks = CheckCache(folder and folder / f"checked{normalize.suffix}", normalize)
+            checks = CaseCache(folder and folder / f"checked{normalize.suffix}", normalize)
 
         def check(case: Case) -> None:
             kept = checks.find(case) if checks else None

@@ -26,11 +26,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import distance_transform_edt
+from scipy.ndimage import binary_erosion, distance_transform_edt
 from scipy.spatial import KDTree
 from skimage.measure import marching_cubes, mesh_surface_area
 
-from utils.masks import box_of, inner_border
+from utils.masks import box_of
 
 # Columns are in the papers' order: many logs print 95HD before ASD.
 COMPONENTS = ("all", "largest")  # without and with the largest-component filter
@@ -105,7 +105,7 @@ def segmentation_metrics(
         nsd = {}
         if tolerance is not None and spacing is not None:
             nsd["nsd"] = surface_dice(a, b, spacing, tolerance)
-        a, b = inner_border(a), inner_border(b)
+        a, b = (mask & ~binary_erosion(mask) for mask in (a, b))  # beyond the array is outside
         forward, backward = (distances(*pair, list(units.values())) for pair in ((a, b), (b, a)))
         for unit, a_to_b, b_to_a in zip(units, forward, backward, strict=True):
             scores[f"asd{unit}"] = float(a_to_b.mean())
@@ -278,15 +278,20 @@ def counts_of(run: Distances) -> tuple[int, int, int]:
     return len(run.plain), len(run.scores), run.scans
 
 
-def distance_text(runs: Sequence[Distances], *, over_runs: bool = False) -> str:
-    """Mean ± SD of the scores; where a scan has no distance then in brackets how many have one, and their mean alone.
-    With `over_runs` mean and SD are over the means of several runs, not over the scans of one.
-    """
+def averaged(runs: Sequence[Distances], *, over_runs: bool) -> list[float]:
+    """What a mean distance is over: means of several runs, or the scans of one; with penalties, if all are known."""
+    if not over_runs:
+        return runs[0].scores
     unknown = any(run.unknown for run in runs)
-    plain, scores = ([mean_and_sd(getattr(run, name))[0] for run in runs] for name in ("plain", "scores"))
+    return [mean_and_sd(run.plain if unknown else run.scores)[0] for run in runs]
+
+
+def distance_text(runs: Sequence[Distances], *, over_runs: bool = False) -> str:
+    """Mean ± SD of `averaged`; where a scan has no distance, in brackets how many have one, and their mean alone."""
+    text = mean_text(averaged(runs, over_runs=over_runs))
     measured, scored, scans = (sum(counts) for counts in zip(*map(counts_of, runs), strict=True))
-    partial = f"; these alone {mean_and_sd(plain)[0]:.2f}" if 0 < measured < scored else ""
-    over = (plain if unknown else scores) if over_runs else runs[0].scores
     if measured == scans:
-        return mean_text(over)
-    return f"{mean_text(over)} ({measured} of {scans}{'; not penalised' if unknown else partial})"
+        return text
+    plain = mean_and_sd([mean_and_sd(run.plain)[0] for run in runs])[0]
+    partial = f"; these alone {plain:.2f}" if 0 < measured < scored else ""
+    return f"{text} ({measured} of {scans}{'; not penalised' if any(run.unknown for run in runs) else partial})"

@@ -12,7 +12,7 @@ from utils.channels import with_channels
 from utils.errors import UserError
 from utils.options import option
 from utils.resample import downsample_image, pad, padding, upsample_probability
-from utils.text import once
+from utils.text import xyz_text
 
 STRIDE = (18, 18, 4)  # stride of the papers, on the full grid
 WEIGHTINGS = ("uniform", "gaussian")
@@ -95,7 +95,7 @@ def refuse_window(
             in x-y after which the sides are not such multiples.
     """
     if any(side % multiple or side <= 0 for side, multiple in zip(patch_size, multiples, strict=True)):
-        raise UserError(f"--patch-size {tuple(patch_size)} must be multiples of {once(multiples)}.")
+        raise UserError(f"--patch-size {tuple(patch_size)} must be multiples of {xyz_text(multiples)}.")
     turned = FLIPS[flips][-1][0] % 2
     if turned and (patch_size[0] % multiples[1] or patch_size[1] % multiples[0]):
         raise UserError(
@@ -221,14 +221,7 @@ def half_a_patch(patch_size: Sequence[int]) -> list[int]:
 
 
 def predict_scan(
-    method: Any,
-    image: Tensor,
-    outputs: tuple[str, ...],
-    *,
-    downsample: int,
-    weighting: str,
-    flips: int = 1,
-    **window: Any,
+    method: Any, image: Tensor, outputs: tuple[str, ...], *, downsample: int, flips: int = 1, **window: Any
 ) -> Tensor:
     """Foreground probabilities of a scan on its own grid.
 
@@ -236,6 +229,7 @@ def predict_scan(
         method: a method in evaluation mode, on the device of the image.
         image: (W,H,D) or (K,W,H,D), normalised.
         downsample: pooling factor before the prediction.
+        window: further arguments of `sliding_window`.
 
     Returns:
         (len(outputs)*C,W,H,D) in [0,1], on the CPU.
@@ -243,10 +237,9 @@ def predict_scan(
     Raises:
         FloatingPointError: as `sliding_window`.
     """
-    p = sliding_window(
-        lambda patches: mean_of_flips(lambda turned: method.predict(turned, outputs), patches, flips),
-        downsample_image(image, downsample),
-        weighting=weighting,
-        **window,
-    )
+
+    def predict(patches: Tensor) -> Tensor:
+        return mean_of_flips(lambda turned: method.predict(turned, outputs), patches, flips)
+
+    p = sliding_window(predict, downsample_image(image, downsample), **window)
     return upsample_probability(p, downsample, tuple(image.shape[-3:]))

@@ -39,7 +39,7 @@ class ASDNet(Method):
     @dataclass
     class Options(Method.Options):
         filters: int = option(16, "channels of the V-Net's first block; the critic has twice as many", minimum=1)
-        softmax: bool | None = softmax_option()
+        softmax: bool = softmax_option()
         attention: str = option("relative", "w and a, with mean 1 or as released, or neither", choices=ATTENTION)
         lambda_adv: float = option(0.05, "weight of convincing the critic", minimum=0)
         lambda_semi: float = option(0.1, "weight of the pseudo labels", minimum=0, only_if=PSEUDO)

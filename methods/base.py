@@ -34,7 +34,7 @@ They were chosen for DTML and DTML+ on held-out training scans. Arithmetic (--pr
 
 
 def softmax_option(**kwargs: Any) -> Any:
-    """The option --softmax of a method whose network has the head seg, read by `Method.seg_channels`."""
+    """The option --softmax of a method whose network has the head seg; None is replaced by `Method.Options`."""
     text = "p by a softmax over C+1 channels, not by C sigmoids (default yes with several classes, no with one)"
     return option(None, text, type=bool, **kwargs)
 
@@ -92,6 +92,10 @@ class Method(nn.Module):
         )  # fmt: skip
         filters: int = option(16, "channels of the first block of every network", minimum=1)
 
+        def __post_init__(self) -> None:
+            if getattr(self, "softmax", None) is None:  # not chosen, or a method without --softmax
+                self.softmax = self.classes > 1  # with one class a sigmoid does the same
+
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"paper": {}, "tuned": TUNED}
     """Preset name -> option (of the method or of the script) -> value; the first is the default. All have `tuned`."""
     uses_unlabeled: ClassVar[bool] = True
@@ -130,13 +134,8 @@ class Method(nn.Module):
 
     @property
     def seg_channels(self) -> int:
-        """Channels of p's logits: C+1 for a softmax, as classes exclude each other, or C for sigmoids.
-
-        Without --softmax or --no-softmax it is a softmax with several classes. With one class a sigmoid does the same.
-        """
-        o = self.options
-        softmax = getattr(o, "softmax", None)
-        return o.classes + (o.classes > 1 if softmax is None else softmax)
+        """Channels of p's logits: C+1 for a softmax, as classes exclude each other, or C for sigmoids."""
+        return self.options.classes + self.options.softmax
 
     @property
     def backbone(self) -> Callable[..., Backbone]:

@@ -63,7 +63,7 @@ class DTML(Method):
 
     @dataclass
     class Options(Method.Options):
-        softmax: bool | None = softmax_option()
+        softmax: bool = softmax_option()
         sdm_loss: str = option("mask", "supervised loss of M_d (Table 1)", choices=SDM_LOSSES)
         dis_weight: float = option(1.0, "weight of L_dis, next to L_mask", minimum=0, only_if={"sdm_loss": ("both",)})
         k: float = option(1500.0, "steepness of m = sigmoid(-k z)", minimum=1e-6)

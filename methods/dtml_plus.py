@@ -56,7 +56,7 @@ class DTMLPlus(Method):
 
     @dataclass
     class Options(Method.Options):
-        softmax: bool | None = softmax_option()
+        softmax: bool = softmax_option()
         k: float = option(50.0, "steepness of m = sigmoid(-k z)", minimum=1e-6)
         ema_decay: float = option(0.99, "decay of the moving averages", minimum=0, maximum=1)
         pseudo_weight: float = option(0.5, "largest weight of the pseudo-label losses", minimum=0, only_if=STARTS)

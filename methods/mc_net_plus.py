@@ -36,7 +36,7 @@ class MCNetPlus(Method):
 
     @dataclass
     class Options(Method.Options):
-        softmax: bool | None = softmax_option()
+        softmax: bool = softmax_option()
         temperature: float = option(0.1, "T of the sharpened pseudo-labels; 1: not sharpened", minimum=0.01,
                                     only_if=AGREES)  # fmt: skip
         target_gradient: bool = option(False, "let the gradient flow through the pseudo-labels too", only_if=AGREES)

@@ -29,7 +29,7 @@ class MeanTeacher(Method):
 
     @dataclass
     class Options(Method.Options):
-        softmax: bool | None = softmax_option()
+        softmax: bool = softmax_option()
         consistency_on: str = option("all", "crops on which the consistency is computed", choices=ITEMS,
                                      only_if=AGREES)  # fmt: skip
         lambda_max: float = option(0.1, "largest weight of the consistency", minimum=0)

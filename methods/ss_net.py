@@ -60,7 +60,7 @@ class SSNet(Method):
 
     @dataclass
     class Options(Method.Options):
-        softmax: bool | None = softmax_option()
+        softmax: bool = softmax_option()
         distance: str = option("dice", "D of two predictions; agreement: as released", choices=list(DISTANCES),
                                only_if=AGREES)  # fmt: skip
         magnitude: float = option(10.0, "eps, length of the perturbation of a crop", minimum=0, only_if=AGREES)

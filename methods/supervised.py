@@ -23,7 +23,7 @@ class Supervised(Method):
     @dataclass
     class Options(Method.Options):
         head: str = option("seg", "seg: V-Net or M_s alone; sdm: M_d alone", choices=("seg", "sdm"))
-        softmax: bool | None = softmax_option(only_if={"head": ("seg",)})
+        softmax: bool = softmax_option(only_if={"head": ("seg",)})
         k: float = option(1500.0, "steepness of m = sigmoid(-k z), for the head sdm", minimum=1e-6,
                           only_if={"head": ("sdm",)})  # fmt: skip
 

@@ -20,7 +20,7 @@ class TwoHeads(Method):
 
     @dataclass
     class Options(Method.Options):
-        softmax: bool | None = softmax_option()
+        softmax: bool = softmax_option()
         beta: float = option(0.3, "weight of the squared error of the signed distance map", minimum=0)
 
     options: Options

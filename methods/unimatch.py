@@ -49,7 +49,7 @@ class UniMatch(Method):
 
     @dataclass
     class Options(Method.Options):
-        softmax: bool | None = softmax_option()
+        softmax: bool = softmax_option()
         threshold: float = option(0.95, "T, probability from which a pseudo-label counts", minimum=0, maximum=1,
                                   only_if=[STRONG, FEATURE])  # fmt: skip
         pseudo_loss: str = option("ce", "H: cross-entropy, or Dice as in the released code for medical images",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from networks.batch_norm import BatchNorm3d
-from utils.text import once
+from utils.text import xyz_text
 
 HALVINGS = (4, 4, 4)
 """How often a backbone halves x, y and z in its four steps, unless told otherwise."""
@@ -106,4 +106,4 @@ def refuse_sides(image: Tensor, halvings: Sequence[int]) -> None:
     """
     multiples = side_multiples(halvings)
     if any(side % multiple for side, multiple in zip(image.shape[2:], multiples, strict=True)):
-        raise ValueError(f"every side must be a multiple of {once(multiples)}, not {tuple(image.shape[2:])}")
+        raise ValueError(f"every side must be a multiple of {xyz_text(multiples)}, not {tuple(image.shape[2:])}")

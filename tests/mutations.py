@@ -171,7 +171,7 @@ MUTATIONS = [
              "every labeled crop is placed on the object", "tests/test_object_share.py"),
     Mutation("classes-alike", "dataloaders/two_stream.py", "objects[chance.integers(len(objects))]", "objects[0]",
              "crops are placed on the first class alone", "tests/test_object_share.py"),
-    Mutation("further-schedule", "utils/checkpoint.py", '"iterations": iterations, "lr_steps"', '"lr_steps"',
+    Mutation("further-schedule", "tools/command_line.py", '"iterations": flags["iterations"], "lr_steps"', '"lr_steps"',
              "a finished run does not go on", "tests/test_start.py"),
     Mutation("same-recipe", "methods/base.py", '"labeled_batch": 4,', "", "methods differ in their labeled crops",
              "tests/test_command_line.py"),

@@ -227,9 +227,9 @@ def test_one_mistake_in_many_cases_is_one_line(tiny_set, tmp_path, capsys):
 def test_only_the_path_of_a_case_gives_way_to_its_problem():
     """Cases called 1 to 4: their names are not taken for the values in the text, nor for parts of longer names."""
     text = "data/set1/{}/mri_norm2.h5 'label' holds 0, 1, 2"
-    lines = together([f"{name}: {text.format(name)}" for name in "1234"] + ["5: listed, but it is not there"])
+    lines = together([(name, text.format(name)) for name in "1234"] + [("5", "listed, but it is not there")])
     assert lines == [f"4 cases, 1, 2, 3, 4: {text.format('CASE')}", "5: listed, but it is not there"]
-    assert together([f"{name}: {text.format(name)}" for name in "123"]) == [f"{n}: {text.format(n)}" for n in "123"]
+    assert together([(name, text.format(name)) for name in "123"]) == [f"{n}: {text.format(n)}" for n in "123"]
 
 
 def test_an_inverted_label(tiny_set, capsys):

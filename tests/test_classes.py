@@ -27,9 +27,10 @@ from methods.ss_net import Separator
 from networks.backbone import Backbone
 from networks.critics import MapCritic
 from tools import check, command_line, pictures
+from utils.early_options import renamed
 from utils.errors import UserError
 from utils.masks import label_map, largest_components
-from utils.options import fill, renamed
+from utils.options import fill
 from utils.resample import downsample_label
 
 SEVERAL = [name for name, kind in METHODS.items() if kind.multiclass]

@@ -30,7 +30,7 @@ def inside(sets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_underscores_are_hyphens_but_in_values():
     args = ["--patch_size", "32", "16", "16", "--lr_gamma=0.5", "--name=my_run"]
-    o, _, folder, _ = command_line.read_options(["--data", "set", *args])
+    o, _, folder, *_ = command_line.read_options(["--data", "set", *args])
     assert (o.patch_size, o.lr_gamma, folder.name) == ([32, 16, 16], 0.5, "my_run")
 
 

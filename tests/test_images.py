@@ -13,7 +13,6 @@ from dataloaders.images import (
     anti_alias,
     ending_of,
     grid_of_spacing,
-    normalise,
     read_image,
     read_label,
     resample,
@@ -21,6 +20,7 @@ from dataloaders.images import (
     scan_name,
     to_physical,
     write_image,
+    z_score,
 )
 
 SHAPE = (12, 9, 7)
@@ -73,12 +73,12 @@ def test_labels_stay_as_they_are_and_must_be_integers(tmp_path):
 
 def test_normalise_is_zero_mean_and_unit_variance_in_float64s_judgement():
     image = (1000 + 3 * RNG.standard_normal((40, 30, 20))).astype(np.float32)
-    scaled, mean, sd = normalise(image)
+    scaled, mean, sd = z_score(image)
     assert scaled.dtype == np.float32 and (mean, sd) == (image.astype(float).mean(), image.astype(float).std())
     assert abs(scaled.astype(float).mean()) < 1e-4 and scaled.astype(float).std() == pytest.approx(1, abs=1e-5)
     np.testing.assert_allclose(scaled, (image.astype(float) - mean) / sd, atol=2e-4)
     with pytest.raises(CaseError, match=r"is constant \(7\)"):
-        normalise(np.full(SHAPE, 7, np.float32))
+        z_score(np.full(SHAPE, 7, np.float32))
 
 
 @pytest.mark.parametrize("spacing", [(0.5, 0.5, 0.5), (1.1, 1.3, 0.9), (2.0, 0.7, 4.0), (0.8, 1.0, 3.1)])

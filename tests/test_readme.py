@@ -38,7 +38,7 @@ def test_training_commands_parse_and_name_their_own_folders(monkeypatch, tmp_pat
     (tmp_path / "data" / "la").mkdir(parents=True)
     folders = set()
     for command in TRAINING:
-        options, _, folder, state = command_line.read_options(shlex.split(command)[2:])
+        options, _, folder, state, _ = command_line.read_options(shlex.split(command)[2:])
         assert state is None and folder.parts[:1] == ("runs",) and f"seed{options.seed}" in folder.name, command
         folders.add(folder)
     assert len(folders) == len(TRAINING) >= 6

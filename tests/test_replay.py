@@ -18,8 +18,9 @@ from dataloaders.training import is_phantom, usual_labeled
 from methods import METHODS, restore
 from tools import command_line
 from utils.checkpoint import load_checkpoint
+from utils.early_options import REMOVED, RENAMED, renamed
 from utils.errors import UserError, run
-from utils.options import REMOVED, RENAMED, option, refuse_unused, renamed
+from utils.options import option, refuse_unused
 
 FILES = sorted((ROOT / "results").glob("*/*/options.txt"))
 

@@ -14,7 +14,7 @@ from small_methods import make_batch
 import train_dtml
 from methods import METHODS
 from tools import check
-from tools.memory import MARGIN, Living, meta_method, step_bytes
+from tools.memory import MARGIN, PeakMemory, meta_method, step_bytes
 from tools.suggestions import halvings_for, largest_patch
 from utils.errors import UserError
 from utils.options import fill
@@ -51,16 +51,16 @@ def values(command: list[str], flag: str) -> list[int]:
 
 
 def test_what_lives_at_once_is_counted_once():
-    with torch.device("meta"), Living() as living:
+    with torch.device("meta"), PeakMemory() as memory:
         a = torch.empty(1000)  # 4000 bytes
         b = a.exp()
         b.view(10, 100).add_(1)  # the same bytes
-        assert (living.now, living.peak) == (8000, 8000)
+        assert (memory.now, memory.peak) == (8000, 8000)
         del a
         c = b.double()
-        assert (living.now, living.peak) == (12000, 12000)
+        assert (memory.now, memory.peak) == (12000, 12000)
         del b, c
-    assert (living.now, living.peak) == (0, 12000)
+    assert (memory.now, memory.peak) == (0, 12000)
 
 
 @pytest.mark.parametrize(("method", "backbone"), [("supervised", "vnet"), ("dtml", "vnet"), ("supervised", "uxnet")])

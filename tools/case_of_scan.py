@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from skimage.filters import threshold_otsu
 
 from dataloaders.cases import CaseError, refuse_channels
-from dataloaders.channels import described, normalise_channels, read_channels
+from dataloaders.channels import described, read_channels, z_score_channels
 from dataloaders.geometry import DEFAULT_GEOMETRY
 from dataloaders.images import Geometry, ending_of, grid_of_spacing, moved, read_image, read_label, resample, same_grid
 from dataloaders.orientation import RAS, orientation_of, turn_to
@@ -169,7 +169,7 @@ def make_case(job: Job) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None, 
                 + _advice(size, stored_geometry, stored_label.shape, label_stated)
             )
         label = map_labels(turned_label, job.labels)
-    image, raw = normalise_channels(source)
+    image, raw = z_score_channels(source)
     mean, sd = raw[0] if source.ndim == 3 else zip(*raw, strict=True)
     if job.spacing is not None and "spacing" not in stated:
         raise CaseError(

@@ -91,8 +91,7 @@ def check(folder: Path, o: Options) -> tuple[list[Finding], str, str]:
             )
             for case in usable
         ]
-        for problem in problems:
-            name, _, text = problem.partition(": ")
+        for name, text in problems:
             missing.append(Finding("error", (name,), f"{text}. Put it there or take the case out of the lists."))
     inspections = list(_each(cases, o))
     good = {x.name: x.facts for x in inspections if x.facts}

@@ -19,21 +19,10 @@ from dataloaders.training import is_phantom, usual_classes, usual_labeled
 from losses.ramps import default_lr_steps
 from methods import METHODS, Method
 from settings import PROFILES, Options
-from utils.checkpoint import LAST, PREVIOUS, extend, load_checkpoint
+from utils.checkpoint import LAST, PREVIOUS, load_checkpoint
+from utils.early_options import RENAMED, refuse_removed, renamed_words
 from utils.errors import UserError
-from utils.options import (
-    RENAMED,
-    Parser,
-    as_flags,
-    fill,
-    flag_of,
-    harmless_names,
-    refuse_differences,
-    refuse_removed,
-    refuse_unused,
-    renamed_words,
-    varied,
-)
+from utils.options import Parser, as_flags, fill, flag_of, harmless_names, refuse_differences, refuse_unused, varied
 from utils.run_folder import has_checkpoint
 from utils.shared_weights import ENDING
 
@@ -51,12 +40,12 @@ WHY = {  # attribute of a method in `only_if` -> reason in the error message
 
 def read_options(
     argv: list[str] | None, description: str = ""
-) -> tuple[Options, Method.Options, Path, dict[str, Any] | None]:
+) -> tuple[Options, Method.Options, Path, dict[str, Any] | None, dict[str, Any]]:
     """Reads the command line.
 
     Returns:
-        Options of the run, options of its method, the run folder, and the contents of the checkpoint to continue, if
-        any.
+        Options of the run, options of its method, the run folder, the contents of the checkpoint to continue, if any,
+        and option -> value of those on the command line.
 
     Raises:
         UserError: for options that are not valid, have no effect, or differ from the checkpoint's; for a checkpoint
@@ -90,17 +79,7 @@ def read_options(
         o.labeled = flags["labeled"] if "labeled" in flags else usual_labeled(Path(o.data), o.labeled)
         if "classes" not in flags and method_options.classes == kind.Options.classes:  # nor has the profile any
             method_options = combine({**flags, "classes": usual_classes(Path(o.data))}, kind)[1]
-        defaults = combine({key: flags[key] for key in ("data", "profile", "preset") if key in flags}, kind)
-        derived = combine({key: value for key, value in flags.items() if key != "lr_steps"}, kind)[0].lr_steps
-        skip = ["method", "labeled", "seed", "init", *(["lr_steps"] if o.lr_steps == derived else [])]
-        follows = ["softmax"] if "softmax" not in flags else []  # from the classes
-        changed = varied(o, defaults[0], skip) + varied(method_options, defaults[1], follows)
-        dataset = Path(os.path.abspath(o.data)).name
-        dataset += "" if o.profile in ("full", "phantom", dataset) else f"-{o.profile}"
-        preset = [] if o.preset == next(iter(kind.PRESETS)) else [o.preset]
-        origin = [f"init-{origin_name(Path(o.init))}"] if o.init else []
-        parts = [name, *preset, str(o.labeled), *changed, *origin, f"seed{o.seed}"]
-        folder = Path(o.runs) / (o.name or f"{dataset}/" + "-".join(parts))
+        folder = Path(o.runs) / (o.name or usual_name(o, method_options, flags, kind))
         state = load_checkpoint(folder) if o.resume == "auto" and has_checkpoint(folder) else None
     if state is not None:
         if state["optimizer"] is None:
@@ -110,13 +89,46 @@ def read_options(
             )
         saved = state["options"]
         refuse_removed(saved["method"], saved)
-        steps = PROFILES[saved.get("profile", "full")].get("lr_steps")
-        saved = extend(state, flags, lambda iterations: [steps, default_lr_steps(iterations)])
+        finished = state["iteration"] >= saved["iterations"]
+        if finished and flags.get("iterations", 0) > saved["iterations"]:
+            saved = extend(state, flags)
         refuse_differences(flags, saved, harmless_names([Options, kind.Options]), folder)
         o, method_options = (fill(cls, saved, flags) for cls in (Options, kind.Options))
         refuse_unused(flags, [Options], values_of(o, method_options, kind), saved.get, WHY)
         refuse_late_steps(flags, o.iterations)
-    return o, method_options, folder, state
+    return o, method_options, folder, state, flags
+
+
+def extend(state: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+    """The options with which a finished run goes on to the --iterations of `flags`.
+
+    Learning rate and ramps are those of a run of that length. The steps of the learning rate move along, unless they
+    were chosen or --lr-steps is given. `state` gets the new options, the old ones as `before`, and `extended`, the
+    iterations at which the run was finished before.
+    """
+    saved = state["options"]
+    usual = (PROFILES[saved.get("profile", "full")].get("lr_steps"), default_lr_steps(saved["iterations"]))
+    steps = default_lr_steps(flags["iterations"]) if saved["lr_steps"] in usual else saved["lr_steps"]
+    state["options"] = {**saved, "iterations": flags["iterations"], "lr_steps": flags.get("lr_steps", steps)}
+    state["extended"] = [*state.get("extended", []), saved["iterations"]]
+    state["before"] = saved
+    return state["options"]
+
+
+def usual_name(o: Options, method_options: Method.Options, flags: dict[str, Any], kind: type[Method]) -> str:
+    """DATASET/METHOD-LABELED-SEED, with the preset, the weights of --init and the options that are not the usual ones,
+    for the folder of a run.
+    """
+    usual, usual_of_method = combine({key: flags[key] for key in ("data", "profile", "preset") if key in flags}, kind)
+    derived = combine({key: value for key, value in flags.items() if key != "lr_steps"}, kind)[0].lr_steps
+    skip = ["method", "labeled", "seed", "init", *(["lr_steps"] if o.lr_steps == derived else [])]
+    follows = ["softmax"] if "softmax" not in flags else []  # from the classes
+    changed = varied(o, usual, skip) + varied(method_options, usual_of_method, follows)
+    dataset = Path(os.path.abspath(o.data)).name
+    dataset += "" if o.profile in ("full", "phantom", dataset) else f"-{o.profile}"
+    preset = [] if o.preset == next(iter(kind.PRESETS)) else [o.preset]
+    origin = [f"init-{origin_name(Path(o.init))}"] if o.init else []
+    return f"{dataset}/" + "-".join([o.method, *preset, str(o.labeled), *changed, *origin, f"seed{o.seed}"])
 
 
 def origin_name(path: Path) -> str:
@@ -191,10 +203,7 @@ def combine(flags: dict[str, Any], kind: type[Method]) -> tuple[Options, Method.
     if o.lr_schedule == "cosine" and "lr_steps" not in flags:
         o.lr_steps = []
     o.lr_steps = default_lr_steps(o.iterations) if o.lr_steps is None else o.lr_steps
-    method_options = fill(kind.Options, *layers)
-    if getattr(method_options, "softmax", False) is None:
-        method_options.softmax = method_options.classes > 1
-    return o, method_options
+    return o, fill(kind.Options, *layers)
 
 
 def preset_for(flags: dict[str, Any], preset: dict[str, Any]) -> dict[str, Any]:

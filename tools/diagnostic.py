@@ -1,44 +1,28 @@
 """Diagnostic files of diverged runs: the batch, the positions of its crops and the weights; and that batch again."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dataloaders.two_stream import Patches, TwoStreamBatchSampler, collate
+from dataloaders.two_stream import collate
 from methods.base import Method
+from tools.training import Training
 from utils.checkpoint import save_checkpoint
 from utils.devices import seed_iteration
+from utils.distributed import RANK
 from utils.errors import Diverged, UserError
 
 
-def batch_of(patches: Patches, sampler: TwoStreamBatchSampler, iteration: int) -> tuple[dict, list[dict[str, Any]]]:
-    """Makes the batch of an iteration again.
-
-    Returns:
-        The batch, and for each crop its case, slot and Draw.
-    """
-    slots = sampler.slots(iteration)
-    boxes = [
-        {"case": patches.volumes.cases[slot.case].name, "slot": slot.slot, **dataclasses.asdict(draw)}
-        for slot in slots
-        for draw in patches.draws(slot)[0]
-    ]
-    return collate([patches[slot] for slot in slots]), boxes
-
-
 @contextmanager
-def kept_for_diagnosis(
-    folder: Path, patches: Patches, sampler: TwoStreamBatchSampler, contents: Callable[[int], dict[str, Any]]
-) -> Iterator[None]:
-    """Context that writes folder/diverged-rankR.pt if the training inside diverges.
+def kept_for_diagnosis(t: Training) -> Iterator[None]:
+    """Context that writes diverged-rankR.pt into the run folder if the training inside diverges.
 
     The file is a checkpoint that also holds the batch. Only processes with a loss or gradient that is not finite write
-    it. The batch is made again by `patches` and `sampler`; `contents` are those of a checkpoint, by its iteration.
+    it.
 
     Raises:
         Diverged: the original error, with the path of the file in the message.
@@ -48,10 +32,16 @@ def kept_for_diagnosis(
     except Diverged as e:
         if e.iteration is None or not e.here:
             raise
-        batch, boxes = batch_of(patches, sampler, e.iteration)
-        extra = {"error": str(e), "rank": sampler.rank, "batch": batch, "boxes": boxes}
+        slots = t.sampler.slots(e.iteration)
+        batch = collate([t.patches[slot] for slot in slots])  # the same again
+        boxes = [
+            {"case": t.volumes.cases[slot.case].name, "slot": slot.slot, **dataclasses.asdict(draw)}
+            for slot in slots
+            for draw in t.patches.draws(slot)[0]
+        ]
+        extra = {"error": str(e), "rank": RANK, "batch": batch, "boxes": boxes}
         try:
-            path = save_checkpoint(folder, {**contents(e.iteration), **extra}, name=f"diverged-rank{sampler.rank}.pt")
+            path = save_checkpoint(t.folder, {**t.contents(e.iteration), **extra}, name=f"diverged-rank{RANK}.pt")
         except UserError as full:
             raise Diverged(f"{e} Its batch could not be kept: {full}", e.iteration) from e
         raise Diverged(f"{e} Look into it with --from-diagnostic {path}.", e.iteration) from e

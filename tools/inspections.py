@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from skimage.measure import label as components
 
 from dataloaders.cases import Case, CaseError, by_problem, has_label, read_case
@@ -51,13 +50,9 @@ def inspect(case: Case) -> Inspection:
         return result
     faces = [np.unique(label.take((0, -1), axis=axis)) for axis in range(3)]
     border = tuple(int(c) for c in np.unique(np.concatenate(faces)) if c)
-    parts = {c: _parts(label == c) for c in facts.voxels}
+    sizes = {c: np.bincount(components(label == c, connectivity=3).ravel())[1:] for c in facts.voxels}
+    parts = {c: sorted(voxels.tolist(), reverse=True) for c, voxels in sizes.items()}
     return dataclasses.replace(result, label=digest(label), parts=parts, border=border)
-
-
-def _parts(mask: NDArray[np.bool_]) -> list[int]:
-    """Voxels of the parts of a mask (W,H,D), the largest first."""
-    return sorted(np.bincount(components(mask, connectivity=3).ravel())[1:].tolist(), reverse=True)
 
 
 def findings_of_inspections(

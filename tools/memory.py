@@ -21,7 +21,7 @@ MARGIN = 1.3
 """The most memory of a process over the counted bytes, measured on a CPU (docs/training.md)."""
 
 
-class Living(TorchDispatchMode):
+class PeakMemory(TorchDispatchMode):
     """Context that counts the bytes of the tensors made in it, and the most that lived at once, `peak`."""
 
     def __init__(self) -> None:
@@ -82,14 +82,14 @@ def step_bytes(method: Method, patch_size: Sequence[int], batch_size: int, label
     """
     batch = meta_batch(method, patch_size, batch_size, labeled)
     given = sum(x.untyped_storage().nbytes() for x in batch.values() if isinstance(x, Tensor))
-    with Living() as living:
+    with PeakMemory() as memory:
         method(batch, method.iterations // 2).total.backward()
     for p in method.parameters():
         p.grad = None
     weights = sum(p.nbytes for p in method.parameters())
-    return weights + trained_bytes(method), given + living.peak
+    return weights + trainable_bytes(method), given + memory.peak
 
 
-def trained_bytes(method: Method) -> int:
+def trainable_bytes(method: Method) -> int:
     """Bytes of the weights that are trained, and so of their gradients and of their momentum."""
     return sum(p.nbytes for p in method.parameters() if p.requires_grad)

@@ -65,19 +65,9 @@ def write_report(test: Path, data: str = "") -> Path:
     class_names = tested.get("class_names", {})
     most_bytes = min(MOST_BYTES, ALL_BYTES // max(len(dices), 1))
     names = tqdm(dices, "drawing", leave=False, unit="scan", disable=None)
+    how: dict[str, Any] = {"most_bytes": most_bytes, "class_names": class_names}
     cases = [
-        ShownCase(
-            test,
-            folder,
-            name,
-            output,
-            component,
-            rows,
-            most_bytes=most_bytes,
-            still=i in first,
-            class_names=class_names,
-        )
-        for i, name in enumerate(names)
+        ShownCase(test, folder, name, output, component, rows, still=i in first, **how) for i, name in enumerate(names)
     ]
     about = [str(options[name]) for name in ("method", "preset") if name in options]
     about += [f"{options['labeled']} labeled scans"] if "labeled" in options else []

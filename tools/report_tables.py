@@ -41,29 +41,28 @@ def metrics_of(rows: Sequence[dict[str, Any]]) -> list[str]:
     return [name for name in names[names.index("dice") :] if name not in COUNTS and not name.endswith(PENALISED)]
 
 
-def html_table(header: Iterable[str], lines: Iterable[Sequence[str]], text_columns: int, **attributes: str) -> str:
-    """A table whose first `text_columns` columns are text. Every cell is escaped."""
+def html_table(header: Iterable[str], lines: Iterable[Sequence[str]], text_columns: int, name: str) -> str:
+    """A table with the id `name`, whose first `text_columns` columns are text. Every cell is escaped."""
     kind = ['class="word"' if i < text_columns else "" for i in range(99)]
     head = "".join(f'<th scope="col" {k}>{escape(cell)}</th>' for k, cell in zip(kind, header, strict=False))
     body = "\n".join(
         "<tr>" + "".join(f"<td {k}>{escape(cell)}</td>" for k, cell in zip(kind, line, strict=False)) + "</tr>"
         for line in lines
     )
-    more = "".join(f' {name}="{escape(value)}"' for name, value in attributes.items())
-    return f"<table{more}><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"
+    return f'<table id="{name}"><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>'
 
 
 def results_table(rows: Sequence[dict[str, Any]]) -> str:
     """Mean ± SD over the scans, of every output and filter."""
     header, lines = means(rows)
-    return html_table(header, lines, header.index("scans"), id="means")
+    return html_table(header, lines, header.index("scans"), "means")
 
 
 def every_table(rows: Sequence[dict[str, Any]]) -> str:
     """All of cases.csv."""
     keys, names = ["case", *keys_of(rows)], [*metrics_of(rows), *COUNTS]
     lines = [[*(row[key] for key in keys), *(text_of(name, row[name]) for name in names)] for row in rows]
-    return html_table([*keys, *(NAMES.get(name, name) for name in names)], lines, len(keys), id="cases")
+    return html_table([*keys, *(NAMES.get(name, name) for name in names)], lines, len(keys), "cases")
 
 
 def bars(rows: Sequence[dict[str, Any]]) -> str:

@@ -14,7 +14,7 @@ from evaluation.metrics import COMPONENTS
 from evaluation.rows import read_row
 from evaluation.sliding_window import usual_stride
 from settings import PROFILES
-from tools.command_line import flags_of, read_options
+from tools.command_line import read_options
 from tools.grid import (
     BEYOND_TABLE,
     GLANCE,
@@ -29,8 +29,9 @@ from tools.grid import (
     TRAINED_AS,
     Tables,
 )
+from utils.early_options import renamed
 from utils.errors import UserError
-from utils.options import as_flags, default_of, flag_of, option, renamed
+from utils.options import as_flags, default_of, flag_of, option
 from utils.run_folder import MANIFEST, has_checkpoint
 
 GRIDS = {"phantom": (PHANTOM_RUNS, PHANTOM_TABLES), "hippocampus": (HIPPOCAMPUS_RUNS, HIPPOCAMPUS_TABLES)}  # others: LA
@@ -154,8 +155,7 @@ def select(o: Options) -> tuple[list[Run], Tables]:
 
 def recipe_of(settings: list[str]) -> str:
     """The preset of a run in Markdown, and the flags of its command that set its training settings in another way."""
-    o, *_ = read_options(settings)
-    flags = flags_of(o.method).parse(settings)
+    o, *_, flags = read_options(settings)
     others = as_flags({name: value for name, value in flags.items() if name in TRAINING}).split("\n")
     return ", ".join(f"`{text}`" for text in (o.preset, *others) if text)
 

@@ -1,7 +1,7 @@
 """Segments one scan of any size and spacing, with one or several trained methods."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from dataloaders.cases import Case, CaseError, refuse_channels
-from dataloaders.channels import normalise_channels, read_channels
+from dataloaders.cases import Case, refuse_channels
+from dataloaders.channels import read_channels, z_score_channels
 from dataloaders.dicom import read_series
 from dataloaders.geometry import DEFAULT_GEOMETRY
 from dataloaders.images import Geometry, anti_alias, ending_of, grid_of_spacing, moved, resample
@@ -63,22 +63,6 @@ class Model:
         return mean_of_flips(mean_of_methods, patches, self.flips)
 
 
-def probability(model: Model, image: Tensor, predict: Callable[[Tensor], Tensor], **window: Any) -> NDArray[np.float32]:
-    """The probability of each class (C,W,H,D), on the CPU.
-
-    The image is (W,H,D) or (K,W,H,D), in the spacing of the training, and the result is on its grid. The device holds
-    the image and a slab of one patch along x.
-
-    Raises:
-        CaseError: for predictions that are not finite.
-    """
-    try:
-        p = sliding_window(predict, downsample_image(image, model.downsample), **window)
-    except FloatingPointError as e:
-        raise CaseError(e) from e
-    return upsample_probability(p, model.downsample, tuple(image.shape[-3:])).numpy()
-
-
 def onto_scan(
     p: NDArray[np.float32], grid: Geometry, shape: tuple[int, ...], geometry: Geometry
 ) -> Iterator[tuple[int, NDArray[np.float32]]]:
@@ -118,7 +102,8 @@ def predict_scan(
 
     Raises:
         CaseError: a scan that cannot be read, has other channels than the model takes, or is constant, also within
-            the window; predictions that are not finite.
+            the window.
+        FloatingPointError: predictions that are not finite.
     """
     path = scan.files[0]
     source, stated = read_series(scan.slices) if scan.slices else read_channels(scan.files)
@@ -129,7 +114,7 @@ def predict_scan(
     source = turn(source)
     shape = source.shape[-3:]
     is_case = ending_of(path) == ".h5"
-    image, raw = (source, raw_of(Case(scan.name, path, labeled=False))) if is_case else normalise_channels(source)
+    image, raw = (source, raw_of(Case(scan.name, path, labeled=False))) if is_case else z_score_channels(source)
     del source
     # The origin is left out: its rounding depends on how the scan is stored. The header brings the result to its place.
     spacing = turn.geometry(stated, shape).get("spacing")
@@ -147,8 +132,9 @@ def predict_scan(
             bar.update(len(patches))
             return p
 
-        p = probability(model, torch.from_numpy(image).to(device), predict, **window)
-    del image
+        pooled = downsample_image(torch.from_numpy(image).to(device), model.downsample)
+        p = upsample_probability(sliding_window(predict, pooled, **window), model.downsample, size).numpy()
+    del image, pooled
     label = np.empty(shape, np.uint8)
     kept = None if probabilities == "none" else np.empty((len(p), *shape), probabilities)
     for start, slab in onto_scan(p, grid, shape, geometry):

@@ -15,7 +15,7 @@ from dataloaders.volumes import ON_DEVICE
 from methods import Method
 from networks.heads import HALVINGS
 from settings import Options
-from tools.memory import MARGIN, meta_method, step_bytes, trained_bytes
+from tools.memory import MARGIN, meta_method, step_bytes, trainable_bytes
 from utils.devices import GIB
 from utils.errors import UserError
 
@@ -131,7 +131,7 @@ class StepMemory:
         self.alone = alone or not method.uses_unlabeled
         patch = [max(side, 64) for side in method.side_multiples]
         fixed, rest = step_bytes(method, patch, CROPS, CROPS if self.alone else CROPS // 2)
-        self.fixed = fixed + trained_bytes(method)
+        self.fixed = fixed + trainable_bytes(method)
         self.per_voxel = rest / (CROPS * math.prod(patch))
 
     def gib(self, patch_size: Sequence[int], batch_size: int) -> float:

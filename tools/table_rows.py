@@ -2,7 +2,6 @@
 
 import csv
 import itertools
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 from evaluation.metrics import (
     COMPONENTS,
     METRICS,
+    averaged,
     counts_of,
     distance_text,
     distances_of,
@@ -25,7 +25,7 @@ from evaluation.statistics import interval_text
 from tools.comparisons import Records, compared, scans_cell
 from tools.formats import Cell, Column, Line, Table, first_number
 from tools.grid import Row
-from utils.run_folder import MANIFEST, SCALARS
+from utils.run_folder import MANIFEST, SCALARS, read_json
 
 LIVE = "live_gradient/sdm"  # a column of scalars.csv
 WAITS = Cell("not yet run", {"runs": 0})
@@ -92,12 +92,11 @@ def overlap_cell(runs: Sequence[Sequence[Mapping[str, Any]]], name: str) -> Cell
 def distance_cell(runs: Sequence[Sequence[Mapping[str, Any]]], name: str, *, over_runs: bool) -> Cell:
     """A distance of several runs, or of one run's scans, as `distance_text` has it."""
     each = [distances_of(run, name) for run in runs]
-    unknown = sum(run.unknown for run in each)
-    scores = [run.plain if unknown else run.scores for run in each]
-    mean, sd = mean_and_sd([mean_and_sd(values)[0] for values in scores] if over_runs else scores[0])
+    mean, sd = mean_and_sd(averaged(each, over_runs=over_runs))
     measured, _, scans = (sum(counts) for counts in zip(*map(counts_of, each), strict=True))
     numbers = {name: mean, f"{name}_sd": sd, f"{name}_scans": measured, f"{name}_of": scans}
-    return Cell(distance_text(each, over_runs=over_runs), {**numbers, f"{name}_not_penalised": unknown})
+    numbers |= {f"{name}_not_penalised": sum(run.unknown for run in each)}
+    return Cell(distance_text(each, over_runs=over_runs), numbers)
 
 
 def row_lines(row: Row, records: Records, recipe: str) -> list[Line]:
@@ -202,7 +201,7 @@ def run_lines(record: Path) -> list[Line]:
 
     A run that was resumed elsewhere names all devices, threads and commits.
     """
-    manifest = json.loads((record / MANIFEST).read_text(encoding="utf-8"))
+    manifest = read_json(record / MANIFEST)
     outputs = dict.fromkeys(row["output"] for row in read_scores(record))
     parts = [manifest, *manifest.get("resumed", [])]
     device, threads, commit = (
@@ -234,7 +233,7 @@ def live_lines(record: Path) -> list[Line]:
         live = [float(row[LIVE]) for row in csv.DictReader(f) if LIVE in row]
     if not live:
         return []
-    options = json.loads((record / MANIFEST).read_text(encoding="utf-8"))["options"]
+    options = read_json(record / MANIFEST)["options"]
     dice = [100 * value for value in read_row(f"{record}:sdm", "dice", "all").values()]
     mean, least = 100 * statistics.mean(live), 100 * min(live)
     cells = [Cell(f"[{record.name}]({record.name})"), Cell(f"{options['k']:g}", {"k": options["k"]})]
@@ -248,7 +247,7 @@ def phantom_line(row: Row, records: Records) -> Line:
     if not records:
         return Line([Cell(row.label), WAITS, *[BLANK] * 3])
     every, largest = (figures(row, component, records)[0] for component in COMPONENTS)
-    manifests = [json.loads((path / MANIFEST).read_text(encoding="utf-8")) for path in records.values()]
+    manifests = [read_json(path / MANIFEST) for path in records.values()]
     cells = [mean_cell([m.get(name, math.nan) for m in manifests], name)
              for name in ("iterations_per_s", "peak_memory_gib")]  # fmt: skip
     return Line([Cell(row.label), every, suffixed(largest, "largest"), *cells], group=str(row.labeled))

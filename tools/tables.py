@@ -1,7 +1,6 @@
 """Prints the page of tools/reproduce.py: the tables, the comparisons and every run, in the format that is asked for."""
 
 import csv
-import json
 from collections import Counter
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from tools.table_rows import (
     run_lines,
 )
 from utils.errors import UserError, warn
-from utils.run_folder import MANIFEST
+from utils.run_folder import MANIFEST, read_json
 
 COST = "cost.csv"  # of benchmarks.methods, next to the records
 ABOUT = """\
@@ -84,7 +83,7 @@ def print_tables(o: Options, runs: list[Run], tables: Tables) -> None:
             done.setdefault(run.key, {})[run.seed] = run.record
             if run.key not in TESTS:
                 scans[run.record] = len(read_row(f"{run.record}:{run.outputs[0]}", "dice", "all"))
-            manifest = json.loads((run.record / MANIFEST).read_text(encoding="utf-8"))
+            manifest = read_json(run.record / MANIFEST)
             devices.add(f"{manifest.get('device')}, threads: {manifest.get('threads')}")
         elif run.record.exists():
             warn(f"{run.record} is left out; {status}")

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +73,17 @@ class Training:
         return self.patches.volumes
 
     @property
+    def class_names(self) -> dict[str, str]:
+        """Class, as text -> its name, of those that have one."""
+        return self.constant.get("class_names", {})
+
+    @property
     def unlabeled(self) -> int:
         """Unlabeled scans."""
         return len(self.volumes.cases) - self.labeled
 
     @property
-    def passed(self) -> float:
+    def elapsed(self) -> float:
         """Seconds of all iterations so far; those of this process count from `began` on."""
         return self.seconds + time.monotonic() - self.began
 
@@ -86,14 +91,14 @@ class Training:
         """The contents of a checkpoint after `done` iterations."""
         optional = {"best": self.best, "extended": self.extended}
         return {
-            **self.constant, "iteration": done, "seconds": self.passed, "method": self.method.state_dict(),
+            **self.constant, "iteration": done, "seconds": self.elapsed, "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(), **{name: value for name, value in optional.items() if value},
         }  # fmt: skip
 
 
 def prepare(
-    o: Options, own: Method.Options, folder: Path, method: Method, device: torch.device,
-    state: dict[str, Any] | None, origin: dict[str, Any] | None,
+    o: Options, folder: Path, method: Method, device: torch.device, state: dict[str, Any] | None,
+    origin: dict[str, Any] | None,
 ) -> Training:  # fmt: skip
     """Reads the data and makes what a training needs.
 
@@ -105,11 +110,11 @@ def prepare(
     Raises:
         UserError: for data or options that do not fit each other, the device or the checkpoint.
     """
-    data = Path(o.data)
+    data, classes, channels = Path(o.data), method.options.classes, method.options.channels
     cases, problems, labeled_batch = training_cases(
         data, labeled=o.labeled, unlabeled=o.unlabeled, batch_size=o.batch_size,
         labeled_batch=o.labeled_batch, patch_size=o.patch_size, multiples=method.side_multiples,
-        classes=own.classes, channels=own.channels, fold=o.fold,
+        classes=classes, channels=channels, fold=o.fold,
     )  # fmt: skip
     labeled = sum(case.labeled for case in cases)
     if method.needs_unlabeled and labeled_batch == o.batch_size:
@@ -122,7 +127,7 @@ def prepare(
     to_validate = validation_names(data, o.labeled, o.fold) if o.validate_every else []
     normalize = normalization_of(dataclasses.asdict(o))
     try:
-        normalize.of_channels(own.channels)
+        normalize.of_channels(channels)
     except CaseError as e:
         raise UserError(f"{data} {e}.") from e
     volumes = Volumes(
@@ -130,21 +135,22 @@ def prepare(
         normalize=normalize, device=device, problems=problems,
     )  # fmt: skip
     if state is None:
-        refuse_classes(volumes.facts, own.classes)
+        refuse_classes(volumes.facts, classes)
     images = volumes.fingerprints | earlier_images(origin, state, volumes.fingerprints)
-    validation, _ = open_cases(data, to_validate, own.classes, volumes.checksums, images, own.channels, normalize)
-    names = {str(c): name for c, name in class_names(data).items() if c <= own.classes}
+    validation, _ = open_cases(data, to_validate, classes, volumes.checksums, images, channels, normalize)
+    names = {str(c): name for c, name in class_names(data).items() if c <= classes}
     attributes = attributes_of(cases, normalize)
     orientations = {orientation for _, orientation, _ in attributes.values()}
     constant = {
-        "options": {**dataclasses.asdict(o), **dataclasses.asdict(own)}, "checksums": volumes.checksums,
+        "options": {**dataclasses.asdict(o), **dataclasses.asdict(method.options)}, "checksums": volumes.checksums,
         "images": images, "processes": RANKS, "attributes": attributes,
         "spacing": median_spacing(cases), "orientation": orientations.pop() if len(orientations) == 1 else None,
-        "channel_names": channel_names(data, own.channels), **({"class_names": names} if names else {}),
+        "channel_names": channel_names(data, channels), **({"class_names": names} if names else {}),
     }  # fmt: skip
     method.to(device)
     choose_arithmetic(method, o, device)
-    optimizer = OPTIMIZERS[o.optimizer](trained(method), o)
+    # not the weights of a teacher or a critic
+    optimizer = OPTIMIZERS[o.optimizer]([p for p in method.parameters() if p.requires_grad], o)
     progress: dict[str, Any] = {}
     if state is not None:
         if state["checksums"] != volumes.checksums:
@@ -202,11 +208,6 @@ def refuse_other_attributes(now: dict[str, list[Any]], before: dict[str, list[An
         )
 
 
-def trained(method: Method) -> list[torch.nn.Parameter]:
-    """The weights that the optimizer changes, not those of a teacher or a critic."""
-    return [p for p in method.parameters() if p.requires_grad]
-
-
 def earlier_images(origin: dict[str, Any] | None, state: dict[str, Any] | None, own: Container[str]) -> dict[str, str]:
     """Name -> fingerprint of the scans that the weights of --init were trained on, so that none of them is tested on.
     `origin` is their checkpoint in a new run; `state`, the checkpoint of a resumed one, knows them. Own scans are left
@@ -238,31 +239,23 @@ def choose_arithmetic(method: Method, o: Options, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def show(
-    report: Report, method: Method, patches: Patches, labeled: int, spacing: Sequence[float], done: int,
-    device: torch.device, names: Mapping[str, str],
-) -> None:  # fmt: skip
-    """Adds pictures to the report: a fixed slice of the first labeled and of the first unlabeled case.
+def show(t: Training, report: Report, done: int) -> None:
+    """Adds pictures after `done` iterations: a fixed slice of the first labeled and of the first unlabeled case.
 
     A picture shows the image, the method's maps and the contours. The labeled case also gets the surfaces of prediction
-    and label.
-
-    Args:
-        method: the method; it is in training mode afterwards.
-        labeled: number of labeled cases, the index of the first unlabeled one.
-        spacing: mm along x, y, z.
-        names: class, as text -> its name; with several classes they are in the titles.
+    and label. The method is in training mode afterwards.
     """
     from evaluation.slices import prediction_mesh, slice_picture  # here, as matplotlib takes half a second
 
-    method.eval()
-    for name, case in {"labeled": 0, "unlabeled": labeled}.items():
-        if case < len(patches.volumes.cases):
-            item = patches.centre_crop(case)
-            tensors = {key: v[0] for key, v in method.maps(item["image"][None].to(device)).items()}
+    method, cases, names = t.method.eval(), t.volumes.cases, t.class_names
+    spacing = t.constant["spacing"] or [1.0] * 3  # mm along x, y, z
+    for name, case in {"labeled": 0, "unlabeled": t.labeled}.items():
+        if case < len(cases):
+            item = t.patches.centre_crop(case)
+            tensors = {key: v[0] for key, v in method.maps(item["image"][None].to(t.device)).items()}
             prediction = label_map(torch.stack(list(tensors.values())[: method.options.classes])).cpu().numpy()
             label = item["label"].cpu().numpy() if "label" in item else None
-            turn, orientation = viewing_turn(patches.volumes.cases[case])
+            turn, orientation = viewing_turn(cases[case])
             maps = {key: turn(v.cpu().numpy()) for key, v in tensors.items()}
             classes = f", classes {named_classes(names)}" if names and method.options.classes > 1 else ""
             title = f"{item['case']}, iteration {done}{classes}"

@@ -9,7 +9,8 @@ from torch import Tensor
 from dataloaders.channel_names import channel_names
 from dataloaders.class_names import class_names, refuse_other_numbers
 from methods import Method, restore
-from tools.training import Training, trained
+from networks.vnet import parameter_count
+from tools.training import Training
 from utils.checkpoint import channels_of_state, classes_of_state, write_whole
 from utils.distributed import RANKS
 from utils.errors import UserError
@@ -28,11 +29,11 @@ def header(t: Training, device: str, rate: float) -> list[str]:
     pooled = f" at 1/{o.downsample} of the resolution" if o.downsample > 1 else ""
     size = "x".join(map(str, o.patch_size)) + f" voxels{pooled}"
     where = f", in each of {RANKS} processes" if RANKS > 1 else ""
-    names, count = t.constant.get("class_names", {}), t.method.options.classes
+    names, count = t.class_names, t.method.options.classes
     classes = ", ".join(f"{c} {names.get(str(c), 'without a name')}" for c in range(1, count + 1))
     lines = {
         "run": str(t.folder),
-        "method": f"{o.method}, preset {o.preset}, {sum(p.numel() for p in trained(t.method)):,} parameters",
+        "method": f"{o.method}, preset {o.preset}, {parameter_count(t.method):,} parameters",
         "data": f"{o.data}: {t.labeled} labeled and {t.unlabeled} unlabeled scans{left_out}{validation}",
         **({"classes": classes} if names else {"classes": str(count)} if count > 1 else {}),
         "batch": f"{o.batch_size} crops of {size}, {t.labeled_batch} of them labeled{where}",
@@ -65,7 +66,7 @@ def keep_as_finished(folder: Path, state: dict[str, Any]) -> None:
     write_whole(folder / finished_name(state["iteration"]), Path(state["file"]).read_bytes())
 
 
-def refuse_other_order(data: Path, own: Method.Options, state: dict[str, Any]) -> None:
+def refuse_other_order(data: Path, o: Method.Options, state: dict[str, Any]) -> None:
     """Refuses weights that have channels or classes of a set in another order, by their names in both.
 
     Other names are those of another task, for which weights may be taken all the same.
@@ -73,13 +74,13 @@ def refuse_other_order(data: Path, own: Method.Options, state: dict[str, Any]) -
     Raises:
         UserError: naming them.
     """
-    names, there = channel_names(data, own.channels), channels_of_state(state)
+    names, there = channel_names(data, o.channels), channels_of_state(state)
     if names != there and sorted(names) == sorted(there):
         raise UserError(
             f"--init {state['file']} was trained on the channels {', '.join(there)}, and those of {data} are "
             f"{', '.join(names)}. Convert the scans with their channels in the order of the weights."
         )
-    classes = {c: name for c, name in class_names(data).items() if c <= own.classes}
+    classes = {c: name for c, name in class_names(data).items() if c <= o.classes}
     refuse_other_numbers(classes, data, classes_of_state(state), state["file"])
 
 

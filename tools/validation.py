@@ -1,39 +1,28 @@
 """Scores a method on the validation scans while it is trained."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 
-from dataloaders.cases import Case, named, read_case
-from dataloaders.normalization import Normalization, normalized_case
+from dataloaders.cases import named, read_case
+from dataloaders.normalization import normalized_case
 from evaluation.metrics import mean_and_sd
 from evaluation.scores import class_dices
 from evaluation.sliding_window import half_a_patch, predict_scan
-from methods import Method
-from utils.distributed import RANK, RANKS, in_turn, share_buffers
+from tools.training import Training
+from utils.distributed import RANK, RANKS, broadcast_buffers, gather_in_order
 from utils.masks import label_map
 
 VALIDATION = "dice/validation"
 """The curve by which the best checkpoint is chosen."""
 
 
-def validation_scores(
-    method: Method,
-    cases: Sequence[Case],
-    device: torch.device,
-    *,
-    downsample: int,
-    normalize: Normalization,
-    patch_size: Sequence[int],
-    batch_size: int,
-) -> dict[str, float]:
-    """Mean Dice of the method's default output over the scans, each on its own grid and without component filter.
+def validation_scores(t: Training) -> dict[str, float]:
+    """Mean Dice of the method's default output over the validation scans, each on its own grid and without component
+    filter.
 
-    Windows overlap by half a patch. Several processes share the scans out, and all get the result.
-
-    Args:
-        method: on the device; it is in training mode afterwards.
-        cases: labeled cases that it is not trained on.
+    Windows overlap by half a patch. Several processes share the scans out, and all get the result. The method is in
+    training mode afterwards.
 
     Returns:
         Curve -> value in [0,1]: `dice/validation`, the mean over the scans of the mean over the classes, and of several
@@ -43,23 +32,24 @@ def validation_scores(
     Raises:
         UserError: for a case that can no longer be read, or whose prediction is not finite.
     """
-    share_buffers(method)  # each process has running statistics of its own, and the checkpoint those of process 0
+    o, method = t.o, t.method
+    broadcast_buffers(method)  # each process has running statistics of its own, and the checkpoint those of process 0
     method.eval()
     dices: list[list[float]] = []  # of each scan, by class
-    for case in cases[RANK::RANKS]:
+    for case in t.validation[RANK::RANKS]:
         with named(case, "It was whole when the training began."):
             image, label = read_case(case)
-            image = normalized_case(case, image, normalize)
+            image = normalized_case(case, image, t.normalize)
         assert label is not None
         with named(case):
             p = predict_scan(
-                method, torch.from_numpy(image).to(device), method.outputs[:1],
-                downsample=downsample, patch_size=patch_size, stride=half_a_patch(patch_size), weighting="uniform",
-                batch_size=batch_size,
+                method, torch.from_numpy(image).to(t.device), method.outputs[:1], downsample=o.downsample,
+                patch_size=o.patch_size, stride=half_a_patch(o.patch_size), weighting="uniform",
+                batch_size=o.batch_size,
             )  # fmt: skip
         dices.append(class_dices(label_map(p).numpy(), label, case.classes))
     method.train()
-    dices = in_turn(dices, 1)
+    dices = gather_in_order(dices, 1)
     scores = {VALIDATION: mean_and_sd([mean_and_sd(one)[0] for one in dices])[0]}
     by_class = list(zip(*dices, strict=True))
     if len(by_class) > 1:

@@ -8,15 +8,15 @@ import pickle
 import shutil
 import socket
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from utils.early_options import renamed
 from utils.errors import UserError, warn
-from utils.options import renamed
 from utils.shared_weights import ENDING, PIECES, read_shared
 
 FORMAT = 1
@@ -197,31 +197,6 @@ def channels_of_state(state: dict[str, Any]) -> list[str]:
 def classes_of_state(state: dict[str, Any]) -> dict[int, str]:
     """Class -> its name, of those that the training set of a checkpoint named."""
     return {int(c): name for c, name in state.get("class_names", {}).items()}
-
-
-def extend(
-    state: dict[str, Any], flags: dict[str, Any], usual_steps: Callable[[int], Sequence[list[int] | None]]
-) -> dict[str, Any]:
-    """The options of a checkpoint; of a finished run those of a longer one, if --iterations asks for it.
-
-    Learning rate and ramps are then those of the longer run. The steps of the learning rate move along, unless they
-    were chosen or --lr-steps is given.
-
-    Args:
-        state: contents of the checkpoint. That of a run that is to go further gets the new options, the old ones as
-            `before`, and `extended`, the iterations at which the run was finished before.
-        flags: option -> value of the command line.
-        usual_steps: iterations of a run -> what --lr-steps can be if it was not chosen, the last by their number.
-    """
-    saved, iterations = state["options"], flags.get("iterations", 0)
-    finished = saved["iterations"]
-    if iterations <= finished or state["iteration"] < finished:
-        return dict(saved)
-    steps = usual_steps(iterations)[-1] if saved["lr_steps"] in usual_steps(finished) else saved["lr_steps"]
-    state["options"] = {**saved, "iterations": iterations, "lr_steps": flags.get("lr_steps", steps)}
-    state["extended"] = [*state.get("extended", []), finished]
-    state["before"] = saved
-    return dict(state["options"])
 
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:

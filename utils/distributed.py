@@ -91,7 +91,7 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
         gradient.copy_(mean.view_as(gradient))
 
 
-def share_buffers(module: torch.nn.Module) -> None:
+def broadcast_buffers(module: torch.nn.Module) -> None:
     """Gives every process the buffers of rank 0, such as running statistics. DistributedDataParallel does the same
     before its next forward pass in training."""
     if RANKS > 1:
@@ -99,7 +99,7 @@ def share_buffers(module: torch.nn.Module) -> None:
             dist.broadcast(buffer, 0)
 
 
-def in_turn(mine: list[Any], size: int) -> list[Any]:
+def gather_in_order(mine: list[Any], size: int) -> list[Any]:
     """Gathers groups of `size` items, of which a process has number rank, rank + RANKS, ...; all get all, in order."""
     if RANKS == 1:
         return mine

@@ -1,4 +1,4 @@
-"""Masks and label maps: from probabilities to labels, bounding boxes, borders and components."""
+"""Masks and label maps: from probabilities to labels, bounding boxes and components."""
 
 import numpy as np
 import torch
@@ -28,17 +28,6 @@ def box_of(mask: NDArray[np.bool_], margin: int = 0) -> tuple[slice, ...]:
     others = [tuple(other for other in range(mask.ndim) if other != axis) for axis in range(mask.ndim)]
     places = [np.flatnonzero(mask.any(axis=axes)) for axes in others]
     return tuple(slice(max(place[0] - margin, 0), place[-1] + 1 + margin) for place in places)
-
-
-def inner_border(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The voxels of a mask with a face neighbor outside of it. Everything beyond the array is outside."""
-    inside = mask.copy()
-    for axis in range(mask.ndim):
-        one, other = np.moveaxis(inside, axis, 0), np.moveaxis(mask, axis, 0)
-        one[1:] &= other[:-1]
-        one[:-1] &= other[1:]
-        one[[0, -1]] = False
-    return mask & ~inside
 
 
 def largest_component(mask: NDArray) -> NDArray[np.bool_]:

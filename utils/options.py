@@ -19,15 +19,6 @@ from utils.text import did_you_mean, read_text
 Condition = Mapping[str, tuple[Any, ...] | Callable[[Any], Any]]
 """Name of another option -> the values of it, or the test of its value, with which an option does something."""
 
-RENAMED = {  # method: an option's name in early checkpoints and options files -> its name today
-    "dk-uxnet": {"noise": "noise_variance", "scale": "logit_scale", "consistency": "consistency_terms"},
-}
-ADDED = {"softmax": False}  # an option that early checkpoints and records lack -> what they were
-RENAMED_PRESETS = {"dtml": {"best": "tuned"}}
-REMOVED: dict[str, dict[str, Any]] = {  # method: an option that is gone -> its value with which it did nothing
-    "dtml": {"k_start": 0.0, "consistency": "mask", "mix": 0.0, "ema_decay": 0.0},
-}
-
 
 def option(
     default: Any,
@@ -205,63 +196,10 @@ def as_flags(values: dict[str, Any]) -> str:
     """Lines of flags that @FILE replays; None is a default that depends on others and is left out."""
     lines = []
     for name, value in values.items():
-        flag = flag_of(name, value)
-        if value is None:
-            continue
-        if isinstance(value, bool):
-            lines.append(flag)
-        elif isinstance(value, (list, tuple)):
-            lines.append(f"{flag} " + " ".join(shlex.quote(str(v)) for v in value))
-        else:
-            lines.append(f"{flag} {shlex.quote(str(value))}")
+        if value is not None:
+            flag, words = flag_of(name, value), value if isinstance(value, (list, tuple)) else [value]
+            lines.append(flag if isinstance(value, bool) else f"{flag} {shlex.join(map(str, words))}")
     return "\n".join(lines) + "\n"
-
-
-def renamed(options: dict[str, Any]) -> dict[str, Any]:
-    """Saved options of any age, `method` among them, under the names of today."""
-    method = str(options.get("method"))
-    names, presets = RENAMED.get(method, {}), RENAMED_PRESETS.get(method, {})
-    options = ADDED | {names.get(name, name): value for name, value in options.items()}
-    if options.get("preset") in presets:
-        options["preset"] = presets[options["preset"]]
-    return options
-
-
-def renamed_words(words: Sequence[str], method: str) -> list[str]:
-    """The words of an options file of any age, of a run of this method, under the names of today.
-
-    Raises:
-        UserError: the run used an option that is gone.
-    """
-    names = {flag_of(old): flag_of(new) for old, new in RENAMED.get(method, {}).items()}
-    presets = RENAMED_PRESETS.get(method, {})
-    removed = {flag_of(name): name for name in REMOVED.get(method, {})}
-    today: list[str] = []
-    rest = iter(words)
-    for word in rest:
-        flag, equals, value = word.partition("=")
-        if flag in removed:
-            refuse_removed(method, {removed[flag]: value if equals else next(rest, "")})
-        elif today[-1:] == ["--preset"] and word in presets:
-            today += [presets[word], *([] if "--normalize" in words else ["--normalize", "none"])]
-        else:
-            today.append(names.get(flag, flag) + equals + value)
-    return today
-
-
-def refuse_removed(method: str, options: Mapping[str, Any]) -> None:
-    """Refuses options of a run that this code no longer has, if they did something.
-
-    Raises:
-        UserError: names the option and its value.
-    """
-    for name, idle in REMOVED.get(method, {}).items():
-        value = options.get(name, idle)
-        if str(value) not in (str(idle), str(idle).removesuffix(".0")):
-            raise UserError(
-                f"this run has {flag_of(name)} {value}, an option that {method} no longer has. Use the version that "
-                "wrote it."
-            )
 
 
 def options_file(chosen: dict[str, Any], everything: dict[str, Any]) -> str:
@@ -277,13 +215,11 @@ def unmet_conditions(f: dataclasses.Field, value_of: Callable[[str], Any]) -> li
     def holds(name: str, wanted: tuple[Any, ...] | Callable[[Any], Any]) -> bool:
         return bool(value_of(name) in wanted if isinstance(wanted, tuple) else wanted(value_of(name)))
 
-    names_found: dict[str, None] = {}
-    for condition in f.metadata["only_if"]:
-        bad = [name for name, wanted in condition.items() if name != f.name and not holds(name, wanted)]
-        if not bad:
-            return []
-        names_found[bad[0]] = None
-    return list(names_found)
+    unmet = [
+        [name for name, wanted in condition.items() if name != f.name and not holds(name, wanted)]
+        for condition in f.metadata["only_if"]
+    ]
+    return list(dict.fromkeys(names[0] for names in unmet)) if all(unmet) else []
 
 
 def refuse_unused(

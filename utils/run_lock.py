@@ -57,19 +57,21 @@ def _owner(text: str) -> dict[str, Any] | None:
         return None
 
 
-def _refusal(folder: Path, owner: dict[str, Any]) -> UserError:
-    return UserError(
-        f"process {owner['pid']} on {owner['host']} is training in {folder}. Wait for it or choose another --name; if "
-        f"it is surely gone, delete {folder / LOCK}."
-    )
+def _ended_owner(folder: Path, text: str) -> dict[str, Any] | None:
+    """`_owner`. Raises UserError unless it has certainly ended."""
+    owner = _owner(text)
+    if owner is not None and not _is_stale(owner):
+        raise UserError(
+            f"process {owner['pid']} on {owner['host']} is training in {folder}. Wait for it or choose another "
+            f"--name; if it is surely gone, delete {folder / LOCK}."
+        )
+    return owner
 
 
 def refuse_locked(folder: Path) -> None:
     """Raises UserError if a living process, or one of another computer, trains in the folder. Writes nothing."""
     with contextlib.suppress(OSError):  # no lock file, or one that `run_lock` reports
-        owner = _owner((folder / LOCK).read_text(encoding="utf-8", errors="replace"))
-        if owner is not None and not _is_stale(owner):
-            raise _refusal(folder, owner)
+        _ended_owner(folder, (folder / LOCK).read_text(encoding="utf-8", errors="replace"))
 
 
 @contextlib.contextmanager
@@ -113,9 +115,7 @@ def run_lock(folder: Path) -> Iterator[None]:
         UserError: another process holds it.
     """
     with _alone(folder / LOCK) as f:
-        owner = _owner(f.read())
-        if owner is not None and not _is_stale(owner):
-            raise _refusal(folder, owner)
+        owner = _ended_owner(folder, f.read())
         if owner is not None:
             warn(f"process {owner['pid']} was killed while it trained in {folder}. Its lock is taken over.")
         f.truncate(0)

@@ -29,7 +29,7 @@ def some(names: Iterable[object], most: int = 5, between: str = ", ") -> str:
     return between.join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")
 
 
-def once(numbers: Iterable[int]) -> str:
+def xyz_text(numbers: Iterable[int]) -> str:
     """Numbers along x, y, z as text; one if all are the same."""
     shown = [str(n) for n in numbers]
     return shown[0] if len(set(shown)) == 1 else " ".join(shown)

@@ -173,7 +173,7 @@ def test_34_any_words_are_options_or_a_user_s_mistake(tmp_path, args):
     if "--help" in args or "-h" in args:
         return
     try:
-        options, _, folder, state = read_options(["--data", str(tmp_path), "--runs", str(tmp_path), *args])
+        options, _, folder, state, _ = read_options(["--data", str(tmp_path), "--runs", str(tmp_path), *args])
     except UserError as e:
         assert str(e)[-1] in ".?" or "\n" in str(e)
         return
