@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from dataloaders.cases import MOST_BYTES, CaseError
 from dataloaders.geometry import Geometry, refuse_direction
+from utils.errors import UserError
+from utils.text import some
 
 POSITION, ORIENTATION, PIXEL_SPACING = "0020|0032", "0020|0037", "0028|0030"
 MODALITY, DESCRIPTION, PATIENT, PHOTOMETRIC = "0008|0060", "0008|103e", "0010|0020", "0028|0004"
@@ -23,6 +25,9 @@ UNEVEN = 0.01
 """Largest difference of a step between slices from their median, as a share of it."""
 SAME_ANGLE = 1e-3
 """Largest difference of a slice's direction cosines from those of the first slice."""
+COMPRESSED = tuple(b"\xe0\x7f\x10\0" + kind + b"\0\0\xff\xff\xff\xff" for kind in (b"OB", b"OW"))
+"""What compressed voxels begin with: attribute (7FE0,0010) of a length that is not stated."""
+END = b"\xfe\xff\xdd\xe0\0\0\0\0"  # of compressed voxels
 
 
 @dataclass(frozen=True)
@@ -42,9 +47,22 @@ class Series:
 
 
 def series_in(folder: Path) -> list[Series]:
-    """The series of images in the files of a folder, the one with most slices first. Subfolders are not looked at."""
+    """The series of images in the files of a folder, the one with most slices first. Subfolders are not looked at.
+
+    Raises:
+        UserError: for a file with compressed voxels that is cut short, and for one that cannot be sorted into a series.
+    """
+    files_there = [path for path in sorted(folder.iterdir()) if path.is_file() and _is_dicom(path)]
+    cut = [path.name for path in files_there if _is_cut(path.read_bytes())]
+    if cut:  # GDCM would read it without end, and fill the memory
+        raise UserError(f"{folder} holds files that are cut short: {some(cut)}. Copy them again, or move them away.")
+    try:
+        uids = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
+    except RuntimeError as e:  # some RT doses; GDCM does not say which file it is
+        wrong = some(path.name for path in files_there if not _has_header(path))
+        raise UserError(f"{folder} holds DICOM that is no series of slices: {wrong}. Move it away.") from e
     found = []
-    for uid in sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder)):
+    for uid in uids:
         files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), uid)
         try:
             header = _header(files[0])
@@ -52,6 +70,25 @@ def series_in(folder: Path) -> list[Series]:
             continue
         found.append(Series(uid, tuple(files), *(_text(header, tag) for tag in STATED)))
     return sorted(found, key=lambda series: (-len(series.files), series.uid))
+
+
+def _is_dicom(path: Path) -> bool:
+    with open(path, "rb") as f:
+        return f.read(132)[128:] == b"DICM"
+
+
+def _is_cut(content: bytes) -> bool:
+    """Whether compressed voxels begin in the content of a file and do not end."""
+    begin = max(map(content.rfind, COMPRESSED))
+    return begin >= 0 and content.find(END, begin) < 0
+
+
+def _has_header(path: Path) -> bool:
+    try:
+        _header(str(path))
+    except RuntimeError:
+        return False
+    return True
 
 
 def _header(file: str) -> sitk.ImageFileReader:
@@ -97,7 +134,7 @@ def read_series(files: Sequence[str]) -> tuple[NDArray[np.float32], Geometry]:
     except RuntimeError as e:
         raise CaseError(f"holds a file that cannot be read ({str(e).splitlines()[-1]})") from e
     if any(header.GetNumberOfComponents() != 1 for header in headers):
-        raise CaseError("holds a picture in colours, where one number must stand for a voxel")
+        raise CaseError("holds a picture in colours, where one number must stand for a voxel. Choose another series")
     if any(_text(header, PHOTOMETRIC) == "MONOCHROME1" for header in headers):
         raise CaseError(
             "has slices that are MONOCHROME1 (0028,0004), whose intensities some programs invert, and others do not. "
@@ -109,7 +146,9 @@ def read_series(files: Sequence[str]) -> tuple[NDArray[np.float32], Geometry]:
     between = pixels[0]
     sizes = {header.GetSize() for header in headers}
     if len(sizes) > 1:
-        raise CaseError(f"holds slices of several sizes: {', '.join(map(str, sorted(sizes)))}")
+        raise CaseError(
+            f"holds slices of several sizes: {', '.join(map(str, sorted(sizes)))}. Move those of other sizes away"
+        )
     (size,) = sizes
     if len(files) < 2 or size[2] != 1:
         raise CaseError("holds one file alone, and a scan has a file for each slice. Convert it to NIfTI")
@@ -119,12 +158,19 @@ def read_series(files: Sequence[str]) -> tuple[NDArray[np.float32], Geometry]:
         shown = ", ".join(f"{a:g} x {b:g}" for a, b in np.unique(pixels, axis=0)[:4])
         raise CaseError(f"has pixels of {shown} mm, where one size above 0 must stand (0028,0030)")
     if np.abs(cosines - cosines[0]).max() > SAME_ANGLE:
-        raise CaseError("holds slices in several directions, as a localizer has them")
+        other = Path(files[int(np.abs(cosines - cosines[0]).max(axis=1).argmax())]).name
+        raise CaseError(
+            f"holds slices in several directions, as a localizer has them, {Path(files[0]).name} and {other} among "
+            "them. Move those of other directions away"
+        )
     steps = np.diff(positions, axis=0)
     usual, lengths = np.median(steps, axis=0), np.linalg.norm(steps, axis=1)
     along = np.sort(positions @ np.cross(cosines[0, :3], cosines[0, 3:]))  # doubled ones are not in order in `files`
     if np.diff(along).min() <= UNEVEN * np.linalg.norm(usual):
-        raise CaseError("holds several slices at one place, as a series over time or with several echoes has them")
+        raise CaseError(
+            "holds several slices at one place, as a series over time or with several echoes has them. Move all but "
+            "one at each place away"
+        )
     away = np.linalg.norm(steps - usual, axis=1)
     if away.max() > UNEVEN * np.linalg.norm(usual):
         i = int(away.argmax())
