@@ -24,6 +24,7 @@ LABELED_ONLY = "--unlabeled 0 --consistency-terms none"  # of DK-UXNet: the same
 ADAMW = "--optimizer adamw --lr 0.001 --weight-decay 0.01"  # DK-UXNet's
 TUNED, AS_PUBLISHED = "--preset tuned", "--normalize none"
 BF16 = "--precision bf16"
+PASTED = "--paste 0.67"  # on held-out scans it helped where crops show the same anatomy, and cost on LA
 IN_FP32 = ("dtc", "sassnet")  # their one network has a distance head and stays in fp32
 EARLY = "--ramp-end 0.2"
 SMALLER = "--downsample 2 --patch-size 32 32 16"
@@ -128,6 +129,9 @@ HIPPOCAMPUS_RUNS = {  # with LA's settings, but for those of the profile
     **{key: LA_RUNS[key] for key in (f"{name}-tuned-8" if name in PAPER else f"{name}-8" for name in SEVERAL)},
     "supervised-softmax-208": f"--method supervised {TUNED} --labeled 208",
     "plus-alone-softmax-208": f"--method dtml-plus --labeled 208 --unlabeled 0 --batch-size 4 {BF16}",
+    "supervised-pasted-8": f"{LA_RUNS['supervised-normalized-8']} {PASTED}",
+    "plus-alone-pasted-8": f"{LA_RUNS['plus-alone-8']} {PASTED}",
+    "plus-pasted-8": f"{LA_RUNS['plus-8']} {PASTED}",
     # before a softmax was the default of several classes
     **{key: f"{LA_RUNS[key]} --no-softmax" for key in ("supervised-normalized-8", "plus-8", "plus-alone-8")},
     "supervised-normalized-208": f"--method supervised {TUNED} --labeled 208 --no-softmax",
@@ -296,6 +300,7 @@ COMPARED_WITH = {  # table: runs that its rows of as many labels are compared wi
     "normalized": ["supervised-tuned-8", "supervised-tuned-16", "supervised-tuned-80"],
     "plus": [f"plus-alone-{n}:ema_mean" for n in (4, 8, 16)],
     "precision": ["supervised-normalized-8"],
+    "pasted": ["supervised-softmax-8", "bcp-alone-8", "plus-alone-pasted-8:ema_mean"],
     "sigmoids": ["supervised-normalized-8", "plus-alone-8:ema_mean"],
     METHODS_TABLE: ["supervised-normalized-8", "supervised-softmax-8", "plus-8:ema_mean", "plus-softmax-8:ema_mean"],
     "dk-uxnet": ["supervised-8", "supervised-16"],
@@ -305,6 +310,15 @@ HIPPOCAMPUS_TABLES: Tables = {
         *method_rows(8, 209, others=SEVERAL, softmax="softmax-"),
         Row("V-Net", "208 / 0", "supervised-softmax-208"),
         Row("DTML+, labeled scans alone", "208 / 0", "plus-alone-softmax-208", output="ema_mean"),
+    ]),
+    "pasted": ("Labeled crops pasted into each other: BCP, and `--paste 0.67`, mean of both classes", [
+        Row("V-Net", "8 / 0", "supervised-softmax-8"),
+        Row("V-Net, pasted crops", "8 / 0", "supervised-pasted-8"),
+        Row("BCP, labeled scans alone", "8 / 0", "bcp-alone-8"),
+        Row("BCP", "8 / 201", "bcp-8"),
+        Row("DTML+, labeled scans alone", "8 / 0", "plus-alone-softmax-8", output="ema_mean"),
+        Row("DTML+, labeled scans alone, pasted crops", "8 / 0", "plus-alone-pasted-8", output="ema_mean"),
+        Row("DTML+, pasted crops", "8 / 201", "plus-pasted-8", output="ema_mean"),
     ]),
     "sigmoids": ("A sigmoid for each class: `--no-softmax`, mean of both classes", [
         Row("V-Net, sigmoids", "8 / 0", "supervised-normalized-8"),
