@@ -22,7 +22,7 @@ from evaluation.scores import as_csv, caption_of, table, with_class_names
 from settings import Options as TrainingOptions
 from utils.checkpoint import BEST, write_whole
 from utils.errors import UserError, run, warn
-from utils.options import flag_of, harmless_names, option, read_flags
+from utils.options import flag_of, harmless_names, option, read_flags, renamed
 from utils.run_folder import MANIFEST, read_json
 
 TESTED = "validation"  # folder of test_la.py --scans validation in a run folder
@@ -62,7 +62,7 @@ def read_fold(path: Path) -> Fold:
     if not path.is_dir():
         raise UserError(f"there is no folder {path}. Give the run folder of each fold.")
     test = path if (path / "test.json").is_file() else path / TESTED
-    about, options = read_json(test / "test.json"), read_json(test.parent / MANIFEST).get("options", {})
+    about, options = read_json(test / "test.json"), renamed(read_json(test.parent / MANIFEST).get("options", {}))
     if not options.get("fold"):
         raise UserError(f"{test.parent} is no run of train_dtml.py with --fold: its {MANIFEST} states none.")
     if not about:
