@@ -93,9 +93,10 @@ def read_options(
         defaults = combine({key: flags[key] for key in ("data", "profile", "preset") if key in flags}, kind)
         derived = combine({key: value for key, value in flags.items() if key != "lr_steps"}, kind)[0].lr_steps
         skip = ["method", "labeled", "seed", "init", *(["lr_steps"] if o.lr_steps == derived else [])]
-        if hasattr(defaults[1], "softmax"):  # whose default follows from the classes
-            defaults[1].softmax = combine({"preset": o.preset, "classes": method_options.classes}, kind)[1].softmax
-        changed = varied(o, defaults[0], skip) + varied(method_options, defaults[1])
+        usual: Any = defaults[1]
+        if hasattr(usual, "softmax"):  # which follows from the classes, unless the preset sets it
+            usual.softmax = fill(kind.Options, kind.PRESETS[o.preset]).softmax or method_options.classes > 1
+        changed = varied(o, defaults[0], skip) + varied(method_options, usual)
         dataset = Path(os.path.abspath(o.data)).name
         dataset += "" if o.profile in ("full", "phantom", dataset) else f"-{o.profile}"
         preset = [] if o.preset == next(iter(kind.PRESETS)) else [o.preset]
