@@ -134,6 +134,20 @@ def test_the_summary_has_mean_and_sd_over_all_scans_and_over_the_folds(three, tm
     }
 
 
+def test_a_fold_of_an_early_run_goes_with_one_of_today(three, tmp_path, capsys):
+    """Its manifest states no --softmax: what it had were sigmoids."""
+    early = shutil.copytree(three / "fold1", tmp_path / "early")
+    manifest = json.loads((early / "manifest.json").read_text())
+    del manifest["options"]["softmax"]
+    (early / "manifest.json").write_text(json.dumps(manifest))
+    folds.main([str(three / "fold0"), str(early), str(three / "fold2")])
+    assert "3 of 3 folds" in capsys.readouterr().out
+    manifest["options"]["softmax"] = True
+    (early / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"not of one cross-validation: --softmax is False and True\."):
+        folds.main([str(three / "fold0"), str(early)])
+
+
 def test_what_is_not_one_cross_validation_is_refused(three, tmp_path, capsys):
     runs = [str(three / f"fold{i}") for i in range(3)]
     with pytest.raises(UserError, match=r"fold0/validation and .*fold0/validation are both of fold 0"):

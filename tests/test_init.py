@@ -11,9 +11,9 @@ from conftest import TINY, flat, load, make_set
 
 import test_la
 import train_dtml
-from methods import METHODS
+from methods import METHODS, Method
 from methods.dtml import DTML
-from tools.training_start import refuse_other_order
+from tools.training_start import refuse_other_order, start_from
 from utils.errors import UserError
 
 WORDS = [*TINY, "--iterations", "2", "--save-every", "1", "--device", "cpu"]
@@ -132,3 +132,18 @@ def test_weights_that_do_not_fit_are_refused_by_what_differs(args, message, fold
         train_dtml.main(["--data", str(folder / "set"), "--runs", str(tmp_path / "runs"), *WORDS,
                          "--init", str(folder / "pre"), *args])  # fmt: skip
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("there", "here"), [((2, True), (3, False)), ((3, False), (2, True)), ((1, True), (2, False))])
+def test_a_softmax_is_not_taken_for_sigmoids_of_one_class_more(there, here, tmp_path):
+    """Both have as many channels, but the first is the background's in one and that of class 1 in the other."""
+    kind = METHODS["supervised"]
+
+    def made(classes: int, softmax: bool) -> Method:
+        return kind(kind.Options(filters=2, classes=classes, softmax=softmax), iterations=1)
+
+    options = {"method": "supervised", "filters": 2, "classes": there[0], "softmax": there[1], "iterations": 1}
+    state = {"file": "w.pt", "options": options, "method": made(*there).state_dict(), "iteration": 1}
+    message = rf"--classes is {there[0]} there and {here[0]} here; --softmax is {there[1]} there and {here[1]} here"
+    with pytest.raises(UserError, match=message):
+        start_from(made(*here), "supervised", state, tmp_path)

@@ -21,6 +21,7 @@ from evaluation.rows import runs_of
 from evaluation.scores import as_csv, caption_of, table, with_class_names
 from settings import Options as TrainingOptions
 from utils.checkpoint import BEST, write_whole
+from utils.early_options import renamed
 from utils.errors import UserError, run, warn
 from utils.options import flag_of, harmless_names, option, read_flags
 from utils.run_folder import MANIFEST, read_json
@@ -62,7 +63,7 @@ def read_fold(path: Path) -> Fold:
     if not path.is_dir():
         raise UserError(f"there is no folder {path}. Give the run folder of each fold.")
     test = path if (path / "test.json").is_file() else path / TESTED
-    about, options = read_json(test / "test.json"), read_json(test.parent / MANIFEST).get("options", {})
+    about, options = read_json(test / "test.json"), renamed(read_json(test.parent / MANIFEST).get("options", {}))
     if not options.get("fold"):
         raise UserError(f"{test.parent} is no run of train_dtml.py with --fold: its {MANIFEST} states none.")
     if not about:

@@ -91,8 +91,8 @@ def start_from(method: Method, name: str, state: dict[str, Any], data: Path) -> 
         Where the weights come from, for the manifest: file, method, iteration and a checksum.
 
     Raises:
-        UserError: for weights of another method or of other shapes, or of the same channels or classes in another
-            order, naming what differs.
+        UserError: for weights of another method, of other shapes or of other classes, or of the same channels or
+            classes in another order, naming what differs.
     """
     file, saved = state["file"], state["options"]
     if saved["method"] != name:
@@ -100,7 +100,8 @@ def start_from(method: Method, name: str, state: dict[str, Any], data: Path) -> 
             f"--init {file} holds weights of --method {saved['method']}, and this run is of {name}. Give weights of "
             f"{name}, or train with --method {saved['method']}."
         )
-    there = {key: w for key, w in restore(state).state_dict().items() if isinstance(w, Tensor)}
+    before = restore(state)
+    there = {key: w for key, w in before.state_dict().items() if isinstance(w, Tensor)}
     fresh = method.state_dict()
     here = {key: w for key, w in fresh.items() if isinstance(w, Tensor)}
     differ = [f"{key} only there" for key in there.keys() - here.keys()]
@@ -110,16 +111,17 @@ def start_from(method: Method, name: str, state: dict[str, Any], data: Path) -> 
         for key in here
         if key in there and here[key].shape != there[key].shape
     ]
-    if differ:
+    # A softmax of C classes has as many channels as sigmoids of C+1, in another order.
+    if differ or before.options.classes != method.options.classes:
         options = [
             f"{flag_of(f.name) if f.metadata['flag'] else f.name} is {was} there and {now} here"
             for f in dataclasses.fields(method.options)
             if (was := saved.get(f.name, default_of(f))) != (now := getattr(method.options, f.name))
         ]
         why = "; ".join(options) or "another version wrote it"
+        shown = f" Weights that differ: {some(sorted(differ), 3, '; ')}." if differ else ""
         raise UserError(
-            f"--init {file} does not fit this run: {why}. Train with the same, or start without --init. "
-            f"Weights that differ: {some(sorted(differ), 3, '; ')}."
+            f"--init {file} does not fit this run: {why}. Train with the same, or start without --init.{shown}"
         )
     refuse_other_order(data, method.options, state)
     method.load_state_dict(fresh | there)

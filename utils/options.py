@@ -108,8 +108,9 @@ class Parser(argparse.ArgumentParser):
             name = flag.lstrip("-").replace("-", "_")
             if name in self.renamed:
                 self.error(f"unknown argument {flag}: it is called {flag_of(self.renamed[name])} now.")
-            if name in self.owners:
-                self.error(f"unknown argument {flag}. It is an option of --method {', '.join(self.owners[name])}.")
+            owners = self.owners.get(name) or self.owners.get(name.removeprefix("no_"))
+            if owners:
+                self.error(f"unknown argument {flag}. It is an option of --method {', '.join(owners)}.")
             names = [name.lstrip("-") for name in self._option_string_actions]  # the dashes would make all look alike
             here = called_here(flag.lstrip("-"), names)
             if here:

@@ -237,6 +237,7 @@ BAD_FLAGS = {
     "--method dk-uxnet --no-kmax --consistency-terms qdc": ("--no-kmax",),
     "--method mc-net-plus --temperature 2": ("--temperature 2 must be at most 1",),
     "--method ua-mt --head sdm": ("--head. It is an option of --method supervised.",),
+    "--method ua-mt --no-learnable": ("--no-learnable. It is an option of --method double-unc.",),
     # words of other projects
     "--epochs 100": ("unknown argument --epochs. Here it is --iterations, a number of batches",),
     "--gpu 0": ("unknown argument --gpu. Here it is --device, as --device cuda:0",),
