@@ -25,11 +25,13 @@ import torch
 from torch import Tensor
 
 from losses.ema import Averages, ema_decay
+from losses.mixing import paste_next, random_box
 from losses.perturbation import strong_view
 from losses.ramps import ramp_up
 from losses.terms import dice_loss, hard_dice, probabilities, sdm_to_mask, seg_loss, weighted_sum
 from methods.base import TUNED, Batch, Losses, Method, softmax_option
 from methods.dtml import probability_maps, task_maps, task_monitors
+from utils.devices import to_device
 from utils.options import Condition, option
 
 TRUST = ("all", "voxel", "both")
@@ -67,6 +69,8 @@ class DTMLPlus(Method):
         trust: str = option("both", "voxels of a pseudo-label to learn: all; voxel: where both tasks agree; both: "
                             "there, weighted by the Dice of the two tasks on the crop", choices=TRUST,
                             only_if=BOTH)  # fmt: skip
+        paste: float = option(0.0, "sides of the box inside of which a labeled crop has the next one, as a share of those "
+                              "of the crop; 0: none", minimum=0, maximum=0.9)  # fmt: skip
         strong: float = option(0.5, "strength of the contrast, noise and blur of the strong views", minimum=0)
 
     options: Options
@@ -82,6 +86,10 @@ class DTMLPlus(Method):
     def forward(self, batch: Batch, iteration: int) -> Losses:
         o, label, L = self.options, batch["label"], len(batch["label"])
         labeled, unlabeled = batch["image"].tensor_split([L])
+        if o.paste:
+            boxes = torch.stack([random_box(labeled.shape[2:], o.paste) for _ in range(L)])
+            boxes = to_device(boxes, labeled.device)
+            labeled, label = paste_next(labeled, boxes), paste_next(label, boxes)
         # One pass for labeled and unlabeled crops, so that batch norm normalises over both.
         logits = self.M_s(torch.cat([labeled, strong_view(unlabeled, o.strong)]))["seg"]
         z = self.M_d(torch.cat([labeled, strong_view(unlabeled, o.strong)]))["sdm"]
