@@ -86,19 +86,23 @@ class DTMLPlus(Method):
     def forward(self, batch: Batch, iteration: int) -> Losses:
         o, label, L = self.options, batch["label"], len(batch["label"])
         labeled, unlabeled = batch["image"].tensor_split([L])
-        if o.paste:
-            boxes = torch.stack([random_box(labeled.shape[2:], o.paste) for _ in range(L)])
-            boxes = to_device(boxes, labeled.device)
-            labeled, label = paste_next(labeled, boxes), paste_next(label, boxes)
-        # One pass for labeled and unlabeled crops, so that batch norm normalises over both.
-        logits = self.M_s(torch.cat([labeled, strong_view(unlabeled, o.strong)]))["seg"]
-        z = self.M_d(torch.cat([labeled, strong_view(unlabeled, o.strong)]))["sdm"]
-        p, m = probabilities(logits, o.classes), sdm_to_mask(z, o.k)
         weight = o.pseudo_weight * self.ramp(iteration) if len(unlabeled) else 0.0
+        boxes = to_device(torch.stack([random_box(labeled.shape[2:], o.paste) for _ in batch["image"]]), labeled.device)
+        own, theirs = boxes.tensor_split([L])
+        labeled, label = paste_next(labeled, own), paste_next(label, own)
+        pseudo, a, monitors = self.pseudo_label(unlabeled) if weight else (None, None, {})
+        S = (
+            [paste_next(strong_view(unlabeled, o.strong), theirs) for _ in range(2)]
+            if len(unlabeled)
+            else [unlabeled] * 2
+        )
+        # One pass for labeled and unlabeled crops, so that batch norm normalises over both.
+        logits = self.M_s(torch.cat([labeled, S[0]]))["seg"]
+        z = self.M_d(torch.cat([labeled, S[1]]))["sdm"]
+        p, m = probabilities(logits, o.classes), sdm_to_mask(z, o.k)
         terms = {"seg": seg_loss(logits[:L], label, o.classes), "mask": dice_loss(m[:L], label)}
-        monitors: dict[str, Tensor] = {}
         if weight:
-            pseudo, a, monitors = self.pseudo_label(unlabeled)
+            pseudo, a = paste_next(pseudo, theirs), paste_next(a, theirs)
             terms["pseudo_seg"] = seg_loss(logits[L:], pseudo, o.classes, a)
             terms["pseudo_mask"] = dice_loss(m[L:], pseudo, a)
         else:
