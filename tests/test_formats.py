@@ -219,6 +219,7 @@ def test_a_recipe_names_what_differs_from_the_preset():
              "dk-uxnet-16": "`repaired`", "dtml-both-16": "`paper`",
              "dtml-adamw-16": "`paper`, `--optimizer adamw`, `--lr 0.001`, `--weight-decay 0.01`"}  # fmt: skip
     assert {key: recipe_of(LA_RUNS[key].split()) for key in texts} == texts
+    assert recipe_of(HIPPOCAMPUS_RUNS["supervised-pasted-8"].split()) == "`tuned`, `--paste 0.67`"
 
 
 def test_labels_select_rows(here, capsys):
