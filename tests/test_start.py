@@ -60,7 +60,7 @@ def test_the_log_begins_with_what_is_trained_and_says_how_long_it_will_take(run)
 def test_the_batch_in_the_log_is_that_of_each_process(run, monkeypatch):
     o = Options(data="set", batch_size=6, patch_size=[32, 16, 16], downsample=2)
     t: Any = SimpleNamespace(o=o, folder=run, method=restore(load_checkpoint(run)), labeled=4, unlabeled=4,
-                             validation=[], labeled_batch=2, start=0, constant={})  # fmt: skip
+                             validation=[], labeled_batch=2, start=0, class_names={})  # fmt: skip
     batches = []
     for ranks in (1, 2):
         monkeypatch.setattr(training_start, "RANKS", ranks)
