@@ -82,9 +82,9 @@ class DTMLPlus(Method):
     def forward(self, batch: Batch, iteration: int) -> Losses:
         o, label, L = self.options, batch["label"], len(batch["label"])
         labeled, unlabeled = batch["image"].tensor_split([L])
-        # One pass for labeled and unlabeled crops, so that batch norm normalises over both.
-        logits = self.M_s(torch.cat([labeled, strong_view(unlabeled, o.strong)]))["seg"]
-        z = self.M_d(torch.cat([labeled, strong_view(unlabeled, o.strong)]))["sdm"]
+        # Labeled and unlabeled crops apart, so that batch norm normalises over crops of one kind.
+        logits = torch.cat([self.M_s(x)["seg"] for x in (labeled, strong_view(unlabeled, o.strong)) if len(x)])
+        z = torch.cat([self.M_d(x)["sdm"] for x in (labeled, strong_view(unlabeled, o.strong)) if len(x)])
         p, m = probabilities(logits, o.classes), sdm_to_mask(z, o.k)
         weight = o.pseudo_weight * self.ramp(iteration) if len(unlabeled) else 0.0
         terms = {"seg": seg_loss(logits[:L], label, o.classes), "mask": dice_loss(m[:L], label)}

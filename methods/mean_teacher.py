@@ -50,7 +50,7 @@ class MeanTeacher(Method):
 
     def forward(self, batch: Batch, iteration: int) -> Losses:
         o, image, label = self.options, batch["image"], batch["label"]
-        logits = self.student(image)["seg"]
+        logits = torch.cat([self.student(x)["seg"] for x in image.tensor_split([len(label)])])
         p = probabilities(logits, o.classes)
         first = len(label) if o.consistency_on == "unlabeled" else 0
         consistency, monitors = self.consistency(p[first:], image[first:], iteration)
