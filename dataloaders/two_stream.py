@@ -124,7 +124,8 @@ class Patches(Dataset[dict[str, Any]]):
         intensity: strength of `random_intensities`; 0: none.
         sdm_of: compute distance maps in the 'crop', as in the released codes, or in the whole 'scan' before cropping.
         object_share: probability that a labeled crop is placed around a voxel of the object, see `onto_object`.
-        paste: sides of the box inside of which a labeled crop is one of another labeled case, see `pasted`; 0: none.
+        paste: share of its sides that the box has inside of which a labeled crop is one of another labeled case, image,
+            label and map alike; 0: none. A map of the crop is that of the mix, one of the scan each voxel's own scan's.
     """
 
     def __init__(
@@ -197,27 +198,30 @@ class Patches(Dataset[dict[str, Any]]):
         return label
 
     def __getitem__(self, slot: Slot) -> dict[str, Any]:
-        labeled = self.volumes.cases[slot.case].labeled
-        return self.pasted(slot) if self.paste and labeled else self.sample(slot)
-
-    def pasted(self, slot: Slot) -> dict[str, Any]:
-        """The sample of a slot with that of another labeled case, all alike, pasted into it (CutMix).
-
-        Distance maps are those of the mix, with `sdm_of` scan each voxel's own scan's. A second crop has its own box.
-        """
-        random = np.random.default_rng([self.seed, 5, slot.step, slot.slot])
-        others = [case for case in self._labeled if case != slot.case]
-        other = Slot(slot.step, slot.slot + PASTED, others[random.integers(len(others))])
-        item, inside = self.sample(slot), self.sample(other)
-        for names in (("image", "label", "sdm"), ("other_image", "other_label")):
-            box = random_box(self.patch_size, self.paste, lambda n: int(random.integers(n)))
-            item |= {x: paste(item[x], inside[x], box.to(item[x].device)) for x in names if x in item}
-        if self.sdm and self.sdm_of == "crop":
+        (own, *pasted), generator = self.slots_of(slot)
+        item = self.sample(own)
+        for other in pasted:
+            inside = self.sample(other)
+            for names in (("image", "label", "sdm"), ("other_image", "other_label")):  # a second crop has its own box
+                box = random_box(self.patch_size, self.paste, lambda n: int(generator.integers(n)))
+                item |= {x: paste(item[x], inside[x], box.to(item[x].device)) for x in names if x in item}
+        if self.sdm and self.sdm_of == "crop" and "label" in item:
             item["sdm"] = self.distances_of(item["label"], slot.case)
         return item
 
+    def slots_of(self, slot: Slot) -> tuple[list[Slot], np.random.Generator]:
+        """The slots of the samples in an item, and the generator after drawing them.
+
+        They are its own and, with `paste` and a label, one of another labeled case, all alike, to paste in (CutMix).
+        """
+        generator = np.random.default_rng([self.seed, 5, slot.step, slot.slot])
+        if not (self.paste and self.volumes.cases[slot.case].labeled):
+            return [slot], generator
+        others = [case for case in self._labeled if case != slot.case]
+        return [slot, Slot(slot.step, slot.slot + PASTED, others[generator.integers(len(others))])], generator
+
     def sample(self, slot: Slot) -> dict[str, Any]:
-        """The item of a slot before pasting."""
+        """The item of a slot before pasting, without distance maps of the crop."""
         draws, generator = self.draws(slot)
         item, *second = (self.crop(slot.case, draw) for draw in draws)
         for crop in (item, *second) if self.intensity else ():
@@ -257,8 +261,6 @@ class Patches(Dataset[dict[str, Any]]):
                 parts = [part[box] for part in self.distances_of_scan(case)]
                 # Padding counts as background at the largest distance: +1, not 0.
                 item["sdm"] = torch.stack([turn_and_flip(1 - pad(1 - part, margins), draw) for part in parts])
-            elif self.sdm:
-                item["sdm"] = self.distances_of(item["label"], case)
         return item
 
     def warped(self, case: int, draw: Draw) -> tuple[Tensor, Tensor | None]:

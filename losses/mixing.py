@@ -1,6 +1,6 @@
 """Mixing of crops: a random box, and one crop pasted into another inside of it.
 
-Random numbers are torch's, so they are a function of (seed, iteration), where the caller does not draw them.
+Random numbers are torch's, a function of (seed, iteration), unless the caller brings its own.
 """
 
 import math

@@ -47,6 +47,7 @@ def test_a_box_of_another_labeled_scan_is_in_the_crop_image_and_label_alike(volu
         assert tuple(high - low) == BOX and len(inside) == np.prod(BOX)
         (partner,) = set(item["label"].unique().tolist()) - {1}
         partners[partner] += 1
+        assert [slot.case for slot in p.slots_of(Slot(step, 0, 0))[0]] == [0, partner - 1]
         corners.add(tuple(low.tolist()))
     assert set(partners) == {2, 3} and abs(partners[2] - 150) < 4 * np.sqrt(300) / 2
     assert min(corners)[0] == 0 and max(corners)[0] == PATCH[0] - BOX[0]

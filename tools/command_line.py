@@ -122,7 +122,7 @@ def usual_name(o: Options, method_options: Method.Options, flags: dict[str, Any]
     usual, usual_of_method = combine({key: flags[key] for key in ("data", "profile", "preset") if key in flags}, kind)
     derived = combine({key: value for key, value in flags.items() if key != "lr_steps"}, kind)[0].lr_steps
     skip = ["method", "labeled", "seed", "init", *(["lr_steps"] if o.lr_steps == derived else [])]
-    # It follows from the classes, unless the preset sets it:
+    # --softmax follows from the classes, unless the preset sets it:
     usual_of_method.softmax = fill(kind.Options, kind.PRESETS[o.preset]).softmax or method_options.classes > 1
     changed = varied(o, usual, skip) + varied(method_options, usual_of_method)
     dataset = Path(os.path.abspath(o.data)).name

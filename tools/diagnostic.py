@@ -35,9 +35,10 @@ def kept_for_diagnosis(t: Training) -> Iterator[None]:
         slots = t.sampler.slots(e.iteration)
         batch = collate([t.patches[slot] for slot in slots])  # the same again
         boxes = [
-            {"case": t.volumes.cases[slot.case].name, "slot": slot.slot, **dataclasses.asdict(draw)}
+            {"case": t.volumes.cases[sample.case].name, "slot": slot.slot, **dataclasses.asdict(draw)}
             for slot in slots
-            for draw in t.patches.draws(slot)[0]
+            for sample in t.patches.slots_of(slot)[0]
+            for draw in t.patches.draws(sample)[0]
         ]
         extra = {"error": str(e), "rank": RANK, "batch": batch, "boxes": boxes}
         try:
