@@ -66,6 +66,19 @@ def test_what_is_pasted_is_augmented_on_its_own_and_the_rest_is_as_without(tmp_p
     assert all(torch.equal(again[name], mixed[name]) for name in ("image", "label"))
 
 
+def test_what_is_pasted_has_a_place_and_a_turn_of_its_own(tmp_path):
+    """From a twin of the scan, the same place turned alike would paste what is there already."""
+    image = np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32)
+    for name in "ab":
+        write_case(tmp_path / f"{name}.h5", image, np.ones(SHAPE, np.uint8))
+    volumes = Volumes([Case(name, tmp_path / f"{name}.h5", True) for name in "ab"])
+    changed = []
+    for step in range(10):
+        mixed, plain = (patches(volumes, share)[Slot(step, 0, 0)]["image"] for share in (SHARE, 0.0))
+        changed.append(int((mixed != plain).sum()))
+    assert np.mean(changed) > 0.9 * np.prod(BOX)
+
+
 def test_unlabeled_crops_stay_as_they_are(volumes):
     item = patches(volumes)[Slot(0, 4, 3)]
     assert (item["image"].floor() == 9).all() and "label" not in item
