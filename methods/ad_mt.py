@@ -38,7 +38,7 @@ from losses.terms import (
     weighted_sum,
     with_background,
 )
-from methods.base import TUNED, Batch, Losses, Method, by_name, labeled_part, seg_outputs
+from methods.base import TUNED, Batch, Losses, Method, batch_norm_option, by_name, labeled_part, seg_outputs
 from utils.devices import to_device
 from utils.options import Condition, option
 
@@ -53,6 +53,7 @@ class ADMT(Method):
 
     @dataclass
     class Options(Method.Options):
+        batch_norm: str = batch_norm_option()
         ema_decay: float = option(0.99, "decay of the teachers' moving averages", minimum=0, maximum=1)
         period: int = option(19, "most iterations of a teacher's turn", minimum=1)
         pseudo_weight: float = option(2.0, "largest weight of the pseudo-labels", minimum=0)
@@ -85,8 +86,7 @@ class ADMT(Method):
         first = int(self.turns[iteration]) == 0
         boxes = None if first else mixing_boxes(unlabeled)
         view = strong_view(unlabeled, o.strong) if boxes is None else paste_next(unlabeled, boxes)
-        # One pass for all crops, so that batch norm normalises over all.
-        logits = self.student(torch.cat([labeled, unlabeled, view]))["seg"]
+        logits = self.passes(self.student, torch.cat([labeled, unlabeled, view]), L)["seg"]
         x, plain, strong = logits.tensor_split([L, L + len(unlabeled)])
         terms, monitors = {"seg": seg_loss(x, label, o.classes)}, {}
         if len(unlabeled):

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from losses.terms import EPSILON, dice_loss, foreground_logits, hard_dice, masked_mean, weighted_sum
 from methods.adversary import Adversary, judged_output
-from methods.base import Batch, Losses, Method, labeled_part, softmax_option
+from methods.base import Batch, Losses, Method, batch_norm_option, labeled_part, softmax_option
 from networks.critics import ConfidenceNet
 from utils.options import Condition, option
 
@@ -40,6 +40,7 @@ class ASDNet(Method):
     class Options(Method.Options):
         filters: int = option(16, "channels of the V-Net's first block; the critic has twice as many", minimum=1)
         softmax: bool = softmax_option()
+        batch_norm: str = batch_norm_option()
         attention: str = option("relative", "w and a, with mean 1 or as released, or neither", choices=ATTENTION)
         lambda_adv: float = option(0.05, "weight of convincing the critic", minimum=0)
         lambda_semi: float = option(0.1, "weight of the pseudo labels", minimum=0, only_if=PSEUDO)
@@ -66,7 +67,7 @@ class ASDNet(Method):
 
     def forward(self, batch: Batch, iteration: int) -> Losses:
         o, image, label, labeled = self.options, batch["image"], batch["label"], len(batch["label"])
-        logits = foreground_logits(self.network(image)["seg"])
+        logits = foreground_logits(self.passes(self.network, image, labeled)["seg"])
         p, y = logits.sigmoid(), label.unsqueeze(1).to(logits.dtype)
         verdict = foreground_logits(self.adversary(self.critic_input(p, image)))
         M, doubt = verdict.detach().sigmoid(), torch.sigmoid(-verdict[:labeled].detach())

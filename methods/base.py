@@ -1,6 +1,6 @@
 """The interface between the training loop and a method."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
@@ -37,6 +37,12 @@ def softmax_option(**kwargs: Any) -> Any:
     """The option --softmax of a method whose network has the head seg; None is replaced by `Method.Options`."""
     text = "p by a softmax over C+1 channels, not by C sigmoids (default yes with several classes, no with one)"
     return option(None, text, type=bool, **kwargs)
+
+
+def batch_norm_option() -> Any:
+    """The option --batch-norm of a method whose passes hold labeled and unlabeled crops; see `Method.parts`."""
+    text = "over which crops of a pass that learns batch norm normalises: all, or the labeled and the others separately"
+    return option("joint", text, choices=("joint", "separate"))
 
 
 ITEMS = ("all", "unlabeled")
@@ -145,6 +151,20 @@ class Method(nn.Module):
             BACKBONES[o.backbone], filters=o.filters, in_channels=o.channels, dropout=o.dropout, halvings=o.halvings
         )
 
+    def parts(self, image: Tensor, labeled: int) -> list[Tensor]:
+        """image (N,K,W,H,D) -> the crops of each pass: all, or with --batch-norm separate the labeled and the others.
+
+        In one pass with labeled crops, others change their batch norm. That is no harm where these are learned as well.
+        Where they are hardly learned, a network may tell both kinds apart, and fails on other scans.
+        """
+        apart = self.options.batch_norm == "separate"
+        return [x for x in image.tensor_split([labeled]) if len(x)] if apart else [image]
+
+    def passes(self, network: nn.Module, image: Tensor, labeled: int) -> dict[str, Tensor]:
+        """The outputs of network(image), image (N,K,W,H,D), computed in the passes of `parts`."""
+        outputs = [network(x) for x in self.parts(image, labeled)]
+        return {name: joined([x[name] for x in outputs]) for name in outputs[0]}
+
     def forward(self, batch: Batch, iteration: int) -> Losses:
         """Returns the losses of a batch at this iteration (0 <= iteration < iterations)."""
         raise NotImplementedError
@@ -159,6 +179,11 @@ class Method(nn.Module):
     def maps(self, image: Tensor) -> dict[str, Tensor]:
         """image (N,K,W,H,D) -> name -> map (N,W,H,D) for the pictures; the C channels of a prediction come first."""
         raise NotImplementedError
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Outputs of the passes of `Method.parts`, (n,...) each -> (N,...); that of a single pass is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def by_name(**maps: Tensor) -> dict[str, Tensor]:

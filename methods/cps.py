@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from losses.ramps import ramp_up
 from losses.terms import ce_loss, hard_dice, probabilities, seg_loss, weighted_sum
-from methods.base import ITEMS, TUNED, Batch, Losses, Method, by_name, labeled_part
+from methods.base import ITEMS, TUNED, Batch, Losses, Method, batch_norm_option, by_name, labeled_part
 from utils.masks import label_maps
 from utils.options import Condition, option
 
@@ -42,6 +42,7 @@ class CPS(Method):
 
     @dataclass
     class Options(Method.Options):
+        batch_norm: str = batch_norm_option()
         pseudo_weight: float = option(1.5, "w, largest weight of the pseudo-labels", minimum=0)
         pseudo_on: str = option("all", "crops with pseudo-labels", choices=ITEMS, only_if=COUNTS)
         ramp_end: float = option(0.0, "share of the iterations after which w is largest, a Gaussian ramp; 0: at once",
@@ -57,7 +58,7 @@ class CPS(Method):
 
     def forward(self, batch: Batch, iteration: int) -> Losses:
         o, image, label = self.options, batch["image"], batch["label"]
-        logits = [network(image)["seg"] for network in self.networks]
+        logits = [self.passes(network, image, len(label))["seg"] for network in self.networks]
         p = [probabilities(x.detach(), o.classes) for x in logits]
         pseudo = [label_maps(q) for q in p]
         parts = [slice(len(label), None)] if len(image) > len(label) else []

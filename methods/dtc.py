@@ -36,17 +36,17 @@ class DTC(TwoHeads):
 
     def forward(self, batch: Batch, iteration: int) -> Losses:
         o = self.options
-        q, z = self.heads(batch["image"])
+        q, z = self.heads(self.passes(self.network, batch["image"], len(batch["label"])))
         m = sdm_to_mask(z, o.k)
         lambda_ = o.lambda_max * ramp_up(iteration, self.iterations, o.ramp)
         monitors = {"live_share/sdm": live_share(m.detach())}
         return self.losses(q, z, batch, {"consistency": consistency_loss(m, q)}, lambda_, **monitors)
 
     def predict(self, image: Tensor, outputs: tuple[str, ...]) -> Tensor:
-        q, z = self.heads(image)
+        q, z = self.heads(self.network(image))
         predictions = {"seg": q, "sdm": sdm_to_mask(z, self.options.k)}
         return torch.cat([predictions[name] for name in outputs], dim=1)
 
     def maps(self, image: Tensor) -> dict[str, Tensor]:
-        q, z = self.heads(image)
+        q, z = self.heads(self.network(image))
         return by_name(q=q, z=z, m=sdm_to_mask(z, self.options.k))

@@ -42,6 +42,7 @@ from methods.base import (
     Batch,
     Losses,
     Method,
+    batch_norm_option,
     by_name,
     labeled_part,
     softmax_option,
@@ -64,6 +65,7 @@ class DTML(Method):
     @dataclass
     class Options(Method.Options):
         softmax: bool = softmax_option()
+        batch_norm: str = batch_norm_option()
         sdm_loss: str = option("mask", "supervised loss of M_d (Table 1)", choices=SDM_LOSSES)
         dis_weight: float = option(1.0, "weight of L_dis, next to L_mask", minimum=0, only_if={"sdm_loss": ("both",)})
         k: float = option(1500.0, "steepness of m = sigmoid(-k z)", minimum=1e-6)
@@ -87,9 +89,10 @@ class DTML(Method):
 
     def forward(self, batch: Batch, iteration: int) -> Losses:
         o = self.options
-        logits, z = self.M_s(batch["image"])["seg"], self.M_d(batch["image"])["sdm"]
+        image, label = batch["image"], batch["label"]
+        logits = self.passes(self.M_s, image, len(label))["seg"]
+        z = self.passes(self.M_d, image, len(label))["sdm"]
         p, m = probabilities(logits, o.classes), sdm_to_mask(z, o.k)
-        label = batch["label"]
         terms = {"seg": seg_loss(labeled_part(logits, batch), label, o.classes)}
         if o.sdm_loss in ("mask", "both"):
             terms["mask"] = dice_loss(labeled_part(m, batch), label)

@@ -28,7 +28,7 @@ from losses.ema import Averages, ema_decay
 from losses.perturbation import strong_view
 from losses.ramps import ramp_up
 from losses.terms import dice_loss, hard_dice, probabilities, sdm_to_mask, seg_loss, weighted_sum
-from methods.base import TUNED, Batch, Losses, Method, softmax_option
+from methods.base import TUNED, Batch, Losses, Method, batch_norm_option, softmax_option
 from methods.dtml import probability_maps, task_maps, task_monitors
 from utils.options import Condition, option
 
@@ -57,6 +57,7 @@ class DTMLPlus(Method):
     @dataclass
     class Options(Method.Options):
         softmax: bool = softmax_option()
+        batch_norm: str = batch_norm_option()
         k: float = option(50.0, "steepness of m = sigmoid(-k z)", minimum=1e-6)
         ema_decay: float = option(0.99, "decay of the moving averages", minimum=0, maximum=1)
         pseudo_weight: float = option(0.5, "largest weight of the pseudo-label losses", minimum=0, only_if=STARTS)
@@ -82,9 +83,8 @@ class DTMLPlus(Method):
     def forward(self, batch: Batch, iteration: int) -> Losses:
         o, label, L = self.options, batch["label"], len(batch["label"])
         labeled, unlabeled = batch["image"].tensor_split([L])
-        # One pass for labeled and unlabeled crops, so that batch norm normalises over both.
-        logits = self.M_s(torch.cat([labeled, strong_view(unlabeled, o.strong)]))["seg"]
-        z = self.M_d(torch.cat([labeled, strong_view(unlabeled, o.strong)]))["sdm"]
+        logits = self.passes(self.M_s, torch.cat([labeled, strong_view(unlabeled, o.strong)]), L)["seg"]
+        z = self.passes(self.M_d, torch.cat([labeled, strong_view(unlabeled, o.strong)]), L)["sdm"]
         p, m = probabilities(logits, o.classes), sdm_to_mask(z, o.k)
         weight = o.pseudo_weight * self.ramp(iteration) if len(unlabeled) else 0.0
         terms = {"seg": seg_loss(logits[:L], label, o.classes), "mask": dice_loss(m[:L], label)}

@@ -18,7 +18,20 @@ from torch import Tensor
 
 from losses.ramps import RAMPS, ramp_up
 from losses.terms import consistency_loss, dice_loss, hard_dice, probabilities, weighted_sum
-from methods.base import AGREES, RISES, TIMED, TUNED, Batch, Losses, Method, by_name, labeled_part, softmax_option
+from methods.base import (
+    AGREES,
+    RISES,
+    TIMED,
+    TUNED,
+    Batch,
+    Losses,
+    Method,
+    batch_norm_option,
+    by_name,
+    joined,
+    labeled_part,
+    softmax_option,
+)
 from networks.decoders import UPS, Decoders
 from utils.errors import UserError
 from utils.options import option
@@ -37,6 +50,7 @@ class MCNetPlus(Method):
     @dataclass
     class Options(Method.Options):
         softmax: bool = softmax_option()
+        batch_norm: str = batch_norm_option()
         temperature: float = option(0.1, "T of the sharpened pseudo-labels; 1: not sharpened", minimum=0.01,
                                     only_if=AGREES)  # fmt: skip
         target_gradient: bool = option(False, "let the gradient flow through the pseudo-labels too", only_if=AGREES)
@@ -58,7 +72,8 @@ class MCNetPlus(Method):
 
     def forward(self, batch: Batch, iteration: int) -> Losses:
         o, label = self.options, batch["label"]
-        p = self.probabilities(batch["image"])
+        passes = [self.probabilities(x) for x in self.parts(batch["image"], len(label))]
+        p = [joined(p_i) for p_i in zip(*passes, strict=True)]
         dice = torch.stack([dice_loss(labeled_part(p_i, batch), label) for p_i in p]).sum()
         terms = {"seg": dice, "consistency": self.consistency(p)}
         lambda_ = o.lambda_max * ramp_up(iteration, o.ramp_end * self.iterations, o.ramp)

@@ -18,7 +18,18 @@ from losses.ema import ema_decay, ema_update, make_teacher
 from losses.perturbation import noisy
 from losses.ramps import RAMPS, ramp_up
 from losses.terms import consistency_loss, hard_dice, probabilities, seg_loss, weighted_sum
-from methods.base import AGREES, ITEMS, Batch, Losses, Method, by_name, labeled_part, seg_outputs, softmax_option
+from methods.base import (
+    AGREES,
+    ITEMS,
+    Batch,
+    Losses,
+    Method,
+    batch_norm_option,
+    by_name,
+    labeled_part,
+    seg_outputs,
+    softmax_option,
+)
 from utils.options import option
 
 
@@ -30,6 +41,7 @@ class MeanTeacher(Method):
     @dataclass
     class Options(Method.Options):
         softmax: bool = softmax_option()
+        batch_norm: str = batch_norm_option()
         consistency_on: str = option("all", "crops on which the consistency is computed", choices=ITEMS,
                                      only_if=AGREES)  # fmt: skip
         lambda_max: float = option(0.1, "largest weight of the consistency", minimum=0)
@@ -50,7 +62,7 @@ class MeanTeacher(Method):
 
     def forward(self, batch: Batch, iteration: int) -> Losses:
         o, image, label = self.options, batch["image"], batch["label"]
-        logits = self.student(image)["seg"]
+        logits = self.passes(self.student, image, len(label))["seg"]
         p = probabilities(logits, o.classes)
         first = len(label) if o.consistency_on == "unlabeled" else 0
         consistency, monitors = self.consistency(p[first:], image[first:], iteration)

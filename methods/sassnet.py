@@ -48,7 +48,7 @@ class SASSNet(TwoHeads):
 
     def forward(self, batch: Batch, iteration: int) -> Losses:
         o, image, labeled = self.options, batch["image"], len(batch["label"])
-        q, z = self.heads(image)
+        q, z = self.heads(self.passes(self.network, image, labeled))
         verdict = self.adversary(z[labeled:], image[labeled:])
         adversarial = cross_entropy(verdict, torch.ones(len(verdict), dtype=torch.long, device=verdict.device))
         w = o.adversarial_max * ramp_up(iteration, self.iterations, o.ramp)

@@ -32,7 +32,20 @@ from torch import Tensor, nn
 from losses.perturbation import adversarial
 from losses.ramps import RAMPS, ramp_up
 from losses.terms import agreement_loss, dice_loss, hard_dice, probabilities, soft_dice_loss, weighted_sum
-from methods.base import AGREES, RISES, TIMED, TUNED, Batch, Losses, Method, by_name, labeled_part, softmax_option
+from methods.base import (
+    AGREES,
+    RISES,
+    TIMED,
+    TUNED,
+    Batch,
+    Losses,
+    Method,
+    batch_norm_option,
+    by_name,
+    joined,
+    labeled_part,
+    softmax_option,
+)
 from networks.backbone import uncounted
 from networks.heads import attention, projection
 from utils.masks import label_maps
@@ -61,6 +74,7 @@ class SSNet(Method):
     @dataclass
     class Options(Method.Options):
         softmax: bool = softmax_option()
+        batch_norm: str = batch_norm_option()
         distance: str = option("dice", "D of two predictions; agreement: as released", choices=list(DISTANCES),
                                only_if=AGREES)  # fmt: skip
         magnitude: float = option(10.0, "eps, length of the perturbation of a crop", minimum=0, only_if=AGREES)
@@ -91,14 +105,14 @@ class SSNet(Method):
 
     def forward(self, batch: Batch, iteration: int) -> Losses:
         o, image, label, L = self.options, batch["image"], batch["label"], len(batch["label"])
-        maps = self.network.features(image)
-        logits = self.network.read(maps)["seg"]
+        features = [self.network.features(x) for x in self.parts(image, L)]
+        maps, logits = (joined(x) for x in zip(*((f[-1], self.network.read(f)["seg"]) for f in features), strict=True))
         p = probabilities(logits, o.classes)
-        terms = {"seg": dice_loss(p[:L], label), "smoothness": self.smoothness(image, p.detach())}
+        terms = {"seg": dice_loss(p[:L], label), "smoothness": self.smoothness(image, p.detach(), L)}
         monitors = {"dice/train_seg": hard_dice(labeled_part(p.detach(), batch), label)}
         if self.separator is not None:
             losses, numbers = self.separator(
-                maps[-1], label_maps(p.detach()), label, prototypes=o.prototypes, largest=o.rank == "highest"
+                maps, label_maps(p.detach()), label, prototypes=o.prototypes, largest=o.rank == "highest"
             )
             terms["separation"] = losses.sum() / (o.classes + 1)
             monitors["prototypes"] = numbers.mean()
@@ -106,12 +120,12 @@ class SSNet(Method):
         total = weighted_sum(terms, {"smoothness": lambda_, "separation": o.separation * lambda_})
         return Losses(total, terms, {"lambda": lambda_}, monitors)
 
-    def smoothness(self, image: Tensor, p: Tensor) -> Tensor:
+    def smoothness(self, image: Tensor, p: Tensor, labeled: int) -> Tensor:
         """L_smo of image (N,K,W,H,D) and its prediction p (N,C,W,H,D), which gets no gradient."""
         o, distance = self.options, DISTANCES[self.options.distance]
 
         def loss(x: Tensor) -> Tensor:
-            return distance(probabilities(self.network(x)["seg"], o.classes), p)
+            return distance(probabilities(self.passes(self.network, x, labeled)["seg"], o.classes), p)
 
         with uncounted():  # these crops are not of the data
             return loss(image + adversarial(loss, image, xi=o.xi, magnitude=o.magnitude))

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from losses.terms import dice_loss, hard_dice, probabilities, weighted_sum
-from methods.base import Batch, Losses, Method, by_name, labeled_part, softmax_option
+from methods.base import Batch, Losses, Method, batch_norm_option, by_name, labeled_part, softmax_option
 from utils.options import option
 
 
@@ -21,6 +21,7 @@ class TwoHeads(Method):
     @dataclass
     class Options(Method.Options):
         softmax: bool = softmax_option()
+        batch_norm: str = batch_norm_option()
         beta: float = option(0.3, "weight of the squared error of the signed distance map", minimum=0)
 
     options: Options
@@ -33,9 +34,8 @@ class TwoHeads(Method):
         self.needs_sdm = o.beta > 0
         self.network = self.backbone(heads={"seg": self.seg_channels, "sdm": o.classes})
 
-    def heads(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """image (N,K,W,H,D) -> q in [0,1] and z in [-1,1], each (N,C,W,H,D)."""
-        outputs = self.network(image)
+    def heads(self, outputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Outputs of the network -> q in [0,1] and z in [-1,1], each (N,C,W,H,D)."""
         return probabilities(outputs["seg"], self.options.classes), outputs["sdm"]
 
     def losses(
@@ -58,8 +58,8 @@ class TwoHeads(Method):
         return Losses(weighted_sum(terms, factors), terms, {"lambda": weight}, monitors)
 
     def predict(self, image: Tensor, outputs: tuple[str, ...]) -> Tensor:
-        return torch.cat([self.heads(image)[0] for _ in outputs], dim=1)
+        return torch.cat([self.heads(self.network(image))[0] for _ in outputs], dim=1)
 
     def maps(self, image: Tensor) -> dict[str, Tensor]:
-        q, z = self.heads(image)
+        q, z = self.heads(self.network(image))
         return by_name(q=q, z=z)

@@ -26,7 +26,7 @@ from torch import Tensor
 from losses.mixing import paste_next, random_box
 from losses.perturbation import strong_view
 from losses.terms import ce_loss, dice_loss, hard_dice, probabilities, seg_loss, weighted_sum, with_background
-from methods.base import TUNED, Batch, Losses, Method, by_name, labeled_part, softmax_option
+from methods.base import TUNED, Batch, Losses, Method, batch_norm_option, by_name, joined, labeled_part, softmax_option
 from utils.devices import to_device
 from utils.masks import label_maps
 from utils.options import Condition, option
@@ -50,6 +50,7 @@ class UniMatch(Method):
     @dataclass
     class Options(Method.Options):
         softmax: bool = softmax_option()
+        batch_norm: str = batch_norm_option()
         threshold: float = option(0.95, "T, probability from which a pseudo-label counts", minimum=0, maximum=1,
                                   only_if=[STRONG, FEATURE])  # fmt: skip
         pseudo_loss: str = option("ce", "H: cross-entropy, or Dice as in the released code for medical images",
@@ -77,11 +78,13 @@ class UniMatch(Method):
         use_features, use_strong = (len(unlabeled) > 0 and weight > 0 for weight in (o.feature_weight, o.strong_weight))
 
         def with_dropped(x: Tensor) -> Tensor:
-            return torch.cat([x, F.dropout3d(x[L:], o.feature_dropout)])
+            return torch.cat([x, F.dropout3d(x[-len(unlabeled) :], o.feature_dropout)])
 
         # As released, one pass for the crops as they are and the dropped features, and one for the strong views.
-        features = self.network.features(image, with_dropped if use_features else None)
-        logits, dropped = self.network.read(features)["seg"].tensor_split([len(image)])
+        *labeled, rest = self.parts(image, L)
+        features = self.network.features(rest, with_dropped if use_features else None)
+        outputs = [*(self.network(x)["seg"] for x in labeled), self.network.read(features)["seg"]]
+        logits, dropped = joined(outputs).tensor_split([len(image)])
         p = probabilities(logits.detach(), o.classes)
         pseudo, a = label_maps(p)[L:], (confidence(p)[L:] >= o.threshold).to(p.dtype)
         zero = logits.new_zeros(())

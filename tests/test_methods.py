@@ -53,7 +53,7 @@ def test_the_log_has_no_weight_above_0_of_terms_that_are_not_there(name):
 def test_dtc_s_total_is_its_equation():
     method, batch = make("dtc", k=7.0).eval(), with_sdm(make_batch())
     losses = method(batch, 30)
-    q, z = (x.detach().double() for x in method.heads(batch["image"]))
+    q, z = (x.detach().double() for x in method.heads(method.network(batch["image"])))
     y = batch["label"][:, None].double()
     dice = 1 - (2 * (q[:2] * y).sum() + 1e-5) / ((q[:2] ** 2).sum() + (y**2).sum() + 1e-5)
     distance = ((z[:2] - batch["sdm"]) ** 2).mean()

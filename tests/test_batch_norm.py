@@ -1,0 +1,62 @@
+"""--batch-norm separate: what a network learns from labeled crops does not depend on the other crops of the batch."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from methods import METHODS
+from tests.small_methods import make, make_batch, with_sdm
+
+MIXED = [name for name, kind in METHODS.items() if "batch_norm" in {f.name for f in dataclasses.fields(kind.Options)}]
+
+
+def supervised_gradient(name, batch, batch_norm):
+    """The gradient of the supervised terms for the image, (N,K,W,H,D); the noise is the same in every call."""
+    method = make(name, batch_norm=batch_norm, dropout=0.0)
+    image = batch["image"].clone().requires_grad_()
+    torch.manual_seed(2)
+    terms = method({**batch, "image": image}, 30).terms
+    total = sum(value for term, value in terms.items() if term in ("seg", "mask", "sdm"))
+    return torch.autograd.grad(total, image)[0]
+
+
+def test_every_method_whose_passes_hold_both_kinds_has_the_option():
+    """BCP mixes both kinds into one crop, DK-UXNet has batch norms over queries; the V-Net has labeled crops alone."""
+    assert set(METHODS) - set(MIXED) == {"supervised", "bcp", "dk-uxnet"}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_labeled_crops_are_learned_without_regard_to_unlabeled_ones(name):
+    batch = with_sdm(make_batch())
+    other = {**batch, "image": torch.cat([batch["image"][:2], 3 * batch["image"][2:].flip(-1) - 1])}
+    separate, joint = (supervised_gradient(name, batch, kind) for kind in ("separate", "joint"))
+    assert separate[:2].abs().max() > 0
+    assert separate[2:].abs().max() == 0
+    assert joint[2:].abs().max() > 0  # by way of batch norm
+    torch.testing.assert_close(supervised_gradient(name, other, "separate")[:2], separate[:2])
+
+
+def test_separate_passes_are_those_of_two_batches_through_batch_norm():
+    """The running statistics too, against torch's own layer."""
+    method, batch = make("mean-teacher", batch_norm="separate", dropout=0.0), make_batch(2, 3)
+    norm = nn.BatchNorm3d(1)
+    expected = torch.cat([norm(x) for x in batch["image"].tensor_split([2])])
+    ours = nn.Sequential(nn.BatchNorm3d(1))
+
+    def network(x):
+        return {"seg": ours(x)}
+
+    torch.testing.assert_close(method.passes(network, batch["image"], 2)["seg"], expected)
+    for name, value in norm.state_dict().items():
+        torch.testing.assert_close(ours[0].state_dict()[name], value)
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_without_unlabeled_crops_there_is_one_pass(name):
+    batch = with_sdm(make_batch(2, 0))
+    if make(name).needs_unlabeled:
+        pytest.skip("needs unlabeled crops")
+    a, b = (supervised_gradient(name, batch, kind) for kind in ("separate", "joint"))
+    assert torch.equal(a, b)
