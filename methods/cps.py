@@ -35,7 +35,7 @@ class CPS(Method):
     multiclass = True
     PRESETS = {
         "paper": {},
-        "authors": {"pseudo_weight": 0.75},
+        "authors": {"pseudo_weight": 0.75, "batch_norm": "separate"},
         "ssl4mis": {**SSL4MIS, "augment": "mirror"},
         "tuned": {**TUNED, **SSL4MIS},  # without pretrained weights, a constant w teaches the first mistakes
     }
