@@ -55,11 +55,10 @@ def read_nifti(path: Path, *, several: bool = False) -> tuple[NDArray[Any], Geom
     array = array.reshape(shape, order="F")
     array = np.moveaxis(array, -1, 0) if array.ndim == 4 else array
     slope, inter = float(header["scl_slope"]), float(header["scl_inter"])
-    if slope and not (math.isfinite(slope) and math.isfinite(inter)):
-        raise CaseError(
-            f"has a scl_slope of {slope:g} and a scl_inter of {inter:g}, which is no scaling. Fix its header"
-        )
-    if slope not in (0, 1) or (slope and inter):
+    scaled = slope != 0 and math.isfinite(slope)  # else there is no scaling, as nibabel, FSL and ITK have it
+    if scaled and not math.isfinite(inter):
+        raise CaseError(f"has a scl_slope of {slope:g} and a scl_inter of {inter:g}. Fix its header")
+    if scaled and (slope, inter) != (1, 0):
         with np.errstate(over="ignore", invalid="ignore"):  # values that are not finite are refused later
             array = (array.astype(np.float64) * slope + inter).astype(np.float32)
     return array, geometry
