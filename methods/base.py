@@ -41,7 +41,7 @@ def softmax_option(**kwargs: Any) -> Any:
 
 def batch_norm_option() -> Any:
     """The option --batch-norm of a method whose passes hold labeled and unlabeled crops; see `Method.parts`."""
-    text = "over which crops of a pass that learns batch norm normalises: all, or the labeled and the others separately"
+    text = "batch norm, as a network learns, over all crops of a batch, or over labeled and unlabeled ones separately"
     return option("joint", text, choices=("joint", "separate"))
 
 
