@@ -154,8 +154,8 @@ class Method(nn.Module):
     def parts(self, image: Tensor, labeled: int) -> list[Tensor]:
         """image (N,K,W,H,D) -> the crops of each pass: all, or with --batch-norm separate the labeled and the others.
 
-        In one pass with labeled crops, others change their batch norm. That is no harm where these are learned as well.
-        Where they are hardly learned, a network may tell both kinds apart, and fails on other scans.
+        Crops of one pass share the mean and variance of batch norm. Where little is learned from the unlabeled ones, a
+        network can tell both kinds apart by them, and then fails on other scans (docs/findings.md).
         """
         apart = self.options.batch_norm == "separate"
         return [x for x in image.tensor_split([labeled]) if len(x)] if apart else [image]
