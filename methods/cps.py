@@ -71,9 +71,10 @@ class CPS(Method):
             "pseudo": torch.stack(crossed).sum(),
         }
         weight = o.pseudo_weight * ramp_up(iteration, o.ramp_end * self.iterations) if parts else 0.0
+        learned = pseudo[0][0 if o.pseudo_on == "all" else len(label) :]
         monitors = {
             "dice/train_seg": hard_dice(labeled_part(p[0], batch), label),
-            "pseudo/foreground": (pseudo[0] > 0).float().mean(),
+            "pseudo/foreground": (learned > 0).float().mean() if len(learned) else image.new_zeros(()),
             "pseudo/agreement": hard_dice(p[0], pseudo[1]),
         }
         return Losses(weighted_sum(terms, {"pseudo": weight}), terms, {"w": weight}, monitors)

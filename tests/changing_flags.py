@@ -104,6 +104,8 @@ def pairs_of(method: str) -> dict[str, list[tuple[str, str]]]:
     pairs.setdefault("backbone", [("--backbone uxnet", "")])
     pairs.setdefault("dropout", [("--dropout 0.2", "")])
     pairs["halvings"] = [("--halvings 4 4 2", "")]
+    if hasattr(METHODS[method].Options, "batch_norm"):
+        pairs["batch_norm"] = [("--batch-norm separate", "")]
     pairs["classes"] = [("--classes 2 --data two", "")] if METHODS[method].multiclass else []  # else: test_classes.py
     return pairs
 

@@ -4,10 +4,11 @@ import dataclasses
 
 import pytest
 import torch
+from small_methods import make, make_batch, with_sdm
 from torch import nn
 
 from methods import METHODS
-from tests.small_methods import make, make_batch, with_sdm
+from utils.errors import UserError
 
 MIXED = [name for name, kind in METHODS.items() if "batch_norm" in {f.name for f in dataclasses.fields(kind.Options)}]
 
@@ -60,3 +61,10 @@ def test_without_unlabeled_crops_there_is_one_pass(name):
         pytest.skip("needs unlabeled crops")
     a, b = (supervised_gradient(name, batch, kind) for kind in ("separate", "joint"))
     assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("numbers", [(1, 3), (3, 1)])
+def test_a_single_crop_of_a_kind_whose_deepest_map_is_one_voxel_is_refused(numbers):
+    make("dtml")(make_batch(*numbers), 0)
+    with pytest.raises(UserError, match="--batch-norm separate to two crops of each kind"):
+        make("dtml", batch_norm="separate")(make_batch(*numbers), 0)

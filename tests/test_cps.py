@@ -37,6 +37,18 @@ def test_the_losses_are_the_formulas_of_the_docstring(on, classes):
     assert result.total.item() == pytest.approx(seg + 1.5 * pseudo, rel=1e-9) and result.weights == {"w": 1.5}
 
 
+@pytest.mark.parametrize(("on", "first"), [("all", 0), ("unlabeled", 2)])
+def test_the_foreground_of_the_log_is_that_of_the_labels_that_are_learned(on, first):
+    """Not that of labeled crops whose pseudo-labels count for nothing; the run warns by it."""
+    method, data = make(pseudo_on=on).eval(), batch()
+    with torch.no_grad():
+        marked = method.networks[0](data["image"])["seg"] > 0
+    assert marked[:2].double().mean() != marked[2:].double().mean()
+    share = method(data, 0).monitors["pseudo/foreground"].item()
+    assert share == pytest.approx(marked[first:].double().mean().item(), rel=1e-6)
+    assert make(pseudo_on="unlabeled")(batch(unlabeled=0), 0).monitors["pseudo/foreground"] == 0
+
+
 def test_each_network_learns_the_other_s_label_and_no_gradient_reaches_that_label():
     """A logit's gradient is that of the cross-entropy to a constant label: (p - y) / number of voxels."""
     method, data = make().eval(), batch(unlabeled=2)

@@ -135,10 +135,10 @@ def test_the_summary_has_mean_and_sd_over_all_scans_and_over_the_folds(three, tm
 
 
 def test_a_fold_of_an_early_run_goes_with_one_of_today(three, tmp_path, capsys):
-    """Its manifest states no --softmax: what it had were sigmoids."""
+    """Its manifest states neither --softmax, what it had were sigmoids, nor an option that came later and is idle."""
     early = shutil.copytree(three / "fold1", tmp_path / "early")
     manifest = json.loads((early / "manifest.json").read_text())
-    del manifest["options"]["softmax"]
+    del manifest["options"]["softmax"], manifest["options"]["paste"], manifest["options"]["halvings"]
     (early / "manifest.json").write_text(json.dumps(manifest))
     folds.main([str(three / "fold0"), str(early), str(three / "fold2")])
     assert "3 of 3 folds" in capsys.readouterr().out

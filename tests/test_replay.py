@@ -163,6 +163,20 @@ def test_old_options_of_a_checkpoint_are_filled_in_under_their_names_of_today(in
     )
 
 
+def test_an_option_that_a_run_began_without_had_its_default(inside):
+    folder = train("--data", "set", "--iterations", "2", "--name", "run", "--save-every", "1")
+    finished = load_checkpoint(folder)["method"]
+    state = torch.load(folder / "previous.pt", weights_only=True)
+    del state["options"]["batch_norm"], state["options"]["paste"]
+    torch.save(state, folder / "last.pt")
+    with pytest.raises(UserError, match="--batch-norm: joint before, separate now"):
+        train_dtml.main(["--resume", str(folder), "--batch-norm", "separate"])
+    train_dtml.main(["--resume", str(folder), "--batch-norm", "joint", "--paste", "0"])
+    again = load_checkpoint(folder)
+    assert again["options"]["batch_norm"] == "joint" and again["options"]["paste"] == 0
+    assert all(torch.equal(weight, finished[name]) for name, weight in again["method"].items())
+
+
 def test_a_flag_of_yesterday_names_that_of_today():
     for method, names in RENAMED.items():
         assert set(names.values()) <= {f.name for f in dataclasses.fields(METHODS[method].Options)}

@@ -22,7 +22,17 @@ from settings import PROFILES, Options
 from utils.checkpoint import LAST, PREVIOUS, load_checkpoint
 from utils.early_options import RENAMED, refuse_removed, renamed_words
 from utils.errors import UserError
-from utils.options import Parser, as_flags, fill, flag_of, harmless_names, refuse_differences, refuse_unused, varied
+from utils.options import (
+    Parser,
+    as_flags,
+    fill,
+    flag_of,
+    harmless_names,
+    refuse_differences,
+    refuse_unused,
+    varied,
+    with_defaults,
+)
 from utils.run_folder import has_checkpoint
 from utils.shared_weights import ENDING
 
@@ -87,7 +97,7 @@ def read_options(
                 f"{state['file']} has no optimizer state, so it cannot be resumed. Resume its run, or start from these "
                 f"weights with --init {resume}."
             )
-        saved = state["options"]
+        saved = state["options"] = with_defaults(state["options"], [Options, kind.Options])
         refuse_removed(saved["method"], saved)
         finished = state["iteration"] >= saved["iterations"]
         if finished and flags.get("iterations", 0) > saved["iterations"]:

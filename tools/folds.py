@@ -19,11 +19,12 @@ from dataloaders.class_names import named_classes
 from evaluation.predictions import read_scores
 from evaluation.rows import runs_of
 from evaluation.scores import as_csv, caption_of, table, with_class_names
+from methods import METHODS
 from settings import Options as TrainingOptions
 from utils.checkpoint import BEST, write_whole
 from utils.early_options import renamed
 from utils.errors import UserError, run, warn
-from utils.options import flag_of, harmless_names, option, read_flags
+from utils.options import flag_of, harmless_names, option, read_flags, with_defaults
 from utils.run_folder import MANIFEST, read_json
 
 TESTED = "validation"  # folder of test_la.py --scans validation in a run folder
@@ -64,6 +65,8 @@ def read_fold(path: Path) -> Fold:
         raise UserError(f"there is no folder {path}. Give the run folder of each fold.")
     test = path if (path / "test.json").is_file() else path / TESTED
     about, options = read_json(test / "test.json"), renamed(read_json(test.parent / MANIFEST).get("options", {}))
+    kinds = [METHODS[options["method"]].Options] if options.get("method") in METHODS else []
+    options = with_defaults(options, [TrainingOptions, *kinds])
     if not options.get("fold"):
         raise UserError(f"{test.parent} is no run of train_dtml.py with --fold: its {MANIFEST} states none.")
     if not about:

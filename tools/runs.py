@@ -31,7 +31,7 @@ from tools.grid import (
 )
 from utils.early_options import renamed
 from utils.errors import UserError
-from utils.options import as_flags, default_of, flag_of, option
+from utils.options import as_flags, flag_of, option, with_defaults
 from utils.run_folder import MANIFEST, has_checkpoint
 
 GRIDS = {"phantom": (PHANTOM_RUNS, PHANTOM_TABLES), "hippocampus": (HIPPOCAMPUS_RUNS, HIPPOCAMPUS_TABLES)}  # others: LA
@@ -164,12 +164,12 @@ def other_options(run: Run, manifest: Path) -> list[str]:
     """The recorded options that can change the result and differ from those of the row today."""
     if run.key in RETIRED:
         return []
-    options = renamed(json.loads(manifest.read_text(encoding="utf-8"))["options"])
     parts: tuple[Any, ...] = read_options(run.settings)[:2]
+    options = with_defaults(renamed(json.loads(manifest.read_text(encoding="utf-8"))["options"]), map(type, parts))
     fields = [(part, f) for part in parts for f in dataclasses.fields(part) if not f.metadata["harmless"]]
     fields = [(part, f) for part, f in fields if f.name != "preset"]  # its name may change; what it sets is compared
     now = {f.name: getattr(part, f.name) for part, f in fields}
-    then = {f.name: options.get(f.name, default_of(f)) for _, f in fields}
+    then = {f.name: options[f.name] for _, f in fields}
     for side in (now, then):  # None and the value that it stands for are equal
         usual = side["batch_size"] if side["unlabeled"] == 0 else max(side["batch_size"] // 2, 1)
         side["labeled_batch"] = side["labeled_batch"] or usual

@@ -58,6 +58,11 @@ def default_of(f: dataclasses.Field) -> Any:
     return f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
 
 
+def with_defaults(options: Mapping[str, Any], classes: Iterable[type]) -> dict[str, Any]:
+    """Saved options of a run, those that it lacks at their default: an option added later does nothing there."""
+    return {f.name: default_of(f) for cls in classes for f in dataclasses.fields(cls)} | dict(options)
+
+
 class Parser(argparse.ArgumentParser):
     """Hyphenated flags (underscores accepted), no abbreviations, @FILE replays flags, typos name the nearest flag."""
 
