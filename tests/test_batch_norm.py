@@ -66,5 +66,5 @@ def test_without_unlabeled_crops_there_is_one_pass(name):
 @pytest.mark.parametrize("numbers", [(1, 3), (3, 1)])
 def test_a_single_crop_of_a_kind_whose_deepest_map_is_one_voxel_is_refused(numbers):
     make("dtml")(make_batch(*numbers), 0)
-    with pytest.raises(UserError, match="--batch-norm separate to two crops of each kind"):
+    with pytest.raises(UserError, match="--batch-norm separate there must be two"):
         make("dtml", batch_norm="separate")(make_batch(*numbers), 0)
