@@ -23,7 +23,7 @@ from torch import Tensor
 
 from losses.terms import EPSILON, dice_loss, foreground_logits, hard_dice, masked_mean, weighted_sum
 from methods.adversary import Adversary, judged_output
-from methods.base import Batch, Losses, Method, batch_norm_option, labeled_part, softmax_option
+from methods.base import TUNED_SEPARATE, Batch, Losses, Method, batch_norm_option, labeled_part, softmax_option
 from networks.critics import ConfidenceNet
 from utils.options import Condition, option
 
@@ -35,6 +35,8 @@ cross_entropy = F.binary_cross_entropy_with_logits
 
 class ASDNet(Method):
     """A V-Net and a critic of its segmentation, which directs attention and chooses pseudo labels."""
+
+    PRESETS = {"paper": {}, "tuned": TUNED_SEPARATE}
 
     @dataclass
     class Options(Method.Options):

@@ -31,6 +31,8 @@ TUNED: dict[str, Any] = {
 """The training settings of the preset `tuned`, the same for every method. A method adds only what is its own.
 
 They were chosen for DTML and DTML+ on held-out training scans. Arithmetic (--precision) is no part of them."""
+TUNED_SEPARATE: dict[str, Any] = {**TUNED, "batch_norm": "separate"}
+"""`tuned` of methods whose passes hold labeled and unlabeled crops. Chosen on held-out scans of the hippocampus."""
 
 
 def softmax_option(**kwargs: Any) -> Any:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from losses.ramps import ramp_up
 from losses.terms import ce_loss, hard_dice, probabilities, seg_loss, weighted_sum
-from methods.base import ITEMS, TUNED, Batch, Losses, Method, batch_norm_option, by_name, labeled_part
+from methods.base import ITEMS, TUNED_SEPARATE, Batch, Losses, Method, batch_norm_option, by_name, labeled_part
 from utils.masks import label_maps
 from utils.options import Condition, option
 
@@ -37,7 +37,7 @@ class CPS(Method):
         "paper": {},
         "authors": {"pseudo_weight": 0.75, "batch_norm": "separate"},
         "ssl4mis": {**SSL4MIS, "augment": "mirror"},
-        "tuned": {**TUNED, **SSL4MIS},  # without pretrained weights, a constant w teaches the first mistakes
+        "tuned": {**TUNED_SEPARATE, **SSL4MIS},  # without pretrained weights, a constant w teaches the first mistakes
     }
 
     @dataclass

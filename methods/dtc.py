@@ -15,7 +15,7 @@ from torch import Tensor
 
 from losses.ramps import RAMPS, ramp_up
 from losses.terms import consistency_loss, live_share, sdm_to_mask
-from methods.base import TUNED, Batch, Losses, by_name
+from methods.base import TUNED_SEPARATE, Batch, Losses, by_name
 from methods.two_heads import TwoHeads
 from utils.options import option
 
@@ -23,7 +23,7 @@ from utils.options import option
 class DTC(TwoHeads):
     """A V-Net whose two heads are trained to agree on every crop."""
 
-    PRESETS = {"paper": {}, "authors": {"ramp": "steps", "augment": "mirror"}, "tuned": TUNED}
+    PRESETS = {"paper": {}, "authors": {"ramp": "steps", "augment": "mirror"}, "tuned": TUNED_SEPARATE}
 
     @dataclass
     class Options(TwoHeads.Options):

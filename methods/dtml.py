@@ -38,7 +38,7 @@ from methods.base import (
     ITEMS,
     RISES,
     TIMED,
-    TUNED,
+    TUNED_SEPARATE,
     Batch,
     Losses,
     Method,
@@ -59,7 +59,7 @@ class DTML(Method):
     PRESETS = {
         "paper": {},
         "authors": {"lambda_max": 1.0, "ramp": "steps", "consistency_times": 2, "augment": "mirror"},
-        "tuned": {**TUNED, "k": 50.0},
+        "tuned": {**TUNED_SEPARATE, "k": 50.0},
     }  # fmt: skip
 
     @dataclass

@@ -22,7 +22,7 @@ from methods.base import (
     AGREES,
     RISES,
     TIMED,
-    TUNED,
+    TUNED_SEPARATE,
     Batch,
     Losses,
     Method,
@@ -44,7 +44,7 @@ class MCNetPlus(Method):
     PRESETS = {
         "paper": {},
         "authors": {"softmax": True, "target_gradient": True, "ramp": "steps", "augment": "mirror", "lr_steps": []},
-        "tuned": TUNED,
+        "tuned": TUNED_SEPARATE,
     }  # fmt: skip
 
     @dataclass

@@ -21,6 +21,7 @@ from losses.terms import consistency_loss, hard_dice, probabilities, seg_loss, w
 from methods.base import (
     AGREES,
     ITEMS,
+    TUNED_SEPARATE,
     Batch,
     Losses,
     Method,
@@ -37,6 +38,7 @@ class MeanTeacher(Method):
     """A V-Net that learns from labels and from its moving average."""
 
     multiclass = True
+    PRESETS = {"paper": {}, "tuned": TUNED_SEPARATE}
 
     @dataclass
     class Options(Method.Options):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from losses.ramps import RAMPS, ramp_up
 from losses.terms import cross_entropy
 from methods.adversary import Adversary, judged_output
-from methods.base import TUNED, Batch, Losses
+from methods.base import TUNED_SEPARATE, Batch, Losses
 from methods.two_heads import TwoHeads
 from networks.critics import MapCritic
 from utils.options import option
@@ -27,7 +27,7 @@ from utils.options import option
 class SASSNet(TwoHeads):
     """Two heads of one V-Net, and a critic of the signed distance maps."""
 
-    PRESETS = {"paper": {}, "authors": {"ramp": "steps", "augment": "mirror"}, "tuned": TUNED}
+    PRESETS = {"paper": {}, "authors": {"ramp": "steps", "augment": "mirror"}, "tuned": TUNED_SEPARATE}
 
     @dataclass
     class Options(TwoHeads.Options):

@@ -36,7 +36,7 @@ from methods.base import (
     AGREES,
     RISES,
     TIMED,
-    TUNED,
+    TUNED_SEPARATE,
     Batch,
     Losses,
     Method,
@@ -68,7 +68,7 @@ class SSNet(Method):
             "softmax": True, "distance": "agreement", "rank": "lowest", "background": False,
             "prototype_attention": False, "ramp": "steps", "augment": "mirror",
         },
-        "tuned": TUNED,
+        "tuned": TUNED_SEPARATE,
     }  # fmt: skip
 
     @dataclass

@@ -22,7 +22,7 @@ from torch import Tensor
 from losses.perturbation import monte_carlo, noisy
 from losses.ramps import ramp_up
 from losses.terms import entropy, masked_mean, probabilities
-from methods.base import AGREES, ITEMS, TUNED, by_name
+from methods.base import AGREES, ITEMS, TUNED_SEPARATE, by_name
 from methods.mean_teacher import MeanTeacher
 from utils.options import option
 
@@ -33,7 +33,7 @@ class UAMT(MeanTeacher):
     PRESETS = {
         "paper": {},
         "authors": {"softmax": True, "ramp": "steps", "augment": "mirror", "entropy_epsilon": 1e-6},
-        "tuned": TUNED,
+        "tuned": TUNED_SEPARATE,
     }
 
     @dataclass

@@ -31,8 +31,8 @@ class BatchNorm3d(nn.BatchNorm3d):
         count = x.numel() // x.shape[1]
         if self.training and count < 2:
             raise UserError("batch norm needs more than one voxel, and one crop has one in the deepest map. Raise "
-                            "--patch-size or --batch-size. With --batch-norm separate there must be two labeled crops (see "
-                            "--labeled-batch) and two unlabeled ones.")  # fmt: skip
+                            "--patch-size or --batch-size. With --batch-norm separate there must be two labeled crops "
+                            "(see --labeled-batch) and two unlabeled ones.")  # fmt: skip
         if not ours:
             return super().forward(x) if self.counts or not self.training else self._uncounted(x)
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None

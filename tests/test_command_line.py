@@ -134,10 +134,13 @@ OF_A_METHOD = {  # method: what it needs otherwise, of the options that all shar
     "supervised": {"batch_size": 4, "labeled_batch": None, "unlabeled": 0},  # labeled crops alone
     "bcp": {"batch_size": 8},  # pastes as many unlabeled crops as labeled ones
 }
+SEPARATE = {"batch_norm": "separate"}
 OF_A_LOSS = {  # in `tuned`, of the method's own options
-    "dtml": {"k": 50.0},
+    **dict.fromkeys(("mean-teacher", "ua-mt", "tcse", "double-unc", "dtc", "sassnet", "asdnet"), SEPARATE),
+    **dict.fromkeys(("mc-net-plus", "ss-net"), SEPARATE),
+    "dtml": {"k": 50.0, **SEPARATE},
     "unimatch": {"pseudo_loss": "dice"},
-    "cps": {"pseudo_on": "unlabeled", "pseudo_weight": 0.1, "ramp_end": 1.0},
+    "cps": {"pseudo_on": "unlabeled", "pseudo_weight": 0.1, "ramp_end": 1.0, **SEPARATE},
 }
 
 

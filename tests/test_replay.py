@@ -20,7 +20,7 @@ from tools import command_line
 from utils.checkpoint import load_checkpoint
 from utils.early_options import REMOVED, RENAMED, renamed
 from utils.errors import UserError, run
-from utils.options import option, refuse_unused
+from utils.options import DERIVED, option, refuse_unused
 
 FILES = sorted((ROOT / "results").glob("*/*/options.txt"))
 
@@ -175,6 +175,25 @@ def test_an_option_that_a_run_began_without_had_its_default(inside):
     again = load_checkpoint(folder)
     assert again["options"]["batch_norm"] == "joint" and again["options"]["paste"] == 0
     assert all(torch.equal(weight, finished[name]) for name, weight in again["method"].items())
+
+
+@pytest.mark.parametrize(
+    ("method", "rest", "batch_norm"),
+    [
+        ("dtml", "# --k 50\n", "joint"),
+        ("dtml", "# --batch-norm separate\n", "separate"),
+        ("dtml", None, "separate"),  # a file of flags that no run wrote
+        ("dtml-plus", "# --k 50\n", "joint"),
+        ("supervised", "", None),
+    ],
+)
+def test_runs_from_before_their_preset_set_batch_norm_had_one_pass(method, rest, batch_norm, tmp_path):
+    file = tmp_path / "options.txt"
+    file.write_text(f"--method {method}\n--preset tuned\n--labeled 8\n" + ("" if rest is None else DERIVED + rest))
+    assert settled(f"@{file}", "--data", "set").get("batch_norm") == batch_norm
+    assert settled(f"@{file}", "--data", "set", *(["--batch-norm", "separate"] if batch_norm else [])).get(
+        "batch_norm"
+    ) == (batch_norm and "separate")
 
 
 def test_a_flag_of_yesterday_names_that_of_today():

@@ -20,9 +20,10 @@ from losses.ramps import default_lr_steps
 from methods import METHODS, Method
 from settings import PROFILES, Options
 from utils.checkpoint import LAST, PREVIOUS, load_checkpoint
-from utils.early_options import RENAMED, refuse_removed, renamed_words
+from utils.early_options import BEFORE_PRESETS, RENAMED, refuse_removed, renamed_words
 from utils.errors import UserError
 from utils.options import (
+    DERIVED,
     Parser,
     as_flags,
     fill,
@@ -160,19 +161,24 @@ def flags_of(method: str, description: str = "") -> Parser:
     return parser
 
 
-def chosen_flags(args: list[str]) -> list[str]:
+def chosen_flags(args: list[str], text: str) -> list[str]:
     """Translates the arguments of an @FILE to current names, and of an early options.txt keeps only chosen options.
 
     An early options.txt lists all options. Without the unchosen ones, further flags such as --iterations or --preset
-    have their usual effect.
+    have their usual effect. Where it lacks an option that its preset sets today, the option is what it was then.
     """
-    names = [after for arg, after in itertools.pairwise(args) if arg == "--method"]
-    if not names or names[-1] not in METHODS:
+    method = dict(itertools.pairwise(args)).get("--method", "")
+    if method not in METHODS:
         return args
-    args, kind = renamed_words(args, names[-1]), METHODS[names[-1]]
-    if not {flag_of(name) for name in EVERY} <= set(args):
+    args, kind = renamed_words(args, method), METHODS[method]
+    full = {flag_of(name) for name in EVERY} <= set(args)
+    if full or DERIVED in text:
+        preset = kind.PRESETS.get(dict(itertools.pairwise(args)).get("--preset", ""), {})
+        before = {name: old for name, old in BEFORE_PRESETS.items() if name in preset and flag_of(name) not in text}
+        args += shlex.split(as_flags(before))
+    if not full:
         return args
-    flags = flags_of(names[-1]).parse(args)
+    flags = flags_of(method).parse(args)
     chosen = {name: flags[name] for name in ("method", "data", "labeled")}
 
     def differs(name: str) -> bool:

@@ -37,7 +37,8 @@ from utils.run_folder import MANIFEST, has_checkpoint
 GRIDS = {"phantom": (PHANTOM_RUNS, PHANTOM_TABLES), "hippocampus": (HIPPOCAMPUS_RUNS, HIPPOCAMPUS_TABLES)}  # others: LA
 FORMATS = ("markdown", "latex", "csv")
 TRAINING = ("augment", "flip_axes", "intensity", *(f.name for f in dataclasses.fields(Strengths)), "normalize",
-            "paste", "optimizer", "lr", "lr_schedule", "lr_steps", "lr_gamma", "momentum", "weight_decay")  # fmt: skip
+            "paste", "batch_norm", "optimizer", "lr", "lr_schedule", "lr_steps", "lr_gamma", "momentum",
+            "weight_decay")  # fmt: skip
 TEST = "test.json"
 READ_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, UserError)  # what a damaged file can raise
 

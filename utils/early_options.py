@@ -10,6 +10,7 @@ RENAMED = {  # method: an option's name in early checkpoints and options files -
     "dk-uxnet": {"noise": "noise_variance", "scale": "logit_scale", "consistency": "consistency_terms"},
 }
 ADDED = {"softmax": False}  # an option that early checkpoints and records lack -> what they were
+BEFORE_PRESETS = {"batch_norm": "joint"}  # an option that presets set -> what it was in runs whose options lack it
 RENAMED_PRESETS = {"dtml": {"best": "tuned"}}
 REMOVED: dict[str, dict[str, Any]] = {  # method: an option that is gone -> its value with which it did nothing
     "dtml": {"k_start": 0.0, "consistency": "mask", "mix": 0.0, "ema_decay": 0.0},

@@ -76,22 +76,23 @@ class Parser(argparse.ArgumentParser):
         )
 
     def expand(
-        self, argv: Sequence[str] | None = None, read: Callable[[list[str]], list[str]] = lambda arguments: arguments
+        self, argv: Sequence[str] | None = None, read: Callable[[list[str], str], list[str]] = lambda flags, text: flags
     ) -> list[str]:
         """The arguments of a command line (default: the program's). Each @FILE is replaced by the flags in it, after
-        `read` has changed them."""
+        `read` has changed them by the text of the file."""
         arguments: list[str] = []
         for argument in sys.argv[1:] if argv is None else argv:
             if not argument.startswith("@"):
                 arguments.append(argument)
                 continue
             try:
-                stored = shlex.split(read_text(Path(argument[1:])), comments=True)
+                text = read_text(Path(argument[1:]))
+                stored = shlex.split(text, comments=True)
             except (OSError, ValueError) as e:
                 raise UserError(
                     f"cannot read the options file {argument[1:]}: {e}. Give an options.txt of a run."
                 ) from e
-            arguments += read([self._hyphenate(argument) for argument in stored])
+            arguments += read([self._hyphenate(argument) for argument in stored], text)
         for argument in arguments:
             if re.search("[\ud800-\udfff]", argument):  # bytes that are no text, which TensorBoard and ITK cannot take
                 raise UserError(
@@ -208,11 +209,14 @@ def as_flags(values: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+DERIVED = "# Derived from the above. They are derived again when this file is replayed.\n"
+
+
 def options_file(chosen: dict[str, Any], everything: dict[str, Any]) -> str:
     """The text of an options.txt: the chosen options as flags to replay, all others as comments."""
     rest = {name: value for name, value in everything.items() if chosen.get(name) is None}
     comments = "".join(f"# {line}\n" for line in as_flags(rest).splitlines())
-    return f"{as_flags(chosen)}# Derived from the above. They are derived again when this file is replayed.\n{comments}"
+    return as_flags(chosen) + DERIVED + comments
 
 
 def unmet_conditions(f: dataclasses.Field, value_of: Callable[[str], Any]) -> list[str]:
