@@ -64,6 +64,15 @@ def test_iteration_and_optimiser_begin_anew(folder):
     torch.testing.assert_close(after["method"][name], before["method"][name] - 0.01 * momentum)
 
 
+def test_the_turns_of_ad_mt_are_those_of_the_run_s_own_seed(folder):
+    """They are no weights: with those of the other run, five seeds from the same weights would have the same turns."""
+    pre = train(folder, "pre-ad-mt", "--method", "ad-mt", "--seed", "5")
+    warm = train(folder, "warm-ad-mt", "--method", "ad-mt", "--seed", "6", "--init", str(pre))
+    cold = train(folder, "cold-ad-mt", "--method", "ad-mt", "--seed", "6")
+    there, here, expected = (load(run)["method"]["_extra_state"] for run in (pre, warm, cold))
+    assert torch.equal(here, expected) and not torch.equal(here, there)
+
+
 def test_a_run_goes_on_without_the_weights_that_it_began_with(folder, tmp_path):
     shutil.copytree(folder / "pre", tmp_path / "pre")
     args = ["--data", str(folder / "set"), "--runs", str(tmp_path), "--name", "run", *WORDS]

@@ -85,7 +85,8 @@ def refuse_other_order(data: Path, o: Method.Options, state: dict[str, Any]) -> 
 
 
 def start_from(method: Method, name: str, state: dict[str, Any], data: Path) -> dict[str, Any]:
-    """Gives a new method the weights of a checkpoint, of its teacher and its critic too, but no optimizer's state.
+    """Gives a new method the weights of a checkpoint, of its teacher and its critic too, but no optimizer's state and
+    none of the other entries that are no weights, such as the seed of AD-MT's turns.
 
     Returns:
         Where the weights come from, for the manifest: file, method, iteration and a checksum.
@@ -101,9 +102,11 @@ def start_from(method: Method, name: str, state: dict[str, Any], data: Path) -> 
             f"{name}, or train with --method {saved['method']}."
         )
     before = restore(state)
-    there = {key: w for key, w in before.state_dict().items() if isinstance(w, Tensor)}
     fresh = method.state_dict()
-    here = {key: w for key, w in fresh.items() if isinstance(w, Tensor)}
+    here, there = (
+        {key: w for key, w in entries.items() if isinstance(w, Tensor) and not key.endswith("_extra_state")}
+        for entries in (fresh, before.state_dict())
+    )
     differ = [f"{key} only there" for key in there.keys() - here.keys()]
     differ += [f"{key} only here" for key in here.keys() - there.keys()]
     differ += [
