@@ -50,7 +50,7 @@ def test_smoothness_changes_no_statistics_and_its_target_has_no_gradient():
     method, data = make(), batch()
     p = torch.rand(4, 1, 16, 16, 16, dtype=torch.float64)
     before = {name: x.clone() for name, x in method.named_buffers()}
-    method.smoothness(data["image"], p).backward()
+    method.smoothness(data["image"], p, len(data["label"])).backward()
     assert all(torch.equal(x, before[name]) for name, x in method.named_buffers())
     assert all(w.grad is not None for w in method.network.parameters()) and BatchNorm3d.counts
 
