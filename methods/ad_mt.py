@@ -38,7 +38,7 @@ from losses.terms import (
     weighted_sum,
     with_background,
 )
-from methods.base import TUNED, Batch, Losses, Method, batch_norm_option, by_name, labeled_part, seg_outputs
+from methods.base import TUNED_SEPARATE, Batch, Losses, Method, batch_norm_option, by_name, labeled_part, seg_outputs
 from utils.devices import to_device
 from utils.options import Condition, option
 
@@ -49,7 +49,7 @@ class ADMT(Method):
     """A V-Net that learns from labels and from two moving averages of it, which are updated in turn."""
 
     multiclass = True
-    PRESETS = {"paper": {}, "authors": {"augment": "mirror"}, "tuned": TUNED}
+    PRESETS = {"paper": {}, "authors": {"augment": "mirror"}, "tuned": TUNED_SEPARATE}
 
     @dataclass
     class Options(Method.Options):

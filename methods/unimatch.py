@@ -26,7 +26,17 @@ from torch import Tensor
 from losses.mixing import paste_next, random_box
 from losses.perturbation import strong_view
 from losses.terms import ce_loss, dice_loss, hard_dice, probabilities, seg_loss, weighted_sum, with_background
-from methods.base import TUNED, Batch, Losses, Method, batch_norm_option, by_name, joined, labeled_part, softmax_option
+from methods.base import (
+    TUNED_SEPARATE,
+    Batch,
+    Losses,
+    Method,
+    batch_norm_option,
+    by_name,
+    joined,
+    labeled_part,
+    softmax_option,
+)
 from utils.devices import to_device
 from utils.masks import label_maps
 from utils.options import Condition, option
@@ -44,7 +54,7 @@ class UniMatch(Method):
     PRESETS = {
         "paper": {},
         "authors": {"softmax": True, "pseudo_loss": "dice", "halve": True},
-        "tuned": {**TUNED, "pseudo_loss": "dice"},
+        "tuned": {**TUNED_SEPARATE, "pseudo_loss": "dice"},
     }
 
     @dataclass

@@ -137,9 +137,9 @@ OF_A_METHOD = {  # method: what it needs otherwise, of the options that all shar
 SEPARATE = {"batch_norm": "separate"}
 OF_A_LOSS = {  # in `tuned`, of the method's own options
     **dict.fromkeys(("mean-teacher", "ua-mt", "tcse", "double-unc", "dtc", "sassnet", "asdnet"), SEPARATE),
-    **dict.fromkeys(("mc-net-plus", "ss-net"), SEPARATE),
+    **dict.fromkeys(("mc-net-plus", "ss-net", "ad-mt"), SEPARATE),
     "dtml": {"k": 50.0, **SEPARATE},
-    "unimatch": {"pseudo_loss": "dice"},
+    "unimatch": {"pseudo_loss": "dice", **SEPARATE},
     "cps": {"pseudo_on": "unlabeled", "pseudo_weight": 0.1, "ramp_end": 1.0, **SEPARATE},
 }
 

@@ -18,12 +18,13 @@ from evaluation import statistics
 from evaluation.predictions import read_scores
 from evaluation.statistics import compare
 from methods import METHODS
-from tools import methods_page, pictures, reproduce
+from tools import methods_page, pictures, reproduce, table_rows
 from tools.command_line import read_options
 from tools.formats import Cell, Column, Line, Table, as_csv, latex, latex_text, markdown
-from tools.grid import HIPPOCAMPUS_RUNS, HIPPOCAMPUS_TABLES, LA_RUNS, LA_TABLES, METHODS_TABLE, PHANTOM_TABLES
+from tools.grid import HIPPOCAMPUS_RUNS, HIPPOCAMPUS_TABLES, LA_RUNS, LA_TABLES, METHODS_TABLE, PHANTOM_TABLES, Row
 from tools.runs import recipe_of
 from utils.errors import UserError
+from utils.text import markdown_table
 
 PREAMBLE = "\\documentclass{article}\\usepackage{booktabs,longtable}\\begin{document}\n"
 
@@ -180,6 +181,26 @@ def test_the_glance_table_has_a_column_for_each_number(here, capsys):
     shown = rows["16"]["V-Net"], rows["16"]["V-Net: SD"], rows["16"]["V-Net: runs"], rows["8"]["V-Net"]
     assert shown == ("80", "10", "3", "not yet run")
     check_latex(printed(capsys, *args, "--format", "latex"), here)
+
+
+def test_a_row_whose_masks_are_all_empty_is_neither_best_nor_ranked(here, capsys):
+    for key, dice in {"supervised-normalized-8": math.nan, "tuned-normalized-8": 0.7, "bcp-8": 0.8}.items():
+        write_record(key, 1337, [(dice, dice)] * 6)
+    line = cells(printed(capsys, "--profile", "half", "--table", "glance"), "8")[0]
+    assert line[1:3] == ["- (0 of 6) (1)", "**70.00** (1)"]
+
+
+def test_a_rank_is_of_rows_with_a_dice():
+    rows = [Row(name, "8 / 0", name) for name in ("none", "low", "high", "equal")]
+    dices = {"none": [math.nan], "low": [0.7], "high": [0.8], "equal": [0.8]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(table_rows, "figures", lambda row, *_: [table_rows.mean_cell(dices[row.key], "dice")] * 4)
+        lines = table_rows.method_lines(rows, {name: {1337: None} for name in dices}, dict.fromkeys(dices, ""), {})
+    assert [line.cells[7].text for line in lines] == ["-", "3 of 3", "1 of 3", "1 of 3"]
+
+
+def test_a_bar_in_a_name_is_no_column():
+    assert markdown_table(["class"], [["1 left|right"]]).splitlines()[-1] == r"| 1 left\|right |"
 
 
 def test_signs_and_marks():

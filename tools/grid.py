@@ -135,6 +135,7 @@ HIPPOCAMPUS_RUNS = {  # with LA's settings, but for those of the profile
     "plus-alone-pasted-8": f"{LA_RUNS['plus-alone-8']} {PASTED}",
     "plus-pasted-8": f"{LA_RUNS['plus-8']} {PASTED}",
     "mean-teacher-joint-8": f"{LA_RUNS['mean-teacher-tuned-8']} {JOINT}",
+    **{f"{name}-joint-8": f"{LA_RUNS[f'{name}-8']} {JOINT}" for name in ("unimatch", "ad-mt")},
     # before a softmax was the default of several classes
     **{key: f"{LA_RUNS[key]} --no-softmax" for key in ("supervised-normalized-8", "plus-8", "plus-alone-8")},
     "supervised-normalized-208": f"--method supervised {TUNED} --labeled 208 --no-softmax",
@@ -319,6 +320,10 @@ HIPPOCAMPUS_TABLES: Tables = {
         Row("V-Net", "8 / 0", "supervised-softmax-8"),
         Row("Mean Teacher, `--batch-norm joint`", "8 / 201", "mean-teacher-joint-8"),
         Row("Mean Teacher", "8 / 201", "mean-teacher-tuned-8"),
+        Row("UniMatch, `--batch-norm joint`", "8 / 201", "unimatch-joint-8"),
+        Row("UniMatch", "8 / 201", "unimatch-8"),
+        Row("AD-MT, `--batch-norm joint`", "8 / 201", "ad-mt-joint-8", output="teacher_1"),
+        Row("AD-MT", "8 / 201", "ad-mt-8", output="teacher_1"),
     ]),
     "pasted": ("Labeled crops pasted into each other: BCP, and `--paste 0.67`, mean of both classes", [
         Row("V-Net", "8 / 0", "supervised-softmax-8"),

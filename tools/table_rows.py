@@ -129,9 +129,11 @@ def method_lines(
         if row not in scored:
             lines.append(Line([*cells, WAITS, *[BLANK] * 4, paid, BLANK]))
             continue
-        dices = [first_number(found[0]) for other, found in scored.items() if other.labeled == row.labeled]
-        rank = 1 + sum(dice > first_number(scored[row][0]) for dice in dices)
-        place = Cell(f"{rank} of {len(dices)}", {"rank": rank, "ranked": len(dices)}) if len(dices) > 1 else Cell("-")
+        found = [first_number(figure[0]) for other, figure in scored.items() if other.labeled == row.labeled]
+        dices, ours = [dice for dice in found if not math.isnan(dice)], first_number(scored[row][0])
+        rank = 1 + sum(dice > ours for dice in dices)
+        place = Cell(f"{rank} of {len(dices)}", {"rank": rank, "ranked": len(dices)})
+        place = place if len(dices) > 1 and not math.isnan(ours) else Cell("-")
         cells += [*scored[row], place, paid]
         lines.append(Line([*cells, runs_cell(done[row.key])], group=str(row.labeled)))
     return lines
@@ -147,14 +149,15 @@ def glance_table(rows: list[Row], done: Mapping[str, Records]) -> Table:
     for labeled in dict.fromkeys(row.labeled for row in rows):
         line = {row.label: row for row in rows if row.labeled == labeled}
         dices = {label: figures(row, "all", done[row.key])[0] for label, row in line.items() if done.get(row.key)}
-        best = max((float(dice.text.split()[0]) for dice in dices.values()), default=math.nan)
+        shown = {label: round(first_number(dice), 2) for label, dice in dices.items()}  # NaN: all masks are empty
+        best = max((dice for dice in shown.values() if not math.isnan(dice)), default=math.nan)
         cells, gain = [Cell(str(labeled), {"labeled": labeled})], BLANK
         for label in labels:
             if label not in dices:
                 cells.append(Cell("not yet run" if label in line else ""))
                 continue
             text, runs = dices[label].text, len(done[line[label].key])
-            text = f"**{text}**" if len(dices) > 1 and float(text.split()[0]) == best else text
+            text = f"**{text}**" if len(dices) > 1 and shown[label] == best else text
             mean, sd = dices[label].numbers.values()
             cells.append(Cell(f"{text} ({runs})", {label: mean, f"{label}: SD": sd, f"{label}: runs": runs}))
         for row in line.values():

@@ -42,8 +42,9 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown, without a line break at its end."""
-    first, *lines = ["|" + "|".join(f" {cell} " if cell else " " for cell in row) + "|" for row in (head, *rows)]
+    """A table in Markdown, without a line break at its end; a | in a cell, as of a class's name, is escaped."""
+    texts = [[cell.replace("|", "\\|") for cell in row] for row in (head, *rows)]
+    first, *lines = ["|" + "|".join(f" {cell} " if cell else " " for cell in row) + "|" for row in texts]
     return "\n".join([first, "|---" * len(head) + "|", *lines])
 
 
