@@ -93,7 +93,7 @@ def test_a_single_voxel_is_a_user_s_mistake_in_training_alone(counted):
     """A batch of one crop whose deepest map is one voxel."""
     network, crop = VNet(heads={"seg": 1}, filters=2), torch.randn(1, 1, 16, 16, 16)
     with (
-        pytest.raises(UserError, match="Raise --batch-size or --patch-size"),
+        pytest.raises(UserError, match="Raise --patch-size or --batch-size"),
         nullcontext() if counted else uncounted(),
     ):
         network.train()(crop)

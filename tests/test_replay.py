@@ -182,6 +182,7 @@ def test_an_option_that_a_run_began_without_had_its_default(inside):
     [
         ("dtml", "# --k 50\n", "joint"),
         ("dtml", "# --batch-norm separate\n", "separate"),
+        ("dtml", "# --batch-norm joint\n", "joint"),
         ("dtml", None, "separate"),  # a file of flags that no run wrote
         ("dtml-plus", "# --k 50\n", "joint"),
         ("supervised", "", None),

@@ -174,7 +174,9 @@ def chosen_flags(args: list[str], text: str) -> list[str]:
     full = {flag_of(name) for name in EVERY} <= set(args)
     if full or DERIVED in text:
         preset = kind.PRESETS.get(dict(itertools.pairwise(args)).get("--preset", ""), {})
-        before = {name: old for name, old in BEFORE_PRESETS.items() if name in preset and flag_of(name) not in text}
+        derived = dict(line[2:].partition(" ")[::2] for line in text.splitlines() if line.startswith("# --"))
+        then = {name: derived.get(flag_of(name), old) for name, old in BEFORE_PRESETS.items()}
+        before = {name: x for name, x in then.items() if preset.get(name, x) != x and flag_of(name) not in args}
         args += shlex.split(as_flags(before))
     if not full:
         return args
