@@ -32,7 +32,7 @@ TUNED: dict[str, Any] = {
 
 They were chosen for DTML and DTML+ on held-out training scans. Arithmetic (--precision) is no part of them."""
 TUNED_SEPARATE: dict[str, Any] = {**TUNED, "batch_norm": "separate"}
-"""`tuned` of methods whose passes hold labeled and unlabeled crops. Chosen on held-out scans of the hippocampus."""
+"""`tuned` of methods whose passes hold labeled and unlabeled crops. Chosen on held-out scans of both sets."""
 
 
 def softmax_option(**kwargs: Any) -> Any:

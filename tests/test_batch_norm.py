@@ -8,6 +8,8 @@ from small_methods import make, make_batch, with_sdm
 from torch import nn
 
 from methods import METHODS
+from networks.backbone import Backbone
+from networks.batch_norm import BatchNorm3d
 from utils.errors import UserError
 
 MIXED = [name for name, kind in METHODS.items() if "batch_norm" in {f.name for f in dataclasses.fields(kind.Options)}]
@@ -37,6 +39,24 @@ def test_labeled_crops_are_learned_without_regard_to_unlabeled_ones(name):
     assert separate[2:].abs().max() == 0
     assert joint[2:].abs().max() > 0  # by way of batch norm
     torch.testing.assert_close(supervised_gradient(name, other, "separate")[:2], separate[:2])
+
+
+@pytest.mark.parametrize("name", MIXED)
+@pytest.mark.parametrize("kind", ["separate", "joint"])
+def test_no_pass_that_learns_holds_both_kinds(name, kind):
+    """Of 2 labeled and 3 unlabeled crops: passes of 2, of 3 or of several views of the 3, adversarial ones too."""
+    method, sizes = make(name, batch_norm=kind), set()
+
+    def seen(norm, inputs):
+        if norm.training and torch.is_grad_enabled():
+            sizes.add(len(inputs[0]))
+
+    for module in method.modules():
+        if isinstance(module, Backbone):
+            next(m for m in module.modules() if isinstance(m, BatchNorm3d)).register_forward_pre_hook(seen)
+    method(with_sdm(make_batch(2, 3)), 30)
+    mixed = {size for size in sizes if size != 2 and size % 3}
+    assert sizes and bool(mixed) == (kind == "joint")
 
 
 def test_separate_passes_are_those_of_two_batches_through_batch_norm():

@@ -11,14 +11,8 @@ SEMI_SUPERVISED = ("dtml", "mean-teacher", "ua-mt", "tcse", "dtc", "sassnet", "a
 AUTHORS = {"dtml": "DTML", "ua-mt": "UA-MT", "dtc": "DTC", "sassnet": "SASSNet"}  # these have a preset `authors`
 PAPER = {"mean-teacher": "Mean Teacher", "ua-mt": "UA-MT", "tcse": "TCSE", "double-unc": "DoubleUnc", "dtc": "DTC",
          "sassnet": "SASSNet", "asdnet": "ASDNet", "dk-uxnet": "DK-UXNet"}  # fmt: skip
-RECENT = {
-    "cps": "CPS",
-    "mc-net-plus": "MC-Net+",
-    "ss-net": "SS-Net",
-    "unimatch": "UniMatch",
-    "bcp": "BCP",
-    "ad-mt": "AD-MT",
-}
+RECENT = {"cps": "CPS", "mc-net-plus": "MC-Net+", "ss-net": "SS-Net", "unimatch": "UniMatch", "bcp": "BCP",
+          "ad-mt": "AD-MT"}  # fmt: skip
 SEVERAL = [name for name in (*PAPER, *RECENT) if METHODS[name].multiclass]  # can be trained on the hippocampus
 LABELED_ONLY = "--unlabeled 0 --consistency-terms none"  # of DK-UXNet: the same network on labeled scans only
 ADAMW = "--optimizer adamw --lr 0.001 --weight-decay 0.01"  # DK-UXNet's
@@ -27,8 +21,7 @@ JOINT = "--batch-norm joint"  # as all methods were trained before there was ano
 BF16 = "--precision bf16"
 PASTED = "--paste 0.67"  # chosen on held-out scans of the hippocampus
 IN_FP32 = ("dtc", "sassnet")  # their one network has a distance head and stays in fp32
-EARLY = "--ramp-end 0.2"
-SMALLER = "--downsample 2 --patch-size 32 32 16"
+EARLY, SMALLER = "--ramp-end 0.2", "--downsample 2 --patch-size 32 32 16"
 HELD_OUT = {"scans": "held-out", "stride": [16, 16, 8], "save": "none"}
 BEYOND = {  # key: the one thing that is done in another way than in the paper, its flags
     "paper": ("as in the paper", ""),
