@@ -11,8 +11,14 @@ SEMI_SUPERVISED = ("dtml", "mean-teacher", "ua-mt", "tcse", "dtc", "sassnet", "a
 AUTHORS = {"dtml": "DTML", "ua-mt": "UA-MT", "dtc": "DTC", "sassnet": "SASSNet"}  # these have a preset `authors`
 PAPER = {"mean-teacher": "Mean Teacher", "ua-mt": "UA-MT", "tcse": "TCSE", "double-unc": "DoubleUnc", "dtc": "DTC",
          "sassnet": "SASSNet", "asdnet": "ASDNet", "dk-uxnet": "DK-UXNet"}  # fmt: skip
-RECENT = {"cps": "CPS", "mc-net-plus": "MC-Net+", "ss-net": "SS-Net", "unimatch": "UniMatch", "bcp": "BCP",
-          "ad-mt": "AD-MT"}  # fmt: skip
+RECENT = {
+    "cps": "CPS",
+    "mc-net-plus": "MC-Net+",
+    "ss-net": "SS-Net",
+    "unimatch": "UniMatch",
+    "bcp": "BCP",
+    "ad-mt": "AD-MT",
+}
 SEVERAL = [name for name in (*PAPER, *RECENT) if METHODS[name].multiclass]  # can be trained on the hippocampus
 LABELED_ONLY = "--unlabeled 0 --consistency-terms none"  # of DK-UXNet: the same network on labeled scans only
 ADAMW = "--optimizer adamw --lr 0.001 --weight-decay 0.01"  # DK-UXNet's
