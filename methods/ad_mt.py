@@ -122,7 +122,7 @@ class ADMT(Method):
         q = ensemble(q_1, q_2)
         confidence, label = q.max(dim=1)
         own_confidence, own_label = with_background(probabilities(logits, classes)).max(dim=1)
-        conflict = q_1.argmax(dim=1) != q_2.argmax(dim=1)
+        conflict = q_1.max(dim=1).indices != q_2.max(dim=1).indices
         surer = conflict & (own_label != label) & (own_confidence > confidence)
         label, confidence = torch.where(surer, own_label, label), torch.where(surer, own_confidence, confidence)
         return label.to(torch.uint8), confidence, conflict.float().mean()

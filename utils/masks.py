@@ -15,7 +15,8 @@ def label_map(p: Tensor) -> Tensor:
     """
     if len(p) == 1:
         return (p[0] > 0.5).to(torch.uint8)
-    return torch.cat([1 - p.sum(dim=0, keepdim=True), p]).argmax(dim=0).to(torch.uint8)
+    p = torch.cat([1 - p.sum(dim=0, keepdim=True), p])
+    return p.max(dim=0).indices.to(torch.uint8)  # argmax takes ten times as long on a CPU
 
 
 def label_maps(p: Tensor) -> Tensor:
