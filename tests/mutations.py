@@ -50,6 +50,7 @@ LOSSES, DATA = "tests/test_losses.py", "tests/test_data.py"
 METHODS, TEACHERS = "tests/test_methods.py", "tests/test_teachers.py"
 CHECKPOINT, REFUSED = "tests/faults/test_checkpoint_faults.py", "tests/faults/test_refused_checkpoints.py"
 RESUME, REPRODUCE = "tests/faults/test_stop_and_resume.py", "tests/test_reproduce.py"
+BATCH_NORM = "tests/test_batch_norm.py"
 
 MUTATIONS = [
     # losses
@@ -173,6 +174,10 @@ MUTATIONS = [
              "crops are placed on the first class alone", "tests/test_object_share.py"),
     Mutation("further-schedule", "tools/command_line.py", '"iterations": flags["iterations"], "lr_steps"', '"lr_steps"',
              "a finished run does not go on", "tests/test_start.py"),
+    Mutation("one-pass", "methods/base.py", 'batch_norm == "separate"', 'batch_norm == "joint"',
+             "--batch-norm makes the passes of the other choice", BATCH_NORM),
+    Mutation("parts-in-order", "methods/base.py", "torch.cat(list(parts))", "torch.cat(list(parts)[::-1])",
+             "the outputs of unlabeled crops stand before those of labeled ones", BATCH_NORM),
     Mutation("same-recipe", "methods/base.py", '"labeled_batch": 4,', "", "methods differ in their labeled crops",
              "tests/test_command_line.py"),
     Mutation("best-of-latex", "tools/formats.py", "value == max(figures.values())", "value == min(figures.values())",
