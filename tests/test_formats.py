@@ -21,7 +21,8 @@ from methods import METHODS
 from tools import methods_page, pictures, reproduce, table_rows
 from tools.command_line import read_options
 from tools.formats import Cell, Column, Line, Table, as_csv, latex, latex_text, markdown
-from tools.grid import HIPPOCAMPUS_RUNS, HIPPOCAMPUS_TABLES, LA_RUNS, LA_TABLES, METHODS_TABLE, PHANTOM_TABLES, Row
+from tools.grid import LA_RUNS, LA_TABLES, METHODS_TABLE, PHANTOM_TABLES, Row
+from tools.hippocampus_grid import HIPPOCAMPUS_RUNS, HIPPOCAMPUS_TABLES
 from tools.runs import recipe_of
 from utils.errors import UserError
 from utils.text import markdown_table

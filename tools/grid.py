@@ -4,8 +4,6 @@ of what goes beyond both. RUNS: key of a run -> its flags. TABLES: name -> title
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from methods import METHODS
-
 ALL_LABELED = (80, 208)  # labeled scans of LA's train.list, and of the hippocampus set's
 SEMI_SUPERVISED = ("dtml", "mean-teacher", "ua-mt", "tcse", "dtc", "sassnet", "asdnet", "double-unc")
 AUTHORS = {"dtml": "DTML", "ua-mt": "UA-MT", "dtc": "DTC", "sassnet": "SASSNet"}  # these have a preset `authors`
@@ -19,13 +17,11 @@ RECENT = {
     "bcp": "BCP",
     "ad-mt": "AD-MT",
 }
-SEVERAL = [name for name in (*PAPER, *RECENT) if METHODS[name].multiclass]  # can be trained on the hippocampus
 LABELED_ONLY = "--unlabeled 0 --consistency-terms none"  # of DK-UXNet: the same network on labeled scans only
 ADAMW = "--optimizer adamw --lr 0.001 --weight-decay 0.01"  # DK-UXNet's
 TUNED, AS_PUBLISHED = "--preset tuned", "--normalize none"
 JOINT = "--batch-norm joint"  # as all methods were trained before there was another way
 BF16 = "--precision bf16"
-PASTED = "--paste 0.67"  # chosen on held-out scans of the hippocampus
 IN_FP32 = ("dtc", "sassnet")  # their one network has a distance head and stays in fp32
 EARLY, SMALLER = "--ramp-end 0.2", "--downsample 2 --patch-size 32 32 16"
 HELD_OUT = {"scans": "held-out", "stride": [16, 16, 8], "save": "none"}
@@ -121,23 +117,6 @@ PHANTOM_RUNS = {
     "dk-uxnet-8": "--method dk-uxnet",
     "dk-uxnet-alone-8": f"--method dk-uxnet {LABELED_ONLY}",
     **{f"ablation-{key}": f"--method dk-uxnet {SMALLER} {flags}" for key, (_, flags) in ABLATIONS.items()},
-}
-HIPPOCAMPUS_RUNS = {  # with LA's settings, but for those of the profile
-    "supervised-softmax-8": LA_RUNS["supervised-normalized-8"],
-    "plus-softmax-8": LA_RUNS["plus-8"],
-    "plus-alone-softmax-8": LA_RUNS["plus-alone-8"],
-    **{key: LA_RUNS[key] for key in ("dtml-tuned-8", "bcp-alone-8")},
-    **{key: LA_RUNS[key] for key in (f"{name}-tuned-8" if name in PAPER else f"{name}-8" for name in SEVERAL)},
-    "supervised-softmax-208": f"--method supervised {TUNED} --labeled 208",
-    "plus-alone-softmax-208": f"--method dtml-plus --labeled 208 --unlabeled 0 --batch-size 4 {BF16}",
-    "supervised-pasted-8": f"{LA_RUNS['supervised-normalized-8']} {PASTED}",
-    "plus-alone-pasted-8": f"{LA_RUNS['plus-alone-8']} {PASTED}",
-    "plus-pasted-8": f"{LA_RUNS['plus-8']} {PASTED}",
-    "mean-teacher-joint-8": f"{LA_RUNS['mean-teacher-tuned-8']} {JOINT}",
-    **{f"{name}-joint-8": f"{LA_RUNS[f'{name}-8']} {JOINT}" for name in ("unimatch", "ad-mt")},
-    # before a softmax was the default of several classes
-    **{key: f"{LA_RUNS[key]} --no-softmax" for key in ("supervised-normalized-8", "plus-8", "plus-alone-8")},
-    "supervised-normalized-208": f"--method supervised {TUNED} --labeled 208 --no-softmax",
 }
 
 
@@ -302,45 +281,13 @@ COMPARED_WITH = {  # table: runs that its rows of as many labels are compared wi
     "tuned": ["dtml-16", "supervised-tuned-16", "supervised-tuned-8"],
     "normalized": ["supervised-tuned-8", "supervised-tuned-16", "supervised-tuned-80"],
     "plus": [f"plus-alone-{n}:ema_mean" for n in (4, 8, 16)],
-    "precision": ["supervised-normalized-8"],
+    "precision": ["supervised-normalized-8", "supervised-softmax-8"],
     "joint": ["supervised-softmax-8"],
     "pasted": ["supervised-softmax-8", "bcp-alone-8", "plus-alone-pasted-8:ema_mean"],
     "sigmoids": ["supervised-normalized-8", "plus-alone-8:ema_mean"],
     METHODS_TABLE: ["supervised-normalized-8", "supervised-softmax-8", "plus-8:ema_mean", "plus-softmax-8:ema_mean"],
     "dk-uxnet": ["supervised-8", "supervised-16"],
 }
-HIPPOCAMPUS_TABLES: Tables = {
-    METHODS_TABLE: ("All methods with the preset `tuned`, mean of both classes", [
-        *method_rows(8, 209, others=SEVERAL, softmax="softmax-"),
-        Row("V-Net", "208 / 0", "supervised-softmax-208"),
-        Row("DTML+, labeled scans alone", "208 / 0", "plus-alone-softmax-208", output="ema_mean"),
-    ]),
-    "joint": ("Batch norm over labeled and unlabeled crops together: `--batch-norm joint`, mean of both classes", [
-        Row("V-Net", "8 / 0", "supervised-softmax-8"),
-        Row("Mean Teacher, `--batch-norm joint`", "8 / 201", "mean-teacher-joint-8"),
-        Row("Mean Teacher", "8 / 201", "mean-teacher-tuned-8"),
-        Row("UniMatch, `--batch-norm joint`", "8 / 201", "unimatch-joint-8"),
-        Row("UniMatch", "8 / 201", "unimatch-8"),
-        Row("AD-MT, `--batch-norm joint`", "8 / 201", "ad-mt-joint-8", output="teacher_1"),
-        Row("AD-MT", "8 / 201", "ad-mt-8", output="teacher_1"),
-    ]),
-    "pasted": ("Labeled crops pasted into each other: BCP, and `--paste 0.67`, mean of both classes", [
-        Row("V-Net", "8 / 0", "supervised-softmax-8"),
-        Row("V-Net, pasted crops", "8 / 0", "supervised-pasted-8"),
-        Row("BCP, labeled scans alone", "8 / 0", "bcp-alone-8"),
-        Row("BCP", "8 / 201", "bcp-8"),
-        Row("DTML+, labeled scans alone", "8 / 0", "plus-alone-softmax-8", output="ema_mean"),
-        Row("DTML+, labeled scans alone, pasted crops", "8 / 0", "plus-alone-pasted-8", output="ema_mean"),
-        Row("DTML+, pasted crops", "8 / 201", "plus-pasted-8", output="ema_mean"),
-    ]),
-    "sigmoids": ("A sigmoid for each class: `--no-softmax`, mean of both classes", [
-        Row("V-Net, sigmoids", "8 / 0", "supervised-normalized-8"),
-        Row("DTML+, labeled scans alone, sigmoids", "8 / 0", "plus-alone-8", output="ema_mean"),
-        Row("DTML+, sigmoids: M_s", "8 / 201", "plus-8"),
-        Row("DTML+, sigmoids", "8 / 201", "plus-8", output="ema_mean"),
-        Row("V-Net, sigmoids", "208 / 0", "supervised-normalized-208"),
-    ]),
-}  # fmt: skip
 PHANTOM_TABLES: Tables = {
     "methods": ("Methods on the phantom set", [
         Row("supervised, 8 labeled (lower bound)", "8 / 0", "supervised-8"),

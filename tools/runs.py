@@ -18,8 +18,6 @@ from tools.command_line import read_options
 from tools.grid import (
     BEYOND_TABLE,
     GLANCE,
-    HIPPOCAMPUS_RUNS,
-    HIPPOCAMPUS_TABLES,
     LA_RUNS,
     LA_TABLES,
     PHANTOM_RUNS,
@@ -29,6 +27,7 @@ from tools.grid import (
     TRAINED_AS,
     Tables,
 )
+from tools.hippocampus_grid import HIPPOCAMPUS_RUNS, HIPPOCAMPUS_TABLES
 from utils.early_options import renamed
 from utils.errors import UserError
 from utils.options import as_flags, flag_of, option, with_defaults
