@@ -149,11 +149,14 @@ def test_the_command_of_a_thin_set_trains(thin, tmp_path, capsys):
     train_dtml.main([*command, "--iterations", "2", "--filters", "2", "--runs", str(tmp_path), "--threads", "1"])
 
 
-@pytest.mark.parametrize(("method", "gib"), [("dtml", 0.35), ("supervised", 0.2)])
+@pytest.mark.parametrize(("method", "gib"), [("dtml", 0.35), ("supervised", 0.2), ("dtml-plus", 0.9)])
 def test_the_suggested_step_fits_into_the_memory(method, gib, thin, capsys):
     _, command = suggested(thin, capsys, "--method", method, "--memory", str(gib))
     patch, (batch,) = values(command, "--patch-size"), values(command, "--batch-size")
     labeled = batch // 2 if METHODS[method].uses_unlabeled else batch
+    if method == "dtml-plus":
+        assert batch == 6
+        labeled = 4
     counted = meta_method(method, {"halvings": values(command, "--halvings")})
     need = MARGIN * sum(step_bytes(counted, patch, batch, labeled))
     assert 0.5 * gib < need / 2**30 < gib

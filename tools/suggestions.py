@@ -20,7 +20,7 @@ from utils.devices import GIB
 from utils.errors import UserError
 
 USUAL_MEMORY = 8.0  # GiB, of a computer without a GPU
-CROPS = Options.batch_size  # as in the papers
+CROPS = Options.batch_size  # as in the papers, and where all crops are labeled
 FEW_VOXELS = 64**3  # of a patch: below it half as many crops are suggested
 THICK = 2.0  # times as long: an axis with such voxels is left alone by the first halvings
 QUARTER = 25  # percentile of the scans' sides that a patch must not exceed
@@ -85,9 +85,9 @@ def suggest(facts: Sequence[Facts], labeled: int, t: Planned) -> Suggestion:
     """Settings for a training.
 
     The patch is the largest whose sides are multiples of what the method needs, no longer than those of a quarter of
-    the scans, and whose training step fits into the memory. Its longest side in mm is shortened first. A batch has four
-    crops as in the papers; two where four would leave a patch of less than 64^3 voxels, and fewer with few labeled
-    scans.
+    the scans, and whose training step fits into the memory. Its longest side in mm is shortened first. A batch has the
+    crops of the method's first preset; two where these would leave a patch of less than 64^3 voxels, and fewer with few
+    labeled scans.
 
     Args:
         facts: of the training cases, with spacing.
@@ -101,10 +101,11 @@ def suggest(facts: Sequence[Facts], labeled: int, t: Planned) -> Suggestion:
     sides = tuple(int(side) for side in np.percentile(shapes, QUARTER, axis=0) / t.downsample)
     halvings = halvings_for(spacing or (1.0, 1.0, 1.0), sides)
     counted = meta_method(t.method, {"classes": t.classes, "channels": facts[0].channels, "halvings": list(halvings)})
-    step = StepMemory(counted, alone=labeled == len(facts))
+    usual, of_them = usual_batch(counted, alone=labeled == len(facts))
+    step = StepMemory(counted, usual, of_them)
     volumes = memory_gib(facts) / t.downsample**3
     volumes = volumes if volumes < ON_DEVICE * t.gib else 0.0  # larger ones stay out of a GPU
-    crops = min(CROPS, labeled if step.alone else 2 * labeled)
+    crops = usual if labeled >= of_them else min(CROPS, labeled if of_them == usual else 2 * labeled)
     patches = {
         n: largest_patch(sides, counted.side_multiples, spacing, step.most_voxels(n, t.gib - volumes))
         for n in {crops, min(crops, CROPS // 2)}
@@ -119,20 +120,29 @@ def suggest(facts: Sequence[Facts], labeled: int, t: Planned) -> Suggestion:
     return Suggestion(spacing, sides, halvings, patch, crops, step.gib(patch, crops), volumes)
 
 
+def usual_batch(method: Method, *, alone: bool) -> tuple[int, int]:
+    """The crops of a batch by the method's first preset, and how many of them are labeled: all without unlabeled scans
+    (`alone`)."""
+    if alone or not method.uses_unlabeled:
+        return CROPS, CROPS
+    preset = next(iter(method.PRESETS.values()))
+    crops = preset.get("batch_size", CROPS)
+    return crops, preset.get("labeled_batch", crops // 2)
+
+
 class StepMemory:
     """The memory of a training step of a method, as a function of patch and batch.
 
-    All but weights, momentum and gradients is proportional to the voxels of a batch, so it is counted once. For a large
-    patch the sum is a little too much: most gradients are made when most activations are gone. `alone`: all crops of a
-    batch are labeled.
+    All but weights, momentum and gradients is proportional to the voxels of a batch, so it is counted once, for a batch
+    of so many crops, `labeled` of them labeled. For a large patch the sum is a little too much: most gradients are made
+    when most activations are gone.
     """
 
-    def __init__(self, method: Method, *, alone: bool):
-        self.alone = alone or not method.uses_unlabeled
+    def __init__(self, method: Method, crops: int, labeled: int):
         patch = [max(side, 64) for side in method.side_multiples]
-        fixed, rest = step_bytes(method, patch, CROPS, CROPS if self.alone else CROPS // 2)
+        fixed, rest = step_bytes(method, patch, crops, labeled)
         self.fixed = fixed + trainable_bytes(method)
-        self.per_voxel = rest / (CROPS * math.prod(patch))
+        self.per_voxel = rest / (crops * math.prod(patch))
 
     def gib(self, patch_size: Sequence[int], batch_size: int) -> float:
         """GiB with the margin for what the count does not know."""
