@@ -19,6 +19,7 @@ from tools import command_line, convert, folds
 from tools.set_lists import PreviousLists
 from tools.sources import Source
 from tools.split import choose_split
+from tools.tested_scans import chosen_cases
 from utils.errors import UserError
 
 LABELED = [f"case0{i}" for i in range(7)]
@@ -86,6 +87,18 @@ def test_a_fold_is_what_is_validated_while_the_run_trains(three):
     dices = [float(row["dice"]) for row in rows]
     assert {row["case"] for row in rows} == {row["case"] for row in rows_in(three / "fold0")}
     assert statistics.mean(dices) == pytest.approx(best["best"]["dice"], abs=2e-6)
+
+
+def test_the_scans_that_best_was_chosen_on_are_not_held_out(three):
+    """fold0 was validated, fold1 was not. Neither used the two unlabeled scans."""
+    for name, unused in (("fold0", False), ("fold1", True)):
+        fold = {row["case"] for row in rows_in(three / name)}
+        names = chosen_cases(three / "set", "held-out", [], load(three / name))
+        assert set(names) == {"case07", "case08"} | (fold if unused else set())
+        text = rf"  {max(fold)} is in its fold: --scans validation has it\."
+        for scans in ("test",) if unused else ("test", "held-out"):
+            with pytest.raises(UserError, match=text):
+                chosen_cases(three / "set", scans, [max(fold)], load(three / name))
 
 
 def test_a_set_that_grew_is_tested_on_the_same_scans_and_never_on_one_of_the_training(three, tmp_path):
@@ -157,6 +170,11 @@ def test_what_is_not_one_cross_validation_is_refused(three, tmp_path, capsys):
     manifest["options"]["lr"] = 0.5
     (other / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"not of one cross-validation: --lr is 0.01 and 0.5\."):
+        folds.main([runs[0], str(other)])
+    (other / "manifest.json").write_bytes((three / "fold1" / "manifest.json").read_bytes())
+    table = other / "validation" / "cases.csv"
+    table.write_text(table.read_text() + table.read_text().partition("\n")[2].replace(",seg,", ",teacher,"))
+    with pytest.raises(UserError, match=r"the test is of the outputs seg and seg, teacher\."):
         folds.main([runs[0], str(other)])
     for i in (0, 1):  # best.pt of each fold is of an iteration of its own
         folder = tmp_path / "best" / f"fold{i}"
@@ -283,6 +301,8 @@ def test_a_run_of_a_fold_and_its_tests_leave_its_patients_out(tmp_path):
     test_la.main(["--checkpoint", str(tmp_path / "few"), "--scans", "held-out", "--threads", "1"])
     tested = {row["case"] for row in csv_rows(tmp_path / "few" / "held-out" / "cases.csv")}
     assert tested == {"case10", "case11"}  # patients of their own
+    with pytest.raises(UserError, match=r"case05 is in train.list, and the training used another scan of its patient"):
+        test_la.main(["--checkpoint", str(tmp_path / "few"), "--scans", "held-out", "--cases", "case05"])
 
     (folder / "dataset.json").write_text(json.dumps({"patients": {"case02": "p", "case12": "p"}}))
     with pytest.raises(UserError, match=r"p has case02 in .*train\.list and case12 in .*test\.list"):
