@@ -19,7 +19,6 @@ from tools import command_line, convert, folds
 from tools.set_lists import PreviousLists
 from tools.sources import Source
 from tools.split import choose_split
-from tools.tested_scans import chosen_cases
 from utils.errors import UserError
 
 LABELED = [f"case0{i}" for i in range(7)]
@@ -87,18 +86,6 @@ def test_a_fold_is_what_is_validated_while_the_run_trains(three):
     dices = [float(row["dice"]) for row in rows]
     assert {row["case"] for row in rows} == {row["case"] for row in rows_in(three / "fold0")}
     assert statistics.mean(dices) == pytest.approx(best["best"]["dice"], abs=2e-6)
-
-
-def test_the_scans_that_best_was_chosen_on_are_not_held_out(three):
-    """fold0 was validated, fold1 was not. Neither used the two unlabeled scans."""
-    for name, unused in (("fold0", False), ("fold1", True)):
-        fold = {row["case"] for row in rows_in(three / name)}
-        names = chosen_cases(three / "set", "held-out", [], load(three / name))
-        assert set(names) == {"case07", "case08"} | (fold if unused else set())
-        text = rf"  {max(fold)} is in its fold: --scans validation has it\."
-        for scans in ("test",) if unused else ("test", "held-out"):
-            with pytest.raises(UserError, match=text):
-                chosen_cases(three / "set", scans, [max(fold)], load(three / name))
 
 
 def test_a_set_that_grew_is_tested_on_the_same_scans_and_never_on_one_of_the_training(three, tmp_path):
