@@ -209,8 +209,9 @@ def results_of(scan: Scan, o: Options, classes: int) -> list[Path]:
 
 
 def stale_results(scan: Scan, out: Path) -> list[Path]:
-    """Probabilities of an earlier prediction of this scan, whether or not this prediction writes them too."""
-    name = re.compile(rf"{re.escape(scan.name)}_probability(_\d+)?{re.escape(written_as(scan.files[0]))}")
+    """Probabilities and DICOM-SEG of an earlier prediction of this scan, whether or not this one writes them too."""
+    files = rf"_probability(_\d+)?{re.escape(written_as(scan.files[0]))}" + (r"|_seg\.dcm" if scan.slices else "")
+    name = re.compile(f"{re.escape(scan.name)}({files})")
     return [file for file in out.iterdir() if name.fullmatch(file.name)]
 
 

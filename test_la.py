@@ -28,13 +28,13 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from dataloaders.cases import Case, lists_of, named, read_case
+from dataloaders.cases import Case, named, read_case
 from dataloaders.channel_names import refuse_other_channels
 from dataloaders.class_names import class_names, named_classes, refuse_other_numbers
 from dataloaders.geometry import known_spacing, read_geometry
 from dataloaders.images import write_image
 from dataloaders.normalization import normalization_of, normalized_case
-from dataloaders.unseen import open_cases, other_grid
+from dataloaders.unseen import is_other_set, open_cases, other_grid
 from evaluation.metrics import COMPONENTS, MORE
 from evaluation.predictions import new_test, replace_test
 from evaluation.scores import as_csv, caption_of, class_scores, table, with_class_names
@@ -50,7 +50,7 @@ from evaluation.sliding_window import (
 )
 from methods.released import RELEASED, load_trained
 from networks.backbone import PRECISIONS, set_precision
-from tools.tested_scans import SCANS, chosen_cases, names_of
+from tools.tested_scans import SCANS, chosen_cases
 from utils.checkpoint import LAST, channels_of_state, classes_of_state, unfinished, write_whole
 from utils.devices import enough_memory, refuse_precision, set_up
 from utils.distributed import RANK, RANKS, gather_in_order, process_group
@@ -170,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
     if RANK == 0 and (warning := unlearned_flips(o.flips, trained)):
         warn(warning)
     folder, seen = Path(o.data or trained["data"]), state["checksums"]  # empty for bare weights
-    tested = chosen_cases(names_of(folder, o.scans, seen, trained), o.cases, o.scans, folder, seen)
+    tested = chosen_cases(folder, o.scans, o.cases, state)
     cases, shapes = open_cases(
         folder, tested, classes, seen, state.get("images", {}), method.options.channels, normalize
     )
@@ -187,7 +187,7 @@ def main(argv: list[str] | None = None) -> None:
     usual_out = (path if path.is_dir() else path.parent) / o.scans
     usual_out = path.with_name(f"{path.stem}-{o.scans}") if other else usual_out
     usual_out = usual_out.with_name(f"{usual_out.name}-cases") if o.cases else usual_out  # next to the test of all
-    if o.data and seen and not {*seen} & {*lists_of(folder)[0]}:  # a set of other scans
+    if o.data and seen and is_other_set(folder, seen, state.get("images", {})):
         usual_out = usual_out.with_name(f"{usual_out.name}-{folder.resolve().name}")
     out = Path(o.out) if o.out else usual_out
 

@@ -1,12 +1,13 @@
 """Labeled cases that a training has not seen."""
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence, Set
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dataloaders.cases import Case, CaseError, check_all, find_cases, read_case
+from dataloaders.cases import Case, CaseError, check_all, find_cases, lists_of, read_case
 from dataloaders.fingerprints import DIGITS, alike, fingerprint
 from dataloaders.geometry import known_spacing, read_geometry
 from dataloaders.normalization import OF_RAW, Normalization, scalings_of_case
@@ -53,6 +54,17 @@ def open_cases(
 
     check_all(cases, check, problems)
     return cases, shapes
+
+
+def is_other_set(folder: Path, seen: Collection[str], images: Mapping[str, str]) -> bool:
+    """Whether a data set's train.list names none of the scans used in training, `seen`, or has another scan by the
+    name of one. `images` are their fingerprints, as for `open_cases`. A file that cannot be read tells nothing.
+    """
+    shared = [name for name in lists_of(folder)[0] if name in seen]
+    for case in find_cases(folder, [name for name in shared if name in images], labeled=False)[0]:
+        with suppress(CaseError):
+            return not alike(fingerprint(read_case(case)[0]), [images[case.name]])[0]
+    return not shared
 
 
 def axes_text(codes: Set[str]) -> str:

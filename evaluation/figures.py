@@ -94,6 +94,7 @@ def draw_maps(rows: Sequence[MapsRow], classes: str = "") -> Figure:
     of several `classes` mean, if it is known.
     """
     names = ["image", *(["label"] if rows[0].label is not None else []), *rows[0].maps]
+    most = max(int(row.label.max()) for row in rows if row.label is not None) if "label" in names else 1
     side = WIDTH / len(names)
     shapes = [np.array(row.image.shape) * row.spacing[:2] for row in rows]
     heights = [side * h / w for w, h in shapes]
@@ -106,7 +107,7 @@ def draw_maps(rows: Sequence[MapsRow], classes: str = "") -> Figure:
             assert values is not None
             look = look_of(name, values)
             if name == "label":
-                look["vmax"] = max(int(values.max()), 1)
+                look["vmax"] = max(most, 1)  # one grey for a class in all rows
             write_letters(axes, row.orientation if name == "image" else None)
             show_slice(axes, values, row.spacing, **look)
             if i == 0:

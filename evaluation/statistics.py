@@ -36,7 +36,7 @@ LEAST_RUNS = 5  # on each side for a p; the smallest p of 4 against 4 is 0.03, o
 LEVEL = 0.95
 RESAMPLES = 10_000  # for each of two passes
 SPLITS = 200_000  # largest number of splits of the runs in a permutation test
-DIGITS = 10  # after the point, to which equal differences of means are equal; cases.csv has six
+DIGITS = 10  # after the point, to which equal differences are equal, as 0.3 - 0.2 and 0.1; cases.csv has six
 OVER = {  # number of runs (1, or 2 and more) of the reference and of the row -> text: what the interval covers
     (1, 1): "scans only, one run each",
     (1, 2): "scans, and the runs of the row",
@@ -143,7 +143,7 @@ def compare_scans(reference: Scans, row: Scans) -> ScanTest:
         UserError: as `compare`.
     """
     a, b, _ = matrices({0: reference}, {0: row})
-    d = (b - a)[0]
+    d = (b - a)[0].round(DIGITS)
     unequal = d[d != 0]  # the others have no sign; among more than 13 scans scipy's p would be approximate with them
     p = stats.wilcoxon(unequal).pvalue if len(unequal) else 1.0
     return ScanTest(len(d), hodges_lehmann(d), int((d > 0).sum()), float(p) if len(d) >= LEAST_SCANS else math.nan)

@@ -310,3 +310,19 @@ def test_a_scan_whose_channels_are_not_all_given_is_refused(tmp_path):
     (tmp_path / "a_0002.nii.gz").touch()
     with pytest.raises(UserError, match=r"has no a_0001, and a_0002\.nii\.gz is there"):
         given_scans([str(tmp_path)], [], channels=3)
+
+
+def test_h5_cases_whose_names_end_in_four_digits_are_scans_of_their_own(tmp_path):
+    """In both layouts of a set, and next to the files of another scan's channels."""
+    folders, cases = [tmp_path / f"patient_000{i}" for i in (1, 2)], [tmp_path / f"patient_000{i}.h5" for i in (1, 2)]
+    channels = [tmp_path / "flat" / f"patient_{c:04}.nii.gz" for c in range(2)]
+    numbered = tmp_path / "flat" / "patient_0003.h5"
+    for path in (*(folder / "mri_norm2.h5" for folder in folders), *cases, *channels, numbered):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    for words, names in (
+        (folders, {"patient_0001": 1, "patient_0002": 1}),
+        (cases, {"patient_0001": 1, "patient_0002": 1}),
+        ([tmp_path / "flat"], {"patient": 2, "patient_0003": 1}),
+    ):
+        assert {scan.name: len(scan.files) for scan in given_scans([*map(str, words)], [], channels=2)} == names

@@ -54,6 +54,8 @@ def test_the_object_has_the_voxels_of_the_nifti_at_their_places_in_mm(world, tmp
     with pytest.raises(UserError, match=r"patient7_seg\.dcm exists already"):
         (out / "patient7.nii.gz").unlink()
         predicted(world / "runs" / "dtml", [series], out, "--dicom-seg")
+    predicted(world / "runs" / "other", [series], out, "--overwrite")
+    assert not (out / "patient7_seg.dcm").exists(), "it is of the prediction before"
 
 
 @pytest.mark.parametrize("present", [(1, 2, 3), (3,), ()])

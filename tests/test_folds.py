@@ -158,6 +158,11 @@ def test_what_is_not_one_cross_validation_is_refused(three, tmp_path, capsys):
     (other / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"not of one cross-validation: --lr is 0.01 and 0.5\."):
         folds.main([runs[0], str(other)])
+    (other / "manifest.json").write_bytes((three / "fold1" / "manifest.json").read_bytes())
+    table = other / "validation" / "cases.csv"
+    table.write_text(table.read_text() + table.read_text().partition("\n")[2].replace(",seg,", ",teacher,"))
+    with pytest.raises(UserError, match=r"the test is of the outputs seg and seg, teacher\."):
+        folds.main([runs[0], str(other)])
     for i in (0, 1):  # best.pt of each fold is of an iteration of its own
         folder = tmp_path / "best" / f"fold{i}"
         best = shutil.copytree(three / f"fold{i}", folder, ignore=shutil.ignore_patterns("best-*")) / "best-validation"
@@ -283,6 +288,8 @@ def test_a_run_of_a_fold_and_its_tests_leave_its_patients_out(tmp_path):
     test_la.main(["--checkpoint", str(tmp_path / "few"), "--scans", "held-out", "--threads", "1"])
     tested = {row["case"] for row in csv_rows(tmp_path / "few" / "held-out" / "cases.csv")}
     assert tested == {"case10", "case11"}  # patients of their own
+    with pytest.raises(UserError, match=r"case05 is in train.list, and the training used another scan of its patient"):
+        test_la.main(["--checkpoint", str(tmp_path / "few"), "--scans", "held-out", "--cases", "case05"])
 
     (folder / "dataset.json").write_text(json.dumps({"patients": {"case02": "p", "case12": "p"}}))
     with pytest.raises(UserError, match=r"p has case02 in .*train\.list and case12 in .*test\.list"):

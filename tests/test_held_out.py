@@ -10,7 +10,9 @@ from conftest import TINY, csv_rows, make_set, write_case
 import test_la
 import train_dtml
 from dataloaders.cases import Case, case_file, read_case
+from dataloaders.folds import split_fold
 from tools import share
+from tools.tested_scans import chosen_cases
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import UserError
 
@@ -36,6 +38,21 @@ def test_held_out_scans_are_those_of_train_list_that_the_run_did_not_see(trained
     assert (told["scans"], told["patch_size"]) == ("held-out", [16, 16, 16])
     assert told["stride"] == [16, 16, 4], "the papers' 18 18 4 is too wide for a patch of 16"
     assert not (trained / "run" / "test").exists()
+
+
+def test_scans_that_best_was_chosen_on_are_not_held_out(trained):
+    """As of a run with --fold 1/2: of its labeled scans those of the fold were validated on."""
+    state, folder = load_checkpoint(trained / "run"), trained / "set"
+    train = (folder / "train.list").read_text().split()
+    fold = split_fold(train[:4], "1/2", {})[1]
+    state["checksums"] = {name: mark for name, mark in state["checksums"].items() if name not in fold}
+    state["options"]["fold"] = "1/2"
+    assert set(chosen_cases(folder, "held-out", [], state)) == {*fold, *train[6:]}  # without validation
+    state["best"] = {"iteration": 1, "dice": 0.5, "scans": fold}
+    assert chosen_cases(folder, "held-out", [], state) == train[6:]
+    assert chosen_cases(folder, "validation", [], state) == fold
+    with pytest.raises(UserError, match=rf"  {fold[0]} is in its fold: --scans validation has it\."):
+        chosen_cases(folder, "held-out", fold[:1], state)
 
 
 def test_a_run_that_used_every_scan_has_none(trained):

@@ -14,6 +14,7 @@ from tensorboard.plugins.mesh import plugin_data_pb2
 import test_la
 import train_dtml
 from dataloaders.cases import Case, case_file, lists_of, read_case
+from evaluation.figures import MapsRow, draw_maps
 from evaluation.slices import COLOURS, LABEL, prediction_mesh
 from evaluation.surfaces import Camera, Surface, camera_around, render, surface
 from tools import framework, pictures
@@ -168,6 +169,16 @@ def test_figure_2_shows_what_the_network_says_of_the_slice(runs):
     assert list(result) == ["p", "m", "z"]
     for name, values in result.items():
         assert values == pytest.approx(expected[name][0, ..., 5].numpy(), abs=1e-5)
+
+
+def test_a_class_has_one_grey_in_the_labels_of_all_rows():
+    """The first row shows both classes, the second the first alone."""
+    image, label = np.random.default_rng(0).random((8, 8)), np.zeros((8, 8), int)
+    label[2:4], both = 1, label.copy()
+    both = np.where(np.arange(8)[:, None] > 5, 2, label)
+    figure = draw_maps([MapsRow(name, image, y, {}, (1, 1, 1)) for name, y in (("a", both), ("b", label))])
+    greys = [axes.images[0].to_rgba(np.array([[1.0]]))[0, 0, 0] for axes in figure.axes[1::2]]
+    assert len(greys) == 2 and greys[0] == greys[1] == pytest.approx(0.5, abs=0.01)
 
 
 def test_the_dice_of_figure_3_is_the_mean_over_the_classes_in_prediction_or_label(runs, monkeypatch):

@@ -113,6 +113,18 @@ def test_test_la_and_predict_take_them_and_say_what_the_run_s_say(runs, tmp_path
     assert masks[0] == masks[1] and masks[0]
 
 
+def test_those_of_the_best_checkpoint_are_called_finished(runs, tmp_path, capsys):
+    state = load_checkpoint(runs / "tiny")
+    options = {**state["options"], "iterations": 9}
+    for name, warned in (("best.pt", False), ("last.pt", True)):
+        torch.save({**state, "options": options}, tmp_path / name)
+        share.main([str(tmp_path / name), str(tmp_path / name.partition(".")[0])])
+        scan = str(runs / "set" / "case09" / "mri_norm2.h5")
+        out = str(tmp_path / f"out-{name}")
+        predict.main(["--checkpoint", str(tmp_path / name.partition(".")[0]), scan, "-o", out, "--device", "cpu"])
+        assert ("not finished: 2 of 9 iterations" in capsys.readouterr().err) == warned
+
+
 def test_no_training_goes_on_from_them(runs, tmp_path):
     shared(runs / "tiny", tmp_path / "w")
     with pytest.raises(UserError, match=r"has no optimizer state, .* with --init .*w\."):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from evaluation.sliding_window import gaussian_weights, sliding_slabs, sliding_window, window_starts, windows
-from utils.resample import downsample_image, downsample_label, padding
+from utils.resample import downsample_image, downsample_label, padding, upsample_probability
 
 PATCH, STRIDE = (112, 112, 80), (18, 18, 4)
 # Test cases of LA have these sizes; 1128 windows in all.
@@ -106,6 +106,9 @@ def test_half_resolution_pools_cells_and_averages_what_an_edge_cell_holds():
     image = torch.arange(3 * 2 * 2.0).view(3, 2, 2)
     half = downsample_image(image, 2)
     assert half.flatten().tolist() == [image[:2].mean().item(), image[2:].mean().item()]
+    thin = torch.arange(4 * 2 * 1.0).view(4, 2, 1)  # thinner than a cell
+    assert downsample_image(thin, 2).flatten().tolist() == [thin[:2].mean().item(), thin[2:].mean().item()]
+    assert upsample_probability(downsample_image(thin, 4)[None], 4, (4, 2, 1))[0].tolist() == [[[3.5]] * 2] * 4
     label = torch.zeros(4, 2, 2, dtype=torch.uint8)
     label[0], label[2, 0, 0] = 1, 1
     assert downsample_label(label, 2).flatten().tolist() == [1, 0]  # 4 of 8 is a tie and counts, 1 of 8 does not

@@ -174,6 +174,12 @@ def test_scans_with_equal_values_leave_the_p_exact(unequal):
     assert test.p == pytest.approx(p) and (p >= 1 / 16) == (unequal <= 5)
 
 
+def test_differences_that_are_equal_as_decimals_are_ties():
+    d, reference = np.array([1, -1, 2, -1, 1, -1, 1, -1]) / 10, (0.31, 0.6, 0.05, 0.8, 0.42, 0.47, 0.2, 0.9)
+    sides = ({str(i): round(v, 6) for i, v in enumerate(values)} for values in (reference, reference + d))
+    assert compare_scans(*sides).p == 1  # ranks of 20 and 16, as near as fours and an eight come; it was 0.84
+
+
 def test_a_mean_and_a_median_of_other_signs_are_both_told():
     a = row(0)
     b = {case: value - 0.01 for case, value in a.items()} | {"case3": a["case3"] + 0.9}

@@ -51,6 +51,28 @@ def test_a_test_on_another_set_leaves_that_on_the_own_one(trained, tmp_path):
         assert [path.parent.name for path in run.glob("*/cases.csv")] == [written]
 
 
+def test_a_set_whose_other_scans_have_the_names_of_the_own_ones_is_another(trained, tmp_path):
+    small = ["--stride", "16", "16", "16", "--output", "seg", "--save", "none"]
+    for name in ("moved", "turned", "elsewhere"):
+        shutil.copytree(trained.parent / "set", tmp_path / name)
+    for name in ("turned", "elsewhere"):
+        for i, path in enumerate(sorted((tmp_path / name).glob("case*/*.h5"))):
+            with h5py.File(path, "r+") as f:
+                image = f["image"][()]
+                noise = np.random.default_rng(100 + i).standard_normal(image.shape)
+                f["image"][...] = 2 * image[::-1] + 1 if name == "turned" else noise
+    run = shutil.copytree(trained, tmp_path / "run")
+    for name, written in (("moved", "test"), ("elsewhere", "test-elsewhere"), ("turned", "test")):
+        shutil.rmtree(run / "test", ignore_errors=True)
+        shutil.rmtree(run / "test-elsewhere", ignore_errors=True)
+        test_la.main(["--checkpoint", str(run), *small, "--data", str(tmp_path / name)])
+        assert [path.parent.name for path in run.glob("*/cases.csv")] == [written]
+    for path in (tmp_path / "elsewhere").glob("case0[0-7]/*.h5"):  # nothing to tell by
+        path.unlink()
+    test_la.main(["--checkpoint", str(run), *small, "--data", str(tmp_path / "elsewhere")])
+    assert (run / "test" / "cases.csv").is_file() and not (run / "test-elsewhere").exists()
+
+
 def test_axes_that_only_the_set_or_only_the_training_states_are_warned_of(trained, tmp_path, capsys):
     shutil.copytree(trained.parent / "set", tmp_path / "set")
     state = load(trained)

@@ -88,6 +88,11 @@ def tested(fold: Fold) -> str:
     return BEST if best else f"iteration {fold.about.get('iteration')}"
 
 
+def outputs_of(fold: Fold) -> str:
+    """The outputs that were scored, as text."""
+    return ", ".join(dict.fromkeys(row["output"] for row in fold.rows))
+
+
 def refuse_folds(folds: Sequence[Fold]) -> None:
     """Checks that the folds are of one cross-validation, each once.
 
@@ -110,6 +115,8 @@ def refuse_folds(folds: Sequence[Fold]) -> None:
             for name in OF_THE_TEST
             if first.about.get(name) != other.about.get(name)
         ]
+        if outputs_of(first) != outputs_of(other):
+            differ.append(f"the test is of the outputs {outputs_of(first)} and {outputs_of(other)}")
         if tested(first) != tested(other):
             differ.append(f"the test is of {tested(first)} and of {tested(other)}")
         if differ:

@@ -103,14 +103,17 @@ def unnumbered(name: str) -> str:
 def grouped(scans: Sequence[Scan]) -> list[Scan]:
     """The same with the files NAME_0000, NAME_0001, ... of a folder as one scan NAME, where the first of them stands.
 
+    An h5 case holds all channels of its scan, whatever its name.
+
     Raises:
         UserError: if numbers are missing between those of a scan.
     """
-    numbered = by_number([scan.files[0] for scan in scans if len(scan.files) == 1 and not scan.slices])
+    alone = [scan for scan in scans if len(scan.files) == 1 and not scan.slices and ending_of(scan.files[0]) != ".h5"]
+    numbered = by_number([scan.files[0] for scan in alone])
     groups: dict[tuple[Path, str], Scan] = {}
     for scan in scans:
         first = scan.files[0]
-        key = (first.parent, unnumbered(scan.name)) if first.is_file() and len(scan.files) == 1 else (first, scan.name)
+        key = (first.parent, unnumbered(scan.name)) if scan in alone else (first, scan.name)
         if key in numbered and key not in groups:
             groups[key] = Scan(key[1], in_order(key[1], numbered[key], "what is given"))
         elif key not in numbered:

@@ -28,7 +28,7 @@ from utils.shared_weights import CHECKSUM, ENDING, METADATA, NO_TENSORS, checksu
 KEPT = (  # of a checkpoint
     "format", "options", "iteration", "seconds", "checksums", "images", "processes", "spacing", "orientation",
     "channel_names",
-    "class_names",
+    "class_names", "best", "saved_as",
 )  # fmt: skip
 OVERHEAD = 256  # bytes of a file's header for each tensor, at most
 
@@ -82,6 +82,7 @@ def share(checkpoint: Path, folder: Path, o: Options) -> list[Path]:
     # a copy of each, as safetensors takes no two tensors of the same memory
     weights = {name: value.contiguous().clone() for name, value in entries.items() if isinstance(value, Tensor)}
     weights = weights if o.exact else {name: rounded(weight) for name, weight in weights.items()}
+    state = {"saved_as": Path(state["file"]).name, **state}
     about: dict[str, Any] = {name: state[name] for name in KEPT if name in state}
     about[NO_TENSORS] = [name for name in entries if name not in weights]
     about[CHECKSUM] = checksum_of(about, weights.items())

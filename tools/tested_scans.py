@@ -1,10 +1,11 @@
 """The scans of a data set that test_la.py tests, by --scans and --cases."""
 
-from collections.abc import Collection, Container, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dataloaders.cases import lists_of, validation_of
+from dataloaders.cases import VALIDATION, lists_of, validation_of
 from dataloaders.folds import split_fold
 from dataloaders.patients import others_of, patients_of
 from utils.errors import UserError
@@ -19,7 +20,7 @@ def names_of(folder: Path, scans: str, seen: Collection[str], trained: Mapping[s
     Args:
         scans: 'test' for test.list, 'validation' for validation.list, or the fold of a run with --fold, 'held-out' for
             the scans of train.list that are not in `seen`, nor other scans of a patient in it.
-        seen: names of the scans used in training.
+        seen: names of the scans used in training, also those of its fold that it was validated on.
 
     Raises:
         UserError: for lists that are not valid, or if there is no such scan.
@@ -43,24 +44,28 @@ def names_of(folder: Path, scans: str, seen: Collection[str], trained: Mapping[s
     return held_out
 
 
-def chosen_cases(
-    names: Sequence[str], cases: Sequence[str], scans: str, folder: Path, seen: Container[str]
-) -> list[str]:
-    """The scans to test of `names`, in their order: those of --cases, or all.
+def chosen_cases(folder: Path, scans: str, cases: Sequence[str], state: Mapping[str, Any]) -> list[str]:
+    """The scans to test of `names_of`, in their order: those of --cases, or all. `state` is that of the checkpoint.
 
     Raises:
-        UserError: for cases that are not among the scans, with the list that each is in, or the name most like it.
+        UserError: as `names_of`; for cases that are not among the scans, with the list that each is in, or the name
+            most like it.
     """
+    seen, trained = state["checksums"], state["options"]
+    used = {*seen, *(state.get("best") or {}).get("scans", ())}  # best.pt was chosen on these, which may be of a fold
+    names = names_of(folder, scans, used, trained)
+    lists = {"test": "test.list", "validation": "its fold" if trained.get("fold") else VALIDATION}
+    lists |= {"held-out": "train.list"}
 
     def where(name: str) -> str:
         if name in seen:
             return f"{name} is in train.list, and the checkpoint was trained on it."
-        train, test = lists_of(folder)
-        others = {"train.list": (train, "held-out"), "test.list": (test, "test")}
-        others |= {"validation.list": (validation_of(folder), "validation")}
-        for file, (listed, chosen) in others.items():
-            if name in listed:
-                return f"{name} is in {file}: --scans {chosen} has it."
+        for other, file in lists.items():
+            with suppress(UserError):  # there are no such scans
+                if name in names_of(folder, other, used, trained):
+                    return f"{name} is in {file}: --scans {other} has it."
+        if name in lists_of(folder)[0]:
+            return f"{name} is in train.list, and the training used another scan of its patient."
         return f"{name}.{did_you_mean(name, names)}"
 
     unknown = [name for name in cases if name not in names]
@@ -69,4 +74,4 @@ def chosen_cases(
         raise UserError(
             f"--cases: {len(unknown)} of {len(cases)} are not among the {len(names)} {scans} scans:\n{lines}"
         )
-    return [name for name in names if name in cases] if cases else list(names)
+    return [name for name in names if name in cases] if cases else names

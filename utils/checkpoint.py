@@ -185,7 +185,7 @@ def _checked(state: dict[str, Any]) -> dict[str, Any]:
 def unfinished(state: dict[str, Any]) -> str:
     """How far a checkpoint's run had come, if it was to go on; '' for the last checkpoint of a run and for best.pt."""
     done, iterations = state["iteration"], state["options"]["iterations"]
-    best = Path(state["file"]).name == BEST
+    best = state.get("saved_as", Path(state["file"]).name) == BEST  # the first of shared weights
     return "" if best or done >= iterations else f"{done} of {iterations} iterations"
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 def _pool(volume: Tensor, factor: int) -> Tensor:
     cells = volume.reshape(1, -1, *volume.shape[-3:]).float()
-    pooled = F.avg_pool3d(cells, factor, ceil_mode=True, count_include_pad=False)[0]
+    cell = [min(factor, side) for side in volume.shape[-3:]]  # of a volume thinner than a cell all there is
+    pooled = F.avg_pool3d(cells, cell, ceil_mode=True, count_include_pad=False)[0]
     return pooled.reshape(*volume.shape[:-3], *pooled.shape[1:])
 
 
