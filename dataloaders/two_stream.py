@@ -112,8 +112,8 @@ class TwoStreamBatchSampler(Sampler[list[Slot]]):
 class Patches(Dataset[dict[str, Any]]):
     """Augmented crops, indexed by a Slot.
 
-    An item holds image (K,w,h,d) float32 and case (its name). A labeled case also has label (w,h,d) uint8 and, with
-    `sdm`, sdm (C,w,h,d) float32 in [-1,1].
+    An item holds image (K,w,h,d) float32 and case (its name, NAME with OTHER after `paste`). A labeled case also has
+    label (w,h,d) uint8 and, with `sdm`, sdm (C,w,h,d) float32 in [-1,1].
 
     Args:
         patch_size: voxels of a crop along x, y, z.
@@ -202,6 +202,7 @@ class Patches(Dataset[dict[str, Any]]):
         item = self.sample(own)
         for other in pasted:
             inside = self.sample(other)
+            item["case"] += f" with {inside['case']}"
             for names in (("image", "label", "sdm"), ("other_image", "other_label")):  # a second crop has its own box
                 box = random_box(self.patch_size, self.paste, lambda n: int(generator.integers(n)))
                 item |= {x: paste(item[x], inside[x], box.to(item[x].device)) for x in names if x in item}

@@ -30,7 +30,7 @@ PATIENCE = 10  # seconds that one of several processes waits after a stop signal
 
 
 class TrackedPatches(Dataset[dict[str, Any]]):
-    """Wraps patches; each worker notes its process id and the index of its current case in shared memory.
+    """Wraps patches; in shared memory each worker notes its process id, its current case and the one pasted into it.
 
     Raises:
         UserError: if there is no shared memory.
@@ -39,20 +39,22 @@ class TrackedPatches(Dataset[dict[str, Any]]):
     def __init__(self, patches: Any, workers: int):
         self.patches = patches
         try:
-            self.notes = RawArray("l", 2 * workers) if workers else []
+            self.notes = RawArray("l", 3 * workers) if workers else []
         except OSError as e:
             raise UserError(f"the data workers cannot be started ({e}). {advice(workers)}") from e
 
     def __getitem__(self, slot: Any) -> dict[str, Any]:
         worker = get_worker_info()
         if worker is not None:
-            self.notes[2 * worker.id], self.notes[2 * worker.id + 1] = os.getpid(), slot.case
+            cases = [sample.case for sample in self.patches.slots_of(slot)[0]]
+            self.notes[3 * worker.id : 3 * worker.id + 3] = [os.getpid(), cases[0], cases[-1]]
         return self.patches[slot]
 
     def cases_of(self, pids: list[int | None]) -> list[str]:
         """The cases, as NAME (FILE), that the workers with these process ids read last."""
-        notes = dict(zip(self.notes[::2], self.notes[1::2], strict=True))
-        cases = [self.patches.volumes.cases[notes[pid]] for pid in pids if pid in notes]
+        notes = {pid: read for pid, *read in zip(self.notes[::3], self.notes[1::3], self.notes[2::3], strict=True)}
+        numbers = dict.fromkeys(number for pid in pids for number in notes.get(pid, []))
+        cases = [self.patches.volumes.cases[number] for number in numbers]
         return [f"{case.name} ({case.path})" for case in cases]
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from methods import METHODS
 from networks.backbone import Backbone
 from networks.batch_norm import BatchNorm3d
+from tools import command_line
 from utils.errors import UserError
 
 MIXED = [name for name, kind in METHODS.items() if "batch_norm" in {f.name for f in dataclasses.fields(kind.Options)}]
@@ -88,3 +89,20 @@ def test_a_single_crop_of_a_kind_whose_deepest_map_is_one_voxel_is_refused(numbe
     make("dtml")(make_batch(*numbers), 0)
     with pytest.raises(UserError, match="--batch-norm separate there must be two"):
         make("dtml", batch_norm="separate")(make_batch(*numbers), 0)
+
+
+def test_a_network_without_batch_norm_does_the_same_in_one_pass_and_the_flag_is_refused():
+    """An old options file is replayed with joint, and a preset with separate is no mistake."""
+    batch = make_batch()
+    batch["image"] = batch["image"].double()
+    gradients = []
+    for batch_norm in ("joint", "separate"):
+        method = make("cps", backbone="uxnet", dropout=0.0, batch_norm=batch_norm).double()
+        method(batch, 30).total.backward()
+        gradients.append([p.grad for p in method.parameters()])
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
+    uxnet = {"data": "set", "backbone": "uxnet"}
+    with pytest.raises(UserError, match="--batch-norm separate does nothing with --backbone uxnet"):
+        command_line.resolve({**uxnet, "batch_norm": "separate"}, METHODS["dtml"])
+    for flags in ({"batch_norm": "joint", "preset": "tuned"}, {"preset": "tuned"}):
+        command_line.resolve({**uxnet, **flags}, METHODS["dtml"])

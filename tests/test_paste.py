@@ -1,6 +1,8 @@
 """--paste: labeled crops pasted into each other, with volumes whose every voxel tells its scan."""
 
 import collections
+import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 from conftest import TINY, write_case
 
 import train_dtml
+from dataloaders import watched
 from dataloaders.cases import Case
 from dataloaders.two_stream import Patches, Slot
 from dataloaders.volumes import Volumes
@@ -107,3 +110,18 @@ def test_one_labeled_scan_has_no_other_to_paste(data, tmp_path):
     flags = ["--labeled", "1", "--labeled-batch", "1", "--paste", "0.5", "--runs", str(tmp_path)]
     with pytest.raises(UserError, match=r"--paste 0.5: there is no second labeled scan"):
         train_dtml.main(["--data", str(data), *TINY, *flags])
+
+
+def test_errors_name_the_scan_and_the_one_that_is_pasted_into_it(volumes, monkeypatch):
+    """That of a diverged batch, and that of a worker that was killed while it read one of both."""
+    tracked = watched.TrackedPatches(patches(volumes), workers=2)
+    monkeypatch.setattr(watched, "get_worker_info", lambda: SimpleNamespace(id=1))
+    for step in range(10):
+        item = tracked[Slot(step, 0, 0)]
+        (other,) = set(item["label"].unique().tolist()) - {1}
+        assert item["case"] == f"1 with {other}"
+        names = [text.partition(" (")[0] for text in tracked.cases_of([os.getpid(), None])]
+        assert names == ["1", str(other)]
+    assert tracked[Slot(0, 1, 3)]["case"] == "9"
+    assert [text.partition(" (")[0] for text in tracked.cases_of([os.getpid()])] == ["9"]
+    assert tracked.cases_of([os.getpid() + 1]) == []

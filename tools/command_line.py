@@ -264,6 +264,10 @@ def resolve(flags: dict[str, Any], kind: type[Method]) -> tuple[Options, Method.
             "--sdm-of scan does not go with --random-scale and --random-rotation: the distances of a whole scan do not "
             "hold in a crop that is scaled or rotated. Take --sdm-of crop."
         )
+    if flags.get("batch_norm") == "separate" and method_options.backbone == "uxnet":
+        raise UserError(
+            "--batch-norm separate does nothing with --backbone uxnet, which has no batch norm. Leave one of them out."
+        )
     if len({*o.flip_axes}) < len(o.flip_axes):
         raise UserError("--flip-axes names an axis twice. Name each once.")
     refuse_late_steps(flags, o.iterations)
