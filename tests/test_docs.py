@@ -229,6 +229,10 @@ CLAIMS = {  # section: of each of its lines the reference and the row, as evalua
         ("hippocampus/plus-alone-8-seed*:ema_mean", "hippocampus/plus-8-seed*:ema_mean"),
         ("hippocampus/supervised-normalized-8-seed*", "hippocampus/plus-alone-8-seed*:ema_mean"),
     ],
+    "newer-methods": [
+        ("hippocampus/supervised-softmax-8-seed*", "hippocampus/bcp-8-seed*"),
+        ("hippocampus/supervised-softmax-8-seed*", "hippocampus/ad-mt-8-seed*:teacher_1"),
+    ],
     "dk-uxnet-after-600-iterations": [("short/supervised-16-seed1337", "short/dk-uxnet-16-seed1337")],
 }
 OTHERS = ("asdnet", "tcse", "ua-mt", "dtc", "sassnet", "double-unc")
