@@ -22,8 +22,7 @@ from tools import methods_page, pictures, reproduce, table_rows
 from tools.command_line import read_options
 from tools.formats import Cell, Column, Line, Table, as_csv, latex, latex_text, markdown
 from tools.grid import LA_RUNS, LA_TABLES, METHODS_TABLE, PHANTOM_TABLES, Row
-from tools.hippocampus_grid import HIPPOCAMPUS_RUNS, HIPPOCAMPUS_TABLES
-from tools.runs import recipe_of
+from tools.runs import GRIDS, recipe_of
 from utils.errors import UserError
 from utils.text import markdown_table
 
@@ -225,7 +224,7 @@ def test_signs_and_marks():
 
 def test_all_methods_have_a_row_with_8_labels_and_their_first_output():
     """On the hippocampus those that know several classes."""
-    for runs, tables in ((LA_RUNS, LA_TABLES), (HIPPOCAMPUS_RUNS, HIPPOCAMPUS_TABLES)):
+    for runs, tables in ((LA_RUNS, LA_TABLES), GRIDS["hippocampus"]):
         rows = [row for row in tables[METHODS_TABLE][1] if row.labeled == 8 and not row.label.endswith("alone")]
         result = {runs[row.key].split()[1]: row for row in rows}
         several = {name for name, kind in METHODS.items() if kind.multiclass}
@@ -241,7 +240,7 @@ def test_a_recipe_names_what_differs_from_the_preset():
              "dk-uxnet-16": "`repaired`", "dtml-both-16": "`paper`",
              "dtml-adamw-16": "`paper`, `--optimizer adamw`, `--lr 0.001`, `--weight-decay 0.01`"}  # fmt: skip
     assert {key: recipe_of(LA_RUNS[key].split()) for key in texts} == texts
-    assert recipe_of(HIPPOCAMPUS_RUNS["supervised-pasted-8"].split()) == "`tuned`, `--paste 0.67`"
+    assert recipe_of(GRIDS["hippocampus"][0]["supervised-pasted-8"].split()) == "`tuned`, `--paste 0.67`"
 
 
 def test_labels_select_rows(here, capsys):
