@@ -95,6 +95,7 @@ def draw_maps(rows: Sequence[MapsRow], classes: str = "") -> Figure:
     """
     names = ["image", *(["label"] if rows[0].label is not None else []), *rows[0].maps]
     most = max(int(row.label.max()) for row in rows if row.label is not None) if "label" in names else 1
+    first_sdm = next((name for name in rows[0].maps if name.startswith("z")), None)
     side = WIDTH / len(names)
     shapes = [np.array(row.image.shape) * row.spacing[:2] for row in rows]
     heights = [side * h / w for w, h in shapes]
@@ -112,7 +113,7 @@ def draw_maps(rows: Sequence[MapsRow], classes: str = "") -> Figure:
             show_slice(axes, values, row.spacing, **look)
             if i == 0:
                 axes.set_title(TITLES.get(name, name), pad=3, **FONT)
-            if name == "z" and row is rows[-1]:
+            if row is rows[-1] and name == first_sdm:
                 bar = page.figure.colorbar(axes.images[0], cax=page.below(axes), orientation="horizontal")
                 bar.set_ticks([-1, 0, 1], labels=["-1 inside", "0", "1 outside"], fontsize=6)
                 bar.ax.tick_params(length=2)

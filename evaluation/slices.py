@@ -29,8 +29,8 @@ def colour_of(c: int, alone: bool = False) -> str:
 
 
 def look_of(name: str, values: NDArray) -> dict[str, Any]:
-    """imshow options of an image, grey from its 1st to its 99th percentile; of a map z, z1, z2, ... in [-1,1], blue
-    (inside) to red; or of another map in [0,1], grey."""
+    """imshow options of an image, grey from its 1st to its 99th percentile; of a map z in [-1,1], blue (inside) to red;
+    or of another map in [0,1], grey."""
     if name.startswith("z"):
         return {"cmap": "coolwarm", "vmin": -1, "vmax": 1}
     low, high = np.percentile(values, (1, 99)) if name == "image" else (0, 1)
@@ -74,7 +74,7 @@ def panels(
 
     Args:
         image: (W,H) intensities, shown from their 1st to their 99th percentile.
-        maps: name -> (W,H); z or z1, z2, ... in blue (inside) to red over [-1,1], others in grey over [0,1].
+        maps: name -> (W,H); z, of any class, in blue (inside) to red over [-1,1], others in grey over [0,1].
         contours: name -> (label map (W,H), colour), drawn on every panel.
         orientation: three letters, for those at the edges of the image; None: unknown, no letters.
 

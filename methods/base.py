@@ -189,9 +189,11 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def by_name(**maps: Tensor) -> dict[str, Tensor]:
-    """Splits maps by class for `Method.maps`: name -> (N,C,W,H,D) to name -> (N,W,H,D), name1..nameC if C > 1."""
+    """Splits maps by class for `Method.maps`: name -> (N,C,W,H,D) to name -> (N,W,H,D); "p, class 1" ... if C > 1."""
     return {
-        name if x.shape[1] == 1 else f"{name}{c + 1}": x[:, c] for name, x in maps.items() for c in range(x.shape[1])
+        name if x.shape[1] == 1 else f"{name}, class {c + 1}": x[:, c]
+        for name, x in maps.items()
+        for c in range(x.shape[1])
     }
 
 

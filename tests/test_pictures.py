@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import TINY, make_set
 from PIL import Image
 from scipy.spatial import KDTree
@@ -17,6 +18,7 @@ from dataloaders.cases import Case, case_file, lists_of, read_case
 from evaluation.figures import MapsRow, draw_maps
 from evaluation.slices import COLOURS, LABEL, prediction_mesh
 from evaluation.surfaces import Camera, Surface, camera_around, render, surface
+from methods.base import by_name
 from tools import framework, pictures
 from utils.errors import UserError
 
@@ -156,8 +158,6 @@ def test_figures_are_drawn_from_run_folders(runs, tmp_path):
 
 def test_figure_2_shows_what_the_network_says_of_the_slice(runs):
     """On a scan no larger than the patch there is one window, so the maps are the method's own."""
-    import torch
-
     from methods import restore
     from utils.checkpoint import load_checkpoint
 
@@ -179,6 +179,18 @@ def test_a_class_has_one_grey_in_the_labels_of_all_rows():
     figure = draw_maps([MapsRow(name, image, y, {}, (1, 1, 1)) for name, y in (("a", both), ("b", label))])
     greys = [axes.images[0].to_rgba(np.array([[1.0]]))[0, 0, 0] for axes in figure.axes[1::2]]
     assert len(greys) == 2 and greys[0] == greys[1] == pytest.approx(0.5, abs=0.01)
+
+
+def test_figure_2_of_several_classes_says_which_map_is_of_which_class():
+    """The maps z are blue inside, with the bar that says so."""
+    tensors = by_name(p=torch.rand(1, 2, 8, 8, 8), z=torch.rand(1, 2, 8, 8, 8))
+    maps = {name: x[0, ..., 4].numpy() for name, x in tensors.items()}
+    figure = draw_maps([MapsRow("a", np.random.default_rng(0).random((8, 8)), None, maps, (1, 1, 1))])
+    shown = {axes.get_title(): axes.images[0].get_cmap().name for axes in figure.axes if axes.get_title()}
+    assert list(shown) == ["image", "p, class 1", "p, class 2", "z, class 1", "z, class 2"]
+    assert list(shown.values()) == ["gray", "gray", "gray", "coolwarm", "coolwarm"]
+    (bar,) = (axes for axes in figure.axes if not axes.get_title())
+    assert [label.get_text() for label in bar.get_xticklabels()] == ["-1 inside", "0", "1 outside"]
 
 
 def test_the_dice_of_figure_3_is_the_mean_over_the_classes_in_prediction_or_label(runs, monkeypatch):
