@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import statistics
 from pathlib import Path
 
@@ -151,6 +152,15 @@ def test_rows_without_a_common_seed_or_of_other_scans_are_not_compared(here):
     write_record("ua-mt-16", 1337, [(0.8, 1), (0.9, 2), (0.9, 2)])
     out, err = printed("--table", "3")
     assert "Comparisons" not in out and "ua-mt-16-seed1337 was tested on 3 scans, most others on 2" in err
+
+
+def test_a_row_of_empty_masks_alone_is_not_compared(here):
+    """A Dice of an empty prediction and an empty label is not measured."""
+    write_record("supervised-16", 1337, [(0.8, 1), (0.9, 2)])
+    write_record("dtml-16", 1337, [(math.nan, math.nan)] * 2)
+    write_record("ua-mt-16", 1337, [(0.7, 1), (0.9, 2)])
+    comparisons = printed("--table", "3")[0].split("**Comparisons**")[1].split("**Each run")[0]
+    assert cells(comparisons, "UA-MT") and "| DTML |" not in comparisons
 
 
 def test_a_row_whose_option_is_gone_shows_its_records_and_is_not_run(here):

@@ -1,6 +1,7 @@
 """The comparisons of the rows of tools/reproduce.py's tables, over the seeds that two rows have in common."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -29,13 +30,17 @@ class Pair:
 
 
 def compared(row: Row, records: Records, usual: Row, usual_records: Records) -> Pair | None:
-    """A row compared with a reference row; None without a common seed, or if they were tested on different scans."""
+    """A row compared with a reference row; None without a common seed, if they were tested on different scans, or if
+    no scan has a Dice in both."""
     shared = [seed for seed in records if seed in usual_records]
     reference, ours = (
         {seed: points(f"{folders[seed]}:{output}") for seed in shared}
         for folders, output in ((usual_records, usual.output), (records, row.output))
     )
-    if len({frozenset(scans) for scans in (*reference.values(), *ours.values())}) != 1:
+    runs = [*reference.values(), *ours.values()]
+    if len({frozenset(scans) for scans in runs}) != 1:
+        return None
+    if not any(all(math.isfinite(scans[case]) for scans in runs) for case in runs[0]):
         return None
     median = compare_scans(mean_over(reference), mean_over(ours)).median
     return Pair(row, compare(reference, ours, most=100), median, shared)
