@@ -47,7 +47,7 @@ from tools.given_scans import DICOM_ENDINGS, Scan, given_scans
 from tools.segment import Model, predict_scan
 from tools.volumes import refuse_rows, volume_rows, volumes_table, write_volumes
 from utils.checkpoint import channels_of_state, classes_of_state, unfinished, write_whole
-from utils.devices import enough_memory, refuse_precision, set_up
+from utils.devices import enough_memory, precision_on, set_up
 from utils.errors import UserError, run, warn
 from utils.options import Parser, fill, flag_of, option
 from utils.run_folder import has_checkpoint
@@ -98,7 +98,8 @@ class Options:
                          "volumes.csv in --out)",
                          group="results")  # fmt: skip
     overwrite: bool = option(False, "replace results that are there, and their rows in --report", group="results")
-    precision: str = option("fp32", "arithmetic of the convolutions", choices=(*PRECISIONS, "fp16"))
+    precision: str = option("fp32", "arithmetic of the convolutions; auto: bf16 if the device has it, else fp32",
+                            choices=("auto", *PRECISIONS, "fp16"))  # fmt: skip
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     threads: int = option(0, "CPU threads; 0 leaves torch's choice", minimum=0)
 
@@ -263,7 +264,7 @@ def main(argv: list[str] | None = None) -> None:
     if lost:
         raise UserError(f"there is no {', '.join(lost)}: neither a scan nor a further checkpoint.")
     device = set_up(o.device, o.threads)
-    refuse_precision(o.precision, device)
+    o.precision = precision_on(device, o.precision)
 
     model = load_model(o, device)
     stride = tuple(o.stride or half_a_patch(model.patch_size))

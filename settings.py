@@ -142,8 +142,9 @@ class Options:
     weight_decay: float = option(1e-4, "weight decay", group="training", minimum=0)
     seed: int = option(1337, "seed of weights, batches and dropout", group="training", minimum=0, maximum=2**63 - 1)
 
-    precision: str = option("fp32", "arithmetic of the convolutions; networks with a distance head and k > 50 stay in "
-                            "fp32", choices=PRECISIONS)  # fmt: skip
+    precision: str = option("fp32", "arithmetic of the convolutions; auto: bf16 if the device has it, else fp32; "
+                            "networks with a distance head and k > 50 stay in fp32",
+                            choices=("auto", *PRECISIONS))  # fmt: skip
     compile: bool = option(False, "torch.compile the networks, which takes minutes at the start")
     recompute: bool = option(False, "less memory, a quarter more time: recompute activations in the backward pass",
                              harmless=True, only_if=TRAINS)  # fmt: skip

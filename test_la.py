@@ -52,7 +52,7 @@ from methods.released import RELEASED, load_trained
 from networks.backbone import PRECISIONS, set_precision
 from tools.tested_scans import SCANS, chosen_cases
 from utils.checkpoint import LAST, channels_of_state, classes_of_state, unfinished, write_whole
-from utils.devices import enough_memory, refuse_precision, set_up
+from utils.devices import enough_memory, precision_on, set_up
 from utils.distributed import RANK, RANKS, gather_in_order, process_group
 from utils.errors import UserError, run, warn
 from utils.masks import label_map, largest_components
@@ -96,7 +96,8 @@ class Options:
         "with --cases, or --data of another set, one of their own)",
     )
     save: str = option("largest", "predictions to write as NIfTI", choices=(*COMPONENTS, "none"))
-    precision: str = option("fp32", "arithmetic of the convolutions", choices=(*PRECISIONS, "fp16"))
+    precision: str = option("fp32", "arithmetic of the convolutions; auto: bf16 if the device has it, else fp32",
+                            choices=("auto", *PRECISIONS, "fp16"))  # fmt: skip
     report: bool = option(False, "write report.html too: every figure, and every scan to look through")
     workers: int = option(2, "threads that score scans while the next is predicted", minimum=1)
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
@@ -152,7 +153,7 @@ def main(argv: list[str] | None = None) -> None:
     state, method, available = load_trained(o.checkpoint, method=o.method, sdm_weights=o.sdm_weights)
     path, trained = Path(o.checkpoint or o.sdm_weights), state["options"]
     method.to(device).eval()
-    refuse_precision(o.precision, device)
+    o.precision = precision_on(device, o.precision)
     set_precision(method, o.precision, training=False)
     outputs = tuple(dict.fromkeys(o.output)) or available
     unknown = [name for name in outputs if name not in available]

@@ -28,7 +28,7 @@ from dataloaders.findings import warnings_of
 from dataloaders.two_stream import make_loader
 from losses.ramps import cosine_rate, learning_rate
 from methods import METHODS, Losses, Watch, restore
-from networks.backbone import set_precision
+from networks.backbone import precision_of, set_precision
 from settings import Options
 from tools.command_line import NOT_REPLAYED, read_options
 from tools.diagnostic import kept_for_diagnosis, replay_batch
@@ -37,7 +37,7 @@ from tools.training_start import extension_note, header, keep_as_finished, start
 from tools.validation import VALIDATION, validation_line, validation_scores
 from utils.checkpoint import BEST, load_checkpoint, save_checkpoint, write_whole
 from utils.clock import Clock
-from utils.devices import enough_memory, peak_memory_gib, seed_iteration, set_up, to_device, why_device
+from utils.devices import enough_memory, peak_memory_gib, precision_on, seed_iteration, set_up, to_device, why_device
 from utils.distributed import RANK, RANKS, process_group, replicate, stop_of_any_rank, wait_for_rank_0
 from utils.errors import Stopped, StopSignal, UserError, run
 from utils.options import fill, options_file
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
     origin = load_checkpoint(Path(o.init)) if o.init and state is None else None
     began_from = start_from(method, o.method, origin, Path(o.data)) if origin else None
     if o.from_diagnostic and state is not None:
-        set_precision(method, o.precision, training=True)
+        set_precision(method, precision_on(device, o.precision), training=True)
         print("\n".join(replay_batch(method, state, device)))
         return
     if state is not None and state["iteration"] >= o.iterations:
@@ -150,8 +150,8 @@ def begin(
     if t.start == 0 or not (t.folder / OPTIONS).exists():
         chosen = {name: flags.get(name) for name in replay} if t.start == 0 else replay
         write_whole(t.folder / OPTIONS, options_file(chosen, replay).encode())
-    manifest = make_manifest(t.device, processes=RANKS, options=replay, checksums=volumes.checksums,
-                             channel_names=t.constant["channel_names"],
+    manifest = make_manifest(t.device, processes=RANKS, precision=precision_of(t.method), options=replay,
+                             checksums=volumes.checksums, channel_names=t.constant["channel_names"],
                              **({"init": began_from} if began_from else {}))  # fmt: skip
     manifest = start_manifest(t.folder, t.start, {**manifest, **({"extended": t.extended} if t.extended else {})})
     if t.start == 0:

@@ -129,6 +129,12 @@ def set_precision(method: nn.Module, precision: str, *, training: bool) -> bool:
     return any(network.precision == precision for network in networks)
 
 
+def precision_of(method: nn.Module) -> str:
+    """What `set_precision` set, for a log: 'bf16', or 'bf16 and fp32' where some networks stay in float32."""
+    networks = [network for network in method.modules() if isinstance(network, Backbone)]
+    return " and ".join(dict.fromkeys(network.precision for network in networks))
+
+
 def set_recompute(method: nn.Module, recompute: bool) -> None:
     """Sets `recompute` of every backbone in a method."""
     for network in method.modules():

@@ -1,12 +1,16 @@
 """Precision, recomputation, compilation, and the check that stands between a gradient and the weights."""
 
+import json
 from functools import partial
 
 import pytest
 import torch
+from conftest import TINY, weights
 from torch import nn
 
 import settings
+import test_la
+import train_dtml
 from methods import METHODS, Losses, Watch
 from networks.backbone import compile_networks, compiled, set_precision, set_recompute
 from networks.uxnet import UXNet
@@ -55,6 +59,26 @@ def test_in_bf16_M_s_rounds_and_M_d_does_not():
     # M_d feels the rounding only through p in the consistency, whose weight is small.
     assert max(v for n, v in far.items() if n.startswith("M_d")) < 1e-2
     assert all(p.dtype == torch.float32 for p in method.parameters())
+
+
+def test_auto_is_the_precision_of_the_device_and_the_run_says_which(tiny_set, tmp_path, monkeypatch):
+    """SASSNet's network stays in fp32 whatever the device has, and `auto` is not refused."""
+
+    def run(name, *args):
+        train_dtml.main([*TINY, "--data", str(tiny_set), "--runs", str(tmp_path), "--name", name, "--iterations", "2",
+                         "--precision", *args])  # fmt: skip
+        return weights(tmp_path / name), json.loads((tmp_path / name / "manifest.json").read_text())["precision"]
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    (auto, of_auto), (bf16, of_bf16) = run("auto", "auto"), run("bf16", "bf16")
+    assert of_auto == of_bf16 == "bf16 and fp32" and all(torch.equal(auto[name], w) for name, w in bf16.items())
+    assert "precision   bf16 and fp32\n" in (tmp_path / "auto" / "log.txt").read_text()
+    assert run("sassnet", "auto", "--method", "sassnet")[1] == "fp32"
+    test_la.main(["--checkpoint", str(tmp_path / "auto"), "--precision", "auto", "--data", str(tiny_set)])
+    assert json.loads((tmp_path / "auto" / "test" / "test.json").read_text())["precision"] == "bf16"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    (slow, of_slow), (fp32, _) = run("slow", "auto"), run("fp32", "fp32")
+    assert of_slow == "fp32" and all(torch.equal(slow[name], w) for name, w in fp32.items())
 
 
 @pytest.mark.parametrize("kind", [VNet, UXNet])

@@ -12,7 +12,7 @@ from conftest import TINY
 
 import train_dtml
 from utils import devices, distributed
-from utils.devices import choose_device, enough_memory, nvidia_card, refuse_precision
+from utils.devices import choose_device, enough_memory, nvidia_card, precision_on
 from utils.errors import UserError
 
 # -- a card that torch does not reach --
@@ -122,11 +122,19 @@ def test_tf32_and_bf16_are_refused_on_cards_that_have_neither(capability, refuse
     for precision in ("tf32", "bf16"):
         if refused:
             with pytest.raises(UserError, match=rf"--precision {precision} needs .* 8.0 or newer; Tesla T4 has 7.5"):
-                refuse_precision(precision, torch.device("cuda", 0))
+                precision_on(torch.device("cuda", 0), precision)
         else:
-            refuse_precision(precision, torch.device("cuda", 0))
-    refuse_precision("fp32", torch.device("cuda", 0))
-    refuse_precision("fp16", torch.device("cuda", 0))
+            assert precision_on(torch.device("cuda", 0), precision) == precision
+    assert precision_on(torch.device("cuda", 0), "fp32") == "fp32"
+    assert precision_on(torch.device("cuda", 0), "fp16") == "fp16"
+    assert precision_on(torch.device("cuda", 0), "auto") == ("fp32" if refused else "bf16")
+
+
+@pytest.mark.parametrize("native", ["", "avx512_bf16", "amx_bf16"])
+def test_auto_is_bf16_on_the_cpus_that_compute_in_it(native, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False, "avx2": True, native: True})
+    assert precision_on(torch.device("cpu"), "auto") == ("bf16" if native else "fp32")
+    assert precision_on(torch.device("cpu"), "bf16") == "bf16"
 
 
 def test_one_gpu_for_several_processes_is_refused(monkeypatch):

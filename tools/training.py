@@ -23,7 +23,7 @@ from methods import Method
 from networks.backbone import STEEPEST, compile_networks, set_precision, set_recompute
 from settings import OPTIMIZERS, Options
 from utils.checkpoint import fit_optimizer
-from utils.devices import refuse_precision
+from utils.devices import precision_on
 from utils.distributed import RANK, RANKS
 from utils.errors import UserError
 from utils.masks import label_map
@@ -224,10 +224,10 @@ def choose_arithmetic(method: Method, o: Options, device: torch.device) -> None:
     Raises:
         UserError: if the device or the method does not support an option, or the options exclude each other.
     """
-    refuse_precision(o.precision, device)
+    precision = precision_on(device, o.precision)
     if o.compile and o.recompute:
         raise UserError("--compile decides by itself what it keeps for the way back. Leave out --recompute.")
-    if not set_precision(method, o.precision, training=True):
+    if not set_precision(method, precision, training=True) and o.precision != "auto":
         lower = f", or lower --k to {STEEPEST:g}" if hasattr(method.options, "k") else ""
         raise UserError(
             f"--precision {o.precision} changes nothing for --method {o.method}: its networks have a distance head and "

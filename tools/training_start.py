@@ -9,6 +9,7 @@ from torch import Tensor
 from dataloaders.channel_names import channel_names
 from dataloaders.class_names import class_names, refuse_other_numbers
 from methods import Method, restore
+from networks.backbone import precision_of
 from networks.vnet import parameter_count
 from tools.training import Training
 from utils.checkpoint import channels_of_state, classes_of_state, write_whole
@@ -38,6 +39,7 @@ def header(t: Training, device: str, rate: float) -> list[str]:
         **({"classes": classes} if names else {"classes": str(count)} if count > 1 else {}),
         "batch": f"{o.batch_size} crops of {size}, {t.labeled_batch} of them labeled{where}",
         "device": device,
+        "precision": precision_of(t.method),
         "iterations": f"{t.start} to {o.iterations}, {o.optimizer}, learning rate {rate:g} at first",
     }
     return [f"{name:<12}{text}" for name, text in lines.items()]

@@ -28,6 +28,7 @@ NO_MEMORY = re.compile(  # messages of torch, its libraries and the system, as t
 OF_GPU = re.compile("cuda|cudnn|cublas|cusolver|cufft|cusparse|nccl|\\bhip\\b|engine", re.IGNORECASE)
 GIB = 2**30
 SINCE_AMPERE = (8, 0)  # compute capability of the first cards with tf32 and bf16
+BF16_OF_CPUS = ("avx512_bf16", "amx_bf16")  # as torch.cpu.get_capabilities names them
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
 
 
@@ -146,20 +147,29 @@ def set_arithmetic(*, deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic)
 
 
-def refuse_precision(precision: str, device: torch.device) -> None:
-    """Raises UserError for a --precision that the device has no arithmetic for.
+def precision_on(device: torch.device, precision: str) -> str:
+    """What a --precision is on a device: itself, or for 'auto' bf16 if the device computes it natively, else fp32.
 
-    Older cards take tf32 and bf16 too, but compute in fp32 then, or slower than that.
+    Cards since Ampere and CPUs with AVX512-BF16 or AMX do. Other CPUs emulate bf16 and gain nothing.
+
+    Raises:
+        UserError: for one that the device has no arithmetic for. Older cards take tf32 and bf16 too, but compute in
+            fp32 then, or slower than that.
     """
-    if precision == "tf32" and device.type != "cuda":
+    on_gpu = device.type == "cuda"
+    capability = torch.cuda.get_device_capability(device) if on_gpu else (0, 0)
+    if precision == "auto":
+        cpu = {} if on_gpu else torch.cpu.get_capabilities()
+        native = capability >= SINCE_AMPERE or any(cpu.get(name) for name in BF16_OF_CPUS)
+        return "bf16" if native else "fp32"
+    if precision == "tf32" and not on_gpu:
         raise UserError("--precision tf32 is arithmetic of GPUs, and this is a CPU. Leave it out.")
-    if precision in ("tf32", "bf16") and device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        if capability < SINCE_AMPERE:
-            raise UserError(
-                f"--precision {precision} needs a card of compute capability {'.'.join(map(str, SINCE_AMPERE))} or "
-                f"newer; {torch.cuda.get_device_name(device)} has {'.'.join(map(str, capability))}. Leave it out."
-            )
+    if precision in ("tf32", "bf16") and on_gpu and capability < SINCE_AMPERE:
+        raise UserError(
+            f"--precision {precision} needs a card of compute capability {'.'.join(map(str, SINCE_AMPERE))} or "
+            f"newer; {torch.cuda.get_device_name(device)} has {'.'.join(map(str, capability))}. Leave it out."
+        )
+    return precision
 
 
 def keep_freed_memory() -> None:

@@ -152,7 +152,7 @@ def start_manifest(folder: Path, start: int, manifest: dict[str, Any]) -> dict[s
     if start and path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
         began = {key: value for key, value in before.items() if key not in MEASURED}
-        again = {key: manifest[key] for key in ("command", "started", "commit", "device", "threads")}
+        again = {key: manifest[key] for key in ("command", "started", "commit", "device", "threads", "precision")}
         further = {"extended": manifest["extended"]} if "extended" in manifest else {}
         manifest = {**began, "resumed": [*began.get("resumed", []), {"iteration": start, **again}], **further}
     write_json(path, manifest)
