@@ -132,7 +132,7 @@ def test_tf32_and_bf16_are_refused_on_cards_that_have_neither(capability, refuse
 
 @pytest.mark.parametrize("native", ["", "avx512_bf16", "amx_bf16"])
 def test_auto_is_bf16_on_the_cpus_that_compute_in_it(native, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False, "avx2": True, native: True})
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False, native: True}, raising=False)
     assert precision_on(torch.device("cpu"), "auto") == ("bf16" if native else "fp32")
     assert precision_on(torch.device("cpu"), "bf16") == "bf16"
 

@@ -159,8 +159,8 @@ def precision_on(device: torch.device, precision: str) -> str:
     on_gpu = device.type == "cuda"
     capability = torch.cuda.get_device_capability(device) if on_gpu else (0, 0)
     if precision == "auto":
-        cpu = {} if on_gpu else torch.cpu.get_capabilities()
-        native = capability >= SINCE_AMPERE or any(cpu.get(name) for name in BF16_OF_CPUS)
+        of_cpu: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # early torch does not tell
+        native = capability >= SINCE_AMPERE if on_gpu else any(of_cpu.get(name) for name in BF16_OF_CPUS)
         return "bf16" if native else "fp32"
     if precision == "tf32" and not on_gpu:
         raise UserError("--precision tf32 is arithmetic of GPUs, and this is a CPU. Leave it out.")
