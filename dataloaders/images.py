@@ -29,6 +29,7 @@ SAME_SPACING = 1e-3
 SAME_PLACE = 0.1
 """Largest distance in voxels between the corners of two grids that count as the same."""
 INWARDS = 1e-6
+ROUNDING = 1e-6  # relative error of a label's integer that was scaled by a factor of 32 bits
 HEADER = 2**16  # bytes within which the text of a header ends
 MM = {"", "?", "mm", "millimeter", "millimeters", "millimetre", "millimetres"}
 
@@ -80,10 +81,10 @@ def read_label(path: Path) -> tuple[NDArray[np.integer], Geometry]:
     voxels, geometry = _read(path)
     label = np.ascontiguousarray(voxels, voxels.dtype.newbyteorder("="))
     if label.dtype.kind == "f":
-        wrong = label[~(label == np.rint(label))]
+        wrong = label[~(np.abs(label - np.rint(label)) <= ROUNDING * np.abs(label))]
         if wrong.size or np.abs(label).max() >= 2**31:
             raise CaseError(f"holds {wrong[0] if wrong.size else np.abs(label).max():g}, and labels are integers")
-        label = label.astype(np.int32)
+        label = np.rint(label).astype(np.int32)
     if label.min() < 0:
         raise CaseError(f"holds {label.min()}, and labels are 0 or above. Is it a scan?")
     return label, geometry
@@ -99,6 +100,7 @@ def _read(path: Path, *, several: bool = False) -> tuple[NDArray[Any], Geometry]
     if ".nii" in ending_of(path):
         return read_nifti(path, several=several)
     reader = sitk.ImageFileReader()
+    reader.SetImageIO("NrrdImageIO" if ending_of(path) == ".nrrd" else "MetaImageIO")  # ITK finds no reader for .MHA
     reader.SetFileName(str(path))
     try:
         reader.ReadImageInformation()
@@ -265,6 +267,11 @@ def resample(
     """
     if how != "nearest" and smooth:
         array = anti_alias(array, np.array(onto["spacing"]) / geometry["spacing"])
+    if how == "bspline" and 2 in array.shape:
+        # Of an axis of two voxels ITK reads beyond their mirror images. Given these, it has the same spline.
+        mirrored = [int(side == 2) for side in array.shape]
+        array = np.pad(array, [(n, n) for n in mirrored], mode="reflect")
+        geometry = moved(geometry, [-n for n in mirrored])
     if how == "nearest":  # midway between two voxels take the inner one; taking the upper one would shift labels
         inner = tuple(mm * (1 - INWARDS) for mm in onto["spacing"])
         onto = {**moved(onto, INWARDS * (np.array(shape) - 1) / 2), "spacing": inner}

@@ -82,7 +82,7 @@ def show_contours(axes: Axes, classes: NDArray, spacing: Sequence[float], *, is_
     style = ("dashed" if several else "solid", 0.9) if is_label else ("solid", 1.2)
     for c in range(1, int(classes.max()) + 1):
         mask = classes == c
-        if mask.any() and not mask.all():
+        if min(mask.shape) > 1 and mask.any() and not mask.all():  # a line of voxels has no contour
             axes.contour(x, y, mask.T.astype(float), [0.5], colors=[colour_of(c, is_label and not several)],
                          linestyles=style[0], linewidths=style[1])  # fmt: skip
 

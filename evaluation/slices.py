@@ -16,6 +16,7 @@ COLOURS = ("#ffb000", "#dc267f", "#648fff", "#fe6100", "#785ef0", "#5fd3f3")
 PREDICTION = COLOURS[0]
 HEIGHT = 2.6  # of a panel, in inches
 MOST_FACES = 6000  # of each class's surface in TensorBoard
+LONGEST = 4  # sides of a panel as multiples of each other; a longer slice, as of one voxel along y, is stretched
 LETTERS = 16  # of 8 points that an inch holds
 OPPOSITE = dict(zip("RLAPSI", "LRPAIS", strict=True))
 EDGES = {"left": (0.02, 0.5, "left", "center"), "right": (0.98, 0.5, "right", "center"),
@@ -82,7 +83,7 @@ def panels(
         Picture (height, width, 3).
     """
     w, h = image.shape
-    width = (len(maps) + 1) * HEIGHT * w / h * 1.02
+    width = (len(maps) + 1) * HEIGHT * min(max(w / h, 1 / LONGEST), LONGEST) * 1.02
     key = ", ".join(f"{name} {'orange' if colour == PREDICTION else 'green'}" for name, (_, colour) in contours.items())
     lines = textwrap.wrap(f"{title}   contours: {key}", max(int(LETTERS * width), 1))
     above = 0.35 + 0.15 * len(lines)
@@ -94,7 +95,7 @@ def panels(
         axes.imshow(values.T, interpolation="nearest", aspect="auto", **look_of(name, values))
         for classes, colour in contours.values():
             for mask in (classes == c for c in np.unique(classes) if c > 0):
-                if not mask.all():
+                if min(mask.shape) > 1 and not mask.all():  # a line of voxels has no contour
                     axes.contour(mask.T.astype(float), [0.5], colors=[colour], linewidths=1.2)
         axes.set_axis_off()
         axes.set_title(name, fontsize=10, pad=3)

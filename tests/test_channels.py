@@ -326,3 +326,17 @@ def test_h5_cases_whose_names_end_in_four_digits_are_scans_of_their_own(tmp_path
         ([tmp_path / "flat"], {"patient": 2, "patient_0003": 1}),
     ):
         assert {scan.name: len(scan.files) for scan in given_scans([*map(str, words)], [], channels=2)} == names
+
+
+def test_4d_files_whose_names_end_in_four_digits_are_scans_of_their_own(world, tmp_path):
+    for i, name in enumerate(("scan_2019", "case_0000", "case_0001")):
+        image, _, geometry = scan(i)
+        matrix = np.eye(4)
+        matrix[:3, :3] = np.diag([-1, -1, 1]) @ np.reshape(geometry["direction"], (3, 3)) * geometry["spacing"]
+        nibabel.save(nibabel.Nifti1Image(np.moveaxis(image, 0, -1), matrix), tmp_path / f"{name}.nii.gz")
+    predicted = tmp_path / "out"
+    run = ["--checkpoint", str(world / "runs" / "two"), "--device", "cpu", "--threads", "1"]
+    predict.main([*run, str(tmp_path), "-o", str(predicted)])
+    for name in ("scan_2019", "case_0000", "case_0001"):
+        ours, scans = (nibabel.load(folder / f"{name}.nii.gz") for folder in (predicted, tmp_path))
+        assert ours.shape == scans.shape[:3] == SHAPE and np.allclose(ours.affine, scans.affine)

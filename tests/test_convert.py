@@ -16,7 +16,7 @@ from dataloaders.geometry import read_geometry
 from dataloaders.images import read_image, to_physical
 from tools import convert
 from tools.case_of_scan import MARGINS, SMALLEST, Job, crop_box, map_labels
-from tools.sources import Source
+from tools.sources import Source, read_manifest
 from utils.errors import UserError
 
 SHAPE = (30, 28, 18)
@@ -247,6 +247,19 @@ def test_a_csv_names_files_labels_splits_and_cases(tmp_path):
     out = converted(tmp_path / "scans.csv", tmp_path / "set")
     assert lists_of(out) == (["P0", "P2", "P3", "P4", "P5"], ["P1"])
     assert read(out, "P1")[3]["source_image"] == "patient1.nrrd"
+
+
+def test_empty_rows_and_cells_of_a_spreadsheet_s_csv_are_left_out_and_lines_are_counted(tmp_path):
+    path = tmp_path / "scans.csv"
+    path.write_text("image,label\r\n\r\na.nii,b.nii,,\r\n,\r\n  \r\n", encoding="utf-8-sig", newline="")
+    assert read_manifest(path) == ([Source("a", tmp_path / "a.nii", tmp_path / "b.nii")], [])
+    for row, message in (
+        (",b.nii", "line 4: an image is needed"),
+        ("a, b.nii,c.nii,d", "no column for c.nii, d. Quote"),
+    ):
+        path.write_text(f"image,label\n\na.nii,\n{row}\n")
+        with pytest.raises(UserError, match=message):
+            read_manifest(path)
 
 
 def test_label_values_are_kept_mapped_or_refused():

@@ -2,10 +2,12 @@
 
 import os
 
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
 from scans import OBLIQUE, write
+from scipy import ndimage
 
 from dataloaders.cases import CaseError
 from dataloaders.images import (
@@ -144,3 +146,38 @@ def test_grids_are_the_same_within_a_tenth_of_a_voxel():
     assert not same_grid(SHAPE, OBLIQUE, (12, 9, 8), OBLIQUE)
     assert not same_grid(SHAPE, OBLIQUE, SHAPE, {**OBLIQUE, "spacing": (0.8, 1.0, 1.8)})
     assert not same_grid(SHAPE, OBLIQUE, SHAPE, {**OBLIQUE, "direction": (1.0, 0, 0, 0, 1, 0, 0, 0, 1)})
+
+
+@pytest.mark.parametrize("shape", [(12, 9, 2), (2, 9, 7), (2, 2, 2)])
+def test_a_cubic_spline_over_two_slices_is_scipy_s(shape):
+    """The mirrored spline between the slices and up to half a voxel beyond them."""
+    image = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    geometry = {**OBLIQUE, "spacing": (1.0, 1.0, 1.5)}
+    size, grid = grid_of_spacing(shape, geometry, (0.8, 0.7, 0.6))
+    ours = resample(image, geometry, size, grid, "bspline")
+    step = np.array(grid["spacing"]) / geometry["spacing"]
+    first = (np.array(shape) - 1) / 2 - (np.array(size) - 1) / 2 * step  # both grids have one centre
+    index = np.moveaxis(first + np.indices(size).transpose(1, 2, 3, 0) * step, -1, 0)
+    expected = ndimage.map_coordinates(image.astype(np.float64), index, order=3, mode="mirror")
+    within = [(i >= -0.5) & (i <= side - 0.5) for i, side in zip(index, shape, strict=True)]
+    assert np.isfinite(ours).all()
+    np.testing.assert_allclose(ours[np.all(within, axis=0)], expected[np.all(within, axis=0)], atol=1e-5)
+
+
+@pytest.mark.parametrize("ending", [".nrrd", ".mha", ".mhd", ".nii", ".nii.gz"])
+def test_endings_in_capitals_are_read(ending, tmp_path):
+    label = np.random.default_rng(0).integers(0, 3, (7, 6, 5)).astype(np.uint8)
+    path = write(tmp_path / f"scan{ending}", label)
+    found, geometry = read_label(path.rename(tmp_path / f"SCAN{ending.upper()}"))
+    assert (found == label).all()
+    np.testing.assert_allclose(geometry["origin"], OBLIQUE["origin"], atol=1e-4)
+
+
+def test_labels_that_a_header_scales_are_the_integers_that_are_meant(tmp_path):
+    """As nibabel writes floats of 0 to 17 into a file of bytes: 3 is 45 x 0.0666667, which is 3.0000002 in 32 bits."""
+    label = np.arange(18.0).repeat(2).reshape(3, 3, 4)
+    picture = nibabel.Nifti1Image(label, np.eye(4))
+    picture.set_data_dtype(np.uint8)
+    nibabel.save(picture, tmp_path / "label.nii.gz")
+    found, _ = read_label(tmp_path / "label.nii.gz")
+    assert (found == label).all() and found.dtype.kind == "i"

@@ -353,3 +353,31 @@ def test_a_run_s_event_file_holds_the_mesh_of_every_picture(tmp_path):
 def test_the_framework_is_drawn(tmp_path):
     framework.main([str(tmp_path / "framework.png")])
     assert Image.open(tmp_path / "framework.png").size == (1600, 700)
+
+
+@pytest.mark.parametrize(("shape", "patch"), [((1, 24, 20), "1 16 16"), ((120, 1, 20), "16 1 16")])
+def test_slices_that_are_a_line_of_voxels_are_drawn(shape, patch, tmp_path):
+    """Sagittal and coronal scans of one slice have x-y slices of one voxel's width."""
+    data = make_set(tmp_path / "set", shape=shape)
+    halvings = " ".join("0" if side == "1" else "4" for side in patch.split())
+    argv = ["--data", str(data), *TINY, "--labeled", "2", "--batch-size", "2", "--iterations", "1", "--device", "cpu"]
+    argv += [
+        "--patch-size",
+        *patch.split(),
+        "--halvings",
+        *halvings.split(),
+        "--augment",
+        "none",
+        "--picture-every",
+        "1",
+    ]
+    train_dtml.main([*argv, "--runs", str(tmp_path), "--name", "run"])
+    test_la.main(["--checkpoint", str(tmp_path / "run"), "--device", "cpu", "--stride", *patch.split()])
+    drawn = list((tmp_path / "run" / "pictures").glob("*.png"))
+    assert drawn
+    for picture in drawn:
+        assert max(Image.open(picture).size) < 2**14
+    image = np.random.default_rng(0).random(shape[:2])
+    half = np.arange(max(shape[:2])).reshape(shape[:2]) > 9
+    spacing = [20.0 if side == 1 else 1.0 for side in shape]
+    draw_maps([MapsRow("one", image, half, {"p": half * 1.0}, spacing)])

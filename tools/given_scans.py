@@ -4,12 +4,15 @@ import glob
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from dataloaders.cases import CaseError
 from dataloaders.channels import NUMBERED, by_number, in_order
 from dataloaders.dicom import Series, series_in
 from dataloaders.images import WRITTEN_AS, ending_of, scan_name
+from dataloaders.nifti import channels_in
 from tools.sources import refuse_labels_among
 from utils.errors import UserError
 from utils.text import some
@@ -103,12 +106,12 @@ def unnumbered(name: str) -> str:
 def grouped(scans: Sequence[Scan]) -> list[Scan]:
     """The same with the files NAME_0000, NAME_0001, ... of a folder as one scan NAME, where the first of them stands.
 
-    An h5 case holds all channels of its scan, whatever its name.
+    An h5 case and a 4-D NIfTI hold all channels of their scan, whatever their names.
 
     Raises:
         UserError: if numbers are missing between those of a scan.
     """
-    alone = [scan for scan in scans if len(scan.files) == 1 and not scan.slices and ending_of(scan.files[0]) != ".h5"]
+    alone = [scan for scan in scans if len(scan.files) == 1 and not scan.slices and not _is_whole(scan.files[0])]
     numbered = by_number([scan.files[0] for scan in alone])
     groups: dict[tuple[Path, str], Scan] = {}
     for scan in scans:
@@ -119,6 +122,14 @@ def grouped(scans: Sequence[Scan]) -> list[Scan]:
         elif key not in numbered:
             groups[(first, scan.name)] = scan
     return list(groups.values())
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file is an h5 case or a 4-D NIfTI. One that cannot be read is not; its error is raised later."""
+    if ".nii" in ending_of(path) and NUMBERED.fullmatch(scan_name(path)):
+        with suppress(CaseError):
+            return channels_in(path) > 1
+    return ending_of(path) == ".h5"
 
 
 def file_of(path: Path) -> Scan:
@@ -153,7 +164,7 @@ def scans_in(folder: Path, chosen: Sequence[str], seen: set[str]) -> list[Scan]:
     if scans and dicom:
         raise UserError(f"{folder} holds both {scans[0].name} and {dicom[0].name}. Put DICOM into a folder of its own.")
     if scans:
-        others = [path.name for path in files if not ending_of(path) and path.suffix.lower() != ".raw"]
+        others = [path.name for path in files if not ending_of(path) and path.suffix.lower() not in (".raw", ".zraw")]
         if others:
             print(f"not read in {folder}: {some(others)}", file=sys.stderr)
         return [Scan(scan_name(path), (path,)) for path in scans]

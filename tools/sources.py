@@ -277,20 +277,27 @@ def read_manifest(path: Path) -> tuple[list[Source], list[str]]:
     """
     try:
         reader = csv.DictReader(read_text(path).splitlines(), skipinitialspace=True)
-        rows = list(reader)
+        rows = [(reader.line_num, row) for row in reader]
     except (OSError, ValueError, csv.Error) as e:
         raise UserError(f"cannot read {path}: {e}. It must be a CSV with the column image.") from e
     columns = list(reader.fieldnames or ())
     images = [name for name in columns if name == "image" or name.startswith("image_")]
     unknown = [name for name in columns if name not in (*images, *COLUMNS)]
     twice = len({*columns}) < len(columns)
-    if not images or (len(images) > 1 and "image" in images) or unknown or twice or any(None in row for row in rows):
+    if not images or (len(images) > 1 and "image" in images) or unknown or twice:
         raise UserError(
             f"{path} has the columns {', '.join(columns) or 'none'}. Use image and, if wanted, label, split, name, "
             "patient, each once, with commas between them; several channels are a column image_NAME each."
         )
     scans = []
-    for line, row in enumerate(rows, 2):
+    for line, row in rows:
+        beyond = [cell for cell in row.pop(None, []) if cell.strip()]  # a spreadsheet may leave empty cells there
+        if beyond:
+            raise UserError(
+                f"{path}, line {line}: there is no column for {some(beyond)}. Quote names that hold a comma."
+            )
+        if not any((cell or "").strip() for cell in row.values()):
+            continue
         values = {name: (row.get(name) or "").strip() for name in (*images, *COLUMNS)}
         empty = [name for name in images if not values[name]]
         if empty or values["split"] not in ("", "train", "test"):
