@@ -137,7 +137,7 @@ class Options:
         only_if={**DROPS, "lr_gamma": lambda factor: factor != 1},
     )  # fmt: skip
     lr_gamma: float = option(0.1, "factor at each drop of the learning rate", group="training", minimum=0,
-                             only_if={**DROPS, "lr_steps": bool})  # fmt: skip
+                             maximum=1, only_if={**DROPS, "lr_steps": bool})  # fmt: skip
     momentum: float = option(0.9, "momentum of SGD", group="training", minimum=0, only_if={"optimizer": ("sgd",)})
     weight_decay: float = option(1e-4, "weight decay", group="training", minimum=0)
     seed: int = option(1337, "seed of weights, batches and dropout", group="training", minimum=0, maximum=2**63 - 1)

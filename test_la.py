@@ -244,7 +244,8 @@ def main(argv: list[str] | None = None) -> None:
         about = {"checkpoint": str(path), "iteration": state["iteration"], "downsample": downsample,
                 "normalize": normalize.kind, "data": str(folder), "saved": o.save}  # fmt: skip
         optional = {"window": normalize.window, "class_names": names, "nsd_tolerance_mm": o.nsd_tolerance,
-                    "metrics": o.metrics, "method": o.method, "released": state.get("released")}  # fmt: skip
+                    "metrics": o.metrics, "method": o.method, "released": state.get("released"),
+                    "saved_as": state.get("saved_as")}  # fmt: skip
         about |= {name: value for name, value in optional.items() if value or value == 0}  # a tolerance
         write_json(new / "test.json", make_manifest(device, **settings, **about))
         replace_test(out)

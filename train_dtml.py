@@ -33,7 +33,7 @@ from settings import Options
 from tools.command_line import NOT_REPLAYED, read_options
 from tools.diagnostic import kept_for_diagnosis, replay_batch
 from tools.training import Training, prepare, show
-from tools.training_start import extension_note, header, keep_as_finished, start_from
+from tools.training_start import best_kept, extension_note, header, keep_as_finished, preset_note, start_from
 from tools.validation import VALIDATION, validation_line, validation_scores
 from utils.checkpoint import BEST, load_checkpoint, save_checkpoint, write_whole
 from utils.clock import Clock
@@ -136,6 +136,10 @@ def begin(
     if state and "before" in state:
         last = current_lr(t.start - 1, fill(Options, state["before"]))
         report.say(extension_note(state, o.iterations, last, current_lr(t.start, o)))
+    if state and state.get("today"):
+        report.say(preset_note(state))
+    if t.start:
+        t.best = best_kept(t)
     scans = [case.name for case in t.validation]
     if t.best and scans and t.best.get("scans", scans) != scans:  # early checkpoints do not name them
         report.say(f"The best checkpoint so far, after {t.best['iteration']} iterations, was chosen on other "
@@ -270,8 +274,9 @@ def open_report(folder: Path, o: Options, start: int, state: dict[str, Any] | No
     A folder that it has created is removed if the first iteration ends with a UserError, as for a wrong option.
     """
     refuse_locked(folder)  # otherwise --fresh would move the folder of a running training
-    new = start == 0 and (o.fresh or not folder.exists())
-    make_run_folder(folder, fresh=o.fresh and start == 0)
+    fresh = o.fresh and state is None  # a resumed run may have begun with --fresh
+    new = fresh or not folder.exists()
+    make_run_folder(folder, fresh=fresh)
     with run_lock(folder):
         refuse_changed(folder, state)
         report = Report(folder, start=start, iterations=o.iterations, log_every=o.log_every)

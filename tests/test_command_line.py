@@ -1,15 +1,19 @@
 """What a command line comes to: files of options, presets, profiles, and the name of the run folder."""
 
 import dataclasses
+import errno
+import os
 import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_set
+from conftest import TINY, make_set
 
+import train_dtml
 from methods import METHODS
 from tools import command_line
+from utils.errors import run
 from utils.options import as_flags
 
 
@@ -191,3 +195,24 @@ def test_its_settings_are_flags_that_win_over_it(method):
     )
     alone = shared("--method", method, "--preset", "tuned", "--unlabeled", "0")  # its control
     assert (alone["batch_size"], alone["labeled_batch"]) == (4, None)
+
+
+@pytest.mark.parametrize("flag", ["--name", "--init", "--resume"])
+@pytest.mark.parametrize("why", ["File name too long", "Permission denied"])
+def test_a_path_that_cannot_be_looked_at_is_a_user_s_mistake(flag, why, tmp_path, monkeypatch, capsys):
+    """Path.exists and its like raise an error for some of them."""
+    name = "a" * 300
+    if why == "Permission denied":  # as within a folder of another user
+        name, real = "closed", os.stat
+
+        def stat(path, *args, **more):
+            if not isinstance(path, int) and Path(os.fsdecode(path)).name == name:
+                raise PermissionError(errno.EACCES, why, os.fsdecode(path))
+            return real(path, *args, **more)
+
+        monkeypatch.setattr(os, "stat", stat)
+    more = ["--runs", str(tmp_path)] if flag != "--resume" else []
+    with pytest.raises(SystemExit) as ended:
+        run(lambda: train_dtml.main([*TINY, "--device", "cpu", "--data", "set", flag, name, *more]))
+    err = capsys.readouterr().err
+    assert ended.value.code == 2 and name in err and why in err and not [*tmp_path.iterdir()]

@@ -131,6 +131,10 @@ def test_classes_of_the_weights_in_another_order_are_refused(names, message, tmp
             ["--filters", "3"],
             r"does not fit .*: --filters is 2 there and 3 here\. .*\(32, 32, 3, 3, 3\) there and \(48",
         ),
+        (
+            ["--filters", "3", "--k", "10", "--lambda-max", "0.5", "--dropout", "0", "--sdm-loss", "both"],
+            r"does not fit this run: --filters is 2 there and 3 here\. Train",  # the others shape nothing
+        ),
         (["--softmax"], r"does not fit .*: --softmax is False there and True here"),
         (["--backbone", "uxnet"], r"--backbone is vnet there and uxnet here.* only (t)?here"),
         (["--init", "nowhere"], "nowhere does not exist"),

@@ -15,7 +15,7 @@ import test_la
 import train_dtml
 from dataloaders.cases import LA_SUBFOLDER
 from methods import restore
-from tools import share
+from tools import folds, share
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
 from utils.shared_weights import checksum_of
@@ -123,6 +123,18 @@ def test_those_of_the_best_checkpoint_are_called_finished(runs, tmp_path, capsys
         out = str(tmp_path / f"out-{name}")
         predict.main(["--checkpoint", str(tmp_path / name.partition(".")[0]), scan, "-o", out, "--device", "cpu"])
         assert ("not finished: 2 of 9 iterations" in capsys.readouterr().err) == warned
+
+
+def test_tools_folds_takes_those_of_the_best_checkpoint_for_the_best(runs, tmp_path):
+    """The names of their files do not say it."""
+    train_dtml.main([*WORDS, "--data", str(runs / "set"), "--runs", str(tmp_path), "--name", "run", "--fold", "0/2",
+                     "--validate-every", "1"])  # fmt: skip
+    for file in ("best.pt", "last.pt"):
+        weights, out = str(tmp_path / file.removesuffix(".pt")), str(tmp_path / "run" / f"of-{file}")
+        share.main([str(tmp_path / "run" / file), weights])
+        argv = ["--checkpoint", weights, "--out", out, "--scans", "validation", "--threads", "1"]
+        test_la.main([*argv, "--device", "cpu", "--stride", "16", "16", "16"])
+        assert folds.tested(folds.read_fold(Path(out))) == {"best.pt": "best.pt", "last.pt": "iteration 2"}[file]
 
 
 def test_no_training_goes_on_from_them(runs, tmp_path):

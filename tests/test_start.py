@@ -136,6 +136,34 @@ def test_steps_that_were_not_chosen_move_along(run, tmp_path):
         assert (o.iterations, o.lr_steps) == (20, expected)
 
 
+def test_a_run_from_before_its_preset_set_batch_norm_says_that_it_goes_on_in_one_pass(run, tmp_path, capsys):
+    words = ["--data", str(run.parent / "set"), "--runs", str(tmp_path), "--name", "run", *TINY, "--device", "cpu"]
+    words += ["--preset", "tuned", "--iterations", "2", "--save-every", "1"]
+    train_dtml.main([*words, "--batch-norm", "joint"])
+    finished, state = (load(tmp_path / "run" / name) for name in ("last.pt", "previous.pt"))
+    del state["options"]["batch_norm"]
+    note = (
+        "goes on as it began, with --batch-norm joint. A new one with --preset tuned would have --batch-norm separate"
+    )
+    for more, said in ([], True), (["--batch-norm", "joint"], False):
+        torch.save(state, tmp_path / "run" / "last.pt")
+        capsys.readouterr()
+        train_dtml.main([*words, *more, "--resume", "auto"])
+        assert (note in capsys.readouterr().err) == said
+    assert (tmp_path / "run" / "log.txt").read_text().count(note) == 1
+    again = load(tmp_path / "run")["method"]
+    assert all(torch.equal(weight, finished["method"][name]) for name, weight in again.items())
+
+
+def test_a_damaged_manifest_is_written_anew_by_a_resumed_run(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "previous.pt").replace(copy / "last.pt")
+    (copy / "manifest.json").write_text("{")
+    train_dtml.main(["--resume", str(copy)])
+    again, first = (json.loads((path / "manifest.json").read_text()) for path in (copy, run))
+    assert again.keys() == first.keys() and again["checksums"] == first["checksums"]
+
+
 def test_an_unfinished_run_keeps_its_iterations_and_none_gets_fewer(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     with pytest.raises(UserError, match=r"--iterations: 12 before, 8 now"):

@@ -137,6 +137,40 @@ def test_a_resumed_run_keeps_the_best_of_before_and_ends_as_if_nothing_had_been(
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes()
 
 
+@pytest.mark.parametrize(("resumed", "best"), [([0.6], (4, 0.9)), ([0.95], (6, 0.95))])
+def test_a_best_from_after_the_last_checkpoint_of_a_killed_run_is_the_best_so_far(
+    resumed, best, folder, tmp_path, monkeypatch
+):
+    """It was saved between two checkpoints, and --validate-every may be another now."""
+    args = ["--data", str(folder / "set"), "--runs", str(tmp_path), "--name", "run", *SHORT]
+    faked(monkeypatch, 0.5, 0.9, 0.4)
+    train_dtml.main([*args, "--save-every", "3"])
+    run = tmp_path / "run"
+    (run / "previous.pt").replace(run / "last.pt")
+    state = load(run / "last.pt")
+    assert (state["iteration"], state["best"]["iteration"], load(run / "best.pt")["iteration"]) == (3, 2, 4)
+    faked(monkeypatch, *resumed)
+    train_dtml.main(["--resume", str(run), "--validate-every", "6"])
+    stated = json.loads((run / "manifest.json").read_text())["best"]
+    assert stated == dict(zip(("iteration", "dice"), best, strict=True))
+    assert load(run / "best.pt")["iteration"] == best[0] and load(run / "last.pt")["best"] == {
+        **stated, "scans": VALIDATION
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_bytes(b"no checkpoint")])
+def test_a_best_that_is_gone_or_damaged_is_chosen_anew(spoil, folder, tmp_path, monkeypatch):
+    args = ["--data", str(folder / "set"), "--runs", str(tmp_path), "--name", "run", *SHORT]
+    faked(monkeypatch, 0.5, 0.3, 0.2)
+    train_dtml.main(args)
+    run = tmp_path / "run"
+    (run / "previous.pt").replace(run / "last.pt")  # after 4 iterations
+    spoil(run / "best.pt")
+    faked(monkeypatch, 0.2)
+    train_dtml.main(["--resume", str(run)])
+    assert load(run / "best.pt")["best"] == {"iteration": 6, "dice": 0.2, "scans": VALIDATION}
+
+
 def test_the_best_of_other_validation_scans_is_not_compared_with(folder, tmp_path, monkeypatch, capsys):
     data = shutil.copytree(folder / "set", tmp_path / "set")
     faked(monkeypatch, 0.5, 0.3, 0.4)

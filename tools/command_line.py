@@ -75,6 +75,7 @@ def read_options(
         raise UserError(f"{resume} was trained with the method {name}, which this code does not have.")
     kind = METHODS[name]
     flags = flags_of(name, description).parse(args)
+    today: dict[str, Any] = {}  # the preset of --resume auto, and what it sets
     if state is not None:
         file = Path(resume)
         folder = file if file.is_dir() else file.parent
@@ -92,6 +93,8 @@ def read_options(
             method_options = combine({**flags, "classes": usual_classes(Path(o.data))}, kind)[1]
         folder = Path(o.runs) / (o.name or usual_name(o, method_options, flags, kind))
         state = load_checkpoint(folder) if o.resume == "auto" and has_checkpoint(folder) else None
+        values = {**dataclasses.asdict(o), **dataclasses.asdict(method_options)}
+        today = {option: values[option] for option in ("preset", *kind.PRESETS[o.preset]) if option not in flags}
     if state is not None:
         if state["optimizer"] is None:
             raise UserError(
@@ -104,6 +107,8 @@ def read_options(
         if finished and flags.get("iterations", 0) > saved["iterations"]:
             saved = extend(state, flags)
         refuse_differences(flags, saved, harmless_names([Options, kind.Options]), folder)
+        differing = {option: value for option, value in today.items() if saved[option] != value}
+        state["today"] = {} if "preset" in differing else differing
         o, method_options = (fill(cls, saved, flags) for cls in (Options, kind.Options))
         refuse_unused(flags, [Options], values_of(o, method_options, kind), saved.get, WHY)
         refuse_late_steps(flags, o.iterations)

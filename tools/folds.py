@@ -84,8 +84,8 @@ def read_fold(path: Path) -> Fold:
 
 def tested(fold: Fold) -> str:
     """The kind of checkpoint that was tested: best.pt of each fold is of an iteration of its own."""
-    best = Path(fold.about.get("checkpoint", "")).name == BEST
-    return BEST if best else f"iteration {fold.about.get('iteration')}"
+    file = fold.about.get("saved_as", Path(fold.about.get("checkpoint", "")).name)  # the first of shared weights
+    return BEST if file == BEST else f"iteration {fold.about.get('iteration')}"
 
 
 def outputs_of(fold: Fold) -> str:

@@ -155,6 +155,11 @@ def prepare(
     if state is not None:
         if state["checksums"] != volumes.checksums:
             raise UserError(f"the volumes in {o.data} are not those {folder} began with. Resume with the same data.")
+        if [*state["checksums"]] != [*volumes.checksums]:  # batches are drawn by place
+            raise UserError(
+                f"the scans in {o.data} are those {folder} began with, but train.list has them in another order. Put "
+                "the lines back in their order, or start a new run."
+            )
         refuse_other_attributes(attributes, state.get("attributes", {}), o.data, folder)
         if state["processes"] != RANKS:
             raise UserError(

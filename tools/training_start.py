@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dataloaders.channel_names import channel_names
@@ -12,10 +13,10 @@ from methods import Method, restore
 from networks.backbone import precision_of
 from networks.vnet import parameter_count
 from tools.training import Training
-from utils.checkpoint import channels_of_state, classes_of_state, write_whole
+from utils.checkpoint import BEST, channels_of_state, classes_of_state, load_checkpoint, write_whole
 from utils.distributed import RANKS
-from utils.errors import UserError
-from utils.options import default_of, flag_of
+from utils.errors import UserError, warn
+from utils.options import as_flags, flag_of
 from utils.run_folder import digest
 from utils.text import some
 
@@ -58,6 +59,29 @@ def extension_note(state: dict[str, Any], iterations: int, before: float, now: f
     )
 
 
+def preset_note(state: dict[str, Any]) -> str:
+    """What the preset of --resume auto sets otherwise than in the run that goes on, as a line of the log. `state` is
+    the checkpoint, with the options of today as `today`.
+    """
+    saved, now = state["options"], state["today"]
+    began, today = (" ".join(as_flags({name: values[name] for name in now}).split()) for values in (saved, now))
+    return f"This run goes on as it began, with {began}. A new one with --preset {saved['preset']} would have {today}."
+
+
+def best_kept(t: Training) -> dict[str, Any] | None:
+    """`Training.best` of a resumed run by best.pt itself, which may be of a later iteration than the last checkpoint:
+    of one that was lost as the run was killed. None without the file, or if it cannot be read.
+    """
+    path = t.folder / BEST
+    if not path.exists():
+        return None
+    try:
+        return load_checkpoint(path).get("best")
+    except UserError as e:
+        warn(f"{e} The best is chosen anew.")
+        return None
+
+
 def finished_name(iterations: int) -> str:
     """The file of the checkpoint that was the last one until its run went further."""
     return f"finished-{iterations}.pt"
@@ -84,6 +108,26 @@ def refuse_other_order(data: Path, o: Method.Options, state: dict[str, Any]) -> 
         )
     classes = {c: name for c, name in class_names(data).items() if c <= o.classes}
     refuse_other_numbers(classes, data, classes_of_state(state), state["file"])
+
+
+def shapes_networks(name: str, a: Method, b: Method) -> bool:
+    """Whether an option in which two of the same method differ changes their weights' names or shapes, if one of the
+    two has the value of the other, or leaves it without networks at all.
+    """
+
+    def changes(method: Method, other: Method) -> bool:
+        options = dataclasses.replace(method.options, **{name: getattr(other.options, name)})
+        try:
+            with torch.device("meta"):  # no memory
+                changed = type(method)(options, iterations=1).state_dict()
+        except (UserError, ValueError):
+            return True
+        return shapes(changed) != shapes(method.state_dict())
+
+    def shapes(entries: dict[str, Any]) -> dict[str, Any]:
+        return {key: weight.shape for key, weight in entries.items() if isinstance(weight, Tensor)}
+
+    return changes(a, b) or changes(b, a)
 
 
 def start_from(method: Method, name: str, state: dict[str, Any], data: Path) -> dict[str, Any]:
@@ -121,7 +165,8 @@ def start_from(method: Method, name: str, state: dict[str, Any], data: Path) -> 
         options = [
             f"{flag_of(f.name) if f.metadata['flag'] else f.name} is {was} there and {now} here"
             for f in dataclasses.fields(method.options)
-            if (was := saved.get(f.name, default_of(f))) != (now := getattr(method.options, f.name))
+            if (was := getattr(before.options, f.name)) != (now := getattr(method.options, f.name))
+            and shapes_networks(f.name, before, method)
         ]
         why = "; ".join(options) or "another version wrote it"
         shown = f" Weights that differ: {some(sorted(differ), 3, '; ')}." if differ else ""

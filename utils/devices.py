@@ -27,6 +27,7 @@ NO_MEMORY = re.compile(  # messages of torch, its libraries and the system, as t
 )
 OF_GPU = re.compile("cuda|cudnn|cublas|cusolver|cufft|cusparse|nccl|\\bhip\\b|engine", re.IGNORECASE)
 GIB = 2**30
+MOST_THREADS = 1024  # of far more the system refuses to start some, and libraries fail in their own ways
 SINCE_AMPERE = (8, 0)  # compute capability of the first cards with tf32 and bf16
 BF16_OF_CPUS = ("avx512_bf16", "amx_bf16")  # as torch.cpu.get_capabilities names them
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
@@ -186,7 +187,13 @@ def keep_freed_memory() -> None:
 
 
 def set_up(device: str, threads: int = 0, *, deterministic: bool = False) -> torch.device:
-    """Sets threads (0: torch's choice), arithmetic and memory of this process, and returns the device of --device."""
+    """Sets threads (0: torch's choice), arithmetic and memory of this process, and returns the device of --device.
+
+    Raises:
+        UserError: more threads than MOST_THREADS, or as `choose_device`.
+    """
+    if threads > MOST_THREADS:
+        raise UserError(f"--threads {threads} is more than {MOST_THREADS}. This computer has {cores()} cores.")
     if threads:
         torch.set_num_threads(threads)
     chosen = choose_device(device)

@@ -1,6 +1,7 @@
 """The ways in which a program can end, and their exit codes."""
 
 import codecs
+import errno
 import io
 import os
 import signal
@@ -36,6 +37,7 @@ def warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr)
 
 
+OF_THE_PATH = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)  # Path.exists and its like raise these
 PLAIN = {"±": "+-", "\N{MINUS SIGN}": "-", "\N{MULTIPLICATION SIGN}": "x"}
 
 
@@ -81,6 +83,12 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output ended early, as `| head` does
         discard_stdout()
+    except OSError as e:
+        if e.errno not in OF_THE_PATH or e.filename is None:
+            raise
+        path = os.fsdecode(e.filename)
+        print(f"error: {path}: {e.strerror}. Give another path, or ask its owner for access.", file=sys.stderr)
+        sys.exit(2)
 
 
 def flush_stdout() -> None:

@@ -149,8 +149,8 @@ def start_manifest(folder: Path, start: int, manifest: dict[str, Any]) -> dict[s
     run that goes further is left out until its new end.
     """
     path = folder / MANIFEST
-    if start and path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
+    before = read_json(path) if start else {}  # a damaged one is written anew
+    if before:
         began = {key: value for key, value in before.items() if key not in MEASURED}
         again = {key: manifest[key] for key in ("command", "started", "commit", "device", "threads", "precision")}
         further = {"extended": manifest["extended"]} if "extended" in manifest else {}

@@ -183,6 +183,8 @@ BAD_FLAGS = {
     "--seed 99999999999999999999": ("--seed", "99999999999999999999"),
     "--iterations 0": ("--iterations", "0"),
     "--lr-steps 1 -1": ("--lr-steps", "-1"),
+    "--lr-gamma 1e308": ("--lr-gamma", "1e308 must be between 0 and 1"),
+    "--threads 100000": ("--threads 100000 is more than 1024", "cores"),
     "--augment flips": ("--augment", "flips", "mirror"),
     "--device tpu": ("--device tpu", "cuda:N"),
     "--preset nonsense": ("--preset nonsense", "paper, authors"),

@@ -83,6 +83,18 @@ def test_13_resume_with_other_volumes_is_refused(tiny_set):
     refuse(["--resume", str(run / "previous.pt")], str(tiny_set), "not those", untouched=tiny_set.parent)
 
 
+def test_13_resume_with_train_list_in_another_order_is_refused(tiny_set):
+    """The scans are drawn by their place in the list, so that a batch would have others."""
+    train(tiny_set, "--iterations", "2", "--save-every", "1")
+    run, train_list = tiny_set.parent / "runs" / "run", tiny_set / "train.list"
+    first, second, *rest = train_list.read_text().splitlines()
+    train_list.write_text("\n".join([second, first, *rest]))
+    resume = ["--resume", str(run / "previous.pt")]
+    refuse(resume, str(tiny_set), "train.list has them in another order", untouched=tiny_set.parent)
+    train_list.write_text("\n".join([first, second, *rest]))
+    train_dtml.main(resume)
+
+
 # -- checkpoints --
 
 

@@ -73,11 +73,12 @@ def test_17_a_signal_while_no_batch_comes_saves_and_leaves(
         threading.Thread(target=interrupt, daemon=True).start()
         began = time.monotonic()
         with pytest.raises(SystemExit) as left:
-            run(lambda: train_dtml.main(args(data, folder)))
+            run(lambda: train_dtml.main(args(data, folder, *([] if step else ["--fresh"]))))
     assert left.value.code == code and time.monotonic() - began < 300
     assert f"stopped: saved {folder} after {step} of {N} iterations" in capsys.readouterr().err
     assert others.issuperset(active_children())
     train_dtml.main(args(data, folder, "--resume", "auto"))
+    assert not [*tmp_path.glob("run.*")]  # moved aside, as the run began with --fresh
     a, b = (load(path) for path in (folder, whole))
     assert flat(a["method"]) == flat(b["method"]) and flat(a["optimizer"]) == flat(b["optimizer"])
     assert (folder / "scalars.csv").read_text() == (whole / "scalars.csv").read_text()
