@@ -162,6 +162,10 @@ class Method(nn.Module):
         apart = self.options.batch_norm == "separate"
         return [x for x in image.tensor_split([labeled]) if len(x)] if apart else [image]
 
+    def by_parts(self, f: Callable[[Tensor], Tensor], image: Tensor, labeled: int) -> Tensor:
+        """f(image), image (N,K,W,H,D), computed in the passes of `parts`: (N,...)."""
+        return joined([f(x) for x in self.parts(image, labeled)])
+
     def passes(self, network: nn.Module, image: Tensor, labeled: int) -> dict[str, Tensor]:
         """The outputs of network(image), image (N,K,W,H,D), computed in the passes of `parts`."""
         outputs = [network(x) for x in self.parts(image, labeled)]
