@@ -49,6 +49,8 @@ def batch_norm_option() -> Any:
 
 ITEMS = ("all", "unlabeled")
 """The crops on which an unlabeled loss is computed."""
+UNLABELED: Condition = {"unlabeled": lambda number: number != 0}
+"""When options of what is learned from unlabeled scans act, in a method that goes without them."""
 # When options of a consistency with the weight lambda(t) act:
 AGREES: Condition = {"lambda_max": bool}
 RISES: Condition = {**AGREES, "ramp_end": bool}

@@ -145,3 +145,13 @@ def test_a_network_without_batch_norm_does_the_same_in_one_pass_and_the_flag_is_
         command_line.resolve({**uxnet, "batch_norm": "separate"}, METHODS["dtml"])
     for flags in ({"batch_norm": "joint", "preset": "tuned"}, {"preset": "tuned"}):
         command_line.resolve({**uxnet, **flags}, METHODS["dtml"])
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_two_passes_are_refused_without_unlabeled_scans(name):
+    """test_without_unlabeled_crops_there_is_one_pass shows that they are one."""
+    alone = {"data": "set", "unlabeled": 0}
+    with pytest.raises(UserError, match="--batch-norm separate does nothing with --unlabeled 0"):
+        command_line.resolve({**alone, "batch_norm": "separate"}, METHODS[name])
+    for flags in ({"batch_norm": "joint", "preset": "tuned"}, {"preset": "tuned"}):
+        command_line.resolve({**alone, **flags}, METHODS[name])
