@@ -38,11 +38,21 @@ from losses.terms import (
     weighted_sum,
     with_background,
 )
-from methods.base import TUNED_SEPARATE, Batch, Losses, Method, batch_norm_option, by_name, labeled_part, seg_outputs
+from methods.base import (
+    TUNED_SEPARATE,
+    UNLABELED,
+    Batch,
+    Losses,
+    Method,
+    batch_norm_option,
+    by_name,
+    labeled_part,
+    seg_outputs,
+)
 from utils.devices import to_device
 from utils.options import Condition, option
 
-COUNTS: Condition = {"pseudo_weight": bool}
+COUNTS: Condition = {"pseudo_weight": bool, **UNLABELED}
 
 
 class ADMT(Method):
@@ -56,11 +66,12 @@ class ADMT(Method):
         batch_norm: str = batch_norm_option()
         ema_decay: float = option(0.99, "decay of the teachers' moving averages", minimum=0, maximum=1)
         period: int = option(19, "most iterations of a teacher's turn", minimum=1)
-        pseudo_weight: float = option(2.0, "largest weight of the pseudo-labels", minimum=0)
+        pseudo_weight: float = option(2.0, "largest weight of the pseudo-labels", minimum=0, only_if=UNLABELED)
         ramp_end: float = option(0.4, "share of the iterations after which w is largest", minimum=0, maximum=1,
                                  only_if=COUNTS)  # fmt: skip
         threshold: float = option(0.8, "least confidence of a pseudo-label", minimum=0, maximum=1, only_if=COUNTS)
-        strong: float = option(0.5, "strength of the contrast, noise and blur in the first teacher's turns", minimum=0)
+        strong: float = option(0.5, "strength of the contrast, noise and blur in the first teacher's turns", minimum=0,
+                           only_if=UNLABELED)  # fmt: skip
 
     options: Options
     outputs = ("teacher_1", "teacher_2", "seg")

@@ -49,6 +49,8 @@ def batch_norm_option() -> Any:
 
 ITEMS = ("all", "unlabeled")
 """The crops on which an unlabeled loss is computed."""
+UNLABELED: Condition = {"unlabeled": lambda number: number != 0}
+"""When options of what is learned from unlabeled scans act, in a method that goes without them."""
 # When options of a consistency with the weight lambda(t) act:
 AGREES: Condition = {"lambda_max": bool}
 RISES: Condition = {**AGREES, "ramp_end": bool}
@@ -161,6 +163,10 @@ class Method(nn.Module):
         """
         apart = self.options.batch_norm == "separate"
         return [x for x in image.tensor_split([labeled]) if len(x)] if apart else [image]
+
+    def by_parts(self, f: Callable[[Tensor], Tensor], image: Tensor, labeled: int) -> Tensor:
+        """f(image), image (N,K,W,H,D), computed in the passes of `parts`: (N,...)."""
+        return joined([f(x) for x in self.parts(image, labeled)])
 
     def passes(self, network: nn.Module, image: Tensor, labeled: int) -> dict[str, Tensor]:
         """The outputs of network(image), image (N,K,W,H,D), computed in the passes of `parts`."""

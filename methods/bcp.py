@@ -24,13 +24,14 @@ from torch import Tensor
 from losses.ema import Averages
 from losses.mixing import paste, random_box
 from losses.terms import hard_dice, probabilities, seg_loss, weight_inside, weighted_sum
-from methods.base import TUNED, Batch, Losses, Method, by_name, seg_outputs
+from methods.base import TUNED, UNLABELED, Batch, Losses, Method, by_name, seg_outputs
 from utils.devices import to_device
 from utils.masks import label_maps, largest_components
 from utils.options import Condition, option
 
 STARTS: Condition = {"start": lambda share: share < 1}
-COUNTS: Condition = {"pseudo_weight": bool, **STARTS}
+MIXES: Condition = {**STARTS, **UNLABELED}
+COUNTS: Condition = {"pseudo_weight": bool, **MIXES}
 
 
 class BCP(Method):
@@ -48,7 +49,7 @@ class BCP(Method):
         start: float = option(0.12, "share of the iterations in which labeled crops alone are mixed", minimum=0,
                               maximum=1)  # fmt: skip
         box: float = option(2 / 3, "sides of the box, as a share of those of the crop", minimum=0.1, maximum=0.9)
-        pseudo_weight: float = option(0.5, "alpha, weight of the unlabeled regions", minimum=0, only_if=STARTS)
+        pseudo_weight: float = option(0.5, "alpha, weight of the unlabeled regions", minimum=0, only_if=MIXES)
         largest_component: bool = option(True, "pseudo-labels keep the largest component of each class alone",
                                          only_if=COUNTS)  # fmt: skip
         ema_decay: float = option(0.99, "decay of the teacher's moving average", minimum=0, maximum=1, only_if=STARTS)

@@ -20,12 +20,23 @@ import torch
 from torch import Tensor, nn
 
 from losses.ramps import ramp_up
-from losses.terms import ce_loss, hard_dice, probabilities, seg_loss, weighted_sum
-from methods.base import ITEMS, TUNED_SEPARATE, Batch, Losses, Method, batch_norm_option, by_name, labeled_part
+from losses.terms import ce_loss, hard_dice, one_hot, probabilities, seg_loss, weighted_sum
+from methods.base import (
+    ITEMS,
+    TUNED_SEPARATE,
+    UNLABELED,
+    Batch,
+    Losses,
+    Method,
+    batch_norm_option,
+    by_name,
+    labeled_part,
+)
 from utils.masks import label_maps
 from utils.options import Condition, option
 
 COUNTS: Condition = {"pseudo_weight": bool}
+THERE: list[Condition] = [{"pseudo_on": ("all",)}, UNLABELED]  # crops with pseudo-labels
 SSL4MIS = {"pseudo_on": "unlabeled", "pseudo_weight": 0.1, "ramp_end": 1.0}
 
 
@@ -43,10 +54,10 @@ class CPS(Method):
     @dataclass
     class Options(Method.Options):
         batch_norm: str = batch_norm_option()
-        pseudo_weight: float = option(1.5, "w, largest weight of the pseudo-labels", minimum=0)
+        pseudo_weight: float = option(1.5, "w, largest weight of the pseudo-labels", minimum=0, only_if=THERE)
         pseudo_on: str = option("all", "crops with pseudo-labels", choices=ITEMS, only_if=COUNTS)
         ramp_end: float = option(0.0, "share of the iterations after which w is largest, a Gaussian ramp; 0: at once",
-                                 minimum=0, maximum=1, only_if=COUNTS)  # fmt: skip
+                                 minimum=0, maximum=1, only_if=[{**COUNTS, **crops} for crops in THERE])  # fmt: skip
 
     options: Options
     outputs = ("seg", "seg_2", "mean")
@@ -75,7 +86,7 @@ class CPS(Method):
         monitors = {
             "dice/train_seg": hard_dice(labeled_part(p[0], batch), label),
             "pseudo/foreground": (learned > 0).float().mean() if len(learned) else image.new_zeros(()),
-            "pseudo/agreement": hard_dice(p[0], pseudo[1]),
+            "pseudo/agreement": hard_dice(one_hot(pseudo[0], o.classes + 1)[:, 1:], pseudo[1]),
         }
         return Losses(weighted_sum(terms, {"pseudo": weight}), terms, {"w": weight}, monitors)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from losses.perturbation import monte_carlo
 from losses.terms import entropy, probabilities
-from methods.base import AGREES, by_name
+from methods.base import AGREES, by_name, joined
 from methods.mean_teacher import MeanTeacher
 from utils.options import option
 
@@ -41,9 +41,11 @@ class DoubleUnc(MeanTeacher):
 
     options: Options
 
-    def consistency(self, p: Tensor, image: Tensor, iteration: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def consistency(
+        self, p: Tensor, image: Tensor, iteration: int, labeled: int = 0
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         o = self.options
-        q, U_f = self.bayesian_teacher(image)
+        q, U_f = map(joined, zip(*map(self.bayesian_teacher, self.parts(image, labeled)), strict=True))
         U_s = entropy(p if o.learnable else q) / math.log(2)
         C = ((-U_f - U_s).exp() * (p - q).square()).mean()
         if o.learnable:

@@ -28,13 +28,13 @@ from losses.ema import Averages, ema_decay
 from losses.perturbation import strong_view
 from losses.ramps import ramp_up
 from losses.terms import dice_loss, hard_dice, probabilities, sdm_to_mask, seg_loss, weighted_sum
-from methods.base import TUNED, Batch, Losses, Method, batch_norm_option, softmax_option
+from methods.base import TUNED, UNLABELED, Batch, Losses, Method, batch_norm_option, softmax_option
 from methods.dtml import probability_maps, task_maps, task_monitors
 from utils.options import Condition, option
 
 TRUST = ("all", "voxel", "both")
-COUNTS: Condition = {"pseudo_weight": bool}
-STARTS: Condition = {"start": lambda share: share < 1}
+COUNTS: Condition = {"pseudo_weight": bool, **UNLABELED}
+STARTS: Condition = {"start": lambda share: share < 1, **UNLABELED}
 BOTH: Condition = {**COUNTS, **STARTS}
 
 
@@ -68,7 +68,8 @@ class DTMLPlus(Method):
         trust: str = option("both", "voxels of a pseudo-label to learn: all; voxel: where both tasks agree; both: "
                             "there, weighted by the Dice of the two tasks on the crop", choices=TRUST,
                             only_if=BOTH)  # fmt: skip
-        strong: float = option(0.5, "strength of the contrast, noise and blur of the strong views", minimum=0)
+        strong: float = option(0.5, "strength of the contrast, noise and blur of the strong views", minimum=0,
+                           only_if=UNLABELED)  # fmt: skip
 
     options: Options
     outputs = ("ema_mean", "ema_seg", "ema_sdm", "mean", "seg", "sdm")

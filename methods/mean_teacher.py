@@ -67,15 +67,20 @@ class MeanTeacher(Method):
         logits = self.passes(self.student, image, len(label))["seg"]
         p = probabilities(logits, o.classes)
         first = len(label) if o.consistency_on == "unlabeled" else 0
-        consistency, monitors = self.consistency(p[first:], image[first:], iteration)
+        consistency, monitors = self.consistency(p[first:], image[first:], iteration, len(label) - first)
         terms = {"seg": seg_loss(labeled_part(logits, batch), label, o.classes), "consistency": consistency}
         lambda_ = o.lambda_max * ramp_up(iteration, self.iterations, o.ramp)
         monitors["dice/train_seg"] = hard_dice(labeled_part(p.detach(), batch), label)
         return Losses(weighted_sum(terms, {"consistency": lambda_}), terms, {"lambda": lambda_}, monitors)
 
-    def consistency(self, p: Tensor, image: Tensor, iteration: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The consistency C between the student's p (N,C,W,H,D) and the teacher on image (N,K,W,H,D), and monitors."""
-        return consistency_loss(p, self.teach(noisy(image, self.options.noise))), {}
+    def consistency(
+        self, p: Tensor, image: Tensor, iteration: int, labeled: int = 0
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The consistency C between the student's p (N,C,W,H,D) and the teacher on image (N,K,W,H,D), and monitors.
+
+        The first `labeled` crops have a label: the teacher's batch norm keeps them apart as the student's does.
+        """
+        return consistency_loss(p, self.by_parts(self.teach, noisy(image, self.options.noise), labeled)), {}
 
     @torch.no_grad()
     def teach(self, image: Tensor) -> Tensor:

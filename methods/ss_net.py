@@ -112,8 +112,9 @@ class SSNet(Method):
         monitors = {"dice/train_seg": hard_dice(labeled_part(p.detach(), batch), label)}
         if self.separator is not None:
             losses, numbers = self.separator(
-                maps, label_maps(p.detach()), label, prototypes=o.prototypes, largest=o.rank == "highest"
-            )
+                maps, label_maps(p.detach()), label, prototypes=o.prototypes, largest=o.rank == "highest",
+                apart=o.batch_norm == "separate",
+            )  # fmt: skip
             terms["separation"] = losses.sum() / (o.classes + 1)
             monitors["prototypes"] = numbers.mean()
         lambda_ = o.lambda_max * ramp_up(iteration, o.ramp_end * self.iterations, o.ramp)
@@ -150,7 +151,7 @@ class Separator(nn.Module):
         self.v = nn.ModuleList([attention(FEATURES) for _ in classes if prototype_attention])
 
     def forward(
-        self, maps: Tensor, predicted: Tensor, label: Tensor, *, prototypes: int, largest: bool
+        self, maps: Tensor, predicted: Tensor, label: Tensor, *, prototypes: int, largest: bool, apart: bool = False
     ) -> tuple[Tensor, Tensor]:
         """The loss of each class, labeled plus unlabeled crops, and its number of prototypes; both (len(classes),).
 
@@ -162,10 +163,15 @@ class Separator(nn.Module):
             label: labels of the first L crops (L,W,H,D).
             prototypes: N, at least 2.
             largest: whether the features with the highest attention become prototypes, or those with the lowest.
+            apart: whether the labeled crops go through each batch norm by themselves.
         """
         L = len(label)
-        h = self.h(maps)
-        z = self.k(h)
+
+        def each(network: nn.Module, x: Tensor) -> Tensor:
+            return joined([network(part) for part in (x.tensor_split([L]) if apart and len(x) > L else [x])])
+
+        h = each(self.h, maps)
+        z = each(self.k, h)
         h, labels = h[:L].detach(), torch.cat([label, predicted[L:].to(label.dtype)])
         length = z.norm(dim=1, keepdim=True).clamp(min=1e-12)
         losses, counts = [], []
@@ -174,7 +180,7 @@ class Separator(nn.Module):
                 score = w(h)
             chosen, found = best(h, score if largest else -score, (label == c) & (predicted[:L] == c), prototypes)
             q = weighted_mean(chosen, (v(chosen).sigmoid() if v else 1.0) * found.to(h.dtype))
-            weight = w(z.detach()).sigmoid() * (labels == c)[:, None]
+            weight = each(w, z.detach()).sigmoid() * (labels == c)[:, None]
             for part in (slice(L), slice(L, None)):
                 mean = weighted_mean(z[part], weight[part], length[part])
                 losses.append((weight[part].sum() > 0) * found.any() * (1 - mean @ q))

@@ -33,7 +33,9 @@ class TCSE(MeanTeacher):
 
     options: Options
 
-    def consistency(self, p: Tensor, image: Tensor, iteration: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def consistency(
+        self, p: Tensor, image: Tensor, iteration: int, labeled: int = 0
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         pi = Transformation.draw(image.shape, scale=self.options.scale)
-        q = pi.inverse(self.teach(pi(noisy(image, self.options.noise))))
+        q = pi.inverse(self.by_parts(self.teach, pi(noisy(image, self.options.noise)), labeled))
         return masked_mean((p - q).square(), pi.kept(p)), {}

@@ -48,9 +48,12 @@ class UAMT(MeanTeacher):
 
     options: Options
 
-    def consistency(self, p: Tensor, image: Tensor, iteration: int) -> tuple[Tensor, dict[str, Tensor]]:
-        q = self.teach(noisy(image, self.options.noise))
-        certain = (self.uncertainty(image) < self.threshold(iteration)).to(p.dtype)
+    def consistency(
+        self, p: Tensor, image: Tensor, iteration: int, labeled: int = 0
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        q = self.by_parts(self.teach, noisy(image, self.options.noise), labeled)
+        uncertainty = self.by_parts(self.uncertainty, image, labeled)
+        certain = (uncertainty < self.threshold(iteration)).to(p.dtype)
         return masked_mean((p - q).square(), certain), {"certain_share": certain.mean()}
 
     def uncertainty(self, image: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from losses.perturbation import strong_view
 from losses.terms import ce_loss, dice_loss, hard_dice, probabilities, seg_loss, weighted_sum, with_background
 from methods.base import (
     TUNED_SEPARATE,
+    UNLABELED,
     Batch,
     Losses,
     Method,
@@ -43,8 +44,8 @@ from utils.options import Condition, option
 
 PSEUDO_LOSSES = ("ce", "dice")
 SMALLEST, LARGEST = 0.02, 0.4  # share of the voxels of a crop inside the box
-STRONG: Condition = {"strong_weight": bool}
-FEATURE: Condition = {"feature_weight": bool}
+STRONG: Condition = {"strong_weight": bool, **UNLABELED}
+FEATURE: Condition = {"feature_weight": bool, **UNLABELED}
 
 
 class UniMatch(Method):
@@ -65,10 +66,10 @@ class UniMatch(Method):
                                   only_if=[STRONG, FEATURE])  # fmt: skip
         pseudo_loss: str = option("ce", "H: cross-entropy, or Dice as in the released code for medical images",
                                   choices=PSEUDO_LOSSES, only_if=[STRONG, FEATURE])  # fmt: skip
-        feature_weight: float = option(0.5, "weight of the view with dropped features", minimum=0)
+        feature_weight: float = option(0.5, "weight of the view with dropped features", minimum=0, only_if=UNLABELED)
         feature_dropout: float = option(0.5, "share of the channels that this view loses", minimum=0, maximum=1,
                                         only_if=FEATURE)  # fmt: skip
-        strong_weight: float = option(0.5, "weight of both strong views together", minimum=0)
+        strong_weight: float = option(0.5, "weight of both strong views together", minimum=0, only_if=UNLABELED)
         strong: float = option(0.5, "strength of the contrast, noise and blur of the strong views", minimum=0,
                                only_if=STRONG)  # fmt: skip
         cutmix: float = option(0.5, "share of the strong views into which another unlabeled crop is pasted", minimum=0,

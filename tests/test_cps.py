@@ -37,6 +37,15 @@ def test_the_losses_are_the_formulas_of_the_docstring(on, classes):
     assert result.total.item() == pytest.approx(seg + 1.5 * pseudo, rel=1e-9) and result.weights == {"w": 1.5}
 
 
+@pytest.mark.parametrize("classes", [1, 3])
+def test_two_equal_networks_agree_in_the_log(classes):
+    method = make(classes=classes, dropout=0.0)
+    method.networks[1].load_state_dict(method.networks[0].state_dict())
+    assert method(batch(classes), 3).monitors["pseudo/agreement"] == 1
+    method.networks[1].heads["seg"][0].bias.data[0] += 100 if classes > 1 else -100  # all background
+    assert method(batch(classes), 3).monitors["pseudo/agreement"] < 1
+
+
 @pytest.mark.parametrize(("on", "first"), [("all", 0), ("unlabeled", 2)])
 def test_the_foreground_of_the_log_is_that_of_the_labels_that_are_learned(on, first):
     """Not that of labeled crops whose pseudo-labels count for nothing; the run warns by it."""

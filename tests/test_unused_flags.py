@@ -29,7 +29,7 @@ def outcome(method: str, flags: str, steps: int = len(LOOKED_AT)) -> dict[str, b
     kind = METHODS[method]
     torch.manual_seed(0)
     trained = kind(fill(kind.Options, SMALL, parsed(method, flags)), iterations=ITERATIONS).train()
-    batch = with_sdm(make_batch())
+    batch = with_sdm(make_batch(unlabeled=parsed(method, flags).get("unlabeled", 2)))
     batch |= {"other_image": batch["image"].flip(2), "other_label": batch["label"].flip(1)}
     optimizer = torch.optim.SGD([p for p in trained.parameters() if p.requires_grad], lr=0.1)
     for iteration in LOOKED_AT[:steps]:
@@ -159,6 +159,24 @@ def test_option_acts_or_is_refused_and_idle(method, switch, name):
         same = outcome(method, " ".join(without.split())) == outcome(method, f"{beside} {changed}")
         assert same, f"the error says {text!r}, but the weights change: see the option's only_if"
     assert acts == [] or any(acts), f"--{name} does nothing with {switch} and is not refused"
+
+
+@pytest.mark.parametrize("method", ["dtml-plus", "cps", "bcp", "ad-mt", "unimatch"])
+def test_what_is_for_unlabeled_scans_is_refused_without_any_and_idle(method):
+    alone = "--unlabeled 0"
+    refused = set()
+    for name, ((changed, _), *_) in OWN[method].items():
+        if name not in {"classes", "backbone", "filters", "halvings", "batch_norm"}:
+            text, acts = (
+                refusal(method, f"{alone} {changed}"),
+                outcome(method, alone) != outcome(method, f"{alone} {changed}"),
+            )
+            assert acts == (not text), f"{changed}: {text or 'not refused'}"
+            refused |= {name} if text else set()
+    assert bool(refused) == (method != "cps")  # whose networks teach each other on labeled crops as well
+    if method == "cps":
+        text = refusal(method, f"{alone} --pseudo-on unlabeled --pseudo-weight 1")
+        assert text.startswith("--pseudo-weight does nothing with --pseudo-on unlabeled and --unlabeled 0")
 
 
 def conditions() -> list[tuple[str, dataclasses.Field]]:

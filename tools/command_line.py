@@ -269,10 +269,9 @@ def resolve(flags: dict[str, Any], kind: type[Method]) -> tuple[Options, Method.
             "--sdm-of scan does not go with --random-scale and --random-rotation: the distances of a whole scan do not "
             "hold in a crop that is scaled or rotated. Take --sdm-of crop."
         )
-    if flags.get("batch_norm") == "separate" and method_options.backbone == "uxnet":
-        raise UserError(
-            "--batch-norm separate does nothing with --backbone uxnet, which has no batch norm. Leave one of them out."
-        )
+    if flags.get("batch_norm") == "separate" and (method_options.backbone == "uxnet" or o.unlabeled == 0):
+        why = "--unlabeled 0" if o.unlabeled == 0 else "--backbone uxnet, which has no batch norm"
+        raise UserError(f"--batch-norm separate does nothing with {why}. Leave one of them out.")
     if len({*o.flip_axes}) < len(o.flip_axes):
         raise UserError("--flip-axes names an axis twice. Name each once.")
     refuse_late_steps(flags, o.iterations)
