@@ -45,8 +45,9 @@ def rates(run: Path) -> dict[int, tuple[float, float]]:
 
 def test_the_log_begins_with_what_is_trained_and_says_how_long_it_will_take(run):
     lines = (run / "log.txt").read_text().splitlines()
-    head = dict(line.split(maxsplit=1) for line in lines[:6])
-    assert list(head) == ["run", "method", "data", "batch", "device", "iterations"] and head["run"] == str(run)
+    head = dict(line.split(maxsplit=1) for line in lines[:7])
+    assert list(head) == ["run", "method", "data", "batch", "device", "precision", "iterations"]
+    assert head["run"] == str(run) and head["precision"] == "fp32"
     weights = sum(p.numel() for p in restore(load_checkpoint(run)).parameters())
     assert head["method"] == f"dtml, preset paper, {weights:,} parameters"
     assert head["data"] == f"{run.parent / 'set'}: 4 labeled and 4 unlabeled scans"
