@@ -194,7 +194,11 @@ class WatchedLoader(DataLoader):
                     f"a data worker could not hand over its batch of {size} ({batch.reason}). "
                     f"{advice(self.num_workers)}"
                 )
-            yield batch
+            try:
+                yield batch
+            except GeneratorExit:  # torch would wait for workers that hang, and leave them
+                kill(workers)
+                raise
             since, warned = time.monotonic(), False
 
     def _killed(self, workers: list[BaseProcess]) -> Exception | None:

@@ -50,27 +50,35 @@ def hang_at(step, monkeypatch, started=None):
     monkeypatch.setattr(Patches, "__getitem__", hanging)
 
 
-@pytest.mark.parametrize(("number", "code", "step"), [(signal.SIGTERM, 143, 0), (signal.SIGINT, 130, 3)])
+@pytest.mark.parametrize(
+    ("number", "code", "step", "waiting"),
+    [(signal.SIGTERM, 143, 0, True), (signal.SIGINT, 130, 3, True), (signal.SIGINT, 130, 3, False)],
+)
 def test_17_a_signal_while_no_batch_comes_saves_and_leaves(
-    step, number, code, data, whole, tmp_path, monkeypatch, capsys
+    step, number, code, waiting, data, whole, tmp_path, monkeypatch, capsys
 ):
+    """The signal comes while the loop waits for the batch, or in the iteration before."""
     others, folder, hangs = set(active_children()), tmp_path / "run", tmp_path / "hangs"
     real, done = METHODS["dtml"].after_step, []
 
     def after_step(self, batch, iteration):
         real(self, batch, iteration)
         done.append(iteration)
+        if not waiting and len(done) == step:
+            interrupt()
+
+    def interrupt():
+        while not hangs.exists() or len(done) < step:
+            time.sleep(0.05)
+        if waiting:
+            time.sleep(1)  # until the loop asks for the batch
+        os.kill(os.getpid(), number)
 
     with monkeypatch.context() as patched:
         hang_at(step, patched, hangs)
         patched.setattr(METHODS["dtml"], "after_step", after_step)
-
-        def interrupt():
-            while not hangs.exists() or len(done) < step:
-                time.sleep(0.05)
-            os.kill(os.getpid(), number)
-
-        threading.Thread(target=interrupt, daemon=True).start()
+        if waiting:
+            threading.Thread(target=interrupt, daemon=True).start()
         began = time.monotonic()
         with pytest.raises(SystemExit) as left:
             run(lambda: train_dtml.main(args(data, folder, *([] if step else ["--fresh"]))))
