@@ -123,7 +123,7 @@ class Options:
     init: str = option("", "weights to start from: a run folder, a .pt file or shared weights of the same method; the "
                        "optimizer begins anew (default drawn by --seed)", group="training", only_if=ANEW)  # fmt: skip
     iterations: int = option(6000, "optimizer steps", group="training", minimum=1)
-    batch_size: int = option(4, "crops in a batch of each process", group="training", minimum=1)
+    batch_size: int = option(4, "crops in a batch of each process", group="training", minimum=1, maximum=10000)
     labeled_batch: int | None = option(
         None, "labeled crops in a batch (default half)", group="training", type=int, minimum=1
     )

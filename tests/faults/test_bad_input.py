@@ -184,6 +184,7 @@ BAD_FLAGS = {
     "--iterations 0": ("--iterations", "0"),
     "--lr-steps 1 -1": ("--lr-steps", "-1"),
     "--lr-gamma 1e308": ("--lr-gamma", "1e308 must be between 0 and 1"),
+    "--batch-size 1000000000": ("--batch-size", "1000000000 must be between 1 and 10000"),
     "--threads 100000": ("--threads 100000 is more than 1024", "cores"),
     "--augment flips": ("--augment", "flips", "mirror"),
     "--device tpu": ("--device tpu", "cuda:N"),
