@@ -214,7 +214,7 @@ class WatchedLoader(DataLoader):
         if -signal.SIGBUS in [worker.exitcode for worker in dead]:  # shared memory that is full, or a file cut short
             return UserError(f"{what} {advice(self.num_workers)}")
         return RuntimeError(
-            f"{what} The last checkpoint is intact: use --resume auto, and fewer --workers if the memory ran out."
+            f"{what} What was saved is intact: use --resume auto, and fewer --workers if the memory ran out."
         )
 
     def _warn_or_give_up(self, workers: list[BaseProcess], warned: bool) -> None:
@@ -224,7 +224,7 @@ class WatchedLoader(DataLoader):
         what = f"no batch came for {seconds} s, though the data workers live, which read {at}. {shared_memory_text()}"
         if warned:
             kill(workers)
-            raise UserError(f"{what}The last checkpoint is intact: go on with --resume auto, or --workers 0 too.")
+            raise UserError(f"{what}What was saved is intact: go on with --resume auto, or --workers 0 too.")
         warn(f"{what}If the disk is not that slow, stop and go on with --workers 0.")
 
     def _cases_of(self, workers: list[BaseProcess]) -> str:

@@ -83,7 +83,7 @@ def divergence(losses: Losses, gradients: dict[str, Tensor], batch: Batch, itera
     what = ", ".join(names) or ("the norm of the gradient" if bad else "a loss of another process")
     return Diverged(
         f"at iteration {iteration} {what} is not finite, in the crops of {', '.join(batch['case'])}. "
-        "The last checkpoint is intact: try a lower --lr or another --seed.",
+        "What was saved is intact: try a lower --lr or another --seed.",
         iteration,
         here=bool(names or bad),
     )
