@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from evaluation.drawing import FONT, WIDTH, Axes, Figure, FigureCanvasAgg, Patch, withStroke
-from evaluation.slices import colour_of, look_of, write_letters
+from evaluation.slices import colour_of, look_of, panel_ratio, write_letters
 from evaluation.surfaces import camera_around, render, surface
 from utils.masks import box_of
 
@@ -66,9 +66,10 @@ def around(mask: NDArray, share: float = 0.35) -> tuple[slice, slice]:
 
 
 def show_slice(axes: Axes, values: NDArray, spacing: Sequence[float], **look: Any) -> None:
-    """Draws values (W,H) in mm, with x to the right and y down."""
+    """Draws values (W,H) in mm, with x to the right and y down. One that is too long for a panel is stretched to it."""
     w, h = (side * step for side, step in zip(values.shape, spacing, strict=False))
     axes.imshow(values.T, extent=(0, w, h, 0), interpolation="nearest", **look)
+    axes.set_aspect("equal" if panel_ratio(h, w) == h / w else "auto")
     axes.set_axis_off()
 
 
@@ -98,7 +99,7 @@ def draw_maps(rows: Sequence[MapsRow], classes: str = "") -> Figure:
     first_sdm = next((name for name in rows[0].maps if name.startswith("z")), None)
     side = WIDTH / len(names)
     shapes = [np.array(row.image.shape) * row.spacing[:2] for row in rows]
-    heights = [side * h / w for w, h in shapes]
+    heights = [side * panel_ratio(h, w) for w, h in shapes]
     page = Page(sum(heights) + 0.6)
     for i, (row, height) in enumerate(zip(rows, heights, strict=True)):
         page.next_row(height, row.name)
@@ -169,7 +170,7 @@ def draw_comparison(
     heights = []
     for case, (x, y), (first, *_) in zip(cases, crops, pictures, strict=True):
         w, h = (step * (extent.stop - extent.start) for extent, step in zip((x, y), case.spacing, strict=False))
-        heights.append((side * h / w, side * first.shape[0] / first.shape[1] + 0.08))
+        heights.append((side * panel_ratio(h, w), side * first.shape[0] / first.shape[1] + 0.08))
     page = Page(sum(map(sum, heights)) + 0.4)
     for case, (x, y), surfaces, (high, low) in zip(cases, crops, pictures, heights, strict=True):
         page.next_row(high, case.name)

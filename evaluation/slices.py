@@ -64,6 +64,11 @@ def fixed_slice(label: NDArray | None, depth: int) -> int:
     return depth // 2 if label is None or not label.any() else int((label > 0).sum(axis=(0, 1)).argmax())
 
 
+def panel_ratio(a: float, b: float) -> float:
+    """a / b, the sides of a panel that shows a slice of sides a and b: at most LONGEST, at least 1 / LONGEST."""
+    return min(max(a / b, 1 / LONGEST), LONGEST)
+
+
 def panels(
     image: NDArray,
     maps: dict[str, NDArray],
@@ -83,7 +88,7 @@ def panels(
         Picture (height, width, 3).
     """
     w, h = image.shape
-    width = (len(maps) + 1) * HEIGHT * min(max(w / h, 1 / LONGEST), LONGEST) * 1.02
+    width = (len(maps) + 1) * HEIGHT * panel_ratio(w, h) * 1.02
     key = ", ".join(f"{name} {'orange' if colour == PREDICTION else 'green'}" for name, (_, colour) in contours.items())
     lines = textwrap.wrap(f"{title}   contours: {key}", max(int(LETTERS * width), 1))
     above = 0.35 + 0.15 * len(lines)

@@ -1,5 +1,6 @@
 """Surfaces against closed forms, one camera for all, figures of run folders, and the mesh in TensorBoard's files."""
 
+import io
 import json
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from tensorboard.plugins.mesh import plugin_data_pb2
 import test_la
 import train_dtml
 from dataloaders.cases import Case, case_file, lists_of, read_case
-from evaluation.figures import MapsRow, draw_maps
+from evaluation.figures import ComparedCase, MapsRow, as_png, draw_comparison, draw_maps
 from evaluation.slices import COLOURS, LABEL, prediction_mesh
 from evaluation.surfaces import Camera, Surface, camera_around, render, surface
 from methods.base import by_name
@@ -379,5 +380,12 @@ def test_slices_that_are_a_line_of_voxels_are_drawn(shape, patch, tmp_path):
         assert max(Image.open(picture).size) < 2**14
     image = np.random.default_rng(0).random(shape[:2])
     half = np.arange(max(shape[:2])).reshape(shape[:2]) > 9
-    spacing = [20.0 if side == 1 else 1.0 for side in shape]
-    draw_maps([MapsRow("one", image, half, {"p": half * 1.0}, spacing)])
+    label = np.broadcast_to(half[..., None], shape).astype(np.uint8)
+    volume = np.broadcast_to(image[..., None], shape)
+    for thick in (20.0, 1.0, 0.1):
+        spacing = [thick if side == 1 else 1.0 for side in shape]
+        compared = ComparedCase("one", volume, label, 0, {"run": (label, "")}, spacing)
+        for figure in (draw_maps([MapsRow("one", image, half, {"p": half * 1.0}, spacing)]),
+                       draw_comparison([compared], 0, 0)):  # fmt: skip
+            width, height = Image.open(io.BytesIO(as_png(figure, 50, palette=False))).size
+            assert 30 < height < 6 * width
