@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from utils.masks import label_maps
 from utils.vectors import unit
 
 EPSILON = 1e-5
@@ -165,12 +166,20 @@ def live_share(m: Tensor) -> Tensor:
 
 
 def hard_dice(p: Tensor, label: Tensor) -> Tensor:
-    """Dice coefficient in [0,1] of p > 0.5 and label over the whole batch, mean over classes; 1 if both are empty."""
+    """`dice_of_labels` of the prediction, `label_maps(p)`, and the label."""
+    return dice_of_labels(label_maps(p), label, p.shape[1])
+
+
+def dice_of_labels(a: Tensor, b: Tensor, classes: int) -> Tensor:
+    """Dice coefficient in [0,1] of two labels (N,W,H,D) of 0..C over the whole batch, mean over the classes 1 to C.
+
+    A class that is in neither counts as 1.
+    """
     scores = []
-    for p_c, y in by_class(p, label):
-        a, b = p_c > 0.5, y > 0
-        total = a.sum() + b.sum()
-        scores.append(torch.where(total > 0, 2 * (a & b).sum() / total.clamp(min=1), 1.0))
+    for c in range(1, classes + 1):
+        in_a, in_b = a == c, b == c
+        total = in_a.sum() + in_b.sum()
+        scores.append(torch.where(total > 0, 2 * (in_a & in_b).sum() / total.clamp(min=1), 1.0))
     return torch.stack(scores).mean()
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from losses.ramps import ramp_up
-from losses.terms import ce_loss, hard_dice, one_hot, probabilities, seg_loss, weighted_sum
+from losses.terms import ce_loss, dice_of_labels, hard_dice, probabilities, seg_loss, weighted_sum
 from methods.base import (
     ITEMS,
     TUNED_SEPARATE,
@@ -86,7 +86,7 @@ class CPS(Method):
         monitors = {
             "dice/train_seg": hard_dice(labeled_part(p[0], batch), label),
             "pseudo/foreground": (learned > 0).float().mean() if len(learned) else image.new_zeros(()),
-            "pseudo/agreement": hard_dice(one_hot(pseudo[0], o.classes + 1)[:, 1:], pseudo[1]),
+            "pseudo/agreement": dice_of_labels(*pseudo, o.classes),
         }
         return Losses(weighted_sum(terms, {"pseudo": weight}), terms, {"w": weight}, monitors)
 

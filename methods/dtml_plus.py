@@ -27,7 +27,7 @@ from torch import Tensor
 from losses.ema import Averages, ema_decay
 from losses.perturbation import strong_view
 from losses.ramps import ramp_up
-from losses.terms import dice_loss, hard_dice, probabilities, sdm_to_mask, seg_loss, weighted_sum
+from losses.terms import dice_loss, dice_of_labels, probabilities, sdm_to_mask, seg_loss, weighted_sum
 from methods.base import TUNED, UNLABELED, Batch, Losses, Method, batch_norm_option, softmax_option
 from methods.dtml import probability_maps, task_maps, task_monitors
 from utils.options import Condition, option
@@ -116,7 +116,7 @@ class DTMLPlus(Method):
         m = sdm_to_mask(self.ema["M_d"](image)["sdm"], o.k)
         pseudo, label_p, label_m = (sure_labels(q) for q in ((p + m) / 2, p, m))
         agree = (label_p == label_m)[:, None].to(p.dtype)
-        dice = torch.stack([hard_dice(q[None], y[None]) for q, y in zip(p, label_m, strict=True)])
+        dice = torch.stack([dice_of_labels(*pair, o.classes) for pair in zip(label_p, label_m, strict=True)])
         a = torch.ones_like(agree) if o.trust == "all" else agree
         if o.trust == "both":
             a = a * dice.view(-1, 1, 1, 1, 1)

@@ -64,9 +64,15 @@ def test_dice_loss_is_the_mean_of_what_each_class_has_alone(label):
     p = random_logits(3).sigmoid()
     alone = [dice_loss(p[:, c : c + 1], (label == c + 1).to(torch.uint8)) for c in range(3)]
     assert dice_loss(p, label).item() == pytest.approx(sum(alone).item() / 3)
-    assert hard_dice(p, label).item() == pytest.approx(
-        np.mean([binary.dc((p[:, c] > 0.5).numpy(), (label == c + 1).numpy()) for c in range(3)])
-    )
+
+
+def test_training_dice_is_that_of_the_predicted_classes(label):
+    """A class can be the most likely one without a probability above one half."""
+    x = random_logits(4)
+    predicted, p = x.argmax(dim=1), probabilities(x, 3)
+    assert ((predicted > 0) & (p <= 0.5).all(dim=1)).any()
+    scores = [binary.dc((predicted == c).numpy(), (label == c).numpy()) for c in (1, 2, 3)]
+    assert hard_dice(p, label).item() == pytest.approx(np.mean(scores))
 
 
 def test_softmax_has_the_background_for_a_channel_more(label):

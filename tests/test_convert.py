@@ -252,7 +252,10 @@ def test_a_csv_names_files_labels_splits_and_cases(tmp_path):
 def test_empty_rows_and_cells_of_a_spreadsheet_s_csv_are_left_out_and_lines_are_counted(tmp_path):
     path = tmp_path / "scans.csv"
     path.write_text("image,label\r\n\r\na.nii,b.nii,,\r\n,\r\n  \r\n", encoding="utf-8-sig", newline="")
-    assert read_manifest(path) == ([Source("a", tmp_path / "a.nii", tmp_path / "b.nii")], [])
+    scan = Source("a", tmp_path / "a.nii", tmp_path / "b.nii")
+    assert read_manifest(path) == ([scan], [])
+    path.write_text("image ,label, ,\na.nii,b.nii,,\n")
+    assert read_manifest(path) == ([scan], [])
     for row, message in (
         (",b.nii", "line 4: an image is needed"),
         ("a, b.nii,c.nii,d", "no column for c.nii, d. Quote"),

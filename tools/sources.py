@@ -277,10 +277,13 @@ def read_manifest(path: Path) -> tuple[list[Source], list[str]]:
     """
     try:
         reader = csv.DictReader(read_text(path).splitlines(), skipinitialspace=True)
+        columns = [name.strip() for name in reader.fieldnames or ()]
+        while columns and not columns[-1]:  # a spreadsheet may leave empty cells at the end
+            columns.pop()
+        reader.fieldnames = columns
         rows = [(reader.line_num, row) for row in reader]
     except (OSError, ValueError, csv.Error) as e:
         raise UserError(f"cannot read {path}: {e}. It must be a CSV with the column image.") from e
-    columns = list(reader.fieldnames or ())
     images = [name for name in columns if name == "image" or name.startswith("image_")]
     unknown = [name for name in columns if name not in (*images, *COLUMNS)]
     twice = len({*columns}) < len(columns)
@@ -291,7 +294,7 @@ def read_manifest(path: Path) -> tuple[list[Source], list[str]]:
         )
     scans = []
     for line, row in rows:
-        beyond = [cell for cell in row.pop(None, []) if cell.strip()]  # a spreadsheet may leave empty cells there
+        beyond = [cell for cell in row.pop(None, []) if cell.strip()]
         if beyond:
             raise UserError(
                 f"{path}, line {line}: there is no column for {some(beyond)}. Quote names that hold a comma."
