@@ -86,7 +86,7 @@ class CPS(Method):
         monitors = {
             "dice/train_seg": hard_dice(labeled_part(p[0], batch), label),
             "pseudo/foreground": (learned > 0).float().mean() if len(learned) else image.new_zeros(()),
-            "pseudo/agreement": dice_of_labels(*pseudo, o.classes),
+            "pseudo/agreement": dice_of_labels(pseudo[0], pseudo[1], o.classes),
         }
         return Losses(weighted_sum(terms, {"pseudo": weight}), terms, {"w": weight}, monitors)
 
