@@ -1,5 +1,8 @@
 """Batch norm that is exact in channels_last_3d, the memory layout in which convolutions on a CPU are fastest."""
 
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
 from typing import Any, ClassVar
 
 import torch
@@ -10,6 +13,10 @@ from utils.errors import UserError
 
 CHUNK = 1024
 """Voxels that are summed in float32 before the sums are added in float64."""
+BLOCK = 2**20
+"""Numbers of a map on which all operations of a pass are done before those of the next block."""
+ROW = 256
+"""Numbers in a row of a block, unless a voxel has more."""
 
 
 class BatchNorm3d(nn.BatchNorm3d):
@@ -58,13 +65,13 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        y = torch.empty_like(x)
-        voxels, d = rows(x), rows(y)
-        mean = chunked_mean(voxels)
-        torch.sub(voxels, mean, out=d)
-        var = chunked_mean(d, d)
+        y, xs = torch.empty_like(x), blocks(x)
+        mean = channel_mean(xs, x)
+        var = channel_mean((d.mul_(d) for d in centred(xs, mean)), x)
         invstd = (var + eps).rsqrt()
-        torch.addcmul(bias, d, weight * invstd, out=d)
+        shift, scale = (side_by_side(v, xs) for v in (bias, weight * invstd))
+        for d in centred(xs, mean, out=blocks(y)):
+            torch.addcmul(shift, d, scale, out=d)
         ctx.save_for_backward(x, weight, mean, invstd)
         ctx.mark_non_differentiable(mean, var)
         return y, mean, var
@@ -72,32 +79,52 @@ class _Normalise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, mean, invstd = ctx.saved_tensors
-        grad_x = torch.empty_like(x)
-        g, d = rows(grad.contiguous(memory_format=torch.channels_last_3d)), rows(grad_x)
-        torch.sub(rows(x), mean, out=d)
-        grad_bias, grad_weight = chunked_mean(g), chunked_mean(g, d) * invstd
+        grad_x, xs, gs = torch.empty_like(x), blocks(x), blocks(grad.contiguous(memory_format=torch.channels_last_3d))
+        grad_bias = channel_mean(gs, x)
+        grad_weight = channel_mean((d.mul_(g) for d, g in zip(centred(xs, mean), gs, strict=True)), x) * invstd
         scale = weight * invstd
-        torch.addcmul(-scale * grad_bias, d, -scale * invstd * grad_weight, out=d)
-        d.addcmul_(g, scale)
-        return grad_x, grad_weight * len(d), grad_bias * len(d), None
+        a, b, c = (side_by_side(v, xs) for v in (-scale * grad_bias, -scale * invstd * grad_weight, scale))
+        for d, g in zip(centred(xs, mean, out=blocks(grad_x)), gs, strict=True):
+            torch.addcmul(a, d, b, out=d).addcmul_(g, c)
+        count = x.numel() // x.shape[1]
+        return grad_x, grad_weight * count, grad_bias * count, None
 
 
-def rows(x: Tensor) -> Tensor:
-    """A map (N,C,W,H,D) in channels_last_3d -> a view (N*W*H*D, C)."""
-    return x.permute(0, 2, 3, 4, 1).view(-1, x.shape[1])
+def blocks(x: Tensor) -> tuple[Tensor, ...]:
+    """A map (N,C,W,H,D) in channels_last_3d -> views (n,r*C) of its voxels, in order, r of them in a row.
+
+    A block stays in the cache from one operation to the next. Operations with a value for each channel are slow on rows
+    of a few numbers.
+    """
+    C, count = x.shape[1], x.numel() // x.shape[1]
+    together = math.gcd(count, CHUNK, max(ROW // C, 1))
+    voxels = max(BLOCK // (CHUNK * C), 1) * CHUNK
+    return x.permute(0, 2, 3, 4, 1).view(-1, together * C).split(voxels // together)
 
 
-def chunked_mean(a: Tensor, b: Tensor | None = None) -> Tensor:
-    """Mean over the rows of a (M,C), or of a times b; sums are float32 within a chunk of rows, float64 over chunks."""
-    M, C = a.shape
-    if b is not None and C <= 16:  # a matrix product needs no memory for a * b
-        sums = [(u.mT @ v).diagonal(dim1=1, dim2=2) for u, v in zip(chunks(a), chunks(b), strict=True)]
-    else:
-        sums = [u.sum(dim=1) for u in chunks(a if b is None else a * b)]
-    return (torch.cat(sums).sum(dim=0, dtype=torch.float64) / M).to(a.dtype)
+def side_by_side(v: Tensor, xs: Sequence[Tensor]) -> Tensor:
+    """A value for each channel (C) -> (r*C), as a row of the blocks has them."""
+    return v.repeat(xs[0].shape[1] // len(v))
 
 
-def chunks(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(M,C) -> the complete chunks (n,CHUNK,C) and the remaining rows (1,m,C)."""
-    whole = len(x) - len(x) % CHUNK
-    return x[:whole].view(-1, CHUNK, x.shape[1]), x[None, whole:]
+def centred(xs: Sequence[Tensor], mean: Tensor, out: Sequence[Tensor] = ()) -> Iterator[Tensor]:
+    """The blocks less the mean of each channel, in those of `out`, or one after the other in the same memory."""
+    mean = side_by_side(mean, xs)
+    for x, d in zip(xs, out or repeat(torch.empty_like(xs[0])), strict=False):
+        yield torch.sub(x, mean, out=d[: len(x)])
+
+
+def channel_mean(parts: Iterable[Tensor], x: Tensor) -> Tensor:
+    """The mean (C) over a map of the shape of x, of which the parts are the blocks.
+
+    Sums are float32 within a chunk of voxels, float64 over chunks.
+    """
+    C, sums = x.shape[1], []
+    for part in parts:
+        voxels = part.view(-1, C)
+        whole = len(voxels) - len(voxels) % CHUNK
+        if whole:
+            sums.append(voxels[:whole].view(-1, CHUNK, C).sum(dim=1))
+        if whole < len(voxels):
+            sums.append(voxels[None, whole:].sum(dim=1))
+    return (torch.cat(sums).sum(dim=0, dtype=torch.float64) * C / x.numel()).to(x.dtype)

@@ -42,7 +42,14 @@ def distance(a, b):
 
 
 @pytest.mark.parametrize(
-    "shape", [(2, 16, 32, 32, 16), (1, 3, 1, 1, 2), (2, 5, 11, 10, 9), (1, 8, 16, 16, CHUNK // 256)]
+    "shape",
+    [
+        (2, 16, 32, 32, 16),
+        (1, 3, 1, 1, 2),
+        (2, 5, 11, 10, 9),
+        (1, 8, 16, 16, CHUNK // 256),
+        (2, 8, 50, 52, 33),  # two blocks, of which the second ends within a chunk
+    ],
 )
 @pytest.mark.parametrize("offset", [0.0, 30.0])
 def test_is_as_near_to_float64_as_torch_s_on_contiguous_maps(shape, offset):
