@@ -52,7 +52,7 @@ from utils.masks import label_maps
 from utils.options import Condition, option
 
 DISTANCES = {"dice": soft_dice_loss, "agreement": agreement_loss}
-RANKS = ("highest", "lowest")
+MASKS, RANKS = ("same", "own"), ("highest", "lowest")
 FEATURES = 32  # channels of h and k
 SEPARATES: Condition = {**AGREES, "separation": bool}
 PERTURBS: Condition = {**AGREES, "magnitude": bool}
@@ -77,6 +77,8 @@ class SSNet(Method):
         batch_norm: str = batch_norm_option()
         distance: str = option("dice", "D of two predictions; agreement: as released", choices=list(DISTANCES),
                                only_if=AGREES)  # fmt: skip
+        masks: str = option("own", "dropout masks of the two predictions in D: the same, or own ones for each, as "
+                            "released", choices=MASKS, only_if={**AGREES, "dropout": bool})  # fmt: skip
         magnitude: float = option(10.0, "eps, length of the perturbation of a crop", minimum=0, only_if=AGREES)
         xi: float = option(10.0, "length of the step whose gradient gives its direction", minimum=0, only_if=PERTURBS)
         separation: float = option(0.1, "weight of L_sep relative to L_smo", minimum=0, only_if=AGREES)
@@ -105,8 +107,9 @@ class SSNet(Method):
 
     def forward(self, batch: Batch, iteration: int) -> Losses:
         o, image, label, L = self.options, batch["image"], batch["label"], len(batch["label"])
-        features = [self.network.features(x) for x in self.parts(image, L)]
-        maps, logits = (joined(x) for x in zip(*((f[-1], self.network.read(f)["seg"]) for f in features), strict=True))
+        self.start_masks()
+        passes = [(f[-1], self.network.read(f)["seg"]) for f in map(self.network.features, self.parts(image, L))]
+        maps, logits = (joined(x) for x in zip(*passes, strict=True))
         p = probabilities(logits, o.classes)
         terms = {"seg": dice_loss(p[:L], label), "smoothness": self.smoothness(image, p.detach(), L)}
         monitors = {"dice/train_seg": hard_dice(labeled_part(p.detach(), batch), label)}
@@ -126,10 +129,19 @@ class SSNet(Method):
         o, distance = self.options, DISTANCES[self.options.distance]
 
         def loss(x: Tensor) -> Tensor:
+            self.start_masks()
             return distance(probabilities(self.passes(self.network, x, labeled)["seg"], o.classes), p)
 
         with uncounted():  # these crops are not of the data
             return loss(image + adversarial(loss, image, xi=o.xi, magnitude=o.magnitude))
+
+    def start_masks(self) -> None:
+        """With `--masks same` the next pass has the dropout masks of the first of this iteration.
+
+        Each iteration has a seed of its own (`seed_iteration`), from which the draws begin again.
+        """
+        if self.options.masks == "same":
+            torch.manual_seed(torch.initial_seed())
 
     def predict(self, image: Tensor, outputs: tuple[str, ...]) -> Tensor:
         return probabilities(self.network(image)["seg"], self.options.classes)

@@ -13,6 +13,7 @@ from losses.terms import agreement_loss, soft_dice_loss
 from methods import METHODS
 from methods.ss_net import Separator, best
 from networks.batch_norm import BatchNorm3d
+from utils.devices import seed_iteration
 
 make = partial(by_hand.make, "ss-net", iterations=100)
 batch = by_hand.batch
@@ -53,6 +54,26 @@ def test_smoothness_changes_no_statistics_and_its_target_has_no_gradient():
     method.smoothness(data["image"], p, len(data["label"])).backward()
     assert all(torch.equal(x, before[name]) for name, x in method.named_buffers())
     assert all(w.grad is not None for w in method.network.parameters()) and BatchNorm3d.counts
+
+
+@pytest.mark.parametrize("batch_norm", ["joint", "separate"])
+def test_without_a_perturbation_the_same_dropout_masks_leave_no_distance(batch_norm):
+    """Own masks leave some, which has nothing to do with the crops' neighbourhood."""
+    distances = {}
+    for masks in ("same", "own"):
+        torch.manual_seed(7)
+        method = make(dropout=0.5, masks=masks, magnitude=0.0, batch_norm=batch_norm)
+        distances[masks] = method(batch(), 50).terms["smoothness"].item()
+    assert abs(distances["same"]) < 1e-9 and distances["own"] > 1e-4
+
+
+def test_the_same_masks_are_new_in_each_iteration():
+    method, data = make(dropout=0.5, masks="same"), batch()
+    losses = set()
+    for iteration in range(3):
+        seed_iteration(7, iteration)
+        losses.add(method(data, 50).terms["seg"].item())
+    assert len(losses) == 3
 
 
 def over_all_pairs(separator, maps, predicted, label, *, prototypes, largest, weighed):
