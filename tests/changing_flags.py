@@ -48,7 +48,7 @@ SHARED = {
 }
 TEACHER = "--filters 3, --softmax, --lambda-max 1, --ramp steps, --ema-decay 0.3, --noise 0"
 LEARNS = "--start 0 --full 0 --filters 8 --lr 0.3"  # enough for two networks that agree in part
-BROKEN = "--filters 4 --ema-decay 0"  # with which a pseudo-label has several components
+BROKEN = "--classes 2 --filters 4 --ema-decay 0"  # with which a pseudo-label has several components, by many voxels
 # Method: for each of its options flags that change the result, and where needed those beside which they do.
 OWN_FLAGS = {
     "dtml": "--softmax, --filters 3, --k 20, --lambda-max 1, --consistency-times 2, --consistency-on unlabeled, "
