@@ -77,8 +77,8 @@ class SSNet(Method):
         batch_norm: str = batch_norm_option()
         distance: str = option("dice", "D of two predictions; agreement: as released", choices=list(DISTANCES),
                                only_if=AGREES)  # fmt: skip
-        masks: str = option("own", "dropout masks of the two predictions in D: the same, or own ones for each, as "
-                            "released", choices=MASKS, only_if={**AGREES, "dropout": bool})  # fmt: skip
+        dropout_masks: str = option("own", "of the two predictions in D: the same, or own ones for each, as released",
+                                    choices=MASKS, only_if={**AGREES, "dropout": bool})  # fmt: skip
         magnitude: float = option(10.0, "eps, length of the perturbation of a crop", minimum=0, only_if=AGREES)
         xi: float = option(10.0, "length of the step whose gradient gives its direction", minimum=0, only_if=PERTURBS)
         separation: float = option(0.1, "weight of L_sep relative to L_smo", minimum=0, only_if=AGREES)
@@ -107,7 +107,7 @@ class SSNet(Method):
 
     def forward(self, batch: Batch, iteration: int) -> Losses:
         o, image, label, L = self.options, batch["image"], batch["label"], len(batch["label"])
-        self.start_masks()
+        self.begin_draws()
         passes = [(f[-1], self.network.read(f)["seg"]) for f in map(self.network.features, self.parts(image, L))]
         maps, logits = (joined(x) for x in zip(*passes, strict=True))
         p = probabilities(logits, o.classes)
@@ -129,18 +129,18 @@ class SSNet(Method):
         o, distance = self.options, DISTANCES[self.options.distance]
 
         def loss(x: Tensor) -> Tensor:
-            self.start_masks()
+            self.begin_draws()
             return distance(probabilities(self.passes(self.network, x, labeled)["seg"], o.classes), p)
 
         with uncounted():  # these crops are not of the data
             return loss(image + adversarial(loss, image, xi=o.xi, magnitude=o.magnitude))
 
-    def start_masks(self) -> None:
-        """With `--masks same` the next pass has the dropout masks of the first of this iteration.
+    def begin_draws(self) -> None:
+        """With `--dropout-masks same` begins the random draws of this iteration again, by its seed (`seed_iteration`).
 
-        Each iteration has a seed of its own (`seed_iteration`), from which the draws begin again.
+        The next pass then has the dropout masks of the first.
         """
-        if self.options.masks == "same":
+        if self.options.dropout_masks == "same":
             torch.manual_seed(torch.initial_seed())
 
     def predict(self, image: Tensor, outputs: tuple[str, ...]) -> Tensor:

@@ -84,9 +84,9 @@ OWN_FLAGS = {
     "--threshold 0.5, --ramp-end 0.9 beside --threshold 0.5, --ramp-end 0 beside --threshold 0.5 --ramp-end 0.9",
     "mc-net-plus": "--filters 3, --softmax, --temperature 0.5, --target-gradient, --seg-weight 1, --lambda-max 0.1, "
     "--ramp literal, --ramp steps beside --ramp-end 0.9, --ramp-end 1",
-    "ss-net": "--filters 3, --softmax, --distance agreement, --masks same, --magnitude 1, --xi 1, --separation 1, "
-    "--prototypes 4, --rank lowest, --no-background, --no-prototype-attention, --lambda-max 0.1, --ramp literal, "
-    "--ramp steps beside --ramp-end 0.9, --ramp-end 1",
+    "ss-net": "--filters 3, --softmax, --distance agreement, --dropout-masks same, --magnitude 1, --xi 1, "
+    "--separation 1, --prototypes 4, --rank lowest, --no-background, --no-prototype-attention, --lambda-max 0.1, "
+    "--ramp literal, --ramp steps beside --ramp-end 0.9, --ramp-end 1",
     "unimatch": "--filters 3, --softmax, --threshold 0, --threshold 0.7 beside --threshold 0, --feature-dropout 0.2, "
     "--pseudo-loss dice beside --threshold 0, --feature-weight 1 beside --threshold 0, --strong-weight 1 beside "
     "--threshold 0, --strong 1 beside --threshold 0, --cutmix 1 beside --threshold 0, --cutmix 0 beside --threshold 0, "

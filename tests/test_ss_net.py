@@ -62,13 +62,13 @@ def test_without_a_perturbation_the_same_dropout_masks_leave_no_distance(batch_n
     distances = {}
     for masks in ("same", "own"):
         torch.manual_seed(7)
-        method = make(dropout=0.5, masks=masks, magnitude=0.0, batch_norm=batch_norm)
+        method = make(dropout=0.5, dropout_masks=masks, magnitude=0.0, batch_norm=batch_norm)
         distances[masks] = method(batch(), 50).terms["smoothness"].item()
     assert abs(distances["same"]) < 1e-9 and distances["own"] > 1e-4
 
 
 def test_the_same_masks_are_new_in_each_iteration():
-    method, data = make(dropout=0.5, masks="same"), batch()
+    method, data = make(dropout=0.5, dropout_masks="same"), batch()
     losses = set()
     for iteration in range(3):
         seed_iteration(7, iteration)

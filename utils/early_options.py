@@ -8,6 +8,7 @@ from utils.options import flag_of
 
 RENAMED = {  # method: an option's name in early checkpoints and options files -> its name today
     "dk-uxnet": {"noise": "noise_variance", "scale": "logit_scale", "consistency": "consistency_terms"},
+    "ss-net": {"masks": "dropout_masks"},
 }
 ADDED = {"softmax": False}  # an option that early checkpoints and records lack -> what they were
 BEFORE_PRESETS = {"batch_norm": "joint"}  # an option that presets set -> what it was in runs whose options lack it
