@@ -79,7 +79,7 @@ class MCNetPlus(Method):
         lambda_ = o.lambda_max * ramp_up(iteration, o.ramp_end * self.iterations, o.ramp)
         monitors = {
             "dice/train_seg": hard_dice(labeled_part(p[0].detach(), batch), label),
-            "disagreement": torch.stack(p).detach().std(dim=0, unbiased=False).mean(),
+            "disagreement": disagreement([p_i.detach() for p_i in p]),
         }
         total = weighted_sum(terms, {"seg": o.seg_weight, "consistency": lambda_})
         return Losses(total, terms, {"lambda": lambda_}, monitors)
@@ -104,6 +104,12 @@ class MCNetPlus(Method):
 
     def maps(self, image: Tensor) -> dict[str, Tensor]:
         return by_name(**dict(zip(UPS, self.probabilities(image), strict=True)))
+
+
+def disagreement(p: list[Tensor]) -> Tensor:
+    """The mean over voxels of the standard deviation of the p_i, (N,C,W,H,D) each; many times as fast as torch.std."""
+    mean = torch.stack(p).mean(dim=0)
+    return torch.stack([(p_i - mean).square() for p_i in p]).mean(dim=0).sqrt().mean()
 
 
 def sharpened(p: Tensor, temperature: float) -> Tensor:

@@ -1,10 +1,12 @@
 """Ways to double the sides of a map, and an encoder that several decoders share."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from networks.backbone import Backbone
 from networks.convolution import Conv3d
@@ -28,14 +30,37 @@ class Doubled(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.mode == "nearest":
             return F.interpolate(x, scale_factor=self.stride, mode="nearest")
-        layout = torch.channels_last_3d if x.is_contiguous(memory_format=torch.channels_last_3d) else None
-        for axis in (axis for axis, stride in enumerate(self.stride, 2) if stride == 2):
-            first, last = x.narrow(axis, 0, 1), x.narrow(axis, -1, 1)
-            before = torch.cat([first, x.narrow(axis, 0, x.shape[axis] - 1)], dim=axis)
-            after = torch.cat([x.narrow(axis, 1, x.shape[axis] - 1), last], dim=axis)
-            pair = torch.stack([x.lerp(before, 0.25), x.lerp(after, 0.25)], dim=axis + 1)
-            x = pair.flatten(axis, axis + 1)
-        return x if layout is None else x.contiguous(memory_format=layout)
+        last = x.is_contiguous(memory_format=torch.channels_last_3d)
+        x = x.movedim(1, -1) if last else x  # the order in memory
+        for axis in (axis for axis, stride in enumerate(self.stride, 1 if last else 2) if stride == 2):
+            x = _DoubledLinearly.apply(x, axis)
+        return x.movedim(-1, 1) if last else x
+
+
+class _DoubledLinearly(torch.autograd.Function):
+    """x -> y, twice as long along one axis:
+
+        y_2i = 3/4 x_i + 1/4 x_(i-1),    y_(2i+1) = 3/4 x_i + 1/4 x_(i+1)
+
+    The first and the last element have themselves for the neighbour that is missing. The gradient is the same in a few
+    passes over a map, for which autograd alone needs many.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: int) -> Tensor:
+        ctx.axis, n = axis, x.shape[axis]
+        before = torch.cat([x.narrow(axis, 0, 1), x.narrow(axis, 0, n - 1)], dim=axis)
+        after = torch.cat([x.narrow(axis, 1, n - 1), x.narrow(axis, n - 1, 1)], dim=axis)
+        return torch.stack([x.lerp(before, 0.25), x.lerp(after, 0.25)], dim=axis + 1).flatten(axis, axis + 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        axis, n = ctx.axis, grad.shape[ctx.axis] // 2
+        even, odd = grad.unflatten(axis, (n, 2)).unbind(axis + 1)
+        before = torch.cat([even.narrow(axis, 0, 1), odd.narrow(axis, 0, n - 1)], dim=axis)
+        after = torch.cat([even.narrow(axis, 1, n - 1), odd.narrow(axis, n - 1, 1)], dim=axis)
+        return (even + odd).lerp(before + after, 0.25), None
 
 
 def upsampling(up: str, channels: int, stride: Stride = (2, 2, 2), *, bias: bool = True) -> nn.Module:

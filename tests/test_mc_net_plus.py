@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from methods.mc_net_plus import sharpened
+from methods.mc_net_plus import disagreement, sharpened
 from networks.decoders import UPS, Decoders, Doubled
 from networks.vnet import VNet, parameter_count
 
@@ -69,12 +69,20 @@ def test_sharpening_keeps_a_half_and_both_ends():
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
 @pytest.mark.parametrize("mode", ["trilinear", "nearest"])
-def test_doubling_is_that_of_torch(mode, layout):
-    x = torch.randn(2, 3, 4, 1, 5, dtype=torch.float64).to(memory_format=layout)
+def test_doubling_and_its_gradient_are_those_of_torch(mode, layout):
+    x = torch.randn(2, 3, 4, 1, 5, dtype=torch.float64).to(memory_format=layout).requires_grad_()
     corners = {"align_corners": False} if mode == "trilinear" else {}
-    y = Doubled(mode)(x)
-    torch.testing.assert_close(y, F.interpolate(x, scale_factor=2, mode=mode, **corners))
+    y, expected = Doubled(mode)(x), F.interpolate(x, scale_factor=2, mode=mode, **corners)
+    torch.testing.assert_close(y, expected)
     assert y.is_contiguous(memory_format=layout)
+    for grad in (torch.randn_like(y), torch.randn_like(y).permute(0, 1, 4, 3, 2).contiguous().permute(0, 1, 4, 3, 2)):
+        (result,), (gradient,) = (torch.autograd.grad(z, x, grad, retain_graph=True) for z in (y, expected))
+        torch.testing.assert_close(result, gradient)
+
+
+def test_the_disagreement_is_the_mean_standard_deviation():
+    p = torch.rand(3, 2, 1, 4, 4, 4, dtype=torch.float64)
+    assert disagreement(list(p)).item() == pytest.approx(p.numpy().std(axis=0).mean(), rel=1e-12)
 
 
 def test_the_decoders_share_one_encoder_and_the_first_is_a_backbone():
