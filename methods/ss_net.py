@@ -111,7 +111,9 @@ class SSNet(Method):
         passes = [(f[-1], self.network.read(f)["seg"]) for f in map(self.network.features, self.parts(image, L))]
         maps, logits = (joined(x) for x in zip(*passes, strict=True))
         p = probabilities(logits, o.classes)
-        terms = {"seg": dice_loss(p[:L], label), "smoothness": self.smoothness(image, p.detach(), L)}
+        terms = {"seg": dice_loss(p[:L], label)}
+        if o.lambda_max:
+            terms["smoothness"] = self.smoothness(image, p.detach(), L)
         monitors = {"dice/train_seg": hard_dice(labeled_part(p.detach(), batch), label)}
         if self.separator is not None:
             losses, numbers = self.separator(

@@ -56,6 +56,15 @@ def test_smoothness_changes_no_statistics_and_its_target_has_no_gradient():
     assert all(w.grad is not None for w in method.network.parameters()) and BatchNorm3d.counts
 
 
+def test_without_weight_for_the_unlabeled_crops_labels_alone_are_learned_in_one_pass():
+    method, data, images = make(lambda_max=0.0), batch(), []
+    features = method.network.features
+    method.network.features = lambda image: images.append(image) or features(image)
+    losses = method(data, 50)
+    assert list(losses.terms) == ["seg"] and len(images) == 1
+    torch.testing.assert_close(losses.total, losses.terms["seg"])
+
+
 @pytest.mark.parametrize("batch_norm", ["joint", "separate"])
 def test_without_a_perturbation_the_same_dropout_masks_leave_no_distance(batch_norm):
     """Own masks leave some, which has nothing to do with the crops' neighbourhood."""
