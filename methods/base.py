@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from losses.ramps import RAMPS
 from losses.terms import probabilities
 from networks.backbone import Backbone
 from networks.backbones import BACKBONES
@@ -55,6 +56,16 @@ UNLABELED: Condition = {"unlabeled": lambda number: number != 0}
 AGREES: Condition = {"lambda_max": bool}
 RISES: Condition = {**AGREES, "ramp_end": bool}
 TIMED: Condition = {**AGREES, "ramp": ("gaussian", "steps", "literal")}  # epochs: after fixed iterations
+
+
+def ramp_option() -> Any:
+    """The option --ramp of a method whose consistency has the weight lambda(t)."""
+    return option("gaussian", "how lambda rises; literal: as printed in DTML's paper", choices=RAMPS, only_if=RISES)
+
+
+def ramp_end_option(share: float) -> Any:
+    """The option --ramp-end of such a method."""
+    return option(share, "share of the iterations after which lambda is largest", minimum=0, maximum=1, only_if=TIMED)
 
 
 @dataclass

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from losses.ramps import RAMPS, ramp_up
+from losses.ramps import ramp_up
 from losses.terms import consistency_loss, live_share, sdm_to_mask
-from methods.base import TUNED_SEPARATE, Batch, Losses, by_name
+from methods.base import TUNED_SEPARATE, Batch, Losses, by_name, ramp_end_option, ramp_option
 from methods.two_heads import TwoHeads
 from utils.options import option
 
@@ -29,7 +29,8 @@ class DTC(TwoHeads):
     class Options(TwoHeads.Options):
         k: float = option(1500.0, "steepness of m = sigmoid(-k z)", minimum=1e-6)
         lambda_max: float = option(1.0, "largest weight of the consistency", minimum=0)
-        ramp: str = option("gaussian", "how lambda rises", choices=RAMPS, only_if={"lambda_max": bool})
+        ramp: str = ramp_option()
+        ramp_end: float = ramp_end_option(1.0)
 
     options: Options
     outputs = ("seg", "sdm")
@@ -38,7 +39,7 @@ class DTC(TwoHeads):
         o = self.options
         q, z = self.heads(self.passes(self.network, batch["image"], len(batch["label"])))
         m = sdm_to_mask(z, o.k)
-        lambda_ = o.lambda_max * ramp_up(iteration, self.iterations, o.ramp)
+        lambda_ = o.lambda_max * ramp_up(iteration, o.ramp_end * self.iterations, o.ramp)
         monitors = {"live_share/sdm": live_share(m.detach())}
         return self.losses(q, z, batch, {"consistency": consistency_loss(m, q)}, lambda_, **monitors)
 

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from losses.ramps import RAMPS, ramp_up
+from losses.ramps import ramp_up
 from losses.terms import (
     consistency_loss,
     dice_loss,
@@ -36,8 +36,6 @@ from losses.terms import (
 from methods.base import (
     AGREES,
     ITEMS,
-    RISES,
-    TIMED,
     TUNED_SEPARATE,
     Batch,
     Losses,
@@ -45,6 +43,8 @@ from methods.base import (
     batch_norm_option,
     by_name,
     labeled_part,
+    ramp_end_option,
+    ramp_option,
     softmax_option,
 )
 from utils.options import option
@@ -70,9 +70,8 @@ class DTML(Method):
         dis_weight: float = option(1.0, "weight of L_dis, next to L_mask", minimum=0, only_if={"sdm_loss": ("both",)})
         k: float = option(1500.0, "steepness of m = sigmoid(-k z)", minimum=1e-6)
         lambda_max: float = option(0.1, "largest weight of the consistency", minimum=0)
-        ramp: str = option("gaussian", "how lambda rises; literal: as printed", choices=RAMPS, only_if=RISES)
-        ramp_end: float = option(1.0, "share of the iterations after which lambda is largest", minimum=0, maximum=1,
-                                 only_if=TIMED)  # fmt: skip
+        ramp: str = ramp_option()
+        ramp_end: float = ramp_end_option(1.0)
         consistency_times: int = option(1, "factor of C; 2 in the released code", minimum=1, only_if=AGREES)
         consistency_on: str = option("all", "crops on which the consistency is computed", choices=ITEMS, only_if=AGREES)
 

@@ -16,12 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from losses.ramps import RAMPS, ramp_up
+from losses.ramps import ramp_up
 from losses.terms import consistency_loss, dice_loss, hard_dice, probabilities, weighted_sum
 from methods.base import (
     AGREES,
-    RISES,
-    TIMED,
     TUNED_SEPARATE,
     Batch,
     Losses,
@@ -30,6 +28,8 @@ from methods.base import (
     by_name,
     joined,
     labeled_part,
+    ramp_end_option,
+    ramp_option,
     softmax_option,
 )
 from networks.decoders import UPS, Decoders
@@ -56,9 +56,8 @@ class MCNetPlus(Method):
         target_gradient: bool = option(False, "let the gradient flow through the pseudo-labels too", only_if=AGREES)
         seg_weight: float = option(0.5, "weight of the Dice loss of each decoder", minimum=0)
         lambda_max: float = option(1.0, "largest weight of the consistency", minimum=0)
-        ramp: str = option("gaussian", "how lambda rises", choices=RAMPS, only_if=RISES)
-        ramp_end: float = option(0.4, "share of the iterations after which lambda is largest", minimum=0, maximum=1,
-                                 only_if=TIMED)  # fmt: skip
+        ramp: str = ramp_option()
+        ramp_end: float = ramp_end_option(0.4)
 
     options: Options
     outputs = ("seg", "trilinear", "nearest", "mean")

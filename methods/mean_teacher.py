@@ -16,7 +16,7 @@ from torch import Tensor
 
 from losses.ema import ema_decay, ema_update, make_teacher
 from losses.perturbation import noisy
-from losses.ramps import RAMPS, ramp_up
+from losses.ramps import ramp_up
 from losses.terms import consistency_loss, hard_dice, probabilities, seg_loss, weighted_sum
 from methods.base import (
     AGREES,
@@ -28,6 +28,8 @@ from methods.base import (
     batch_norm_option,
     by_name,
     labeled_part,
+    ramp_end_option,
+    ramp_option,
     seg_outputs,
     softmax_option,
 )
@@ -47,7 +49,8 @@ class MeanTeacher(Method):
         consistency_on: str = option("all", "crops on which the consistency is computed", choices=ITEMS,
                                      only_if=AGREES)  # fmt: skip
         lambda_max: float = option(0.1, "largest weight of the consistency", minimum=0)
-        ramp: str = option("gaussian", "how lambda rises", choices=RAMPS, only_if=AGREES)
+        ramp: str = ramp_option()
+        ramp_end: float = ramp_end_option(1.0)
         ema_decay: float = option(0.99, "alpha, decay of the teacher's moving average; 0: no average", minimum=0,
                                   maximum=1)  # fmt: skip
         noise: float = option(0.1, "standard deviation of the teacher's input noise, clipped at two of them", minimum=0,
@@ -69,7 +72,7 @@ class MeanTeacher(Method):
         first = len(label) if o.consistency_on == "unlabeled" else 0
         consistency, monitors = self.consistency(p[first:], image[first:], iteration, len(label) - first)
         terms = {"seg": seg_loss(labeled_part(logits, batch), label, o.classes), "consistency": consistency}
-        lambda_ = o.lambda_max * ramp_up(iteration, self.iterations, o.ramp)
+        lambda_ = o.lambda_max * ramp_up(iteration, o.ramp_end * self.iterations, o.ramp)
         monitors["dice/train_seg"] = hard_dice(labeled_part(p.detach(), batch), label)
         return Losses(weighted_sum(terms, {"consistency": lambda_}), terms, {"lambda": lambda_}, monitors)
 

@@ -30,12 +30,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from losses.perturbation import adversarial
-from losses.ramps import RAMPS, ramp_up
+from losses.ramps import ramp_up
 from losses.terms import agreement_loss, dice_loss, hard_dice, probabilities, soft_dice_loss, weighted_sum
 from methods.base import (
     AGREES,
-    RISES,
-    TIMED,
     TUNED_SEPARATE,
     Batch,
     Losses,
@@ -44,6 +42,8 @@ from methods.base import (
     by_name,
     joined,
     labeled_part,
+    ramp_end_option,
+    ramp_option,
     softmax_option,
 )
 from networks.backbone import uncounted
@@ -89,9 +89,8 @@ class SSNet(Method):
         prototype_attention: bool = option(True, "v, learned weights of the prototypes; without, all count the same",
                                            only_if=SEPARATES)  # fmt: skip
         lambda_max: float = option(1.0, "largest weight of the two terms", minimum=0)
-        ramp: str = option("gaussian", "how lambda rises", choices=RAMPS, only_if=RISES)
-        ramp_end: float = option(0.4, "share of the iterations after which lambda is largest", minimum=0, maximum=1,
-                                 only_if=TIMED)  # fmt: skip
+        ramp: str = ramp_option()
+        ramp_end: float = ramp_end_option(0.4)
 
     options: Options
     outputs = ("seg",)

@@ -46,7 +46,7 @@ SHARED = {
     "weight_decay": [("--weight-decay 0.01", ""), ("--weight-decay 0.3", "--optimizer adamw")],
     "seed": [("--seed 2", "")],
 }
-TEACHER = "--filters 3, --softmax, --lambda-max 1, --ramp steps, --ema-decay 0.3, --noise 0"
+TEACHER = "--filters 3, --softmax, --lambda-max 1, --ramp steps, --ramp-end 0.5, --ema-decay 0.3, --noise 0"
 LEARNS = "--start 0 --full 0 --filters 8 --lr 0.3"  # enough for two networks that agree in part
 BROKEN = "--classes 2 --filters 4 --ema-decay 0"  # with which a pseudo-label has several components, by many voxels
 # Method: for each of its options flags that change the result, and where needed those beside which they do.
@@ -65,7 +65,7 @@ OWN_FLAGS = {
     "tcse": f"{TEACHER}, --consistency-on unlabeled, --scale 0.2, --scale 0.1 beside --scale 0.2",
     "double-unc": f"{TEACHER}, --consistency-on unlabeled, --passes 7, --no-learnable, --gamma 2, --feature-blocks "
     "bottom, --feature-blocks none, --feature-blocks none beside --no-learnable",
-    "dtc": "--softmax, --filters 3, --beta 1, --k 20, --lambda-max 0.1, --ramp steps",
+    "dtc": "--softmax, --filters 3, --beta 1, --k 20, --lambda-max 0.1, --ramp steps, --ramp-end 0.5",
     "sassnet": "--softmax, --filters 3, --beta 1, --adversarial-max 0.015, --ramp steps, --critic-lr 0.001, "
     "--critic-lr 0",
     "asdnet": "--filters 3, --softmax, --attention none, --attention released, --attention none beside --attention "

@@ -47,6 +47,18 @@ def test_the_log_has_no_weight_above_0_of_terms_that_are_not_there(name):
     )
 
 
+WITH_RAMP_END = [name for name, kind in METHODS.items() if {"lambda_max", "ramp_end"} <= {*kind.Options.__annotations__}
+                 or issubclass(kind, METHODS["mean-teacher"])]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WITH_RAMP_END)
+def test_lambda_is_a_gaussian_ramp_that_ends_at_the_share_of_the_iterations(name):
+    method, batch = make(name, ramp_end=0.5, lambda_max=0.7), with_sdm(make_batch())
+    expected = {0: 0.7 * math.exp(-5), T // 4: 0.7 * math.exp(-5 / 4), T // 2: 0.7, T - 1: 0.7}
+    assert {t: method(batch, t).weights["lambda"] for t in expected} == pytest.approx(expected)
+    assert make(name, ramp_end=0.0, lambda_max=0.7)(batch, 0).weights["lambda"] == 0.7  # at once
+
+
 # -- DTC and SASSNet --
 
 
