@@ -297,6 +297,26 @@ def test_other_figures_are_what_the_records_give():
     assert f"lower on {sum(gain < 0 for gain in gains)} of {len(gains)} scans (median {shown_median})" in page
 
 
+SLOW, FAST = ("cps", "dtc", "dtml", "mean-teacher", "sassnet", "tcse", "ua-mt"), ("ad-mt", "bcp", "plus", "ss-net")
+
+
+def test_the_weight_of_the_unlabeled_loss_counts_as_the_records_give():
+    """Its mean by its maximum, with the learning rate as weight, in every run of `tuned` with 8 labels."""
+    shares: dict[str, float] = {}
+    for path in [*(ROOT / "results/half").glob("*-8-seed*"), *(ROOT / "results/hippocampus").glob("*-8-seed*")]:
+        row = re.sub(r"(-tuned|-softmax|-joint|-pasted)?-8-seed\d+$", "", path.name)
+        if row in SLOW + FAST:
+            run = f"{path.parent.name}/{path.name}"
+            weight, lr = curve(run, "lambda") or curve(run, "w"), curve(run, "lr")
+            share = sum(lr[i] * weight[i] for i in lr) / sum(lr.values()) / max(weight.values())
+            assert shares.setdefault(row, share) == pytest.approx(share, abs=0.001)
+    assert {*SLOW, *FAST} == shares.keys()
+    low, high = {f"{shares[row]:.2f}" for row in SLOW}, sorted(f"{shares[row]:.2f}" for row in FAST)
+    text = " ".join(PAGES["findings.md"].split())
+    assert low == {"0.15"} and "it is 0.15 of its maximum on average" in text
+    assert f"{high[0]} to {high[-1]} in DTML+, AD-MT, SS-Net and BCP" in text
+
+
 def test_the_live_voxels_of_the_curves_are_those_of_the_run():
     table = PAGES["curves.md"].split("| iterations | ")[1].splitlines()
     spans = [(int(a), int(b)) for a, b in re.findall(r"(\d+)\D(\d+)", table[0])]
