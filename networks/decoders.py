@@ -38,12 +38,12 @@ class Doubled(nn.Module):
 
 
 class _DoubledLinearly(torch.autograd.Function):
-    """x -> y, twice as long along one axis:
+    """x (...,n,...) -> y (...,2n,...), along one axis of a map of any shape, as linear interpolation has it:
 
         y_2i = 3/4 x_i + 1/4 x_(i-1),    y_(2i+1) = 3/4 x_i + 1/4 x_(i+1)
 
-    The first and the last element have themselves for the neighbour that is missing. The gradient is the same in a few
-    passes over a map, for which autograd alone needs many.
+    The first and the last element stand in for their missing neighbours. Autograd would add up many maps for the
+    gradient; here it takes a few operations.
     """
 
     @staticmethod
