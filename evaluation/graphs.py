@@ -95,6 +95,8 @@ def draw_differences(rows: Sequence[tuple[str, Sequence[float], tuple[float, flo
 def draw_labels(lines: Mapping[str, Mapping[int, Sequence[float]]]) -> Figure:
     """Dice versus the number of labeled scans: each run as a dot, a line through the means, bars of one SD over runs.
 
+    Lines with the same number of labeled scans stand side by side around it.
+
     Args:
         lines: name -> number of labeled scans -> Dice of each run in percent. A bar is drawn from three runs on.
     """
@@ -102,11 +104,12 @@ def draw_labels(lines: Mapping[str, Mapping[int, Sequence[float]]]) -> Figure:
     figure = Figure(figsize=(WIDTH if many else WIDTH / 2, 3.1), layout="constrained")
     axes = figure.add_subplot()
     numbers = sorted({n for points in lines.values() for n in points})
-    step = min(0.04, 0.5 / len(lines))
+    there = {n: [name for name, points in lines.items() if n in points] for n in numbers}
+    step = min(0.04, 0.5 / max(map(len, there.values())))
     for i, (name, points) in enumerate(lines.items()):
-        colour, aside = CURVE_COLOURS[i % len(CURVE_COLOURS)], 1 + step * (i - (len(lines) - 1) / 2)
-        marker = "os^v"[i // len(CURVE_COLOURS) % 4]
-        at, dices = [n * aside for n in sorted(points)], [points[n] for n in sorted(points)]
+        colour, marker = CURVE_COLOURS[i % len(CURVE_COLOURS)], "os^v"[i // len(CURVE_COLOURS) % 4]
+        at = [n * (1 + step * (there[n].index(name) - (len(there[n]) - 1) / 2)) for n in sorted(points)]
+        dices = [points[n] for n in sorted(points)]
         axes.plot(at, [np.mean(dice) for dice in dices], "-", marker=marker, markersize=4, color=colour, label=name)
         for x, dice in zip(at, dices, strict=True):
             axes.scatter([x] * len(dice), dice, s=9, color=colour, alpha=0.5, linewidths=0)

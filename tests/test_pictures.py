@@ -14,6 +14,7 @@ import test_la
 import train_dtml
 from dataloaders.cases import Case, case_file, lists_of, read_case
 from evaluation.figures import ComparedCase, MapsRow, as_png, draw_comparison, draw_maps
+from evaluation.graphs import draw_labels
 from methods.base import by_name
 from tools import framework, pictures
 from utils.errors import UserError
@@ -125,6 +126,16 @@ def test_scale_has_a_point_for_each_scan_without_and_with_normalization(tmp_path
     for points, first in zip(dots, (60, 90), strict=True):
         x, y = np.asarray(points.get_offsets()).T
         assert x == pytest.approx(sds, abs=1e-4) and y == pytest.approx([first + i for i in range(len(names))])
+
+
+def test_lines_of_the_picture_labels_stand_around_their_number_of_labeled_scans():
+    """Ten methods with 8 labels do not move the two with 16 aside."""
+    lines = {str(i): {8: [80.0 + i], **({16: [90.0 + i]} if i < 2 else {})} for i in range(10)}
+    (axes,) = draw_labels(lines).axes
+    places = np.concatenate([line.get_xdata() for line in axes.lines])
+    few, many = places[places < 12], places[places > 12]
+    assert len(few) == 10 and len(many) == 2 and len(set(places)) == 12
+    assert [few.mean(), many.mean()] == pytest.approx([8, 16])
 
 
 def test_labels_has_a_dot_for_each_run_and_a_line_through_the_means(tmp_path):
