@@ -210,10 +210,11 @@ def best(h: Tensor, score: Tensor, mask: Tensor, number: int) -> tuple[Tensor, T
         mask: (L,W,H,D) of bool.
 
     Returns:
-        Features (1,channels,number,1,1), 0 where the mask has no more, and whether each is one, (1,1,number,1,1). There
-        are fewer than `number` if the crops have fewer voxels.
+        Features (1,channels,n,1,1), 0 where the mask has no more, and whether each is one, (1,1,n,1,1). n is `number`,
+        or as many as the mask has, but at least 2.
     """
-    scores, places = score.flatten().masked_fill(~mask.flatten(), -torch.inf).topk(min(number, mask.numel()))
+    n = max(2, min(number, int(mask.sum())))  # no more, as batch norm of v would count them; it needs two
+    scores, places = score.flatten().masked_fill(~mask.flatten(), -torch.inf).topk(n)
     found = (scores > -torch.inf).view(1, 1, -1, 1, 1)
     features = F.normalize(h.transpose(0, 1).flatten(1)[:, places], dim=0)[None, :, :, None, None]
     return torch.where(found, features, 0), found
