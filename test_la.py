@@ -217,10 +217,11 @@ def main(argv: list[str] | None = None) -> None:
         upcoming = reader.submit(read_case, mine[0]) if mine else None
         for i, case in enumerate(tqdm(mine, unit="scan", disable=RANK > 0 or None)):
             assert upcoming is not None
-            image, label = upcoming.result()
+            with named(case, "It was whole when the test began."):
+                image, label = upcoming.result()
+                image = normalized_case(case, image, normalize)
             upcoming = reader.submit(read_case, mine[i + 1]) if i + 1 < len(mine) else None
             assert label is not None
-            image = normalized_case(case, image, normalize)
             with named(case):
                 p = predict_scan(
                     method, torch.from_numpy(image).to(device), outputs, downsample=downsample,

@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     if not o.from_diagnostic:
         refuse_locked(folder)
     if state is None and not o.fresh and not (o.resume == "auto" and was_begun(folder)):
-        refuse_existing(folder)
+        refuse_existing(folder, resume=o.resume == "auto")
     device = set_up(o.device, o.threads, deterministic=o.deterministic)
 
     # method and data

@@ -36,19 +36,24 @@ from methods import METHODS
 from networks.backbone import Backbone, compile_networks, set_precision, set_recompute
 from train_dtml import main as train
 from utils.checkpoint import LAST, load_checkpoint, write_whole
-from utils.devices import peak_memory_gib, set_up
+from utils.devices import lack_of_memory, peak_memory_gib, set_up
 from utils.errors import Stopped, UserError, run
 from utils.options import option, read_flags
 from utils.run_folder import MANIFEST
 
 CARDS_GIB = (8, 11, 12, 16)  # memory of common cards
+CONTEXT_GIB = 0.6  # about what CUDA and its libraries take of it
 VARIANTS = {  # name: precision, flags of `measure`
     "fp32": ("fp32", ""), "tf32": ("tf32", ""), "bf16": ("bf16", ""), "fp32, recompute": ("fp32", "recompute"),
     "bf16, channels-last": ("bf16", "channels-last"), "bf16, compile": ("bf16", "compile"),
 }  # fmt: skip
 COMPILED = ("supervised", "dtml", "dtml-plus")  # compiling takes minutes, so not for every method
-SIZE = {"cpu": ["--profile", "phantom", "--patch-size", "16", "16", "16", "--filters", "2"], "cuda": []}
+SIZE = {
+    "cpu": ["--profile", "phantom", "--patch-size", "16", "16", "16", "--filters", "2"],
+    "cuda": ["--profile", "full"],
+}
 QUERIES = {"cpu": ["--query-channels", "16", "--groups", "3", "2", "--levels", "8", "4"], "cuda": []}  # of dk-uxnet
+SAVES_S = 60  # time to save for a step that is ended
 ROWS = ("supervised-normalized-16", "plus-16", "supervised-16", "dtml-16", "plus-8", "supervised-normalized-80")
 
 
@@ -107,7 +112,9 @@ def speed(o: Options, device: torch.device) -> dict[str, Any]:
             torch.cuda.reset_peak_memory_stats(device)
         try:
             results[name], reference = measure(o, device, precision, flag, reference)
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as e:
+            if not lack_of_memory(e):
+                raise
             results[name] = {"error": "out of memory"}
     return {"method": o.method, "variants": results}
 
@@ -136,6 +143,7 @@ def measure(
         "peak_gib": peak_memory_gib(device),
         "cosine_to_fp32": cosine,
         "in_this_precision": reached,
+        "size": f"{'x'.join(map(str, work.batch['image'].shape[2:]))}, {work.method.options.filters} filters",
     }, reference
 
 
@@ -187,7 +195,9 @@ def memory(o: Options, device: torch.device) -> dict[str, Any]:
             work = Workload(o.method, size_of(o.method, device), device)
             set_recompute(work.method, recompute)
             return work.seconds(0) + work.seconds(1) > 0
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as e:
+            if not lack_of_memory(e):
+                raise
             return False
 
     gpu = device.type == "cuda"
@@ -198,7 +208,7 @@ def memory(o: Options, device: torch.device) -> dict[str, Any]:
         for name, recompute in {"plain": False, "recompute": True}.items():
             if gpu:
                 torch.cuda.empty_cache()
-                torch.cuda.set_per_process_memory_fraction(card / total, device)
+                torch.cuda.set_per_process_memory_fraction((card - CONTEXT_GIB) / total, device)
             cards[str(card)][name] = fits(recompute)
     return {"method": o.method, "fits": cards}
 
@@ -240,8 +250,8 @@ def steps_of(o: Options, device: torch.device) -> Iterator[Step]:
     yield Step("killed", [*own, "--part", "killed"], last_line)
     if gpu:
         yield Step("rows", [*python, "tools.reproduce", "--profile", "full", "--missing", "--rows", *ROWS, "--seeds",
-                            "1337", *data_of(o), "--runs", str(out / "rows"), "--results", str(out / "results"),
-                            "--budget"], lambda text: {}, minutes=float("inf"))  # fmt: skip
+                            "1337", *data_of(o), "--device", str(device), "--runs", str(out / "rows"), "--results",
+                            str(out / "results"), "--budget"], lambda text: {}, minutes=float("inf"))  # fmt: skip
 
 
 def processes(o: Options, device: torch.device, name: str) -> list[str]:
@@ -263,17 +273,27 @@ def of_training(folder: Path, output: str = "") -> dict[str, Any]:
 
 
 def make(step: Step, out: Path, minutes: float) -> dict[str, Any]:
-    """Runs a step, for at most so many minutes -> its result, with `error` if it failed, `seconds` always."""
+    """Runs a step, for at most so many minutes -> its result, with `error` if it failed, `seconds` always.
+
+    Whatever ends this program ends the step too.
+    """
     command = [*step.command, f"{minutes:.1f}"] if step.name == "rows" else step.command
     began = time.monotonic()
     with open(out / f"{step.name}.log", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        code: int | None = None
         try:
-            code: int | None = process.wait(60 * (minutes + 2 if step.name == "rows" else min(minutes, step.minutes)))
+            code = process.wait(60 * (minutes + 2 if step.name == "rows" else min(minutes, step.minutes)))
         except subprocess.TimeoutExpired:
-            code = None
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            pass
+        finally:
+            if code is None:
+                os.killpg(process.pid, signal.SIGTERM)  # a training saves
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(SAVES_S)
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
     result: dict[str, Any] = {"seconds": round(time.monotonic() - began, 1), "command": " ".join(command)}
     if code != 0:
         return result | {"error": "not done in time" if code is None else f"exit code {code}"}
@@ -291,11 +311,12 @@ def report(results: dict[str, dict[str, Any]], device: torch.device) -> str:
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, tiny size"
     parts = [f"# {card}, torch {torch.__version__}"]
     rows = [
-        [name.removeprefix("speed-"), variant, *((x["iterations_per_s"], x["peak_gib"], x["cosine_to_fp32"])
-         if "error" not in x else (x["error"], "", "")), "yes" if x.get("in_this_precision") else "no"]
+        [name.removeprefix("speed-"), variant, *((x["size"], x["iterations_per_s"], x["peak_gib"], x["cosine_to_fp32"])
+         if "error" not in x else ("", x["error"], "", "")), "yes" if x.get("in_this_precision") else "no"]
         for name, result in results.items() for variant, x in result.get("variants", {}).items()
     ]  # fmt: skip
-    parts += [table(["method", "variant", "iterations/s", "peak GiB", "cosine to fp32", "a network in it"], rows)]
+    columns = ["method", "variant", "patch", "iterations/s", "peak GiB", "cosine to fp32", "a network in it"]
+    parts += [table(columns, rows)]
     rows = [[r["method"], "yes" if r["equal"] else f"no: {', '.join(r['differing'])}"]
             for r in results.values() if "equal" in r]  # fmt: skip
     parts += [table(["method", "4 + 4 iterations equal 8"], rows)]
@@ -338,4 +359,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     run(main)

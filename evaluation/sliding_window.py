@@ -32,10 +32,10 @@ def unlearned_flips(flips: int, trained: Mapping[str, Any]) -> str:
     state no `augment` but d4.
     """
     augment, axes = trained.get("augment", "d4"), trained.get("flip_axes", ["x", "y", "z"])
-    learned = {"d4": 8, "mirror": 8, "flip": 4 if {"x", "y"} <= {*axes} else 1, "none": 1}[augment]
+    learned = {"d4": 8, "mirror": 1, "flip": 4 if {"x", "y"} <= {*axes} else 1, "none": 1}[augment]
     if flips <= learned:
         return ""
-    what = "quarter turns" if learned == 4 else "flips along x and y"
+    what = "turns without a flip" if augment == "mirror" else "quarter turns" if learned == 4 else "flips along x and y"
     how = f"--augment {augment}" + (f" --flip-axes {' '.join(axes)}" if augment == "flip" else "")
     return (
         f"--flips {flips} averages over {what}, which the network was not trained on ({how}). Leave it out, "

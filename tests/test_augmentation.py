@@ -233,7 +233,7 @@ def test_flips_are_along_the_chosen_axes_half_of_the_time(axes, expected):
 
 def test_flips_of_a_prediction_that_were_not_trained_on_are_named():
     flip = {"augment": "flip", "flip_axes": ["x", "y", "z"]}
-    for trained, most in (({}, 8), ({"augment": "mirror"}, 8), ({"augment": "none"}, 1), (flip, 4),
+    for trained, most in (({}, 8), ({"augment": "mirror"}, 1), ({"augment": "none"}, 1), (flip, 4),
                           (flip | {"flip_axes": ["y", "z"]}, 1)):  # fmt: skip
         for flips in (1, 4, 8):
             warning = unlearned_flips(flips, trained)

@@ -158,6 +158,10 @@ def test_what_is_not_one_cross_validation_is_refused(three, tmp_path, capsys):
     (other / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"not of one cross-validation: --lr is 0.01 and 0.5\."):
         folds.main([runs[0], str(other)])
+    manifest["options"]["lr"], manifest["extended"] = 0.01, [1]
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"trainings went on after none and after 1 of their iterations\."):
+        folds.main([runs[0], str(other)])
     (other / "manifest.json").write_bytes((three / "fold1" / "manifest.json").read_bytes())
     table = other / "validation" / "cases.csv"
     table.write_text(table.read_text() + table.read_text().partition("\n")[2].replace(",seg,", ",teacher,"))

@@ -1,7 +1,9 @@
 """What only a GPU can show, and the benchmark that runs there first."""
 
 import json
+import os
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -98,6 +100,30 @@ def test_every_command_of_the_list_is_one_that_its_program_takes(options, kind):
             parser.parse([*flags, "1"] if program == "tools.reproduce" else flags)
         seen.add(program)
     assert reproduce and len(seen) == (5 if kind == "cuda" else 4), shlex.join(seen)
+
+
+def test_a_gpu_measures_the_full_size_whatever_the_data():
+    flags = ["--method", "dtml", *gpu.size_of("dtml", torch.device("cuda")), "--data", "data/phantom"]
+    o, method, *_ = command_line.read_options(flags, "")
+    assert (tuple(o.patch_size), method.filters, o.iterations) == ((112, 112, 80), 16, 6000)
+
+
+def test_a_step_ends_with_the_benchmark(tmp_path, monkeypatch):
+    """After Ctrl-C no training goes on alone on the GPU."""
+    wait, came = subprocess.Popen.wait, []
+
+    def interrupted(process, timeout=None):
+        if not came:
+            came.append(process.pid)
+            raise KeyboardInterrupt
+        return wait(process, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
+    step = gpu.Step("endless", [sys.executable, "-c", "import time; time.sleep(600)"], gpu.last_line)
+    with pytest.raises(KeyboardInterrupt):
+        gpu.make(step, tmp_path, 1.0)
+    with pytest.raises(ProcessLookupError):
+        os.kill(came[0], 0)
 
 
 def test_results_are_kept_and_failed_steps_run_again(options, tmp_path, monkeypatch, capsys):

@@ -49,6 +49,8 @@ class Fold:
     folds: int
     options: dict[str, Any]
     """Of the training."""
+    extended: list[int]
+    """The numbers of iterations after which the training was once finished."""
     about: dict[str, Any]
     """Content of test.json."""
     rows: list[dict[str, Any]]
@@ -64,7 +66,8 @@ def read_fold(path: Path) -> Fold:
     if not path.is_dir():
         raise UserError(f"there is no folder {path}. Give the run folder of each fold.")
     test = path if (path / "test.json").is_file() else path / TESTED
-    about, options = read_json(test / "test.json"), renamed(read_json(test.parent / MANIFEST).get("options", {}))
+    about, manifest = read_json(test / "test.json"), read_json(test.parent / MANIFEST)
+    options = renamed(manifest.get("options", {}))
     kinds = [METHODS[options["method"]].Options] if options.get("method") in METHODS else []
     options = with_defaults(options, [TrainingOptions, *kinds])
     if not options.get("fold"):
@@ -79,7 +82,7 @@ def read_fold(path: Path) -> Fold:
     if about.get("cases"):
         raise UserError(f"{test} is of some scans of its fold alone, by --cases. Test without it.")
     number, folds = map(int, options["fold"].split("/"))
-    return Fold(test, number, folds, options, about, read_scores(test))
+    return Fold(test, number, folds, options, manifest.get("extended", []), about, read_scores(test))
 
 
 def tested(fold: Fold) -> str:
@@ -115,6 +118,9 @@ def refuse_folds(folds: Sequence[Fold]) -> None:
             for name in OF_THE_TEST
             if first.about.get(name) != other.about.get(name)
         ]
+        if first.extended != other.extended:
+            ends = [" and ".join(map(str, fold.extended)) or "none" for fold in (first, other)]
+            differ.append(f"trainings went on after {ends[0]} and after {ends[1]} of their iterations")
         if outputs_of(first) != outputs_of(other):
             differ.append(f"the test is of the outputs {outputs_of(first)} and {outputs_of(other)}")
         if tested(first) != tested(other):

@@ -202,6 +202,16 @@ def set_up(device: str, threads: int = 0, *, deterministic: bool = False) -> tor
     return chosen
 
 
+def lack_of_memory(e: Exception) -> str:
+    """The line of an error that tells of a lack of memory; '' if the error is another one."""
+    lines = str(e).splitlines() or ["none left"]
+    said = [line.strip() for line in lines if NO_MEMORY.search(line)]  # a data worker's error begins otherwise
+    by_kind = isinstance(e, (torch.OutOfMemoryError, MemoryError)) or getattr(e, "errno", None) == errno.ENOMEM
+    if by_kind or (said and isinstance(e, RuntimeError)):
+        return said[-1] if said else lines[0]
+    return ""
+
+
 @contextmanager
 def enough_memory(advice: str) -> Iterator[None]:
     """Turns a lack of memory, of the GPU or of the computer, into a UserError that says what to do.
@@ -212,12 +222,9 @@ def enough_memory(advice: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError, OSError) as e:
-        lines = str(e).splitlines() or ["none left"]
-        said = [line.strip() for line in lines if NO_MEMORY.search(line)]  # a data worker's error begins otherwise
-        by_kind = isinstance(e, (torch.OutOfMemoryError, MemoryError)) or getattr(e, "errno", None) == errno.ENOMEM
-        if not by_kind and not (said and isinstance(e, RuntimeError)):
+        text = lack_of_memory(e)
+        if not text:
             raise
-        text = (said or lines)[-1 if said else 0]
         where = "GPU's memory" if isinstance(e, torch.OutOfMemoryError) or OF_GPU.search(text) else "memory"
         raise UserError(f"the {where} does not suffice ({text}). {advice}") from e
 

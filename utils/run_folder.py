@@ -33,14 +33,19 @@ MEASURED = ("wall_s", "iterations_per_s", "peak_memory_gib", "time_shares", "bes
 PACKAGES = ("torch", "numpy", "h5py", "scipy", "medpy", "scikit-image", "tensorboard")
 
 
-def refuse_existing(folder: Path) -> None:
-    """Raises UserError if there is something in the folder already: a run is never overwritten."""
+def refuse_existing(folder: Path, *, resume: bool = False) -> None:
+    """Raises UserError if there is something in the folder already: a run is never overwritten.
+
+    `resume`: whether --resume auto looked for a run there and found none.
+    """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file, where the run's folder should be. Choose another --name or --runs.")
     if folder.exists() and any(folder.iterdir()):
+        state = "holds files, but no run to go on with" if resume else "exists already"
+        go_on = "" if resume else "--resume auto to go on with it, "
         raise UserError(
-            f"the run folder {folder} exists already. Use --resume auto to go on with it, --fresh to move it aside and "
-            "start again, or --name for another one."
+            f"the run folder {folder} {state}. Use {go_on}--fresh to move it aside and start again, or --name for "
+            "another one."
         )
 
 

@@ -84,6 +84,18 @@ def test_21_cases_that_cannot_be_used_are_named_all_at_once(script, tmp_path, ch
         assert text in lines[f"case{i:02d}"] and "mri_norm2.h5" in lines[f"case{i:02d}"]
 
 
+def test_21_a_case_that_is_damaged_during_the_test_is_named(tiny_set, checkpoint, monkeypatch):
+    def damaged(case):
+        cut(case.path, 0.5)
+        return read_case(case)
+
+    monkeypatch.setattr(test_la, "read_case", damaged)
+    argv = ["--checkpoint", str(checkpoint), "--data", str(tiny_set), "--stride", "16", "16", "16"]
+    with pytest.raises(UserError, match=r"case08: .*mri_norm2\.h5 .*damaged.* It was whole when the test began\."):
+        test_la.main(argv)
+    assert not list(tiny_set.parent.rglob("cases.csv"))
+
+
 # -- folders and lists that cannot be used --
 
 
@@ -305,6 +317,15 @@ def test_35_run_folder_that_cannot_be_made_is_named(args, tiny_set, monkeypatch)
     with pytest.raises(UserError, match=f"cannot make the run folder .*{args[1]}"):
         train_dtml.main(flags(tiny_set, *args))
     assert {path for path in tiny_set.parent.rglob("*") if path.is_file()} == before
+
+
+def test_35_a_folder_that_holds_no_run_cannot_be_resumed(tiny_set):
+    folder = tiny_set.parent / "runs" / "notes"
+    folder.mkdir(parents=True)
+    (folder / "notes.txt").write_text("seeds")
+    with pytest.raises(UserError, match=r"holds files, but no run to go on with\. Use --fresh"):
+        train_dtml.main(flags(tiny_set, "--name", "notes", "--resume", "auto"))
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
 
 
 # -- flags of the test --
