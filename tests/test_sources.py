@@ -126,6 +126,22 @@ def test_a_label_that_is_not_read_is_an_error(name, layout, tmp_path):
     assert not (tmp_path / "set").exists()
 
 
+@pytest.mark.parametrize("name", ["Label.nii.gz", "segmentation.nrrd"])
+def test_a_label_of_another_name_in_the_folder_of_a_case_is_an_error_and_beside_a_label_not_read(
+    name, tmp_path, capsys
+):
+    for i in range(3):
+        folder = tmp_path / "scans" / f"p{i}"
+        write(folder / "image.nii.gz", np.random.default_rng(i).random(SHAPE))
+        write(folder / (name if i == 2 else "label.nii.gz"), np.ones(SHAPE, np.uint8))
+    with pytest.raises(UserError, match=rf"p2/{name} lies beside image.nii.gz, which has no label.*rename it to label"):
+        converted(tmp_path / "scans", tmp_path / "set")
+    assert not (tmp_path / "set").exists()
+    write(tmp_path / "scans" / "p2" / "label.nii.gz", np.ones(SHAPE, np.uint8))
+    converted(tmp_path / "scans", tmp_path / "set")
+    assert f"not read: p2/{name}\n" in capsys.readouterr().out
+
+
 # -- labels --
 
 

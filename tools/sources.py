@@ -223,10 +223,19 @@ def _in_case_folders(source: Path, image: str, label: str, unread: list[Path]) -
     inside = {folder.name: _scans_in(folder) for folder in folders}
     _refuse_orphans([scans[label] for scans in inside.values() if label in scans and image not in scans], source)
     for folder in folders:
+        scans = inside[folder.name]
         others = [p for p in _unread_in(folder) if p.name.split(".")[0] in (image, label)]
         unread += others
-        if image in inside[folder.name]:
-            _refuse_unread_labels(others, {label: inside[folder.name].get(label)})
+        if image in scans:
+            _refuse_unread_labels(others, {label: scans.get(label)})
+            beside = [path for name, path in scans.items() if name not in (image, label)]
+            unread += beside
+            if beside and label not in scans:
+                called = f"{label}{ending_of(beside[0])}"
+                raise UserError(
+                    f"{beside[0]} lies beside {scans[image].name}, which has no {called} and would be trained on "
+                    f"without its label. If this is the label, rename it to {called}; else move it away."
+                )
     return [Source(name, scans[image], scans.get(label)) for name, scans in inside.items() if image in scans]
 
 
