@@ -213,3 +213,40 @@ def test_validation_cases_are_labeled_ones_that_would_be_trained_on_and_stay_whe
     (out / "validation.list").write_text("\n".join(chosen[1:]))
     converted(source, out)
     assert chosen[0] not in {*validation_list(out), *lists_of(out)[0], *lists_of(out)[1]}
+
+
+def test_the_lists_of_a_new_set_are_drawn_as_if_refused_scans_were_not_there_and_have_them_once_they_are_fixed(
+    tmp_path, capsys
+):
+    source = decathlon(tmp_path / "Task", labeled=10, unlabeled=0)
+    _, test = lists_of(converted(source, tmp_path / "whole"))
+    shutil.copytree(source, tmp_path / "fixed")
+    shutil.copytree(source, tmp_path / "rest")
+    for name in test:
+        (source / "imagesTr" / f"{name}.nii.gz").write_bytes(b"cut")
+        for part in ("images", "labels"):
+            (tmp_path / "rest" / f"{part}Tr" / f"{name}.nii.gz").unlink()
+    rest = converted(tmp_path / "rest", tmp_path / "smaller", "--validation-share", "0.3")
+    capsys.readouterr()
+    with pytest.raises(UserError, match=r"2 of 10 scans were refused, the others are in"):
+        converted(source, tmp_path / "set", "--validation-share", "0.3")
+    said = capsys.readouterr().out
+    assert "train.list: 4 labeled, then 0 unlabeled; test.list: 2; validation.list: 2" in said and "asks" not in said
+    assert lists_of(tmp_path / "set") == lists_of(rest) and validation_list(tmp_path / "set") == validation_list(rest)
+    out = converted(tmp_path / "fixed", tmp_path / "set", "--validation-share", "0.3")
+    assert lists_of(out)[1] == lists_of(rest)[1] and {*test} <= {*lists_of(out)[0], *validation_list(out)}
+
+
+def test_no_list_is_written_where_all_test_cases_of_the_source_are_refused(tmp_path):
+    """Nothing is drawn in their place: the source states the split."""
+    source = decathlon(tmp_path / "Task", labeled=3, unlabeled=0)
+    add(source, "late", seed=4, split="Ts")
+    (source / "imagesTs" / "late.nii.gz").write_bytes(b"cut")
+    with pytest.raises(
+        UserError, match=r"(?s)1 of 4 .*Without them no list is written: 3 .* train on and 0 to test on"
+    ):
+        converted(source, tmp_path / "set")
+    assert not list((tmp_path / "set").glob("*.list"))
+    scans = [Source(name, Path(name), Path(name), "test" if name == "a" else "") for name in "abc"]
+    with pytest.raises(UserError, match="2 labeled cases to train on and 0 to test on"):
+        choose_split(scans, challenge=False, share=None, seed=0, unusable={"a"})

@@ -50,11 +50,12 @@ def remarks(
     source_set: SourceSet,
     lists: dict[str, list[str]],
     before: PreviousLists,
+    labeled: int,
     share: float | None,
     validation_share: float,
     source: Path,
 ) -> list[str]:
-    """Lines about files that were not read, and about lists that a user may not expect."""
+    """Lines about files that were not read, and about lists with so many `labeled` cases that a user may not expect."""
     lines = []
     if source_set.unread:
         lines.append(f"not read: {paths_text(source_set.unread, source)}")
@@ -64,10 +65,9 @@ def remarks(
     ):
         if names:
             lines.append(f"{what}: {some(names)}")
-    labeled = (before.labeled | {scan.name for scan in source_set.scans if scan.label is not None}) - before.taken_out
-    if share is not None and before.test and (wanted := count_to_test(len(labeled), share)) != len(lists["test"]):
+    if share is not None and before.test and (wanted := count_to_test(labeled, share)) != len(lists["test"]):
         lines.append(f"--test-share {share:g} asks for {wanted} test cases; no case goes from one list to the other")
-    wanted = count_to_validate(len(labeled), validation_share)
+    wanted = count_to_validate(labeled, validation_share)
     if validation_share and wanted != (there := len(lists["validation"])):
         lines.append(
             f"--validation-share {validation_share:g} asks for {wanted} validation cases, and {there} can be had: no "

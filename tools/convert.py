@@ -37,6 +37,7 @@ one list, and --fold keeps them together.
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import multiprocessing
 import sys
@@ -272,10 +273,11 @@ def main(argv: list[str] | None = None) -> None:
         refuse_unlabeled(source_set, Path(o.source))
     patients = patients_in(source_set, o.patient, out)
     kept = keep(out, before, {scan.name for scan in scans}, jobs[0].settings)
-    train, test, validation = choose_split(
-        scans, challenge=source_set.challenge, share=o.test_share, seed=o.seed, validation_share=o.validation_share,
-        before=before, patients=patients,
+    choose = functools.partial(
+        choose_split, scans, challenge=source_set.challenge, share=o.test_share, seed=o.seed,
+        validation_share=o.validation_share, before=before, patients=patients,
     )  # fmt: skip
+    train, test, validation = choose()
     listed = {*before.train, *before.test, *before.validation, *before.taken_out, *train, *test, *validation}
     unlisted = [scan.name for scan in scans if scan.name not in listed]
     jobs = [job for job in jobs if job.scan.name in listed]
@@ -297,34 +299,39 @@ def main(argv: list[str] | None = None) -> None:
             file=sys.stderr,
         )
 
-    # the cases, and the lists of those that were not refused
+    # the cases, and the lists, which are of those that were not refused
     outcomes = list(tqdm(outcomes_of(jobs, o.workers), total=len(jobs), unit="scan", disable=None))
     refused = {outcome.name: outcome.why for outcome in outcomes if outcome.status == "refused"}
-    train, test, validation = ([name for name in new if name not in refused] for new in (train, test, validation))
-    everything = [*before.train, *before.test, *before.validation, *train, *test, *validation]
-    labeled = labeled_of(out, everything)
-    lists = extended_lists(before, train, test, validation, labeled=labeled, listed=listed_in(out))
-    if lists["train"] and lists["test"]:
-        now = read_previous(out)
-        if any(getattr(now, split) != getattr(before, split) for split in SPLITS):
-            raise UserError(
-                f"the lists of {out} have changed meanwhile, as by another conversion into it. Give the same command "
-                "again; what is done is left alone."
-            )
-        write_set(out, lists, labeled, names, channels, patients)
-        lines = summary([*outcomes, *kept], lists, labeled, names)
-        if patients:
-            counts = {split: len({patients.get(name, name) for name in lists[split]}) for split in SPLITS}
-            lines.append("patients: " + ", ".join(f"{n} in {split}.list" for split, n in counts.items() if n))
-        if len(channels) > 1:
-            lines.append(f"channels: {', '.join(channels)}")
-        elif len(source_set.channels) > 1:
-            lines.append(f"the scans have one channel, and {DATASET} names {', '.join(source_set.channels)}")
-        print("\n".join(lines + remarks(source_set, lists, before, o.test_share, o.validation_share, Path(o.source))))
     if refused:
         listing = "\n".join(f"  {name}: {why}" for name, why in refused.items())
         rest = f", the others are in {out}" if len(refused) < len(scans) else ""
-        raise UserError(f"{len(refused)} of {len(scans)} scans were refused{rest}:\n{listing}")
+        refusal = f"{len(refused)} of {len(scans)} scans were refused{rest}:\n{listing}"
+        try:
+            train, test, validation = choose(unusable={*refused, *unlisted})
+        except UserError as e:
+            raise UserError(f"{refusal}\nWithout them no list is written: {e}") from e
+    everything = [*before.train, *before.test, *before.validation, *train, *test, *validation]
+    labeled = labeled_of(out, everything)
+    lists = extended_lists(before, train, test, validation, labeled=labeled, listed=listed_in(out))
+    now = read_previous(out)
+    if any(getattr(now, split) != getattr(before, split) for split in SPLITS):
+        raise UserError(
+            f"the lists of {out} have changed meanwhile, as by another conversion into it. Give the same command "
+            "again; what is done is left alone."
+        )
+    write_set(out, lists, labeled, names, channels, patients)
+    lines = summary([*outcomes, *kept], lists, labeled, names)
+    if patients:
+        counts = {split: len({patients.get(name, name) for name in lists[split]}) for split in SPLITS}
+        lines.append("patients: " + ", ".join(f"{n} in {split}.list" for split, n in counts.items() if n))
+    if len(channels) > 1:
+        lines.append(f"channels: {', '.join(channels)}")
+    elif len(source_set.channels) > 1:
+        lines.append(f"the scans have one channel, and {DATASET} names {', '.join(source_set.channels)}")
+    lines += remarks(source_set, lists, before, len(labeled), o.test_share, o.validation_share, Path(o.source))
+    print("\n".join(lines))
+    if refused:
+        raise UserError(refusal)
 
 
 if __name__ == "__main__":

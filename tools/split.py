@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
 from dataloaders.cases import LA_SPLITS, read_list
@@ -24,6 +24,7 @@ def choose_split(
     validation_share: float = 0.0,
     before: PreviousLists | None = None,
     patients: Mapping[str, str] | None = None,
+    unusable: Container[str] = (),
 ) -> tuple[list[str], list[str], list[str]]:
     """Names for train.list, the labeled ones first, for test.list and for validation.list; of a set that grows, the new
     ones alone.
@@ -36,6 +37,8 @@ def choose_split(
     a patient come to one list, that of earlier ones. Unlabeled cases of a patient who is tested or validated on are in
     no list.
 
+    The `unusable` ones of the scans come to no list, and the shares are of the others.
+
     Raises:
         UserError: a --test-share for a source that states its split, a source that states another split than the
             lists, too few labeled cases, none that can become a validation case, or a patient in two lists.
@@ -44,9 +47,11 @@ def choose_split(
     old_names = {*before.train, *before.test, *before.validation, *before.taken_out}
     patient = {name: patients.get(name, name) for name in (*(scan.name for scan in scans), *old_names)}
     place = {patient[name]: split for split in SPLITS for name in getattr(before, split)}  # of the patients seen before
+    stated, names = any(scan.split for scan in scans), {scan.name for scan in scans}
+    scans = [scan for scan in scans if scan.name not in unusable]
     order = [scan.name for scan in scans]
     labeled = {scan.name for scan in scans if scan.label is not None} - before.taken_out
-    if any(scan.split for scan in scans):
+    if stated:
         if share is not None:
             raise UserError("--test-share is given, but the source states what to test on. Leave one of them out.")
         for split, old in (("train", "test"), ("test", "train"), ("test", "validation")):
@@ -59,8 +64,8 @@ def choose_split(
         test = {scan.name for scan in scans if scan.split == "test"}
     else:
         published = [read_list(LA_SPLITS / f"{split}.list") for split in ("train", "test")]
-        if challenge and share is None and set(order) <= {name for names in published for name in names}:
-            order = [name for names in published for name in names if name in set(order)]
+        if challenge and share is None and names <= {name for split in published for name in split}:
+            order = [name for split in published for name in split if name in set(order)]
             test = set(order) & set(published[1])
         else:
             test = {name for name in labeled - old_names if place.get(patient[name]) == "test"}
