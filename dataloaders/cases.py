@@ -47,7 +47,6 @@ MOST_CLASSES = 254
 MOST_ALIKE = 3  # cases with the same error that have a line each
 MOST_BYTES = 2**31  # of one image or label: 2048 slices of 512x512 in float32
 
-
 Problem = tuple[str, str]
 """The name of a case, and what is wrong with it."""
 
@@ -119,8 +118,8 @@ def lists_of(folder: Path) -> tuple[list[str], list[str]]:
     """Names of the training cases and of the test cases, from the folder's lists or else the published LA lists.
 
     Raises:
-        UserError: if the folder is missing, only one of the two exists, a list is not valid, or a case is in two lists,
-            that of `validation_of` among them, or a patient is.
+        UserError: if the folder is missing, only one of the two exists, there is none and not LA but something else, a
+            list is not valid, or a case is in two lists, that of `validation_of` among them, or a patient is.
     """
     if not folder.is_dir():
         what = "is no folder" if folder.exists() else "does not exist"
@@ -135,6 +134,11 @@ def lists_of(folder: Path) -> tuple[list[str], list[str]]:
         refuse_unconverted(folder)
     where = folder if all(own) else LA_SPLITS
     train, test = read_list(where / "train.list"), read_list(where / "test.list")
+    if where is LA_SPLITS and any(folder.iterdir()) and not any(case_file(folder, name) for name in (*train, *test)):
+        raise UserError(
+            f"{folder} has no train.list and test.list, and none of LA's cases. Write the names of its cases into "
+            "both, one a line, the labeled ones first, or give the tools.convert command again."
+        )
     lists = {f"{where}/train.list": train, f"{where}/test.list": test, f"{folder}/{VALIDATION}": validation_of(folder)}
     for (one, names), (other, others) in itertools.combinations(lists.items(), 2):
         shared = sorted(set(names) & set(others))

@@ -19,7 +19,7 @@ from scipy import ndimage
 import predict
 import test_la
 import train_dtml
-from dataloaders.cases import LA_SUBFOLDER, Case, lists_of
+from dataloaders.cases import LA_SPLITS, LA_SUBFOLDER, Case, lists_of, read_list
 from dataloaders.images import read_image, read_label, to_physical
 from dataloaders.training import median_spacing
 from methods import METHODS
@@ -341,5 +341,6 @@ def test_a_checkpoint_tells_the_median_spacing_of_its_labeled_cases(tmp_path):
     for case in in_la:
         write_case(case.path, np.random.random((4, 4, 4)), None)
     assert median_spacing(in_la) is None  # a folder's name declares nothing, the names of the published scans do
-    published = [dataclasses.replace(c, name=n) for c, n in zip(in_la, lists_of(tmp_path)[0], strict=False)]
+    names = read_list(LA_SPLITS / "train.list")
+    published = [dataclasses.replace(c, name=n) for c, n in zip(in_la, names, strict=False)]
     assert median_spacing(published) == [0.625] * 3

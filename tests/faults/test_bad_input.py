@@ -105,6 +105,13 @@ def test_32_one_list_without_the_other_is_refused(split, tiny_set):
     refuse(flags(tiny_set), str(tiny_set), "only one of train.list and test.list", untouched=tiny_set.parent)
 
 
+def test_32_a_folder_without_lists_whose_cases_are_not_la_s_is_told_so(tiny_set):
+    for split in ("train", "test"):
+        (tiny_set / f"{split}.list").unlink()
+    text = f"{tiny_set} has no train.list and test.list, and none of LA's cases"
+    refuse(flags(tiny_set), text, "one a line", untouched=tiny_set.parent)
+
+
 BROKEN_LISTS = {
     "a name twice": ("train.list", "case00\ncase01\ncase02\ncase01\n", ("case01", "more than once")),
     "a name twice in the test": ("test.list", "case08\ncase08\n", ("case08", "more than once")),
