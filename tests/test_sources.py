@@ -4,6 +4,7 @@ refused with its reason."""
 import json
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -206,6 +207,9 @@ def spoil(folder: Path, what: str) -> None:
         write(label, np.full(SHAPE, 0.5, np.float32), geometry)
     elif what == "constant":
         write(image, np.full(SHAPE, 5, np.float32), geometry)
+    elif what == "volumes":
+        picture = nibabel.load(image)
+        nibabel.save(nibabel.Nifti1Image(np.stack([picture.get_fdata()] * 2, -1), picture.affine), image)
     elif what == "empty":
         write(label, np.zeros(SHAPE, np.uint8), geometry)
 
@@ -217,6 +221,7 @@ def spoil(folder: Path, what: str) -> None:
         ("origin", (), r"lies on another grid .*origin 0 0 0.* Resample the label onto the scan"),
         ("fraction", (), r"labels/patient0.nii.gz holds 0.5, and labels are integers"),
         ("constant", (), r"is constant \(5\)"),
+        ("volumes", (), r"1 of 6 scans were refused.*\n  patient0: .* has 2 channels, where 1 is needed"),
         ("empty", ("--crop", "label"), "has an empty label to crop around. Use --crop foreground or --crop none"),
         ("", ("--crop", "label"), "patient4: has no label to crop around"),
     ],

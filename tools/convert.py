@@ -41,6 +41,7 @@ import functools
 import json
 import multiprocessing
 import sys
+from collections import Counter
 from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -181,15 +182,17 @@ def named(names_of_values: dict[int, str], labels: Sequence[tuple[int, ...]] | N
 
 
 def channels_of(source_set: SourceSet) -> tuple[str, ...]:
-    """Names of the channels of every scan; their number is that of its files, or of volumes in the first 4-D NIfTI."""
-    first = source_set.scans[0]
-    count, names = len(first.images), source_set.channels
-    if count == 1 and ".nii" in ending_of(first.image):
+    """Names of the channels of every scan; their number is that of most scans: of a scan's files, or of the volumes in
+    its 4-D NIfTI."""
+    counts: Counter[int] = Counter()
+    for scan in source_set.scans:
+        several = len(scan.images) == 1 and ".nii" in ending_of(scan.image)
         with contextlib.suppress(CaseError):  # which the conversion reports
-            count = channels_in(first.image)
+            counts[channels_in(scan.image) if several else len(scan.images)] += 1
+    count, names = max(counts, key=lambda n: counts[n], default=1), source_set.channels
     if count > 1 and names and len(names) != count:
         raise UserError(
-            f"{DATASET} names {len(names)} channels, {', '.join(names)}, and {first.image} has {count}. Fix the names."
+            f"{DATASET} names {len(names)} channels, {', '.join(names)}, and most scans have {count}. Fix the names."
         )
     return tuple(names) if len(names) == count else tuple(f"channel {i}" for i in range(count))
 
