@@ -154,7 +154,10 @@ def prepare(
     progress: dict[str, Any] = {}
     if state is not None:
         if state["checksums"] != volumes.checksums:
-            raise UserError(f"the volumes in {o.data} are not those {folder} began with. Resume with the same data.")
+            raise UserError(
+                f"the volumes in {o.data} are not those {folder} began with. Resume with the same data, or start a new "
+                f"run from its weights with --init {folder}."
+            )
         if [*state["checksums"]] != [*volumes.checksums]:  # batches are drawn by place
             raise UserError(
                 f"the scans in {o.data} are those {folder} began with, but train.list has them in another order. Put "

@@ -149,7 +149,7 @@ def test_42_a_set_that_moved_is_found_again_and_another_one_is_refused(data, und
         train(data, folder)
     after_step(None)
     other = make_set(tmp_path / "other", shape=(24, 22, 20))
-    with pytest.raises(UserError, match="not those"):
+    with pytest.raises(UserError, match=f"not those.* start a new run from its weights with --init {folder}"):
         train_dtml.main(["--resume", str(folder), "--data", str(other)])
     moved = make_set(tmp_path / "moved")
     train_dtml.main(["--resume", str(folder), "--data", str(moved)])
