@@ -59,7 +59,12 @@ def z_score_channels(image: NDArray[np.float32]) -> tuple[NDArray[np.float32], l
     Raises:
         CaseError: for a channel that is constant.
     """
-    parts = [z_score(channel) for channel in with_channels(image)]
+    parts = []
+    for i, channel in enumerate(with_channels(image)):
+        try:
+            parts.append(z_score(channel))
+        except CaseError as e:
+            raise CaseError(f"{e} in channel {i}" if image.ndim == 4 else str(e)) from e
     scaled = parts[0][0] if image.ndim == 3 else np.stack([channel for channel, *_ in parts])
     return scaled, [(mean, sd) for _, mean, sd in parts]
 

@@ -146,6 +146,7 @@ def test_convert_treats_each_channel_as_a_scan_of_its_own(tmp_path):
             "missing",
             r"p1 has 1 files? of|has no p1_0001|p0 has 2 files of channels \(_0000, ...\), and p1 another number",
         ),
+        ("constant", r"p1_0000.nii.gz, .*p1_0001.nii.gz is constant \(5\) in channel 1"),
         ("gap", r"has no p1_0001, and p1_0002.nii.gz is there"),
         ("names", r"dataset.json names 3, T1, T2, FLAIR"),
     ],
@@ -158,6 +159,8 @@ def test_channels_that_do_not_fit_are_refused(change, message, tmp_path):
         write(path, image[1], {**geometry, "origin": (0.0, 0.0, 0.0)})
     elif change == "shape":
         write(path, image[1][..., 1:], geometry)
+    elif change == "constant":
+        write(path, np.full(SHAPE, 5, np.float32), geometry)
     elif change == "volumes":
         nibabel.save(nibabel.Nifti1Image(np.moveaxis(image, 0, -1), nibabel.load(path).affine), path)
     elif change == "names":

@@ -220,7 +220,7 @@ def spoil(folder: Path, what: str) -> None:
         ("shape", (), r"labels/patient0.nii.gz lies on another grid than .*\(30, 28, 17\) voxels"),
         ("origin", (), r"lies on another grid .*origin 0 0 0.* Resample the label onto the scan"),
         ("fraction", (), r"labels/patient0.nii.gz holds 0.5, and labels are integers"),
-        ("constant", (), r"is constant \(5\)"),
+        ("constant", (), r"images/patient0.nii.gz is constant \(5\)\nMend each, or take it and its label out of"),
         ("volumes", (), r"1 of 6 scans were refused.*\n  patient0: .* has 2 channels, where 1 is needed"),
         ("empty", ("--crop", "label"), "has an empty label to crop around. Use --crop foreground or --crop none"),
         ("", ("--crop", "label"), "patient4: has no label to crop around"),
@@ -250,7 +250,7 @@ def test_a_scan_that_cannot_be_used_is_refused_with_its_reason(what, args, messa
         (lambda t: (t / "scans").write_text("image\na.nii\nb/a.nii\n"), "names a twice"),
         (lambda t: (t / "scans").write_text("image,name\na.nii,b/../c\n"), "which is not a valid case name"),
         (lambda t: (t / "scans").write_text("image,label,split\na.nii,,test\nb.nii,b,train\n"), "cannot be tested on"),
-        (lambda t: (t / "scans").write_bytes(b"\xff\xfe\x00"), "cannot read .*It must be a CSV"),
+        (lambda t: (t / "scans").write_bytes("image\nMüller.nii\n".encode("latin-1")), "Save it as UTF-8.*a CSV"),
     ],
 )  # fmt: skip
 def test_sources_that_make_no_set_are_refused(make, message, tmp_path):

@@ -21,6 +21,7 @@ from tools.sources import Source
 from utils.channels import each_channel, with_channels
 from utils.checkpoint import whole
 from utils.masks import box_of
+from utils.text import some
 
 VERSION = 1  # of what is done to a scan; written into every case
 CROPS = ("label", "label-xy", "foreground", "none")
@@ -169,7 +170,10 @@ def make_case(job: Job) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None, 
                 + _advice(size, stored_geometry, stored_label.shape, label_stated)
             )
         label = map_labels(turned_label, job.labels)
-    image, raw = z_score_channels(source)
+    try:
+        image, raw = z_score_channels(source)
+    except CaseError as e:
+        raise CaseError(f"{some(job.scan.images)} {e}") from e
     mean, sd = raw[0] if source.ndim == 3 else zip(*raw, strict=True)
     if job.spacing is not None and "spacing" not in stated:
         raise CaseError(
@@ -190,7 +194,7 @@ def make_case(job: Job) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None, 
     about |= {"crop": job.crop, "crop_corner": corner, "crop_margins": margins, **kept}
     image = image[(..., *box)]
     if any(channel.min() == channel.max() for channel in with_channels(image)):
-        raise CaseError("is constant within the crop")
+        raise CaseError(f"{some(job.scan.images)} is constant within the crop")
     return image, None if label is None else label[box], about
 
 

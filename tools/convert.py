@@ -308,7 +308,8 @@ def main(argv: list[str] | None = None) -> None:
     if refused:
         listing = "\n".join(f"  {name}: {why}" for name, why in refused.items())
         rest = f", the others are in {out}" if len(refused) < len(scans) else ""
-        refusal = f"{len(refused)} of {len(scans)} scans were refused{rest}:\n{listing}"
+        refusal = f"{len(refused)} of {len(scans)} scans were refused{rest}:\n{listing}\n"
+        refusal += "Mend each, or take it and its label out of the source, and give the same command again."
         try:
             train, test, validation = choose(unusable={*refused, *unlisted})
         except UserError as e:

@@ -13,14 +13,17 @@ def read_text(path: Path) -> str:
     """The text of a file of at most 16 MiB, so that a device or a volume named by mistake does not fill the memory.
 
     Raises:
-        OSError, UnicodeDecodeError: it cannot be read, or is no text.
-        ValueError: it is larger.
+        OSError: it cannot be read.
+        ValueError: it is no text in UTF-8, or larger.
     """
     with open(path, "rb") as f:
         data = f.read(MOST + 1)
     if len(data) > MOST:
         raise ValueError(f"it has more than {MOST} bytes")
-    return data.decode("utf-8-sig")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise ValueError("it is no text in UTF-8. Save it as UTF-8") from e
 
 
 def some(names: Iterable[object], most: int = 5, between: str = ", ") -> str:
