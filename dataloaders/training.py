@@ -72,6 +72,15 @@ def usual_classes(folder: Path) -> int:
     return max((c for c in class_names(folder) if c <= MOST_CLASSES), default=1)
 
 
+def refuse_patch(patch_size: Sequence[int], multiples: Sequence[int]) -> None:
+    """Raises UserError for a patch with a side that is no such multiple."""
+    sides = list(zip(patch_size, multiples, strict=True))
+    if any(side % multiple or side <= 0 for side, multiple in sides):
+        shown = " ".join(map(str, patch_size))
+        near = " ".join(str(max(multiple, round(side / multiple) * multiple)) for side, multiple in sides)
+        raise UserError(f"--patch-size {shown} must be multiples of {xyz_text(multiples)}. Try --patch-size {near}.")
+
+
 def training_cases(
     folder: Path,
     *,
@@ -114,11 +123,7 @@ def training_cases(
             )
         make_phantom_set(folder)
     train, _ = lists_of(folder)
-    shown = " ".join(map(str, patch_size))
-    sides = list(zip(patch_size, multiples, strict=True))
-    if any(side % multiple or side <= 0 for side, multiple in sides):
-        near = " ".join(str(max(multiple, round(side / multiple) * multiple)) for side, multiple in sides)
-        raise UserError(f"--patch-size {shown} must be multiples of {xyz_text(multiples)}. Try --patch-size {near}.")
+    refuse_patch(patch_size, multiples)
     if not 1 <= labeled <= len(train):
         raise UserError(
             f"--labeled {labeled} must lie between 1 and {len(train)}, the cases of train.list. Give the number of its "

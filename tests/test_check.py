@@ -186,6 +186,13 @@ def test_an_unknown_spacing_is_no_size_in_ml(tiny_set, capsys):
     assert not any("size of a voxel" in line for line in lines) and "| spacing, mm | 1 x 1 x 2 |" in rest
 
 
+def test_sides_of_a_patch_that_a_training_would_refuse(tiny_set, capsys):
+    lines, _ = run_check(tiny_set, capsys, "--patch-size", "15", "15", "15")
+    assert "error:   all cases: --patch-size 15 15 15 must be multiples of 16. Try --patch-size 16 16 16." in lines
+    line = warned(tiny_set, capsys, "--patch-size", "16", "16", "12")
+    assert line.endswith("must be multiples of 16. Try --patch-size 16 16 16. Or train with --halvings 4 4 2.")
+
+
 def test_scans_smaller_than_the_patch(tiny_set, capsys, monkeypatch):
     check.main([str(tiny_set), "--labeled", "4", "--workers", "1"])  # a patch within the scans is suggested
     assert "smaller than" not in capsys.readouterr().out

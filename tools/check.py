@@ -24,8 +24,9 @@ from dataloaders.cases import FILE_NAME, MOST_CLASSES, Case, find_cases, has_lab
 from dataloaders.channel_names import channel_names_in
 from dataloaders.class_names import DATASET, class_names, read_dataset
 from dataloaders.findings import LEVELS, Facts, Finding, findings_of, memory_gib
-from dataloaders.training import is_phantom, usual_classes, usual_labeled
+from dataloaders.training import is_phantom, refuse_patch, usual_classes, usual_labeled
 from methods import METHODS
+from networks.heads import HALVINGS, side_multiples
 from settings import Options as Training
 from tools import suggestions
 from tools.inspections import Inspection, findings_of_inspections, inspect
@@ -104,6 +105,7 @@ def check(folder: Path, o: Options) -> tuple[list[Finding], str, str]:
         *missing,
         *findings_of_inspections(inspections, classes=classes, labeled=labeled, test=test, validation=validation),
         *findings_of(list(good.values()), trained=trained, patch_size=patch_size, downsample=o.downsample),
+        *(_sides(patch_size) if patch_size else []),
         *_memory(trained, o.downsample),
         *unlisted(folder, [*train, *test, *validation]),
     ]
@@ -119,6 +121,19 @@ def check(folder: Path, o: Options) -> tuple[list[Finding], str, str]:
             suggested = f"No patch is suggested: {e}"
     channels = channel_names_in(read_dataset(folder / DATASET), folder / DATASET)
     return findings, table(groups, classes, class_names(folder), channels), suggested
+
+
+def _sides(patch_size: Sequence[int]) -> list[Finding]:
+    """An error for a patch that no training takes, a warning for one that needs other halvings than the usual ones."""
+    try:
+        refuse_patch(patch_size, side_multiples(HALVINGS))
+    except UserError as e:
+        steps = max(HALVINGS)
+        halvings = [max(n for n in range(steps + 1) if side % 2**n == 0) for side in patch_size]
+        if max(halvings) < steps:
+            return [Finding("error", (), str(e))]
+        return [Finding("warning", (), f"{e} Or train with --halvings {' '.join(map(str, halvings))}.")]
+    return []
 
 
 def _memory(facts: Sequence[Facts], downsample: int) -> list[Finding]:
