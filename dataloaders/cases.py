@@ -10,7 +10,8 @@ A case file holds `image` float (W,H,D), normalised, and `label` (W,H,D) of 0 an
 unlabeled case. An image of K channels, such as T1 and T2, is (K,W,H,D). Optional attributes hold its geometry as in
 ITK, in the LPS frame (mm to the patient's left, back and head): `spacing` of the voxels along the array's axes in mm;
 `origin`, the position of the centre of voxel (0,0,0); `direction`, 9 cosines row by row, whose columns are the array's
-axes. FOLDER/spacing.txt, three numbers, states the spacing of all cases whose own file does not; else it is unknown.
+axes, or `unnamed_direction` if its frame is not known. FOLDER/spacing.txt, three numbers, states the spacing of all
+cases whose own file does not; else it is unknown.
 """
 
 import itertools

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataloaders.cases import CaseError
-from dataloaders.geometry import DEFAULT_GEOMETRY
+from dataloaders.geometry import complete_geometry
 from dataloaders.images import Geometry, ending_of, read_image, same_grid, scan_name, z_score
 from utils.channels import with_channels
 from utils.errors import UserError
@@ -42,7 +42,7 @@ def read_channels(paths: Sequence[Path]) -> tuple[NDArray[np.float32], Geometry]
             )
         first = first or geometry
         if channels and not same_grid(
-            channels[0].shape, {**DEFAULT_GEOMETRY, **first}, image.shape, {**DEFAULT_GEOMETRY, **geometry}
+            channels[0].shape, complete_geometry(first), image.shape, complete_geometry(geometry)
         ):
             ours, theirs = described(channels[0].shape, first), described(image.shape, geometry)
             raise CaseError(

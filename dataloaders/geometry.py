@@ -19,13 +19,22 @@ SPACING_FILE = "spacing.txt"
 SQUARE = 1e-3  # tolerance of unit lengths and right angles: one voxel in a thousand
 
 Geometry = dict[str, tuple[float, ...]]
-"""spacing (3), origin (3) and direction (9); keys that a file does not state are missing."""
+"""spacing (3), origin (3) and direction (9); keys that a file does not state are missing. unnamed_direction (9) is that
+of a file which does not name its frame: ITK and viewers take it for LPS, and where the axes point is not known."""
 DEFAULT_GEOMETRY: Geometry = {
     "spacing": (1.0, 1.0, 1.0),
     "origin": (0.0, 0.0, 0.0),
     "direction": (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0),
 }
 """Default geometry, for pictures and files that need values which the case file does not state."""
+NUMBERS = {"spacing": 3, "origin": 3, "direction": 9, "unnamed_direction": 9}
+"""How many numbers each part of a geometry has."""
+
+
+def complete_geometry(geometry: Geometry) -> Geometry:
+    """The place at which viewers show a file: an unnamed direction is in LPS, missing values are the default ones."""
+    unnamed = geometry.get("unnamed_direction", DEFAULT_GEOMETRY["direction"])
+    return {**DEFAULT_GEOMETRY, "direction": unnamed, **geometry}
 
 
 def stated_geometry(case: Case) -> Geometry:
@@ -40,18 +49,18 @@ def stated_geometry(case: Case) -> Geometry:
     """
     try:
         with h5py.File(case.path, "r") as f:
-            attributes = {name: np.ravel(f.attrs[name]) for name in DEFAULT_GEOMETRY if name in f.attrs}
+            attributes = {name: np.ravel(f.attrs[name]) for name in NUMBERS if name in f.attrs}
     except Exception as e:  # as in read_case
         raise CaseError(f"has attributes that cannot be read ({e})") from e
     for name, values in attributes.items():
-        count = len(DEFAULT_GEOMETRY[name])
+        count = NUMBERS[name]
         if values.dtype.kind not in "fiu" or len(values) != count or not np.isfinite(values).all():
             raise CaseError(f"has the attribute {name} {values.tolist()} where {count} finite numbers must stand")
     geometry = {name: tuple(map(float, values)) for name, values in attributes.items()}
     if min(geometry.get("spacing", (1.0,))) <= 0:
         raise CaseError(f"has the spacing {list(geometry['spacing'])}, which must be above 0 mm")
-    if "direction" in geometry:
-        refuse_direction(geometry["direction"])
+    for name in {"direction", "unnamed_direction"} & geometry.keys():
+        refuse_direction(geometry[name])
     spacing = geometry.get("spacing") or _declared_spacing(case) or (LA_SPACING if published(case) else None)
     return {**geometry, "spacing": spacing} if spacing else geometry
 
@@ -115,12 +124,12 @@ def _la_names() -> frozenset[str]:
 
 
 def read_geometry(case: Case) -> Geometry:
-    """The complete geometry of a case, as a NIfTI file needs it: `stated_geometry`, completed by DEFAULT_GEOMETRY.
+    """The complete geometry of a case, as a NIfTI file needs it: `stated_geometry`, by `complete_geometry`.
 
     Raises:
         CaseError: as `stated_geometry`.
     """
-    return {**DEFAULT_GEOMETRY, **stated_geometry(case)}
+    return complete_geometry(stated_geometry(case))
 
 
 def known_geometry(case: Case) -> Geometry:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter1d
 
 from dataloaders.cases import FILE_NAME, MOST_BYTES, Case, CaseError, read_case
-from dataloaders.geometry import DEFAULT_GEOMETRY, Geometry, refuse_direction, stated_geometry
+from dataloaders.geometry import Geometry, complete_geometry, refuse_direction, stated_geometry
 from dataloaders.nifti import read_nifti, write_nifti
 from utils.checkpoint import whole
 
@@ -117,13 +117,15 @@ def _read(path: Path, *, several: bool = False) -> tuple[NDArray[Any], Geometry]
         if "determinant" in str(e):
             raise CaseError("has a direction of determinant 0: its axes span no volume. Fix its header") from e
         raise CaseError(f"is damaged or incomplete ({_reason(e)})") from e
-    refuse_direction(picture.GetDirection())
-    geometry = {"spacing": picture.GetSpacing(), "origin": picture.GetOrigin(), "direction": picture.GetDirection()}
+    direction = picture.GetDirection()
+    refuse_direction(direction)
+    geometry = {"spacing": picture.GetSpacing(), "origin": picture.GetOrigin()}
+    geometry |= {"direction": direction, "unnamed_direction": direction}
     return _array(picture), {name: values for name, values in geometry.items() if name in _stated_by(path, picture)}
 
 
 def _stated_by(path: Path, picture: sitk.Image) -> set[str]:
-    """Which of spacing, origin and direction the header of a NRRD or MetaImage states; ITK fills in the others.
+    """Which parts of the geometry the header of a NRRD or MetaImage states; ITK fills in the others.
 
     Raises:
         CaseError: for lengths in units other than mm.
@@ -136,16 +138,20 @@ def _stated_by(path: Path, picture: sitk.Image) -> set[str]:
         units = re.findall(r'"(.*?)"', fields.get("space units", "") + fields.get("units", ""))
         frame = "NRRD_space" in picture.GetMetaDataKeys() and picture.GetMetaData("NRRD_space").split("-")[0]
         spacing = "space directions" in fields or "spacings" in fields
-        direction = "space directions" in fields and frame in ("left", "right")  # ITK has converted it to LPS
+        origin, axes = "space origin" in fields, "space directions" in fields
+        direction = axes and frame in ("left", "right")  # ITK has converted it to LPS
     else:
         fields = dict(re.findall(r"^(\w+) *= *(.*?) *$", text.partition("ElementDataFile")[0], re.MULTILINE))
         units = [fields.get("DistanceUnits", "")]
         spacing = "ElementSpacing" in fields or "ElementSize" in fields
-        direction = not {"TransformMatrix", "Rotation", "Orientation"}.isdisjoint(fields)
+        origin = not {"Offset", "Position", "Origin"}.isdisjoint(fields)
+        axes = direction = not {"TransformMatrix", "Rotation", "Orientation"}.isdisjoint(fields)
     strange = [unit for unit in units if unit.lower() not in MM]
     if strange:
         raise CaseError(f"states its lengths in {strange[0]}, which programs read in different ways. Write them in mm")
-    return {name for name, stated in (("spacing", spacing), ("origin", direction), ("direction", direction)) if stated}
+    stated = {"spacing": spacing, "origin": origin or direction, "direction": direction}
+    stated["unnamed_direction"] = axes and not direction
+    return {name for name, there in stated.items() if there}
 
 
 def _reason(e: RuntimeError) -> str:
@@ -160,7 +166,7 @@ def _array(picture: sitk.Image) -> NDArray[Any]:
 
 
 def _picture(array: NDArray[Any], geometry: Geometry) -> sitk.Image:
-    complete = {**DEFAULT_GEOMETRY, **geometry}
+    complete = complete_geometry(geometry)
     picture = sitk.GetImageFromArray(array.transpose(2, 1, 0))
     picture.SetSpacing(complete["spacing"])
     picture.SetOrigin(complete["origin"])

@@ -21,7 +21,7 @@ from nibabel.wrapstruct import WrapStructError
 from numpy.typing import NDArray
 
 from dataloaders.cases import MOST_BYTES, CaseError
-from dataloaders.geometry import DEFAULT_GEOMETRY, Geometry, refuse_direction
+from dataloaders.geometry import Geometry, complete_geometry, refuse_direction
 from dataloaders.orientation import TO_RAS
 
 CHUNK = 2**20
@@ -245,8 +245,8 @@ def write_nifti(path: Path, array: NDArray[Any], geometry: Geometry, like: Path 
 
 
 def _header_of(geometry: Geometry, shape: tuple[int, ...]) -> Header:
-    """A header for a grid of this geometry; missing values are those of DEFAULT_GEOMETRY."""
-    g = {**DEFAULT_GEOMETRY, **geometry}
+    """A header for a grid of this geometry; missing values are those of `complete_geometry`."""
+    g = complete_geometry(geometry)
     affine = np.eye(4)
     affine[:3, :3] = TO_RAS @ (np.reshape(g["direction"], (3, 3)) * g["spacing"])
     affine[:3, 3] = TO_RAS @ g["origin"]

@@ -254,6 +254,7 @@ def test_a_header_that_went_away_is_named_and_nothing_is_written(tmp_path):
 
 TILTED = AFFINE @ [[1, 0, 0, 0], [0, 1, 0.26 * 1.7, 0], [0, 0, 0.966, 0], [0, 0, 0, 1]]
 LPS = ("space: left-posterior-superior", "space directions: (0.8,0,0) (0,1,0) (0,0,1.7)", "space origin: (1,2,3)")
+UNNAMED = {"spacing", "origin", "unnamed_direction"}
 
 
 @pytest.mark.parametrize(
@@ -280,11 +281,12 @@ def test_axes_that_are_no_grid_are_refused_in_every_format(make, message, tmp_pa
     [
         (lambda t: meta(t / "a.mha"), {"spacing", "origin", "direction"}),
         (lambda t: meta(t / "a.mha", DistanceUnits="mm"), {"spacing", "origin", "direction"}),
-        (lambda t: meta(t / "a.mha", TransformMatrix=""), {"spacing"}),
+        (lambda t: meta(t / "a.mha", TransformMatrix=""), {"spacing", "origin"}),
+        (lambda t: meta(t / "a.mha", TransformMatrix="", Offset=""), {"spacing"}),
         (lambda t: meta(t / "a.mha", ElementSpacing=""), {"origin", "direction"}),
         (lambda t: nrrd(t / "a.nrrd", *LPS, 'space units: "mm" "mm" "mm"'), {"spacing", "origin", "direction"}),
-        (lambda t: nrrd(t / "a.nrrd", "space: scanner-xyz", *LPS[1:]), {"spacing"}),
-        (lambda t: nrrd(t / "a.nrrd", "space dimension: 3", *LPS[1:]), {"spacing"}),
+        (lambda t: nrrd(t / "a.nrrd", "space: scanner-xyz", *LPS[1:]), UNNAMED),
+        (lambda t: nrrd(t / "a.nrrd", "space dimension: 3", *LPS[1:]), UNNAMED),
         (lambda t: nrrd(t / "a.nrrd", "spacings: 0.8 1 1.7"), {"spacing"}),
         (lambda t: nrrd(t / "a.nrrd"), set()),
         (lambda t: write(t / "a.nrrd", ARRAY), {"spacing", "origin", "direction"}),

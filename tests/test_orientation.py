@@ -10,16 +10,20 @@ import pytest
 import SimpleITK as sitk
 import torch
 from conftest import TINY, load, make_set
+from headers import ARRAY, meta, nrrd
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from scans import OBLIQUE, ball, picture_of, turned, write
 from scipy.spatial.transform import Rotation
 
 import predict
 import train_dtml
+from dataloaders.cases import Case
+from dataloaders.geometry import read_geometry
 from dataloaders.images import read_image, read_label, to_physical
 from dataloaders.orientation import Turn, orientation_of, turn_to
 from tools import convert
 from utils.checkpoint import load_checkpoint
+from utils.errors import UserError
 
 CODES = ["".join(c) for axes in itertools.permutations(("RL", "AP", "SI")) for c in itertools.product(*axes)]
 SIX = ("LPS", "RAS", "LPI", "PIR", "SRP", "ASL")
@@ -211,6 +215,44 @@ def test_a_checkpoint_has_the_orientation_of_its_own_cases(tmp_path, patients, c
     assert "does not state where the axes of its training scans point" in capsys.readouterr().err
     with pytest.raises(predict.UserError, match=r"different orientations: LPS, unknown"):
         predict.main(["--checkpoint", str(tmp_path / "lps"), str(tmp_path / "old.pt"), str(straight), "-o", "x"])
+
+
+UNNAMED = ("space directions: (-0.8,0,0) (0,0,1) (0,1.7,0)", "space origin: ({},-80,310)")
+FRAMELESS = {  # header without a frame, at x
+    "a.mha": lambda path, x: meta(path, TransformMatrix="", Offset=f"{x} -80 310"),
+    "a.nrrd": lambda path, x: nrrd(path, "space: scanner-xyz", UNNAMED[0], UNNAMED[1].format(x)),
+    "b.nrrd": lambda path, x: nrrd(path, "space dimension: 3", UNNAMED[0], UNNAMED[1].format(x)),
+}
+
+
+@pytest.mark.parametrize("name", FRAMELESS)
+def test_a_scan_that_names_no_frame_is_not_turned_and_its_prediction_lies_over_it(name, run, tmp_path, capsys):
+    """`predicted` asks SimpleITK, which takes such a frame for LPS."""
+    scan = FRAMELESS[name](tmp_path / name, -120)
+    predicted(run, scan, tmp_path / "out")
+    assert "does not state where its axes point; they are taken as they are stored" in capsys.readouterr().err
+    assert (read_image(scan)[0] == ARRAY).all()
+
+
+@pytest.mark.parametrize("name", FRAMELESS)
+def test_a_label_beside_a_scan_that_names_no_frame_is_refused_and_one_on_it_is_taken(name, tmp_path):
+    ending = Path(name).suffix
+    for folder, x in (("images", -120), ("labels", -100)):
+        (tmp_path / folder).mkdir()
+        for i in range(2):
+            FRAMELESS[name](tmp_path / folder / f"p{i}{ending}", x)
+    args = ["--source", str(tmp_path), "--out", str(tmp_path / "set")]
+    with pytest.raises(UserError, match=r"lies on another grid .*origin -100 -80 310.* the scan has .*origin -120 -80"):
+        convert.main(args)
+    for i in range(2):
+        FRAMELESS[name](tmp_path / "labels" / f"p{i}{ending}", -120)
+    convert.main(args)
+    geometry = read_geometry(Case("p0", tmp_path / "set" / "p0" / "mri_norm2.h5", labeled=True))
+    expected = told(sitk.ReadImage(str(tmp_path / "images" / f"p0{ending}")))
+    for what, values in expected.items():
+        np.testing.assert_allclose(geometry[what], values, atol=1e-6)
+    with h5py.File(tmp_path / "set" / "p0" / "mri_norm2.h5") as f:
+        assert "direction" not in f.attrs
 
 
 def test_the_challenge_s_folders_keep_their_axes_as_the_published_set_does(tmp_path):

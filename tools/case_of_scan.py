@@ -14,7 +14,7 @@ from skimage.filters import threshold_otsu
 
 from dataloaders.cases import CaseError, refuse_channels
 from dataloaders.channels import described, read_channels, z_score_channels
-from dataloaders.geometry import DEFAULT_GEOMETRY
+from dataloaders.geometry import DEFAULT_GEOMETRY, complete_geometry
 from dataloaders.images import Geometry, ending_of, grid_of_spacing, moved, read_image, read_label, resample, same_grid
 from dataloaders.orientation import RAS, orientation_of, turn_to
 from tools.sources import Source
@@ -156,14 +156,14 @@ def make_case(job: Job) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None, 
     stored, stored_geometry = _read(job)
     turn, size = turn_to(job.orientation, stored_geometry.get("direction")), stored.shape[-3:]
     source, stated = turn(stored), turn.geometry(stored_geometry, size)
-    geometry = {**DEFAULT_GEOMETRY, **stated}
+    geometry = complete_geometry(stated)
     label: NDArray | None = None
     if job.scan.label is not None:
         stored_label, label_stated = _of(job.scan.label, read_label)
         turn = turn_to(job.orientation, label_stated.get("direction"))
         ours, scans = described(stored_label.shape, label_stated), described(size, stored_geometry)
         turned_label = turn(stored_label)
-        label_geometry = {**DEFAULT_GEOMETRY, **turn.geometry(label_stated, stored_label.shape)}
+        label_geometry = complete_geometry(turn.geometry(label_stated, stored_label.shape))
         if not same_grid(source.shape[-3:], geometry, turned_label.shape, label_geometry):
             raise CaseError(
                 f"{job.scan.label} lies on another grid than {job.scan.image}: {ours} where the scan has {scans}. "
@@ -224,7 +224,8 @@ def _advice(shape: Sequence[int], geometry: Geometry, label_shape: Sequence[int]
 
     def nowhere(geometry: Geometry) -> bool:
         straight = [np.diag(axes).ravel().tolist() for axes in ((1.0, 1.0, 1.0), (-1.0, -1.0, 1.0))]  # LPS and RAS
-        return not any(geometry.get("origin", ())) and list(geometry.get("direction", straight[0])) in straight
+        place = complete_geometry(geometry)
+        return not any(place["origin"]) and list(place["direction"]) in straight
 
     for what, one, other in (("label", label_geometry, geometry), ("scan", geometry, label_geometry)):
         if nowhere(one) and not nowhere(other):
