@@ -5,6 +5,7 @@ positions and orientations (attributes 0020,0032 and 0020,0037): the thickness o
 slices that a header also states are not used, as they may be wrong.
 """
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,12 @@ SAME_ANGLE = 1e-3
 COMPRESSED = tuple(b"\xe0\x7f\x10\0" + kind + b"\0\0\xff\xff\xff\xff" for kind in (b"OB", b"OW"))
 """What compressed voxels begin with: attribute (7FE0,0010) of a length that is not stated."""
 END = b"\xfe\xff\xdd\xe0\0\0\0\0"  # of compressed voxels
+IMPLICIT, BIG_ENDIAN, DEFLATED = b"1.2.840.10008.1.2", b"1.2.840.10008.1.2.2", b"1.2.840.10008.1.2.1.99"
+SYNTAX, ROWS, VOXELS = (0x0002, 0x0010), (0x0028, 0x0010), (0x7FE0, 0x0010)
+ITEMS, ENDS = 0xFFFE, ((0xFFFE, 0xE00D), (0xFFFE, 0xE0DD))  # the group of items, and what ends one or a sequence
+LONG = (b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV")
+"""Kinds of value whose length has 32 bits."""
+NOT_STATED = 2**32 - 1  # a length that is not stated
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,7 @@ def series_in(folder: Path) -> list[Series]:
     Raises:
         UserError: for a file with compressed voxels that is cut short, and for one that cannot be sorted into a series.
     """
-    files_there = [path for path in sorted(folder.iterdir()) if path.is_file() and _is_dicom(path)]
+    files_there = [path for path in sorted(folder.iterdir()) if path.is_file() and is_dicom(path)]
     cut = [path.name for path in files_there if _is_cut(path.read_bytes())]
     if cut:  # GDCM would read it without end, and fill the memory
         raise UserError(f"{folder} holds files that are cut short: {some(cut)}. Copy them again, or move them away.")
@@ -72,7 +79,7 @@ def series_in(folder: Path) -> list[Series]:
     return sorted(found, key=lambda series: (-len(series.files), series.uid))
 
 
-def _is_dicom(path: Path) -> bool:
+def is_dicom(path: Path) -> bool:
     with open(path, "rb") as f:
         return f.read(132)[128:] == b"DICM"
 
@@ -81,6 +88,42 @@ def _is_cut(content: bytes) -> bool:
     """Whether compressed voxels begin in the content of a file and do not end."""
     begin = max(map(content.rfind, COMPRESSED))
     return begin >= 0 and content.find(END, begin) < 0
+
+
+def is_damaged(content: bytes) -> bool:
+    """Whether the content of a file is no DICOM, ends within an element, or has rows and no voxels.
+
+    A deflated file, in which no element can be seen, counts as whole.
+    """
+    at = 132 if content[128:132] == b"DICM" else 0
+    if content[at : at + 2] not in (b"\2\0", b"\x08\0"):  # the group of the first element
+        return True
+    depth, order, syntax, found = 0, "<", b"", set()
+    while at < len(content):
+        if syntax == BIG_ENDIAN and content[at : at + 2] != b"\2\0":  # the elements of group 2 come first
+            order = ">"
+        if syntax == DEFLATED and content[at : at + 2] != b"\2\0":
+            return False
+        kind = content[at + 4 : at + 6]
+        try:
+            tag = struct.unpack_from(f"{order}HH", content, at)
+            stated = kind.isupper() and tag[0] != ITEMS and (tag[0] == 2 or syntax != IMPLICIT)
+            form, place = ("I", 4) if not stated else ("I", 8) if kind in LONG else ("H", 6)
+            (length,) = struct.unpack_from(f"{order}{form}", content, at + place)
+        except struct.error:
+            return True
+        at += place + struct.calcsize(form)
+        if tag == SYNTAX:
+            syntax = content[at : at + length].rstrip(b"\0 ")
+        if depth == 0:
+            found.add(tag)
+        if length == NOT_STATED:
+            depth += 1
+        elif tag in ENDS:
+            depth -= 1
+        else:
+            at += length
+    return at > len(content) or depth > 0 or (ROWS in found and VOXELS not in found)
 
 
 def _has_header(path: Path) -> bool:

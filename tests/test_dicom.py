@@ -9,7 +9,7 @@ import SimpleITK as sitk
 from test_predict_folders import SHAPE, locale_kept, write_series
 
 from dataloaders.cases import CaseError
-from dataloaders.dicom import read_series, series_in
+from dataloaders.dicom import is_damaged, is_dicom, read_series, series_in
 from tools.given_scans import given_scans
 from utils.errors import UserError
 
@@ -100,6 +100,30 @@ def test_an_rt_dose_that_stops_the_reading_is_named(tmp_path):
     (folder / "rtdose_1frame.dcm").unlink()
     (scan,) = given_scans([str(folder)], [], 1)
     assert len(scan.slices) == 5
+
+
+def test_what_pydicom_reads_is_whole_and_what_is_cut_is_damaged():
+    """Of every transfer syntax, also DICOMDIRs and reports, which GDCM leaves out as it does damaged files."""
+    files = [path for path in FILES.rglob("*") if path.is_file() and is_dicom(path)]
+    assert len(files) > 100
+    for path in files:
+        content = path.read_bytes()
+        assert is_damaged(content) == ("truncated" in path.name), path.name
+        deflated = path.name == "image_dfl.dcm"
+        assert all(is_damaged(content[:size]) for size in (0, 100, len(content) - 1)) or deflated, path.name
+
+
+def test_reports_beside_a_series_are_passed_over_and_a_cut_one_is_refused(tmp_path, capsys):
+    folder = changed(tmp_path / "ct", lambda i, one: None)
+    others = [FILES / "test-SR.dcm", FILES / "rtplan.dcm", FILES / "dicomdirtests" / "DICOMDIR"]
+    for path in others:
+        shutil.copy(path, folder)
+    (scan,) = given_scans([str(folder)], [], 1)
+    assert len(scan.slices) == 5
+    assert f"not read in {folder}: DICOMDIR, rtplan.dcm, test-SR.dcm." in capsys.readouterr().err
+    shutil.copy(FILES / "rtplan_truncated.dcm", folder / "rtplan.dcm")
+    with pytest.raises(UserError, match=r"ct holds files that are cut short or no DICOM: rtplan\.dcm\. Copy them"):
+        given_scans([str(folder)], [], 1)
 
 
 def test_a_slice_in_another_direction_is_named(tmp_path):

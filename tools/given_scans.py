@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dataloaders.cases import CaseError
 from dataloaders.channels import NUMBERED, by_number, in_order
-from dataloaders.dicom import Series, series_in
+from dataloaders.dicom import Series, is_damaged, is_dicom, series_in
 from dataloaders.images import WRITTEN_AS, ending_of, scan_name
 from dataloaders.nifti import channels_in
 from tools.sources import refuse_labels_among
@@ -156,7 +156,8 @@ def scans_in(folder: Path, chosen: Sequence[str], seen: set[str]) -> list[Scan]:
         seen: gets those of them that fit a series here.
 
     Raises:
-        UserError: no scan; scans and DICOM together; several series of which not one is chosen.
+        UserError: no scan; scans and DICOM together; several series of which not one is chosen; a damaged
+            DICOM file.
     """
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     scans = [path for path in files if ending_of(path)]
@@ -175,7 +176,14 @@ def scans_in(folder: Path, chosen: Sequence[str], seen: set[str]) -> list[Scan]:
         raise UserError(f"{folder} holds no file that ends in {', '.join(WRITTEN_AS)}, and no DICOM series.{where}")
     taken = chosen_series(folder, series, chosen)
     unread = {*files} - {Path(file) for some_series in series for file in some_series.files}
-    if unread:  # GDCM leaves out files that are cut short without a word
+    slices = [path for path in unread if path.suffix.lower() in DICOM_ENDINGS or is_dicom(path)]
+    damaged = [path.name for path in slices if is_damaged(path.read_bytes())]
+    if damaged:  # GDCM leaves them out without a word, as it does with reports
+        raise UserError(
+            f"{folder} holds files that are cut short or no DICOM: {some(sorted(damaged))}. Copy them again, or move "
+            "them away."
+        )
+    if unread:
         names = some(sorted(path.name for path in unread))
         print(f"not read in {folder}: {names}. If one of them is a slice, it is damaged.", file=sys.stderr)
     seen |= {word for word in chosen for one in taken if fits(word, one)}
