@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT, TINY, make_set
 
 import train_dtml
+from tools.given_scans import given_scans
 from utils.errors import UserError
 
 DRIVER = """
@@ -86,6 +87,16 @@ def test_a_name_that_is_no_text_here_is_refused_in_words(tmp_path):
     os.mkdir(folder)
     with pytest.raises(UserError, match=r"s\\udce4t' is not valid in this locale's encoding. Set LC_ALL=C.UTF-8"):
         train_dtml.main(["--data", os.fsdecode(folder)])
+
+
+@pytest.mark.parametrize("ending", [".nii.gz", ".dcm"])
+def test_a_scan_of_a_folder_whose_name_is_no_text_here_is_refused_before_any_is_predicted(ending, tmp_path):
+    """GDCM ends the whole process at such a slice, and a NIfTI failed at the table of volumes."""
+    for name in (b"a", b"M\xfcller"):
+        (tmp_path / os.fsdecode(name + ending.encode())).touch()
+    for word in (tmp_path, f"{tmp_path}/M*"):
+        with pytest.raises(UserError, match=r"M\\udcfcller.* is not valid in this locale's encoding. Set LC_ALL"):
+            given_scans([str(word)], [], 1)
 
 
 def test_closed_streams_neither_end_a_training_nor_get_into_its_files(tmp_path):

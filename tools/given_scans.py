@@ -15,7 +15,7 @@ from dataloaders.images import WRITTEN_AS, ending_of, scan_name
 from dataloaders.nifti import channels_in
 from tools.sources import refuse_labels_among
 from utils.errors import UserError
-from utils.text import some
+from utils.text import refuse_bytes, some
 
 DICOM_ENDINGS = (".dcm", ".dicom", ".ima")
 UID = re.compile(r"[0-9.]+")
@@ -136,8 +136,9 @@ def file_of(path: Path) -> Scan:
     """The scan of a file.
 
     Raises:
-        UserError: it is missing, or no format that is read.
+        UserError: it is missing, no format that is read, or its name is no text in this locale.
     """
+    refuse_bytes(str(path))
     if path.suffix.lower() in DICOM_ENDINGS and path.is_file():
         raise UserError(f"{path} is one slice of a DICOM series. Give its folder, {path.parent}.")
     if not path.exists():
@@ -157,11 +158,13 @@ def scans_in(folder: Path, chosen: Sequence[str], seen: set[str]) -> list[Scan]:
 
     Raises:
         UserError: no scan; scans and DICOM together; several series of which not one is chosen; a damaged
-            DICOM file.
+            DICOM file; a name that is no text in this locale.
     """
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     scans = [path for path in files if ending_of(path)]
     dicom = [path for path in files if path.suffix.lower() in DICOM_ENDINGS]
+    for path in scans or files:
+        refuse_bytes(str(path))
     if scans and dicom:
         raise UserError(f"{folder} holds both {scans[0].name} and {dicom[0].name}. Put DICOM into a folder of its own.")
     if scans:

@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import difflib
 import math
-import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any, NoReturn
 
 from utils.errors import UserError
 from utils.other_names import called_here
-from utils.text import did_you_mean, read_text
+from utils.text import did_you_mean, read_text, refuse_bytes
 
 Condition = Mapping[str, tuple[Any, ...] | Callable[[Any], Any]]
 """Name of another option -> the values of it, or the test of its value, with which an option does something."""
@@ -94,10 +93,7 @@ class Parser(argparse.ArgumentParser):
                 ) from e
             arguments += read([self._hyphenate(argument) for argument in stored], text)
         for argument in arguments:
-            if re.search("[\ud800-\udfff]", argument):  # bytes that are no text, which TensorBoard and ITK cannot take
-                raise UserError(
-                    f"{argument!a} is not valid in this locale's encoding. Set LC_ALL=C.UTF-8, or rename the file."
-                )
+            refuse_bytes(argument)
         return [self._hyphenate(argument) for argument in arguments]
 
     @staticmethod

@@ -3,8 +3,11 @@
 import csv
 import difflib
 import io
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+
+from utils.errors import UserError
 
 MOST = 2**24
 
@@ -24,6 +27,12 @@ def read_text(path: Path) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         raise ValueError("it is no text in UTF-8. Save it as UTF-8") from e
+
+
+def refuse_bytes(name: str) -> None:
+    """Raises UserError for a name of bytes that are no text in this locale, which TensorBoard and ITK cannot take."""
+    if re.search("[\ud800-\udfff]", name):
+        raise UserError(f"{name!a} is not valid in this locale's encoding. Set LC_ALL=C.UTF-8, or rename the file.")
 
 
 def some(names: Iterable[object], most: int = 5, between: str = ", ") -> str:
