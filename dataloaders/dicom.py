@@ -5,6 +5,7 @@ positions and orientations (attributes 0020,0032 and 0020,0037): the thickness o
 slices that a header also states are not used, as they may be wrong.
 """
 
+import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,14 @@ from utils.text import some
 
 POSITION, ORIENTATION, PIXEL_SPACING = "0020|0032", "0020|0037", "0028|0030"
 MODALITY, DESCRIPTION, PATIENT, PHOTOMETRIC = "0008|0060", "0008|103e", "0010|0020", "0028|0004"
+CHARACTERS = "0008|0005"
 STATED = (MODALITY, DESCRIPTION, PATIENT)  # of a series
+ENCODINGS = {
+    13: "shift_jis", 100: "latin-1", 101: "iso8859_2", 109: "iso8859_3", 110: "iso8859_4", 126: "iso8859_7",
+    127: "iso8859_6", 138: "iso8859_8", 144: "iso8859_5", 148: "iso8859_9", 166: "tis_620", 192: "utf-8",
+    203: "iso8859_15",
+}  # fmt: skip
+"""Number of a set of characters in DICOM, as in ISO_IR 100 -> Python's name of it."""
 UNEVEN = 0.01
 """Largest difference of a step between slices from their median, as a share of it."""
 SAME_ANGLE = 1e-3
@@ -144,7 +152,19 @@ def _header(file: str) -> sitk.ImageFileReader:
 
 def _text(header: sitk.ImageFileReader, tag: str) -> str:
     text = header.GetMetaData(tag) if header.HasMetaDataKey(tag) else ""
+    if tag != CHARACTERS:
+        text = _decoded(text.encode("utf-8", "surrogateescape"), _text(header, CHARACTERS))
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def _decoded(text: bytes, characters: str) -> str:
+    """Text in the set that (0008,0005) names, in UTF-8 if it names none, and in Latin-1 if it is not valid so."""
+    number = re.search(r"IR (\d+)", characters)
+    encoding = ENCODINGS.get(int(number[1]), "utf-8") if number else "utf-8"
+    try:
+        return text.decode(encoding)
+    except UnicodeDecodeError:
+        return text.decode("latin-1")
 
 
 def _numbers(header: sitk.ImageFileReader, tag: str, count: int, what: str) -> NDArray[np.float64]:

@@ -102,6 +102,24 @@ def test_an_rt_dose_that_stops_the_reading_is_named(tmp_path):
     assert len(scan.slices) == 5
 
 
+@pytest.mark.parametrize(
+    ("characters", "description"),
+    [("ISO_IR 100", "Schädel"), ("ISO_IR 192", "Schädel"), ("ISO 2022 IR 100", "Crâne"), ("ISO_IR 144", "Череп"),
+     ("ISO_IR 101", "Łąka"), ("ISO_IR 148", "baş"), ("ISO_IR 13", "ｱﾀﾏ"), ("ISO_IR 166", "ศีรษะ"), ("ISO_IR 6", "CT")],
+)  # fmt: skip
+def test_a_description_is_in_the_characters_that_pydicom_writes(characters, description, tmp_path):
+    def described(i, one):
+        one.SpecificCharacterSet, one.SeriesDescription = characters, description
+
+    folder = changed(tmp_path / "ct", described)
+    (series,) = series_in(folder)
+    assert series.description == description
+    (scan,) = given_scans([str(folder)], [description.upper()], 1)
+    assert len(scan.slices) == 5
+    with pytest.raises(UserError, match=r"ct holds 1 DICOM series, and --series Sch del fits none of them\."):
+        given_scans([str(folder)], ["Sch del"], 1)
+
+
 def test_what_pydicom_reads_is_whole_and_what_is_cut_is_damaged():
     """Of every transfer syntax, also DICOMDIRs and reports, which GDCM leaves out as it does damaged files."""
     files = [path for path in FILES.rglob("*") if path.is_file() and is_dicom(path)]

@@ -218,6 +218,8 @@ def chosen_series(folder: Path, series: Sequence[Series], chosen: Sequence[str])
         return taken or list(series)
     several = len({one.patient for one in series}) > 1
     listing = "\n".join(f"  {one}" + (f", patient {one.patient}" if several else "") for one in series)
+    unfit = f", and --series {some(chosen)} fits none of them" if chosen else ""
     raise UserError(
-        f"{folder} holds {len(series)} DICOM series. Choose with --series: UIDs, descriptions, or all:\n{listing}"
+        f"{folder} holds {len(series)} DICOM series{unfit}. Choose with --series: UIDs, descriptions, or all:\n"
+        f"{listing}"
     )
