@@ -116,7 +116,7 @@ def _read(path: Path, *, several: bool = False) -> tuple[NDArray[Any], Geometry]
     except RuntimeError as e:
         if "determinant" in str(e):
             raise CaseError("has a direction of determinant 0: its axes span no volume. Fix its header") from e
-        raise CaseError(f"is damaged or incomplete ({_reason(e)})") from e
+        raise CaseError(_unreadable(path, e)) from e
     direction = picture.GetDirection()
     refuse_direction(direction)
     geometry = {"spacing": picture.GetSpacing(), "origin": picture.GetOrigin()}
@@ -130,8 +130,7 @@ def _stated_by(path: Path, picture: sitk.Image) -> set[str]:
     Raises:
         CaseError: for lengths in units other than mm.
     """
-    with open(path, "rb") as f:
-        text = f.read(HEADER).decode("latin-1").replace("\r", "")
+    text = _header_text(path)
     if ending_of(path) == ".nrrd":
         lines = re.findall(r"^([\w ]+):=?(.*)$", text.partition("\n\n")[0], re.MULTILINE)
         fields = {name.strip().lower(): value.strip() for name, value in lines}
@@ -154,10 +153,20 @@ def _stated_by(path: Path, picture: sitk.Image) -> set[str]:
     return {name for name, there in stated.items() if there}
 
 
-def _reason(e: RuntimeError) -> str:
-    """The last line of ITK's error message that is not empty."""
+def _header_text(path: Path) -> str:
+    with open(path, "rb") as f:
+        return f.read(HEADER).decode("latin-1").replace("\r", "")
+
+
+def _unreadable(path: Path, e: RuntimeError) -> str:
+    """Why ITK cannot read a NRRD or MetaImage: the file of voxels that a .mhd names and that is not there, or the last
+    line of ITK's message; of a MetaImage that is the last error of the system, which need not be of this file."""
+    voxels = re.search(r"^ElementDataFile *= *([^%\n]+\.\w+) *$", _header_text(path), re.MULTILINE)  # one file's name
+    if ending_of(path) == ".mhd" and voxels and not (path.parent / voxels[1]).exists():
+        return f"names the file {voxels[1]} for its voxels, which is not there. Put it into the same folder"
     lines = [line.strip() for line in str(e).splitlines() if line.strip()]
-    return lines[-1].removeprefix("ITK ERROR: ") if lines else "no reason given"
+    told = bool(lines) and not lines[-1].startswith("Reason: ")
+    return "is damaged or incomplete" + (f" ({lines[-1].removeprefix('ITK ERROR: ')})" if told else "")
 
 
 def _array(picture: sitk.Image) -> NDArray[Any]:

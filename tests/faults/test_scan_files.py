@@ -32,6 +32,23 @@ def test_39_a_scan_cut_short_is_refused(ending, share, tmp_path):
         read_image(path)
 
 
+@pytest.mark.parametrize("cut", ["a.mha", "a.raw", "a.mhd"])
+def test_39_a_metaimage_is_damaged_without_a_reason_that_is_another_s_and_a_missing_file_is_named(cut, tmp_path):
+    for name in ("a.mha", "a.mhd"):
+        write(tmp_path / name, np.ones(SHAPE, np.float32))
+    whole = (tmp_path / cut).read_bytes()
+    (tmp_path / cut).write_bytes(whole[: len(whole) // 2])
+    scan = (tmp_path / cut).with_suffix(".mha" if cut == "a.mha" else ".mhd")
+    with pytest.raises(CaseError, match=r"^is damaged or incomplete$"):
+        read_image(scan)
+    (tmp_path / cut).write_bytes(whole)
+    assert read_image(scan)[0].shape == SHAPE
+    if cut == "a.raw":
+        (tmp_path / cut).unlink()
+        with pytest.raises(CaseError, match=r"names the file a\.raw for its voxels, which is not there\. Put it"):
+            read_image(scan)
+
+
 def test_39_a_damaged_nii_gz_is_noticed_by_its_checksum(tmp_path):
     path = write(tmp_path / "a.nii.gz", np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32))
     data = bytearray(path.read_bytes())
