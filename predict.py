@@ -46,7 +46,7 @@ from tools.dicom_seg import dicom_seg, require_highdicom
 from tools.given_scans import DICOM_ENDINGS, Scan, given_scans
 from tools.segment import Model, predict_scan
 from tools.volumes import refuse_rows, volume_rows, volumes_table, write_volumes
-from utils.checkpoint import channels_of_state, classes_of_state, unfinished, write_whole
+from utils.checkpoint import channels_of_state, classes_of_state, refuse_unwritable, unfinished, write_whole
 from utils.devices import enough_memory, precision_on, set_up
 from utils.errors import UserError, run, warn
 from utils.options import Parser, fill, flag_of, option
@@ -277,6 +277,8 @@ def main(argv: list[str] | None = None) -> None:
 
     report = Path(o.report) if o.report else Path(o.out, "volumes.csv")
     refuse_rows(report, [] if o.overwrite else [scan.name for scan in scans])  # and a file of another kind
+    for folder in (Path(o.out), report.parent):
+        refuse_unwritable(folder)
     rows: list[dict[str, Any]] = []
     refused: list[str] = []
     written: set[Path] = set()

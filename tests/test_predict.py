@@ -298,6 +298,20 @@ def test_scans_and_places_that_would_get_in_each_other_s_way_are_refused(world, 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_place_that_takes_no_file_is_refused_before_any_scan_is_predicted(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, "predict_scan", None)
+    (tmp_path / "file").touch()
+    for out, args in (
+        (tmp_path / "file", ()),
+        (tmp_path / "file" / "out", ()),
+        (Path("/proc/out"), ()),
+        (tmp_path / "out", ("--report", str(tmp_path / "file" / "volumes.csv"))),
+    ):
+        with pytest.raises(UserError, match=r"cannot write (/proc/out|.*file.*): .*\. Choose another folder\."):
+            predicted(world / "runs" / "dtml", [scan(world)], out, *args)
+    assert os.listdir(tmp_path) == ["file"]
+
+
 def test_checkpoints_that_cannot_be_averaged_are_refused(world, tmp_path):
     first = world / "runs" / "dtml"
     for args, message in (

@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import socket
+import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -68,6 +69,13 @@ def _cannot_write(path: Path, advice: str) -> Iterator[None]:
     except (OSError, RuntimeError) as e:  # h5py and ITK raise the second for a full disk
         reason = getattr(e, "strerror", None) or str(e).strip().rpartition("\n")[2]
         raise UserError(f"cannot write {path}: {reason}. {advice}") from e
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Raises UserError if a folder, which need not be there yet, takes no new file. It is left as it is."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    with _cannot_write(folder, "Choose another folder."):
+        tempfile.TemporaryFile(dir=there).close()
 
 
 def write_whole(path: Path, data: bytes | memoryview) -> None:
