@@ -73,6 +73,7 @@ LA_RUNS = {
     "plus-alone-80": f"--method dtml-plus --labeled 80 --batch-size 4 {BF16}",
     **{f"{name}-8": f"--method {name} {TUNED} --labeled 8 {BF16}" for name in RECENT},
     "bcp-alone-8": f"--method bcp {TUNED} --labeled 8 --unlabeled 0 {BF16}",  # labeled crops pasted into each other
+    "cps-alone-8": f"--method cps {TUNED} --labeled 8 --unlabeled 0 {BF16}",  # two V-Nets that do not see each other
     **{f"{name}-tuned-8": f"--method {name} {TUNED} --labeled 8 {'' if name in IN_FP32 else BF16}" for name in PAPER},
     "supervised-sdm-tuned-16": f"--method supervised --head sdm --k 50 {TUNED} {AS_PUBLISHED} --labeled 16",
     "tuned-8": f"--method dtml {TUNED} {AS_PUBLISHED} {JOINT} --labeled 8",
@@ -151,6 +152,7 @@ def method_rows(n: int, scans: int, others: Sequence[str], softmax: str = "") ->
     both = f"{n} / {scans - n}"
     return [
         Row("V-Net", f"{n} / 0", f"supervised-{softmax or 'normalized-'}{n}"),
+        *([Row("V-Net, mean of two", f"{n} / 0", f"cps-alone-{n}", output="mean")] if "cps" in others else []),
         *(Row(PAPER[name], both, f"{name}-tuned-{n}", output="seg") for name in others if name in PAPER),
         Row("DTML", both, f"dtml-tuned-{n}" if others else f"tuned-normalized-{n}"),
         *([Row("BCP, labeled scans alone", f"{n} / 0", f"bcp-alone-{n}")] if "bcp" in others else []),

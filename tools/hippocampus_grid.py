@@ -10,7 +10,7 @@ HIPPOCAMPUS_RUNS = {  # with LA's settings, but for those of the profile
     "supervised-softmax-8": LA_RUNS["supervised-normalized-8"],
     "plus-softmax-8": LA_RUNS["plus-8"],
     "plus-alone-softmax-8": LA_RUNS["plus-alone-8"],
-    **{key: LA_RUNS[key] for key in ("dtml-tuned-8", "bcp-alone-8")},
+    **{key: LA_RUNS[key] for key in ("dtml-tuned-8", "bcp-alone-8", "cps-alone-8")},
     **{key: LA_RUNS[key] for key in (f"{name}-tuned-8" if name in PAPER else f"{name}-8" for name in SEVERAL)},
     "supervised-softmax-bf16-8": LA_RUNS["supervised-normalized-bf16-8"],
     "supervised-softmax-208": f"--method supervised {TUNED} --labeled 208",
