@@ -152,10 +152,10 @@ def method_rows(n: int, scans: int, others: Sequence[str], softmax: str = "") ->
     both = f"{n} / {scans - n}"
     return [
         Row("V-Net", f"{n} / 0", f"supervised-{softmax or 'normalized-'}{n}"),
-        *([Row("V-Net, mean of two", f"{n} / 0", f"cps-alone-{n}", output="mean")] if "cps" in others else []),
         *(Row(PAPER[name], both, f"{name}-tuned-{n}", output="seg") for name in others if name in PAPER),
         Row("DTML", both, f"dtml-tuned-{n}" if others else f"tuned-normalized-{n}"),
         *([Row("BCP, labeled scans alone", f"{n} / 0", f"bcp-alone-{n}")] if "bcp" in others else []),
+        *([Row("V-Net, mean of two", f"{n} / 0", f"cps-alone-{n}", output="mean")] if "cps" in others else []),
         *(
             Row(RECENT[name], both, f"{name}-{n}", output="teacher_1" if name == "ad-mt" else "seg")
             for name in others
