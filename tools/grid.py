@@ -154,8 +154,8 @@ def method_rows(n: int, scans: int, others: Sequence[str], softmax: str = "") ->
         Row("V-Net", f"{n} / 0", f"supervised-{softmax or 'normalized-'}{n}"),
         *(Row(PAPER[name], both, f"{name}-tuned-{n}", output="seg") for name in others if name in PAPER),
         Row("DTML", both, f"dtml-tuned-{n}" if others else f"tuned-normalized-{n}"),
-        *([Row("BCP, labeled scans alone", f"{n} / 0", f"bcp-alone-{n}")] if "bcp" in others else []),
-        *([Row("V-Net, mean of two", f"{n} / 0", f"cps-alone-{n}", output="mean")] if "cps" in others else []),
+        *([Row("BCP, labeled scans alone", f"{n} / 0", f"bcp-alone-{n}")] * ("bcp" in others)),
+        *([Row("Two V-Nets, labeled scans alone", f"{n} / 0", f"cps-alone-{n}", output="mean")] * ("cps" in others)),
         *(
             Row(RECENT[name], both, f"{name}-{n}", output="teacher_1" if name == "ad-mt" else "seg")
             for name in others
