@@ -192,7 +192,7 @@ class Separator(nn.Module):
             with torch.no_grad():
                 score = w(h)
             chosen, found = best(h, score if largest else -score, (label == c) & (predicted[:L] == c), prototypes)
-            q = weighted_mean(chosen, (v(chosen).sigmoid() if v else 1.0) * found.to(h.dtype))
+            q = weighted_mean(chosen, (found_alone(v, chosen, found).sigmoid() if v else 1.0) * found.to(h.dtype))
             weight = each(w, z.detach()).sigmoid() * (labels == c)[:, None]
             for part in (slice(L), slice(L, None)):
                 mean = weighted_mean(z[part], weight[part], length[part])
@@ -210,14 +210,29 @@ def best(h: Tensor, score: Tensor, mask: Tensor, number: int) -> tuple[Tensor, T
         mask: (L,W,H,D) of bool.
 
     Returns:
-        Features (1,channels,n,1,1), 0 where the mask has no more, and whether each is one, (1,1,n,1,1). n is `number`,
-        or as many as the mask has, but at least 2.
+        Features (1,channels,number,1,1), 0 where the mask has no more, and whether each is one, (1,1,number,1,1). There
+        are fewer than `number` if the crops have fewer voxels.
     """
-    n = max(2, min(number, int(mask.sum())))  # no more, as batch norm of v would count them; it needs two
-    scores, places = score.flatten().masked_fill(~mask.flatten(), -torch.inf).topk(n)
+    scores, places = score.flatten().masked_fill(~mask.flatten(), -torch.inf).topk(min(number, mask.numel()))
     found = (scores > -torch.inf).view(1, 1, -1, 1, 1)
     features = F.normalize(h.transpose(0, 1).flatten(1)[:, places], dim=0)[None, :, :, None, None]
     return torch.where(found, features, 0), found
+
+
+def found_alone(v: nn.Module, chosen: Tensor, found: Tensor) -> Tensor:
+    """v of the prototypes (1,channels,n,1,1), with the mean and variance of batch norm over the `found` ones alone.
+
+    How many there are stays on the device.
+    """
+    first, norm, *rest = v.children()
+    assert isinstance(norm, nn.BatchNorm3d)
+    x, n = first(chosen), found.sum().clamp(min=1)
+    x = x - (x * found).sum(dim=2, keepdim=True) / n
+    variance = (x * found).square().sum(dim=2, keepdim=True) / n
+    x = x * (variance + norm.eps).rsqrt() * norm.weight.view(1, -1, 1, 1, 1) + norm.bias.view(1, -1, 1, 1, 1)
+    for layer in rest:
+        x = layer(x)
+    return x
 
 
 def weighted_mean(x: Tensor, weight: Tensor, length: Tensor | float = 1.0) -> Tensor:
