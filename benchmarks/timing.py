@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dataloaders.cases import LA_FOLDER, Case, find_cases, has_label, lists_of, read_case, together
+from dataloaders.cases import LA_FOLDER, Case, find_cases, has_label, read_case, together
+from dataloaders.lists import lists_of
 from dataloaders.normalization import NONE, Normalization, normalized, normalized_case
 from dataloaders.phantom import make_phantom_set, phantom
 from dataloaders.training import is_phantom

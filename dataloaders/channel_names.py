@@ -12,8 +12,9 @@ from typing import Any
 
 import h5py
 
-from dataloaders.cases import case_file, lists_of
+from dataloaders.cases import case_file
 from dataloaders.class_names import DATASET, read_dataset
+from dataloaders.lists import lists_of
 from utils.errors import UserError
 
 

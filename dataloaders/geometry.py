@@ -11,7 +11,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from dataloaders.cases import FILE_NAME, LA_SPLITS, LA_SUBFOLDER, Case, CaseError, read_list
+from dataloaders.cases import FILE_NAME, LA_SUBFOLDER, Case, CaseError
+from dataloaders.lists import LA_SPLITS, read_list
 from utils.text import read_text
 
 LA_SPACING = (0.625, 0.625, 0.625)  # mm, of the cases in the published lists

@@ -5,25 +5,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dataloaders.cases import (
-    LA_FOLDER,
-    LA_SPLITS,
-    MOST_CLASSES,
-    PHANTOM_FOLDER,
-    VALIDATION,
-    Case,
-    Problem,
-    case_file,
-    find_cases,
-    has_label,
-    lists_of,
-    read_list,
-    validation_of,
-)
+from dataloaders.cases import LA_FOLDER, MOST_CLASSES, PHANTOM_FOLDER, Case, Problem, case_file, find_cases, has_label
 from dataloaders.class_names import class_names
 from dataloaders.findings import Facts
 from dataloaders.folds import split_fold
 from dataloaders.geometry import known_spacing
+from dataloaders.lists import LA_SPLITS, VALIDATION, lists_of, read_list, validation_of
 from dataloaders.patients import others_of, patients_of
 from dataloaders.phantom import make_phantom_set
 from utils.distributed import RANK

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from dataloaders.cases import Case, CaseError, check_all, find_cases, lists_of, read_case
+from dataloaders.cases import Case, CaseError, check_all, find_cases, read_case
 from dataloaders.fingerprints import DIGITS, alike, fingerprint
 from dataloaders.geometry import known_spacing, read_geometry
+from dataloaders.lists import lists_of
 from dataloaders.normalization import OF_RAW, Normalization, scalings_of_case
 from dataloaders.orientation import known_orientation
 from utils.run_folder import digest

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from scans import OBLIQUE, ball, converted, make_scans, turned, write
 
-from dataloaders.cases import Case, find_cases, lists_of, read_case
+from dataloaders.cases import Case, find_cases, read_case
 from dataloaders.class_names import class_names
 from dataloaders.geometry import read_geometry
 from dataloaders.images import read_image, to_physical
+from dataloaders.lists import lists_of
 from tools import convert
 from tools.case_of_scan import MARGINS, SMALLEST, Job, crop_box, map_labels
 from tools.sources import Source, read_manifest

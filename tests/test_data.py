@@ -11,8 +11,9 @@ import torch
 from conftest import make_set, write_case
 
 from dataloaders.augmentation import Draw, draw_augmentation, turn_and_flip
-from dataloaders.cases import Case, CaseError, find_cases, lists_of, read_case
+from dataloaders.cases import Case, CaseError, find_cases, read_case
 from dataloaders.geometry import known_spacing, read_geometry
+from dataloaders.lists import lists_of
 from dataloaders.two_stream import Patches, Slot, TwoStreamBatchSampler, collate, make_loader
 from dataloaders.volumes import Volumes
 from losses.sdm import signed_distance_map

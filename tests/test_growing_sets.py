@@ -9,7 +9,7 @@ import h5py
 import pytest
 from scans import add, converted, decathlon, make_scans, names
 
-from dataloaders.cases import lists_of
+from dataloaders.lists import lists_of
 from tools import check, convert
 from tools.set_lists import PreviousLists, extended_lists
 from tools.sources import Source

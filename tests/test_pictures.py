@@ -12,7 +12,8 @@ from PIL import Image
 
 import test_la
 import train_dtml
-from dataloaders.cases import Case, case_file, lists_of, read_case
+from dataloaders.cases import Case, case_file, read_case
+from dataloaders.lists import lists_of
 from evaluation.figures import ComparedCase, MapsRow, as_png, draw_comparison, draw_maps
 from evaluation.graphs import draw_labels
 from methods.base import by_name

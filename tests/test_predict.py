@@ -19,8 +19,9 @@ from scipy import ndimage
 import predict
 import test_la
 import train_dtml
-from dataloaders.cases import LA_SPLITS, LA_SUBFOLDER, Case, lists_of, read_list
+from dataloaders.cases import LA_SUBFOLDER, Case
 from dataloaders.images import read_image, read_label, to_physical
+from dataloaders.lists import LA_SPLITS, lists_of, read_list
 from dataloaders.training import median_spacing
 from methods import METHODS
 from tools import convert

@@ -26,8 +26,8 @@ from scipy.ndimage import gaussian_filter
 import predict
 import test_la
 import train_dtml
-from dataloaders.cases import lists_of, validation_of
 from dataloaders.images import read_image, read_label
+from dataloaders.lists import lists_of, validation_of
 from tools import check, convert
 from tools.split import count_to_test, count_to_validate
 from utils.checkpoint import load_checkpoint

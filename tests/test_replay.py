@@ -13,7 +13,8 @@ import torch
 from conftest import ROOT, TINY, make_set, method_words, write_case
 
 import train_dtml
-from dataloaders.cases import LA_SPLITS, PHANTOM_FOLDER
+from dataloaders.cases import PHANTOM_FOLDER
+from dataloaders.lists import LA_SPLITS
 from dataloaders.training import is_phantom, usual_labeled
 from methods import METHODS, restore
 from tools import command_line

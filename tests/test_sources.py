@@ -10,9 +10,10 @@ import pytest
 import SimpleITK as sitk
 from scans import DECATHLON, NNUNET, OBLIQUE, SHAPE, add, converted, decathlon, make_scans, names, write
 
-from dataloaders.cases import Case, lists_of, read_case
+from dataloaders.cases import Case, read_case
 from dataloaders.class_names import class_names
 from dataloaders.images import read_image
+from dataloaders.lists import lists_of
 from utils.errors import UserError
 
 # -- layouts --

@@ -20,10 +20,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dataloaders.cases import FILE_NAME, MOST_CLASSES, Case, find_cases, has_label, lists_of, validation_of
+from dataloaders.cases import FILE_NAME, MOST_CLASSES, Case, find_cases, has_label
 from dataloaders.channel_names import channel_names_in
 from dataloaders.class_names import DATASET, class_names, read_dataset
 from dataloaders.findings import LEVELS, Facts, Finding, findings_of, memory_gib
+from dataloaders.lists import lists_of, validation_of
 from dataloaders.training import is_phantom, refuse_patch, usual_classes, usual_labeled
 from methods import METHODS
 from networks.heads import HALVINGS, side_multiples

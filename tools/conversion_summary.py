@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Container, Sequence
 from pathlib import Path
 
-from dataloaders.cases import LA_SPLITS, read_list
 from dataloaders.class_names import DATASET, named_classes
+from dataloaders.lists import LA_SPLITS, read_list
 from tools.case_of_scan import Outcome
 from tools.set_lists import PreviousLists
 from tools.sources import SourceSet, paths_text

@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
-from dataloaders.cases import MOST_CLASSES, Case, check_all, find_cases, lists_of, read_case, usual_folder
+from dataloaders.cases import MOST_CLASSES, Case, check_all, find_cases, read_case, usual_folder
 from dataloaders.findings import Facts, duplicates, facts_of, findings_of, memory_gib, with_spacing
+from dataloaders.lists import lists_of
 from dataloaders.training import usual_classes
 from utils.devices import GIB, cores, nvidia_card, total_memory_gib, why_no_cuda
 from utils.errors import UserError, run

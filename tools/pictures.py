@@ -31,9 +31,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dataloaders.cases import Case, labeled_case, lists_of, named, read_case
+from dataloaders.cases import Case, labeled_case, named, read_case
 from dataloaders.class_names import named_classes
 from dataloaders.geometry import read_geometry
+from dataloaders.lists import lists_of
 from dataloaders.normalization import normalization_of, normalized_case
 from dataloaders.orientation import viewing_turn
 from evaluation.drawing import Figure

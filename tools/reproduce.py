@@ -16,7 +16,7 @@ metrics are copied to RESULTS/PROFILE/KEY-seedSEED. Such a record counts only if
 import sys
 from pathlib import Path
 
-from dataloaders.cases import lists_of
+from dataloaders.lists import lists_of
 from tools.make_runs import make_missing, submit
 from tools.runs import Options, data_of, print_list, select
 from tools.tables import print_tables

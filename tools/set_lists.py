@@ -4,8 +4,9 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dataloaders.cases import case_file, has_label, lists_of, read_list, validation_of
+from dataloaders.cases import case_file, has_label
 from dataloaders.class_names import DATASET
+from dataloaders.lists import lists_of, read_list, validation_of
 from utils.checkpoint import write_whole
 from utils.run_folder import read_json, write_json
 

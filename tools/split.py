@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
-from dataloaders.cases import LA_SPLITS, read_list
+from dataloaders.lists import LA_SPLITS, read_list
 from dataloaders.patients import patients_by_name, patients_of, refuse_shared
 from tools.set_lists import SPLITS, PreviousLists
 from tools.sources import Source, SourceSet

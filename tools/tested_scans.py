@@ -5,8 +5,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dataloaders.cases import VALIDATION, lists_of, validation_of
 from dataloaders.folds import split_fold
+from dataloaders.lists import VALIDATION, lists_of, validation_of
 from dataloaders.patients import others_of, patients_of
 from utils.errors import UserError
 from utils.text import did_you_mean

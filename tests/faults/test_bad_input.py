@@ -10,7 +10,8 @@ from refusals import SHAPE, edit, flags, image, refuse, train
 
 import test_la
 import train_dtml
-from dataloaders.cases import find_cases, read_case, read_list
+from dataloaders.cases import find_cases, read_case
+from dataloaders.lists import read_list
 from methods import METHODS
 from tools import command_line
 from utils.errors import UserError

@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from refusals import bounded_memory
 
-from dataloaders.cases import Case, CaseError, case_file, find_cases, read_case, read_list
+from dataloaders.cases import Case, CaseError, case_file, find_cases, read_case
 from dataloaders.geometry import read_geometry
+from dataloaders.lists import read_list
 from tools.command_line import read_options
 from utils.errors import UserError
 from utils.options import Parser
