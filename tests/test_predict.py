@@ -1,7 +1,6 @@
 """Predictions of own scans: in their own place and format, the same numbers as test_la.py, and what is refused."""
 
 import csv
-import dataclasses
 import os
 import shutil
 from pathlib import Path
@@ -12,17 +11,15 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import TINY, make_set, write_case
+from conftest import TINY, make_set
 from scans import OBLIQUE, ball, make_scans, write
 from scipy import ndimage
 
 import predict
 import test_la
 import train_dtml
-from dataloaders.cases import LA_SUBFOLDER, Case
 from dataloaders.images import read_image, read_label, to_physical
-from dataloaders.lists import LA_SPLITS, lists_of, read_list
-from dataloaders.training import median_spacing
+from dataloaders.lists import lists_of
 from methods import METHODS
 from tools import convert
 from utils.checkpoint import load_checkpoint
@@ -341,21 +338,3 @@ def test_a_checkpoint_without_spacing_leaves_scans_at_theirs(world, usual, tmp_p
     assert "does not state the spacing" in capsys.readouterr().err
     own = probability_of([world / "runs" / "dtml"], scan(world), tmp_path / "own", "--spacing", "0.8", "1", "1.7")
     assert (old == own).all() and (old != usual).any()
-
-
-def test_a_checkpoint_tells_the_median_spacing_of_its_labeled_cases(tmp_path):
-    cases = []
-    for i, x in enumerate((0.5, 2.0, 0.7, 9.0)):
-        path = tmp_path / f"c{i}.h5"
-        write_case(path, np.random.random((4, 4, 4)), None, spacing=(x, 1.0, 2 * x))
-        cases.append(Case(f"c{i}", path, labeled=i < 3))
-    assert median_spacing(cases) == [0.7, 1.0, 1.4]
-    write_case(tmp_path / "c1.h5", np.random.random((4, 4, 4)), None)
-    assert median_spacing(cases) is None
-    in_la = [dataclasses.replace(case, path=tmp_path / LA_SUBFOLDER / case.path.name) for case in cases]
-    for case in in_la:
-        write_case(case.path, np.random.random((4, 4, 4)), None)
-    assert median_spacing(in_la) is None  # a folder's name declares nothing, the names of the published scans do
-    names = read_list(LA_SPLITS / "train.list")
-    published = [dataclasses.replace(c, name=n) for c, n in zip(in_la, names, strict=False)]
-    assert median_spacing(published) == [0.625] * 3

@@ -1,5 +1,6 @@
 """What a run says at its start, a finished run that goes further, and flags and folders that belong elsewhere."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -9,13 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, csv_rows, load, make_set
+from conftest import TINY, csv_rows, load, make_set, write_case
 from scans import make_scans
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 
 import predict
 import train_dtml
+from dataloaders.cases import LA_SUBFOLDER, Case
+from dataloaders.lists import LA_SPLITS, read_list
+from dataloaders.training import median_spacing
 from evaluation.slices import LABEL, PREDICTION, panels
 from losses.ramps import ramp_up
 from methods import restore
@@ -204,3 +208,21 @@ def test_the_caption_of_a_narrow_picture_is_wrapped_and_not_cut_off():
         dark = (picture < 128).all(axis=2)
         rows, columns = np.nonzero(dark[: len(picture) - 290])  # above the panels and their names
         assert rows.size > 300 and rows.min() > 0 and columns.max() < picture.shape[1] - 5
+
+
+def test_a_checkpoint_tells_the_median_spacing_of_its_labeled_cases(tmp_path):
+    cases = []
+    for i, x in enumerate((0.5, 2.0, 0.7, 9.0)):
+        path = tmp_path / f"c{i}.h5"
+        write_case(path, np.random.random((4, 4, 4)), None, spacing=(x, 1.0, 2 * x))
+        cases.append(Case(f"c{i}", path, labeled=i < 3))
+    assert median_spacing(cases) == [0.7, 1.0, 1.4]
+    write_case(tmp_path / "c1.h5", np.random.random((4, 4, 4)), None)
+    assert median_spacing(cases) is None
+    in_la = [dataclasses.replace(case, path=tmp_path / LA_SUBFOLDER / case.path.name) for case in cases]
+    for case in in_la:
+        write_case(case.path, np.random.random((4, 4, 4)), None)
+    assert median_spacing(in_la) is None  # a folder's name declares nothing, the names of the published scans do
+    names = read_list(LA_SPLITS / "train.list")
+    published = [dataclasses.replace(c, name=n) for c, n in zip(in_la, names, strict=False)]
+    assert median_spacing(published) == [0.625] * 3
