@@ -6,38 +6,51 @@
 The roofline (Williams, Waterman & Patterson 2009) is the lower one of two limits: the rate of the arithmetic, and what
 the memory delivers if every input is read once and every output written once. The first table has both limits, as
 measured here. That of the arithmetic is the rate of a large matrix product, or of a convolution whose maps stay in the
-cache if that is faster. The second table has the convolutions of one step, timed by torch's profiler within the step:
-`of roofline` is the time at the roofline divided by the time taken. The third has where the step's time goes.
+cache if that is faster. The second table has the convolutions of one step, timed within the step: `of roofline` is the
+time at the roofline divided by the time taken. The third has where the step's time goes, and how long its convolutions
+would take at the roofline.
 """
 
 import dataclasses
+import inspect
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.benchmark import Timer
 
 from benchmarks.timing import table
 from methods import METHODS
 from networks.backbone import set_precision
+from networks.batch_norm import _Normalise
+from networks.convolution import _Transposed
 from utils.devices import keep_freed_memory
 from utils.errors import run
 from utils.options import fill, option, read_flags
 
-FORWARD, BACKWARD = "aten::convolution", "aten::convolution_backward"
+FORWARD, BACKWARD = "convolution", "convolution_backward"
 PARTS = {
     "convolutions, forward": (FORWARD,),
     "convolutions, backward": (BACKWARD,),
-    "batch norm, forward": ("_Normalise", "aten::native_batch_norm"),
-    "batch norm, backward": ("_NormaliseBackward", "aten::native_batch_norm_backward"),
-    "ReLU": ("aten::relu", "aten::relu_", "aten::threshold_backward"),
+    "batch norm, forward": ("_Normalise.forward", "native_batch_norm"),
+    "batch norm, backward": ("_Normalise.backward", "native_batch_norm_backward"),
+    "ReLU": ("relu", "relu_", "threshold_backward"),
 }
-"""Part of a step -> the names that torch's profiler has for it; batch norm in bf16 is torch's own."""
+"""Part of a step -> the names of its operations. In bf16 batch norm is torch's own."""
+OURS = {
+    _Normalise.forward.__code__: "_Normalise.forward",
+    _Normalise.backward.__code__: "_Normalise.backward",
+    inspect.unwrap(_Transposed.backward).__code__: BACKWARD,
+}
+"""Code -> the name under which all its operations count."""
+WARM = 3
+"""Steps before those that are timed; they still ask the system for memory."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -89,6 +102,10 @@ class Layer(NamedTuple):
         """Numbers that the forward pass reads or writes, each once."""
         return math.prod(self.image) + math.prod(self.kernel) + math.prod(self.output)
 
+    def best(self, precision: str, peak: float, memory: float) -> float:
+        """Seconds of the forward pass at the roofline: `peak` in FLOP/s, `memory` in bytes/s."""
+        return max(self.flops() / peak, self.numbers() * DTYPES[precision].itemsize / memory)
+
 
 def peak_rate(side: int, dtype: torch.dtype) -> float:
     """FLOP/s of the product of two square matrices, or of a convolution of 64 channels if that is faster."""
@@ -111,35 +128,69 @@ def seconds_of(call: Callable[[], Any]) -> float:
     return timer.blocked_autorange().median
 
 
-def profiled(step: Callable[[], Any], rounds: int) -> tuple[dict[str, dict[Layer, list[float]]], dict[str, float]]:
+class Timed(TorchDispatchMode):
+    """Times each of torch's operations on a CPU, forward and backward.
+
+    torch's profiler is of no use here. It keeps small pieces of memory between the maps, so that each step asks the
+    system for new pages, and clearing these takes as long as the operations.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds: dict[str, float] = defaultdict(float)
+        """Name of an operation -> seconds of all its calls."""
+        self.layers: dict[str, dict[Layer, tuple[int, float]]] = {FORWARD: {}, BACKWARD: {}}
+        """Pass -> layer -> operations, and their seconds."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        began = time.perf_counter()
+        out = func(*args, **(kwargs or {}))
+        seconds = time.perf_counter() - began
+        name, frame = func.overloadpacket.__name__, inspect.currentframe()
+        while frame is not None and frame.f_code not in OURS:
+            frame = frame.f_back
+        if frame is not None:
+            name = OURS[frame.f_code]
+        self.seconds[name] += seconds
+        if name in self.layers and frame is None:
+            at = 1 if name == BACKWARD else 0  # the backward pass begins with the gradient of the output
+            self.add(name, args[at], args[at + 1], seconds)
+        elif name in self.layers and frame is not None and "weight" in frame.f_locals:  # not while it unpacks these
+            self.add(name, frame.f_locals["x"], frame.f_locals["weight"], seconds)
+        return out
+
+    def add(self, name: str, image: Tensor, kernel: Tensor, seconds: float) -> None:
+        """Notes an operation of a layer."""
+        layer = Layer(tuple(image.shape), tuple(kernel.shape))
+        count, before = self.layers[name].get(layer, (0, 0.0))
+        self.layers[name][layer] = count + 1, before + seconds
+
+
+def timed(step: Callable[[], Any], rounds: int) -> tuple[dict[str, dict[Layer, list[float]]], dict[str, float]]:
     """Runs a step several times -> pass -> layer -> calls in a step and seconds of each; part -> seconds of a step."""
-    step()
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as kept:
+    with Timed():
+        for _ in range(WARM):
+            step()
+    with Timed() as kept:
         began = time.perf_counter()
         for _ in range(rounds):
             step()
         whole = (time.perf_counter() - began) / rounds
-    layers: dict[str, dict[Layer, list[float]]] = {FORWARD: {}, BACKWARD: {}}
-    for event in kept.key_averages(group_by_input_shape=True):
-        if event.key in layers:
-            # the backward pass begins with the gradient of the output
-            image, kernel = event.input_shapes[event.key == BACKWARD :][:2]
-            layers[event.key][Layer(tuple(image), tuple(kernel))] = [
-                event.count / rounds,
-                event.cpu_time_total / event.count / 1e6,
-            ]
-    total = {event.key: event.cpu_time_total / rounds / 1e6 for event in kept.key_averages()}
-    parts = {part: sum(total.get(name, 0.0) for name in names) for part, names in PARTS.items()}
+    calls = {layer: count for layer, (count, _) in kept.layers[FORWARD].items()}
+    layers = {
+        name: {layer: [calls[layer] / rounds, seconds / calls[layer]] for layer, (_, seconds) in of.items()}
+        for name, of in kept.layers.items()
+    }
+    parts = {part: sum(kept.seconds[name] for name in names) / rounds for part, names in PARTS.items()}
     return layers, parts | {"all else": whole - sum(parts.values()), "step": whole}
 
 
 def layer_rows(precision: str, layers: dict[str, dict[Layer, list[float]]], peak: float, memory: float) -> list[list]:
     """A row for each layer: rates in GFLOP/s, and their shares of the roofline."""
     rows = []
-    size = DTYPES[precision].itemsize
     for layer, (count, forward) in layers[FORWARD].items():
         _, backward = layers[BACKWARD][layer]
-        best = max(layer.flops() / peak, layer.numbers() * size / memory)
+        best = layer.best(precision, peak, memory)
         rows.append([
             precision, f"{layer.image[1]} to {layer.output[1]}, kernel {layer.kernel[2]}",
             "x".join(map(str, layer.image[2:])), round(count), layer.flops() / 1e9,
@@ -170,11 +221,16 @@ def main(argv: list[str] | None = None) -> None:
         total: Tensor = method(batch, 0).total
         total.backward()
 
-    rows, times = [], {}
+    rows, times, floors = [], {}, {}
     for precision in DTYPES:
         set_precision(method, precision, training=True)
-        layers, times[precision] = profiled(step, o.rounds)
-        rows += layer_rows(precision, layers, peaks[precision], memory)
+        layers, times[precision] = timed(step, o.rounds)
+        limits_of = peaks[precision], memory
+        rows += layer_rows(precision, layers, *limits_of)
+        floors[precision] = sum(
+            count * (1 + layer.products) * layer.best(precision, *limits_of)
+            for layer, (count, _) in layers[FORWARD].items()
+        )
     head = ["precision", "channels", "input", "calls", "GFLOP", "forward GFLOP/s", "of roofline", "backward GFLOP/s",
             "of roofline"]  # fmt: skip
     print("\n" + table(head, rows))
@@ -182,6 +238,12 @@ def main(argv: list[str] | None = None) -> None:
     shares = [
         [part, *(cell for of in both for cell in (of[part], f"{of[part] / of['step']:.0%}"))] for part in times["fp32"]
     ]
+    shares.append(
+        [
+            "convolutions at the roofline",
+            *(c for p in DTYPES for c in (floors[p], f"{floors[p] / times[p]['step']:.0%}")),
+        ]
+    )
     print("\n" + table(["part", "fp32 s", "share", "bf16 s", "share"], shares))
 
 

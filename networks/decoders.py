@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from networks.backbone import Backbone
-from networks.convolution import Conv3d
+from networks.convolution import Conv3d, ConvTranspose3d
 from networks.heads import Stride
 
 UPS = ("transposed", "trilinear", "nearest")
@@ -72,7 +72,7 @@ def upsampling(up: str, channels: int, stride: Stride = (2, 2, 2), *, bias: bool
         stride: 1 or 2 along x, y, z.
     """
     if up == "transposed":
-        return nn.ConvTranspose3d(channels, channels // 2, stride, stride=stride, bias=bias)
+        return ConvTranspose3d(channels, channels // 2, stride, stride=stride, bias=bias)
     return nn.Sequential(Doubled(up, stride), Conv3d(channels, channels // 2, 3, padding=1, bias=bias))
 
 

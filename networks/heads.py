@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from networks.batch_norm import BatchNorm3d
@@ -20,7 +21,8 @@ ACTIVATIONS = {"seg": nn.Identity, "sdm": nn.Tanh}
 class Pointwise(nn.Conv3d):
     """A 1x1x1 convolution, computed as a matrix product.
 
-    On one CPU thread it is about four times as fast as torch's, and the gradient of its weights is more accurate.
+    On one CPU thread it is several times as fast as torch's, and the gradient of its weights is more accurate. Maps in
+    channels_last_3d are multiplied crop by crop, as torch's product of many matrices is slow with such long ones.
     """
 
     def __init__(self, channels_in: int, channels: int):
@@ -28,10 +30,13 @@ class Pointwise(nn.Conv3d):
 
     def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
         """x (N,in,W,H,D), and factors (N,in,1,1,1) of its channels, such as those of dropout -> (N,out,W,H,D)."""
-        weight = self.weight.flatten(1).expand(len(x), -1, -1)
-        weight = weight if kept is None else weight * kept.view(len(x), 1, -1)
         assert self.bias is not None
-        y = torch.bmm(x.flatten(2).mT, weight.mT.contiguous()) + self.bias
+        weights = self.weight.flatten(1).expand(len(x), -1, -1)
+        weights = weights if kept is None else weights * kept.view(len(x), 1, -1)
+        if x.is_contiguous(memory_format=torch.channels_last_3d):
+            crops = zip(x.movedim(1, -1), weights, strict=True)
+            return torch.stack([F.linear(crop, weight, self.bias) for crop, weight in crops]).movedim(-1, 1)
+        y = torch.bmm(x.flatten(2).mT, weights.mT.contiguous()) + self.bias
         return y.mT.unflatten(2, x.shape[2:])
 
 

@@ -15,6 +15,7 @@ from benchmarks import data, memory, metrics, precision, roofline, scale, sdm, s
 from benchmarks import methods as bench
 from benchmarks.timing import labeled_cases, side_by_side, table
 from methods import METHODS
+from networks.batch_norm import BatchNorm3d
 from tools import command_line
 from utils.errors import UserError
 
@@ -89,7 +90,7 @@ PARTS = {  # module: words, rows of its tables, the heads of further tables amon
     step: (["--data", "set", "--patch-size", "16", "16", "16", "--filters", "2"], 3 + 4),
     roofline: (
         ["--patch-size", "16", "16", "16", "--filters", "2", "--side", "64", "--mebibytes", "1"],
-        2 + (2 + 28) + (2 + 7),
+        2 + (2 + 28) + (2 + 8),
     ),
     window: (["--checkpoint", "run", "--data", "set", "--scans", "2", "--overlaps", "0.5", "--threads", "1"], 5 + 6),
 }
@@ -142,11 +143,23 @@ def test_the_operations_of_a_step_are_those_that_torch_counts():
     with counter:
         method(batch, 0).total.backward()
     counted = counter.get_flop_counts()["Global"]
-    layers, parts = roofline.profiled(lambda: method(batch, 0).total.backward(), rounds=2)
+    layers, parts = roofline.timed(lambda: method(batch, 0).total.backward(), rounds=2)
     forward, backward = layers[roofline.FORWARD], layers[roofline.BACKWARD]
     assert forward.keys() == backward.keys() and len(forward) == 14
     assert sum(count * layer.flops() for layer, (count, _) in forward.items()) == counted[torch.ops.aten.convolution]
-    sums = sum(count * layer.products * layer.flops() for layer, (count, _) in backward.items())
-    assert sums == counted[torch.ops.aten.convolution_backward]
+    sums = {of: sum(count * layer.products * layer.flops() for layer, (count, _) in backward.items()
+                    if layer.transposed == of) for of in (False, True)}  # fmt: skip
+    assert sums[False] == counted[torch.ops.aten.convolution_backward]
+    head = 2 * batch["image"].numel() * method.options.filters  # its gradients are matrix products, too
+    assert sums[True] == counted[torch.ops.aten.mm] - 2 * head
     assert sum(value for part, value in parts.items() if part != "step") == pytest.approx(parts["step"])
     assert min(parts.values()) > 0
+
+
+def test_the_operations_of_our_own_batch_norm_count_as_its_own():
+    x = torch.randn(2, 4, 8, 8, 8).to(memory_format=torch.channels_last_3d).requires_grad_()
+    norm = BatchNorm3d(4).train()
+    with roofline.Timed() as kept:
+        norm(x).backward(torch.ones_like(x))
+    assert kept.seconds["_Normalise.forward"] > 0 and kept.seconds["_Normalise.backward"] > 0
+    assert not kept.seconds.keys() & {"addcmul", "addcmul_", "rsqrt"}

@@ -10,6 +10,7 @@ from torch import nn
 
 from networks.backbone import uncounted
 from networks.batch_norm import CHUNK, BatchNorm3d
+from networks.convolution import ConvTranspose3d
 from networks.vnet import VNet, parameter_count
 from utils.errors import UserError
 
@@ -119,6 +120,43 @@ def test_passes_in_two_layouts_before_one_backward_pass(order):
         torch.testing.assert_close(a.grad, b.grad, msg=name)
     for (name, a), (_, b) in zip(ours.named_buffers(), plain.named_buffers(), strict=True):
         torch.testing.assert_close(a, b, msg=name)
+
+
+# -- the transposed convolution --
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, LAST])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("stride", [(2, 2, 2), (2, 1, 2), (1, 2, 2)])
+def test_the_transposed_convolution_is_torch_s_with_its_gradients_in_float64(stride, bias, layout):
+    torch.manual_seed(0)
+    ours = ConvTranspose3d(3, 2, stride, stride=stride, bias=bias).double()
+    plain = nn.ConvTranspose3d(3, 2, stride, stride=stride, bias=bias).double()
+    plain.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 3, 4, 3, 5, dtype=torch.float64).to(memory_format=layout)
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y, expected = ours(a), plain(b)
+    assert torch.equal(y, expected)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    expected.backward(grad)
+    torch.testing.assert_close(a.grad, b.grad)
+    for p, q in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_the_transposed_convolution_s_gradient_of_the_weights_is_nearer_to_float64_than_torch_s():
+    torch.manual_seed(0)
+    ours, plain = ConvTranspose3d(16, 8, 2, stride=2), nn.ConvTranspose3d(16, 8, 2, stride=2)
+    plain.load_state_dict(ours.state_dict())
+    exact = nn.ConvTranspose3d(16, 8, 2, stride=2).double()
+    exact.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 16, 32, 32, 24).to(memory_format=LAST)
+    grad = torch.randn(2, 8, 64, 64, 48).to(memory_format=LAST)
+    for network, dtype in ((ours, torch.float32), (plain, torch.float32), (exact, torch.float64)):
+        network(x.to(dtype)).backward(grad.to(dtype))
+    for a, b, c in zip(ours.parameters(), plain.parameters(), exact.parameters(), strict=True):
+        assert distance(a.grad, c.grad) <= distance(b.grad, c.grad)
 
 
 # -- the V-Net --

@@ -13,7 +13,7 @@ from losses.terms import seg_loss
 from methods import METHODS
 from networks.backbone import Backbone, set_precision, set_recompute
 from networks.backbones import BACKBONES
-from networks.convolution import Conv3d
+from networks.convolution import Conv3d, ConvTranspose3d
 from networks.uxnet import Depthwise
 from utils.devices import seed_iteration
 from utils.options import fill
@@ -69,7 +69,8 @@ def gradients(network, image, label, precision):
         (lambda: Conv3d(16, 16, 3, padding=1, bias=False), (1, 2, 3, 4)),
         (lambda: Conv3d(5, 7, 1), (1, 2, 3)),
         (lambda: Conv3d(8, 16, 2, stride=2), (2, 3, 4)),
-        (lambda: nn.ConvTranspose3d(16, 8, 2, stride=2), (1, 2, 3)),
+        (lambda: ConvTranspose3d(16, 8, 2, stride=2), (1, 2, 3)),
+        (lambda: ConvTranspose3d(16, 8, (2, 1, 2), stride=(2, 1, 2), bias=False), (1, 2, 3)),
         (lambda: Depthwise(4, 5, bias=False), (2, 4, 5)),
         (lambda: Depthwise(4, 7), (2, 6, 7)),
         (lambda: Conv3d(1, 4, 7, stride=2, padding=3), (7, 8)),
