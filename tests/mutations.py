@@ -151,7 +151,7 @@ MUTATIONS = [
     Mutation("slice-order", "dataloaders/dicom.py", "reader.SetFileNames(list(files))",
              "reader.SetFileNames(sorted(files, reverse=True))", "a series lies upside down",
              "tests/test_predict_folders.py -k 'series or twin'"),
-    Mutation("dropout-of-heads", "networks/heads.py", "weight if kept is None else weight * kept", "weight + 0 * kept",
+    Mutation("dropout-of-heads", "networks/heads.py", "weights if kept is None else weights * kept", "weights + 0 * kept",
              "nothing is dropped before the heads", "tests/test_networks.py"),
     Mutation("window-width", "dataloaders/normalization.py", "(level - width / 2, level + width / 2)",
              "(level - width, level + width)", "a window is twice as wide", "tests/test_normalization.py"),
