@@ -81,7 +81,8 @@ def read_label(path: Path) -> tuple[NDArray[np.integer], Geometry]:
     voxels, geometry = _read(path)
     label = np.ascontiguousarray(voxels, voxels.dtype.newbyteorder("="))
     if label.dtype.kind == "f":
-        wrong = label[~(np.abs(label - np.rint(label)) <= ROUNDING * np.abs(label))]
+        with np.errstate(invalid="ignore"):  # infinity less itself is no number
+            wrong = label[~(np.abs(label - np.rint(label)) <= ROUNDING * np.abs(label))]
         if wrong.size or np.abs(label).max() >= 2**31:
             raise CaseError(f"holds {wrong[0] if wrong.size else np.abs(label).max():g}, and labels are integers")
         label = np.rint(label).astype(np.int32)
