@@ -36,6 +36,9 @@ class ConvTranspose3d(nn.ConvTranspose3d):
     float32 that of the weights is also nearer to float64.
     """
 
+    def __init__(self, channels_in: int, channels_out: int, stride: tuple[int, int, int], *, bias: bool = True):
+        super().__init__(channels_in, channels_out, stride, stride=stride, bias=bias)
+
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         if x.device.type != "cpu":
             return super().forward(x)

@@ -72,7 +72,7 @@ def upsampling(up: str, channels: int, stride: Stride = (2, 2, 2), *, bias: bool
         stride: 1 or 2 along x, y, z.
     """
     if up == "transposed":
-        return ConvTranspose3d(channels, channels // 2, stride, stride=stride, bias=bias)
+        return ConvTranspose3d(channels, channels // 2, stride, bias=bias)
     return nn.Sequential(Doubled(up, stride), Conv3d(channels, channels // 2, 3, padding=1, bias=bias))
 
 

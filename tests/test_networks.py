@@ -130,7 +130,7 @@ def test_passes_in_two_layouts_before_one_backward_pass(order):
 @pytest.mark.parametrize("stride", [(2, 2, 2), (2, 1, 2), (1, 2, 2)])
 def test_the_transposed_convolution_is_torch_s_with_its_gradients_in_float64(stride, bias, layout):
     torch.manual_seed(0)
-    ours = ConvTranspose3d(3, 2, stride, stride=stride, bias=bias).double()
+    ours = ConvTranspose3d(3, 2, stride, bias=bias).double()
     plain = nn.ConvTranspose3d(3, 2, stride, stride=stride, bias=bias).double()
     plain.load_state_dict(ours.state_dict())
     x = torch.randn(2, 3, 4, 3, 5, dtype=torch.float64).to(memory_format=layout)
@@ -145,18 +145,17 @@ def test_the_transposed_convolution_is_torch_s_with_its_gradients_in_float64(str
         torch.testing.assert_close(p.grad, q.grad)
 
 
-def test_the_transposed_convolution_s_gradient_of_the_weights_is_nearer_to_float64_than_torch_s():
+def test_the_transposed_convolution_s_gradients_in_float32_are_those_in_float64():
+    """Of a map so large that torch's own sums over its voxels lose one or two digits more."""
     torch.manual_seed(0)
-    ours, plain = ConvTranspose3d(16, 8, 2, stride=2), nn.ConvTranspose3d(16, 8, 2, stride=2)
-    plain.load_state_dict(ours.state_dict())
-    exact = nn.ConvTranspose3d(16, 8, 2, stride=2).double()
+    ours, exact = ConvTranspose3d(16, 8, (2, 2, 2)), nn.ConvTranspose3d(16, 8, 2, stride=2).double()
     exact.load_state_dict(ours.state_dict())
     x = torch.randn(2, 16, 32, 32, 24).to(memory_format=LAST)
     grad = torch.randn(2, 8, 64, 64, 48).to(memory_format=LAST)
-    for network, dtype in ((ours, torch.float32), (plain, torch.float32), (exact, torch.float64)):
-        network(x.to(dtype)).backward(grad.to(dtype))
-    for a, b, c in zip(ours.parameters(), plain.parameters(), exact.parameters(), strict=True):
-        assert distance(a.grad, c.grad) <= distance(b.grad, c.grad)
+    ours(x).backward(grad)
+    exact(x.double()).backward(grad.double())
+    for a, b in zip(ours.parameters(), exact.parameters(), strict=True):
+        assert distance(a.grad, b.grad) < 2e-6
 
 
 # -- the V-Net --
