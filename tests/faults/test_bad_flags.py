@@ -142,10 +142,11 @@ def test_33_method_that_needs_none_trains_without_unlabeled_scans(method, tiny_s
         assert len(train(tiny_set, *args)["checksums"]) == 4
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_40_gpu_that_is_not_there_is_refused(whole_set):
-    argv = flags(whole_set, "--device", "cuda:1")
-    refuse(argv, "--device cuda:1", "--device cpu", untouched=whole_set.parent)
+    count = torch.cuda.device_count()
+    argv = flags(whole_set, "--device", f"cuda:{count}")
+    advice = "Choose from cuda:0 to" if count else "--device cpu"
+    refuse(argv, f"--device cuda:{count}", advice, untouched=whole_set.parent)
 
 
 @pytest.mark.parametrize("script", ["train", "test"])
