@@ -119,7 +119,7 @@ def test_what_was_taken_out_of_the_lists_stays_out(tmp_path, capsys):
     add(source, "late", seed=40)
     converted(source, out)
     now, now_test = lists_of(out)
-    assert f"taken out of the lists by hand, and so left out: {', '.join(sorted([train[3], test[0]]))}" in (
+    assert f"in none of the lists, and so left out: {', '.join(sorted([train[3], test[0]]))}" in (
         capsys.readouterr().out
     )
     assert {train[3], test[0]}.isdisjoint([*now, *now_test]) and "late" in [*now, *now_test]
@@ -127,6 +127,27 @@ def test_what_was_taken_out_of_the_lists_stays_out(tmp_path, capsys):
         (out / f"{split}.list").unlink()  # anew
     converted(source, out)
     assert sorted([*lists_of(out)[0], *lists_of(out)[1]]) == sorted([*train, *test, "late"])
+
+
+def test_lists_written_before_the_first_conversion_are_what_the_set_has(tmp_path, capsys):
+    """A published split: fewer scans than the download, in its own order, an unlabeled one first."""
+    source, out = decathlon(tmp_path / "Task", labeled=10), tmp_path / "set"
+    labeled, unlabeled = names(*range(10)), "ball_010"
+    train, test = [unlabeled, *labeled[4:1:-1]], [labeled[7]]
+    out.mkdir()
+    (out / "train.list").write_text("\n".join(train) + "\n")
+    (out / "test.list").write_text("\n".join(test) + "\n")
+    for _ in range(2):  # the second time it is a set that may grow
+        converted(source, out, "--test-share", "0.5")
+        assert lists_of(out) == (train, test)
+        assert {path.parent.name for path in out.rglob("*.h5")} == {*train, *test}
+        assert "in none of the lists, and so left out: " in capsys.readouterr().out
+    add(source, "late", seed=40)
+    converted(source, out)
+    assert "late" in [*lists_of(out)[0], *lists_of(out)[1]]
+    (out / "test.list").write_text(f"{test[0]}\n{labeled[0]}\n")
+    converted(source, out)
+    assert lists_of(out)[1] == [test[0], labeled[0]] and (out / labeled[0]).is_dir()
 
 
 def test_a_source_that_tells_another_split_is_refused(tmp_path):

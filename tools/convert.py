@@ -125,6 +125,16 @@ class Options:
     workers: int = option(1, "processes; their number changes nothing in the files", minimum=1)
 
 
+def wanted(scans: Sequence[Source], before: PreviousLists) -> tuple[list[Source], dict[str, bool]]:
+    """The scans that the lists let into the set, and the name of each other one -> whether it has a label: what was
+    taken out of the lists, and what lists written by hand do not name."""
+    named = {*before.train, *before.test, *before.validation}
+    out = before.taken_out | ({scan.name for scan in scans} - named if before.by_hand else set())
+    left_out = dict.fromkeys(sorted(before.taken_out), False)
+    left_out |= {scan.name: scan.label is not None for scan in scans if scan.name in out}
+    return [scan for scan in scans if scan.name not in out], left_out
+
+
 def keep(out: Path, before: PreviousLists, here: Container[str], settings: str) -> list[Outcome]:
     """Of the cases of the lists those that the source does not have: they stay as they are.
 
@@ -256,7 +266,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # what there is, and what it is to become
     source_set = find_sources(Path(o.source), o.images_ts)
-    scans, before = source_set.scans, read_previous(out)
+    before = read_previous(out)
+    scans, left_out = wanted(source_set.scans, before)
     crop = o.crop or ("label-xy" if source_set.challenge else "none")
     spacing = None if o.spacing is None else tuple(o.spacing)
     if o.crop_margin is not None and crop not in ("label", "label-xy"):
@@ -281,7 +292,7 @@ def main(argv: list[str] | None = None) -> None:
         validation_share=o.validation_share, before=before, patients=patients,
     )  # fmt: skip
     train, test, validation = choose()
-    listed = {*before.train, *before.test, *before.validation, *before.taken_out, *train, *test, *validation}
+    listed = {*before.train, *before.test, *before.validation, *train, *test, *validation}
     unlisted = [scan.name for scan in scans if scan.name not in listed]
     jobs = [job for job in jobs if job.scan.name in listed]
     without = [scan.name for scan in scans if scan.name in test and scan.label is None]
@@ -323,7 +334,7 @@ def main(argv: list[str] | None = None) -> None:
             f"the lists of {out} have changed meanwhile, as by another conversion into it. Give the same command "
             "again; what is done is left alone."
         )
-    write_set(out, lists, labeled, names, channels, patients)
+    write_set(out, lists, labeled, names, channels, patients, left_out)
     lines = summary([*outcomes, *kept], lists, labeled, names)
     if patients:
         counts = {split: len({patients.get(name, name) for name in lists[split]}) for split in SPLITS}
@@ -332,7 +343,7 @@ def main(argv: list[str] | None = None) -> None:
         lines.append(f"channels: {', '.join(channels)}")
     elif len(source_set.channels) > 1:
         lines.append(f"the scans have one channel, and {DATASET} names {', '.join(source_set.channels)}")
-    lines += remarks(source_set, lists, before, len(labeled), o.test_share, o.validation_share, Path(o.source))
+    lines += remarks(source_set, lists, before, left_out, len(labeled), o.test_share, o.validation_share, Path(o.source))
     print("\n".join(lines))
     if refused:
         raise UserError(refusal)

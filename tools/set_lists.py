@@ -24,6 +24,8 @@ class PreviousLists:
     taken_out: frozenset[str] = frozenset()
     """What was once in the lists, and was taken out by hand."""
     validation: list[str] = field(default_factory=list)
+    by_hand: bool = False
+    """Whether train.list and test.list were there before the first conversion: the set is to have these cases alone."""
 
 
 def read_previous(out: Path) -> PreviousLists:
@@ -40,7 +42,8 @@ def read_previous(out: Path) -> PreviousLists:
     else:
         train, test = (read_list(path) if path.exists() else [] for path in paths)
         taken_out = frozenset()
-    return PreviousLists(train, test, labeled_of(out, [*train, *test, *validation]), taken_out, validation)
+    by_hand = all(path.exists() for path in paths) and not listed_in(out)
+    return PreviousLists(train, test, labeled_of(out, [*train, *test, *validation]), taken_out, validation, by_hand)
 
 
 def labeled_of(out: Path, names: Sequence[str]) -> frozenset[str]:
@@ -67,8 +70,11 @@ def extended_lists(
 
     The old lines stay in their order. New labeled cases follow the labeled ones that train.list begins with, and so do
     those that got a label since they were `listed`: what the first N were, if those were labeled, they still are.
+    Lists that were written by hand stay as they are at the first conversion.
     """
-    late = [x for x in before.train if x in labeled and not listed.get(x, x in before.labeled)]
+    late = [
+        x for x in before.train if x in labeled and not listed.get(x, x in before.labeled) and not before.by_hand
+    ]
     old = [name for name in before.train if name not in late]
     first = next((i for i, name in enumerate(old) if name not in labeled), len(old))
     new = [name for name in train if name in labeled]
@@ -87,13 +93,15 @@ def write_set(
     names: dict[int, str],
     channels: Sequence[str],
     patients: Mapping[str, str],
+    left_out: Mapping[str, bool],
 ) -> None:
     """Writes the lists, of validation cases only if there are any, then dataset.json with the names of the classes and,
-    if there are several, of the channels, the patient of each scan, if known, and every case ever listed."""
+    if there are several, of the channels, the patient of each scan, if known, and every case ever listed. Those
+    `left_out`, name -> whether it has a label, count as listed and taken out, so that they stay out."""
     for split in (split for split in SPLITS if lists[split]):
         write_whole(out / f"{split}.list", "".join(f"{name}\n" for name in lists[split]).encode())
     labels = {"labels": {0: "background", **names}} if names else {}
-    listed = listed_in(out) | {name: name in labeled for split in SPLITS for name in lists[split]}
+    listed = dict(left_out) | listed_in(out) | {name: name in labeled for split in SPLITS for name in lists[split]}
     several = {"channel_names": {str(i): name for i, name in enumerate(channels)}} if len(channels) > 1 else {}
     known = {"patients": dict(patients)} if patients else {}
     write_json(out / DATASET, {**read_json(out / DATASET), **several, **labels, **known, "listed": listed})
