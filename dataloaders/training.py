@@ -103,8 +103,11 @@ def training_cases(
     """
     if is_phantom(folder):
         if RANK == 0:
+            why = f"This is the PHANTOM SET in {folder}"
+            if not LA_FOLDER.is_dir():
+                why = f"No LA data in {LA_FOLDER}, so this is the PHANTOM SET in {folder}"
             print(
-                f"No LA data in {LA_FOLDER}, so this is the PHANTOM SET in {folder}: made-up atria to try things out\n"
+                f"{why}: made-up atria to try things out\n"
                 "with, no figures to compare with any paper. data/README.md says where the LA data come from.",
                 file=sys.stderr,
             )

@@ -138,8 +138,9 @@ class Method(nn.Module):
         super().__init__()
         if options.classes > 1 and not self.multiclass:
             raise UserError(
-                f"--classes {options.classes}: this method knows one class. Others take more, as dtml, dtc and ua-mt. "
-                "Without --classes there are as many as the set's dataset.json names."
+                f"--classes {options.classes}: this method knows one class. Take one that knows several, as dtml "
+                "or ua-mt, or a set of one class: tools.convert --labels keeps or joins label values. Without --classes "
+                "there are as many as the set's dataset.json names."
             )
         try:
             strides_of(options.halvings)
@@ -196,8 +197,11 @@ class Method(nn.Module):
         """Runs after each optimiser step, for example to update an EMA teacher or a critic. Does nothing by default."""
 
     def maps(self, image: Tensor) -> dict[str, Tensor]:
-        """image (N,K,W,H,D) -> name -> map (N,W,H,D) for the pictures; the C channels of a prediction come first."""
-        raise NotImplementedError
+        """image (N,K,W,H,D) -> name -> map (N,W,H,D) for the pictures; the C channels of a prediction come first.
+
+        By default the first of `outputs`, as p.
+        """
+        return by_name(p=self.predict(image, self.outputs[:1]))
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:

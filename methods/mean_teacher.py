@@ -61,7 +61,7 @@ class MeanTeacher(Method):
 
     def __init__(self, options: Options, *, iterations: int):
         super().__init__(options, iterations=iterations)
-        self.needs_unlabeled = options.consistency_on == "unlabeled"
+        self.needs_unlabeled = options.consistency_on == "unlabeled" and options.lambda_max > 0
         self.student = self.backbone(heads={"seg": self.seg_channels})
         self.teacher = make_teacher(self.student)
 
@@ -70,7 +70,10 @@ class MeanTeacher(Method):
         logits = self.passes(self.student, image, len(label))["seg"]
         p = probabilities(logits, o.classes)
         first = len(label) if o.consistency_on == "unlabeled" else 0
-        consistency, monitors = self.consistency(p[first:], image[first:], iteration, len(label) - first)
+        monitors: dict[str, Tensor] = {}
+        consistency = logits.new_zeros(())
+        if len(image) > first:  # else lambda is 0: labeled crops alone
+            consistency, monitors = self.consistency(p[first:], image[first:], iteration, len(label) - first)
         terms = {"seg": seg_loss(labeled_part(logits, batch), label, o.classes), "consistency": consistency}
         lambda_ = o.lambda_max * ramp_up(iteration, o.ramp_end * self.iterations, o.ramp)
         monitors["dice/train_seg"] = hard_dice(labeled_part(p.detach(), batch), label)

@@ -39,7 +39,6 @@ from methods.base import (
     Losses,
     Method,
     batch_norm_option,
-    by_name,
     joined,
     labeled_part,
     ramp_end_option,
@@ -146,9 +145,6 @@ class SSNet(Method):
 
     def predict(self, image: Tensor, outputs: tuple[str, ...]) -> Tensor:
         return probabilities(self.network(image)["seg"], self.options.classes)
-
-    def maps(self, image: Tensor) -> dict[str, Tensor]:
-        return by_name(p=self.predict(image, self.outputs))
 
 
 class Separator(nn.Module):

@@ -33,7 +33,6 @@ from methods.base import (
     Losses,
     Method,
     batch_norm_option,
-    by_name,
     joined,
     labeled_part,
     softmax_option,
@@ -138,9 +137,6 @@ class UniMatch(Method):
 
     def predict(self, image: Tensor, outputs: tuple[str, ...]) -> Tensor:
         return probabilities(self.network(image)["seg"], self.options.classes)
-
-    def maps(self, image: Tensor) -> dict[str, Tensor]:
-        return by_name(p=self.predict(image, self.outputs))
 
 
 def confidence(p: Tensor) -> Tensor:

@@ -197,7 +197,7 @@ def test_what_was_made_from_something_else_or_in_another_way_is_refused(tmp_path
         converted(tmp_path / "scans", out, "--spacing", "1", "1", "1")
     write(tmp_path / "scans" / "images" / "patient2.nii.gz", np.random.random(SHAPE))
     write(tmp_path / "scans" / "labels" / "patient2.nii.gz", np.zeros(SHAPE, np.uint8))
-    with pytest.raises(UserError, match=r"1 of 6 scans were refused.*\n  patient2: .*source_image_sha256: .* before"):
+    with pytest.raises(UserError, match=r"1 of 6 scans refused.*\n  patient2: .*source_image_sha256: .* before"):
         converted(tmp_path / "scans", out)
     (out / "patient2" / "mri_norm2.h5").write_text("half")
     with pytest.raises(UserError, match=r"is damaged or incomplete. Move it away"):
@@ -220,7 +220,7 @@ def test_good_scans_are_there_when_others_are_refused_and_lists_only_grow(tmp_pa
     kept = bad.read_bytes()
     bad.write_bytes(kept[:900])
     with pytest.raises(
-        UserError, match=r"1 of 7 scans were refused, the others are in .*set:\n  patient5: .*is damaged or incomplete"
+        UserError, match=r"1 of 7 scans refused, the others are in .*set:\n  patient5: .*is damaged or incomplete"
     ):
         converted(tmp_path / "scans", tmp_path / "set")
     assert "6 converted, 0 already there, 1 refused" in capsys.readouterr().out

@@ -311,7 +311,7 @@ def test_convert_reads_patients_from_names_or_a_column_and_keeps_them(tmp_path, 
     convert.main([*args, "--patient", "([^_]+)_"])
     printed = capsys.readouterr()
     assert "patients: 3 in train.list, 1 in test.list" in printed.out
-    assert "left out: 1 scans without label, of patients in test.list" in printed.err
+    assert "left out: 1 scan without label, of patients in test.list" in printed.err
     names = {split: (tmp_path / "set" / f"{split}.list").read_text().split() for split in ("train", "test")}
     (tested,) = names["test"]
     later = f"{patient(tested)}_day1"  # without label, of the tested patient

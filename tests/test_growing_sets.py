@@ -249,7 +249,7 @@ def test_the_lists_of_a_new_set_are_drawn_as_if_refused_scans_were_not_there_and
             (tmp_path / "rest" / f"{part}Tr" / f"{name}.nii.gz").unlink()
     rest = converted(tmp_path / "rest", tmp_path / "smaller", "--validation-share", "0.3")
     capsys.readouterr()
-    with pytest.raises(UserError, match=r"2 of 10 scans were refused, the others are in"):
+    with pytest.raises(UserError, match=r"2 of 10 scans refused, the others are in"):
         converted(source, tmp_path / "set", "--validation-share", "0.3")
     said = capsys.readouterr().out
     assert "train.list: 4 labeled, then 0 unlabeled; test.list: 2; validation.list: 2" in said and "asks" not in said

@@ -60,6 +60,14 @@ def test_lambda_is_a_gaussian_ramp_that_ends_at_the_share_of_the_iterations(name
     assert make(name, ramp_end=0.0, lambda_max=0.7)(batch, 0).weights["lambda"] == 0.7  # at once
 
 
+@pytest.mark.parametrize("name", ["ua-mt", "mean-teacher"])
+def test_without_weight_the_mean_teachers_need_no_unlabeled_crops(name):
+    """The control on labels alone: the loss is L_seg, whatever crops the consistency is on."""
+    method, batch = make(name, lambda_max=0.0, consistency_on="unlabeled"), make_batch(unlabeled=0)
+    losses = method(batch, T // 2)
+    assert not method.needs_unlabeled and losses.total.item() == losses.terms["seg"].item() > 0
+
+
 # -- DTC and SASSNet --
 
 

@@ -136,7 +136,7 @@ def test_some_cases_are_tested_alone_and_the_test_of_all_stays(trained, tmp_path
     with pytest.raises(UserError) as caught:
         score(trained, tmp_path / "none", "--cases", "case9", "case08", "elephant", "case00")
     assert str(caught.value).splitlines() == [
-        "--cases: 3 of 4 are not among the 2 test scans:", "  case9. Did you mean case09?", "  elephant.",
+        "--cases: 3 of 4 not among the 2 test scans:", "  case9. Did you mean case09?", "  elephant.",
         "  case00 is in train.list, and the checkpoint was trained on it.",
     ]  # fmt: skip
     with pytest.raises(UserError, match=r"  case09 is in test.list: --scans test has it\."):

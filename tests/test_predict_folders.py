@@ -310,6 +310,22 @@ def test_a_label_among_the_scans_is_refused_as_convert_does_it(how, world, tmp_p
     assert [scan.name for scan in given_scans([str(tmp_path / "new")], (), 1)] == [image, "p2_seg"]
 
 
+def test_the_label_of_a_case_with_several_scans_is_refused_too(tmp_path):
+    for name in ("p1_t1", "p1_flair", "p1_seg"):
+        write(tmp_path / f"{name}.nii", np.ones((3, 3, 3)))
+    with pytest.raises(UserError, match=r"p1_seg.nii looks like the label of p1, and stands among the scans"):
+        given_scans([str(tmp_path)], (), 1)
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_numbers_of_channels_are_not_in_the_names_of_segmentations(channels, tmp_path):
+    for name in ("p1", "p2"):
+        for channel in range(channels):
+            write(tmp_path / f"{name}_{channel:04d}.nii", np.ones((3, 3, 3)))
+    scans = given_scans([str(tmp_path)], (), channels)
+    assert [scan.name for scan in scans] == ["p1", "p2"] and {len(scan.files) for scan in scans} == {channels}
+
+
 # -- the volumes --
 
 

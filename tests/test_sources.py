@@ -55,7 +55,7 @@ def test_labels_of_images_ts_make_them_the_test_cases(tmp_path, capsys):
     add(source, "ball_006", seed=6, split="Ts")
     add(source, "ball_007", seed=7, split="Ts", label=False)
     assert lists_of(converted(source, tmp_path / "set")) == (names(*range(6)), names(6))
-    assert "left out: 1 scans of imagesTs" in capsys.readouterr().err
+    assert "left out: 1 scan of imagesTs" in capsys.readouterr().err
     train, test = lists_of(converted(source, tmp_path / "more", "--images-ts", "unlabeled"))
     assert (train, test) == (names(*range(6), 7), names(6))
     with pytest.raises(UserError, match="--test-share is given, but the source states"):
@@ -222,7 +222,7 @@ def spoil(folder: Path, what: str) -> None:
         ("origin", (), r"lies on another grid .*origin 0 0 0.* Resample the label onto the scan"),
         ("fraction", (), r"labels/patient0.nii.gz holds 0.5, and labels are integers"),
         ("constant", (), r"images/patient0.nii.gz is constant \(5\)\nMend each, or take it and its label out of"),
-        ("volumes", (), r"1 of 6 scans were refused.*\n  patient0: .* has 2 channels, where 1 is needed"),
+        ("volumes", (), r"1 of 6 scans refused.*\n  patient0: .* has 2 channels, where 1 is needed"),
         ("empty", ("--crop", "label"), "has an empty label to crop around. Use --crop foreground or --crop none"),
         ("", ("--crop", "label"), "patient4: has no label to crop around"),
     ],
@@ -239,7 +239,9 @@ def test_a_scan_that_cannot_be_used_is_refused_with_its_reason(what, args, messa
     [
         (lambda t: None, "scans does not exist. Give a folder of scans or a CSV"),
         (lambda t: (t / "scans" / "x").mkdir(parents=True), "holds no scans in a known layout.* of DICOM first"),
-        (lambda t: write(t / "scans" / "labels" / "a.nii", np.ones((3, 3, 3))), "1 labels have no scan in"),
+        (lambda t: write(t / "scans" / "labels" / "a.nii", np.ones((3, 3, 3))), "1 label has no scan in"),
+        (lambda t: [write(t / f"scans/{x}.nii", np.ones((3,) * 3)) for x in ("images/a", "labels/a_seg")],
+         r"1 label has no scan in .*images: .*A label has the name of its scan: rename a_seg\.nii to a\.nii"),
         (lambda t: [write(t / "scans/images" / f"a{e}", np.ones((3,) * 3)) for e in (".nii", ".mha")], "have one name"),
         (lambda t: [write(t / f"scans/imagesTr/{x}.nii", np.ones((3, 3, 3))) for x in ("a_0000", "b_0001")], "b_0000"),
         (lambda t: make_scans(t / "scans", labeled=1), "0 labeled cases to train on and 0 to test on|1 labeled cases"),
@@ -259,3 +261,10 @@ def test_sources_that_make_no_set_are_refused(make, message, tmp_path):
     with pytest.raises(UserError, match=message):
         converted(tmp_path / "scans", tmp_path / "set")
     assert not (tmp_path / "set").exists()
+
+
+def test_the_source_is_no_place_for_the_set(tmp_path):
+    make_scans(tmp_path / "scans")
+    with pytest.raises(UserError, match=r"--out .*scans is the source"):
+        converted(tmp_path / "scans", tmp_path / "scans")
+    assert sorted(path.name for path in (tmp_path / "scans").iterdir()) == ["images", "labels"]

@@ -25,7 +25,7 @@ from losses.ramps import ramp_up
 from methods import restore
 from settings import Options
 from tools import training_start
-from tools.training_start import header
+from tools.training_start import extension_note, header
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
 from utils.report import duration
@@ -226,3 +226,9 @@ def test_a_checkpoint_tells_the_median_spacing_of_its_labeled_cases(tmp_path):
     names = read_list(LA_SPLITS / "train.list")
     published = [dataclasses.replace(c, name=n) for c, n in zip(in_la, names, strict=False)]
     assert median_spacing(published) == [0.625] * 3
+
+
+def test_the_note_of_a_longer_run_says_when_unlabeled_scans_count_again():
+    state = {"iteration": 100, "options": {"start": 0.12}}
+    assert "Unlabeled scans count again from iteration 240 on (--start)." in extension_note(state, 2000, 0.1, 0.1)
+    assert "count again" not in extension_note(state, 120, 0.1, 0.1)

@@ -63,7 +63,7 @@ from tools.sources import IMAGES_TS, Source, SourceSet, find_sources, refuse_unl
 from tools.split import choose_split, patients_in
 from utils.errors import UserError, ignore_stop_signals, run
 from utils.options import option, read_flags
-from utils.text import some
+from utils.text import counted, some
 
 
 def label_values(word: str) -> tuple[int, ...]:
@@ -263,6 +263,10 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(o.out)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file. Give a folder.")
+    if Path(o.source).is_dir() and out.resolve() == Path(o.source).resolve():
+        raise UserError(
+            f"--out {out} is the source, and the set would be written among your scans. Give another folder."
+        )
 
     # what there is, and what it is to become
     source_set = find_sources(Path(o.source), o.images_ts)
@@ -303,13 +307,13 @@ def main(argv: list[str] | None = None) -> None:
         refuse_absent(labels, scans, kept)
     if source_set.left_out:
         print(
-            f"left out: {len(source_set.left_out)} scans of imagesTs without label; predict.py is for those, or train "
-            "on them with --images-ts unlabeled.",
+            f"left out: {counted(len(source_set.left_out), 'scan')} of imagesTs without label; predict.py is for "
+            "those, or train on them with --images-ts unlabeled.",
             file=sys.stderr,
         )
     if unlisted:
         print(
-            f"left out: {len(unlisted)} scans without label, of patients in test.list or validation.list.",
+            f"left out: {counted(len(unlisted), 'scan')} without label, of patients in test.list or validation.list.",
             file=sys.stderr,
         )
 
@@ -319,7 +323,7 @@ def main(argv: list[str] | None = None) -> None:
     if refused:
         listing = "\n".join(f"  {name}: {why}" for name, why in refused.items())
         rest = f", the others are in {out}" if len(refused) < len(scans) else ""
-        refusal = f"{len(refused)} of {len(scans)} scans were refused{rest}:\n{listing}\n"
+        refusal = f"{len(refused)} of {len(scans)} scans refused{rest}:\n{listing}\n"
         refusal += "Mend each, or take it and its label out of the source, and give the same command again."
         try:
             train, test, validation = choose(unusable={*refused, *unlisted})
@@ -343,7 +347,9 @@ def main(argv: list[str] | None = None) -> None:
         lines.append(f"channels: {', '.join(channels)}")
     elif len(source_set.channels) > 1:
         lines.append(f"the scans have one channel, and {DATASET} names {', '.join(source_set.channels)}")
-    lines += remarks(source_set, lists, before, left_out, len(labeled), o.test_share, o.validation_share, Path(o.source))
+    lines += remarks(
+        source_set, lists, before, left_out, len(labeled), o.test_share, o.validation_share, Path(o.source)
+    )
     print("\n".join(lines))
     if refused:
         raise UserError(refusal)

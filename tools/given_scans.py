@@ -82,7 +82,11 @@ def given_scans(words: Sequence[str], series: Sequence[str], channels: int) -> l
     refuse_labels_among(
         [file for scan in scans for file in scan.files], "Move it away, or give the scans alone: a pattern, or each."
     )
-    return told_apart(grouped(scans) if channels > 1 else scans)
+    if channels > 1:
+        scans = grouped(scans)
+    elif all(scan.name.endswith("_0000") for scan in scans):  # of the only channel
+        scans = [replace(scan, name=unnumbered(scan.name)) for scan in scans]
+    return told_apart(scans)
 
 
 def told_apart(scans: Sequence[Scan]) -> list[Scan]:

@@ -72,9 +72,7 @@ def extended_lists(
     those that got a label since they were `listed`: what the first N were, if those were labeled, they still are.
     Lists that were written by hand stay as they are at the first conversion.
     """
-    late = [
-        x for x in before.train if x in labeled and not listed.get(x, x in before.labeled) and not before.by_hand
-    ]
+    late = [x for x in before.train if x in labeled and not listed.get(x, x in before.labeled) and not before.by_hand]
     old = [name for name in before.train if name not in late]
     first = next((i for i, name in enumerate(old) if name not in labeled), len(old))
     new = [name for name in train if name in labeled]

@@ -13,7 +13,7 @@ from dataloaders.channels import by_number, in_order
 from dataloaders.class_names import DATASET, names_in, read_dataset
 from dataloaders.images import WRITTEN_AS, ending_of, scan_name
 from utils.errors import UserError
-from utils.text import read_text, some
+from utils.text import counted, read_text, some
 
 COLUMNS = ("label", "split", "name", "patient")
 IMAGES_TS = ("unlabeled", "leave")
@@ -98,8 +98,8 @@ def find_sources(source: Path, images_ts: str) -> SourceSet:
         there = f" Not read: {paths_text(unread, source)}." if unread else ""
         raise UserError(
             f"{source} holds no scans in a known layout: images/ and labels/, imagesTr/ and labelsTr/, "
-            "NAME/image.nii.gz and NAME/label.nii.gz, or NAME/lgemri.nrrd. Arrange them so, or list them in a CSV; see "
-            f"--help. Make NIfTI files of DICOM first, as with dcm2niix.{there}"
+            "NAME/image.nii.gz and NAME/label.nii.gz, or NAME/lgemri.nrrd. Arrange them so, or list them in a CSV, as "
+            f"docs/recipes.md does for BraTS in one line. Make NIfTI files of DICOM first, as with dcm2niix.{there}"
         )
     dataset = read_dataset(source / DATASET)
     absent = _absent(dataset, scans, left_out)
@@ -126,12 +126,21 @@ def refuse_unlabeled(source_set: SourceSet, folder: Path) -> None:
 
 def refuse_labels_among(scans: Sequence[Path], advice: str) -> None:
     """Raises UserError, which ends with `advice`, for a file called NAME_seg, NAME_label or the like among the scans,
-    next to a scan NAME or its channels.
+    next to a scan NAME, its channels or NAME_t1 and the like.
     """
     names = {(path.parent, scan_name(path)) for path in scans} | by_number(scans).keys()
     for path in scans:
-        if (match := LABEL_OF.fullmatch(scan_name(path))) and (path.parent, match[1]) in names:
+        match = LABEL_OF.fullmatch(scan_name(path))
+        if match and ((path.parent, match[1]) in names or _of_same_case(path, match[1], scans)):
             raise UserError(f"{path} looks like the label of {match[1]}, and stands among the scans. {advice}")
+
+
+def _of_same_case(label: Path, case: str, scans: Sequence[Path]) -> bool:
+    """Whether another file beside a label begins with its case's name, as CASE_t1 does beside CASE_seg."""
+    return any(
+        path.parent == label.parent and path != label and re.match(rf"{re.escape(case)}[-_. ]", scan_name(path))
+        for path in scans
+    )
 
 
 def paths_text(paths: Sequence[Path], folder: Path) -> str:
@@ -242,9 +251,12 @@ def _in_case_folders(source: Path, image: str, label: str, unread: list[Path]) -
 def _refuse_orphans(labels: Sequence[Path], where: Path, unread: Sequence[Path] = ()) -> None:
     if labels:
         there = f" Not read there: {paths_text(unread, where)}." if unread else ""
-        raise UserError(
-            f"{len(labels)} labels have no scan in {where}: {some(labels)}. Add the scans or remove the labels.{there}"
-        )
+        have = "has" if len(labels) == 1 else "have"
+        scans, advice = _scans_in(where), "Add the scans or remove the labels."
+        match = LABEL_OF.fullmatch(scan_name(labels[0]))
+        if match and match[1] in scans:
+            advice = f"A label has the name of its scan: rename {labels[0].name} to {match[1]}{ending_of(labels[0])}."
+        raise UserError(f"{counted(len(labels), 'label')} {have} no scan in {where}: {some(labels)}. {advice}{there}")
 
 
 def _refuse_unread_labels(unread: Sequence[Path], labels: dict[str, Path | None]) -> None:

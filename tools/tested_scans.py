@@ -71,7 +71,5 @@ def chosen_cases(folder: Path, scans: str, cases: Sequence[str], state: Mapping[
     unknown = [name for name in cases if name not in names]
     if unknown:
         lines = "\n".join(f"  {where(name)}" for name in unknown)
-        raise UserError(
-            f"--cases: {len(unknown)} of {len(cases)} are not among the {len(names)} {scans} scans:\n{lines}"
-        )
+        raise UserError(f"--cases: {len(unknown)} of {len(cases)} not among the {len(names)} {scans} scans:\n{lines}")
     return [name for name in names if name in cases] if cases else names

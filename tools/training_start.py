@@ -1,6 +1,7 @@
 """The start of a training: what it says of its data, and the weights of another run."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +51,13 @@ def extension_note(state: dict[str, Any], iterations: int, before: float, now: f
     """What --iterations changes in a finished run, as a line of the log. `state` is its checkpoint after `extend`,
     `before` and `now` are the learning rates of the last iteration and of the next one.
     """
-    done = state["iteration"]
+    done, start = state["iteration"], state["options"].get("start", 0) * iterations
+    later = f" Unlabeled scans count again from iteration {math.ceil(start)} on (--start)." if done < start else ""
     return (
         f"This run was finished after {done} iterations and goes on to {iterations}, with the schedules of a run of "
         f"{iterations}: the learning rate was {before:g} at last and is {now:g} now, and a weight that rises over the "
-        f"run begins lower again. {iterations} iterations from the start would give another result. The checkpoint "
-        f"so far is kept as {finished_name(done)}."
+        f"run begins lower again. {iterations} iterations from the start would give another result.{later} The "
+        f"checkpoint so far is kept as {finished_name(done)}."
     )
 
 
@@ -131,8 +133,8 @@ def shapes_networks(name: str, a: Method, b: Method) -> bool:
 
 
 def start_from(method: Method, name: str, state: dict[str, Any], data: Path) -> dict[str, Any]:
-    """Gives a new method the weights of a checkpoint, of its teacher and its critic too, but no optimizer's state and
-    none of the other entries that are no weights, such as the seed of AD-MT's turns.
+    """Gives a new method the weights of a checkpoint, of its critic too, but no optimizer's state and none of the other
+    entries that are no weights, such as the seed of AD-MT's turns. A teacher's first update gives it the student's.
 
     Returns:
         Where the weights come from, for the manifest: file, method, iteration and a checksum.

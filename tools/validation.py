@@ -12,6 +12,7 @@ from evaluation.sliding_window import half_a_patch, predict_scan
 from tools.training import Training
 from utils.distributed import RANK, RANKS, broadcast_buffers, gather_in_order
 from utils.masks import label_map
+from utils.text import counted
 
 VALIDATION = "dice/validation"
 """The curve by which the best checkpoint is chosen."""
@@ -62,4 +63,4 @@ def validation_line(scores: Mapping[str, float], scans: int, done: int, names: M
     classes = {key.rpartition("_")[2]: dice for key, dice in scores.items() if key != VALIDATION}
     each = ", ".join(f"{names.get(c, f'class {c}')} {100 * dice:.2f}" for c, dice in classes.items())
     mean = f"Dice {100 * scores[VALIDATION]:.2f} %"
-    return f"validation after {done} iterations: {mean}{f' ({each})' if each else ''}, {scans} scans"
+    return f"validation after {done} iterations: {mean}{f' ({each})' if each else ''}, {counted(scans, 'scan')}"

@@ -88,8 +88,9 @@ class Parser(argparse.ArgumentParser):
                 text = read_text(Path(argument[1:]))
                 stored = shlex.split(text, comments=True)
             except (OSError, ValueError) as e:
+                why = getattr(e, "strerror", None) or e
                 raise UserError(
-                    f"cannot read the options file {argument[1:]}: {e}. Give an options.txt of a run."
+                    f"cannot read the options file {argument[1:]}: {why}. Give an options.txt of a run."
                 ) from e
             arguments += read([self._hyphenate(argument) for argument in stored], text)
         for argument in arguments:
@@ -117,6 +118,9 @@ class Parser(argparse.ArgumentParser):
             here = called_here(flag.lstrip("-"), names)
             if here:
                 self.error(f"unknown argument {flag}. Here it is {here}.")
+            places = [place for place in PLACES if place in names] if Path(flag).exists() else []
+            if places:
+                self.error(f"unknown argument {flag}. Did you mean --{places[0]} {flag}?")
             near = difflib.get_close_matches(flag.lstrip("-"), names, n=1, cutoff=0.75)
             self.error(f"unknown argument {flag}." + (f" Did you mean --{near[0]}?" if near else " See --help."))
         return vars(options)
@@ -125,9 +129,7 @@ class Parser(argparse.ArgumentParser):
         if action.choices is not None and value not in action.choices:
             choices = [str(choice) for choice in action.choices]
             near = did_you_mean(str(value), choices)
-            if near:
-                raise argparse.ArgumentError(action, f"{value!r} must be one of {', '.join(choices)}.{near}")
-        super()._check_value(action, value)
+            raise argparse.ArgumentError(action, f"{value!r} must be one of {', '.join(choices)}.{near}")
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message if message.endswith((".", "?")) else f"{message}. See --help.")
@@ -205,6 +207,7 @@ def as_flags(values: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+PLACES = ("checkpoint", "source", "test", "data")  # flags that name what a script works on, the likeliest first
 DERIVED = "# Derived from the above. They are derived again when this file is replayed.\n"
 
 

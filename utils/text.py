@@ -41,6 +41,11 @@ def some(names: Iterable[object], most: int = 5, between: str = ", ") -> str:
     return between.join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")
 
 
+def counted(n: int, noun: str) -> str:
+    """The number of things, such as 1 scan or 3 scans."""
+    return f"{n} {noun}{'' if n == 1 else 's'}"
+
+
 def xyz_text(numbers: Iterable[int]) -> str:
     """Numbers along x, y, z as text; one if all are the same."""
     shown = [str(n) for n in numbers]
