@@ -139,8 +139,8 @@ class Method(nn.Module):
         if options.classes > 1 and not self.multiclass:
             raise UserError(
                 f"--classes {options.classes}: this method knows one class. Take one that knows several, as dtml "
-                "or ua-mt, or a set of one class: tools.convert --labels keeps or joins label values. Without --classes "
-                "there are as many as the set's dataset.json names."
+                "or ua-mt, or a set of one class: tools.convert --labels keeps or joins label values. Without "
+                "--classes there are as many as the set's dataset.json names."
             )
         try:
             strides_of(options.halvings)

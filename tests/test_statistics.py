@@ -64,6 +64,24 @@ def test_what_the_interval_covers_is_what_the_findings_say(k, spreads, share, le
     assert least <= hits / 400 <= most
 
 
+@pytest.mark.parametrize(
+    ("k", "run_sd", "scan_sd", "own_sd"), [(5, (0.35, 0), (2.54, 0.69), 2.17), (3, (2.2, 1.5), (9.4, 3.1), 7.6)]
+)
+def test_it_is_wider_than_needed_where_runs_differ_on_single_scans(k, run_sd, scan_sd, own_sd, monkeypatch):
+    """With the variances of plus-alone-8 and plus-8, and of supervised-16 and dtml-16; needed is 2 t SD."""
+    monkeypatch.setattr("evaluation.statistics.RESAMPLES", 999)
+    rng, hits, widths, differences = np.random.default_rng(0), 0, [], []
+    for _ in range(300):
+        a, b = (rng.normal(0, r, (k, 1)) + rng.normal(0, s, (k, 20)) for r, s in zip(run_sd, scan_sd, strict=True))
+        b = b + rng.normal(0, own_sd, 20)
+        low, high = interval(a, b)
+        hits += low <= 0 <= high
+        widths.append(high - low)
+        differences.append(b.mean() - a.mean())
+    assert hits / 300 >= 0.96
+    assert 1.05 <= np.mean(widths) / (2 * stats.t.ppf(0.975, 19) * np.std(differences)) <= 1.55
+
+
 def test_two_runs_a_side_by_hand():
     """Means of 0 and 2 on both sides, alike on all scans. One draw in 16 takes the lower run twice here and the higher
     twice there: 2 apart, by sqrt(2) as two draws vary by half of what they should. Each mean has the variance 1, with
