@@ -51,7 +51,7 @@ import numpy as np
 import SimpleITK as sitk
 from tqdm import tqdm
 
-from dataloaders.cases import FILE_NAME, CaseError, case_file
+from dataloaders.cases import FILE_NAME, CaseError, case_file, together
 from dataloaders.class_names import DATASET, class_names
 from dataloaders.images import INTERPOLATORS, ending_of, read_label
 from dataloaders.nifti import channels_in
@@ -321,7 +321,7 @@ def main(argv: list[str] | None = None) -> None:
     outcomes = list(tqdm(outcomes_of(jobs, o.workers), total=len(jobs), unit="scan", disable=None))
     refused = {outcome.name: outcome.why for outcome in outcomes if outcome.status == "refused"}
     if refused:
-        listing = "\n".join(f"  {name}: {why}" for name, why in refused.items())
+        listing = "\n".join(f"  {line}" for line in together(refused.items()))
         rest = f", the others are in {out}" if len(refused) < len(scans) else ""
         refusal = f"{len(refused)} of {len(scans)} scans refused{rest}:\n{listing}\n"
         refusal += "Mend each, or take it and its label out of the source, and give the same command again."
