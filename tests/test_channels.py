@@ -285,8 +285,8 @@ def test_a_wrong_number_of_channels_is_refused_with_what_is_needed(world, tmp_pa
     with pytest.raises(UserError, match="the checkpoints differ in the number of channels: 1, 2"):
         predict.main(["--checkpoint", str(run), str(one), str(files[0]), "-o", str(tmp_path / "a")])
     assert not list((tmp_path / "a").glob("*"))
-    predicted(one, tmp_path / "b", files[0])  # a name like any other
-    assert (tmp_path / "b" / "p5_0000.nii.gz").exists()
+    predicted(one, tmp_path / "b", files[0])  # the number is that of its only channel, as for convert
+    assert (tmp_path / "b" / "p5.nii.gz").exists()
 
 
 @pytest.mark.parametrize(
