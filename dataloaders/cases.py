@@ -233,8 +233,8 @@ def check_all(cases: Sequence[Case], check: Callable[[Case], object], earlier: S
     if problems:
         some = "1 case is" if len(problems) == 1 else f"{len(problems)} cases are"
         listing = "\n".join(f"  {line}" for line in together(problems))
-        flag = "Give --classes as it says, or fix" if "--classes" in listing else "Fix"
-        raise UserError(f"{some} not usable. {flag} the files or take the names out of the lists:\n{listing}")
+        fix = "Give --classes as named below, fix" if "--classes" in listing else "Fix"
+        raise UserError(f"{some} not usable. {fix} the files or take the names out of the lists:\n{listing}")
 
 
 def together(problems: Iterable[Problem]) -> list[str]:

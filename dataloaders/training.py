@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dataloaders.cases import LA_FOLDER, MOST_CLASSES, PHANTOM_FOLDER, Case, Problem, case_file, find_cases, has_label
+from dataloaders.cases import MOST_CLASSES, PHANTOM_FOLDER, Case, Problem, case_file, find_cases, has_label
 from dataloaders.class_names import class_names
 from dataloaders.findings import Facts
 from dataloaders.folds import split_fold
@@ -103,12 +103,9 @@ def training_cases(
     """
     if is_phantom(folder):
         if RANK == 0:
-            why = f"This is the PHANTOM SET in {folder}"
-            if not LA_FOLDER.is_dir():
-                why = f"No LA data in {LA_FOLDER}, so this is the PHANTOM SET in {folder}"
             print(
-                f"{why}: made-up atria to try things out\n"
-                "with, no figures to compare with any paper. data/README.md says where the LA data come from.",
+                f"{folder} is the PHANTOM SET: made-up atria to try things out with, no figures to compare with any\n"
+                "paper. data/README.md says where the LA data come from.",
                 file=sys.stderr,
             )
         make_phantom_set(folder)

@@ -197,7 +197,7 @@ MUTATIONS = [
     Mutation("holm", "evaluation/statistics.py", "(len(order) - rank) * p[i]", "p[i]",
              "p-values are not corrected", "tests/test_statistics.py"),
     Mutation("run-bootstrap", "evaluation/statistics.py", "            if k > 1:\n", "            if k > 99:\n",
-             "intervals do not contain the variation of runs", "tests/test_statistics.py"),
+             "intervals do not contain the variation of runs", "tests/test_interval.py"),
     Mutation("two-sided-p", "evaluation/statistics.py", "np.abs(b.mean(axis) - a.mean(axis))",
              "b.mean(axis) - a.mean(axis)", "p counts one direction alone", "tests/test_statistics.py"),
     Mutation("spacing-of-score", "evaluation/scores.py", "(a, b, spacing, tolerance, more)",

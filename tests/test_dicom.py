@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from test_predict_folders import SHAPE, locale_kept, write_series
+from series import SHAPE, locale_kept, write_series
 
 from dataloaders.cases import CaseError
 from dataloaders.dicom import is_damaged, is_dicom, read_series, series_in

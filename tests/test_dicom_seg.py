@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from series import SHAPE, UID, write_series
 from test_predict import predicted, scan
-from test_predict_folders import SHAPE, UID, bright, rows_of, values_of, world, write_series
+from test_predict_folders import bright, rows_of, values_of, world
 
 from dataloaders.cases import CaseError
 from dataloaders.dicom import read_series, series_in

@@ -232,3 +232,5 @@ def test_the_note_of_a_longer_run_says_when_unlabeled_scans_count_again():
     state = {"iteration": 100, "options": {"start": 0.12}}
     assert "Unlabeled scans count again from iteration 240 on (--start)." in extension_note(state, 2000, 0.1, 0.1)
     assert "count again" not in extension_note(state, 120, 0.1, 0.1)
+    state["options"]["unlabeled"] = 0
+    assert "count again" not in extension_note(state, 2000, 0.1, 0.1)

@@ -1,7 +1,7 @@
 """What `tools.convert` says of the set that it made."""
 
 from collections import Counter
-from collections.abc import Collection, Container, Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 from dataloaders.class_names import DATASET, named_classes
@@ -50,7 +50,6 @@ def remarks(
     source_set: SourceSet,
     lists: dict[str, list[str]],
     before: PreviousLists,
-    left_out: Collection[str],
     labeled: int,
     share: float | None,
     validation_share: float,
@@ -62,7 +61,7 @@ def remarks(
         lines.append(f"not read: {paths_text(source_set.unread, source)}")
     for what, names in (
         (f"listed in {DATASET}, but scan or label is not there", source_set.absent),
-        ("in none of the lists, and so left out", sorted(left_out)),
+        ("in none of the lists, and so left out", sorted(before.taken_out)),
     ):
         if names:
             lines.append(f"{what}: {some(names)}")

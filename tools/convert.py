@@ -125,16 +125,6 @@ class Options:
     workers: int = option(1, "processes; their number changes nothing in the files", minimum=1)
 
 
-def wanted(scans: Sequence[Source], before: PreviousLists) -> tuple[list[Source], dict[str, bool]]:
-    """The scans that the lists let into the set, and the name of each other one -> whether it has a label: what was
-    taken out of the lists, and what lists written by hand do not name."""
-    named = {*before.train, *before.test, *before.validation}
-    out = before.taken_out | ({scan.name for scan in scans} - named if before.by_hand else set())
-    left_out = dict.fromkeys(sorted(before.taken_out), False)
-    left_out |= {scan.name: scan.label is not None for scan in scans if scan.name in out}
-    return [scan for scan in scans if scan.name not in out], left_out
-
-
 def keep(out: Path, before: PreviousLists, here: Container[str], settings: str) -> list[Outcome]:
     """Of the cases of the lists those that the source does not have: they stay as they are.
 
@@ -270,8 +260,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # what there is, and what it is to become
     source_set = find_sources(Path(o.source), o.images_ts)
-    before = read_previous(out)
-    scans, left_out = wanted(source_set.scans, before)
+    scans = source_set.scans
+    before = read_previous(out, [scan.name for scan in scans])
     crop = o.crop or ("label-xy" if source_set.challenge else "none")
     spacing = None if o.spacing is None else tuple(o.spacing)
     if o.crop_margin is not None and crop not in ("label", "label-xy"):
@@ -297,7 +287,7 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     train, test, validation = choose()
     listed = {*before.train, *before.test, *before.validation, *train, *test, *validation}
-    unlisted = [scan.name for scan in scans if scan.name not in listed]
+    unlisted = [scan.name for scan in scans if scan.name not in listed | before.taken_out]
     jobs = [job for job in jobs if job.scan.name in listed]
     without = [scan.name for scan in scans if scan.name in test and scan.label is None]
     if without:
@@ -322,8 +312,8 @@ def main(argv: list[str] | None = None) -> None:
     refused = {outcome.name: outcome.why for outcome in outcomes if outcome.status == "refused"}
     if refused:
         listing = "\n".join(f"  {line}" for line in together(refused.items()))
-        rest = f", the others are in {out}" if len(refused) < len(scans) else ""
-        refusal = f"{len(refused)} of {len(scans)} scans refused{rest}:\n{listing}\n"
+        rest = f", the others are in {out}" if len(refused) < len(jobs) else ""
+        refusal = f"{len(refused)} of {len(jobs)} scans refused{rest}:\n{listing}\n"
         refusal += "Mend each, or take it and its label out of the source, and give the same command again."
         try:
             train, test, validation = choose(unusable={*refused, *unlisted})
@@ -338,7 +328,9 @@ def main(argv: list[str] | None = None) -> None:
             f"the lists of {out} have changed meanwhile, as by another conversion into it. Give the same command "
             "again; what is done is left alone."
         )
-    write_set(out, lists, labeled, names, channels, patients, left_out)
+    cases = {scan.name: scan.label is not None for scan in scans if scan.name in before.taken_out}
+    cases |= {name: name in labeled for split in SPLITS for name in lists[split]}
+    write_set(out, lists, cases, names, channels, patients)
     lines = summary([*outcomes, *kept], lists, labeled, names)
     if patients:
         counts = {split: len({patients.get(name, name) for name in lists[split]}) for split in SPLITS}
@@ -347,9 +339,7 @@ def main(argv: list[str] | None = None) -> None:
         lines.append(f"channels: {', '.join(channels)}")
     elif len(source_set.channels) > 1:
         lines.append(f"the scans have one channel, and {DATASET} names {', '.join(source_set.channels)}")
-    lines += remarks(
-        source_set, lists, before, left_out, len(labeled), o.test_share, o.validation_share, Path(o.source)
-    )
+    lines += remarks(source_set, lists, before, len(labeled), o.test_share, o.validation_share, Path(o.source))
     print("\n".join(lines))
     if refused:
         raise UserError(refusal)

@@ -1,6 +1,6 @@
 """The lists of a set that grows: what they hold, where new cases are added, and the files that go with them."""
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,14 +22,15 @@ class PreviousLists:
     labeled: frozenset[str] = frozenset()
     """Those of them that have a label."""
     taken_out: frozenset[str] = frozenset()
-    """What was once in the lists, and was taken out by hand."""
+    """What was once in the lists, and was taken out by hand; scans that lists from before the first conversion lack."""
     validation: list[str] = field(default_factory=list)
-    by_hand: bool = False
-    """Whether train.list and test.list were there before the first conversion: the set is to have these cases alone."""
 
 
-def read_previous(out: Path) -> PreviousLists:
+def read_previous(out: Path, scans: Iterable[str] = ()) -> PreviousLists:
     """The lists that a set has, none if it is new; where train.list or test.list is missing, its cases count as new.
+
+    Lists from before the first conversion, as of a published split, say what the set is to have: of the `scans` of the
+    source, those that they do not name count as taken out.
 
     Raises:
         UserError: lists that cannot be read, or of which two name a case.
@@ -38,12 +39,11 @@ def read_previous(out: Path) -> PreviousLists:
     validation = validation_of(out)
     if all(path.exists() for path in paths):
         train, test = lists_of(out)
-        taken_out = frozenset(listed_in(out).keys() - {*train, *test, *validation})
+        taken_out = frozenset((listed_in(out).keys() or {*scans}) - {*train, *test, *validation})
     else:
         train, test = (read_list(path) if path.exists() else [] for path in paths)
         taken_out = frozenset()
-    by_hand = all(path.exists() for path in paths) and not listed_in(out)
-    return PreviousLists(train, test, labeled_of(out, [*train, *test, *validation]), taken_out, validation, by_hand)
+    return PreviousLists(train, test, labeled_of(out, [*train, *test, *validation]), taken_out, validation)
 
 
 def labeled_of(out: Path, names: Sequence[str]) -> frozenset[str]:
@@ -70,9 +70,9 @@ def extended_lists(
 
     The old lines stay in their order. New labeled cases follow the labeled ones that train.list begins with, and so do
     those that got a label since they were `listed`: what the first N were, if those were labeled, they still are.
-    Lists that were written by hand stay as they are at the first conversion.
+    At the first conversion nothing is listed, and lists that are there already stay as they are.
     """
-    late = [x for x in before.train if x in labeled and not listed.get(x, x in before.labeled) and not before.by_hand]
+    late = [x for x in before.train if listed and x in labeled and not listed.get(x, x in before.labeled)]
     old = [name for name in before.train if name not in late]
     first = next((i for i, name in enumerate(old) if name not in labeled), len(old))
     new = [name for name in train if name in labeled]
@@ -87,19 +87,18 @@ def extended_lists(
 def write_set(
     out: Path,
     lists: dict[str, list[str]],
-    labeled: Container[str],
+    listed: Mapping[str, bool],
     names: dict[int, str],
     channels: Sequence[str],
     patients: Mapping[str, str],
-    left_out: Mapping[str, bool],
 ) -> None:
     """Writes the lists, of validation cases only if there are any, then dataset.json with the names of the classes and,
-    if there are several, of the channels, the patient of each scan, if known, and every case ever listed. Those
-    `left_out`, name -> whether it has a label, count as listed and taken out, so that they stay out."""
+    if there are several, of the channels, the patient of each scan, if known, and every case ever `listed` or taken
+    out, name -> whether it has a label."""
     for split in (split for split in SPLITS if lists[split]):
         write_whole(out / f"{split}.list", "".join(f"{name}\n" for name in lists[split]).encode())
     labels = {"labels": {0: "background", **names}} if names else {}
-    listed = dict(left_out) | listed_in(out) | {name: name in labeled for split in SPLITS for name in lists[split]}
     several = {"channel_names": {str(i): name for i, name in enumerate(channels)}} if len(channels) > 1 else {}
     known = {"patients": dict(patients)} if patients else {}
-    write_json(out / DATASET, {**read_json(out / DATASET), **several, **labels, **known, "listed": listed})
+    ever = {"listed": {**listed_in(out), **listed}}
+    write_json(out / DATASET, {**read_json(out / DATASET), **several, **labels, **known, **ever})

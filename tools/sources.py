@@ -126,21 +126,14 @@ def refuse_unlabeled(source_set: SourceSet, folder: Path) -> None:
 
 def refuse_labels_among(scans: Sequence[Path], advice: str) -> None:
     """Raises UserError, which ends with `advice`, for a file called NAME_seg, NAME_label or the like among the scans,
-    next to a scan NAME, its channels or NAME_t1 and the like.
+    next to a scan NAME, NAME_0000 or NAME_t1.
     """
-    names = {(path.parent, scan_name(path)) for path in scans} | by_number(scans).keys()
     for path in scans:
-        match = LABEL_OF.fullmatch(scan_name(path))
-        if match and ((path.parent, match[1]) in names or _of_same_case(path, match[1], scans)):
-            raise UserError(f"{path} looks like the label of {match[1]}, and stands among the scans. {advice}")
-
-
-def _of_same_case(label: Path, case: str, scans: Sequence[Path]) -> bool:
-    """Whether another file beside a label begins with its case's name, as CASE_t1 does beside CASE_seg."""
-    return any(
-        path.parent == label.parent and path != label and re.match(rf"{re.escape(case)}[-_. ]", scan_name(path))
-        for path in scans
-    )
+        if match := LABEL_OF.fullmatch(scan_name(path)):
+            of_case = re.compile(rf"{re.escape(match[1])}([-_. ].*)?")
+            beside = [scan_name(other) for other in scans if other.parent == path.parent and other != path]
+            if any(map(of_case.fullmatch, beside)):
+                raise UserError(f"{path} looks like the label of {match[1]}, and stands among the scans. {advice}")
 
 
 def paths_text(paths: Sequence[Path], folder: Path) -> str:

@@ -52,7 +52,8 @@ def extension_note(state: dict[str, Any], iterations: int, before: float, now: f
     `before` and `now` are the learning rates of the last iteration and of the next one.
     """
     done, start = state["iteration"], state["options"].get("start", 0) * iterations
-    later = f" Unlabeled scans count again from iteration {math.ceil(start)} on (--start)." if done < start else ""
+    waits = done < start and state["options"].get("unlabeled") != 0
+    later = f" Unlabeled scans count again from iteration {math.ceil(start)} on (--start)." if waits else ""
     return (
         f"This run was finished after {done} iterations and goes on to {iterations}, with the schedules of a run of "
         f"{iterations}: the learning rate was {before:g} at last and is {now:g} now, and a weight that rises over the "

@@ -15,6 +15,7 @@ from utils.errors import UserError
 from utils.other_names import called_here
 from utils.text import did_you_mean, read_text, refuse_bytes
 
+PLACES = ("checkpoint", "source", "test", "data")  # flags that name what a script works on, the likeliest first
 Condition = Mapping[str, tuple[Any, ...] | Callable[[Any], Any]]
 """Name of another option -> the values of it, or the test of its value, with which an option does something."""
 
@@ -207,7 +208,6 @@ def as_flags(values: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-PLACES = ("checkpoint", "source", "test", "data")  # flags that name what a script works on, the likeliest first
 DERIVED = "# Derived from the above. They are derived again when this file is replayed.\n"
 
 

@@ -35,7 +35,7 @@ BAD_FLAGS = {
     "--patch-size 24 16 16": ("--patch-size 24 16 16", "multiples of 16", "Try --patch-size 32 16 16"),
     "--patch-size 16 16": ("--patch-size", "3 arguments"),
     "--patch-size 16 16 16 16": ("unknown argument 16",),
-    "/usr": ("unknown argument /usr. Did you mean --data /usr?",),
+    "/": ("unknown argument /. Did you mean --data /?",),
     "@nowhere/options.txt": ("cannot read the options file nowhere/options.txt: No such file or directory. Give an",),
     "--patch-size 16 16 0": ("--patch-size", "0 must be at least 1"),
     "--labeld 4": ("unknown argument --labeld.", "Did you mean --labeled?"),
